@@ -1,0 +1,133 @@
+// The C++ interface: tensors in, attention out, on a GPU or the CPU. The Python bindings, the tests and
+// the benchmarks use this header and nothing below it. Plain C++20; no CUDA header is needed.
+#pragma once
+
+#include <array>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "flashcute/config.hpp"
+#include "flashcute/error.hpp"
+
+namespace flashcute {
+
+enum class DeviceType : uint8_t { cpu, cuda };
+
+struct Device {
+  DeviceType type = DeviceType::cpu;
+  int index = 0;
+
+  bool operator==(Device const&) const = default;
+};
+
+std::string to_string(Device device);  // "cpu", "cuda:0"
+
+/// Memory that somebody else owns, seen as a tensor. Strides count elements.
+struct TensorView {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  Device device;
+  int rank = 0;
+  std::array<int64_t, 4> shape{};
+  std::array<int64_t, 4> strides{};
+  bool read_only = false;
+};
+
+/// bshd: (batch, seqlen, heads, head_dim); bhsd: (batch, heads, seqlen, head_dim).
+enum class Layout : uint8_t { bshd, bhsd };
+
+struct ForwardOptions {
+  bool causal = false;          // key j is visible to query i iff j <= i + seqlen_k - seqlen_q
+  std::optional<double> scale;  // of the scores, finite and >= 0; default head_dim^-0.5
+  Layout layout = Layout::bshd;
+  void* stream = nullptr;  // CUstream of the tensors' device; the default stream if null
+};
+
+/// Why a call takes the road it takes.
+struct Explanation {
+  std::string backend;  // "sm80" or "cpu"; empty if nothing can run the call
+  std::optional<ForwardConfig> config;
+  std::string kernel;  // name of the entry point, or of the CPU instruction set
+  std::string image;   // where the kernel comes from: "ahead of time", "disk cache", "JIT compile", ...
+  std::vector<std::pair<std::string, std::string>> rejected;  // what else there is, and why not
+};
+
+/// Computes out = softmax(scale * q k^T) v.
+///
+/// q (batch, seqlen_q, heads, d), k and v (batch, seqlen_k, kv_heads, d), out like q, in the order that
+/// `options.layout` says; all of one dtype, on one device, with unit last stride. `lse`, if given, is
+/// (batch, heads, seqlen_q), contiguous, fp32 (fp64 with fp64 inputs): log(sum(exp(scores))).
+///
+/// On a GPU the kernel is launched on `options.stream` and the call returns; on the CPU it returns when
+/// the output is there. Throws before anything is launched or written: ArgumentError, ConfigError,
+/// UnsupportedError, DeviceError; DriverError or CompileError if CUDA fails.
+void forward(ForwardConfig const& config, TensorView const& q, TensorView const& k, TensorView const& v,
+             TensorView const& out, TensorView const* lse, ForwardOptions const& options = {});
+
+/// What to check configurations against on a device: cpu_arch, or the GPU's compute capability * 10.
+Arch arch_of(Device device);
+
+/// The configuration that `flash_attention` takes for head dimension d.
+ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch);
+
+/// Throws ConfigError with the first rule that the configuration breaks and the values that broke it.
+void check_config(ForwardConfig const& config, Arch arch);
+
+/// The configurations whose GPU kernels were compiled ahead of time.
+std::vector<ForwardConfig> configs();
+
+/// What a call with a given configuration, or with the default one, would run and why. Launches nothing.
+Explanation explain(std::optional<ForwardConfig> const& config, TensorView const& q, TensorView const& k,
+                    TensorView const& v, ForwardOptions const& options = {});
+
+/// Makes the kernels of a configuration available for compute capability `arch` (80 means 8.0): finds
+/// them among the ahead-of-time images or in the disk cache, or compiles them. Needs no GPU.
+/// Returns where each came from, by kernel name.
+std::vector<std::pair<std::string, std::string>> prebuild(ForwardConfig const& config, Arch arch);
+
+// ---- facts about this build and this machine -----------------------------------------------------
+
+struct GpuInfo {
+  int index;
+  std::string name;
+  Arch arch;  // compute capability * 10
+};
+
+struct DriverInfo {
+  bool available = false;
+  std::string problem;   // why not
+  int cuda_version = 0;  // 13000 for 13.0
+  std::vector<GpuInfo> gpus;
+};
+
+/// Initialises the CUDA driver; nothing before it, import included, does.
+DriverInfo driver_info();
+
+std::string build_version();  // "0.1.0"
+
+struct BuildInfo {
+  std::string image_archs;     // "80 90 100 120 80-ptx"; empty: built without images
+  std::string image_compiler;  // "nvcc 13.0"; empty: built without images
+  std::string jit_compiler;    // "NVRTC 13.0 (path)"; empty if there is none
+  std::string jit_problem;     // why there is none, and what brings it
+  std::string cache_folder;
+  std::string cpu_isa;
+  int cpu_threads = 0;
+};
+BuildInfo build_info();
+
+/// An environment variable that flashcute reads.
+struct EnvironmentVariable {
+  char const* name;
+  char const* default_value;
+  char const* meaning;
+};
+std::vector<EnvironmentVariable> environment_variables();
+
+/// Where to look for NVRTC and CUDA headers (folders that hold installed Python packages), and the
+/// folders with the device headers that run-time compilation includes. Nothing is opened before it is needed.
+void set_search_paths(std::vector<std::string> package_roots, std::vector<std::string> device_headers);
+
+}  // namespace flashcute

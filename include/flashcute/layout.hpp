@@ -1,0 +1,117 @@
+// From a configuration to CuTe types: where tiles live in shared memory, how threads copy them, how
+// warps multiply them. Types only; nothing here runs.
+#pragma once
+
+// CuTe's algorithms need its tensor first.
+#include <cute/tensor.hpp>
+
+#include <cute/atom/copy_atom.hpp>
+#include <cute/atom/mma_atom.hpp>
+#include <cutlass/numeric_conversion.h>
+
+#include "flashcute/config.hpp"
+
+namespace flashcute {
+
+template <DType>
+struct ElementOf;
+template <>
+struct ElementOf<DType::float16> {
+  using type = cute::half_t;
+  using MmaAtom = cute::SM80_16x8x16_F32F16F16F32_TN;
+};
+template <>
+struct ElementOf<DType::bfloat16> {
+  using type = cute::bfloat16_t;
+  using MmaAtom = cute::SM80_16x8x16_F32BF16BF16F32_TN;
+};
+
+/// The arch that a device translation unit is compiled for, for the rules that depend on it.
+#if defined(__CUDA_ARCH__)
+inline constexpr Arch compiled_arch = __CUDA_ARCH__ / 10;
+#else
+inline constexpr Arch compiled_arch = 80;
+#endif
+
+template <ForwardConfig C>
+struct ForwardLayout {
+#define FLASHCUTE_RULE(id, sentence) static_assert(check(C, compiled_arch) != ForwardConfigError::id, sentence);
+  FLASHCUTE_FORWARD_CONFIG_RULES(FLASHCUTE_RULE)
+#undef FLASHCUTE_RULE
+
+  using Element = typename ElementOf<C.dtype>::type;
+  using BlockM = cute::Int<C.block_m>;
+  using BlockN = cute::Int<C.block_n>;
+  using HeadDim = cute::Int<C.head_dim>;
+  using NumWarps = cute::Int<C.num_warps>;
+
+  // ---- shared memory ----
+  // Rows of 64 elements are 128 bytes, all 32 banks: without the swizzle, eight rows read by one
+  // ldmatrix phase would start in the same bank. The swizzle XORs the 16-byte column with the row.
+  using SmemAtom = decltype(cute::composition(
+      cute::Swizzle<C.swizzled ? 3 : 0, 3, 3>{},
+      cute::Layout<cute::Shape<cute::_8, cute::_64>, cute::Stride<cute::_64, cute::_1>>{}));
+  using SmemQ = decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<BlockM, HeadDim>{}));   // (M, D)
+  using SmemKV = decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<BlockN, HeadDim>{}));  // (N, D)
+  using SmemVt = decltype(cute::composition(
+      SmemKV{}, cute::make_layout(cute::Shape<HeadDim, BlockN>{}, cute::GenRowMajor{})));  // (D, N)
+
+  struct SharedStorage {
+    alignas(128) Element q[cute::cosize_v<SmemQ>];  // the output tile reuses it
+    alignas(128) Element k[cute::cosize_v<SmemKV>];
+    alignas(128) Element v[cute::cosize_v<SmemKV>];
+  };
+  static_assert(sizeof(SharedStorage) == smem_bytes(C));
+
+  // ---- global <-> shared: 16 bytes a thread, 8 threads a row of 64 columns ----
+  using CopyThreads = cute::Layout<cute::Shape<cute::Int<C.num_warps * 4>, cute::_8>, cute::Stride<cute::_8, cute::_1>>;
+  using CopyValues = cute::Layout<cute::Shape<cute::_1, cute::_8>>;
+  using LoadAtom = cute::Copy_Atom<cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>, Element>;
+  using StoreAtom = cute::Copy_Atom<cute::UniversalCopy<cute::uint128_t>, Element>;
+  using GlobalLoad = decltype(cute::make_tiled_copy(LoadAtom{}, CopyThreads{}, CopyValues{}));
+  using GlobalStore = decltype(cute::make_tiled_copy(StoreAtom{}, CopyThreads{}, CopyValues{}));
+
+  // ---- tensor cores: warps along M only, so that a row of scores lives in one quad of lanes ----
+  using TiledMma = cute::TiledMMA<cute::MMA_Atom<typename ElementOf<C.dtype>::MmaAtom>,
+                                  cute::Layout<cute::Shape<NumWarps, cute::_1, cute::_1>>,
+                                  cute::Tile<cute::Int<16 * C.num_warps>, cute::_16, cute::_16>>;
+  using Ldmatrix = cute::Copy_Atom<cute::SM75_U32x4_LDSM_N, Element>;
+  using LdmatrixTransposed = cute::Copy_Atom<cute::SM75_U16x8_LDSM_T, Element>;
+  using FragmentStore = cute::Copy_Atom<cute::UniversalCopy<cute::uint32_t>, Element>;
+
+  static constexpr int rows_per_thread = 2 * C.block_m / (16 * C.num_warps);
+};
+
+/// Views an accumulator (MMA = (2, 2), MMA_M, MMA_N) by mathematical (row, column).
+template <class Tensor>
+FLASHCUTE_DEVICE auto by_row_and_column(Tensor&& acc) {
+  using namespace cute;
+  auto const l = acc.layout();
+  return make_tensor(acc.data(), make_layout(make_layout(get<0, 1>(l), get<1>(l)),    // row:    (2, MMA_M)
+                                             make_layout(get<0, 0>(l), get<2>(l))));  // column: (2, MMA_N)
+}
+
+/// Views an accumulator (MMA = (2, 2), MMA_M, MMA_N) as the A operand ((2, 2, 2), MMA_M, MMA_N / 2) of the
+/// next product: two n8 accumulators side by side are one k16 operand, so no lane exchanges anything.
+template <class Tensor>
+FLASHCUTE_DEVICE auto as_operand_a(Tensor&& acc) {
+  using namespace cute;
+  auto const l = logical_divide(acc.layout(), Shape<X, X, _2>{});  // ((2, 2), MMA_M, (2, MMA_N / 2))
+  return make_tensor(acc.data(), make_layout(make_layout(get<0, 0>(l), get<0, 1>(l), get<2, 0>(l)), get<1>(l),
+                                             get<2, 1>(l)));
+}
+
+/// Rounds an fp32 fragment to another element type, two values an instruction.
+template <class To, class Tensor>
+FLASHCUTE_DEVICE auto convert(Tensor const& from) {
+  using namespace cute;
+  auto to = make_fragment_like<To>(from);
+  auto const pairs_from = recast<cutlass::Array<float, 2> const>(from);
+  auto pairs_to = recast<cutlass::Array<To, 2>>(to);
+  cutlass::NumericArrayConverter<To, float, 2> const round;
+  CUTE_UNROLL
+  for (int i = 0; i < size(pairs_from); ++i) pairs_to(i) = round(pairs_from(i));
+  return to;
+}
+
+}  // namespace flashcute

@@ -1,0 +1,64 @@
+// Which keys a query sees. A mask is two functions: `kv_range`, the K/V blocks that a tile of query
+// rows must visit, and `visible`, the truth about one element. GPU kernels, the CPU backend and the
+// tests share them.
+#pragma once
+
+#include "flashcute/config.hpp"
+#include "flashcute/params.hpp"
+
+namespace flashcute {
+
+/// K/V blocks [begin, end) hold at least one visible element. Those in [begin, full_end) hold only
+/// visible elements, so they need no test; the others are partial.
+struct KvRange {
+  int32_t begin, full_end, end;
+
+  FLASHCUTE_HD bool empty() const { return begin >= end; }
+
+  /// Calls body(n, partial) from the last block to the first; `partial` is a bool_constant, so that a
+  /// full block pays nothing for the existence of partial ones.
+  template <class Body>
+  FLASHCUTE_HD void for_each_backward(Body&& body) const {
+    int32_t n = end - 1;
+    for (; n >= full_end; --n) body(n, std_::true_type{});
+    for (; n >= begin; --n) body(n, std_::false_type{});
+  }
+};
+
+/// A mask under which a row sees a prefix of the keys that never shrinks from row to row: the last row
+/// of a tile says which blocks to visit, the first row which are full.
+template <class Derived>
+struct PrefixMask {
+  FLASHCUTE_HD static bool visible(int32_t q, int32_t k, ForwardParams const& p) {
+    return k < Derived::visible_keys(q, p);
+  }
+
+  FLASHCUTE_HD static KvRange kv_range(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {
+    int32_t const first = Derived::visible_keys(tile.row0, p);
+    int32_t const last = Derived::visible_keys(tile.row0 + tile.rows - 1, p);
+    return {0, first / block_n, ceil_div(last, block_n)};
+  }
+
+  /// A row that sees nothing has output 0 and LSE -inf.
+  FLASHCUTE_HD static bool empty_row(int32_t q, ForwardParams const& p) { return Derived::visible_keys(q, p) == 0; }
+};
+
+template <MaskKind Kind>
+struct Mask;
+
+/// Every key of the sequence.
+template <>
+struct Mask<MaskKind::full> : PrefixMask<Mask<MaskKind::full>> {
+  FLASHCUTE_HD static int32_t visible_keys(int32_t /*q*/, ForwardParams const& p) { return p.seqlen_k; }
+};
+
+/// Keys j <= i + causal_offset.
+template <>
+struct Mask<MaskKind::causal> : PrefixMask<Mask<MaskKind::causal>> {
+  FLASHCUTE_HD static int32_t visible_keys(int32_t q, ForwardParams const& p) {
+    int64_t const keys = static_cast<int64_t>(q) + p.causal_offset + 1;
+    return static_cast<int32_t>(max_of<int64_t>(0, min_of<int64_t>(keys, p.seqlen_k)));
+  }
+};
+
+}  // namespace flashcute

@@ -1,0 +1,85 @@
+// What one launch of the forward needs to know: plain data, passed by value as the kernel's only
+// parameter and read by the CPU backend too.
+#pragma once
+
+#include "flashcute/std.hpp"
+
+namespace flashcute {
+
+/// Element (not byte) distances between neighbours. The last dimension always has stride 1.
+struct Strides {
+  int64_t batch, row, head;
+};
+
+struct ForwardParams {
+  void const* q;  // (batch, seqlen_q, heads,    head_dim)
+  void const* k;  // (batch, seqlen_k, kv_heads, head_dim)
+  void const* v;  // (batch, seqlen_k, kv_heads, head_dim)
+  void* out;      // (batch, seqlen_q, heads,    head_dim)
+  void* lse;      // (batch, heads, seqlen_q), contiguous; fp32, or fp64 with fp64 inputs; may be null
+
+  Strides q_stride, k_stride, v_stride, out_stride;
+
+  double scale;      // of the scores: softmax(scale * Q K^T)
+  float scale_log2;  // scale * log2(e), for the base-2 softmax of the GPU kernels
+
+  int32_t batch, heads, kv_heads;
+  int32_t seqlen_q, seqlen_k;
+  int32_t head_dim;
+  int32_t causal_offset;  // causal: query i sees key j iff j <= i + causal_offset
+};
+
+// The host (g++) fills the struct, the device compiler reads it: both assert the layout.
+static_assert(sizeof(Strides) == 24);
+static_assert(sizeof(ForwardParams) == 176);
+#if !defined(__CUDACC_RTC__)  // NVRTC's offsetof is no constant expression
+static_assert(offsetof(ForwardParams, q_stride) == 40);
+static_assert(offsetof(ForwardParams, out_stride) == 112);
+static_assert(offsetof(ForwardParams, scale) == 136);
+static_assert(offsetof(ForwardParams, batch) == 148);
+static_assert(offsetof(ForwardParams, causal_offset) == 172);
+#endif
+
+/// One tile of query rows of one head: what a thread block, or a CPU task, computes.
+struct QueryTile {
+  int32_t batch, head, kv_head;
+  int32_t row0;  // first query row
+  int32_t rows;  // rows that exist: block_m, or fewer at the end of the sequence
+
+  /// Tile `index` of `count(p, block_m)`. Within a head the last rows come first: under a causal mask they
+  /// are the longest tiles, and the long ones should start early. A GPU passes its 32-bit block index, to
+  /// be spared a 64-bit division.
+  template <class Index>
+  FLASHCUTE_HD static QueryTile at(ForwardParams const& p, Index index, int32_t block_m) {
+    auto const row_blocks = static_cast<Index>(ceil_div(p.seqlen_q, block_m));
+    auto const heads = static_cast<Index>(p.heads);
+    auto const head_index = index / row_blocks;
+    auto const block = static_cast<int32_t>(row_blocks - 1 - index % row_blocks);
+    QueryTile t;
+    t.batch = static_cast<int32_t>(head_index / heads);
+    t.head = static_cast<int32_t>(head_index % heads);
+    t.kv_head = t.head / (p.heads / p.kv_heads);
+    t.row0 = block * block_m;
+    t.rows = min_of(block_m, p.seqlen_q - t.row0);
+    return t;
+  }
+
+  FLASHCUTE_HD static int64_t count(ForwardParams const& p, int32_t block_m) {
+    return static_cast<int64_t>(p.batch) * p.heads * ceil_div<int64_t>(p.seqlen_q, block_m);
+  }
+
+  FLASHCUTE_HD int64_t q_offset(ForwardParams const& p) const { return offset(p.q_stride, head, row0); }
+  FLASHCUTE_HD int64_t k_offset(ForwardParams const& p) const { return offset(p.k_stride, kv_head, 0); }
+  FLASHCUTE_HD int64_t v_offset(ForwardParams const& p) const { return offset(p.v_stride, kv_head, 0); }
+  FLASHCUTE_HD int64_t out_offset(ForwardParams const& p) const { return offset(p.out_stride, head, row0); }
+  FLASHCUTE_HD int64_t lse_offset(ForwardParams const& p) const {
+    return (static_cast<int64_t>(batch) * p.heads + head) * p.seqlen_q + row0;
+  }
+
+ private:
+  FLASHCUTE_HD int64_t offset(Strides const& s, int64_t h, int64_t row) const {
+    return batch * s.batch + h * s.head + row * s.row;
+  }
+};
+
+}  // namespace flashcute

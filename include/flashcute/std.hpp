@@ -1,0 +1,59 @@
+// The only header of the device code that includes standard headers. NVRTC has none of them, so
+// there libcu++ stands in; everything below this header spells `flashcute::int64_t` and the like.
+#pragma once
+
+#if defined(__CUDACC_RTC__)
+#include <cuda/std/cstddef>
+#include <cuda/std/cstdint>
+#include <cuda/std/limits>
+#include <cuda/std/type_traits>
+#else
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#endif
+
+// FLASHCUTE_HD marks functions that host and device share. On the host they are always inlined: the
+// CPU backend compiles the same policies once per instruction set, and an out-of-line copy built for
+// AVX-512 must never be the one the linker keeps for everybody.
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#define FLASHCUTE_HD __host__ __device__ __forceinline__
+#define FLASHCUTE_DEVICE __device__ __forceinline__
+#else
+#define FLASHCUTE_HD [[gnu::always_inline]] inline
+#endif
+
+namespace flashcute {
+
+#if defined(__CUDACC_RTC__)
+namespace std_ = ::cuda::std;
+#else
+namespace std_ = ::std;
+#endif
+
+using std_::int32_t;
+using std_::int64_t;
+using std_::size_t;
+using std_::uint32_t;
+using std_::uint64_t;
+using std_::uint8_t;
+
+inline constexpr float infinity = std_::numeric_limits<float>::infinity();
+
+template <class T>
+FLASHCUTE_HD constexpr T min_of(T a, T b) {
+  return b < a ? b : a;
+}
+
+template <class T>
+FLASHCUTE_HD constexpr T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+
+template <class T>
+FLASHCUTE_HD constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace flashcute

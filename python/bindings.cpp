@@ -1,0 +1,291 @@
+// Python bindings: turns array objects into TensorViews and C++ exceptions into Python ones. Everything
+// else is in flashcute/api.hpp (for C++) and the Python files beside this one.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "dlpack.hpp"
+#include "exceptions.hpp"
+#include "flashcute/api.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace flashcute::python {
+namespace {
+
+// ---- dtypes, layouts, architectures ----------------------------------------------------------------
+
+/// "bfloat16", torch.bfloat16, numpy.dtype("float16"), numpy.float16, ...
+DType to_dtype(nb::handle object) {
+  nb::object text;
+  if (nb::isinstance<nb::str>(object)) {
+    text = nb::borrow(object);
+  } else if (nb::hasattr(object, "name")) {
+    text = object.attr("name");
+  } else if (nb::hasattr(object, "__name__")) {
+    text = object.attr("__name__");
+  } else {
+    text = nb::str(object);
+  }
+  std::string dtype = nb::cast<std::string>(nb::str(text));
+  dtype = dtype.substr(dtype.rfind('.') + 1);
+  for (DType t : {DType::float16, DType::bfloat16, DType::float32, DType::float64}) {
+    if (dtype == name_of(t)) return t;
+  }
+  throw ArgumentError("dtype", "float16, bfloat16, float32 or float64", nb::cast<std::string>(nb::repr(object)));
+}
+
+Layout to_layout(std::string const& layout) {
+  if (layout == "bshd") return Layout::bshd;
+  if (layout == "bhsd") return Layout::bhsd;
+  throw ArgumentError("layout", "'bshd' or 'bhsd'", "'" + layout + "'");
+}
+
+/// "sm_80", "cpu", 80.
+Arch to_arch(nb::handle object) {
+  std::string const text = nb::cast<std::string>(nb::str(object));
+  if (text == "cpu") return cpu_arch;
+  std::string const digits = text.starts_with("sm_") ? text.substr(3) : text;
+  if ((digits.size() == 2 || digits.size() == 3) && digits.find_first_not_of("0123456789") == std::string::npos) {
+    return std::stoi(digits);
+  }
+  throw ArgumentError("arch", "'cpu' or a compute capability such as 'sm_80'", "'" + text + "'");
+}
+
+// ---- ForwardConfig ---------------------------------------------------------------------------------
+
+nb::object option_to_python(DType value) { return nb::str(name_of(value)); }
+nb::object option_to_python(bool value) { return nb::bool_(value); }
+nb::object option_to_python(int32_t value) { return nb::int_(value); }
+
+void option_from_python(char const*, nb::handle object, DType& value) { value = to_dtype(object); }
+
+void option_from_python(char const* option, nb::handle object, bool& value) {
+  if (!nb::isinstance<nb::bool_>(object)) {
+    throw ArgumentError(option, "True or False", nb::cast<std::string>(nb::repr(object)));
+  }
+  value = nb::cast<bool>(object);
+}
+
+void option_from_python(char const* option, nb::handle object, int32_t& value) {
+  int32_t number = 0;
+  if (nb::isinstance<nb::bool_>(object) || !nb::try_cast(object, number)) {
+    throw ArgumentError(option, "an integer", nb::cast<std::string>(nb::repr(object)));
+  }
+  value = number;
+}
+
+void set_options(ForwardConfig& config, nb::kwargs const& options) {
+  for (auto const& [key, value] : options) {
+    std::string const option = nb::cast<std::string>(key);
+    std::string known;
+    bool found = false;
+    for_each_option(config, [&](char const* name, auto& member) {
+      known += (known.empty() ? "" : ", ") + std::string(name);
+      if (option != name) return;
+      option_from_python(name, value, member);
+      found = true;
+    });
+    if (!found) throw ArgumentError("ForwardConfig", "options among " + known, "'" + option + "'");
+  }
+}
+
+nb::tuple options_of(ForwardConfig const& config) {
+  nb::list values;
+  for_each_option(config, [&](char const*, auto value) { values.append(option_to_python(value)); });
+  return nb::tuple(values);
+}
+
+std::string repr_of(ForwardConfig const& config) {
+  std::string text;
+  for_each_option(config, [&](char const* option, auto value) {
+    nb::object const object = option_to_python(value);
+    text += (text.empty() ? "" : ", ") + std::string(option) + "=" + nb::cast<std::string>(nb::repr(object));
+  });
+  return "ForwardConfig(" + text + ")";
+}
+
+/// Read-only properties, one for each option, that look up the member by its name.
+void bind_options(nb::class_<ForwardConfig>& cls) {
+  ForwardConfig const defaults;
+  for_each_option(defaults, [&](char const* option, auto value) {
+    using Value = decltype(value);
+    std::string const type = std::is_same_v<Value, DType> ? "str" : std::is_same_v<Value, bool> ? "bool" : "int";
+    std::string const signature = "def " + std::string(option) + "(self) -> " + type;
+    cls.def_prop_ro(
+        option,
+        [option](ForwardConfig const& config) {
+          nb::object result;
+          for_each_option(config, [&](char const* name, auto member) {
+            if (std::string_view(name) == option) result = option_to_python(member);
+          });
+          return result;
+        },
+        nb::sig(signature.c_str()));
+  });
+}
+
+void bind_config(nb::module_& m) {
+  static constexpr char signature[] =
+      "def __init__(self, *, dtype: object = 'bfloat16', head_dim: int = 128, block_m: int = 128, block_n: int = 64, "
+      "num_warps: int = 4, swizzled: bool = True, q_in_registers: bool = False) -> None";
+  static constexpr char replace_signature[] = "def replace(self, **options: object) -> ForwardConfig";
+  auto cls = nb::class_<ForwardConfig>(m, "ForwardConfig", nb::is_final(),
+                                       "Static configuration of a forward kernel: immutable, hashable.\n\n"
+                                       "dtype: 'float16', 'bfloat16' (on the CPU also 'float32', 'float64'), or any "
+                                       "library's dtype object.\n"
+                                       "head_dim: compiled width; runs every head dimension up to it (GPU: 64 or 128, "
+                                       "multiples of 8).\n"
+                                       "block_m: query rows per tile (B_r).  block_n: keys per K/V block (B_c).\n"
+                                       "num_warps: warps per thread block; each owns 16-row slices of the tile.\n"
+                                       "swizzled: XOR-swizzled shared memory, free of bank conflicts.\n"
+                                       "q_in_registers: hold Q's fragments in registers through the K/V loop.\n\n"
+                                       "num_warps, swizzled and q_in_registers have no effect on the CPU.");
+  cls.def(
+      "__init__",
+      [](ForwardConfig* self, nb::kwargs const& options) {
+        ForwardConfig config;
+        set_options(config, options);
+        new (self) ForwardConfig(config);
+      },
+      nb::sig(signature));
+  bind_options(cls);
+  cls.def_prop_ro("name", [](ForwardConfig const& c) { return std::string(name(c).text); }, "Canonical name.");
+  cls.def(
+      "replace",
+      [](ForwardConfig config, nb::kwargs const& options) {
+        set_options(config, options);
+        return config;
+      },
+      nb::sig(replace_signature), "A copy with some options changed.");
+  cls.def(
+      "check", [](ForwardConfig const& c, nb::handle arch) { check_config(c, to_arch(arch)); }, "arch"_a,
+      nb::sig("def check(self, arch: str | int) -> None"),
+      "Raises ConfigError with the first rule broken on `arch` ('cpu', 'sm_80', ...).");
+  cls.def("__eq__", [](ForwardConfig const& a, nb::handle b) {
+    return nb::isinstance<ForwardConfig>(b) && a == nb::cast<ForwardConfig const&>(b);
+  }, nb::sig("def __eq__(self, other: object, /) -> bool"));
+  cls.def("__hash__", [](ForwardConfig const& c) { return nb::hash(options_of(c)); });
+  cls.def("__repr__", &repr_of);
+  cls.def(
+      "__reduce__",
+      [](ForwardConfig const& c) {
+        nb::object const from_options = nb::type<ForwardConfig>().attr("_from_options");
+        return nb::make_tuple(from_options, options_of(c));
+      },
+      nb::sig("def __reduce__(self) -> tuple[object, tuple[object, ...]]"));
+  cls.def_static("_from_options", [](nb::args const& values) {
+    ForwardConfig config;
+    size_t i = 0;
+    for_each_option(config, [&](char const* option, auto& member) { option_from_python(option, values[i++], member); });
+    return config;
+  }, nb::sig("def _from_options(*values: object) -> ForwardConfig"));
+}
+
+// ---- calls -----------------------------------------------------------------------------------------
+
+ForwardOptions make_options(bool causal, std::optional<double> scale, std::string const& layout, nb::handle stream,
+                            Tensor const& q) {
+  ForwardOptions options;
+  options.causal = causal;
+  options.scale = scale;
+  options.layout = to_layout(layout);
+  options.stream = stream.is_none() ? q.current_stream() : reinterpret_cast<void*>(nb::cast<std::uintptr_t>(stream));
+  return options;
+}
+
+void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, nb::handle out,
+                  nb::handle lse, bool causal, std::optional<double> scale, std::string const& layout,
+                  nb::handle stream) {
+  Tensor const tq("q", q, stream), tk("k", k, stream), tv("v", v, stream), to("out", out, stream);
+  std::optional<Tensor> tl;
+  if (!lse.is_none()) tl.emplace("lse", lse, stream);
+  ForwardOptions const options = make_options(causal, scale, layout, stream, tq);
+  nb::gil_scoped_release const release;
+  TensorView const& view = tq.view();
+  ForwardConfig const chosen =
+      config ? *config : default_config(view.dtype, view.rank == 4 ? view.shape[3] : 1, arch_of(view.device));
+  forward(chosen, tq.view(), tk.view(), tv.view(), to.view(), tl ? &tl->view() : nullptr, options);
+}
+
+Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, bool causal,
+                         std::optional<double> scale, std::string const& layout) {
+  Tensor const tq("q", q, nb::none()), tk("k", k, nb::none()), tv("v", v, nb::none());
+  ForwardOptions options;
+  options.causal = causal;
+  options.scale = scale;
+  options.layout = to_layout(layout);
+  nb::gil_scoped_release const release;
+  std::optional<ForwardConfig> chosen;
+  if (config) chosen = *config;
+  return explain(chosen, tq.view(), tk.view(), tv.view(), options);
+}
+
+void bind_facts(nb::module_& m) {
+  nb::class_<Explanation>(m, "Explanation", "What a call runs and why; see flashcute.explain.")
+      .def_ro("backend", &Explanation::backend, "'sm80', 'cpu', or '' if nothing can run the call.")
+      .def_ro("config", &Explanation::config, "The configuration, or None.")
+      .def_ro("kernel", &Explanation::kernel, "Entry point of the kernel, or the CPU's instruction set.")
+      .def_ro("image", &Explanation::image, "Where the kernel comes from.")
+      .def_ro("rejected", &Explanation::rejected, "(alternative, reason) pairs.")
+      .def("__repr__", [](Explanation const& e) {
+        std::string text = e.backend.empty() ? "nothing can run this call" : "backend " + e.backend + ": " + e.kernel;
+        if (e.config) text += "\n  config  " + repr_of(*e.config);
+        if (!e.image.empty()) text += "\n  image   " + e.image;
+        for (auto const& [what, why] : e.rejected) text += "\n  not " + what + ": " + why;
+        return text;
+      });
+  nb::class_<GpuInfo>(m, "GpuInfo")
+      .def_ro("index", &GpuInfo::index)
+      .def_ro("name", &GpuInfo::name)
+      .def_ro("arch", &GpuInfo::arch, "Compute capability * 10.");
+  nb::class_<DriverInfo>(m, "DriverInfo")
+      .def_ro("available", &DriverInfo::available)
+      .def_ro("problem", &DriverInfo::problem)
+      .def_ro("cuda_version", &DriverInfo::cuda_version)
+      .def_ro("gpus", &DriverInfo::gpus);
+  nb::class_<BuildInfo>(m, "BuildInfo")
+      .def_ro("image_archs", &BuildInfo::image_archs)
+      .def_ro("image_compiler", &BuildInfo::image_compiler)
+      .def_ro("jit_compiler", &BuildInfo::jit_compiler)
+      .def_ro("jit_problem", &BuildInfo::jit_problem)
+      .def_ro("cache_folder", &BuildInfo::cache_folder)
+      .def_ro("cpu_isa", &BuildInfo::cpu_isa)
+      .def_ro("cpu_threads", &BuildInfo::cpu_threads);
+}
+
+}  // namespace
+}  // namespace flashcute::python
+
+NB_MODULE(_core, m) {
+  using namespace flashcute;
+  using namespace flashcute::python;
+  bind_exceptions(m);
+  bind_config(m);
+  bind_facts(m);
+  m.def("forward", &call_forward, "config"_a.none(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "causal"_a,
+        "scale"_a.none(), "layout"_a, "stream"_a.none());
+  m.def("explain", &call_explain, "config"_a.none(), "q"_a, "k"_a, "v"_a, "causal"_a, "scale"_a.none(), "layout"_a);
+  m.def("default_config", [](nb::handle dtype, int64_t head_dim, nb::handle arch) {
+    return default_config(to_dtype(dtype), head_dim, to_arch(arch));
+  }, "dtype"_a, "head_dim"_a, "arch"_a);
+  m.def("configs", &configs);
+  m.def("prebuild", [](ForwardConfig const& config, nb::handle arch) {
+    Arch const target = to_arch(arch);
+    nb::gil_scoped_release const release;
+    return prebuild(config, target);
+  }, "config"_a, "arch"_a);
+  m.def("driver_info", &driver_info, nb::call_guard<nb::gil_scoped_release>());
+  m.def("build_info", &build_info);
+  m.def("build_version", &build_version);
+  m.def("environment_variables", [] {
+    std::vector<std::vector<std::string>> rows;
+    for (auto const& v : environment_variables()) rows.push_back({v.name, v.default_value, v.meaning});
+    return rows;
+  });
+  m.def("set_search_paths", &set_search_paths, "package_roots"_a, "device_headers"_a);
+  m.def("set_exporter", &set_exporter, "exporter"_a);
+}

@@ -1,0 +1,63 @@
+"""FlashAttention on CuTe: readable, switchable attention kernels for NVIDIA GPUs and CPUs.
+
+    >>> import flashcute
+    >>> out = flashcute.flash_attention(q, k, v, causal=True)
+
+Arrays of NumPy, torch, CuPy and JAX (on the CPU) are taken through DLPack, and each library gets its
+own kind back. See `flash_attention`, `forward`, `ForwardConfig` and `explain`.
+"""
+
+from __future__ import annotations
+
+import sys as _sys
+from pathlib import Path as _Path
+
+from . import _arrays, _core
+from ._core import (
+    ArgumentError,
+    CacheError,
+    CompileError,
+    ConfigError,
+    DeviceError,
+    DriverError,
+    Explanation,
+    FlashcuteError,
+    ForwardConfig,
+    UnsupportedError,
+)
+from .attention import configs, default_config, explain, flash_attention, forward, prebuild
+
+# Nothing is searched, opened or initialised yet: these are only told.
+_headers = _Path(_core.__file__).parent / "include"
+_core.set_search_paths([p for p in _sys.path if p], [str(_headers), str(_headers / "cccl")])
+_core.set_exporter(_arrays.export)
+
+__version__: str = _core.build_version()
+
+__all__ = [
+    "ArgumentError",
+    "CacheError",
+    "CompileError",
+    "ConfigError",
+    "DeviceError",
+    "DriverError",
+    "Explanation",
+    "FlashcuteError",
+    "ForwardConfig",
+    "UnsupportedError",
+    "configs",
+    "default_config",
+    "explain",
+    "flash_attention",
+    "forward",
+    "prebuild",
+    "reference",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "reference":  # needs an array library: loaded when asked for
+        from importlib import import_module
+
+        return import_module(".reference", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

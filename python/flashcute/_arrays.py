@@ -1,0 +1,181 @@
+"""What flashcute asks of an array library: a DLPack export, new arrays, the current stream.
+
+One small class per library. None is imported here: a library is known by the arrays it made, so it has
+been imported already.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from ._core import ArgumentError, UnsupportedError
+
+CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13  # DLPack device types
+
+Array = Any
+
+
+class Library:
+    """The DLPack protocol and nothing more: inputs work, outputs must be passed with ``out=``."""
+
+    def export(self, array: Array, stream: int | None) -> tuple[object, str | None, int | None]:
+        """(capsule, dtype name if DLPack cannot tell it, the library's current stream)."""
+        device, index = array.__dlpack_device__()
+        current = self.current_stream(int(index)) if int(device) in (CUDA, CUDA_MANAGED) else None
+        consumer = stream if stream is not None else current
+        # DLPack numbers the legacy default stream 1; 0 is ambiguous.
+        argument = None if current is None and stream is None else (consumer or 1)
+        try:
+            capsule = array.__dlpack__(stream=argument, max_version=(1, 0))
+        except TypeError:  # before DLPack 1.0
+            capsule = array.__dlpack__(stream=argument)
+        return capsule, None, current
+
+    def current_stream(self, device: int) -> int | None:
+        return None
+
+    def empty(self, shape: Sequence[int], like: Array, dtype: str | None = None) -> Array:
+        """A new array on the device of `like`, of its dtype or of the named one."""
+        raise ArgumentError(
+            f"out: expected an array to write to, got None. flashcute does not know how to make a "
+            f"{type(like).__module__}.{type(like).__name__}"
+        )
+
+    def finish(self, array: Array, like: Array) -> Array:
+        """Turns what `empty` returned into what the caller gets."""
+        return array
+
+    def records_gradient(self, *arrays: Array) -> str | None:
+        """The first of q, k, v of which a gradient would be expected."""
+        return None
+
+    def use_stream(self, stream: int, arrays: Sequence[Array]) -> AbstractContextManager[object]:
+        """Makes it safe to work with `arrays` on a stream that may not be the current one."""
+        device, index = arrays[0].__dlpack_device__()
+        current = self.current_stream(int(index))
+        if int(device) in (CUDA, CUDA_MANAGED) and (current or 0) != stream:
+            raise ArgumentError(
+                f"stream: expected the current stream {current}, got {stream}. "
+                f"{type(arrays[0]).__module__.partition('.')[0]} cannot be told that another stream uses its "
+                "memory: make the stream current, and pass none"
+            )
+        return nullcontext()
+
+
+class NumPy(Library):
+    def export(self, array: Array, stream: int | None) -> tuple[object, str | None, int | None]:
+        if array.dtype.name == "bfloat16":  # ml_dtypes: DLPack of NumPy refuses what NumPy does not define
+            capsule, _, current = super().export(array.view("uint16"), stream)
+            return capsule, "bfloat16", current
+        return super().export(array, stream)
+
+    def empty(self, shape: Sequence[int], like: Array, dtype: str | None = None) -> Array:
+        import numpy as np
+
+        return np.empty(shape, dtype or like.dtype)
+
+
+class Torch(Library):
+    def current_stream(self, device: int) -> int | None:
+        torch = sys.modules["torch"]
+        return int(torch.cuda.current_stream(device).cuda_stream)
+
+    def empty(self, shape: Sequence[int], like: Array, dtype: str | None = None) -> Array:
+        torch = sys.modules["torch"]
+        return torch.empty(
+            shape, dtype=getattr(torch, dtype) if dtype else like.dtype, device=like.device
+        )
+
+    def records_gradient(self, *arrays: Array) -> str | None:
+        for name, array in zip("qkv", arrays, strict=True):
+            if getattr(array, "requires_grad", False) and sys.modules["torch"].is_grad_enabled():
+                return name
+        return None
+
+    def use_stream(self, stream: int, arrays: Sequence[Array]) -> AbstractContextManager[object]:
+        if not arrays[0].is_cuda:
+            return nullcontext()
+        torch = sys.modules["torch"]
+        external = torch.cuda.ExternalStream(stream, device=arrays[0].device)
+        for array in arrays:
+            array.record_stream(external)
+        # What is allocated inside belongs to that stream.
+        context: AbstractContextManager[object] = torch.cuda.stream(external)
+        return context
+
+
+class CuPy(Library):
+    def current_stream(self, device: int) -> int | None:
+        cupy = sys.modules["cupy"]
+        with cupy.cuda.Device(device):
+            return int(cupy.cuda.get_current_stream().ptr)
+
+    def empty(self, shape: Sequence[int], like: Array, dtype: str | None = None) -> Array:
+        cupy = sys.modules["cupy"]
+        with like.device:
+            return cupy.empty(shape, dtype or like.dtype)
+
+
+class Jax(Library):
+    """JAX on the CPU. Its arrays are immutable, so NumPy memory is filled and handed over."""
+
+    def export(self, array: Array, stream: int | None) -> tuple[object, str | None, int | None]:
+        device, _ = array.__dlpack_device__()
+        if int(device) != CPU:
+            raise UnsupportedError(
+                "q, k, v: JAX arrays on a GPU are not supported yet: use jax.nn.dot_product_attention, "
+                "or pass torch or CuPy arrays"
+            )
+        return array.__dlpack__(), None, None
+
+    def empty(self, shape: Sequence[int], like: Array, dtype: str | None = None) -> Array:
+        import numpy as np
+
+        return np.empty(shape, dtype or like.dtype)  # JAX brings ml_dtypes, which NumPy's bfloat16 needs
+
+    def finish(self, array: Array, like: Array) -> Array:
+        return sys.modules["jax"].numpy.asarray(array)
+
+
+_libraries: dict[str, Library] = {
+    "numpy": NumPy(),
+    "torch": Torch(),
+    "cupy": CuPy(),
+    "jax": Jax(),
+    "jaxlib": Jax(),
+}
+_other = Library()
+
+
+@functools.cache
+def library_of(kind: type) -> Library:
+    """The library that a class of arrays belongs to; subclasses count as their base."""
+    for base in kind.__mro__:
+        found = _libraries.get(base.__module__.partition(".")[0])
+        if found is not None:
+            return found
+    return _other
+
+
+def export(array: Array, stream: int | None) -> tuple[object, str | None, int | None]:
+    return library_of(type(array)).export(array, stream)
+
+
+def stream_number(stream: object) -> int | None:
+    """The address of a CUstream: an integer, or an object of torch, CuPy or ``__cuda_stream__``."""
+    if stream is None or (isinstance(stream, int) and not isinstance(stream, bool)):
+        return stream
+    for attribute in ("cuda_stream", "ptr"):
+        address = getattr(stream, attribute, None)
+        if isinstance(address, int):
+            return address
+    protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is not None:
+        return int(protocol()[1])
+    raise ArgumentError(
+        f"stream: expected None, a CUstream address, or a stream of torch or CuPy, got {stream!r}"
+    )

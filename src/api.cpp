@@ -1,0 +1,124 @@
+#include "flashcute/api.hpp"
+
+#include "cpu/forward.hpp"
+#include "driver.hpp"
+#include "environment.hpp"
+#include "families.hpp"
+#include "image_store.hpp"
+#include "jit.hpp"
+#include "launch.hpp"
+#include "nvrtc.hpp"
+#include "plan.hpp"
+
+namespace flashcute {
+
+void forward(ForwardConfig const& config, TensorView const& q, TensorView const& k, TensorView const& v,
+             TensorView const& out, TensorView const* lse, ForwardOptions const& options) {
+  ForwardPlan const plan = plan_forward(config, q, k, v, &out, lse, options);
+  if (plan.device.type == DeviceType::cuda) {
+    launch(plan.kernel, plan.params, plan.device.index, options.stream);
+  } else {
+    cpu::forward(plan.kernel.config, plan.kernel.features, plan.params);
+  }
+}
+
+ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch) {
+  if (head_dim < 1 || head_dim > 256) {
+    throw ArgumentError("head_dim", "a number between 1 and 256", std::to_string(head_dim));
+  }
+  return default_forward_config(dtype, static_cast<int32_t>(head_dim), arch);
+}
+
+std::vector<ForwardConfig> configs() {
+  std::vector<ForwardConfig> all;
+  for (auto const& family : forward_families) {
+    for (DType dtype : family_dtypes) {
+      all.push_back(family.config);
+      all.back().dtype = dtype;
+    }
+  }
+  return all;
+}
+
+Explanation explain(std::optional<ForwardConfig> const& config, TensorView const& q, TensorView const& k,
+                    TensorView const& v, ForwardOptions const& options) {
+  Explanation e;
+  bool const gpu = q.device.type == DeviceType::cuda;
+  char const* const here = gpu ? "sm80" : "cpu";
+  e.rejected.emplace_back(gpu ? "cpu" : "sm80", gpu ? "the tensors are on " + to_string(q.device)
+                                                    : std::string("the tensors are on the CPU"));
+  ForwardConfig chosen;
+  try {
+    chosen = config ? *config : default_config(q.dtype, q.rank == 4 ? q.shape[3] : 0, arch_of(q.device));
+    ForwardPlan const plan = plan_forward(chosen, q, k, v, nullptr, nullptr, options);
+    e.backend = here;
+    e.config = chosen;
+    e.kernel = gpu ? name(plan.kernel).text : std::string(cpu::isa());
+    e.image = gpu ? image_origin(plan.kernel, arch_of(q.device)) : "compiled into the library";
+  } catch (Error const& error) {
+    e.rejected.emplace_back(here, error.what());
+  }
+  for (ForwardConfig const& other : configs()) {
+    if (other == chosen) continue;
+    std::string reason;
+    try {
+      plan_forward(other, q, k, v, nullptr, nullptr, options);
+      reason = config ? "another configuration was asked for" : "slower: the default tile for this head_dim is another";
+    } catch (Error const& error) {
+      reason = error.what();
+    }
+    e.rejected.emplace_back(name(other).text, reason);
+  }
+  return e;
+}
+
+std::vector<std::pair<std::string, std::string>> prebuild(ForwardConfig const& config, Arch arch) {
+  if (arch == cpu_arch) throw ArgumentError("arch", "a GPU's compute capability such as sm_80", "the CPU");
+  check_config(config, arch);
+  std::vector<std::pair<std::string, std::string>> done;
+  for (MaskKind mask : family_masks) {
+    ForwardKernelId const kernel{config, {mask}};
+    done.emplace_back(name(kernel).text, find_image(kernel, arch).origin);
+  }
+  return done;
+}
+
+DriverInfo driver_info() {
+  DriverInfo info;
+  try {
+    cuda::Driver const& d = cuda::driver();
+    info.available = true;
+    info.cuda_version = d.version;
+    for (int i = 0; i < d.devices; ++i) info.gpus.push_back({i, cuda::device_name(i), cuda::device_arch(i)});
+  } catch (Error const& error) {
+    info.problem = error.what();
+  }
+  return info;
+}
+
+std::string build_version() { return FLASHCUTE_VERSION; }
+
+BuildInfo build_info() {
+  BuildInfo info;
+  info.image_archs = image_archs();
+  info.image_compiler = image_compiler();
+  info.jit_problem = jit_mode() == JitMode::off ? "switched off by FLASHCUTE_JIT=off" : nvrtc_problem();
+  if (info.jit_problem.empty()) info.jit_compiler = "NVRTC " + nvrtc_version() + " (" + nvrtc_path() + ")";
+  info.cache_folder = cache_folder();
+  info.cpu_isa = cpu::isa();
+  info.cpu_threads = cpu::num_threads();
+  return info;
+}
+
+std::vector<EnvironmentVariable> environment_variables() {
+  std::vector<EnvironmentVariable> all;
+  for (Variable const& v : variables()) all.push_back({v.name, v.default_value, v.meaning});
+  return all;
+}
+
+void set_search_paths(std::vector<std::string> package_roots, std::vector<std::string> device_headers) {
+  set_search_roots(std::move(package_roots));
+  set_include_folders(std::move(device_headers));
+}
+
+}  // namespace flashcute

@@ -1,0 +1,147 @@
+#include "dispatch.hpp"
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "forward_isa.hpp"
+#include "forward_scratch.hpp"
+#include "thread_pool.hpp"
+
+namespace flashcute::cpu {
+namespace {
+
+/// Below this many multiply-adds of Q K^T, waking the other threads takes longer than they save.
+constexpr double min_parallel_work = 1 << 18;
+
+/// Working memory that a thread keeps from call to call.
+class ScratchBuffer {
+ public:
+  ScratchBuffer() = default;
+  ScratchBuffer(ScratchBuffer const&) = delete;
+  ScratchBuffer& operator=(ScratchBuffer const&) = delete;
+  ~ScratchBuffer() { std::free(memory_); }
+
+  void* at_least(size_t bytes) {
+    if (bytes > bytes_) {
+      std::free(memory_);
+      bytes_ = 0;
+      memory_ = std::aligned_alloc(scratch_alignment, ceil_div<size_t>(bytes, scratch_alignment) * scratch_alignment);
+      if (memory_ == nullptr) throw std::bad_alloc{};
+      bytes_ = bytes;
+    }
+    return memory_;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+thread_local ScratchBuffer scratch_buffer;
+
+ForwardTileFunction forward_tile(Isa isa, ForwardConfig const& config, Features const& features) {
+  switch (isa) {
+    case Isa::baseline: return baseline::forward_tile(config, features);
+#if defined(__x86_64__)
+    case Isa::avx2: return avx2::forward_tile(config, features);
+    case Isa::avx512: return avx512::forward_tile(config, features);
+#else
+    default: break;
+#endif
+  }
+  throw std::invalid_argument(std::string("flashcute was built without the CPU instruction set ") + name_of(isa));
+}
+
+Isa current_isa() {
+  // Not a function-local static: its lock, held by another thread at a fork, would hang the child.
+  static std::atomic<int> chosen{-1};
+  int isa = chosen.load(std::memory_order_relaxed);
+  if (isa < 0) chosen = isa = static_cast<int>(choose_isa(std::getenv("FLASHCUTE_CPU_ISA")));
+  return static_cast<Isa>(isa);
+}
+
+}  // namespace
+
+char const* name_of(Isa isa) {
+  switch (isa) {
+    case Isa::baseline: return "baseline";
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+  }
+  return "?";
+}
+
+bool is_available(Isa isa) {
+  switch (isa) {
+    case Isa::baseline: return true;
+#if defined(__x86_64__)
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case Isa::avx512:
+      return is_available(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+    default: return false;
+#endif
+  }
+  return false;
+}
+
+Isa choose_isa(char const* requested) {
+  if (requested == nullptr || *requested == '\0') {
+    Isa best = Isa::baseline;
+    for (Isa const isa : all_isas) best = is_available(isa) ? isa : best;
+    return best;
+  }
+  for (Isa const isa : all_isas) {
+    if (std::string(requested) != name_of(isa)) continue;
+    if (is_available(isa)) return isa;
+    throw std::invalid_argument(std::string("FLASHCUTE_CPU_ISA=") + requested + ": this CPU or this build lacks it; " +
+                                "the best here is " + name_of(choose_isa(nullptr)));
+  }
+  throw std::invalid_argument(std::string("FLASHCUTE_CPU_ISA: expected baseline, avx2 or avx512, got '") + requested +
+                              "'");
+}
+
+int choose_num_threads(char const* requested) {
+  if (requested == nullptr || *requested == '\0') return available_cpus();
+  char* end = nullptr;
+  long const threads = std::strtol(requested, &end, 10);
+  if (*end != '\0' || threads < 1 || threads > 4096) {
+    throw std::invalid_argument(std::string("FLASHCUTE_NUM_THREADS: expected an integer from 1 to 4096, got '") +
+                                requested + "'");
+  }
+  return static_cast<int>(threads);
+}
+
+char const* isa() { return name_of(current_isa()); }
+
+int num_threads() {
+  static std::atomic<int> requested{-1};  // 0: not set, so ask at each call; affinity may change
+  int threads = requested.load(std::memory_order_relaxed);
+  if (threads < 0) {
+    char const* const variable = std::getenv("FLASHCUTE_NUM_THREADS");
+    requested = threads = variable == nullptr || *variable == '\0' ? 0 : choose_num_threads(variable);
+  }
+  return threads == 0 ? available_cpus() : threads;
+}
+
+void forward_with(Isa isa, int threads, ForwardConfig const& config, Features const& features,
+                  ForwardParams const& params) {
+  ForwardTileFunction const tile = forward_tile(isa, config, features);
+  size_t const element = config.dtype == DType::float64 ? sizeof(double) : sizeof(float);
+  size_t const bytes = static_cast<size_t>(ForwardScratch::of(config).elements) * element;
+  double const work = static_cast<double>(params.batch) * params.heads * params.seqlen_q *
+                      static_cast<double>(params.seqlen_k) * params.head_dim;
+  parallel_for(QueryTile::count(params, config.block_m), work < min_parallel_work ? 1 : threads,
+               [&](int64_t index) { tile(config, params, index, scratch_buffer.at_least(bytes)); });
+}
+
+void forward(ForwardConfig const& config, Features const& features, ForwardParams const& params) {
+  forward_with(current_isa(), num_threads(), config, features, params);
+}
+
+}  // namespace flashcute::cpu

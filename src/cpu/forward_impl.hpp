@@ -1,0 +1,271 @@
+// The forward pass of one tile, compiled once per instruction set: forward_<isa>.cpp defines
+// FLASHCUTE_CPU_ISA and includes this file. All but `forward_tile` has internal linkage: were an inline
+// function or a template of the AVX-512 file visible to the linker, it could replace the baseline's copy
+// of the same name (tools/check_isa_symbols.py looks).
+//
+// The lanes of a vector are queries. S^T = K Q^T has a row per key and a column per query, so row
+// maximum, row sum and the rescaling of O need no reduction across lanes, K and V are read where
+// they lie, one element broadcast to all queries, and a query's result never depends on its neighbours'.
+#pragma once
+
+#include "flashcute/mask.hpp"
+#include "forward_isa.hpp"
+#include "forward_scratch.hpp"
+#include "gemm.hpp"
+#include "vector.hpp"
+
+namespace flashcute::cpu::FLASHCUTE_CPU_ISA {
+namespace {
+
+template <class T>
+constexpr T infinity = std_::numeric_limits<T>::infinity();  // a constant: calls nothing at run time
+
+template <DType>
+struct ElementOf;
+template <>
+struct ElementOf<DType::float16> {
+  using type = Half;
+  using Accumulator = float;
+};
+template <>
+struct ElementOf<DType::bfloat16> {
+  using type = Bfloat16;
+  using Accumulator = float;
+};
+template <>
+struct ElementOf<DType::float32> {
+  using type = float;
+  using Accumulator = float;
+};
+template <>
+struct ElementOf<DType::float64> {
+  using type = double;
+  using Accumulator = double;
+};
+
+/// Softmax over keys that arrive block by block, in base 2. A row that has seen nothing but -inf keeps
+/// row_max = -inf and row_sum = 0.
+template <class T>
+struct OnlineSoftmax {
+  T* row_max;
+  T* row_sum;
+  T* correction;  // what the last update made of 1: O must be multiplied by it
+  int64_t ld;
+  int columns;
+
+  void clear() const {
+    for (int m = 0; m < columns; ++m) row_max[m] = -infinity<T>, row_sum[m] = 0;
+  }
+
+  /// Turns `keys` rows of S^T into P^T.
+  void update(T* scores, int keys) const {
+    for (int m = 0; m < columns; m += lanes<T>) {
+      Vector<T> const old_max = load(row_max + m);
+      Vector<T> const new_max = max_over(scores + m, keys, old_max);
+      // -inf - -inf is NaN; with 0 in place of the maximum such scores give P = 0, as they should.
+      Vector<T> const reference = new_max == -infinity<T> ? Vector<T>{} : new_max;
+      Vector<T> sum = {};
+      for (int n = 0; n < keys; ++n) {
+        T* const s = scores + n * ld + m;
+        Vector<T> const p = exp2<T>(load(s) - reference);
+        store(s, p);
+        sum += p;
+      }
+      Vector<T> const factor = exp2<T>(old_max - reference);
+      store(correction + m, factor);
+      store(row_sum + m, load(row_sum + m) * factor + sum);
+      store(row_max + m, new_max);
+    }
+  }
+
+  T lse(int m) const {
+    constexpr double ln2 = 0x1.62e42fefa39efp-1;
+    return static_cast<T>(ln2 * (static_cast<double>(row_max[m]) + __builtin_log2(static_cast<double>(row_sum[m]))));
+  }
+
+ private:
+  /// NaN is passed over: it reaches the result through P.
+  Vector<T> max_over(T const* s, int keys, Vector<T> start) const {
+    constexpr int chains = 4;  // one chain would wait for each maximum
+    Vector<T> best[chains] = {start, start, start, start};
+    int n = 0;
+    for (; n + chains <= keys; n += chains) {
+#pragma GCC unroll 4
+      for (int c = 0; c < chains; ++c) best[c] = max(load(s + (n + c) * ld), best[c]);
+    }
+    for (; n < keys; ++n) best[0] = max(load(s + n * ld), best[0]);
+    return max(max(best[0], best[1]), max(best[2], best[3]));
+  }
+
+  [[gnu::always_inline]] static Vector<T> max(Vector<T> x, Vector<T> best) { return x > best ? x : best; }
+};
+
+template <DType dtype, MaskKind mask_kind>
+class ForwardTile {
+  using Element = typename ElementOf<dtype>::type;
+  using T = typename ElementOf<dtype>::Accumulator;
+  using Mask = flashcute::Mask<mask_kind>;
+  static constexpr bool widened = !__is_same(Element, T);
+
+ public:
+  static void run(ForwardConfig const& config, ForwardParams const& params, int64_t index, void* memory) {
+    ForwardTile{config, params, index, static_cast<T*>(memory)}.compute();
+  }
+
+ private:
+  ForwardTile(ForwardConfig const& config, ForwardParams const& params, int64_t index, T* memory)
+      : p_{params},
+        tile_{QueryTile::at(params, index, config.block_m)},
+        block_n_{config.block_n},
+        columns_{ceil_div(tile_.rows, lanes<T>) * lanes<T>},
+        layout_{ForwardScratch::of(config)},
+        memory_{memory} {}
+
+  void compute() const {
+    T* const q = memory_ + layout_.q;
+    T* const s = memory_ + layout_.scores;
+    T* const o = memory_ + layout_.out;
+    int64_t const ld = layout_.ld;
+    OnlineSoftmax<T> const softmax{memory_ + layout_.row_max, memory_ + layout_.row_sum, memory_ + layout_.correction,
+                                   ld, columns_};
+    load_query(q);
+    clear(o);
+    softmax.clear();
+    auto const range = Mask::kv_range(tile_, p_, block_n_);
+    range.for_each_backward([&](int n, auto partial) {
+      int const key0 = n * block_n_;
+      int const keys = min_of(block_n_, p_.seqlen_k - key0);  // nothing beyond the sequence is touched
+      RowMajor<T> const k = load_block(p_.k, tile_.k_offset(p_), p_.k_stride.row, key0, keys, memory_ + layout_.k);
+      RowMajor<T> const v = load_block(p_.v, tile_.v_offset(p_), p_.v_stride.row, key0, keys, memory_ + layout_.v);
+
+      gemm(k, keys, q, ld, p_.head_dim, columns_, Assign<T>{s, ld});  // S^T = K Q^T
+      if constexpr (partial.value) apply_mask(s, key0, keys);
+      softmax.update(s, keys);  // S^T becomes P^T
+      RowMajor<T> const seen_v = partial.value ? finite_part(v, keys) : v;
+      gemm(transpose(seen_v), p_.head_dim, s, ld, keys, columns_,  // O^T = O^T diag(correction) + V^T P^T
+           RescaleAndAdd<T>{o, ld, softmax.correction});
+      if constexpr (partial.value) {
+        if (seen_v.data != v.data) add_not_finite(v, s, o, key0, keys);
+      }
+    });
+    store_out(o, softmax);
+    if (p_.lse != nullptr) store_lse(softmax);
+  }
+
+  /// Q^T in units of log2: scale and log2(e) are folded in here, once per tile. Lanes without a query
+  /// compute on zeros rather than on what the scratch memory happens to hold.
+  void load_query(T* q) const {
+    constexpr double log2_e = 0x1.71547652b82fep+0;
+    T const scale = static_cast<T>(p_.scale * log2_e);
+    Element const* const from = static_cast<Element const*>(p_.q) + tile_.q_offset(p_);
+    for (int m = 0; m < tile_.rows; ++m) {
+      for (int d = 0; d < p_.head_dim; ++d) q[d * layout_.ld + m] = scale * to_float(from[m * p_.q_stride.row + d]);
+    }
+    for (int d = 0; d < p_.head_dim; ++d) {
+      for (int m = tile_.rows; m < columns_; ++m) q[d * layout_.ld + m] = 0;
+    }
+  }
+
+  void clear(T* o) const {
+    for (int d = 0; d < p_.head_dim; ++d) {
+      for (int m = 0; m < columns_; ++m) o[d * layout_.ld + m] = 0;
+    }
+  }
+
+  /// Keys or values [key0, key0 + keys) in the accumulation type: in place, or widened into `buffer`.
+  RowMajor<T> load_block(void const* base, int64_t offset, int64_t stride, int key0, int keys, T* buffer) const {
+    Element const* const from = static_cast<Element const*>(base) + offset + key0 * stride;
+    if constexpr (widened) {
+      for (int n = 0; n < keys; ++n) widen(from + n * stride, buffer + n * p_.head_dim, p_.head_dim);
+      return {buffer, p_.head_dim};
+    } else {
+      return {from, stride};
+    }
+  }
+
+  /// By select: a masked score may be NaN.
+  void apply_mask(T* s, int key0, int keys) const {
+    for (int n = 0; n < keys; ++n) {
+      for (int m = 0; m < tile_.rows; ++m) {
+        T const score = s[n * layout_.ld + m];
+        s[n * layout_.ld + m] = Mask::visible(tile_.row0 + m, key0 + n, p_) ? score : -infinity<T>;
+      }
+    }
+  }
+
+  /// In a partial block a value may be seen by some queries only, and 0 * NaN would poison the others.
+  /// Gives back `v` where all of it is finite, else a copy with 0 in place of what is not.
+  RowMajor<T> finite_part(RowMajor<T> v, int keys) const {
+    int found = 0;
+    for (int n = 0; n < keys; ++n) {
+      for (int d = 0; d < p_.head_dim; ++d) found |= !is_finite(v(n, d));
+    }
+    if (!found) return v;
+    T* const copy = memory_ + layout_.finite_v;
+    for (int n = 0; n < keys; ++n) {
+      for (int d = 0; d < p_.head_dim; ++d) copy[n * p_.head_dim + d] = is_finite(v(n, d)) ? v(n, d) : 0;
+    }
+    return {copy, p_.head_dim};
+  }
+
+  /// Adds to O what `finite_part` left out, to the queries that see it.
+  void add_not_finite(RowMajor<T> v, T const* p, T* o, int key0, int keys) const {
+    for (int n = 0; n < keys; ++n) {
+      for (int d = 0; d < p_.head_dim; ++d) {
+        if (is_finite(v(n, d))) continue;
+        for (int m = 0; m < tile_.rows; ++m) {
+          if (Mask::visible(tile_.row0 + m, key0 + n, p_)) o[d * layout_.ld + m] += v(n, d) * p[n * layout_.ld + m];
+        }
+      }
+    }
+  }
+
+  [[gnu::always_inline]] static bool is_finite(T x) { return x - x == 0; }
+
+  /// A row whose visible scores are all -inf is 0 / 0, which is the NaN it should be.
+  void store_out(T* o, OnlineSoftmax<T> const& softmax) const {
+    Element* const to = static_cast<Element*>(p_.out) + tile_.out_offset(p_);
+    for (int m = 0; m < tile_.rows; ++m) {
+      bool const empty = Mask::empty_row(tile_.row0 + m, p_);
+      for (int d = 0; d < p_.head_dim; ++d) {
+        T const x = empty ? T{0} : o[d * layout_.ld + m] / softmax.row_sum[m];
+        from_float(x, to[m * p_.out_stride.row + d]);
+      }
+    }
+  }
+
+  void store_lse(OnlineSoftmax<T> const& softmax) const {
+    T* const to = static_cast<T*>(p_.lse) + tile_.lse_offset(p_);
+    for (int m = 0; m < tile_.rows; ++m) to[m] = softmax.lse(m);
+  }
+
+  ForwardParams const p_;  // a copy: nothing that is stored can change it, as far as the compiler knows
+  QueryTile const tile_;
+  int const block_n_;
+  int const columns_;  // tile_.rows, rounded up to whole vectors
+  ForwardScratch const layout_;
+  T* const memory_;
+};
+
+template <DType dtype>
+ForwardTileFunction forward_tile_of(Features const& features) {
+  switch (features.mask) {
+    case MaskKind::full: return ForwardTile<dtype, MaskKind::full>::run;
+    case MaskKind::causal: return ForwardTile<dtype, MaskKind::causal>::run;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+ForwardTileFunction forward_tile(ForwardConfig const& config, Features const& features) {
+  switch (config.dtype) {
+    case DType::float16: return forward_tile_of<DType::float16>(features);
+    case DType::bfloat16: return forward_tile_of<DType::bfloat16>(features);
+    case DType::float32: return forward_tile_of<DType::float32>(features);
+    case DType::float64: return forward_tile_of<DType::float64>(features);
+  }
+  return nullptr;
+}
+
+}  // namespace flashcute::cpu::FLASHCUTE_CPU_ISA

@@ -1,0 +1,116 @@
+// The CUDA driver, opened at run time: nothing links libcuda, so the library loads on any machine.
+// Prototypes are ours; <cuda.h> is included nowhere (its types differ between CUDA 12 and 13, and a
+// machine without a toolkit has none).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "flashcute/api.hpp"
+
+namespace flashcute::cuda {
+
+using Result = int;
+using DeviceHandle = int;
+using Context = struct ContextTag*;
+using Stream = void*;
+using Library = struct LibraryTag*;
+using Kernel = struct KernelTag*;
+using Function = struct FunctionTag*;
+using DevicePointer = std::uint64_t;
+
+inline constexpr Result success = 0;
+
+/// The driver entry points that flashcute uses. Field names are the API's names.
+#define FLASHCUTE_DRIVER_FUNCTIONS(F)                                                                              \
+  F(cuInit, 2000, (unsigned flags))                                                                                \
+  F(cuDriverGetVersion, 2020, (int* version))                                                                      \
+  F(cuDeviceGetCount, 2000, (int* count))                                                                          \
+  F(cuDeviceGet, 2000, (DeviceHandle * device, int ordinal))                                                       \
+  F(cuDeviceGetName, 2000, (char* name, int length, DeviceHandle device))                                          \
+  F(cuDeviceGetAttribute, 2000, (int* value, int attribute, DeviceHandle device))                                  \
+  F(cuDevicePrimaryCtxRetain, 7000, (Context * context, DeviceHandle device))                                      \
+  F(cuCtxGetCurrent, 4000, (Context * context))                                                                    \
+  F(cuCtxPushCurrent, 4000, (Context context))                                                                     \
+  F(cuCtxPopCurrent, 4000, (Context * context))                                                                    \
+  F(cuCtxSynchronize, 2000, ())                                                                                    \
+  F(cuLibraryLoadData, 12000,                                                                                      \
+    (Library * library, void const* code, int* jit_options, void** jit_values, unsigned jit_count,                 \
+     int* library_options, void** library_values, unsigned library_count))                                         \
+  F(cuLibraryGetKernel, 12000, (Kernel * kernel, Library library, char const* name))                               \
+  F(cuKernelGetFunction, 12000, (Function * function, Kernel kernel))                                              \
+  F(cuKernelSetAttribute, 12000, (int attribute, int value, Kernel kernel, DeviceHandle device))                   \
+  F(cuLaunchKernel, 4000,                                                                                          \
+    (Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,     \
+     unsigned block_z, unsigned shared_bytes, Stream stream, void** parameters, void** extra))                     \
+  F(cuThreadExchangeStreamCaptureMode, 10010, (int* mode))                                                         \
+  F(cuGetErrorName, 6000, (Result error, char const** name))                                                       \
+  F(cuGetErrorString, 6000, (Result error, char const** text))                                                     \
+  F(cuMemAlloc, 3020, (DevicePointer * pointer, std::size_t bytes))                                                \
+  F(cuMemFree, 3020, (DevicePointer pointer))                                                                      \
+  F(cuMemcpyHtoD, 3020, (DevicePointer to, void const* from, std::size_t bytes))                                   \
+  F(cuMemcpyDtoH, 3020, (void* to, DevicePointer from, std::size_t bytes))                                         \
+  F(cuMemsetD8, 3020, (DevicePointer to, unsigned char value, std::size_t bytes))                                  \
+  F(cuEventCreate, 2000, (void** event, unsigned flags))                                                           \
+  F(cuEventDestroy, 4000, (void* event))                                                                           \
+  F(cuEventRecord, 2000, (void* event, Stream stream))                                                             \
+  F(cuEventSynchronize, 2000, (void* event))                                                                       \
+  F(cuEventElapsedTime, 2000, (float* milliseconds, void* from, void* to))
+
+struct Driver {
+#define FLASHCUTE_DECLARE(name, version, parameters) Result(*name) parameters = nullptr;
+  FLASHCUTE_DRIVER_FUNCTIONS(FLASHCUTE_DECLARE)
+#undef FLASHCUTE_DECLARE
+
+  int version = 0;  // highest CUDA version the driver supports, 13000 for 13.0
+  int devices = 0;
+};
+
+/// The initialised driver; opens and initialises it on the first call. Throws DeviceError that says why
+/// there is none. Safe from any thread; after a fork the child gets its own.
+Driver const& driver();
+
+/// Throws DriverError "<what>: CUDA_ERROR_... (explanation)" unless result is success.
+void check_result(Result result, std::string const& what);
+
+Arch device_arch(int ordinal);
+std::string device_name(int ordinal);
+
+/// What a launch needs to know of a device, read once. Throws DeviceError for an ordinal that does not exist.
+struct DeviceFacts {
+  DeviceHandle handle;
+  Context primary_context;  // retained for the life of the process: frameworks share it
+  Arch arch;
+};
+DeviceFacts const& device_facts(int ordinal);
+
+/// Throws DeviceError unless the driver can load images of this CUDA version (13000 for 13.0): an image
+/// loads on drivers of its own major version or later.
+void require_driver_for(int image_cuda_version, int driver_cuda_version);
+
+/// Makes the device's primary context current for a scope, and puts back what was there.
+class ContextGuard {
+ public:
+  explicit ContextGuard(Context context);
+  ~ContextGuard();
+  ContextGuard(ContextGuard const&) = delete;
+  ContextGuard& operator=(ContextGuard const&) = delete;
+
+ private:
+  bool pushed_ = false;
+};
+
+/// Lets this thread load modules while some thread captures a CUDA graph.
+class RelaxedCapture {
+ public:
+  RelaxedCapture();
+  ~RelaxedCapture();
+  RelaxedCapture(RelaxedCapture const&) = delete;
+  RelaxedCapture& operator=(RelaxedCapture const&) = delete;
+
+ private:
+  int mode_ = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED
+};
+
+}  // namespace flashcute::cuda

@@ -1,0 +1,100 @@
+#include "environment.hpp"
+
+#include <pwd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cstdlib>
+#include <initializer_list>
+#include <string_view>
+#include <vector>
+
+#include "flashcute/error.hpp"
+
+namespace flashcute {
+namespace {
+
+constexpr std::array table = {
+    Variable{"FLASHCUTE_JIT", "on",
+             "off: never compile at run time; on: compile where no ahead-of-time image fits; force: always compile, "
+             "never use an ahead-of-time image"},
+    Variable{"FLASHCUTE_CACHE_DIR", "$XDG_CACHE_HOME/flashcute, else ~/.cache/flashcute",
+             "folder of the images that were compiled at run time (an absolute path)"},
+    Variable{"FLASHCUTE_NVRTC", "searched", "path of libnvrtc.so, the run-time compiler"},
+    Variable{"FLASHCUTE_CUDA_INCLUDE", "searched", "folder that holds cuda_fp16.h, for the run-time compiler"},
+    Variable{"FLASHCUTE_NUM_THREADS", "one per available core", "threads of the CPU backend"},
+    Variable{"FLASHCUTE_CPU_ISA", "auto", "instruction set of the CPU backend: auto, baseline, avx2 or avx512"},
+    Variable{"FLASHCUTE_QUIET", "0", "1: no messages on stderr while compiling"},
+};
+
+/// The variable's value, which must be one of `allowed`; the first is the default.
+std::string choice(char const* name, std::initializer_list<char const*> allowed) {
+  std::string const value = env(name);
+  if (value.empty()) return *allowed.begin();
+  if (std::find(allowed.begin(), allowed.end(), value) != allowed.end()) return value;
+  std::string list;
+  for (char const* a : allowed) list += (list.empty() ? "" : ", ") + std::string(a);
+  throw ArgumentError("environment variable " + std::string(name), "one of " + list, "'" + value + "'");
+}
+
+std::filesystem::path home_folder() {
+  if (char const* home = std::getenv("HOME"); home != nullptr && home[0] == '/') return home;
+  passwd entry{};
+  passwd* found = nullptr;
+  std::vector<char> buffer(16384);
+  if (getpwuid_r(geteuid(), &entry, buffer.data(), buffer.size(), &found) != 0 || found == nullptr) return {};
+  return found->pw_dir;
+}
+
+}  // namespace
+
+std::span<Variable const> variables() { return table; }
+
+std::string env(char const* name) {
+  auto const is_it = [&](Variable const& v) { return v.name == std::string_view(name); };
+  bool const known = std::any_of(table.begin(), table.end(), is_it);
+  if (!known) throw ArgumentError("env: " + std::string(name) + " is not in the table of environment variables");
+  char const* const value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+JitMode jit_mode() {
+  std::string const mode = choice("FLASHCUTE_JIT", {"on", "off", "force"});
+  return mode == "off" ? JitMode::off : mode == "force" ? JitMode::force : JitMode::on;
+}
+
+std::filesystem::path cache_folder() {
+  if (std::string const folder = env("FLASHCUTE_CACHE_DIR"); !folder.empty()) {
+    // A relative path would mean another folder after each chdir, and nobody expands a quoted ~.
+    if (folder[0] != '/') {
+      throw ArgumentError("environment variable FLASHCUTE_CACHE_DIR", "an absolute path", "'" + folder + "'");
+    }
+    return folder;
+  }
+  // The XDG base directory specification says to ignore a relative path.
+  if (char const* xdg = std::getenv("XDG_CACHE_HOME"); xdg != nullptr && xdg[0] == '/') {
+    return std::filesystem::path(xdg) / "flashcute";
+  }
+  std::filesystem::path const home = home_folder();
+  return home.empty() ? home : home / ".cache" / "flashcute";
+}
+
+std::optional<int> cpu_threads() {
+  std::string const value = env("FLASHCUTE_NUM_THREADS");
+  if (value.empty()) return std::nullopt;
+  int count = 0;
+  auto const [end, error] = std::from_chars(value.data(), value.data() + value.size(), count);
+  if (error != std::errc() || end != value.data() + value.size() || count < 1 || count > 1024) {
+    throw ArgumentError("environment variable FLASHCUTE_NUM_THREADS", "a whole number from 1 to 1024",
+                        "'" + value + "'");
+  }
+  return count;
+}
+
+std::string cpu_isa() { return choice("FLASHCUTE_CPU_ISA", {"auto", "baseline", "avx2", "avx512"}); }
+
+bool quiet() { return choice("FLASHCUTE_QUIET", {"0", "1"}) == "1"; }
+
+}  // namespace flashcute

@@ -1,0 +1,41 @@
+// The only place that reads the environment variables of flashcute. The documentation and the `info` command print
+// the same table that the getters use.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <span>
+#include <string>
+
+namespace flashcute {
+
+struct Variable {
+  char const* name;
+  char const* default_value;  // in words where it is computed
+  char const* meaning;
+};
+
+std::span<Variable const> variables();
+
+/// What the user set, or "" if nothing; a variable set to "" counts as not set. `name` must be in the table.
+/// Variables are read anew at each call: they may change between calls, but not during one.
+std::string env(char const* name);
+
+// Typed getters. A value that is not allowed raises an ArgumentError with variable, value and allowed values.
+
+enum class JitMode : std::uint8_t { off, on, force };
+JitMode jit_mode();
+
+/// FLASHCUTE_CACHE_DIR, else flashcute below $XDG_CACHE_HOME or ~/.cache; empty where the user has no home.
+std::filesystem::path cache_folder();
+
+/// FLASHCUTE_NUM_THREADS, or nothing: the caller chooses.
+std::optional<int> cpu_threads();
+
+/// FLASHCUTE_CPU_ISA: "auto", "baseline", "avx2" or "avx512".
+std::string cpu_isa();
+
+bool quiet();
+
+}  // namespace flashcute

@@ -1,0 +1,103 @@
+#include "image_store.hpp"
+
+#include <cstdlib>
+
+#include "environment.hpp"
+#include "families.hpp"
+#include "jit.hpp"
+#include "nvrtc.hpp"
+
+// The build defines FLASHCUTE_WITH_IMAGES, FLASHCUTE_IMAGE_ARCHS ("80 90 80-ptx") and
+// FLASHCUTE_NVCC_VERSION ("13.0.88"), and assembles each family's image between two symbols.
+#if FLASHCUTE_WITH_IMAGES
+#define FLASHCUTE_FORWARD_FAMILY(name, config) extern "C" char const flashcute_image_##name[], flashcute_image_##name##_end[];
+#include "kernels.def"
+#undef FLASHCUTE_FORWARD_FAMILY
+#else
+#define FLASHCUTE_IMAGE_ARCHS ""
+#define FLASHCUTE_NVCC_VERSION ""
+#endif
+
+namespace flashcute {
+namespace {
+
+struct EmbeddedImage {
+  ForwardFamily const* family;
+  char const* begin;
+  char const* end;
+};
+
+std::optional<EmbeddedImage> embedded_image([[maybe_unused]] ForwardKernelId const& kernel) {
+#if FLASHCUTE_WITH_IMAGES
+  static EmbeddedImage const images[] = {
+#define FLASHCUTE_FORWARD_FAMILY(name, config) {nullptr, flashcute_image_##name, flashcute_image_##name##_end},
+#include "kernels.def"
+#undef FLASHCUTE_FORWARD_FAMILY
+  };
+  for (std::size_t i = 0; i < std::size(images); ++i) {
+    for (auto const& held : kernels_of(forward_families[i])) {
+      if (held == kernel) return EmbeddedImage{&forward_families[i], images[i].begin, images[i].end};
+    }
+  }
+#endif
+  return std::nullopt;
+}
+
+/// Whether one of the targets the images were assembled for runs on `arch`: machine code runs within its
+/// major version from its minor version on, PTX on everything from its version on.
+bool built_for(Arch arch) {
+  std::string_view rest = image_archs();
+  while (!rest.empty()) {
+    auto const end = rest.find(' ');
+    std::string_view const target = rest.substr(0, end);
+    rest = end == std::string_view::npos ? std::string_view{} : rest.substr(end + 1);
+    int const number = std::atoi(std::string(target).c_str());
+    bool const ptx = target.ends_with("-ptx");
+    if (number <= arch && (ptx || number / 10 == arch / 10)) return true;
+  }
+  return false;
+}
+
+/// "13.0.88" -> 13000
+int cuda_version_of(std::string_view version) {
+  auto const dot = version.find('.');
+  int const major = std::atoi(std::string(version.substr(0, dot)).c_str());
+  int const minor = dot == std::string_view::npos ? 0 : std::atoi(std::string(version.substr(dot + 1)).c_str());
+  return 1000 * major + 10 * minor;
+}
+
+}  // namespace
+
+std::string_view image_archs() { return FLASHCUTE_IMAGE_ARCHS; }
+
+std::string_view image_compiler() {
+  return std::string_view(FLASHCUTE_NVCC_VERSION).empty() ? "" : "nvcc " FLASHCUTE_NVCC_VERSION;
+}
+
+Image find_image(ForwardKernelId const& kernel, Arch arch) {
+  if (jit_mode() != JitMode::force && built_for(arch)) {
+    if (auto const embedded = embedded_image(kernel)) {
+      return {{embedded->begin, static_cast<std::size_t>(embedded->end - embedded->begin)},
+              {},
+              "ahead of time",
+              cuda_version_of(FLASHCUTE_NVCC_VERSION)};
+    }
+  }
+  JitImage image = jit_image(kernel, arch);
+  return {{}, std::move(image.bytes), image.compiled ? "compiled by NVRTC " + nvrtc_version() : "disk cache",
+          cuda_version_of(nvrtc_version())};
+}
+
+std::string image_origin(ForwardKernelId const& kernel, Arch arch) {
+  bool const forced = jit_mode() == JitMode::force;
+  if (!forced && built_for(arch) && embedded_image(kernel)) return "ahead of time";
+  std::string const why = forced                    ? "FLASHCUTE_JIT=force"
+                          : image_archs().empty()   ? "built without images"
+                          : !embedded_image(kernel) ? "not among the ahead-of-time kernels"
+                                                    : "no ahead-of-time image for this GPU";
+  if (jit_mode() == JitMode::off) return "none: " + why + ", and FLASHCUTE_JIT=off";
+  if (!nvrtc_available()) return "none: " + why + ", and " + nvrtc_problem();
+  return "run-time compilation, once (" + why + ")";
+}
+
+}  // namespace flashcute

@@ -1,0 +1,28 @@
+// Kernel images that are compiled when they are first needed: looked for in the disk cache, else made by NVRTC.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "flashcute/config.hpp"
+
+namespace flashcute {
+
+/// The folders that hold flashcute/, cute/, cutlass/, cuda/std/ and nv/: one in a wheel, several in a source tree.
+/// Python sets them at import; a C++ program that compiles at run time sets them once, before it does.
+void set_include_folders(std::vector<std::string> folders);
+
+/// The image's name in the disk cache: the kernel's name, the target, and a hash of all that the image depends on: the
+/// headers, the source, the compiler's exact version and its options. No path and no size known at run time enters.
+std::string jit_key(ForwardKernelId const& kernel, Arch arch);
+
+struct JitImage {
+  std::string bytes;  // a cubin
+  bool compiled;      // by this call; otherwise it comes from the disk cache
+};
+
+/// The image of the kernel for `arch`. Throws an UnsupportedError if compiling is switched off or impossible
+/// here, a CompileError if it fails, a ConfigError if the kernel cannot run on `arch`.
+JitImage jit_image(ForwardKernelId const& kernel, Arch arch);
+
+}  // namespace flashcute

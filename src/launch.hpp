@@ -1,0 +1,13 @@
+// From a kernel's identity to a launch: finds or makes the image, loads it once per process, prepares the
+// kernel once per device, launches.
+#pragma once
+
+#include "flashcute/config.hpp"
+#include "flashcute/params.hpp"
+
+namespace flashcute {
+
+/// Launches on `stream` of the device. Throws DriverError if the driver refuses.
+void launch(ForwardKernelId const& kernel, ForwardParams const& params, int device, void* stream);
+
+}  // namespace flashcute

@@ -1,0 +1,45 @@
+// A client of NVRTC, NVIDIA's run-time compiler, which is found and opened when it is first needed and may be missing.
+// Every function may be called from several threads at once.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace flashcute {
+
+/// Folders that hold NVIDIA's Python packages (site-packages): searched before the system. Python sets them at import;
+/// C++ programs need not.
+void set_search_roots(std::vector<std::string> roots);
+
+bool nvrtc_available();
+
+/// Why there is no NVRTC and how to get one, in a sentence; "" where it is available.
+std::string nvrtc_problem();
+
+// What was found. These and nvrtc_compile throw an UnsupportedError with nvrtc_problem() where there is none.
+
+std::string nvrtc_version();  // "13.0"
+std::string nvrtc_path();     // the file
+
+/// The compiler's own signature, with patch level and build number: what nvrtc_version() leaves out.
+std::string nvrtc_build();
+
+/// The folder that holds cuda_fp16.h, or nothing. Throws an ArgumentError if FLASHCUTE_CUDA_INCLUDE names another.
+std::optional<std::string> cuda_include_folder();
+
+struct CompileRequest {
+  std::string name;    // of the program: errors are reported as "<name>.cu(line)"
+  std::string source;
+  std::string arch;    // "sm_80"
+  std::vector<std::string> include_folders;
+  std::vector<std::string> options;  // beside those that are always given
+};
+
+/// Everything that NVRTC is told but the include folders: paths do not belong into the name of an image.
+std::vector<std::string> options_without_paths(CompileRequest const& request);
+
+/// The image: a cubin, an ELF file that is never empty. A CompileError carries the compiler's log.
+std::string nvrtc_compile(CompileRequest const& request);
+
+}  // namespace flashcute

@@ -1,0 +1,257 @@
+#include "plan.hpp"
+
+#include <cmath>
+#include <limits>
+#include <numbers>
+
+#include "driver.hpp"
+
+namespace flashcute {
+namespace {
+
+std::string shape_text(TensorView const& t) {
+  std::string text = "(";
+  for (int i = 0; i < std::min(t.rank, 4); ++i) text += (i > 0 ? ", " : "") + std::to_string(t.shape[i]);
+  return text + (t.rank > 4 ? ", ...)" : ")");
+}
+
+/// A tensor with its dimensions by name, whatever their order in memory.
+struct Named {
+  int64_t batch, row, head, d;  // sizes
+  Strides stride;
+};
+
+void require_rank(char const* argument, TensorView const& t, int rank, char const* dimensions) {
+  if (t.rank == rank) return;
+  throw ArgumentError(argument, std::to_string(rank) + " dimensions " + dimensions,
+                      std::to_string(t.rank) + " (shape " + shape_text(t) + ")");
+}
+
+Named named(char const* argument, TensorView const& t, Layout layout) {
+  bool const bshd = layout == Layout::bshd;
+  require_rank(argument, t, 4, bshd ? "(batch, seqlen, heads, head_dim)" : "(batch, heads, seqlen, head_dim)");
+  int const row = bshd ? 1 : 2, head = bshd ? 2 : 1;
+  if (t.strides[3] != 1 && t.shape[3] > 1) {
+    throw ArgumentError(argument, "last stride 1", std::to_string(t.strides[3]),
+                        "Nothing is copied silently: pass a contiguous copy");
+  }
+  // A dimension of size 1 is never stepped over: its stride may be anything, so it is made harmless.
+  auto const stride = [&](int i) { return t.shape[i] > 1 ? t.strides[i] : 0; };
+  return {t.shape[0], t.shape[row], t.shape[head], t.shape[3], {stride(0), stride(row), stride(head)}};
+}
+
+void require_equal(char const* argument, char const* what, int64_t got, char const* other, int64_t expected) {
+  if (got == expected) return;
+  throw ArgumentError(argument, std::string(what) + " " + std::to_string(expected) + " as in " + other,
+                      std::to_string(got));
+}
+
+/// Vector loads of the GPU kernels: 16 bytes at a time.
+void require_aligned(char const* argument, TensorView const& t, Named const& n) {
+  int64_t const elements = 16 / size_of(t.dtype);
+  char const* const hint =
+      "Other alignments have no GPU kernel yet: pass a contiguous copy, or use the CPU backend on CPU tensors";
+  if (reinterpret_cast<std::uintptr_t>(t.data) % 16 != 0 && n.batch * n.row * n.head * n.d > 0) {
+    throw UnsupportedError(std::string(argument) + ": expected a base address that is a multiple of 16 bytes, got one " +
+                           std::to_string(reinterpret_cast<std::uintptr_t>(t.data) % 16) + " bytes past it. " + hint);
+  }
+  for (auto const& [what, stride] :
+       {std::pair{"batch", n.stride.batch}, std::pair{"seqlen", n.stride.row}, std::pair{"heads", n.stride.head}}) {
+    if (stride % elements == 0) continue;
+    throw UnsupportedError(std::string(argument) + ": expected strides that are multiples of " +
+                           std::to_string(elements) + " elements (16 bytes), got " + what + " stride " +
+                           std::to_string(stride) + ". " + hint);
+  }
+}
+
+void require_length(char const* argument, char const* what, int64_t value) {
+  constexpr int64_t limit = std::numeric_limits<int32_t>::max() - 1024;  // room to round up to a tile
+  if (value <= limit) return;
+  throw ArgumentError(argument, std::string(what) + " at most " + std::to_string(limit), std::to_string(value));
+}
+
+double checked_scale(std::optional<double> scale, int64_t d) {
+  if (!scale) return d > 0 ? 1.0 / std::sqrt(static_cast<double>(d)) : 1.0;
+  if (!std::isfinite(*scale) || *scale < 0) {
+    throw ArgumentError("scale", "a finite number >= 0", std::to_string(*scale));
+  }
+  return *scale;
+}
+
+/// "dtype=bfloat16, head_dim=128, ...": every option with its value.
+std::string describe(ForwardConfig const& config) {
+  std::string text;
+  for_each_option(config, [&](char const* option, auto value) {
+    if (!text.empty()) text += ", ";
+    text += std::string(option) + "=";
+    if constexpr (std::is_same_v<decltype(value), DType>) {
+      text += name_of(value);
+    } else if constexpr (std::is_same_v<decltype(value), bool>) {
+      text += value ? "True" : "False";
+    } else {
+      text += std::to_string(value);
+    }
+  });
+  return text;
+}
+
+void require_writable(char const* argument, TensorView const& t) {
+  if (t.read_only) throw ArgumentError(argument, "a writable tensor", "a read-only one");
+}
+
+void require_separate(char const* argument, TensorView const& t, char const* other_name, TensorView const& other) {
+  if (t.data != nullptr && t.data == other.data) {
+    throw ArgumentError(argument, "memory of its own", std::string("the memory of ") + other_name);
+  }
+}
+
+}  // namespace
+
+std::string to_string(Device device) {
+  return device.type == DeviceType::cpu ? "cpu" : "cuda:" + std::to_string(device.index);
+}
+
+Arch arch_of(Device device) {
+  return device.type == DeviceType::cpu ? cpu_arch : cuda::device_facts(device.index).arch;
+}
+
+void check_config(ForwardConfig const& config, Arch arch) {
+  ForwardConfigError const error = check(config, arch);
+  if (error == ForwardConfigError::none) return;
+  std::string message = std::string("cfg: ") + sentence(error) + " (got " + describe(config);
+  if (error == ForwardConfigError::smem) {
+    message += ": " + std::to_string(smem_bytes(config)) + " of " + std::to_string(max_smem_bytes(arch)) + " bytes";
+  }
+  if (arch != cpu_arch) message += "; GPU of compute capability " + std::to_string(arch / 10) + "." + std::to_string(arch % 10);
+  throw ConfigError(message + ")");
+}
+
+ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, TensorView const& k, TensorView const& v,
+                         TensorView const* out, TensorView const* lse, ForwardOptions const& options) {
+  Named const nq = named("q", q, options.layout);
+  Named const nk = named("k", k, options.layout);
+  Named const nv = named("v", v, options.layout);
+
+  for (auto const& [argument, t] : {std::pair{"k", &k}, std::pair{"v", &v}, std::pair{"out", out}}) {
+    if (t == nullptr) continue;
+    if (t->dtype != q.dtype) {
+      throw ArgumentError(argument, std::string("dtype ") + name_of(q.dtype) + " as in q", name_of(t->dtype));
+    }
+    if (t->device != q.device) {
+      throw ArgumentError(argument, "device " + to_string(q.device) + " as in q", to_string(t->device));
+    }
+  }
+  if (config.dtype != q.dtype) {
+    throw ConfigError(std::string("cfg: dtype ") + name_of(config.dtype) + " does not fit the tensors' " +
+                      name_of(q.dtype));
+  }
+
+  require_equal("k", "batch size", nk.batch, "q", nq.batch);
+  require_equal("v", "batch size", nv.batch, "q", nq.batch);
+  require_equal("v", "seqlen", nv.row, "k", nk.row);
+  require_equal("v", "number of heads", nv.head, "k", nk.head);
+  require_equal("k", "head_dim", nk.d, "q", nq.d);
+  if (nv.d != nk.d) {
+    throw UnsupportedError("v: expected head_dim " + std::to_string(nk.d) + " as in q and k, got " +
+                           std::to_string(nv.d) +
+                           ". A head_dim of its own for v is not supported yet: pad v, or use "
+                           "torch.nn.functional.scaled_dot_product_attention");
+  }
+  if (nq.head > 0 && (nk.head == 0 || nq.head % nk.head != 0)) {
+    throw ArgumentError("k", "a number of heads that divides q's " + std::to_string(nq.head), std::to_string(nk.head));
+  }
+  if (nq.d < 1 || nq.d > 256) throw ArgumentError("q", "head_dim between 1 and 256", std::to_string(nq.d));
+  for (auto const& [argument, n] : {std::pair{"q", &nq}, std::pair{"k", &nk}}) {
+    require_length(argument, "batch size", n->batch);
+    require_length(argument, "seqlen", n->row);
+    require_length(argument, "number of heads", n->head);
+  }
+
+  ForwardParams p{};
+  p.scale = checked_scale(options.scale, nq.d);
+  // Base-2 softmax; with scale 0 a masked score must stay -inf, so the factor stays above 0.
+  p.scale_log2 = std::max(static_cast<float>(p.scale * std::numbers::log2e), std::numeric_limits<float>::min());
+
+  bool const gpu = q.device.type == DeviceType::cuda;
+  if (gpu && q.dtype != DType::float16 && q.dtype != DType::bfloat16) {
+    throw UnsupportedError(std::string("q: ") + name_of(q.dtype) +
+                           " has no GPU kernel yet. Cast to bfloat16 or float16, or use "
+                           "torch.nn.functional.scaled_dot_product_attention");
+  }
+  if (gpu && nq.d > 128) {
+    throw UnsupportedError("q: head_dim " + std::to_string(nq.d) +
+                           " has no GPU kernel yet (at most 128). Use "
+                           "torch.nn.functional.scaled_dot_product_attention, or CPU tensors");
+  }
+  Arch const arch = arch_of(q.device);
+  check_config(config, arch);
+  if (nq.d > config.head_dim) {
+    throw ConfigError("cfg: head_dim " + std::to_string(config.head_dim) + " is smaller than the tensors' " +
+                      std::to_string(nq.d));
+  }
+  if (gpu) {
+    if (nq.d % 8 != 0) {
+      throw UnsupportedError("q: head_dim " + std::to_string(nq.d) +
+                             " has no GPU kernel yet: it must be a multiple of 8. Pad q, k and v with zeros and pass "
+                             "scale, or use torch.nn.functional.scaled_dot_product_attention");
+    }
+    require_aligned("q", q, nq);
+    require_aligned("k", k, nk);
+    require_aligned("v", v, nv);
+  }
+
+  p.q = q.data;
+  p.k = k.data;
+  p.v = v.data;
+  p.q_stride = nq.stride;
+  p.k_stride = nk.stride;
+  p.v_stride = nv.stride;
+  p.batch = static_cast<int32_t>(nq.batch);
+  p.heads = static_cast<int32_t>(nq.head);
+  p.kv_heads = static_cast<int32_t>(nk.head);
+  p.seqlen_q = static_cast<int32_t>(nq.row);
+  p.seqlen_k = static_cast<int32_t>(nk.row);
+  p.head_dim = static_cast<int32_t>(nq.d);
+  p.causal_offset = p.seqlen_k - p.seqlen_q;
+
+  if (out != nullptr) {
+    require_writable("out", *out);
+    require_rank("out", *out, 4, "as q has");
+    if (out->shape != q.shape) throw ArgumentError("out", "shape " + shape_text(q) + " as q", shape_text(*out));
+    Named const no = named("out", *out, options.layout);
+    for (int i = 0; i < 4; ++i) {
+      if (out->shape[i] > 1 && out->strides[i] == 0) {
+        throw ArgumentError("out", "every element at an address of its own", "stride 0 in dimension " + std::to_string(i));
+      }
+    }
+    if (gpu) require_aligned("out", *out, no);
+    require_separate("out", *out, "q", q);
+    require_separate("out", *out, "k", k);
+    require_separate("out", *out, "v", v);
+    p.out = out->data;
+    p.out_stride = no.stride;
+  }
+  if (lse != nullptr) {
+    DType const dtype = q.dtype == DType::float64 ? DType::float64 : DType::float32;
+    require_writable("lse", *lse);
+    require_rank("lse", *lse, 3, "(batch, heads, seqlen_q)");
+    if (lse->dtype != dtype) throw ArgumentError("lse", std::string("dtype ") + name_of(dtype), name_of(lse->dtype));
+    if (lse->device != q.device) throw ArgumentError("lse", "device " + to_string(q.device) + " as in q", to_string(lse->device));
+    int64_t expected_stride = 1;
+    std::array<int64_t, 3> const shape{nq.batch, nq.head, nq.row};
+    for (int i = 2; i >= 0; --i) {
+      auto const size = shape[static_cast<std::size_t>(i)];
+      if (lse->shape[i] != size || (size > 1 && lse->strides[i] != expected_stride)) {
+        throw ArgumentError("lse", "a contiguous tensor (batch, heads, seqlen_q) = (" + std::to_string(nq.batch) + ", " +
+                                       std::to_string(nq.head) + ", " + std::to_string(nq.row) + ")",
+                            "shape " + shape_text(*lse));
+      }
+      expected_stride *= size;
+    }
+    p.lse = lse->data;
+  }
+
+  return {{config, {options.causal ? MaskKind::causal : MaskKind::full}}, p, q.device};
+}
+
+}  // namespace flashcute

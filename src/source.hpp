@@ -1,0 +1,15 @@
+// The translation unit that defines kernels: the same text for the ahead-of-time build (nvcc) and for NVRTC. Uses plain
+// C++ only, because a small program of the build runs it before anything else exists.
+#pragma once
+
+#include <span>
+#include <string>
+
+#include "flashcute/config.hpp"
+
+namespace flashcute {
+
+/// One entry point per kernel, called name(kernel).
+std::string generated_source(std::span<ForwardKernelId const> kernels);
+
+}  // namespace flashcute
