@@ -170,19 +170,13 @@ void bind_config(nb::module_& m) {
   }, nb::sig("def __eq__(self, other: object, /) -> bool"));
   cls.def("__hash__", [](ForwardConfig const& c) { return nb::hash(options_of(c)); });
   cls.def("__repr__", &repr_of);
-  cls.def(
-      "__reduce__",
-      [](ForwardConfig const& c) {
-        nb::object const from_options = nb::type<ForwardConfig>().attr("_from_options");
-        return nb::make_tuple(from_options, options_of(c));
-      },
-      nb::sig("def __reduce__(self) -> tuple[object, tuple[object, ...]]"));
-  cls.def_static("_from_options", [](nb::args const& values) {
+  cls.def("__getstate__", &options_of);
+  cls.def("__setstate__", [](ForwardConfig& self, nb::tuple const& values) {
     ForwardConfig config;
     size_t i = 0;
     for_each_option(config, [&](char const* option, auto& member) { option_from_python(option, values[i++], member); });
-    return config;
-  }, nb::sig("def _from_options(*values: object) -> ForwardConfig"));
+    new (&self) ForwardConfig(config);
+  });
 }
 
 // ---- calls -----------------------------------------------------------------------------------------

@@ -43,21 +43,6 @@ std::optional<EmbeddedImage> embedded_image([[maybe_unused]] ForwardKernelId con
   return std::nullopt;
 }
 
-/// Whether one of the targets the images were assembled for runs on `arch`: machine code runs within its
-/// major version from its minor version on, PTX on everything from its version on.
-bool built_for(Arch arch) {
-  std::string_view rest = image_archs();
-  while (!rest.empty()) {
-    auto const end = rest.find(' ');
-    std::string_view const target = rest.substr(0, end);
-    rest = end == std::string_view::npos ? std::string_view{} : rest.substr(end + 1);
-    int const number = std::atoi(std::string(target).c_str());
-    bool const ptx = target.ends_with("-ptx");
-    if (number <= arch && (ptx || number / 10 == arch / 10)) return true;
-  }
-  return false;
-}
-
 /// "13.0.88" -> 13000
 int cuda_version_of(std::string_view version) {
   auto const dot = version.find('.');
@@ -68,6 +53,18 @@ int cuda_version_of(std::string_view version) {
 
 }  // namespace
 
+bool targets_serve(std::string_view targets, Arch arch) {
+  while (!targets.empty()) {
+    auto const end = targets.find(' ');
+    std::string_view const target = targets.substr(0, end);
+    targets = end == std::string_view::npos ? std::string_view{} : targets.substr(end + 1);
+    int const number = std::atoi(std::string(target).c_str());
+    bool const ptx = target.ends_with("-ptx");
+    if (number <= arch && (ptx || number / 10 == arch / 10)) return true;
+  }
+  return false;
+}
+
 std::string_view image_archs() { return FLASHCUTE_IMAGE_ARCHS; }
 
 std::string_view image_compiler() {
@@ -75,7 +72,7 @@ std::string_view image_compiler() {
 }
 
 Image find_image(ForwardKernelId const& kernel, Arch arch) {
-  if (jit_mode() != JitMode::force && built_for(arch)) {
+  if (jit_mode() != JitMode::force && targets_serve(image_archs(), arch)) {
     if (auto const embedded = embedded_image(kernel)) {
       return {{embedded->begin, static_cast<std::size_t>(embedded->end - embedded->begin)},
               {},
@@ -90,7 +87,7 @@ Image find_image(ForwardKernelId const& kernel, Arch arch) {
 
 std::string image_origin(ForwardKernelId const& kernel, Arch arch) {
   bool const forced = jit_mode() == JitMode::force;
-  if (!forced && built_for(arch) && embedded_image(kernel)) return "ahead of time";
+  if (!forced && targets_serve(image_archs(), arch) && embedded_image(kernel)) return "ahead of time";
   std::string const why = forced                    ? "FLASHCUTE_JIT=force"
                           : image_archs().empty()   ? "built without images"
                           : !embedded_image(kernel) ? "not among the ahead-of-time kernels"

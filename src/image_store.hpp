@@ -1,7 +1,6 @@
 // Where kernel images come from: compiled ahead of time into the library, else the disk cache, else NVRTC.
 #pragma once
 
-#include <optional>
 #include <string>
 #include <string_view>
 
@@ -25,6 +24,10 @@ Image find_image(ForwardKernelId const& kernel, Arch arch);
 /// Where find_image would take it from, without making it: "ahead of time", "run-time compilation (...)",
 /// or why there is none.
 std::string image_origin(ForwardKernelId const& kernel, Arch arch);
+
+/// Whether an image assembled for `targets` ("80 90 80-ptx") runs on `arch`: machine code runs within its
+/// major version from its minor version on, PTX on everything from its version on.
+bool targets_serve(std::string_view targets, Arch arch);
 
 /// What the build put into the library.
 std::string_view image_archs();      // "80 90 100 120 80-ptx"; empty without images

@@ -2,7 +2,7 @@
 // product fetches the fragments of the next K-step while the tensor cores work on this one.
 #pragma once
 
-#include "flashcute/layout.hpp"
+#include "flashcute/fragment.hpp"
 
 namespace flashcute {
 

@@ -7,7 +7,6 @@
 
 #include <cute/atom/copy_atom.hpp>
 #include <cute/atom/mma_atom.hpp>
-#include <cutlass/numeric_conversion.h>
 
 #include "flashcute/config.hpp"
 
@@ -81,37 +80,5 @@ struct ForwardLayout {
 
   static constexpr int rows_per_thread = 2 * C.block_m / (16 * C.num_warps);
 };
-
-/// Views an accumulator (MMA = (2, 2), MMA_M, MMA_N) by mathematical (row, column).
-template <class Tensor>
-FLASHCUTE_DEVICE auto by_row_and_column(Tensor&& acc) {
-  using namespace cute;
-  auto const l = acc.layout();
-  return make_tensor(acc.data(), make_layout(make_layout(get<0, 1>(l), get<1>(l)),    // row:    (2, MMA_M)
-                                             make_layout(get<0, 0>(l), get<2>(l))));  // column: (2, MMA_N)
-}
-
-/// Views an accumulator (MMA = (2, 2), MMA_M, MMA_N) as the A operand ((2, 2, 2), MMA_M, MMA_N / 2) of the
-/// next product: two n8 accumulators side by side are one k16 operand, so no lane exchanges anything.
-template <class Tensor>
-FLASHCUTE_DEVICE auto as_operand_a(Tensor&& acc) {
-  using namespace cute;
-  auto const l = logical_divide(acc.layout(), Shape<X, X, _2>{});  // ((2, 2), MMA_M, (2, MMA_N / 2))
-  return make_tensor(acc.data(), make_layout(make_layout(get<0, 0>(l), get<0, 1>(l), get<2, 0>(l)), get<1>(l),
-                                             get<2, 1>(l)));
-}
-
-/// Rounds an fp32 fragment to another element type, two values an instruction.
-template <class To, class Tensor>
-FLASHCUTE_DEVICE auto convert(Tensor const& from) {
-  using namespace cute;
-  auto to = make_fragment_like<To>(from);
-  auto const pairs_from = recast<cutlass::Array<float, 2> const>(from);
-  auto pairs_to = recast<cutlass::Array<To, 2>>(to);
-  cutlass::NumericArrayConverter<To, float, 2> const round;
-  CUTE_UNROLL
-  for (int i = 0; i < size(pairs_from); ++i) pairs_to(i) = round(pairs_from(i));
-  return to;
-}
 
 }  // namespace flashcute

@@ -2,7 +2,8 @@
 // exponentials relative to it, and corrects both when a new block raises the maximum.
 #pragma once
 
-#include "flashcute/layout.hpp"
+#include "flashcute/fragment.hpp"
+#include "flashcute/params.hpp"
 
 namespace flashcute {
 

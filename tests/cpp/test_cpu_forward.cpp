@@ -1,6 +1,7 @@
 // The CPU backend's forward pass against a naive reference that shares nothing with it: no tiles, no
 // online softmax, no mask policies. Every test names the failure that it guards against.
 #include <gtest/gtest.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -10,6 +11,8 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <limits>
+#include <mutex>
 #include <random>
 #include <set>
 #include <stdexcept>
@@ -290,7 +293,10 @@ Reference reference(Problem const& problem) {
       int const kv = h * s.kv_heads / s.heads;
       std::vector<double> k, v;
       for (int j = 0; j < s.seqlen_k; ++j) {
-        for (int e = 0; e < s.head_dim; ++e) k.push_back(problem.k.at(b, j, kv, e)), v.push_back(problem.v.at(b, j, kv, e));
+        for (int e = 0; e < s.head_dim; ++e) {
+          k.push_back(problem.k.at(b, j, kv, e));
+          v.push_back(problem.v.at(b, j, kv, e));
+        }
       }
       for (int i = 0; i < s.seqlen_q; ++i) {
         int64_t seen = s.seqlen_k;
@@ -457,7 +463,8 @@ TEST(CpuForward, EveryTile) {
 // Query heads that read the wrong K/V head, batches that read each other's.
 TEST(CpuForward, GroupedHeads) {
   for (int const kv_heads : {1, 2, 3, 6}) {
-    Problem problem{Shape{.head_dim = 16, .batch = 3, .heads = 6, .kv_heads = kv_heads, .seqlen_q = 33, .seqlen_k = 50}};
+    Problem problem{
+        Shape{.head_dim = 16, .batch = 3, .heads = 6, .kv_heads = kv_heads, .seqlen_q = 33, .seqlen_k = 50}};
     ASSERT_NO_FATAL_FAILURE(check(problem));
   }
 }
@@ -691,7 +698,8 @@ TEST(CpuForward, InfiniteScores) {
     int begin, end;
     double value;
   };
-  Keys const cases[] = {{0, 150, -inf}, {0, 64, -inf}, {128, 150, -inf}, {64, 150, -inf}, {10, 20, -inf}, {90, 91, inf}};
+  Keys const cases[] = {{0, 150, -inf},  {0, 64, -inf},  {128, 150, -inf},
+                        {64, 150, -inf}, {10, 20, -inf}, {90, 91, inf}};
   for (DType const dtype : all_dtypes) {
     for (MaskKind const mask : all_masks) {
       for (Keys const& keys : cases) {

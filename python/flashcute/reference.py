@@ -1,0 +1,292 @@
+"""Attention in plain array code: the textbook formula, and FlashAttention's way of computing it.
+
+`naive` and `chunked` return the same numbers. They run on NumPy, torch, CuPy, JAX and whatever follows the
+array API standard, on any device of theirs; on float64 arrays they are the reference that the kernels are
+tested against. They are written to be read, not to be fast.
+
+For one head with queries q (seqlen_q, d), keys k (seqlen_k, d) and values v (seqlen_k, d):
+
+    S = scale * q kᵀ                    scores          (seqlen_q, seqlen_k)
+    P = exp(S - rowmax(S)) / rowsum     probabilities   (seqlen_q, seqlen_k)
+    O = P v                             output          (seqlen_q, d)
+    L = log(rowsum(exp(S)))             log-sum-exp     (seqlen_q,)
+
+With a causal mask, query i sees key j iff j <= i + seqlen_k - seqlen_q: the last query sees every key. A
+row that sees no key has O = 0 and L = -inf. A key that a row does not see never enters its sums, not even
+as 0 * NaN; a NaN that it does see comes out.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any, NamedTuple
+
+from ._core import ArgumentError
+
+Array = Any
+Namespace = Any  # of the functions of an array library
+
+__all__ = ["chunked", "naive", "namespace"]
+
+INFINITY = math.inf
+
+
+def naive(
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    layout: str = "bshd",
+    return_lse: bool = False,
+) -> Any:
+    """softmax(scale * q kᵀ) v, through the whole matrix of scores.
+
+    q: (batch, seqlen_q, heads, d).  k, v: (batch, seqlen_k, kv_heads, d), kv_heads dividing heads.
+    layout: "bshd" as above, or "bhsd" with heads before seqlen.
+    scale: default d**-0.5.
+    return_lse: also return L, (batch, heads, seqlen_q), float32 (float64 for float64 arrays).
+
+    What the textbook stores, q kᵀ, P and O, is stored in q's dtype: for float16 and bfloat16 this is the
+    naive computation whose error a kernel's error is measured by. The softmax itself is done in float32,
+    and so are the sums of the products. Needs O(seqlen_q * seqlen_k) memory for each head.
+
+    Returns out, or (out, lse).
+    """
+    xp = namespace(q)
+    shape, q, k, v = _split_heads(xp, q, k, v, layout)
+    seen = _visible(xp, shape, 0, shape.rows, 0, shape.keys, q) if causal else None  # (rows, keys)
+
+    scores = _cast(xp, _matmul(xp, q, _swap(xp, k, -1, -2)), _wide(xp, q))
+    scores = scores * (shape.head_dim**-0.5 if scale is None else scale)
+    if seen is not None:
+        scores = xp.where(seen, scores, -INFINITY)
+    row_max = _max(xp, scores)
+    shift = xp.where(row_max == -INFINITY, 0.0, row_max)  # -inf - -inf would be NaN
+    exponentials = xp.exp(scores - shift)
+    row_sum = xp.sum(exponentials, axis=-1, keepdims=True)
+    probabilities = exponentials / _at_least_one_key(xp, seen, row_sum)
+    out = _weighted_sum(xp, _cast(xp, probabilities, v.dtype), v, seen)
+    lse = row_max + xp.log(xp.where(row_sum == 0, 1.0, row_sum))
+    return _merge_heads(xp, shape, out, lse[..., 0], layout, return_lse)
+
+
+def chunked(
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    layout: str = "bshd",
+    block_m: int = 64,
+    block_n: int = 64,
+    return_lse: bool = False,
+) -> Any:
+    """softmax(scale * q kᵀ) v as the kernels compute it: tile by tile, never a whole row of scores.
+
+    block_m: query rows per tile (B_r).  block_n: keys per K/V block (B_c).
+    The other arguments and what is returned are those of `naive`.
+
+    A tile of queries meets the K/V blocks one after another and keeps, for each row, the maximum m of the
+    scores so far, the sum l of their exponentials relative to m, and the output O relative to m. A block
+    that raises the maximum rescales what was summed before it:
+
+        m' = max(m, rowmax(S))      l' = exp(m - m') l + rowsum(exp(S - m'))
+                                    O' = exp(m - m') O + exp(S - m') v
+
+    After the last block, O / l is the output and m + log(l) the log-sum-exp. Blocks that the tile does not
+    see are not visited. All in float32 (float64 for float64 arrays); a kernel also rounds exp(S - m') to
+    16 bits for the tensor cores.
+
+    Sources: Dao, FlashAttention-2, arXiv 2307.08691, algorithm 1; the online softmax is that of Milakov and
+    Gimelshein, arXiv 1805.02867.
+    """
+    for name, block in (("block_m", block_m), ("block_n", block_n)):
+        if block < 1:
+            raise ArgumentError(f"{name}: expected at least 1, got {block}")
+    xp = namespace(q)
+    dtype, wide = q.dtype, _wide(xp, q)
+    shape, q, k, v = _split_heads(xp, q, k, v, layout)
+    scale = shape.head_dim**-0.5 if scale is None else scale
+
+    tiles: list[tuple[Array, Array]] = []
+    for i in range(0, max(shape.rows, 1), block_m):  # where there is no row, one tile of none
+        i_end = min(i + block_m, shape.rows)
+        q_tile = _cast(xp, q[..., i:i_end, :], wide)  # (..., B_r, d)
+        m = xp.full_like(q_tile[..., :1], -INFINITY)  # (..., B_r, 1)
+        l = xp.zeros_like(m)  # (..., B_r, 1)  # noqa: E741  the paper's name
+        o = xp.broadcast_to(l, (*shape.out[:3], i_end - i, shape.out[4]))  # (..., B_r, d)
+
+        visible_keys = shape.keys_seen_by(i_end - 1) if causal else shape.keys
+        for j in range(0, visible_keys, block_n):
+            j_end = min(j + block_n, visible_keys)
+            k_block = _cast(xp, k[..., j:j_end, :], wide)  # (..., B_c, d)
+            v_block = _cast(xp, v[..., j:j_end, :], wide)  # (..., B_c, d)
+
+            s = scale * xp.matmul(q_tile, _swap(xp, k_block, -1, -2))  # (..., B_r, B_c)
+            # Only a block on the diagonal needs the mask: below it, the tile's first row sees every key.
+            partial = causal and j_end > shape.keys_seen_by(i)
+            seen = _visible(xp, shape, i, i_end, j, j_end, q) if partial else None  # (B_r, B_c)
+            if seen is not None:
+                s = xp.where(seen, s, -INFINITY)
+
+            m_new = xp.maximum(m, _max(xp, s))
+            shift = xp.where(m_new == -INFINITY, 0.0, m_new)  # -inf - -inf would be NaN
+            p = xp.exp(s - shift)  # 0 where masked
+            rescale = xp.exp(m - shift)  # 0 before the first key
+            l = rescale * l + xp.sum(p, axis=-1, keepdims=True)  # noqa: E741
+            o = rescale * o + _weighted_sum(xp, p, v_block, seen)
+            m = m_new
+
+        if visible_keys > 0:
+            # Whoever sees a key sees the first.
+            seen = _visible(xp, shape, i, i_end, 0, 1, q) if causal else None
+            o = o / _at_least_one_key(xp, seen, l)
+        tiles.append((_cast(xp, o, dtype), m + xp.log(xp.where(l == 0, 1.0, l))))
+
+    concatenate = getattr(xp, "concat", None) or xp.concatenate
+    out, lse = (concatenate(parts, axis=-2) for parts in zip(*tiles, strict=True))
+    return _merge_heads(xp, shape, out, lse[..., 0], layout, return_lse)
+
+
+# ---- the two helpers that are about attention ------------------------------------------------------------
+
+
+def _at_least_one_key(xp: Namespace, seen: Array | None, row_sum: Array) -> Array:
+    """row_sum (..., rows, 1), with 1 for a row that sees no key, so that 0 / row_sum is 0 there and not NaN.
+
+    A row whose visible scores are all -inf keeps its 0: its softmax is not defined, and NaN says so.
+    """
+    if seen is None:
+        return row_sum
+    return xp.where(xp.any(seen, axis=-1, keepdims=True), row_sum, 1.0)
+
+
+def _weighted_sum(xp: Namespace, p: Array, v: Array, seen: Array | None) -> Array:
+    """p v for p (..., rows, keys) and v (..., keys, d), leaving out the keys that a row does not see.
+
+    Their p is 0, which is as good as leaving them out, unless v is not finite: 0 * NaN is NaN.
+    """
+    if seen is None or bool(xp.all(xp.isfinite(v))):
+        return _matmul(xp, p, v)
+    wide_p, wide_v = (_cast(xp, x, _wide(xp, x)) for x in (p, v))
+    terms = [
+        xp.where(seen[:, j : j + 1], wide_p[..., j : j + 1] * wide_v[..., j : j + 1, :], 0.0)
+        for j in range(v.shape[-2])
+    ]
+    return _cast(xp, sum(terms[1:], start=terms[0]), v.dtype)
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------
+
+
+class _Shape(NamedTuple):
+    """Of the arrays while they are computed with."""
+
+    rows: int  # seqlen_q
+    keys: int  # seqlen_k
+    head_dim: int
+    out: tuple[int, ...]  # (batch, kv_heads, heads / kv_heads, seqlen_q, d)
+
+    def keys_seen_by(self, row: int) -> int:
+        """How many keys a row sees under the causal mask: the first ones."""
+        return max(0, min(self.keys, row + 1 + self.keys - self.rows))
+
+
+def _split_heads(
+    xp: Namespace, q: Array, k: Array, v: Array, layout: str
+) -> tuple[_Shape, Array, Array, Array]:
+    """q as (batch, kv_heads, heads / kv_heads, seqlen_q, d), k and v as (batch, kv_heads, 1, seqlen_k, d).
+
+    All of the query heads that share a K/V head lie beside it, and broadcasting repeats it: no copies.
+    """
+    if layout not in ("bshd", "bhsd"):
+        raise ArgumentError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
+    if layout == "bshd":
+        q, k, v = (_swap(xp, x, 1, 2) for x in (q, k, v))
+    batch, heads, rows, head_dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    if kv_heads == 0 or heads % kv_heads != 0:
+        raise ArgumentError(f"k: expected a number of heads that divides q's {heads}, got {kv_heads}")
+    group = heads // kv_heads
+    shape = _Shape(rows, keys, head_dim, (batch, kv_heads, group, rows, v.shape[-1]))
+    q = xp.reshape(q, (batch, kv_heads, group, rows, head_dim))
+    return shape, q, k[:, :, None, :, :], v[:, :, None, :, :]
+
+
+def _merge_heads(
+    xp: Namespace, shape: _Shape, out: Array, lse: Array, layout: str, return_lse: bool
+) -> Any:
+    """Undoes _split_heads: out in the caller's layout, lse as (batch, heads, seqlen_q)."""
+    batch, kv_heads, group, rows, head_dim = shape.out
+    out = xp.reshape(out, (batch, kv_heads * group, rows, head_dim))
+    if layout == "bshd":
+        out = _swap(xp, out, 1, 2)
+    return (out, xp.reshape(lse, (batch, kv_heads * group, rows))) if return_lse else out
+
+
+def _visible(
+    xp: Namespace, shape: _Shape, i: int, i_end: int, j: int, j_end: int, like: Array
+) -> Array:
+    """The causal mask of a block of scores: (i_end - i, j_end - j), True where the row sees the key."""
+    rows = _positions(xp, i, i_end, like)[:, None]
+    keys = _positions(xp, j, j_end, like)[None, :]
+    return keys <= rows + (shape.keys - shape.rows)
+
+
+# ---- what array libraries spell differently --------------------------------------------------------------
+
+
+def namespace(array: Array) -> Namespace:
+    """The functions that work on an array: the standard's namespace, or else the module it comes from."""
+    standard = getattr(array, "__array_namespace__", None)
+    if standard is not None:
+        return standard()
+    return sys.modules[type(array).__module__.partition(".")[0]]
+
+
+def _wide(xp: Namespace, array: Array) -> Any:
+    """The dtype that sums are kept in."""
+    return xp.float64 if array.dtype == xp.float64 else xp.float32
+
+
+def _cast(xp: Namespace, array: Array, dtype: Any) -> Array:
+    if array.dtype == dtype:
+        return array
+    if hasattr(array, "to"):  # torch
+        return array.to(dtype)
+    return array.astype(dtype) if hasattr(array, "astype") else xp.astype(array, dtype)
+
+
+def _matmul(xp: Namespace, a: Array, b: Array) -> Array:
+    """a b, summed in float32 at least and rounded to a's dtype. NumPy alone would sum in 16 bits."""
+    if xp is sys.modules.get("numpy") and a.dtype.itemsize == 2:
+        return xp.matmul(a.astype(xp.float32), b.astype(xp.float32)).astype(a.dtype)
+    return xp.matmul(a, b)
+
+
+def _max(xp: Namespace, array: Array) -> Array:
+    """Of the last axis, which is kept; of nothing, -inf."""
+    if array.shape[-1] == 0:
+        return xp.sum(array, axis=-1, keepdims=True) - INFINITY
+    maximum = getattr(xp, "amax", None) or xp.max  # torch.max is something else
+    return maximum(array, axis=-1, keepdims=True)
+
+
+def _swap(xp: Namespace, array: Array, a: int, b: int) -> Array:
+    """A view with two axes swapped."""
+    if hasattr(xp, "swapaxes"):
+        return xp.swapaxes(array, a, b)
+    axes = list(range(array.ndim))
+    axes[a], axes[b] = axes[b], axes[a]
+    return xp.permute_dims(array, axes)
+
+
+def _positions(xp: Namespace, start: int, stop: int, like: Array) -> Array:
+    """start, start + 1, ... stop - 1, on the device of `like`."""
+    if xp.__name__ in ("numpy", "cupy"):  # on the current device
+        return xp.arange(start, stop)
+    return xp.arange(start, stop, device=like.device)

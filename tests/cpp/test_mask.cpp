@@ -1,0 +1,150 @@
+// The K/V blocks that a tile visits against the truth about every element, for all small sizes.
+#include <gtest/gtest.h>
+
+#include <set>
+
+#include "flashcute/mask.hpp"
+
+namespace flashcute {
+namespace {
+
+ForwardParams problem(int32_t seqlen_q, int32_t seqlen_k, int32_t offset) {
+  ForwardParams p{};
+  p.batch = p.heads = p.kv_heads = 1;
+  p.seqlen_q = seqlen_q;
+  p.seqlen_k = seqlen_k;
+  p.causal_offset = offset;
+  return p;
+}
+
+/// What the definition of the mask says, without the mask's own code.
+bool sees(MaskKind kind, int32_t q, int32_t k, ForwardParams const& p) {
+  return k < p.seqlen_k && (kind == MaskKind::full || k <= q + p.causal_offset);
+}
+
+template <MaskKind Kind>
+void check_all_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
+  for (int64_t index = 0; index < QueryTile::count(p, block_m); ++index) {
+    QueryTile const tile = QueryTile::at(p, index, block_m);
+    KvRange const range = Mask<Kind>::kv_range(tile, p, block_n);
+    std::set<int32_t> visited, full;
+    int32_t last = std::numeric_limits<int32_t>::max();
+    range.for_each_backward([&](int32_t n, auto partial) {
+      EXPECT_LT(n, last) << "blocks must come from the last to the first";
+      last = n;
+      EXPECT_TRUE(visited.insert(n).second);
+      if (!decltype(partial)::value) full.insert(n);
+    });
+    EXPECT_EQ(range.empty(), visited.empty());
+    for (int32_t n = 0; n * block_n < p.seqlen_k + 2 * block_n; ++n) {
+      bool any = false, all = true;
+      for (int32_t q = tile.row0; q < tile.row0 + tile.rows; ++q) {
+        for (int32_t k = n * block_n; k < (n + 1) * block_n; ++k) {
+          bool const visible = sees(Kind, q, k, p);
+          EXPECT_EQ((Mask<Kind>::visible(q, k, p)), visible);
+          any = any || visible;
+          all = all && visible;
+        }
+      }
+      ASSERT_EQ(visited.contains(n), any) << "block " << n << " sq " << p.seqlen_q << " sk " << p.seqlen_k;
+      ASSERT_EQ(full.contains(n), any && all) << "block " << n << " sq " << p.seqlen_q << " sk " << p.seqlen_k;
+    }
+  }
+}
+
+// Guards against visiting a block outside the mask, missing one inside it, and testing elements (or worse,
+// not testing them) in the wrong blocks.
+TEST(Mask, BlockRangesAgreeWithElementVisibility) {
+  for (int32_t sq = 0; sq <= 11; ++sq) {
+    for (int32_t sk = 0; sk <= 11; ++sk) {
+      for (int32_t block_m : {1, 2, 4}) {
+        for (int32_t block_n : {1, 2, 4}) {
+          check_all_tiles<MaskKind::full>(problem(sq, sk, 0), block_m, block_n);
+          for (int32_t offset : {sk - sq, 0, -3, 5}) {
+            check_all_tiles<MaskKind::causal>(problem(sq, sk, offset), block_m, block_n);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Guards against T6: a row without keys must be known to be empty, and no other.
+TEST(Mask, EmptyRowsAreThoseThatSeeNoKey) {
+  for (int32_t sq = 1; sq <= 9; ++sq) {
+    for (int32_t sk = 0; sk <= 9; ++sk) {
+      ForwardParams const p = problem(sq, sk, sk - sq);
+      for (int32_t q = 0; q < sq; ++q) {
+        bool any_full = false, any_causal = false;
+        for (int32_t k = 0; k < sk; ++k) {
+          any_full = any_full || sees(MaskKind::full, q, k, p);
+          any_causal = any_causal || sees(MaskKind::causal, q, k, p);
+        }
+        EXPECT_EQ(Mask<MaskKind::full>::empty_row(q, p), !any_full);
+        EXPECT_EQ(Mask<MaskKind::causal>::empty_row(q, p), !any_causal);
+      }
+    }
+  }
+}
+
+// Guards against tiles that are computed twice or never, in any order of dispatch.
+TEST(QueryTile, TilesCoverEveryRowOnce) {
+  for (int32_t sq : {1, 15, 16, 17, 33}) {
+    ForwardParams p = problem(sq, 8, 0);
+    p.batch = 3;
+    p.heads = 6;
+    p.kv_heads = 2;
+    std::set<std::tuple<int32_t, int32_t, int32_t>> rows;
+    for (int64_t i = 0; i < QueryTile::count(p, 16); ++i) {
+      QueryTile const tile = QueryTile::at(p, i, 16);
+      EXPECT_EQ(tile.kv_head, tile.head / 3);
+      EXPECT_GE(tile.rows, 1);
+      for (int32_t r = 0; r < tile.rows; ++r) EXPECT_TRUE(rows.emplace(tile.batch, tile.head, tile.row0 + r).second);
+      // A GPU computes the same with its 32-bit block index.
+      QueryTile const same = QueryTile::at(p, static_cast<uint32_t>(i), 16);
+      EXPECT_EQ(same.row0, tile.row0);
+      EXPECT_EQ(same.head, tile.head);
+      EXPECT_EQ(same.batch, tile.batch);
+    }
+    EXPECT_EQ(rows.size(), static_cast<size_t>(p.batch) * p.heads * sq);
+  }
+}
+
+// Guards against T1: 32-bit overflow in any offset. Every term alone exceeds 2^31 elements.
+TEST(QueryTile, OffsetsAre64Bit) {
+  ForwardParams p{};
+  p.batch = 70000;
+  p.heads = 64;
+  p.kv_heads = 8;
+  p.seqlen_q = 1 << 20;
+  p.seqlen_k = 1 << 20;
+  int64_t const big = int64_t{1} << 33;
+  p.q_stride = {big, big / 2, big / 4};
+  p.k_stride = {big + 8, 128, big};
+  p.v_stride = {big + 16, 128, big + 8};
+  p.out_stride = {big + 24, big, big + 16};
+  QueryTile tile{};
+  tile.batch = 65537;
+  tile.head = 63;
+  tile.kv_head = 7;
+  tile.row0 = (1 << 20) - 128;
+  tile.rows = 128;
+  using Wide = __int128;
+  auto const expect = [](int64_t got, Wide expected) { EXPECT_TRUE(static_cast<Wide>(got) == expected); };
+  expect(tile.q_offset(p), Wide{65537} * big + Wide{tile.row0} * (big / 2) + Wide{63} * (big / 4));
+  expect(tile.k_offset(p), Wide{65537} * (big + 8) + Wide{7} * big);
+  expect(tile.v_offset(p), Wide{65537} * (big + 16) + Wide{7} * (big + 8));
+  expect(tile.out_offset(p), Wide{65537} * (big + 24) + Wide{tile.row0} * big + Wide{63} * (big + 16));
+  expect(tile.lse_offset(p), (Wide{65537} * 64 + 63) * (1 << 20) + tile.row0);
+}
+
+// Guards against T4: tile counts beyond 65,535, and beyond 32 bits where the host must notice.
+TEST(QueryTile, CountIs64Bit) {
+  ForwardParams p = problem(1 << 20, 1, 0);
+  p.batch = 65537;
+  p.heads = 128;
+  EXPECT_EQ(QueryTile::count(p, 16), int64_t{65537} * 128 * (1 << 16));
+}
+
+}  // namespace
+}  // namespace flashcute

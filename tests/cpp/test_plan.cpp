@@ -1,0 +1,140 @@
+// Input checks of the C++ interface: wrong tensors are refused with the argument, what came and what is
+// allowed, and nothing is written. (The Python suite goes through all of them.)
+#include <gtest/gtest.h>
+
+#include <limits>
+#include <vector>
+
+#include "driver.hpp"
+#include "flashcute/api.hpp"
+#include "image_store.hpp"
+
+namespace flashcute {
+namespace {
+
+struct Problem {
+  std::vector<float> memory = std::vector<float>(4096, 1.f);
+  std::vector<float> output = std::vector<float>(4096, -7.f);
+  TensorView q = view(memory, {1, 4, 2, 8}), k = view(memory, {1, 5, 1, 8}), v = view(memory, {1, 5, 1, 8});
+  TensorView out = view(output, {1, 4, 2, 8});
+  ForwardOptions options;
+  ForwardConfig config = default_config(DType::float32, 8, cpu_arch);
+
+  static TensorView view(std::vector<float>& memory, std::array<int64_t, 4> shape) {
+    TensorView t;
+    t.data = memory.data();
+    t.rank = 4;
+    t.shape = shape;
+    t.strides = {shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1};
+    return t;
+  }
+
+  void run() { forward(config, q, k, v, out, nullptr, options); }
+
+  template <class Exception>
+  void expect(std::initializer_list<char const*> words) {
+    try {
+      run();
+      FAIL() << "no exception";
+    } catch (Exception const& e) {
+      for (char const* word : words) EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
+    }
+    for (float x : output) ASSERT_EQ(x, -7.f) << "something was written";
+  }
+};
+
+TEST(Plan, GoodInputRuns) {
+  Problem p;
+  p.run();
+  EXPECT_FLOAT_EQ(p.output[0], 1.f);
+  EXPECT_FLOAT_EQ(p.output[63], 1.f);
+  EXPECT_EQ(p.output[64], -7.f) << "written past the end";
+}
+
+TEST(Plan, WrongTensorsAreRefused) {
+  {
+    Problem p;
+    p.q.rank = 5;  // more dimensions than a view can hold
+    p.expect<ArgumentError>({"q", "4 dimensions", "5"});
+  }
+  {
+    Problem p;
+    p.k.dtype = DType::float64;
+    p.expect<ArgumentError>({"k", "float32", "float64"});
+  }
+  {
+    Problem p;
+    p.v.device = {DeviceType::cuda, 1};
+    p.expect<ArgumentError>({"v", "cpu", "cuda:1"});
+  }
+  {
+    Problem p;
+    p.v.shape[1] = 6;
+    p.expect<ArgumentError>({"v", "seqlen 5", "6"});
+  }
+  {
+    Problem p;
+    p.k.shape[2] = p.v.shape[2] = 3;
+    p.expect<ArgumentError>({"k", "divides", "3"});
+  }
+  {
+    Problem p;
+    p.q.strides[3] = 2;
+    p.expect<ArgumentError>({"q", "last stride 1", "2"});
+  }
+  {
+    Problem p;
+    p.out.read_only = true;
+    p.expect<ArgumentError>({"out", "writable"});
+  }
+  {
+    Problem p;
+    p.out.strides[1] = 0;
+    p.expect<ArgumentError>({"out", "stride 0", "dimension 1"});
+  }
+  {
+    Problem p;
+    p.options.scale = std::numeric_limits<double>::quiet_NaN();
+    p.expect<ArgumentError>({"scale", "finite"});
+  }
+  {
+    Problem p;
+    p.config.head_dim = 4;
+    p.expect<ConfigError>({"cfg", "head_dim 4", "8"});
+  }
+  {
+    Problem p;
+    p.config.dtype = DType::float64;
+    p.expect<ConfigError>({"cfg", "float64", "float32"});
+  }
+}
+
+// Guards against a crash deep in the driver where the images are too new for it.
+TEST(Driver, TooOldADriverIsRefusedWithWhatToDo) {
+  cuda::require_driver_for(13000, 13000);
+  cuda::require_driver_for(12080, 13000);
+  cuda::require_driver_for(12080, 12020);  // minor versions are compatible
+  try {
+    cuda::require_driver_for(13000, 12080);
+    FAIL() << "no exception";
+  } catch (DeviceError const& e) {
+    for (char const* word : {"13.0", "12.8", "580", "FLASHCUTE_JIT=force"}) {
+      EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
+    }
+  }
+}
+
+// Guards against an image that is taken for a GPU it cannot run on, or not taken where it can.
+TEST(ImageStore, ImagesServeTheirMajorVersionAndPtxServesLater) {
+  EXPECT_TRUE(targets_serve("80 90", 80));
+  EXPECT_TRUE(targets_serve("80 90", 86));
+  EXPECT_TRUE(targets_serve("80 90", 90));
+  EXPECT_FALSE(targets_serve("80 90", 100));
+  EXPECT_FALSE(targets_serve("86", 80));
+  EXPECT_TRUE(targets_serve("80-ptx", 100));
+  EXPECT_FALSE(targets_serve("90-ptx", 89));
+  EXPECT_FALSE(targets_serve("", 80));
+}
+
+}  // namespace
+}  // namespace flashcute

@@ -1,0 +1,216 @@
+"""What attention is, in fp64 NumPy, and how far from it a result may be.
+
+Written from the definition and from nothing in flashcute. Arrays are (batch, seqlen, heads, d), "bshd".
+
+The accuracy rule (`assert_accurate`) is that of the contract: an error of at most twice the error of the naive
+computation in the inputs' dtype, plus one rounding of the output. For fp32 and fp64 it is a relative bound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+UNIT_ROUNDOFF = {
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+    "float32": 2.0**-24,
+    "float64": 2.0**-53,
+}
+RELATIVE = {"float32": 1e-5, "float64": 1e-12}  # the contract's bounds
+
+
+# ---- rounding ------------------------------------------------------------------------------------
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """x rounded to `dtype` (nearest, ties to even), as fp64."""
+    if dtype == "float64":
+        return x.astype(np.float64)
+    if dtype == "float32":
+        return x.astype(np.float32).astype(np.float64)
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).astype(np.float64)
+    # bfloat16 is the upper half of an fp32. Going through fp32 rounds twice, which matters to nobody here.
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    up = ((bits >> 16) & 1) + np.uint32(0x7FFF)
+    kept = np.where(np.isnan(x), bits, (bits + up)) & np.uint32(0xFFFF0000)
+    return kept.astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+# ---- the definition ------------------------------------------------------------------------------
+
+
+def visible(seqlen_q: int, seqlen_k: int, causal: bool) -> np.ndarray:
+    """(seqlen_q, seqlen_k): whether query i sees key j."""
+    i = np.arange(seqlen_q)[:, None]
+    j = np.arange(seqlen_k)[None, :]
+    return (j <= i + seqlen_k - seqlen_q) if causal else np.ones((seqlen_q, seqlen_k), bool)
+
+
+def scores_of(q: np.ndarray, k: np.ndarray, scale: float) -> np.ndarray:
+    """scale * q k^T, (batch, heads, seqlen_q, seqlen_k). Query head h uses key head h // (heads / kv_heads)."""
+    batch, rows, heads, d = q.shape
+    kv_heads = k.shape[2]
+    grouped = q.reshape(batch, rows, kv_heads, heads // kv_heads, d)
+    s = np.einsum("bigrd,bjgd->bgrij", grouped, k, optimize=True)
+    return scale * s.reshape(batch, heads, rows, k.shape[1])
+
+
+def weighted_values(p: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """p (batch, heads, seqlen_q, seqlen_k) times v, as (batch, seqlen_q, heads, d)."""
+    batch, heads, rows, keys = p.shape
+    kv_heads, d = v.shape[2:]
+    grouped = p.reshape(batch, kv_heads, heads // kv_heads, rows, keys)
+    out = np.einsum("bgrij,bjgd->bigrd", grouped, v, optimize=True)
+    return out.reshape(batch, rows, heads, d)
+
+
+def default_scale(q: np.ndarray, scale: float | None) -> float:
+    return 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+
+
+def softmax(s: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities and log-sum-exp over the keys that are seen. A row that sees none: 0 and -inf."""
+    s = np.where(seen, s, -np.inf)
+    top = s.max(axis=-1, keepdims=True, initial=-np.inf)
+    base = np.where(np.isfinite(top), top, 0)
+    e = np.exp(s - base)
+    total = e.sum(axis=-1, keepdims=True)
+    empty = ~seen.any(axis=-1)[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = np.where(empty, 0, e / total)
+        lse = (np.log(total) + base)[..., 0]
+    return p, lse
+
+
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, *, causal: bool = False, scale: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """out (batch, seqlen_q, heads, d) and LSE (batch, heads, seqlen_q) of finite inputs, in fp64."""
+    p, lse = softmax(
+        scores_of(q, k, default_scale(q, scale)), visible(q.shape[1], k.shape[1], causal)
+    )
+    return weighted_values(p, v), lse
+
+
+def naive(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    dtype: str,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> np.ndarray:
+    """What three separate kernels in `dtype` give: scores, probabilities and output are each rounded to it when
+    they are stored; sums are taken in higher precision, as matrix units do."""
+    s = rounded(scores_of(q, k, default_scale(q, scale)), dtype)
+    p, _ = softmax(s, visible(q.shape[1], k.shape[1], causal))
+    return rounded(weighted_values(rounded(p, dtype), v), dtype)
+
+
+# ---- comparing -----------------------------------------------------------------------------------
+
+
+def to_numpy(x: object) -> np.ndarray:
+    """Any library's array as NumPy; what NumPy lacks, and fp16, as fp64."""
+    if type(x).__module__.partition(".")[0] == "torch":
+        x = x.detach().double().cpu().numpy()  # type: ignore[attr-defined]
+    elif hasattr(x, "get"):  # CuPy
+        x = x.get()
+    return np.asarray(x).astype(np.float64)
+
+
+def assert_close(got: object, expected: np.ndarray, tolerance: float, what: str) -> None:
+    """|got - expected| <= tolerance everywhere. NaN on either side is an error; infinities must be equal. (T6)"""
+    got = to_numpy(got)
+    assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
+    assert not np.isnan(expected).any(), f"{what}: the expected values hold NaN: the test is wrong"
+    nan = np.isnan(got)
+    assert not nan.any(), f"{what}: {nan.sum()} NaN of {nan.size}, first at {_first(nan)}"
+    infinite = np.isinf(expected) | np.isinf(got)
+    wrong = infinite & (got != expected)
+    assert not wrong.any(), (
+        f"{what}: {wrong.sum()} infinities differ, first at {_first(wrong)}: "
+        f"got {got[wrong][0]}, expected {expected[wrong][0]}"
+    )
+    error = np.abs(np.where(infinite, 0, got) - np.where(infinite, 0, expected))
+    if error.size and error.max() > tolerance:
+        at = np.unravel_index(error.argmax(), error.shape)
+        raise AssertionError(
+            f"{what}: error {error.max():.3e} > {tolerance:.3e} at {tuple(map(int, at))}: "
+            f"got {got[at]!r}, expected {expected[at]!r}"
+        )
+
+
+def _first(mask: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.argwhere(mask)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Inputs, exact in their dtype but held in fp64, and what is asked of them."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    dtype: str
+    causal: bool = False
+    scale: float | None = None
+
+    def expected(self) -> tuple[np.ndarray, np.ndarray]:
+        return attention(self.q, self.k, self.v, causal=self.causal, scale=self.scale)
+
+
+def make_problem(
+    rng: np.random.Generator,
+    dtype: str,
+    *,
+    batch: int = 2,
+    seqlen_q: int,
+    seqlen_k: int,
+    heads: int = 4,
+    kv_heads: int | None = None,
+    d: int,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Problem:
+    kv_heads = heads if kv_heads is None else kv_heads
+    q = rng.standard_normal((batch, seqlen_q, heads, d))
+    k = rng.standard_normal((batch, seqlen_k, kv_heads, d))
+    v = rng.standard_normal((batch, seqlen_k, kv_heads, d))
+    return Problem(*(rounded(x, dtype) for x in (q, k, v)), dtype, causal, scale)
+
+
+def assert_accurate(p: Problem, out: object, lse: object | None, *, tiny: bool = False) -> None:
+    """The accuracy rule on `out`, and an fp32 (fp64) bound on `lse`.
+
+    tiny: the output may have so few elements that the naive error is 0 by luck. Then one rounding of every
+    probability, which cannot be avoided on tensor cores, is allowed on top.
+    """
+    expected, expected_lse = p.expected()
+    u = UNIT_ROUNDOFF[p.dtype]
+    work = "float64" if p.dtype == "float64" else "float32"
+    # A score is a sum of products of this size, computed in `work`: no algorithm can know it better, and an error
+    # in the scores is a relative error of the probabilities.
+    size = default_scale(p.q, p.scale) * np.abs(p.q).max(initial=0) * np.abs(p.k).max(initial=0)
+    products = scores_of(np.abs(p.q), np.abs(p.k), default_scale(p.q, p.scale)).max(initial=0)
+    conditioning = 4 * UNIT_ROUNDOFF[work] * max(size, products)
+
+    top = np.abs(expected).max(initial=0)
+    values = np.abs(p.v).max(initial=0)
+    if p.dtype in RELATIVE:
+        tolerance = max(RELATIVE[p.dtype] * top, 2 * conditioning * values)
+    else:
+        error = np.abs(
+            naive(p.q, p.k, p.v, p.dtype, causal=p.causal, scale=p.scale) - expected
+        ).max(initial=0)
+        tolerance = 2 * error + u * top + (u * values if tiny else 0)
+    assert_close(out, expected, tolerance, "out")
+    if lse is not None:
+        finite = np.abs(expected_lse[np.isfinite(expected_lse)]).max(initial=1)
+        assert_close(lse, expected_lse, max(RELATIVE[work] * max(1, finite), conditioning), "lse")

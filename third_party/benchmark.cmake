@@ -1,0 +1,10 @@
+# Google Benchmark: an installed one, else fetched.
+find_package(benchmark QUIET)
+if(NOT benchmark_FOUND)
+  message(STATUS "flashcute: fetching Google Benchmark (or install libbenchmark-dev)")
+  include(FetchContent)
+  set(BENCHMARK_ENABLE_TESTING OFF CACHE BOOL "" FORCE)
+  set(BENCHMARK_ENABLE_INSTALL OFF CACHE BOOL "" FORCE)
+  FetchContent_Declare(benchmark GIT_REPOSITORY https://github.com/google/benchmark.git GIT_TAG v1.9.1 GIT_SHALLOW ON)
+  FetchContent_MakeAvailable(benchmark)
+endif()

@@ -1,0 +1,94 @@
+"""Checks the direction of includes, and that every header compiles alone.
+
+The plain headers (shared by GPU kernels, CPU backend and tests) must compile with the host compiler and
+no CUDA include folder. A header may include only headers of a lower level.
+
+usage: check_headers.py --compiler g++ --root REPOSITORY --system FOLDER...
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+# Lowest first: what a header may include is on a lower level.
+LEVELS = [
+    ["std"],
+    ["config", "error"],
+    ["params", "api"],
+    ["mask"],
+    ["layout"],
+    ["fragment"],
+    ["gemm", "softmax"],
+    ["load_store"],
+    ["forward"],
+    ["entry"],
+]
+PLAIN = ["std", "config", "error", "params", "api", "mask"]
+HOST_DEVICE = ["layout"]  # needs CuTe, but compiles on the host; the headers above it are device code
+INCLUDE = re.compile(r'#include [<"](?:flashcute/(\w+)\.hpp|([^>"]+))[>"]')
+
+
+def direction_problems(include: Path) -> list[str]:
+    level = {header: i for i, headers in enumerate(LEVELS) for header in headers}
+    problems = []
+    for path in sorted(include.glob("flashcute/*.hpp")):
+        if path.stem not in level:
+            problems.append(f"{path.name}: give it a level in {Path(__file__).name}")
+            continue
+        for ours, other in INCLUDE.findall(path.read_text()):
+            if ours and level.get(ours, 99) >= level[path.stem]:
+                problems.append(f"{path.name} includes {ours}.hpp, which is not on a lower level")
+            public = path.stem in ("std", "error", "api")  # std.hpp's job, or host only
+            if other and path.stem in PLAIN and not public:
+                problems.append(f"{path.name} includes <{other}>: only std.hpp may")
+    return problems
+
+
+def host_problems(source: Path) -> list[str]:
+    """Host code includes only plain headers; the bindings only the public interface."""
+    problems = []
+    for path in sorted([*source.glob("src/**/*.[ch]pp"), *source.glob("python/*.[ch]pp")]):
+        allowed = ["api", "error"] if path.parent.name == "python" else PLAIN
+        for ours, other in INCLUDE.findall(path.read_text()):
+            if ours and ours not in allowed:
+                problems.append(f"{path.name} includes flashcute/{ours}.hpp")
+            if other in ("cuda.h", "cuda_runtime.h", "nvrtc.h"):
+                problems.append(f"{path.name} includes <{other}>")
+    return problems
+
+
+def compile_problems(compiler: str, include: Path, system: list[str]) -> list[str]:
+    problems = []
+    for header in PLAIN + HOST_DEVICE:
+        folders = [f"-isystem{folder}" for folder in system] if header in HOST_DEVICE else []
+        result = subprocess.run(
+            [compiler, "-std=c++20", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{include}"]
+            + [*folders, "-x", "c++", "-"],
+            input=f'#include "flashcute/{header}.hpp"\n',
+            capture_output=True,
+            text=True,
+        )
+        if result.returncode:
+            problems.append(f"{header}.hpp does not compile alone:\n{result.stderr}")
+    return problems
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--compiler", default="g++")
+    parser.add_argument("--root", type=Path, default=Path("."))
+    parser.add_argument("--system", nargs="*", default=[], help="folders of CUTLASS and CUDA headers")
+    arguments = parser.parse_args()
+    include = arguments.root / "include"
+    problems = direction_problems(include) + host_problems(arguments.root)
+    problems += compile_problems(arguments.compiler, include, arguments.system)
+    print("\n".join(problems) or "headers: direction and self-sufficiency are right")
+    sys.exit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()
