@@ -59,11 +59,9 @@ foreach(family ${flashcute_families})
   set(image ${flashcute_images_dir}/${family}.fatbin)
   # Rewritten only when its text changes, so that rebuilding the tool does not recompile the images.
   add_custom_command(
-    OUTPUT ${unit}.stamp
+    OUTPUT ${unit}
     COMMAND ${CMAKE_COMMAND} -DTOOL=$<TARGET_FILE:flashcute_generate_unit> -DFAMILY=${family} -DUNIT=${unit}
             -P ${PROJECT_SOURCE_DIR}/cmake/write_unit.cmake
-    COMMAND ${CMAKE_COMMAND} -E touch ${unit}.stamp
-    BYPRODUCTS ${unit}
     DEPENDS flashcute_generate_unit
     COMMENT "Generating ${family}.cu"
     VERBATIM)

@@ -1,8 +1,8 @@
 """Attention in plain array code: the textbook formula, and FlashAttention's way of computing it.
 
-`naive` and `chunked` return the same numbers. They run on NumPy, torch, CuPy, JAX and whatever follows the
-array API standard, on any device of theirs; on float64 arrays they are the reference that the kernels are
-tested against. They are written to be read, not to be fast.
+`naive` and `chunked` return the same numbers. They run on NumPy, torch, CuPy, JAX and whatever
+follows the array API standard, on any device of theirs; on float64 arrays they are the reference
+that the kernels are tested against. They are written to be read, not to be fast.
 
 For one head with queries q (seqlen_q, d), keys k (seqlen_k, d) and values v (seqlen_k, d):
 
@@ -11,9 +11,9 @@ For one head with queries q (seqlen_q, d), keys k (seqlen_k, d) and values v (se
     O = P v                             output          (seqlen_q, d)
     L = log(rowsum(exp(S)))             log-sum-exp     (seqlen_q,)
 
-With a causal mask, query i sees key j iff j <= i + seqlen_k - seqlen_q: the last query sees every key. A
-row that sees no key has O = 0 and L = -inf. A key that a row does not see never enters its sums, not even
-as 0 * NaN; a NaN that it does see comes out.
+With a causal mask, query i sees key j iff j <= i + seqlen_k - seqlen_q: the last query sees every
+key. A row that sees no key has O = 0 and L = -inf. A key that a row does not see never enters its
+sums, not even as 0 * NaN; a NaN that it does see comes out.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ def naive(
     scale: default d**-0.5.
     return_lse: also return L, (batch, heads, seqlen_q), float32 (float64 for float64 arrays).
 
-    What the textbook stores, q kᵀ, P and O, is stored in q's dtype: for float16 and bfloat16 this is the
-    naive computation whose error a kernel's error is measured by. The softmax itself is done in float32,
-    and so are the sums of the products. Needs O(seqlen_q * seqlen_k) memory for each head.
+    What the textbook stores, q kᵀ, P and O, is stored in q's dtype: for float16 and bfloat16 this
+    is the naive computation whose error a kernel's error is measured by. The softmax itself is
+    done in float32, and so are the sums of the products. Needs O(seqlen_q * seqlen_k) memory for
+    each head.
 
     Returns out, or (out, lse).
     """
@@ -90,19 +91,19 @@ def chunked(
     block_m: query rows per tile (B_r).  block_n: keys per K/V block (B_c).
     The other arguments and what is returned are those of `naive`.
 
-    A tile of queries meets the K/V blocks one after another and keeps, for each row, the maximum m of the
-    scores so far, the sum l of their exponentials relative to m, and the output O relative to m. A block
-    that raises the maximum rescales what was summed before it:
+    A tile of queries meets the K/V blocks one after another and keeps, for each row, the maximum
+    m of the scores so far, the sum l of their exponentials relative to m, and the output O
+    relative to m. A block that raises the maximum rescales what was summed before it:
 
         m' = max(m, rowmax(S))      l' = exp(m - m') l + rowsum(exp(S - m'))
                                     O' = exp(m - m') O + exp(S - m') v
 
-    After the last block, O / l is the output and m + log(l) the log-sum-exp. Blocks that the tile does not
-    see are not visited. All in float32 (float64 for float64 arrays); a kernel also rounds exp(S - m') to
-    16 bits for the tensor cores.
+    After the last block, O / l is the output and m + log(l) the log-sum-exp. Blocks that the tile
+    does not see are not visited. All in float32 (float64 for float64 arrays); a kernel also
+    rounds exp(S - m') to 16 bits for the tensor cores.
 
-    Sources: Dao, FlashAttention-2, arXiv 2307.08691, algorithm 1; the online softmax is that of Milakov and
-    Gimelshein, arXiv 1805.02867.
+    Sources: Dao, FlashAttention-2, arXiv 2307.08691, algorithm 1; the online softmax is that of
+    Milakov and Gimelshein, arXiv 1805.02867.
     """
     for name, block in (("block_m", block_m), ("block_n", block_n)):
         if block < 1:
@@ -127,7 +128,7 @@ def chunked(
             v_block = _cast(xp, v[..., j:j_end, :], wide)  # (..., B_c, d)
 
             s = scale * xp.matmul(q_tile, _swap(xp, k_block, -1, -2))  # (..., B_r, B_c)
-            # Only a block on the diagonal needs the mask: below it, the tile's first row sees every key.
+            # Only a block on the diagonal needs the mask: before it, every row sees every key.
             partial = causal and j_end > shape.keys_seen_by(i)
             seen = _visible(xp, shape, i, i_end, j, j_end, q) if partial else None  # (B_r, B_c)
             if seen is not None:
@@ -152,13 +153,13 @@ def chunked(
     return _merge_heads(xp, shape, out, lse[..., 0], layout, return_lse)
 
 
-# ---- the two helpers that are about attention ------------------------------------------------------------
+# ---- the two helpers that are about attention --------------------------------------------------
 
 
 def _at_least_one_key(xp: Namespace, seen: Array | None, row_sum: Array) -> Array:
-    """row_sum (..., rows, 1), with 1 for a row that sees no key, so that 0 / row_sum is 0 there and not NaN.
+    """row_sum (..., rows, 1), with 1 where the row sees no key: its output is 0 / 1, not 0 / 0.
 
-    A row whose visible scores are all -inf keeps its 0: its softmax is not defined, and NaN says so.
+    A row whose visible scores are all -inf keeps its 0: its softmax is not defined, NaN says so.
     """
     if seen is None:
         return row_sum
@@ -166,7 +167,7 @@ def _at_least_one_key(xp: Namespace, seen: Array | None, row_sum: Array) -> Arra
 
 
 def _weighted_sum(xp: Namespace, p: Array, v: Array, seen: Array | None) -> Array:
-    """p v for p (..., rows, keys) and v (..., keys, d), leaving out the keys that a row does not see.
+    """p v for p (..., rows, keys) and v (..., keys, d), without the keys that a row does not see.
 
     Their p is 0, which is as good as leaving them out, unless v is not finite: 0 * NaN is NaN.
     """
@@ -180,7 +181,7 @@ def _weighted_sum(xp: Namespace, p: Array, v: Array, seen: Array | None) -> Arra
     return _cast(xp, sum(terms[1:], start=terms[0]), v.dtype)
 
 
-# ---- shapes ----------------------------------------------------------------------------------------------
+# ---- shapes ------------------------------------------------------------------------------------
 
 
 class _Shape(NamedTuple):
@@ -189,7 +190,7 @@ class _Shape(NamedTuple):
     rows: int  # seqlen_q
     keys: int  # seqlen_k
     head_dim: int
-    out: tuple[int, ...]  # (batch, kv_heads, heads / kv_heads, seqlen_q, d)
+    out: tuple[int, ...]  # (batch, kv_heads, group, seqlen_q, d)
 
     def keys_seen_by(self, row: int) -> int:
         """How many keys a row sees under the causal mask: the first ones."""
@@ -199,9 +200,10 @@ class _Shape(NamedTuple):
 def _split_heads(
     xp: Namespace, q: Array, k: Array, v: Array, layout: str
 ) -> tuple[_Shape, Array, Array, Array]:
-    """q as (batch, kv_heads, heads / kv_heads, seqlen_q, d), k and v as (batch, kv_heads, 1, seqlen_k, d).
+    """q as (batch, kv_heads, group, seqlen_q, d), k and v as (batch, kv_heads, 1, seqlen_k, d).
 
-    All of the query heads that share a K/V head lie beside it, and broadcasting repeats it: no copies.
+    A group is the heads / kv_heads query heads that share a K/V head. Broadcasting repeats the K/V
+    head for them, without a copy.
     """
     if layout not in ("bshd", "bhsd"):
         raise ArgumentError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
@@ -210,7 +212,7 @@ def _split_heads(
     batch, heads, rows, head_dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     if kv_heads == 0 or heads % kv_heads != 0:
-        raise ArgumentError(f"k: expected a number of heads that divides q's {heads}, got {kv_heads}")
+        raise ArgumentError(f"k: expected a head count that divides q's {heads}, got {kv_heads}")
     group = heads // kv_heads
     shape = _Shape(rows, keys, head_dim, (batch, kv_heads, group, rows, v.shape[-1]))
     q = xp.reshape(q, (batch, kv_heads, group, rows, head_dim))
@@ -231,17 +233,17 @@ def _merge_heads(
 def _visible(
     xp: Namespace, shape: _Shape, i: int, i_end: int, j: int, j_end: int, like: Array
 ) -> Array:
-    """The causal mask of a block of scores: (i_end - i, j_end - j), True where the row sees the key."""
+    """The causal mask of a block of scores, (i_end - i, j_end - j): True where row sees key."""
     rows = _positions(xp, i, i_end, like)[:, None]
     keys = _positions(xp, j, j_end, like)[None, :]
     return keys <= rows + (shape.keys - shape.rows)
 
 
-# ---- what array libraries spell differently --------------------------------------------------------------
+# ---- what array libraries spell differently ----------------------------------------------------
 
 
 def namespace(array: Array) -> Namespace:
-    """The functions that work on an array: the standard's namespace, or else the module it comes from."""
+    """The functions that work on an array: its array API namespace, or its library."""
     standard = getattr(array, "__array_namespace__", None)
     if standard is not None:
         return standard()
@@ -262,7 +264,7 @@ def _cast(xp: Namespace, array: Array, dtype: Any) -> Array:
 
 
 def _matmul(xp: Namespace, a: Array, b: Array) -> Array:
-    """a b, summed in float32 at least and rounded to a's dtype. NumPy alone would sum in 16 bits."""
+    """a b, summed in float32 at least, rounded to a's dtype. NumPy alone would sum in 16 bits."""
     if xp is sys.modules.get("numpy") and a.dtype.itemsize == 2:
         return xp.matmul(a.astype(xp.float32), b.astype(xp.float32)).astype(a.dtype)
     return xp.matmul(a, b)
