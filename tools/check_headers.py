@@ -19,7 +19,7 @@ LEVELS = [
     ["std"],
     ["config", "error"],
     ["params", "api"],
-    ["mask"],
+    ["mask", "instructions"],
     ["layout"],
     ["fragment"],
     ["gemm", "softmax"],

@@ -197,11 +197,11 @@ constexpr ForwardConfig default_forward_config(DType dtype, int32_t d, Arch arch
   } else if (d <= 64) {
     c.head_dim = 64;
     c.block_m = 128;
-    c.block_n = 128;
+    c.block_n = 64;
   } else {
     c.head_dim = 128;
     c.block_m = 128;
-    c.block_n = 64;
+    c.block_n = 32;
   }
   return c;
 }

@@ -16,7 +16,7 @@ struct ForwardPass {
 
   FLASHCUTE_DEVICE static void run(ForwardParams const& p, typename L::SharedStorage& smem) {
     using namespace cute;
-    auto const tile = QueryTile::at(p, blockIdx.x, C.block_m);
+    auto const tile = QueryTile::at(p, block_index(), C.block_m);
     auto const range = Mask::kv_range(tile, p, C.block_n);
     ForwardLoader<C> loader{p, tile, range, smem};
     typename L::TiledMma mma;
@@ -53,7 +53,7 @@ struct ForwardPass {
   FLASHCUTE_DEVICE static auto coordinates() {
     using namespace cute;
     auto const identity = make_identity_tensor(Shape<typename L::BlockM, Int<Columns>>{});
-    return by_row_and_column(typename L::TiledMma{}.get_thread_slice(threadIdx.x).partition_C(identity));
+    return by_row_and_column(typename L::TiledMma{}.get_thread_slice(thread_index()).partition_C(identity));
   }
 
   /// Scores of keys that a query does not see become -inf, by selection: what they were does not matter.
@@ -75,7 +75,7 @@ struct ForwardPass {
 
   template <class Softmax>
   FLASHCUTE_DEVICE static void store_lse(Softmax const& softmax, ForwardParams const& p, QueryTile const& tile) {
-    if (p.lse == nullptr || threadIdx.x % 4 != 0) return;  // one lane of the quad that shares a row
+    if (p.lse == nullptr || thread_index() % 4 != 0) return;  // one lane of the quad that shares a row
     float* const lse = static_cast<float*>(p.lse) + tile.lse_offset(p);
     CUTE_UNROLL
     for (int i = 0; i < L::rows_per_thread; ++i) {

@@ -25,19 +25,6 @@ FLASHCUTE_DEVICE auto as_operand_a(Tensor&& acc) {
                                              get<2, 1>(l)));
 }
 
-/// Two floats rounded to nearest even and packed, `low` in the lower half.
-template <class To>
-FLASHCUTE_DEVICE uint32_t round_pair(float low, float high) {
-  uint32_t packed;
-  if constexpr (std_::is_same_v<To, cute::half_t>) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  } else {
-    static_assert(std_::is_same_v<To, cute::bfloat16_t>);
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  }
-  return packed;
-}
-
 /// Rounds an fp32 fragment to a 16-bit element type.
 template <class To, class Tensor>
 FLASHCUTE_DEVICE auto convert(Tensor const& from) {

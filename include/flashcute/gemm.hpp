@@ -36,10 +36,10 @@ FLASHCUTE_DEVICE auto shared_operand(Fragment const& fragment, TiledCopy const& 
                                                                                       destination};
 }
 
-/// Fragments that are already in registers.
+/// Fragments that are already in registers (or a view of them).
 template <class Fragment>
 struct RegisterOperand {
-  Fragment const& fragment;  // (MMA, MMA_M or MMA_N, MMA_K)
+  Fragment fragment;  // (MMA, MMA_M or MMA_N, MMA_K)
 
   FLASHCUTE_DEVICE void fetch(int) const {}
 };

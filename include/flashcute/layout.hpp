@@ -2,28 +2,9 @@
 // warps multiply them. Types only; nothing here runs.
 #pragma once
 
-// CuTe's algorithms need its tensor first.
-#include <cute/tensor.hpp>
-
-#include <cute/atom/copy_atom.hpp>
-#include <cute/atom/mma_atom.hpp>
-
-#include "flashcute/config.hpp"
+#include "flashcute/instructions.hpp"
 
 namespace flashcute {
-
-template <DType>
-struct ElementOf;
-template <>
-struct ElementOf<DType::float16> {
-  using type = cute::half_t;
-  using MmaAtom = cute::SM80_16x8x16_F32F16F16F32_TN;
-};
-template <>
-struct ElementOf<DType::bfloat16> {
-  using type = cute::bfloat16_t;
-  using MmaAtom = cute::SM80_16x8x16_F32BF16BF16F32_TN;
-};
 
 /// The arch that a device translation unit is compiled for, for the rules that depend on it.
 #if defined(__CUDA_ARCH__)
@@ -38,7 +19,7 @@ struct ForwardLayout {
   FLASHCUTE_FORWARD_CONFIG_RULES(FLASHCUTE_RULE)
 #undef FLASHCUTE_RULE
 
-  using Element = typename ElementOf<C.dtype>::type;
+  using Element = typename TensorCore<C.dtype>::Element;
   using BlockM = cute::Int<C.block_m>;
   using BlockN = cute::Int<C.block_n>;
   using HeadDim = cute::Int<C.head_dim>;
@@ -65,18 +46,18 @@ struct ForwardLayout {
   // ---- global <-> shared: 16 bytes a thread, 8 threads a row of 64 columns ----
   using CopyThreads = cute::Layout<cute::Shape<cute::Int<C.num_warps * 4>, cute::_8>, cute::Stride<cute::_8, cute::_1>>;
   using CopyValues = cute::Layout<cute::Shape<cute::_1, cute::_8>>;
-  using LoadAtom = cute::Copy_Atom<cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>, Element>;
+  using LoadAtom = cute::Copy_Atom<CpAsync, Element>;
   using StoreAtom = cute::Copy_Atom<cute::UniversalCopy<cute::uint128_t>, Element>;
   using GlobalLoad = decltype(cute::make_tiled_copy(LoadAtom{}, CopyThreads{}, CopyValues{}));
   using GlobalStore = decltype(cute::make_tiled_copy(StoreAtom{}, CopyThreads{}, CopyValues{}));
 
   // ---- tensor cores: warps along M only, so that a row of scores lives in one quad of lanes ----
-  using TiledMma = cute::TiledMMA<cute::MMA_Atom<typename ElementOf<C.dtype>::MmaAtom>,
+  using TiledMma = cute::TiledMMA<cute::MMA_Atom<typename TensorCore<C.dtype>::Mma>,
                                   cute::Layout<cute::Shape<NumWarps, cute::_1, cute::_1>>,
                                   cute::Tile<cute::Int<16 * C.num_warps>, cute::_16, cute::_16>>;
-  using Ldmatrix = cute::Copy_Atom<cute::SM75_U32x4_LDSM_N, Element>;
-  using LdmatrixTransposed = cute::Copy_Atom<cute::SM75_U16x8_LDSM_T, Element>;
-  using FragmentStore = cute::Copy_Atom<cute::UniversalCopy<cute::uint32_t>, Element>;
+  using LdmatrixAtom = cute::Copy_Atom<Ldmatrix, Element>;
+  using LdmatrixTransposedAtom = cute::Copy_Atom<LdmatrixTransposed, Element>;
+  using FragmentStoreAtom = cute::Copy_Atom<cute::UniversalCopy<cute::uint32_t>, Element>;
 
   static constexpr int rows_per_thread = 2 * C.block_m / (16 * C.num_warps);
 };

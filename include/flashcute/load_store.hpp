@@ -24,15 +24,24 @@ class ForwardLoader {
     k_ = thread_pointer(p.k, tile.k_offset(p) + last_row * p.k_stride.row, p.k_stride.row);
     v_ = thread_pointer(p.v, tile.v_offset(p) + last_row * p.v_stride.row, p.v_stride.row);
     if (!range.empty()) load_block(k_, p_.k_stride.row, range.end - 1, smem_.k, std_::true_type{});
-    cute::cp_async_fence();
+    copies_commit();
   }
 
-  /// Q as the A operand of S = Q K^T; call after the first `key`, or with Q in registers `wait_for_query`.
+  /// Q as the A operand of S = Q K^T. Unless it is to stay in registers, its fragments are fetched by each
+  /// product, after `key` has waited for it.
   FLASHCUTE_DEVICE auto query() {
     typename L::TiledMma mma;
     auto const sQ = tensor(smem_.q, typename L::SmemQ{});                          // (M, D)
-    auto const tSrQ = mma.get_thread_slice(threadIdx.x).partition_fragment_A(sQ);  // (MMA, MMA_M, MMA_D)
-    return shared_operand(tSrQ, cute::make_tiled_copy_A(typename L::Ldmatrix{}, mma), sQ, threadIdx.x);
+    auto const tSrQ = mma.get_thread_slice(thread_index()).partition_fragment_A(sQ);  // (MMA, MMA_M, MMA_D)
+    auto q = shared_operand(tSrQ, cute::make_tiled_copy_A(typename L::LdmatrixAtom{}, mma), sQ, thread_index());
+    if constexpr (C.q_in_registers) {
+      arrive_and_sync();  // Q has arrived
+      CUTE_UNROLL
+      for (int k = 0; k < cute::size<2>(tSrQ); ++k) q.fetch(k);
+      return RegisterOperand{q.fragment};
+    } else {
+      return q;
+    }
   }
 
   /// K(n) as the B operand of S = Q K^T. Starts loading V(n).
@@ -41,9 +50,9 @@ class ForwardLoader {
     // K(n) (and Q) have arrived, and all warps have finished reading V(n + 1): its buffer may be refilled.
     arrive_and_sync();
     load_block(v_, p_.v_stride.row, n, smem_.v, partial);
-    cute::cp_async_fence();
+    copies_commit();
     auto const sK = tensor(smem_.k, typename L::SmemKV{});  // (N, D)
-    return operand_b<typename L::Ldmatrix>(sK, sK);
+    return operand_b<typename L::LdmatrixAtom>(sK, sK);
   }
 
   /// V(n) as the B operand of O += P V. Starts loading K(n - 1).
@@ -53,11 +62,11 @@ class ForwardLoader {
     arrive_and_sync();
     if (n > begin_) {
       load_block(k_, p_.k_stride.row, n - 1, smem_.k, partial);
-      cute::cp_async_fence();
+      copies_commit();
     }
     auto const sVt = tensor(smem_.v, typename L::SmemVt{});  // (D, N)
     auto const shape = tensor(smem_.v, cute::get_nonswizzle_portion(typename L::SmemVt{}));
-    return operand_b<typename L::LdmatrixTransposed>(sVt, shape);
+    return operand_b<typename L::LdmatrixTransposedAtom>(sVt, shape);
   }
 
  private:
@@ -65,8 +74,8 @@ class ForwardLoader {
   static constexpr int rows_per_pass = 4 * C.num_warps;
   static constexpr int chunks = C.head_dim / 64;
 
-  FLASHCUTE_DEVICE static int thread_row() { return threadIdx.x / 8; }
-  FLASHCUTE_DEVICE static int thread_column() { return threadIdx.x % 8 * 8; }
+  FLASHCUTE_DEVICE static int thread_row() { return thread_index() / 8; }
+  FLASHCUTE_DEVICE static int thread_column() { return thread_index() % 8 * 8; }
 
   FLASHCUTE_DEVICE static Element const* thread_pointer(void const* base, int64_t offset, int64_t row_stride) {
     return static_cast<Element const*>(base) + offset + thread_row() * row_stride + thread_column();
@@ -80,13 +89,13 @@ class ForwardLoader {
   template <class Atom, class Tile, class Shape>
   FLASHCUTE_DEVICE static auto operand_b(Tile const& tile, Shape const& shape) {
     typename L::TiledMma mma;
-    auto const fragment = mma.get_thread_slice(threadIdx.x).partition_fragment_B(shape);  // (MMA, MMA_N, MMA_K)
-    return shared_operand(fragment, cute::make_tiled_copy_B(Atom{}, mma), tile, threadIdx.x);
+    auto const fragment = mma.get_thread_slice(thread_index()).partition_fragment_B(shape);  // (MMA, MMA_N, MMA_K)
+    return shared_operand(fragment, cute::make_tiled_copy_B(Atom{}, mma), tile, thread_index());
   }
 
   FLASHCUTE_DEVICE static void arrive_and_sync() {
-    cute::cp_async_wait<0>();
-    __syncthreads();
+    copies_wait();
+    block_sync();
   }
 
   /// Starts copying K/V block n, to which `from` points, and moves `from` to block n - 1.
@@ -102,7 +111,7 @@ class ForwardLoader {
   FLASHCUTE_DEVICE void load(Element const* from, int64_t row_stride, int rows, SmemLayout layout, Element* to,
                              Partial) const {
     using namespace cute;
-    auto tXsX = typename L::GlobalLoad{}.get_thread_slice(threadIdx.x).partition_D(tensor(to, layout));
+    auto tXsX = typename L::GlobalLoad{}.get_thread_slice(thread_index()).partition_D(tensor(to, layout));
     // ^ (COPY, COPY_rows, COPY_D)
     CUTE_UNROLL
     for (int i = 0; i < size<1>(tXsX); ++i) {
@@ -132,21 +141,21 @@ FLASHCUTE_DEVICE void store_output(Fragment const& o, ForwardParams const& p, Qu
   using L = ForwardLayout<C>;
   using Element = typename L::Element;
   // All warps have finished reading Q, and no copy into shared memory is under way.
-  cp_async_wait<0>();
-  __syncthreads();
+  copies_wait();
+  block_sync();
 
   auto const rO = convert<Element>(o);  // (MMA, MMA_M, MMA_D)
   auto const sO = make_tensor(make_smem_ptr(smem.q), typename L::SmemQ{});  // (M, D)
-  auto const to_shared = make_tiled_copy_C(typename L::FragmentStore{}, typename L::TiledMma{});
-  auto const shared_slice = to_shared.get_thread_slice(threadIdx.x);
+  auto const to_shared = make_tiled_copy_C(typename L::FragmentStoreAtom{}, typename L::TiledMma{});
+  auto const shared_slice = to_shared.get_thread_slice(thread_index());
   auto tOsO = shared_slice.partition_D(sO);
   copy(to_shared, shared_slice.retile_S(rO), tOsO);
-  __syncthreads();  // the whole tile is in shared memory
+  block_sync();  // the whole tile is in shared memory
 
   auto const base = static_cast<Element*>(p.out) + tile.out_offset(p);
   auto const shape = product_each(sO.shape());
   auto const gO = make_tensor(make_gmem_ptr(base), shape, make_stride(p.out_stride.row, _1{}));  // (M, D)
-  auto const slice = typename L::GlobalStore{}.get_thread_slice(threadIdx.x);
+  auto const slice = typename L::GlobalStore{}.get_thread_slice(thread_index());
   auto const from = slice.partition_S(sO);                               // (COPY, COPY_M, COPY_D)
   auto to = slice.partition_D(gO);                                       // (COPY, COPY_M, COPY_D)
   auto const c = slice.partition_S(make_identity_tensor(shape));     // -> (row, column)

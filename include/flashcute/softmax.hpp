@@ -7,24 +7,11 @@
 
 namespace flashcute {
 
-/// 2^x by the special-function unit; 2^-inf = 0, NaN stays NaN.
-FLASHCUTE_DEVICE float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-FLASHCUTE_DEVICE float reciprocal_approx(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 /// Combines a value over the quad of lanes that shares a row.
 template <class Op>
 FLASHCUTE_DEVICE float quad_reduce(float x, Op const& op) {
-  x = op(x, __shfl_xor_sync(0xffffffffu, x, 2));
-  return op(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  x = op(x, shuffle_xor(x, 2));
+  return op(x, shuffle_xor(x, 1));
 }
 
 template <int Rows>

@@ -14,6 +14,7 @@
 #include <type_traits>
 #endif
 
+// FLASHCUTE_DEVICE marks device code; the host compiles it only in tests that emulate a thread block.
 // FLASHCUTE_HD marks functions that host and device share. On the host they are always inlined: the
 // CPU backend compiles the same policies once per instruction set, and an out-of-line copy built for
 // AVX-512 must never be the one the linker keeps for everybody.
@@ -22,6 +23,7 @@
 #define FLASHCUTE_DEVICE __device__ __forceinline__
 #else
 #define FLASHCUTE_HD [[gnu::always_inline]] inline
+#define FLASHCUTE_DEVICE inline
 #endif
 
 namespace flashcute {

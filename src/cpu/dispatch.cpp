@@ -3,9 +3,10 @@
 #include <atomic>
 #include <cstdlib>
 #include <new>
-#include <stdexcept>
 #include <string>
 
+#include "environment.hpp"
+#include "flashcute/error.hpp"
 #include "forward_isa.hpp"
 #include "forward_scratch.hpp"
 #include "thread_pool.hpp"
@@ -52,14 +53,14 @@ ForwardTileFunction forward_tile(Isa isa, ForwardConfig const& config, Features 
     default: break;
 #endif
   }
-  throw std::invalid_argument(std::string("flashcute was built without the CPU instruction set ") + name_of(isa));
+  throw UnsupportedError(std::string("flashcute was built without the CPU instruction set ") + name_of(isa));
 }
 
 Isa current_isa() {
   // Not a function-local static: its lock, held by another thread at a fork, would hang the child.
   static std::atomic<int> chosen{-1};
   int isa = chosen.load(std::memory_order_relaxed);
-  if (isa < 0) chosen = isa = static_cast<int>(choose_isa(std::getenv("FLASHCUTE_CPU_ISA")));
+  if (isa < 0) chosen = isa = static_cast<int>(choose_isa(cpu_isa()));
   return static_cast<Isa>(isa);
 }
 
@@ -90,31 +91,16 @@ bool is_available(Isa isa) {
   return false;
 }
 
-Isa choose_isa(char const* requested) {
-  if (requested == nullptr || *requested == '\0') {
-    Isa best = Isa::baseline;
-    for (Isa const isa : all_isas) best = is_available(isa) ? isa : best;
-    return best;
-  }
+Isa choose_isa(std::string const& requested) {
+  Isa best = Isa::baseline;
   for (Isa const isa : all_isas) {
-    if (std::string(requested) != name_of(isa)) continue;
-    if (is_available(isa)) return isa;
-    throw std::invalid_argument(std::string("FLASHCUTE_CPU_ISA=") + requested + ": this CPU or this build lacks it; " +
-                                "the best here is " + name_of(choose_isa(nullptr)));
+    if (!is_available(isa)) continue;
+    if (requested == name_of(isa)) return isa;
+    best = isa;
   }
-  throw std::invalid_argument(std::string("FLASHCUTE_CPU_ISA: expected baseline, avx2 or avx512, got '") + requested +
-                              "'");
-}
-
-int choose_num_threads(char const* requested) {
-  if (requested == nullptr || *requested == '\0') return available_cpus();
-  char* end = nullptr;
-  long const threads = std::strtol(requested, &end, 10);
-  if (*end != '\0' || threads < 1 || threads > 4096) {
-    throw std::invalid_argument(std::string("FLASHCUTE_NUM_THREADS: expected an integer from 1 to 4096, got '") +
-                                requested + "'");
-  }
-  return static_cast<int>(threads);
+  if (requested == "auto") return best;
+  throw ArgumentError("environment variable FLASHCUTE_CPU_ISA",
+                      std::string("what this CPU and this build have, at best ") + name_of(best), requested);
 }
 
 char const* isa() { return name_of(current_isa()); }
@@ -122,10 +108,7 @@ char const* isa() { return name_of(current_isa()); }
 int num_threads() {
   static std::atomic<int> requested{-1};  // 0: not set, so ask at each call; affinity may change
   int threads = requested.load(std::memory_order_relaxed);
-  if (threads < 0) {
-    char const* const variable = std::getenv("FLASHCUTE_NUM_THREADS");
-    requested = threads = variable == nullptr || *variable == '\0' ? 0 : choose_num_threads(variable);
-  }
+  if (threads < 0) requested = threads = cpu_threads().value_or(0);
   return threads == 0 ? available_cpus() : threads;
 }
 

@@ -1,9 +1,11 @@
 """What attention is, in fp64 NumPy, and how far from it a result may be.
 
-Written from the definition and from nothing in flashcute. Arrays are (batch, seqlen, heads, d), "bshd".
+Written from the definition and from nothing in flashcute. Arrays are (batch, seqlen, heads, d),
+"bshd".
 
-The accuracy rule (`assert_accurate`) is that of the contract: an error of at most twice the error of the naive
-computation in the inputs' dtype, plus one rounding of the output. For fp32 and fp64 it is a relative bound.
+The accuracy rule (`assert_accurate`) is that of the contract: an error of at most twice the
+error of the naive computation in the inputs' dtype, plus one rounding of the output. For fp32
+and fp64 it is a relative bound.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "float16":
         with np.errstate(over="ignore"):
             return x.astype(np.float16).astype(np.float64)
-    # bfloat16 is the upper half of an fp32. Going through fp32 rounds twice, which matters to nobody here.
+    # bfloat16 is the upper half of an fp32. Going through fp32 rounds twice, which matters to
+    # nobody here.
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     up = ((bits >> 16) & 1) + np.uint32(0x7FFF)
     kept = np.where(np.isnan(x), bits, (bits + up)) & np.uint32(0xFFFF0000)
@@ -52,7 +55,8 @@ def visible(seqlen_q: int, seqlen_k: int, causal: bool) -> np.ndarray:
 
 
 def scores_of(q: np.ndarray, k: np.ndarray, scale: float) -> np.ndarray:
-    """scale * q k^T, (batch, heads, seqlen_q, seqlen_k). Query head h uses key head h // (heads / kv_heads)."""
+    """scale * q k^T, (batch, heads, seqlen_q, seqlen_k). Query head h uses key head h // (heads
+    / kv_heads)."""
     batch, rows, heads, d = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, rows, kv_heads, heads // kv_heads, d)
@@ -74,7 +78,8 @@ def default_scale(q: np.ndarray, scale: float | None) -> float:
 
 
 def softmax(s: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities and log-sum-exp over the keys that are seen. A row that sees none: 0 and -inf."""
+    """Probabilities and log-sum-exp over the keys that are seen. A row that sees none: 0 and
+    -inf."""
     s = np.where(seen, s, -np.inf)
     top = s.max(axis=-1, keepdims=True, initial=-np.inf)
     base = np.where(np.isfinite(top), top, 0)
@@ -90,7 +95,8 @@ def softmax(s: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, *, causal: bool = False, scale: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """out (batch, seqlen_q, heads, d) and LSE (batch, heads, seqlen_q) of finite inputs, in fp64."""
+    """out (batch, seqlen_q, heads, d) and LSE (batch, heads, seqlen_q) of finite inputs, in
+    fp64."""
     p, lse = softmax(
         scores_of(q, k, default_scale(q, scale)), visible(q.shape[1], k.shape[1], causal)
     )
@@ -106,8 +112,8 @@ def naive(
     causal: bool = False,
     scale: float | None = None,
 ) -> np.ndarray:
-    """What three separate kernels in `dtype` give: scores, probabilities and output are each rounded to it when
-    they are stored; sums are taken in higher precision, as matrix units do."""
+    """What three separate kernels in `dtype` give: scores, probabilities and output are each
+    rounded to it when they are stored; sums are taken in higher precision, as matrix units do."""
     s = rounded(scores_of(q, k, default_scale(q, scale)), dtype)
     p, _ = softmax(s, visible(q.shape[1], k.shape[1], causal))
     return rounded(weighted_values(rounded(p, dtype), v), dtype)
@@ -126,7 +132,8 @@ def to_numpy(x: object) -> np.ndarray:
 
 
 def assert_close(got: object, expected: np.ndarray, tolerance: float, what: str) -> None:
-    """|got - expected| <= tolerance everywhere. NaN on either side is an error; infinities must be equal. (T6)"""
+    """|got - expected| <= tolerance everywhere. NaN on either side is an error; infinities must
+    be equal. (T6)"""
     got = to_numpy(got)
     assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
     assert not np.isnan(expected).any(), f"{what}: the expected values hold NaN: the test is wrong"
@@ -189,14 +196,14 @@ def make_problem(
 def assert_accurate(p: Problem, out: object, lse: object | None, *, tiny: bool = False) -> None:
     """The accuracy rule on `out`, and an fp32 (fp64) bound on `lse`.
 
-    tiny: the output may have so few elements that the naive error is 0 by luck. Then one rounding of every
-    probability, which cannot be avoided on tensor cores, is allowed on top.
+    tiny: the output may have so few elements that the naive error is 0 by luck. Then one
+    rounding of every probability, which cannot be avoided on tensor cores, is allowed on top.
     """
     expected, expected_lse = p.expected()
     u = UNIT_ROUNDOFF[p.dtype]
     work = "float64" if p.dtype == "float64" else "float32"
-    # A score is a sum of products of this size, computed in `work`: no algorithm can know it better, and an error
-    # in the scores is a relative error of the probabilities.
+    # A score is a sum of products of this size, computed in `work`: no algorithm can know it
+    # better, and an error in the scores is a relative error of the probabilities.
     size = default_scale(p.q, p.scale) * np.abs(p.q).max(initial=0) * np.abs(p.k).max(initial=0)
     products = scores_of(np.abs(p.q), np.abs(p.k), default_scale(p.q, p.scale)).max(initial=0)
     conditioning = 4 * UNIT_ROUNDOFF[work] * max(size, products)

@@ -1,0 +1,38 @@
+"""``python -m flashcute``: what this build contains, a demo, benchmarks, kernels ahead of time."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from . import FlashcuteError, __version__
+from ._cli import bench, compile_, demo, explain, info
+from ._cli.options import UsageError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns the exit code: 0, 1 for wrong results, 2 for wrong arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flashcute",
+        description="FlashAttention on CuTe, for NVIDIA GPUs and CPUs.",
+    )
+    parser.add_argument("--version", action="version", version=f"flashcute {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (info, demo, bench, explain, compile_):
+        module.add_command(commands)
+    options = parser.parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except (FlashcuteError, UsageError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""``bench``: the options of the benchmarks, and which one runs."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from typing import Any, TextIO
+
+from . import bench_forward, bench_host
+from .kits import add_device_argument
+from .options import (
+    DTYPES,
+    Commands,
+    UsageError,
+    boolean,
+    config_changes,
+    list_of,
+    positive_float,
+    positive_int,
+)
+from .peers import NAMES
+
+
+def implementation_name(text: str) -> str:
+    if text not in NAMES:
+        raise argparse.ArgumentTypeError(f"expected names among {', '.join(NAMES)}, got {text!r}")
+    return text
+
+
+def add_command(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="verify, then time flashcute and its peers; host overhead; first use",
+        description="Verifies every implementation against fp64 on fresh random inputs, then times "
+        "all of them in interleaved rounds in one process: CUDA graph replays on a GPU, calls "
+        "with equal numbers of threads on the CPU. Writes a JSON line for each case and "
+        "implementation, and prints a table. The exit code is 1 if a result of flashcute is wrong.",
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--overhead", action="store_true", help="time what a call costs the host instead"
+    )
+    mode.add_argument(
+        "--first-use",
+        action="store_true",
+        help="time a first call in new processes instead: compiling, then from the disk cache",
+    )
+    add_device_argument(parser)
+    cases = parser.add_argument_group(
+        "cases", "every head dim x mask x sequence length; batch = tokens / seqlen, heads = hidden / d"
+    )
+    cases.add_argument(
+        "--grid",
+        default="quick",
+        metavar="quick|peers|FILE",
+        help="quick: two sequence lengths; peers: 1k to 16k; FILE: JSON lines with batch, heads, "
+        "seqlen_q, head_dim, causal, and optionally kv_heads, seqlen_k, dtype (default: quick)",
+    )
+    cases.add_argument("--head-dims", type=list_of(positive_int), metavar="64,128")
+    cases.add_argument("--seqlens", type=list_of(positive_int), metavar="1024,4096")
+    cases.add_argument("--causal", type=list_of(boolean), default=[False, True], metavar="0,1")
+    cases.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, on the CPU float32")
+    cases.add_argument("--tokens", type=positive_int, metavar="N", help="16384, on the CPU 4096")
+    cases.add_argument("--hidden", type=positive_int, metavar="N", help="2048, on the CPU 256")
+    cases.add_argument("--batch", type=positive_int, metavar="N", help="instead of --tokens")
+    cases.add_argument("--heads", type=positive_int, metavar="N", help="instead of --hidden")
+    cases.add_argument(
+        "--kv-ratio", type=positive_int, default=1, metavar="N", help="query heads per K/V head"
+    )
+    compared = parser.add_argument_group("implementations")
+    compared.add_argument(
+        "--impls",
+        type=list_of(implementation_name),
+        metavar="NAME,...",
+        help=f"among {', '.join(NAMES)}; default: all but sdpa and fa3, on the CPU "
+        "flashcute, sdpa, naive",
+    )
+    compared.add_argument(
+        "--config",
+        type=config_changes,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,...",
+        help="also time flashcute with its default configuration changed so, for example "
+        "block_m=64,num_warps=4; may be given several times",
+    )
+    method = parser.add_argument_group("method")
+    method.add_argument("--rounds", type=positive_int, default=5, metavar="N")
+    method.add_argument(
+        "--budget-ms",
+        type=positive_float,
+        default=30.0,
+        metavar="MS",
+        help="time for each implementation in each round",
+    )
+    method.add_argument(
+        "--deadline-s", type=positive_float, metavar="S", help="start no case after this time"
+    )
+    method.add_argument("--seed", type=int, help="of the random inputs (default: a fresh one)")
+    record = parser.add_argument_group("record")
+    record.add_argument("--out", metavar="FILE", help="append the JSON lines to this file")
+    record.add_argument("--note", metavar="TEXT", help="put into every line")
+    record.add_argument(
+        "--commit",
+        metavar="TEXT",
+        help="what to record as the commit (default: that of the checkout which is the current "
+        "folder, else the version)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.seed is None:
+        options.seed = secrets.randbits(31)
+    try:
+        out: TextIO | None = open(options.out, "a") if options.out else None  # noqa: SIM115
+    except OSError as problem:
+        raise UsageError(f"--out: {problem}") from None
+    try:
+        if options.overhead:
+            return bench_host.overhead(options, out)
+        if options.first_use:
+            return bench_host.first_use(options, out)
+        return bench_forward.run(options, out)
+    finally:
+        if out is not None:
+            out.close()

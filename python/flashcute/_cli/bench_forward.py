@@ -1,0 +1,301 @@
+"""The forward benchmark: verify, time in interleaved rounds, record, compare."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from .. import FlashcuteError, reference
+from . import peers
+from .kits import Array, Call, Kit, choose_kit
+from .options import DTYPES, UsageError
+from .peers import Flashcute, Implementation
+from .problem import Case, Errors, Result, complaint, errors, fp64_reference, naive_result
+from .provenance import provenance
+from .table import format_number, format_table, geometric_mean
+from .timing import interleaved_ms
+
+GPU_IMPLEMENTATIONS = tuple(name for name in peers.NAMES if name not in ("sdpa", "fa3"))
+CPU_IMPLEMENTATIONS = ("flashcute", "sdpa", "naive")
+SPOT_ROWS = 8
+
+Line = dict[str, Any]  # of JSON
+
+
+class GridSize(NamedTuple):
+    """What the named grids are made of."""
+
+    seqlens: tuple[int, ...]
+    tokens: int
+    hidden: int
+
+
+GRIDS = {
+    ("quick", "cuda"): GridSize((1024, 4096), 16384, 2048),
+    ("peers", "cuda"): GridSize((1024, 2048, 4096, 8192, 16384), 16384, 2048),
+    ("quick", "cpu"): GridSize((512, 2048), 4096, 256),
+    ("peers", "cpu"): GridSize((1024, 2048, 4096, 8192, 16384), 16384, 256),
+}
+HEAD_DIMS = (64, 128)
+
+
+def run(options: argparse.Namespace, out: TextIO | None) -> int:
+    start = time.monotonic()
+    kit = choose_kit(options.device, options.dtype, options.seed)
+    common = provenance(kit, options.commit)
+    print(f"{common['device']}; {common['library']}; {common['commit']}; seed {options.seed}")
+    implementations = make_implementations(kit, options)
+    cases = list(make_cases(kit, options))
+    verifier = Verifier(kit)
+    lines: list[Line] = []
+    for i, case in enumerate(cases):
+        if options.deadline_s is not None and time.monotonic() - start > options.deadline_s:
+            print(f"--deadline-s: {len(cases) - i} of {len(cases)} cases were not started")
+            break
+        for measured in run_case(kit, case, implementations, verifier, options):
+            line = {"kind": "forward", **common, "seed": options.seed, **measured}
+            if options.note is not None:
+                line["note"] = options.note
+            lines.append(line)
+            if out is not None:
+                out.write(json.dumps(line, allow_nan=False) + "\n")
+                out.flush()
+        print(progress(case, lines[-len(implementations) :]), flush=True)
+    print("\n" + summary(lines, [one.name for one in implementations]))
+    wrong = [x for x in lines if x["status"] == "wrong" and x["impl"].startswith("flashcute")]
+    return 1 if wrong else 0
+
+
+# ---- what to run -------------------------------------------------------------------------------
+
+
+def make_implementations(kit: Kit, options: argparse.Namespace) -> list[Implementation]:
+    names = options.impls
+    if names is None:
+        names = GPU_IMPLEMENTATIONS if kit.device == "cuda" else CPU_IMPLEMENTATIONS
+    found: list[Implementation] = []
+    for name in dict.fromkeys(names):
+        try:
+            found.append(peers.make(name, kit))
+        except UsageError as problem:
+            print(f"without {name}: {problem}")
+    found += [Flashcute(kit, changes) for changes in options.config]
+    if not found:
+        raise UsageError("--impls: none of these is here")
+    return found
+
+
+def make_cases(kit: Kit, options: argparse.Namespace) -> Iterator[Case]:
+    dtype = options.dtype or ("bfloat16" if kit.device == "cuda" else "float32")
+    grid = GRIDS.get((options.grid, kit.device))
+    if grid is None:
+        yield from read_cases(Path(options.grid), dtype)
+        return
+    for head_dim in options.head_dims or HEAD_DIMS:
+        for causal in options.causal:
+            for seqlen in options.seqlens or grid.seqlens:
+                batch = options.batch or max(1, (options.tokens or grid.tokens) // seqlen)
+                heads = options.heads or max(1, (options.hidden or grid.hidden) // head_dim)
+                if heads % options.kv_ratio != 0:
+                    raise UsageError(f"--kv-ratio: expected a divisor of {heads} heads")
+                kv_heads = heads // options.kv_ratio
+                yield Case(batch, heads, kv_heads, seqlen, seqlen, head_dim, causal, dtype)
+
+
+def read_cases(file: Path, dtype: str) -> Iterator[Case]:
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        for row in rows:
+            row = {"kv_heads": row["heads"], "seqlen_k": row["seqlen_q"], "dtype": dtype, **row}
+            case = Case(**row)
+            sizes = case[: Case._fields.index("causal")]
+            if not all(type(size) is int and size > 0 for size in sizes):
+                raise ValueError(f"sizes must be positive integers, got {row}")
+            if case.dtype not in DTYPES or type(case.causal) is not bool:
+                raise ValueError(f"expected a dtype among {DTYPES} and a bool for causal, got {row}")
+            yield case
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise UsageError(
+            f"--grid {file}: expected quick, peers, or a file with JSON lines of {Case._fields}: "
+            f"{type(problem).__name__}: {problem}"
+        ) from None
+
+
+# ---- whether the results are right -------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """Of an implementation on a kind of problem."""
+
+    wrong: str | None  # why its results are not accepted
+    errors: Errors | None  # on the whole small problem
+    naive: Errors  # of the naive computation in the same dtype
+
+
+class Verifier:
+    """Checks implementations against fp64, on a whole small problem and on rows of the real one."""
+
+    def __init__(self, kit: Kit) -> None:
+        self.kit = kit
+        self.verdicts: dict[tuple[str, Case], Verdict] = {}
+
+    def on_small_problem(self, one: Implementation, case: Case) -> Verdict:
+        """Same head dim, mask, dtype and head ratio; lengths that no tile divides."""
+        ratio = case.heads // case.kv_heads
+        small = case._replace(batch=2, heads=2 * ratio, kv_heads=2, seqlen_q=333, seqlen_k=333)
+        key = one.name, small
+        if key not in self.verdicts:
+            inputs = small.random_inputs(self.kit)
+            ref = fp64_reference(self.kit, *inputs, small.causal)
+            naive = errors(naive_result(self.kit, *inputs, small.causal), ref)
+            found = errors(one.result(self.kit, *inputs, small.causal), ref)
+            wrong = complaint(found, naive, ref, small.dtype)
+            self.verdicts[key] = Verdict(wrong and f"{small.label}: {wrong}", found, naive)
+        return self.verdicts[key]
+
+    def on_rows(
+        self, one: Implementation, case: Case, inputs: Sequence[Array], naive: Errors
+    ) -> tuple[str | None, float]:
+        """Random rows, and the first and last, of the real problem: (complaint, max error).
+
+        The bound for them is that of the small problem's norm, which depends little on the length.
+        """
+        import numpy as np
+
+        q, k, v = inputs
+        out = one.output(self.kit, q, k, v, case.causal)
+        random = np.random.default_rng()
+        places = [(0, 0, 0), (case.batch - 1, case.seqlen_q - 1, case.heads - 1)]
+        sizes = (case.batch, case.seqlen_q, case.heads)
+        places += [
+            (int(b), int(i), int(h)) for b, i, h in random.integers(0, sizes, (SPOT_ROWS, 3))
+        ]
+        got, expected = [], []
+        for b, i, h in places:
+            seen = i + 1 + case.seqlen_k - case.seqlen_q if case.causal else case.seqlen_k
+            kv = h * case.kv_heads // case.heads
+            row = self.kit.double(q[b : b + 1, i : i + 1, h : h + 1])
+            keys, values = (
+                self.kit.double(x[b : b + 1, : max(0, seen), kv : kv + 1]) for x in (k, v)
+            )
+            expected.append(self.kit.to_numpy(reference.naive(row, keys, values)))
+            got.append(self.kit.to_numpy(out[b : b + 1, i : i + 1, h : h + 1]))
+        ref = Result(np.concatenate(expected), None)
+        found = errors(Result(np.concatenate(got), None), ref)
+        wrong = complaint(found._replace(max_error=0.0), naive, ref, case.dtype)
+        return wrong and f"{case.label}, rows: {wrong}", found.max_error
+
+
+# ---- one case ----------------------------------------------------------------------------------
+
+
+def run_case(
+    kit: Kit,
+    case: Case,
+    implementations: list[Implementation],
+    verifier: Verifier,
+    options: argparse.Namespace,
+) -> list[Line]:
+    """A line for each implementation: measured, or why not."""
+    base = case.random_inputs(kit)
+    inputs = {"bshd": base}
+    lines: dict[str, Line] = {}
+    calls: dict[str, Call] = {}
+    for one in implementations:
+        line = lines[one.name] = {"impl": one.name, "impl_version": one.version, "config": None}
+        line.update(case._asdict(), status="ok")
+        try:
+            too_much = one.score_bytes(case) - int(0.8 * kit.free_bytes())
+            if too_much > 0:
+                line.update(status="skipped", reason="its S x S matrices do not fit into memory")
+                continue
+            line["config"] = one.config_name(kit, case)
+            verdict = verifier.on_small_problem(one, case)
+            if verdict.errors is not None:
+                line.update(verdict.errors._asdict())
+            wrong = verdict.wrong
+            if wrong is None:
+                wrong, line["spot_max_error"] = verifier.on_rows(one, case, base, verdict.naive)
+            if wrong is not None:
+                line.update(status="wrong", reason=wrong)
+                continue
+            if one.layout not in inputs:
+                inputs[one.layout] = tuple(kit.swap_heads(x) for x in base)
+            call = functools.partial(one.call, *inputs[one.layout], case.causal)
+            line["peak_bytes"] = kit.peak_bytes(call)
+            calls[one.name], line["timing"] = kit.repeatable(call)
+        except (FlashcuteError, RuntimeError, TypeError, ValueError, AssertionError) as problem:
+            # A peer that cannot do the case says so in many ways; the others go on.
+            text = str(problem).strip().partition("\n")[0]
+            line.update(status="failed", reason=f"{type(problem).__name__}: {text}"[:300])
+    import numpy as np
+
+    for name, ms in interleaved_ms(kit, calls, options.rounds, options.budget_ms).items():
+        p10, p50, p90, p99 = (float(x) for x in np.percentile(ms, (10, 50, 90, 99)))
+        lines[name].update(
+            rounds=options.rounds,
+            samples=len(ms),
+            ms_p10=p10,
+            ms_p50=p50,
+            ms_p90=p90,
+            ms_p99=p99,
+            tflops=case.flops / p50 / 1e9,
+        )
+    calls.clear()
+    gc.collect()
+    return [json_safe(line) for line in lines.values()]
+
+
+def json_safe(line: Line) -> Line:
+    """JSON has no NaN and no infinity; what is wrong says so in `status`."""
+    return {
+        name: None if isinstance(x, float) and not abs(x) < float("inf") else x
+        for name, x in line.items()
+    }
+
+
+# ---- what it says ------------------------------------------------------------------------------
+
+
+def progress(case: Case, lines: Sequence[Line]) -> str:
+    parts = [
+        f"{x['impl']} {x['ms_p50']:.3g} ms" if x["status"] == "ok" else f"{x['impl']}: {x['reason']}"
+        for x in lines
+    ]
+    return f"{case.label} {case.dtype}: " + "; ".join(parts)
+
+
+def summary(lines: Sequence[Line], names: Sequence[str]) -> str:
+    """TFLOP/s by case and implementation, the ratios of flashcute's, and their geometric means."""
+    ours = next((name for name in names if name.startswith("flashcute")), None)
+    others = [name for name in names if not name.startswith("flashcute")]
+    by_case: dict[str, dict[str, float]] = {}
+    for x in lines:
+        case = Case(*(x[field] for field in Case._fields))
+        row = by_case.setdefault(f"{case.label} {case.dtype}", {})
+        if x["status"] == "ok":
+            row[x["impl"]] = x["tflops"]
+
+    ratios: dict[str, list[float]] = {"/best": [], "/sdpa_flash": []}
+    table = []
+    for label, row in by_case.items():
+        cells = [label, *(format_number(row.get(name), ".3g") for name in names)]
+        best = max((row[name] for name in others if name in row), default=None)
+        for column, divisor in (("/best", best), ("/sdpa_flash", row.get("sdpa_flash"))):
+            mine = row.get(ours) if ours else None
+            ratio = mine / divisor if mine and divisor else None
+            if ratio is not None:
+                ratios[column].append(ratio)
+            cells.append(format_number(ratio, ".2f"))
+        table.append(cells)
+    means = [format_number(geometric_mean(x), ".2f") for x in ratios.values()]
+    table.append(["geometric mean", *("" for _ in names), *means])
+    header = ["TFLOP/s", *names, *ratios]
+    note = f"Ratios are of {ours}; /best: to the fastest of the others." if ours else ""
+    return format_table(header, table) + "\n" + note

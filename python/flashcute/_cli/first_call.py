@@ -1,0 +1,47 @@
+"""The new process of ``bench --first-use``: prints as JSON how long its first call takes.
+
+python -m flashcute._cli.first_call DEVICE DTYPE HEAD_DIM
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+
+def main(device: str, dtype: str, head_dim: int) -> int:
+    import flashcute
+    from flashcute._cli.kits import choose_kit
+
+    if device == "cuda":
+        kit = choose_kit(device, dtype)
+        x = kit.normal((1, 1024, 8, head_dim), dtype)
+        kit.synchronize()  # the library has initialised the GPU
+        start = time.perf_counter()
+        flashcute.flash_attention(x, x, x, True)
+        kit.synchronize()
+        what = "flash_attention"
+    else:
+        cfg = flashcute.default_config(head_dim, dtype, "sm_80")
+        start = time.perf_counter()
+        try:
+            flashcute.prebuild(cfg, "sm_80")
+        except flashcute.FlashcuteError as problem:
+            print(problem, file=sys.stderr)
+            return 2
+        what = "prebuild for sm_80"
+    print(json.dumps({"what": what, "call_s": time.perf_counter() - start, "import_s": import_s()}))
+    return 0
+
+
+def import_s() -> float:
+    """Seconds of `import flashcute` in a process that has imported nothing else."""
+    code = "import time; t = time.perf_counter(); import flashcute; print(time.perf_counter() - t)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))

@@ -1,0 +1,112 @@
+"""Argument types, and kernel configurations from arguments."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from .. import ForwardConfig, default_config
+
+# What `commands` of argparse is; the class is generic in the type checker's eyes only.
+Commands = Any
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+class UsageError(Exception):
+    """A request that cannot be met here; the message says what to do instead."""
+
+
+def positive_int(text: str) -> int:
+    number = int(text)  # argparse reports a ValueError
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+def natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected at least 0, got {number}")
+    return number
+
+
+def positive_float(text: str) -> float:
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
+    return number
+
+
+def boolean(text: str) -> bool:
+    values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"expected 0 or 1, got {text!r}")
+    return values[text.lower()]
+
+
+def list_of(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """The type of a comma-separated list."""
+
+    def parse(text: str) -> list[Any]:
+        return [item(part) for part in text.split(",")]
+
+    parse.__name__ = f"list of {item.__name__}"  # argparse's messages show it
+    return parse
+
+
+# ---- ForwardConfig -----------------------------------------------------------------------------
+
+
+def config_options() -> dict[str, Callable[[str], Any]]:
+    """The options of ForwardConfig that a user may set beside dtype and head_dim, with their types."""
+    example = ForwardConfig()
+    names = [name for name, member in vars(ForwardConfig).items() if isinstance(member, property)]
+    types = {name: type(getattr(example, name)) for name in names}
+    return {
+        name: boolean if kind is bool else positive_int
+        for name, kind in types.items()
+        if name not in ("name", "dtype", "head_dim") and kind in (bool, int)
+    }
+
+
+def config_changes(text: str) -> dict[str, Any]:
+    """Type of an argument like "block_m=64,swizzled=0": changes to the default configuration."""
+    known = config_options()
+    changes: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals or name not in known:
+            raise argparse.ArgumentTypeError(
+                f"expected name=value with a name among {', '.join(known)}, got {part!r}"
+            )
+        try:
+            changes[name] = known[name](value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{name}: expected a number, got {value!r}") from None
+    return changes
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """One argument per option of ForwardConfig; those not given are absent from the namespace."""
+    for name, kind in config_options().items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=argparse.SUPPRESS,
+            metavar="0|1" if kind is boolean else "N",
+            help=f"ForwardConfig.{name}",
+        )
+
+
+def given_changes(options: argparse.Namespace) -> dict[str, Any]:
+    """What add_config_arguments's arguments were set to."""
+    return {name: value for name, value in vars(options).items() if name in config_options()}
+
+
+def changed_config(
+    head_dim: int, dtype: str, arch: str | int, changes: dict[str, Any]
+) -> ForwardConfig:
+    """The default configuration with changes."""
+    return default_config(head_dim, dtype, arch).replace(**changes)

@@ -1,0 +1,176 @@
+"""flashcute and what it is compared with: one class, one object per implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from .. import __version__, flash_attention, forward, reference
+from .kits import Array, Kit
+from .options import UsageError, changed_config
+from .problem import ITEM_BYTES, Case, Result
+
+SDPA_BACKENDS = {
+    "sdpa_flash": "FLASH_ATTENTION",
+    "sdpa_efficient": "EFFICIENT_ATTENTION",
+    "sdpa_cudnn": "CUDNN_ATTENTION",
+    "sdpa_math": "MATH",
+}
+NAMES = ("flashcute", "sdpa", *SDPA_BACKENDS, "fa3", "naive")
+
+
+class Implementation:
+    """Attention as somebody computes it.
+
+    `call` takes q, k, v in `layout` and whether the mask is causal (aligned to the bottom right),
+    and returns the output in the same layout.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        version: str,
+        call: Callable[[Array, Array, Array, bool], Array],
+        layout: str = "bshd",
+    ) -> None:
+        self.name = name
+        self.version = version
+        self.call = call
+        self.layout = layout
+
+    def config_name(self, kit: Kit, case: Case) -> str | None:
+        """Of the kernel configuration, where there is such a thing."""
+        return None
+
+    def score_bytes(self, case: Case) -> int:
+        """What it needs for matrices of seqlen_q x seqlen_k, roughly."""
+        return 0
+
+    def result(self, kit: Kit, q: Array, k: Array, v: Array, causal: bool) -> Result:
+        """The output for bshd inputs, to be checked; as bshd too."""
+        return Result(kit.to_numpy(self.output(kit, q, k, v, causal)), None)
+
+    def output(self, kit: Kit, q: Array, k: Array, v: Array, causal: bool) -> Array:
+        """The same, where it was computed."""
+        if self.layout == "bshd":
+            return self.call(q, k, v, causal)
+        return kit.swap_heads(self.call(*(kit.swap_heads(x) for x in (q, k, v)), causal))
+
+
+class Flashcute(Implementation):
+    """With the default configuration, or with changes to it."""
+
+    def __init__(self, kit: Kit, changes: dict[str, Any] | None = None) -> None:
+        self.changes = changes or {}
+        self.arch = kit.arch
+        text = ",".join(f"{name}={int(value)}" for name, value in self.changes.items())
+        super().__init__(f"flashcute[{text}]" if text else "flashcute", __version__, self._run)
+
+    def config(self, head_dim: int, dtype: str) -> Any:
+        return changed_config(head_dim, dtype, self.arch, self.changes)
+
+    def config_name(self, kit: Kit, case: Case) -> str | None:
+        return str(self.config(case.head_dim, case.dtype).name)
+
+    def result(self, kit: Kit, q: Array, k: Array, v: Array, causal: bool) -> Result:
+        out, lse = self._run(q, k, v, causal, out=kit.poisoned_like(q), return_lse=True)
+        return Result(kit.to_numpy(out), kit.to_numpy(lse))
+
+    def output(self, kit: Kit, q: Array, k: Array, v: Array, causal: bool) -> Array:
+        return self._run(q, k, v, causal, out=kit.poisoned_like(q))
+
+    def _run(self, q: Array, k: Array, v: Array, causal: bool, **more: Any) -> Any:
+        if self.changes:
+            cfg = self.config(q.shape[-1], str(q.dtype).rpartition(".")[2])
+            return forward(cfg, q, k, v, causal=causal, **more)
+        return flash_attention(q, k, v, causal, **more)
+
+
+class Naive(Implementation):
+    """The matrix of scores, its softmax, and the product with v, as a user would write it."""
+
+    def __init__(self, kit: Kit) -> None:
+        if kit.library == "torch":
+            super().__init__("naive", kit.version, self._torch, "bhsd")
+        else:
+            super().__init__("naive", kit.version, reference.naive)
+        self.torch: Any = import_module("torch") if kit.library == "torch" else None
+
+    def score_bytes(self, case: Case) -> int:
+        if self.torch is not None:
+            return 3 * ITEM_BYTES[case.dtype] * case.score_count
+        return 3 * max(4, ITEM_BYTES[case.dtype]) * case.score_count
+
+    def _torch(self, q: Array, k: Array, v: Array, causal: bool) -> Array:
+        if q.shape[1] != k.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        if causal:
+            rows, keys = scores.shape[-2:]
+            seen = self.torch.ones(rows, keys, dtype=self.torch.bool, device=q.device)
+            scores = scores.masked_fill_(~seen.tril(keys - rows), float("-inf"))
+        return scores.softmax(-1) @ v
+
+
+class Sdpa(Implementation):
+    """torch.nn.functional.scaled_dot_product_attention, by one of its backends or by its choice."""
+
+    def __init__(self, kit: Kit, name: str) -> None:
+        torch = self.torch = import_module("torch")
+        version = str(torch.__version__)
+        if name == "sdpa_cudnn":
+            version = f"cudnn {torch.backends.cudnn.version()}"
+        super().__init__(name, version, self._run, "bhsd")
+        attention: Any = import_module("torch.nn.attention")
+        kind = SDPA_BACKENDS.get(name)
+        self.backend = getattr(attention.SDPBackend, kind) if kind else None
+        self.choose_backend = attention.sdpa_kernel
+
+    def score_bytes(self, case: Case) -> int:
+        return 3 * max(4, ITEM_BYTES[case.dtype]) * case.score_count if self.name == "sdpa_math" else 0
+
+    def _run(self, q: Array, k: Array, v: Array, causal: bool) -> Array:
+        if self.backend is None:
+            return self._attend(q, k, v, causal)
+        with self.choose_backend(self.backend):
+            return self._attend(q, k, v, causal)
+
+    def _attend(self, q: Array, k: Array, v: Array, causal: bool) -> Array:
+        more: dict[str, Any] = {}
+        if causal and q.shape[2] == k.shape[2]:
+            more["is_causal"] = True
+        elif causal:  # is_causal is aligned to the top left
+            bias = import_module("torch.nn.attention.bias")
+            more["attn_mask"] = bias.causal_lower_right(q.shape[2], k.shape[2])
+        if q.shape[1] != k.shape[1]:
+            more["enable_gqa"] = True
+        return self.torch.nn.functional.scaled_dot_product_attention(q, k, v, **more)
+
+
+def flash_attention_3() -> Implementation:
+    """The forward pass of the package fa3-fwd."""
+    function = import_module("fa3_fwd_interface").flash_attn_func
+
+    def call(q: Array, k: Array, v: Array, causal: bool) -> Array:
+        result = function(q, k, v, causal=causal)
+        return result[0] if isinstance(result, tuple) else result
+
+    metadata = import_module("importlib.metadata")
+    return Implementation("fa3", metadata.version("fa3-fwd"), call)
+
+
+def make(name: str, kit: Kit) -> Implementation:
+    """Raises UsageError if what the implementation needs is not here."""
+    if name == "flashcute":
+        return Flashcute(kit)
+    if name == "naive":
+        return Naive(kit)
+    if kit.library != "torch":
+        raise UsageError(f"{name} needs torch on {kit.device}")
+    if name == "fa3":
+        if find_spec("fa3_fwd_interface") is None:
+            raise UsageError("fa3 needs the package fa3-fwd")
+        return flash_attention_3()
+    return Sdpa(kit, name)

@@ -1,0 +1,123 @@
+"""Attention problems, and how far a result is from the fp64 reference."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from .. import reference
+from .kits import Array, Kit
+
+# Distance from 1 to the next number: twice the relative rounding error.
+EPSILON = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-23, "float64": 2**-52}
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+class Case(NamedTuple):
+    """The size of a problem."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    causal: bool
+    dtype: str
+
+    @property
+    def flops(self) -> float:
+        """Of the two matrix products: half of them under a causal mask, by convention."""
+        all_pairs = 4.0 * self.batch * self.heads * self.seqlen_q * self.seqlen_k * self.head_dim
+        return all_pairs / 2 if self.causal else all_pairs
+
+    @property
+    def score_count(self) -> int:
+        """Elements of the matrix that flash attention does not store."""
+        return self.batch * self.heads * self.seqlen_q * self.seqlen_k
+
+    @property
+    def label(self) -> str:
+        length = str(self.seqlen_q)
+        if self.seqlen_k != self.seqlen_q:
+            length += f"/{self.seqlen_k}"
+        heads = str(self.heads) if self.kv_heads == self.heads else f"{self.heads}/{self.kv_heads}"
+        mask = "causal" if self.causal else "full"
+        return f"b{self.batch} s{length} h{heads} d{self.head_dim} {mask}"
+
+    def random_inputs(self, kit: Kit) -> tuple[Array, Array, Array]:
+        """q (batch, seqlen_q, heads, d), k and v (batch, seqlen_k, kv_heads, d)."""
+        q = kit.normal((self.batch, self.seqlen_q, self.heads, self.head_dim), self.dtype)
+        shape = (self.batch, self.seqlen_k, self.kv_heads, self.head_dim)
+        return q, kit.normal(shape, self.dtype), kit.normal(shape, self.dtype)
+
+
+class Result(NamedTuple):
+    """Float64 NumPy arrays."""
+
+    out: Any  # (batch, seqlen_q, heads, d), or some rows of it
+    lse: Any  # (batch, heads, seqlen_q); None if the implementation does not give it
+
+
+class Errors(NamedTuple):
+    """Distances from the reference; NaN as soon as anything in the result is NaN."""
+
+    max_error: float  # max |out - ref|
+    rel_l2: float  # |out - ref| / |ref|, Euclidean norms
+    lse_error: float | None  # max |lse - ref|
+
+
+def fp64_reference(kit: Kit, q: Array, k: Array, v: Array, causal: bool) -> Result:
+    """In float64 on the kit's device, in O(seqlen) memory."""
+    double = (kit.double(x) for x in (q, k, v))
+    out, lse = reference.chunked(*double, causal, block_m=512, block_n=512, return_lse=True)
+    return Result(kit.to_numpy(out), kit.to_numpy(lse))
+
+
+def naive_result(kit: Kit, q: Array, k: Array, v: Array, causal: bool) -> Result:
+    """The naive computation in the inputs' dtype, whose error bounds that of others."""
+    out, lse = reference.naive(q, k, v, causal, return_lse=True)
+    return Result(kit.to_numpy(out), kit.to_numpy(lse))
+
+
+def errors(result: Result, ref: Result) -> Errors:
+    import numpy as np
+
+    difference = result.out - ref.out
+    norm = float(np.linalg.norm(ref.out))
+    distance = float(np.linalg.norm(difference))
+    rel_l2 = distance / norm if norm else distance
+    if result.lse is None:
+        lse_error = None
+    else:
+        with np.errstate(invalid="ignore"):  # -inf - -inf of rows that see no key
+            apart = np.where(result.lse == ref.lse, 0.0, np.abs(result.lse - ref.lse))
+        lse_error = float(np.max(apart, initial=0.0))
+    return Errors(float(np.max(np.abs(difference), initial=0.0)), rel_l2, lse_error)
+
+
+def complaint(found: Errors, naive: Errors, ref: Result, dtype: str) -> str | None:
+    """Why a result is not accurate enough, or None if it is.
+
+    out: at most twice the error of the naive computation in the same dtype, and half a unit in the
+    last place; so for the largest error and for the norm of all. lse: 2**-16 relative, for float64
+    2**-40, since 16-bit inputs too have their scores summed in float32.
+    """
+    import numpy as np
+
+    half_unit = EPSILON[dtype] / 2
+    largest = float(np.max(np.abs(ref.out), initial=0.0))
+    bounds = [
+        ("max error", found.max_error, 2 * naive.max_error + half_unit * largest),
+        ("relative L2 error", found.rel_l2, 2 * naive.rel_l2 + half_unit),
+    ]
+    if found.lse_error is not None:
+        finite = np.abs(ref.lse[np.isfinite(ref.lse)])
+        relative = 2.0**-40 if dtype == "float64" else 2.0**-16
+        bounds.append(("LSE error", found.lse_error, relative * max(1.0, np.max(finite, initial=0))))
+    for what, value, bound in bounds:
+        if math.isnan(value):
+            return f"{what}: NaN"
+        if not value <= bound:
+            return f"{what} {value:.3g} is over {bound:.3g}"
+    return None

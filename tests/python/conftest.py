@@ -1,0 +1,182 @@
+"""What every test here shares: where it runs, what it may touch, and how a fresh process is
+made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+# JAX would otherwise take most of a GPU's memory at its first call.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+SEED = int(os.environ.get("FLASHCUTE_TEST_SEED", "0"))
+
+_scratch = tempfile.TemporaryDirectory(prefix="flashcute_test_")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The user's cache is neither read nor written. Child processes inherit this folder.
+    os.environ["FLASHCUTE_CACHE_DIR"] = str(Path(_scratch.name) / "cache")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    for process in _compilations.values():
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+    _scratch.cleanup()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    import flashcute
+
+    gpu = why_no_gpu() or "with a GPU"
+    where = f"flashcute {flashcute.__version__} from {flashcute.__file__}"
+    return f"{where}, FLASHCUTE_TEST_SEED={SEED}, {gpu}"
+
+
+def why_no_gpu() -> str:
+    """Empty where gpu tests can run."""
+    import flashcute
+
+    info = flashcute._core.driver_info()
+    if not info.gpus:
+        return f"no GPU: {info.problem or 'the driver sees none'}"
+    if info.gpus[0].arch < 80:
+        return f"GPU 0 has compute capability {info.gpus[0].arch / 10}, 8.0 is needed"
+    if not torch.cuda.is_available():
+        return "torch was built without CUDA, or cannot use this driver"
+    return ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Slow ones last: what they need is being compiled meanwhile.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    if reason := why_no_gpu():
+        skip = pytest.mark.skip(reason=reason)
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+# ---- devices and data ----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Runs the test on both backends."""
+    return str(request.param)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Differs from test to test; the same in every run with one FLASHCUTE_TEST_SEED, which the
+    header prints."""
+    return np.random.default_rng([SEED, zlib.crc32(request.node.nodeid.encode())])
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN: an output that is not written shows, also those that flashcute
+    allocates. (T4, T6)"""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+# ---- fresh processes -----------------------------------------------------------------------------
+
+Runner = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def environment(**changes: str | None) -> dict[str, str]:
+    """This process's environment with changes; None removes a variable."""
+    env = {**os.environ, **{k: v for k, v in changes.items() if v is not None}}
+    for name, value in changes.items():
+        if value is None:
+            env.pop(name, None)
+    return env
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Runner:
+    """fresh(code, **env): runs a script in a new interpreter and returns the finished process,
+    which succeeded."""
+
+    def run(
+        code: str, *, timeout: float = 120, check: bool = True, **env: str | None
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            env=environment(**env),
+            cwd=tmp_path,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+        )
+        if check:
+            assert done.returncode == 0, (
+                f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+            )
+        return done
+
+    return run
+
+
+# ---- kernels that are compiled for the tests -----------------------------------------------------
+
+_compilations: dict[str, subprocess.Popen[str]] = {}
+
+
+def _start_compiling(cfg: object) -> None:
+    import flashcute
+
+    arch = flashcute._core.driver_info().gpus[0].arch
+    code = (
+        "import flashcute; from flashcute import ForwardConfig; "
+        f"flashcute.prebuild({cfg!r}, arch={arch})"
+    )
+    _compilations[cfg.name] = subprocess.Popen(  # type: ignore[attr-defined]
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=_scratch.name
+    )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Starts what `compiled` will wait for: in parallel, while other tests use the GPU."""
+    if why_no_gpu():
+        return
+    for item in session.items:
+        cfg = getattr(item, "callspec", None) and item.callspec.params.get("compiled")
+        if cfg is not None and cfg.name not in _compilations:
+            _start_compiling(cfg)
+
+
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest) -> object:
+    """Parametrised indirectly by a configuration: returns it when its kernels are in the cache."""
+    cfg = request.param
+    if cfg.name not in _compilations:
+        _start_compiling(cfg)
+    process = _compilations[cfg.name]
+    _, problem = process.communicate() if process.returncode is None else ("", "")
+    assert process.returncode == 0, problem
+    return cfg
+
+
+def find_tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
