@@ -71,7 +71,7 @@ if(NOT flashcute_cccl_dir)
 endif()
 if(NOT flashcute_cccl_dir)
   find_path(flashcute_toolkit_cccl cuda/std/version
-    PATHS $ENV{CUDA_HOME}/include/cccl $ENV{CUDA_PATH}/include/cccl /usr/local/cuda/include/cccl NO_DEFAULT_PATH)
+    PATHS ${flashcute_cuda_homes} PATH_SUFFIXES include/cccl NO_DEFAULT_PATH)
   if(flashcute_toolkit_cccl)
     # CuTe 4.2 compiles under NVRTC with CCCL 3.0 and 3.1 (CUDA 13.0 and 13.1), not with later ones.
     file(STRINGS ${flashcute_toolkit_cccl}/cuda/std/__cccl/version.h version REGEX "define CCCL_VERSION ")

@@ -186,7 +186,8 @@ constexpr ForwardConfigError check(ForwardConfig const& c, Arch arch) {
 }
 
 /// The default configuration for head dimension d on `arch`. The GPU tiles stay under the 99 KB of
-/// shared memory that compute capabilities 8.6, 8.9 and 12.0 allow, so one choice serves all.
+/// shared memory that compute capabilities 8.6, 8.9 and 12.0 allow, so one choice serves all; they are
+/// the largest that the compiler fits into registers on every target (see docs/decisions/0003-tiles.md).
 constexpr ForwardConfig default_forward_config(DType dtype, int32_t d, Arch arch) {
   ForwardConfig c;
   c.dtype = dtype;
@@ -200,8 +201,8 @@ constexpr ForwardConfig default_forward_config(DType dtype, int32_t d, Arch arch
     c.block_n = 64;
   } else {
     c.head_dim = 128;
-    c.block_m = 128;
-    c.block_n = 32;
+    c.block_m = 64;
+    c.block_n = 64;
   }
   return c;
 }

@@ -20,6 +20,10 @@ using CpAsync = cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>;
 using Ldmatrix = cute::SM75_U32x4_LDSM_N;
 /// The same, each tile transposed.
 using LdmatrixTransposed = cute::SM75_U16x8_LDSM_T;
+/// Two neighbouring 16-bit elements of an accumulator from registers to shared memory.
+using FragmentStore = cute::UniversalCopy<cute::uint32_t>;
+/// 16 bytes from shared to global memory.
+using VectorCopy = cute::UniversalCopy<cute::uint128_t>;
 
 template <DType>
 struct TensorCore;

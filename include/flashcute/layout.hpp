@@ -47,7 +47,7 @@ struct ForwardLayout {
   using CopyThreads = cute::Layout<cute::Shape<cute::Int<C.num_warps * 4>, cute::_8>, cute::Stride<cute::_8, cute::_1>>;
   using CopyValues = cute::Layout<cute::Shape<cute::_1, cute::_8>>;
   using LoadAtom = cute::Copy_Atom<CpAsync, Element>;
-  using StoreAtom = cute::Copy_Atom<cute::UniversalCopy<cute::uint128_t>, Element>;
+  using StoreAtom = cute::Copy_Atom<VectorCopy, Element>;
   using GlobalLoad = decltype(cute::make_tiled_copy(LoadAtom{}, CopyThreads{}, CopyValues{}));
   using GlobalStore = decltype(cute::make_tiled_copy(StoreAtom{}, CopyThreads{}, CopyValues{}));
 
@@ -57,7 +57,7 @@ struct ForwardLayout {
                                   cute::Tile<cute::Int<16 * C.num_warps>, cute::_16, cute::_16>>;
   using LdmatrixAtom = cute::Copy_Atom<Ldmatrix, Element>;
   using LdmatrixTransposedAtom = cute::Copy_Atom<LdmatrixTransposed, Element>;
-  using FragmentStoreAtom = cute::Copy_Atom<cute::UniversalCopy<cute::uint32_t>, Element>;
+  using FragmentStoreAtom = cute::Copy_Atom<FragmentStore, Element>;
 
   static constexpr int rows_per_thread = 2 * C.block_m / (16 * C.num_warps);
 };

@@ -265,7 +265,7 @@ def _cast(xp: Namespace, array: Array, dtype: Any) -> Array:
 
 def _matmul(xp: Namespace, a: Array, b: Array) -> Array:
     """a b, summed in float32 at least, rounded to a's dtype. NumPy alone would sum in 16 bits."""
-    if xp is sys.modules.get("numpy") and a.dtype.itemsize == 2:
+    if xp.__name__ == "numpy" and a.dtype.itemsize == 2:
         return xp.matmul(a.astype(xp.float32), b.astype(xp.float32)).astype(a.dtype)
     return xp.matmul(a, b)
 

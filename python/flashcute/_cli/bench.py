@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import secrets
-from typing import Any, TextIO
+from typing import TextIO
 
 from . import bench_forward, bench_host
 from .kits import add_device_argument
@@ -47,7 +47,8 @@ def add_command(commands: Commands) -> None:
     )
     add_device_argument(parser)
     cases = parser.add_argument_group(
-        "cases", "every head dim x mask x sequence length; batch = tokens / seqlen, heads = hidden / d"
+        "cases",
+        "every head dim x mask x sequence length; batch = tokens / seqlen, heads = hidden / d",
     )
     cases.add_argument(
         "--grid",

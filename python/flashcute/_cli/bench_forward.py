@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TextIO
 
 from .. import FlashcuteError, reference
 from . import peers
-from .kits import Array, Call, Kit, choose_kit
+from .kits import Call, Inputs, Kit, choose_kit, in_layout
 from .options import DTYPES, UsageError
 from .peers import Flashcute, Implementation
 from .problem import Case, Errors, Result, complaint, errors, fp64_reference, naive_result
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace, out: TextIO | None) -> int:
                 out.write(json.dumps(line, allow_nan=False) + "\n")
                 out.flush()
         print(progress(case, lines[-len(implementations) :]), flush=True)
-    print("\n" + summary(lines, [one.name for one in implementations]))
+    print("\n" + summary(lines, [one.name for one in implementations], kit.device))
     wrong = [x for x in lines if x["status"] == "wrong" and x["impl"].startswith("flashcute")]
     return 1 if wrong else 0
 
@@ -117,8 +117,12 @@ def read_cases(file: Path, dtype: str) -> Iterator[Case]:
             sizes = case[: Case._fields.index("causal")]
             if not all(type(size) is int and size > 0 for size in sizes):
                 raise ValueError(f"sizes must be positive integers, got {row}")
+            if case.heads % case.kv_heads != 0:
+                raise ValueError(f"kv_heads must divide heads, got {row}")
             if case.dtype not in DTYPES or type(case.causal) is not bool:
-                raise ValueError(f"expected a dtype among {DTYPES} and a bool for causal, got {row}")
+                raise ValueError(
+                    f"expected a dtype among {DTYPES} and a bool for causal, got {row}"
+                )
             yield case
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise UsageError(
@@ -160,7 +164,7 @@ class Verifier:
         return self.verdicts[key]
 
     def on_rows(
-        self, one: Implementation, case: Case, inputs: Sequence[Array], naive: Errors
+        self, one: Implementation, case: Case, inputs: Inputs, naive: Errors
     ) -> tuple[str | None, float]:
         """Random rows, and the first and last, of the real problem: (complaint, max error).
 
@@ -226,7 +230,7 @@ def run_case(
                 line.update(status="wrong", reason=wrong)
                 continue
             if one.layout not in inputs:
-                inputs[one.layout] = tuple(kit.swap_heads(x) for x in base)
+                inputs[one.layout] = in_layout(kit, base, one.layout)
             call = functools.partial(one.call, *inputs[one.layout], case.causal)
             line["peak_bytes"] = kit.peak_bytes(call)
             calls[one.name], line["timing"] = kit.repeatable(call)
@@ -265,14 +269,17 @@ def json_safe(line: Line) -> Line:
 
 def progress(case: Case, lines: Sequence[Line]) -> str:
     parts = [
-        f"{x['impl']} {x['ms_p50']:.3g} ms" if x["status"] == "ok" else f"{x['impl']}: {x['reason']}"
+        f"{x['impl']} {x['ms_p50']:.3g} ms"
+        if x["status"] == "ok"
+        else f"{x['impl']}: {x['reason']}"
         for x in lines
     ]
     return f"{case.label} {case.dtype}: " + "; ".join(parts)
 
 
-def summary(lines: Sequence[Line], names: Sequence[str]) -> str:
-    """TFLOP/s by case and implementation, the ratios of flashcute's, and their geometric means."""
+def summary(lines: Sequence[Line], names: Sequence[str], device: str) -> str:
+    """FLOP/s by case and implementation, the ratios of flashcute's, and their geometric means."""
+    unit, factor = ("TFLOP/s", 1.0) if device == "cuda" else ("GFLOP/s", 1e3)
     ours = next((name for name in names if name.startswith("flashcute")), None)
     others = [name for name in names if not name.startswith("flashcute")]
     by_case: dict[str, dict[str, float]] = {}
@@ -280,12 +287,12 @@ def summary(lines: Sequence[Line], names: Sequence[str]) -> str:
         case = Case(*(x[field] for field in Case._fields))
         row = by_case.setdefault(f"{case.label} {case.dtype}", {})
         if x["status"] == "ok":
-            row[x["impl"]] = x["tflops"]
+            row[x["impl"]] = x["tflops"] * factor
 
     ratios: dict[str, list[float]] = {"/best": [], "/sdpa_flash": []}
     table = []
     for label, row in by_case.items():
-        cells = [label, *(format_number(row.get(name), ".3g") for name in names)]
+        cells = [label, *(format_number(row.get(name), ".1f") for name in names)]
         best = max((row[name] for name in others if name in row), default=None)
         for column, divisor in (("/best", best), ("/sdpa_flash", row.get("sdpa_flash"))):
             mine = row.get(ours) if ours else None
@@ -296,6 +303,6 @@ def summary(lines: Sequence[Line], names: Sequence[str]) -> str:
         table.append(cells)
     means = [format_number(geometric_mean(x), ".2f") for x in ratios.values()]
     table.append(["geometric mean", *("" for _ in names), *means])
-    header = ["TFLOP/s", *names, *ratios]
+    header = [unit, *names, *ratios]
     note = f"Ratios are of {ours}; /best: to the fastest of the others." if ours else ""
     return format_table(header, table) + "\n" + note

@@ -54,14 +54,14 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def one_config(
-    options: argparse.Namespace, arch: str, changes: dict[str, object]
-) -> ForwardConfig:
+def one_config(options: argparse.Namespace, arch: str, changes: dict[str, object]) -> ForwardConfig:
     return changed_config(options.head_dim or 128, options.dtype or "bfloat16", arch, changes)
 
 
 def default_arch() -> str:
     driver = _core.driver_info()
     if not driver.gpus:
-        raise UsageError(f"--arch: expected sm_80 or the like where there is no GPU. {driver.problem}")
+        raise UsageError(
+            f"--arch: expected sm_80 or the like where there is no GPU. {driver.problem}"
+        )
     return f"sm_{driver.gpus[0].arch}"

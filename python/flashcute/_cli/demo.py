@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, _core, explain
-from .kits import Array, Kit, add_device_argument, choose_kit
+from .kits import Inputs, Kit, add_device_argument, choose_kit, in_layout
 from .options import DTYPES, Commands, UsageError, positive_int
 from .peers import Flashcute, Implementation, Naive, Sdpa
 from .problem import EPSILON, ITEM_BYTES, Case, complaint, errors, fp64_reference, naive_result
@@ -110,7 +110,7 @@ class Measured:
 
 
 def measure(
-    kit: Kit, case: Case, implementations: list[Implementation], inputs: tuple[Array, ...]
+    kit: Kit, case: Case, implementations: list[Implementation], inputs: Inputs
 ) -> Measured:
     measured = Measured()
     mask = "causal" if case.causal else "full"
@@ -123,8 +123,7 @@ def measure(
             wrong = complaint(found, naive, ref, case.dtype)
             if wrong:
                 measured.problems.append(f"{mask}: {wrong}")
-        arrays = [kit.swap_heads(x) if one.layout == "bhsd" else x for x in inputs]
-        call = functools.partial(one.call, *arrays, case.causal)
+        call = functools.partial(one.call, *in_layout(kit, inputs, one.layout), case.causal)
         call()
         memory = kit.peak_bytes(call)
         repeatable, _ = kit.repeatable(call)
@@ -154,7 +153,7 @@ def device_name(kit: Kit) -> str:
     return f"CPU, {build.cpu_isa}, {build.cpu_threads} threads"
 
 
-def text_inputs(kit: Kit, case: Case) -> tuple[Array, Array, Array]:
+def text_inputs(kit: Kit, case: Case) -> Inputs:
     """q, k and v, (1, tokens, heads, d), of a first layer over the bytes of flashcute's source.
 
     A byte is embedded at random and its position added as sines; q, k and v are three random

@@ -39,9 +39,8 @@ def run(options: argparse.Namespace) -> int:
     if build.image_archs:
         images = f"{build.image_archs} ({build.image_compiler})"
     else:
-        images = (
-            "built without images: each GPU kernel is compiled at its first use"
-            + ("" if build.jit_compiler else ', which needs pip install "flashcute[jit]"')
+        images = "built without images: each GPU kernel is compiled at its first use" + (
+            "" if build.jit_compiler else ', which needs pip install "flashcute[jit]"'
         )
     jit = build.jit_compiler or build.jit_problem
     if not options.verbose:
@@ -60,7 +59,9 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(f"driver     {driver.problem}")
     found = {library: installed_version(library) for library in LIBRARIES}
-    print("libraries  " + ", ".join(f"{name} {v}" if v else f"no {name}" for name, v in found.items()))
+    print(
+        "libraries  " + ", ".join(f"{name} {v}" if v else f"no {name}" for name, v in found.items())
+    )
 
     print("\nenvironment")
     rows = [

@@ -10,19 +10,20 @@ import contextlib
 import ctypes
 import functools
 import gc
-import os
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 from .. import _core
 from .options import UsageError
 
 Array = Any
+Inputs = tuple[Array, Array, Array]  # q, k, v
 Call = Callable[[], object]
 
 
@@ -96,7 +97,7 @@ class Kit(ABC):
         """Memory that a call needs while it runs, its result included; None if unknown."""
 
     def repeatable(self, call: Call) -> tuple[Call, str]:
-        """A call that does the same with as little host work as the kit can, and how: for timing."""
+        """A call that does the same with as little host work as can be, and how: for timing."""
         for _ in range(2):
             call()
         return call, "calls"
@@ -119,27 +120,30 @@ class _CpuKit(Kit):
         return result
 
     def free_bytes(self) -> int:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return _proc_bytes("/proc/meminfo", "MemAvailable")
 
     def peak_bytes(self, call: Call) -> int | None:
         gc.collect()
         with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is allocated
+            ctypes.CDLL(None).malloc_trim(
+                0
+            )  # what was freed before must not hide what is allocated
         try:
             with open("/proc/self/clear_refs", "w") as reset:
                 reset.write("5")  # the peak starts again from what is resident now
         except OSError:
             return None
-        before = _resident_bytes("VmRSS")
+        before = _proc_bytes("/proc/self/status", "VmRSS")
         result = call()
-        peak = _resident_bytes("VmHWM")
+        peak = _proc_bytes("/proc/self/status", "VmHWM")
         del result
         return max(0, peak - before)
 
 
-def _resident_bytes(field: str) -> int:
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith(field))
+def _proc_bytes(file: str, field: str) -> int:
+    """Of a line like "VmHWM:  1234 kB"."""
+    with open(file) as lines:
+        line = next(line for line in lines if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
@@ -239,10 +243,7 @@ class TorchCudaKit(_Torch):
                 call()
             mark.record()
         self.torch.cuda.synchronize()
-        return [
-            start.elapsed_time(end) / repeats
-            for start, end in zip(marks[:-1], marks[1:], strict=True)
-        ]
+        return [start.elapsed_time(end) / repeats for start, end in pairwise(marks)]
 
     def free_bytes(self) -> int:
         self.torch.cuda.empty_cache()
@@ -336,9 +337,7 @@ class CuPyKit(Kit):
             mark.record()
         marks[-1].synchronize()
         elapsed = self.cupy.cuda.get_elapsed_time
-        return [
-            elapsed(start, end) / repeats for start, end in zip(marks[:-1], marks[1:], strict=True)
-        ]
+        return [elapsed(start, end) / repeats for start, end in pairwise(marks)]
 
     def free_bytes(self) -> int:
         self.cupy.get_default_memory_pool().free_all_blocks()
@@ -353,6 +352,14 @@ class CuPyKit(Kit):
         self.synchronize()
         del result
         return int(pool.total_bytes() - before)
+
+
+def in_layout(kit: Kit, inputs: Inputs, layout: str) -> Inputs:
+    """bshd inputs in a layout, contiguous."""
+    if layout == "bshd":
+        return inputs
+    q, k, v = inputs
+    return kit.swap_heads(q), kit.swap_heads(k), kit.swap_heads(v)
 
 
 # ---- choosing one ------------------------------------------------------------------------------

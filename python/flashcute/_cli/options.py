@@ -60,7 +60,7 @@ def list_of(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 def config_options() -> dict[str, Callable[[str], Any]]:
-    """The options of ForwardConfig that a user may set beside dtype and head_dim, with their types."""
+    """The options of ForwardConfig beside dtype and head_dim, and the types of their arguments."""
     example = ForwardConfig()
     names = [name for name, member in vars(ForwardConfig).items() if isinstance(member, property)]
     types = {name: type(getattr(example, name)) for name in names}

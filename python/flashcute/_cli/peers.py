@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from .. import __version__, flash_attention, forward, reference
-from .kits import Array, Kit
+from .kits import Array, Kit, in_layout
 from .options import UsageError, changed_config
 from .problem import ITEM_BYTES, Case, Result
 
@@ -54,9 +54,8 @@ class Implementation:
 
     def output(self, kit: Kit, q: Array, k: Array, v: Array, causal: bool) -> Array:
         """The same, where it was computed."""
-        if self.layout == "bshd":
-            return self.call(q, k, v, causal)
-        return kit.swap_heads(self.call(*(kit.swap_heads(x) for x in (q, k, v)), causal))
+        out = self.call(*in_layout(kit, (q, k, v), self.layout), causal)
+        return out if self.layout == "bshd" else kit.swap_heads(out)
 
 
 class Flashcute(Implementation):
@@ -129,7 +128,9 @@ class Sdpa(Implementation):
         self.choose_backend = attention.sdpa_kernel
 
     def score_bytes(self, case: Case) -> int:
-        return 3 * max(4, ITEM_BYTES[case.dtype]) * case.score_count if self.name == "sdpa_math" else 0
+        return (
+            3 * max(4, ITEM_BYTES[case.dtype]) * case.score_count if self.name == "sdpa_math" else 0
+        )
 
     def _run(self, q: Array, k: Array, v: Array, causal: bool) -> Array:
         if self.backend is None:

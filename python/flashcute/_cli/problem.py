@@ -6,7 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from .. import reference
-from .kits import Array, Kit
+from .kits import Array, Inputs, Kit
 
 # Distance from 1 to the next number: twice the relative rounding error.
 EPSILON = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-23, "float64": 2**-52}
@@ -45,7 +45,7 @@ class Case(NamedTuple):
         mask = "causal" if self.causal else "full"
         return f"b{self.batch} s{length} h{heads} d{self.head_dim} {mask}"
 
-    def random_inputs(self, kit: Kit) -> tuple[Array, Array, Array]:
+    def random_inputs(self, kit: Kit) -> Inputs:
         """q (batch, seqlen_q, heads, d), k and v (batch, seqlen_k, kv_heads, d)."""
         q = kit.normal((self.batch, self.seqlen_q, self.heads, self.head_dim), self.dtype)
         shape = (self.batch, self.seqlen_k, self.kv_heads, self.head_dim)
@@ -69,8 +69,8 @@ class Errors(NamedTuple):
 
 def fp64_reference(kit: Kit, q: Array, k: Array, v: Array, causal: bool) -> Result:
     """In float64 on the kit's device, in O(seqlen) memory."""
-    double = (kit.double(x) for x in (q, k, v))
-    out, lse = reference.chunked(*double, causal, block_m=512, block_n=512, return_lse=True)
+    q, k, v = (kit.double(x) for x in (q, k, v))
+    out, lse = reference.chunked(q, k, v, causal, block_m=512, block_n=512, return_lse=True)
     return Result(kit.to_numpy(out), kit.to_numpy(lse))
 
 
@@ -114,7 +114,9 @@ def complaint(found: Errors, naive: Errors, ref: Result, dtype: str) -> str | No
     if found.lse_error is not None:
         finite = np.abs(ref.lse[np.isfinite(ref.lse)])
         relative = 2.0**-40 if dtype == "float64" else 2.0**-16
-        bounds.append(("LSE error", found.lse_error, relative * max(1.0, np.max(finite, initial=0))))
+        bounds.append(
+            ("LSE error", found.lse_error, relative * max(1.0, np.max(finite, initial=0)))
+        )
     for what, value, bound in bounds:
         if math.isnan(value):
             return f"{what}: NaN"

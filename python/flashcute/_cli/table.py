@@ -20,7 +20,7 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int
 
 
 def format_bytes(count: float | None) -> str:
-    """"3.2 MiB"; "-" for what was not measured."""
+    """ "3.2 MiB"; "-" for what was not measured."""
     if count is None:
         return "-"
     for unit in ("B", "KiB", "MiB"):

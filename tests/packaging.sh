@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# The package in its other forms: without a CUDA toolkit, and editable. Takes the interpreter to make
+# virtual environments with.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$1
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+fail() { echo "packaging: $*" >&2; exit 1; }
+
+# ---- (b) no CUDA toolkit: builds without images and says so, in the log and in `info` -----------------
+# A wheel build in isolation, from a copy of the sources alone, with every trace of a toolkit hidden.
+git ls-files -z | xargs -0 tar cf - | tar xf - -C "$(mkdir -p "$scratch/source" && echo "$scratch/source")"
+mkdir "$scratch/bin"
+for tool in sh bash cc c++ gcc g++ as ld ar ranlib nm env git uname; do
+  found=$(command -v $tool) && ln -s "$found" "$scratch/bin/$tool"
+done
+env -u CUDA_HOME -u CUDA_PATH PATH="$scratch/bin" FLASHCUTE_CUDA_HOME="$scratch/no-toolkit" \
+  "$(realpath "$python")" -m pip wheel --verbose --no-deps --wheel-dir "$scratch/wheel" "$scratch/source" \
+  > "$scratch/log" 2>&1 || { tail -40 "$scratch/log"; fail "the build without a CUDA toolkit failed"; }
+grep -q "built WITHOUT kernel images" "$scratch/log" || fail "the install log does not say that there are no images"
+grep -q 'flashcute\[jit\]' "$scratch/log" || fail "the install log does not name the extra that brings run-time compilation"
+
+$python -m venv "$scratch/venv"
+"$scratch/venv/bin/python" -m pip install --quiet "$scratch"/wheel/*.whl
+(
+  cd "$scratch"
+  info=$(env -u CUDA_HOME PATH=/nowhere "$scratch/venv/bin/python" -m flashcute info)
+  grep -q "built without images" <<< "$info" || fail "info does not say that there are no images: $info"
+  grep -q 'flashcute\[jit\]' <<< "$info" || fail "info does not name the extra: $info"
+  "$scratch/venv/bin/python" -c '
+import numpy as np, flashcute
+q = np.random.default_rng(0).standard_normal((1, 5, 2, 8), dtype=np.float32)
+assert np.isfinite(flashcute.flash_attention(q, q, q)).all()
+'
+)
+echo "packaging: without a CUDA toolkit: passed"
+
+# ---- editable: a second install compiles no image again ----------------------------------------------
+install() { $python -m pip install --quiet --no-deps --no-build-isolation -e .; }
+install
+images=$(echo build/cp*/images/*.fatbin)
+[ -e "${images%% *}" ] || fail "no images in build/: is there a CUDA toolkit?"
+before=$(stat -c %Y $images)
+touch src/plan.cpp
+install
+[ "$before" = "$(stat -c %Y $images)" ] || fail "an editable install compiled unchanged images again"
+$python -m pip install --quiet --no-deps --no-build-isolation .
+echo "packaging: editable: passed"

@@ -1,0 +1,315 @@
+"""``python -m flashcute`` and benchmarks/python/plot.py, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flashcute import _core
+from flashcute.__main__ import main
+from flashcute._cli import peers
+from flashcute._cli.kits import NumPyKit
+from flashcute._cli.problem import (
+    Case,
+    Errors,
+    Result,
+    complaint,
+    errors,
+    fp64_reference,
+    naive_result,
+)
+
+CASE = Case(1, 2, 2, 40, 40, 16, True, "float32")
+BENCH = ["bench", "--device", "cpu", "--rounds", "1", "--budget-ms", "1", "--batch", "1"]
+TINY = [*BENCH, "--seqlens", "64", "--head-dims", "16", "--heads", "2"]
+
+
+def run_new_process(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# ---- info, explain, compile --------------------------------------------------------------------
+
+
+def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting that is not listed or whose value is not shown; a failure where there is no GPU."""
+    monkeypatch.setenv("FLASHCUTE_QUIET", "1")
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for name, _, meaning in _core.environment_variables():
+        assert name in text
+        assert meaning in text
+    assert "numpy " + np.__version__ in text
+    line = next(x for x in text.splitlines() if "FLASHCUTE_QUIET" in x)
+    assert line.split() == ["FLASHCUTE_QUIET", "1", "0"]
+
+
+def test_info_imports_no_array_library() -> None:
+    """A slow or failing import of a library only to tell its version."""
+    code = (
+        "import sys; from flashcute.__main__ import main; main(['info'])\n"
+        "print('LOADED', [x for x in ('numpy', 'torch', 'cupy', 'jax') if x in sys.modules])"
+    )
+    done = run_new_process(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_reader_that_stops() -> None:
+    """A traceback from `python -m flashcute info | head -1`."""
+    command = f"{sys.executable} -m flashcute info | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("flashcute ")
+    assert done.stderr == ""
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    """Options that do not reach the tensors or the configuration."""
+    sizes = ["--heads", "4", "--kv-heads", "2", "--head-dim", "64", "--dtype", "float32"]
+    where = ["--device", "cpu", "--causal"]
+    assert main(["explain", *sizes, *where]) == 0
+    assert "backend cpu" in capsys.readouterr().out
+    assert main(["explain", *sizes, *where, "--block-m", "128"]) == 0
+    assert "block_m=128" in capsys.readouterr().out
+    assert main(["explain", *sizes, *where, "--kv-heads", "3"]) == 0
+    assert "nothing can run this call" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not _core.build_info().image_archs, reason="built without images")
+def test_compile(capsys: pytest.CaptureFixture[str]) -> None:
+    """A configuration that is not the one asked for, or compiled though its image exists."""
+    assert main(["compile", "--arch", "sm_80", "--head-dim", "64", "--dtype", "float16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "_f16_d64_" in lines[0]
+    assert [line.partition(": ")[2] for line in lines[1:]] == ["ahead of time"] * 2
+    assert main(["compile", "--arch", "sm_80", "--all"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "invalid choice"),
+        (["bench", "--impls", "flashcute,foo"], "'foo'"),
+        (["bench", "--config", "block_q=3"], "block_q"),
+        (["bench", "--config", "block_m=many"], "block_m"),
+        (["bench", "--seqlens", "64,x"], "--seqlens"),
+        (["bench", "--rounds", "0"], "at least 1"),
+        (["bench", "--overhead", "--first-use"], "not allowed with"),
+        (["bench", "--device", "cpu", "--grid", "no/such/file"], "no/such/file"),
+        (["bench", "--device", "cpu", "--kv-ratio", "3", "--heads", "2"], "--kv-ratio"),
+        (["bench", "--device", "cpu", "--out", "no/such/folder/file"], "--out"),
+        (["compile", "--all", "--block-m", "64"], "--all"),
+        (["compile", "--arch", "sm_8x"], "sm_8x"),
+        (["compile", "--arch", "sm_80", "--num-warps", "3"], "num_warps"),
+        (["explain", "--seqlen-q", "-1"], "at least 0"),
+        (["demo", "--dtype", "int8"], "--dtype"),
+    ],
+    ids=" ".join,
+)
+def test_bad_options(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tracebacks, or exit code 0, for what the user can mend."""
+    try:
+        code = main(arguments)
+    except SystemExit as stopped:  # argparse
+        code = int(str(stopped.code))
+    stderr = capsys.readouterr().err
+    assert code == 2
+    assert "error: " in stderr
+    assert message in stderr.splitlines()[-1]
+
+
+def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """--device cuda that runs on the CPU instead of saying why it cannot."""
+    if _core.driver_info().gpus:
+        pytest.skip("there is a GPU")
+    for command in (["demo"], ["bench"], ["explain"]):
+        assert main([*command, "--device", "cuda"]) == 2
+        assert _core.driver_info().problem in capsys.readouterr().err
+
+
+# ---- the judge ---------------------------------------------------------------------------------
+
+
+def judged(result: Result, ref: Result, naive: Errors) -> str | None:
+    return complaint(errors(result, ref), naive, ref, CASE.dtype)
+
+
+def test_complaint() -> None:
+    """Wrong results that pass: one bad element, NaN (never smaller than a bound), a wrong LSE."""
+    kit = NumPyKit(seed=1)
+    inputs = CASE.random_inputs(kit)
+    ref = fp64_reference(kit, *inputs, CASE.causal)
+    naive = errors(naive_result(kit, *inputs, CASE.causal), ref)
+    right = peers.Flashcute(kit).result(kit, *inputs, CASE.causal)
+    assert judged(right, ref, naive) is None
+    for value in (np.nan, np.inf, 0.0):
+        out = right.out.copy()
+        out[0, 20, 1, 3] = value
+        assert judged(Result(out, right.lse), ref, naive) is not None
+        lse = right.lse.copy()
+        lse[0, 1, 20] = value
+        assert judged(Result(right.out, lse), ref, naive) is not None
+    assert judged(Result(right.out * (1 + 1e-5), right.lse), ref, naive) is not None
+
+
+def test_complaint_about_empty_rows() -> None:
+    """An LSE of -inf that is not recognised as right, or any LSE that passes for it."""
+    ref = Result(np.zeros((1, 2, 1, 4)), np.array([[[-np.inf, 1.0]]]))
+    naive = Errors(0.0, 0.0, 0.0)
+    assert judged(ref, ref, naive) is None
+    assert judged(Result(ref.out, np.array([[[-1e30, 1.0]]])), ref, naive) is not None
+    assert judged(Result(ref.out, np.array([[[-np.inf, -np.inf]]])), ref, naive) is not None
+
+
+def break_flashcute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes flash_attention, as the commands call it, wrong in one row."""
+    real = peers.flash_attention
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        result = real(*arguments, **options)
+        out = result[0] if isinstance(result, tuple) else result
+        out[-1, -1] = 0.0
+        return result
+
+    monkeypatch.setattr(peers, "flash_attention", broken)
+
+
+# ---- demo --------------------------------------------------------------------------------------
+
+
+def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    """The main use on real input, with the libraries that are here."""
+    assert main(["demo", "--device", "cpu", "--tokens", "300"]) == 0
+    text = capsys.readouterr().out
+    assert [line.split()[:2] for line in text.splitlines() if line.startswith("flashcute  ")] == [
+        ["flashcute", "full"],
+        ["flashcute", "causal"],
+    ]
+
+
+def test_demo_without_torch() -> None:
+    """A demo that needs torch."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from flashcute.__main__ import main; sys.exit(main(['demo', '--quick']))"
+    )
+    done = run_new_process(code)
+    assert done.returncode == 0, done.stderr
+    assert "numpy" in done.stdout
+    assert "sdpa" not in done.stdout
+
+
+def test_demo_notices(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 0 for wrong numbers."""
+    break_flashcute(monkeypatch)
+    assert main(["demo", "--device", "cpu", "--tokens", "100"]) == 1
+    assert "WRONG: " in capsys.readouterr().out
+
+
+# ---- bench -------------------------------------------------------------------------------------
+
+
+def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lines without what is needed to judge them; figures that contradict each other."""
+    out = tmp_path / "lines.jsonl"
+    assert main([*TINY, "--note", "hello", "--commit", "abc", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    lines = read_lines(out)
+    assert {x["causal"] for x in lines} == {False, True}
+    for x in lines:
+        assert (x["kind"], x["status"], x["note"], x["commit"]) == ("forward", "ok", "hello", "abc")
+        for field in ("date", "device", "python", "library", "impl_version", "seed", "threads"):
+            assert x[field], field
+        case = Case(*(x[field] for field in Case._fields))
+        assert case[:6] == (1, 2, 2, 64, 64, 16)
+        assert x["ms_p10"] <= x["ms_p50"] <= x["ms_p90"] <= x["ms_p99"]
+        assert x["tflops"] == pytest.approx(case.flops / x["ms_p50"] / 1e9)
+        assert 0 < x["rel_l2"] < 1e-5
+        assert 0 < x["max_error"] < 1e-4
+        assert x["spot_max_error"] < 1e-4
+    ours = [x for x in lines if x["impl"] == "flashcute"]
+    assert len(ours) == 2
+    assert all(x["config"].startswith("fwd_") and x["lse_error"] < 1e-4 for x in ours)
+    assert "geometric mean" in text
+
+
+def test_bench_configurations(tmp_path: Path) -> None:
+    """A configuration that cannot run and takes the others with it, or is silently replaced."""
+    out = tmp_path / "lines.jsonl"
+    configs = ["--config", "block_n=64", "--config", "block_m=48", "--impls", "flashcute"]
+    assert main([*TINY, *configs, "--out", str(out), "--causal", "1"]) == 0
+    good, changed, bad = read_lines(out)
+    assert (good["status"], changed["status"], bad["status"]) == ("ok", "ok", "failed")
+    assert "_n64_" in changed["config"]
+    assert "block_m" in bad["reason"]
+    assert "tflops" not in bad
+
+
+def test_bench_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong results that are timed all the same."""
+    break_flashcute(monkeypatch)
+    out = tmp_path / "lines.jsonl"
+    assert main([*TINY, "--impls", "flashcute,naive", "--causal", "0", "--out", str(out)]) == 1
+    ours, naive = read_lines(out)
+    assert ours["status"] == "wrong"
+    assert "tflops" not in ours
+    assert naive["status"] == "ok"
+
+
+def test_bench_grid_file(tmp_path: Path) -> None:
+    """torch's causal mask, aligned to the top left, where lengths differ; grouped heads."""
+    pytest.importorskip("torch")
+    case = {"batch": 1, "heads": 4, "kv_heads": 2, "seqlen_q": 20, "seqlen_k": 50, "head_dim": 32}
+    grid = tmp_path / "grid.jsonl"
+    grid.write_text(json.dumps({**case, "causal": True}) + "\n")
+    out = tmp_path / "lines.jsonl"
+    assert main([*BENCH, "--grid", str(grid), "--out", str(out)]) == 0
+    lines = read_lines(out)
+    assert [(x["impl"], x["status"]) for x in lines] == [
+        ("flashcute", "ok"),
+        ("sdpa", "ok"),
+        ("naive", "ok"),
+    ]
+    assert all(x["seqlen_k"] == 50 and x["kv_heads"] == 2 for x in lines)
+
+
+def test_bench_deadline(capsys: pytest.CaptureFixture[str]) -> None:
+    """A deadline that is ignored, or that is silent about what it left out."""
+    assert main([*TINY, "--deadline-s", "1e-9"]) == 0
+    assert "2 of 2 cases were not started" in capsys.readouterr().out
+
+
+def test_bench_overhead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Host times that are not recorded, or not those of the two calls with a budget."""
+    out = tmp_path / "lines.jsonl"
+    assert main(["bench", "--overhead", "--device", "cpu", "--out", str(out)]) == 0
+    lines = read_lines(out)
+    assert [x["call"] for x in lines][:2] == ["forward(cfg, out=)", "flash_attention"]
+    assert all(0 < x["us_p10"] <= x["us_p50"] <= x["us_p90"] for x in lines)
+    assert "forward(cfg, out=)" in capsys.readouterr().out
+
+
+# ---- plot --------------------------------------------------------------------------------------
+
+
+def test_plot_table(tmp_path: Path) -> None:
+    """A plot script that does not understand what the benchmark writes."""
+    plot = Path(__file__).parents[2] / "benchmarks" / "python" / "plot.py"
+    out = tmp_path / "lines.jsonl"
+    assert main([*TINY, "--impls", "flashcute,naive", "--out", str(out)]) == 0
+    done = subprocess.run([sys.executable, plot, out], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| 16 ")]
+    assert len(rows) == 2
+    assert all(row.count("**") == 2 for row in rows)

@@ -1,0 +1,356 @@
+"""ForwardConfig as a value, and what tells which configurations there are."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import itertools
+import pickle
+import re
+
+import flashcute as fc
+import numpy as np
+import pytest
+import torch
+from conftest import Runner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+OPTIONS = {
+    "dtype": ["float16", "bfloat16", "float32", "float64"],
+    "head_dim": [1, 64, 72, 128, 256],
+    "block_m": [16, 64, 128],
+    "block_n": [16, 32, 128],
+    "num_warps": [1, 2, 4, 8],
+    "swizzled": [True, False],
+    "q_in_registers": [True, False],
+}
+any_config = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in OPTIONS.items()}).map(
+    lambda options: fc.ForwardConfig(**options)
+)
+
+
+def options_of(cfg: fc.ForwardConfig) -> dict[str, object]:
+    return {name: getattr(cfg, name) for name in OPTIONS}
+
+
+# ---- a value -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_are_kept(name: str) -> None:
+    """Every option that is given comes back, with its type, and changes no other."""
+    default = options_of(fc.ForwardConfig())
+    for value in OPTIONS[name]:
+        got = options_of(fc.ForwardConfig(**{name: value}))
+        assert got == {**default, name: value}
+        assert type(got[name]) is type(value)
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "name", "something_new"])
+def test_immutable(name: str) -> None:
+    """A configuration that is a key in somebody's dict cannot change."""
+    cfg = fc.ForwardConfig()
+    before = repr(cfg)
+    with pytest.raises(AttributeError):
+        setattr(cfg, name, 64)
+    with pytest.raises(AttributeError):
+        delattr(cfg, name)
+    assert repr(cfg) == before
+
+
+@pytest.mark.filterwarnings("ignore:nanobind. attempted to initialize")
+def test_init_does_not_change_a_finished_value() -> None:
+    """Nor by calling __init__ again."""
+    cfg = fc.ForwardConfig()
+    with pytest.raises(Exception):  # noqa: B017, PT011 - whichever; what counts is the next line
+        cfg.__init__(head_dim=64)  # type: ignore[misc]
+    assert cfg == fc.ForwardConfig()
+
+
+@given(any_config, any_config)
+def test_equality_and_hash(a: fc.ForwardConfig, b: fc.ForwardConfig) -> None:
+    """Equal exactly if all options are equal; then the hashes are equal too."""
+    assert (a == b) == (options_of(a) == options_of(b))
+    assert (a != b) == (options_of(a) != options_of(b))
+    twin = fc.ForwardConfig(**options_of(a))
+    assert twin == a
+    assert hash(twin) == hash(a)
+    assert len({a, twin, a.replace()}) == 1
+
+
+@pytest.mark.parametrize("other", [None, 0, "fwd", (), fc.ForwardConfig, object()], ids=repr)
+def test_not_equal_to_other_things(other: object) -> None:
+    """Comparing with anything is an answer, not an error."""
+    assert fc.ForwardConfig() != other
+    assert not fc.ForwardConfig() == other  # noqa: SIM201 - both operators are under test
+
+
+@given(any_config)
+def test_repr_evaluates_back(cfg: fc.ForwardConfig) -> None:
+    """What a log shows can be pasted."""
+    assert eval(repr(cfg), {"ForwardConfig": fc.ForwardConfig}) == cfg
+    assert all(f"{name}={getattr(cfg, name)!r}" in repr(cfg) for name in OPTIONS)
+
+
+@given(any_config, any_config)
+def test_replace(a: fc.ForwardConfig, b: fc.ForwardConfig) -> None:
+    """A changed copy; the original is as it was."""
+    before = repr(a)
+    assert a.replace(**options_of(b)) == b
+    one = a.replace(block_n=b.block_n)
+    assert options_of(one) == {**options_of(a), "block_n": b.block_n}
+    assert repr(a) == before
+
+
+@given(any_config)
+@settings(max_examples=20)
+def test_pickle_and_copy(cfg: fc.ForwardConfig) -> None:
+    """Values travel to worker processes, in every protocol that classes without __dict__ have,
+    and into deep copies."""
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps(cfg, protocol)) == cfg
+    assert copy.copy(cfg) == cfg
+    assert copy.deepcopy({"cfg": [cfg]}) == {"cfg": [cfg]}
+
+
+def test_pickle_is_read_by_another_process(fresh: Runner) -> None:
+    """The class is found by its public name in a process that has not imported flashcute yet."""
+    cfg = fc.ForwardConfig(dtype="float16", head_dim=72, q_in_registers=True)
+    done = fresh(f"import pickle; print(repr(pickle.loads({pickle.dumps(cfg)!r})))")
+    assert done.stdout.strip() == repr(cfg)
+
+
+@pytest.mark.parametrize(
+    "state", [(), ("float16",), (*range(7),), ("float16", 64, 64, 64, 4, True, False, 1)]
+)
+def test_foreign_pickles_are_refused(fresh: Runner, state: tuple) -> None:
+    """A pickle of a version with other options is an error, not a configuration of garbage; nor
+    a crash, for which the process of its own is there."""
+    done = fresh(f"""
+        import flashcute as fc
+        blank = fc.ForwardConfig.__new__(fc.ForwardConfig)
+        try:
+            blank.__setstate__({state!r})
+        except (fc.FlashcuteError, TypeError, ValueError, IndexError) as error:
+            print("refused")
+        else:
+            print("accepted", blank)
+    """)
+    assert done.stdout.strip() == "refused"
+
+
+def test_final() -> None:
+    """A subclass would not be the C++ value that the kernels are looked up by."""
+    with pytest.raises(TypeError):
+        type("Mine", (fc.ForwardConfig,), {})
+
+
+# ---- options that are wrong ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make", [fc.ForwardConfig, fc.ForwardConfig().replace], ids=["new", "replace"]
+)
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("blockm", 64, r"^ForwardConfig: expected options among dtype, .*_registers, got 'blockm'"),
+        ("head_dim", "64", r"^head_dim: expected an integer, got '64'"),
+        ("head_dim", 64.0, r"^head_dim: expected an integer, got 64.0"),
+        ("head_dim", True, r"^head_dim: expected an integer, got True"),
+        ("head_dim", None, r"^head_dim: expected an integer, got None"),
+        ("block_m", 2**31, r"^block_m: expected an integer.*, got 2147483648"),
+        ("num_warps", -(2**40), r"^num_warps: expected an integer.*, got -1099511627776"),
+        ("swizzled", 1, r"^swizzled: expected True or False, got 1"),
+        ("q_in_registers", "no", r"^q_in_registers: expected True or False, got 'no'"),
+        ("dtype", "int8", r"^dtype: expected float16, bfloat16, float32 or float64, got 'int8'"),
+        ("dtype", "half", r"^dtype: expected float16, .* got 'half'"),
+        ("dtype", None, r"^dtype: expected float16, .* got None"),
+        ("dtype", 16, r"^dtype: expected float16, .* got 16"),
+        ("dtype", torch.int8, r"^dtype: expected float16, .* got torch.int8"),
+    ],
+)  # fmt: skip
+def test_wrong_options(make: type, option: str, value: object, says: str) -> None:
+    """Unknown names and wrong types are named, with what is allowed."""
+    with pytest.raises(fc.ArgumentError, match=says):
+        make(**{option: value})
+
+
+def test_options_are_keywords() -> None:
+    """Positions would change their meaning with the next option."""
+    with pytest.raises(TypeError):
+        fc.ForwardConfig("float16")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("spelled", "name"),
+    [
+        ("float16", "float16"),
+        (torch.float16, "float16"),
+        (torch.half, "float16"),
+        (torch.bfloat16, "bfloat16"),
+        (torch.float32, "float32"),
+        (torch.float64, "float64"),
+        (np.float16, "float16"),
+        (np.dtype("float32"), "float32"),
+        (np.float64, "float64"),
+        (np.dtype(">f4"), "float32"),
+    ],
+    ids=repr,
+)
+def test_dtype_objects(spelled: object, name: str) -> None:
+    """A dtype object of torch or NumPy is as good as its name."""
+    assert fc.ForwardConfig(dtype=spelled).dtype == name
+    assert fc.default_config(64, spelled, "cpu").dtype == name
+
+
+@pytest.mark.parametrize(
+    ("module", "attribute"),
+    [("ml_dtypes", "bfloat16"), ("jax.numpy", "bfloat16"), ("cupy", "float16")],
+)
+def test_dtype_objects_of_other_libraries(module: str, attribute: str) -> None:
+    """So are theirs."""
+    pytest.importorskip(module)
+    spelled = getattr(importlib.import_module(module), attribute)
+    assert fc.ForwardConfig(dtype=spelled).dtype == attribute
+    assert fc.ForwardConfig(dtype=np.dtype(spelled)).dtype == attribute
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
+def test_names_are_unique() -> None:
+    """Two configurations with one name would share a kernel. All combinations of the sample are
+    named."""
+    names = {
+        fc.ForwardConfig(**dict(zip(OPTIONS, values, strict=True))).name
+        for values in itertools.product(*OPTIONS.values())
+    }
+    assert len(names) == np.prod([len(v) for v in OPTIONS.values()])
+    assert all(re.fullmatch(r"[a-z][a-z0-9_]*", name) for name in names)
+
+
+def test_name_is_canonical() -> None:
+    """Names are in caches, logs and benchmark results: they do not change by accident."""
+    cfg = fc.ForwardConfig(dtype="bfloat16", head_dim=128, block_m=128, block_n=64, num_warps=4)
+    assert cfg.name == "fwd_sm80_bf16_d128_m128_n64_w4_swizzled"
+    cfg = cfg.replace(dtype="float16", swizzled=False, q_in_registers=True)
+    assert cfg.name == "fwd_sm80_f16_d128_m128_n64_w4_qreg"
+
+
+@given(st.integers(-(2**31), 2**31 - 1))
+def test_any_integer_has_a_name(number: int) -> None:
+    """A name is also shown for a configuration that breaks a rule: in full, whatever its numbers
+    are."""
+    cfg = fc.ForwardConfig(head_dim=number, block_m=number)
+    assert f"_d{number}_m{number}_" in cfg.name
+
+
+# ---- which there are -----------------------------------------------------------------------------
+
+
+def test_configs() -> None:
+    """Each is of its own, keeps the rules on every GPU, and the caller's list is the caller's."""
+    found = fc.configs()
+    assert len(set(found)) == len(found) > 0
+    for cfg in found:
+        for arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"):
+            cfg.check(arch)
+    assert {(c.dtype, c.head_dim) for c in found} >= {
+        (dtype, d) for dtype in ("float16", "bfloat16") for d in (64, 128)
+    }
+    found.clear()
+    assert fc.configs()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", 100, "sm_120"])
+def test_gpu_defaults_are_ahead_of_time(dtype: str, arch: str | int) -> None:
+    """Every head dim that flash_attention takes runs without a compiler."""
+    for d in range(8, 129, 8):
+        cfg = fc.default_config(d, dtype, arch)
+        assert cfg in fc.configs()
+        assert cfg.head_dim == (64 if d <= 64 else 128)
+
+
+@pytest.mark.parametrize("dtype", OPTIONS["dtype"])
+@pytest.mark.parametrize("arch", ["cpu", "sm_80", "sm_90"])
+def test_default_config_is_one_that_runs_or_an_error(dtype: str, arch: str) -> None:
+    """No head dim falls through to a kernel that is too narrow, no dtype to one that does not
+    exist (T41)."""
+    for d in range(1, 258):
+        try:
+            cfg = fc.default_config(d, dtype, arch)
+        except (fc.ArgumentError, fc.UnsupportedError):
+            continue
+        cfg.check(arch)
+        assert cfg.head_dim >= d
+        assert cfg.dtype == dtype
+
+
+@pytest.mark.parametrize("d", [0, -8, 257, 2**40])
+def test_default_config_of_impossible_head_dims(d: int) -> None:
+    """Named, with the range."""
+    with pytest.raises(fc.ArgumentError, match=rf"^head_dim: expected .*1 and 256, got {d}"):
+        fc.default_config(d)
+
+
+@pytest.mark.parametrize("d", ["64", 64.0, None], ids=repr)
+def test_default_config_of_the_wrong_type(d: object) -> None:
+    """Named like every other argument."""
+    with pytest.raises((fc.ArgumentError, TypeError), match=r"^head_dim: expected .*got"):
+        fc.default_config(d)  # type: ignore[arg-type]
+
+
+# ---- explain -------------------------------------------------------------------------------------
+
+
+def test_explain_names_what_is_wrong() -> None:
+    """If nothing can run the call, the reason is the message of the exception that the call
+    raises."""
+    q = torch.ones(1, 4, 2, 8)
+    k = torch.ones(1, 4, 3, 8)
+    told = fc.explain(q, k, k)
+    assert told.backend == ""
+    assert told.config is None
+    assert told.kernel == ""
+    with pytest.raises(fc.ArgumentError) as raised:
+        fc.flash_attention(q, k, k)
+    assert dict(told.rejected)["cpu"] == str(raised.value)
+    assert "nothing can run this call" in repr(told)
+    assert str(raised.value) in repr(told)
+
+
+def test_explain_a_chosen_configuration() -> None:
+    """It explains the configuration that was asked for, and refuses one that forward would
+    refuse."""
+    q = torch.ones(1, 4, 2, 8)
+    cfg = fc.default_config(8, "float32", "cpu").replace(block_m=128)
+    told = fc.explain(q, q, q, cfg=cfg)
+    assert told.config == cfg
+    assert repr(cfg) in repr(told)
+    told = fc.explain(q, q, q, cfg=cfg.replace(dtype="float16"))
+    assert told.backend == ""
+    assert "dtype float16 does not fit" in dict(told.rejected)["cpu"]
+
+
+def test_explain_lists_every_ahead_of_time_configuration() -> None:
+    """Each that was not taken has its reason, once."""
+    q = torch.ones(1, 4, 2, 64, dtype=torch.float16)
+    told = fc.explain(q, q, q)
+    names = [what for what, _ in told.rejected]
+    assert len(set(names)) == len(names)
+    assert {c.name for c in fc.configs()} - {told.config.name} <= set(names)
+    reasons = dict(told.rejected)
+    for cfg in fc.configs():
+        if cfg.dtype == "bfloat16":
+            assert "dtype bfloat16 does not fit" in reasons[cfg.name]
+
+
+def test_explain_does_not_run_or_change_anything() -> None:
+    """It reads shapes, not data."""
+    q = torch.full((1, 4, 2, 8), float("nan"))
+    q.requires_grad_()
+    assert fc.explain(q, q, q).backend == "cpu"
+    assert bool(q.isnan().all())

@@ -1,0 +1,117 @@
+"""Gates for the kernel images that CMake built, without a GPU.
+
+For every kernel of every family and every target architecture: it is there; its main loops hold no
+memory spill (LDL, STL); the instructions meant are present; registers, stack and shared memory are no
+worse than in the checked table tests/images.json. ``--update`` rewrites the table.
+
+usage: python tools/check_images.py --images build/*/images [--update]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from sass import disassemble, find_tool
+
+TABLE = Path(__file__).parent.parent / "tests" / "images.json"
+MEANT = ("LDGSTS", "LDSM", "HMMA")  # cp.async, ldmatrix, mma.sync
+Resources = dict[str, int]
+
+
+def resources(image: Path) -> dict[tuple[str, str], Resources]:
+    """(kernel, arch) -> registers, stack and static shared memory in bytes."""
+    command = [find_tool("cuobjdump"), "--dump-resource-usage", str(image)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[tuple[str, str], Resources] = {}
+    arch = kernel = "?"
+    for line in text.splitlines():
+        if m := re.search(r"arch = (sm_\w+)", line):
+            arch = m.group(1)
+        elif m := re.search(r"Function (\w+):", line):
+            kernel = m.group(1)
+        elif m := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
+            registers, stack, shared = map(int, m.groups())
+            found[kernel, arch] = {"registers": registers, "stack": stack, "shared": shared}
+    return found
+
+
+def kernels_of(unit: Path) -> list[str]:
+    """The entry points that a generated translation unit defines."""
+    return re.findall(r"^FLASHCUTE_\w+_ENTRY\((\w+),", unit.read_text(), re.MULTILINE)
+
+
+def check_family(unit: Path, archs: list[str]) -> tuple[list[str], dict[str, dict[str, Resources]]]:
+    """Problems, and kernel -> arch -> resources."""
+    image = unit.with_suffix(".fatbin")
+    functions = {(f.name, f.arch): f for f in disassemble(image)}
+    used = resources(image)
+    problems: list[str] = []
+    table: dict[str, dict[str, Resources]] = {}
+    for kernel in kernels_of(unit):
+        for arch in archs:
+            where = f"{kernel} for {arch}"
+            function = functions.get((kernel, arch))
+            if function is None:
+                problems.append(f"{where}: missing from {image.name}")
+                continue
+            counts = function.counts()
+            problems += [f"{where}: no {op} in it" for op in MEANT if not counts[op]]
+            loops = function.loops("HMMA")
+            if not loops:
+                problems.append(f"{where}: no loop with HMMA was found")
+            for loop in loops:
+                spills = loop.counts["LDL"] + loop.counts["STL"]
+                if spills:
+                    problems.append(f"{where}: {spills} LDL/STL in a main loop of {loop.length}")
+            table.setdefault(kernel, {})[arch] = used[kernel, arch]
+    return problems, table
+
+
+def compare(table: dict[str, dict[str, Resources]], checked: dict[str, dict[str, Resources]]) -> list[str]:
+    problems = []
+    for kernel, by_arch in table.items():
+        for arch, now in by_arch.items():
+            before = checked.get(kernel, {}).get(arch)
+            if before is None:
+                problems.append(f"{kernel} for {arch}: not in {TABLE.name}; run with --update")
+                continue
+            problems += [
+                f"{kernel} for {arch}: {what} {now[what]}, was {before[what]}"
+                for what in now
+                if now[what] > before[what]
+            ]
+    return problems
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=Path, required=True, help="folder of *.cu and *.fatbin")
+    parser.add_argument("--archs", default="sm_80,sm_90,sm_100,sm_120")
+    parser.add_argument("--update", action="store_true", help=f"rewrite {TABLE.name}")
+    arguments = parser.parse_args()
+    units = sorted(arguments.images.glob("*.cu"))
+    if not units:
+        sys.exit(f"no images in {arguments.images}")
+    problems: list[str] = []
+    table: dict[str, dict[str, Resources]] = {}
+    for unit in units:
+        found, used = check_family(unit, arguments.archs.split(","))
+        problems += found
+        table |= used
+    if arguments.update:
+        TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    else:
+        problems += compare(table, json.loads(TABLE.read_text()))
+    for kernel, by_arch in sorted(table.items()):
+        print(kernel, *(f"{a} {r['registers']}r/{r['stack']}B" for a, r in by_arch.items()))
+    print("\n".join(problems) or f"{len(table)} kernels in {len(units)} images pass")
+    sys.exit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()
