@@ -56,6 +56,11 @@ def converted(library: str, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
     return tuple(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays)
 
 
+def assert_close(got: Array, expected: Array) -> None:
+    """Float64 results: equal but for the order of their sums."""
+    np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-12)
+
+
 libraries = pytest.mark.parametrize("library", ["numpy", "torch"])
 functions = pytest.mark.parametrize("function", FUNCTIONS)
 masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -71,8 +76,8 @@ def test_matches_rows(library: str, function: Any, causal: bool, rows: int, keys
     arrays = inputs(rows, keys)
     expected, expected_lse = row_by_row(*arrays, causal)
     out, lse = function(*converted(library, arrays), causal, return_lse=True)
-    np.testing.assert_allclose(out, expected, rtol=1e-11, atol=1e-12)
-    np.testing.assert_allclose(lse, expected_lse, rtol=1e-11, atol=1e-12)
+    assert_close(out, expected)
+    assert_close(lse, expected_lse)
 
 
 @masks
@@ -82,8 +87,8 @@ def test_blocks_do_not_matter(causal: bool, block_m: int, block_n: int) -> None:
     arrays = inputs(65, 50)
     expected, expected_lse = row_by_row(*arrays, causal)
     out, lse = chunked(*arrays, causal, block_m=block_m, block_n=block_n, return_lse=True)
-    np.testing.assert_allclose(out, expected, rtol=1e-11, atol=1e-12)
-    np.testing.assert_allclose(lse, expected_lse, rtol=1e-11, atol=1e-12)
+    assert_close(out, expected)
+    assert_close(lse, expected_lse)
 
 
 @libraries
@@ -94,7 +99,7 @@ def test_grouped_heads(library: str, function: Any, kv_heads: int) -> None:
     arrays = inputs(33, 40, heads=6, kv_heads=kv_heads)
     expected, _ = row_by_row(*arrays, True)
     out = function(*converted(library, arrays), True)
-    np.testing.assert_allclose(out, expected, rtol=1e-11, atol=1e-12)
+    assert_close(out, expected)
 
 
 @libraries
@@ -117,10 +122,10 @@ def test_scale(function: Any) -> None:
     q, k, v = inputs(9, 11)
     expected, expected_lse = row_by_row(q, k, v, False, scale=0.7)
     out, lse = function(q, k, v, scale=0.7, return_lse=True)
-    np.testing.assert_allclose(out, expected, rtol=1e-11)
-    np.testing.assert_allclose(lse, expected_lse, rtol=1e-11)
+    assert_close(out, expected)
+    assert_close(lse, expected_lse)
     uniform = np.broadcast_to(v.mean(1, keepdims=True), out.shape)
-    np.testing.assert_allclose(function(q, k, v, scale=0.0), uniform, rtol=1e-11, atol=1e-14)
+    assert_close(function(q, k, v, scale=0.0), uniform)
 
 
 @libraries
@@ -139,11 +144,11 @@ def test_masked_keys_are_not_multiplied(
     with np.errstate(invalid="ignore"):
         out, lse = function(*converted(library, (q, k, v)), True, return_lse=True)
     out, lse = np.asarray(out), np.asarray(lse)
-    np.testing.assert_allclose(out[:, :first], expected[:, :first], rtol=1e-11)
-    np.testing.assert_allclose(lse[..., :first], expected_lse[..., :first], rtol=1e-11)
+    assert_close(out[:, :first], expected[:, :first])
+    assert_close(lse[..., :first], expected_lse[..., :first])
     if which == "v":
         assert not np.isfinite(out[:, first:]).any()
-        np.testing.assert_allclose(lse, expected_lse, rtol=1e-11)
+        assert_close(lse, expected_lse)
     elif math.isnan(poison):
         assert np.isnan(out[:, first:]).all()
         assert np.isnan(lse[..., first:]).all()
@@ -170,8 +175,8 @@ def test_blocks_of_minus_infinity(function: Any) -> None:
     with np.errstate(invalid="ignore"):
         out, lse = function(q, k, v, return_lse=True)
     expected, expected_lse = row_by_row(q, k[:, 100:], v[:, 100:], False)
-    np.testing.assert_allclose(out, expected, rtol=1e-11, atol=1e-13)
-    np.testing.assert_allclose(lse, expected_lse, rtol=1e-11)
+    assert_close(out, expected)
+    assert_close(lse, expected_lse)
 
 
 @functions
@@ -192,8 +197,8 @@ def test_large_scores(function: Any) -> None:
     k *= np.linspace(1, 1000, 200)[:, None, None]
     expected, expected_lse = row_by_row(q, k, v, False)
     out, lse = function(q, k, v, return_lse=True)
-    np.testing.assert_allclose(out, expected, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(lse, expected_lse, rtol=1e-11)
+    assert_close(out, expected)
+    assert_close(lse, expected_lse)
 
 
 @libraries

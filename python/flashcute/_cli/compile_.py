@@ -34,11 +34,11 @@ def add_command(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    arch = options.arch or default_arch()
     changes = given_changes(options)
+    if options.all and (changes or options.head_dim or options.dtype):
+        raise UsageError("--all takes no option of a configuration")
+    arch = options.arch or default_arch()
     if options.all:
-        if changes or options.head_dim or options.dtype:
-            raise UsageError("--all takes no option of a configuration")
         chosen = configs()
         if not chosen:
             raise UsageError("--all: this build has no ahead-of-time configurations; name one")

@@ -1,0 +1,74 @@
+// An emulated thread block. Its threads are fibers of one operating-system thread, which a seeded random
+// scheduler switches at every synchronising instruction. All instructions that touch memory come here to
+// be checked: shared memory for races, global memory for bounds.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <stdexcept>
+#include <vector>
+
+namespace flashcute::emulation {
+
+/// What an emulated kernel did wrong: a race, a deadlock, an access where it may not.
+struct Violation : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+/// What each byte of global memory may be used for. A kernel may not touch what is not registered.
+class GlobalMemory {
+ public:
+  enum class Use : uint8_t { none, input, output, written };
+
+  /// Registers memory, none of which may be used until `allow` says so.
+  void add(void const* base, size_t bytes);
+  void allow(void const* address, size_t bytes, Use use);
+  void check_read(void const* address, size_t bytes);
+  /// Stores; a second store to the same byte is a violation.
+  void write(void* to, void const* from, size_t bytes);
+  /// Bytes that may be used so, of all memory.
+  size_t count(Use use) const;
+
+ private:
+  struct Region {
+    uintptr_t base;
+    std::vector<Use> use;
+  };
+  Use* find(void const* address, size_t bytes);
+
+  std::vector<Region> regions_;
+};
+
+/// The kernel's part of a launch: given the address of shared memory. The address is only a name: memory
+/// that is accessed without an instruction faults.
+using Kernel = std::function<void(void* shared)>;
+
+/// Runs one block of `threads` threads to its end. Throws Violation with the first thing that goes wrong.
+void run_block(uint32_t block_index, int threads, size_t shared_bytes, uint64_t seed, GlobalMemory& memory,
+               Kernel const& kernel);
+
+// ---- what instructions are made of: for emulated threads ------------------------------------------
+
+int thread_index();
+uint32_t block_index();
+
+/// Waits for all threads of the block, at the same place in the program.
+void block_sync(char const* file, int line);
+
+/// Waits until all lanes of the warp have come to the instruction `name`; one of them then executes it, given
+/// the operands of every lane.
+void warp_instruction(char const* name, void* operands, void (*execute)(void* const* lanes));
+
+/// Starts copying 16 bytes to shared memory, or zeros if `exists` is false. They arrive at any time until
+/// the thread has waited.
+void start_copy(void const* from, void* to, bool exists);
+void wait_for_copies();
+
+void store_shared(void* to, void const* from, size_t bytes);
+void load_shared(void* to, void const* from, size_t bytes);
+/// A load that several lanes of the current warp take part in, so that no lane's own order protects it.
+void load_shared_by_warp(void* to, void const* from, size_t bytes);
+void store_global(void* to, void const* from, size_t bytes);
+
+}  // namespace flashcute::emulation

@@ -1,0 +1,254 @@
+// Stands in for include/flashcute/instructions.hpp: the same names, executed by the emulated thread block.
+// What the instructions do with fragments is written from the PTX ISA (sections "ldmatrix" and "Matrix
+// Fragments for mma.m16n8k16"); only what CuTe believes about them comes from CuTe's atoms. A kernel
+// computes the right result only if both agree.
+#pragma once
+
+#include <cute/tensor.hpp>
+// CuTe's atoms need its tensor first.
+#include <cute/atom/copy_atom.hpp>
+#include <cute/atom/mma_atom.hpp>
+
+#include <cmath>
+#include <memory>
+
+#include "../emulator.hpp"
+#include "flashcute/config.hpp"
+
+namespace flashcute {
+namespace emulation {
+
+struct CpAsync {};
+
+template <bool Transposed>
+struct Ldmatrix {
+  using Real = cute::conditional_t<Transposed, cute::SM75_U16x8_LDSM_T, cute::SM75_U32x4_LDSM_N>;
+  using SRegisters = cute::uint128_t[1];
+  using DRegisters = uint32_t[4];
+
+  struct Lane {
+    cute::uint128_t const* row;
+    uint32_t registers[4];
+  };
+
+  static void copy(cute::uint128_t const& source, uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3) {
+    Lane own{&source, {}};
+    warp_instruction(Transposed ? "ldmatrix.trans" : "ldmatrix", &own, execute);
+    d0 = own.registers[0];
+    d1 = own.registers[1];
+    d2 = own.registers[2];
+    d3 = own.registers[3];
+  }
+
+  static void execute(void* const* lanes) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      uint16_t element[8][8];
+      for (int row = 0; row < 8; ++row) {
+        load_shared_by_warp(element[row], static_cast<Lane*>(lanes[8 * matrix + row])->row, 16);
+      }
+      for (int lane = 0; lane < 32; ++lane) {
+        int const row = lane / 4, column = 2 * (lane % 4);
+        uint32_t const low = Transposed ? element[column][row] : element[row][column];
+        uint32_t const high = Transposed ? element[column + 1][row] : element[row][column + 1];
+        static_cast<Lane*>(lanes[lane])->registers[matrix] = low | high << 16;
+      }
+    }
+  }
+};
+
+/// All values of a 16-bit type, because CUTLASS's conversions on the host are slow.
+template <class Element>
+float const* values() {
+  static auto const table = [] {
+    auto t = std::make_unique<float[]>(1 << 16);
+    for (uint32_t i = 0; i < 1 << 16; ++i) t[i] = static_cast<float>(Element::bitcast(static_cast<uint16_t>(i)));
+    return t;
+  }();
+  return table.get();
+}
+
+template <class Element, class Real_>
+struct Mma16816 {
+  using Real = Real_;
+  using DRegisters = float[4];
+  using ARegisters = uint32_t[4];
+  using BRegisters = uint32_t[2];
+  using CRegisters = float[4];
+
+  struct Lane {
+    uint32_t a[4], b[2];
+    float c[4];
+  };
+
+  static void fma(float& d0, float& d1, float& d2, float& d3, uint32_t const& a0, uint32_t const& a1,
+                  uint32_t const& a2, uint32_t const& a3, uint32_t const& b0, uint32_t const& b1, float const& c0,
+                  float const& c1, float const& c2, float const& c3) {
+    Lane own{{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};
+    warp_instruction("mma", &own, execute);
+    d0 = own.c[0];
+    d1 = own.c[1];
+    d2 = own.c[2];
+    d3 = own.c[3];
+  }
+
+  static void execute(void* const* lanes) {
+    float a[16][16], b[16][8], c[16][8];  // (m, k), (k, n), (m, n)
+    float const* const value = values<Element>();
+    for (int lane = 0; lane < 32; ++lane) {
+      auto const& own = *static_cast<Lane const*>(lanes[lane]);
+      int const group = lane / 4, in_group = lane % 4;
+      for (int i = 0; i < 8; ++i) {
+        int const row = i < 2 || (i >= 4 && i < 6) ? group : group + 8;
+        int const column = in_group * 2 + (i & 1) + (i < 4 ? 0 : 8);
+        a[row][column] = value[own.a[i / 2] >> 16 * (i & 1) & 0xffff];
+      }
+      for (int i = 0; i < 4; ++i) {
+        b[in_group * 2 + (i & 1) + (i < 2 ? 0 : 8)][group] = value[own.b[i / 2] >> 16 * (i & 1) & 0xffff];
+        c[i < 2 ? group : group + 8][in_group * 2 + (i & 1)] = own.c[i];
+      }
+    }
+    for (int m = 0; m < 16; ++m) {
+      for (int k = 0; k < 16; ++k) {
+        for (int n = 0; n < 8; ++n) c[m][n] += a[m][k] * b[k][n];
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        static_cast<Lane*>(lanes[lane])->c[i] = c[i < 2 ? lane / 4 : lane / 4 + 8][lane % 4 * 2 + (i & 1)];
+      }
+    }
+  }
+};
+
+/// A store to shared memory of one `Word`, or a copy of one from shared to global memory.
+template <class Word>
+struct Move {};
+
+}  // namespace emulation
+}  // namespace flashcute
+
+namespace cute {
+
+template <>
+struct Copy_Traits<flashcute::emulation::CpAsync> {
+  using Real = Copy_Traits<SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>>;
+  using ThrID = Real::ThrID;
+  using SrcLayout = Real::SrcLayout;
+  using DstLayout = Real::DstLayout;
+  using RefLayout = Real::RefLayout;
+
+  bool exists = true;
+
+  Copy_Traits with(bool value) const { return {value}; }
+
+  template <class TS, class SLayout, class TD, class DLayout>
+  friend void copy_unpack(Copy_Traits const& traits, Tensor<TS, SLayout> const& source,
+                          Tensor<TD, DLayout>& destination) {
+    static_assert(is_gmem<TS>::value && is_smem<TD>::value);
+    static_assert(decltype(size(recast<uint128_t>(source)))::value == 1);
+    static_assert(decltype(size(recast<uint128_t>(destination)))::value == 1);
+    flashcute::emulation::start_copy(raw_pointer_cast(source.data()), raw_pointer_cast(destination.data()),
+                                     traits.exists);
+  }
+};
+
+template <bool Transposed>
+struct Copy_Traits<flashcute::emulation::Ldmatrix<Transposed>>
+    : Copy_Traits<typename flashcute::emulation::Ldmatrix<Transposed>::Real> {};
+
+template <class Element, class Real>
+struct MMA_Traits<flashcute::emulation::Mma16816<Element, Real>> : MMA_Traits<Real> {};
+
+template <class Word>
+struct Copy_Traits<flashcute::emulation::Move<Word>> : Copy_Traits<UniversalCopy<Word>> {
+  template <class TS, class SLayout, class TD, class DLayout>
+  friend void copy_unpack(Copy_Traits const&, Tensor<TS, SLayout> const& source, Tensor<TD, DLayout>& destination) {
+    static_assert(decltype(size(recast<Word>(source)))::value == 1);
+    static_assert(decltype(size(recast<Word>(destination)))::value == 1);
+    namespace e = flashcute::emulation;
+    auto const* const from = raw_pointer_cast(source.data());
+    auto* const to = raw_pointer_cast(destination.data());
+    if constexpr (is_smem<TD>::value) {
+      static_assert(is_rmem<TS>::value);
+      e::store_shared(to, from, sizeof(Word));
+    } else {
+      static_assert(is_smem<TS>::value && is_gmem<TD>::value);
+      Word word;
+      e::load_shared(&word, from, sizeof(Word));
+      e::store_global(to, &word, sizeof(Word));
+    }
+  }
+};
+
+}  // namespace cute
+
+namespace flashcute {
+
+// ---- copies and products, as CuTe operations -----------------------------------------------------
+
+using CpAsync = emulation::CpAsync;
+using Ldmatrix = emulation::Ldmatrix<false>;
+using LdmatrixTransposed = emulation::Ldmatrix<true>;
+using FragmentStore = emulation::Move<cute::uint32_t>;
+using VectorCopy = emulation::Move<cute::uint128_t>;
+
+template <DType>
+struct TensorCore;
+
+template <>
+struct TensorCore<DType::float16> {
+  using Element = cute::half_t;
+  using Mma = emulation::Mma16816<Element, cute::SM80_16x8x16_F32F16F16F32_TN>;
+};
+
+template <>
+struct TensorCore<DType::bfloat16> {
+  using Element = cute::bfloat16_t;
+  using Mma = emulation::Mma16816<Element, cute::SM80_16x8x16_F32BF16BF16F32_TN>;
+};
+
+// ---- threads -------------------------------------------------------------------------------------
+
+FLASHCUTE_DEVICE int thread_index() { return emulation::thread_index(); }
+
+FLASHCUTE_DEVICE uint32_t block_index() { return emulation::block_index(); }
+
+FLASHCUTE_DEVICE void block_sync(char const* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulation::block_sync(file, line);
+}
+
+FLASHCUTE_DEVICE float shuffle_xor(float x, int mask) {
+  struct Lane {
+    float value, result;
+    int mask;
+  };
+  Lane own{x, 0.f, mask};
+  emulation::warp_instruction("shuffle_xor", &own, [](void* const* lanes) {
+    for (int i = 0; i < 32; ++i) {
+      auto& lane = *static_cast<Lane*>(lanes[i]);
+      lane.result = static_cast<Lane const*>(lanes[i ^ lane.mask])->value;
+    }
+  });
+  return own.result;
+}
+
+/// Groups do not matter to `copies_wait`, which is cp.async.wait_all.
+FLASHCUTE_DEVICE void copies_commit() {}
+
+FLASHCUTE_DEVICE void copies_wait() { emulation::wait_for_copies(); }
+
+// ---- arithmetic ----------------------------------------------------------------------------------
+
+/// What .ftz makes of an operand or result.
+FLASHCUTE_DEVICE float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.f, x) : x; }
+
+FLASHCUTE_DEVICE float exp2_approx(float x) { return flush(std::exp2(flush(x))); }
+
+FLASHCUTE_DEVICE float reciprocal_approx(float x) { return flush(1.f / flush(x)); }
+
+template <class To>
+FLASHCUTE_DEVICE uint32_t round_pair(float low, float high) {
+  return static_cast<uint32_t>(To(low).raw()) | static_cast<uint32_t>(To(high).raw()) << 16;
+}
+
+}  // namespace flashcute
