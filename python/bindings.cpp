@@ -165,9 +165,12 @@ void bind_config(nb::module_& m) {
       "check", [](ForwardConfig const& c, nb::handle arch) { check_config(c, to_arch(arch)); }, "arch"_a,
       nb::sig("def check(self, arch: str | int) -> None"),
       "Raises ConfigError with the first rule broken on `arch` ('cpu', 'sm_80', ...).");
-  cls.def("__eq__", [](ForwardConfig const& a, nb::handle b) {
-    return nb::isinstance<ForwardConfig>(b) && a == nb::cast<ForwardConfig const&>(b);
-  }, nb::sig("def __eq__(self, other: object, /) -> bool"));
+  cls.def(
+      "__eq__",
+      [](ForwardConfig const& a, nb::handle b) {
+        return nb::isinstance<ForwardConfig>(b) && a == nb::cast<ForwardConfig const&>(b);
+      },
+      nb::sig("def __eq__(self, other: object, /) -> bool"));
   cls.def("__hash__", [](ForwardConfig const& c) { return nb::hash(options_of(c)); });
   cls.def("__repr__", &repr_of);
   cls.def("__getstate__", &options_of);
@@ -191,9 +194,8 @@ ForwardOptions make_options(bool causal, std::optional<double> scale, std::strin
   return options;
 }
 
-void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, nb::handle out,
-                  nb::handle lse, bool causal, std::optional<double> scale, std::string const& layout,
-                  nb::handle stream) {
+void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
+                  bool causal, std::optional<double> scale, std::string const& layout, nb::handle stream) {
   Tensor const tq("q", q, stream), tk("k", k, stream), tv("v", v, stream), to("out", out, stream);
   std::optional<Tensor> tl;
   if (!lse.is_none()) tl.emplace("lse", lse, stream);
@@ -263,15 +265,21 @@ NB_MODULE(_core, m) {
   m.def("forward", &call_forward, "config"_a.none(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "causal"_a,
         "scale"_a.none(), "layout"_a, "stream"_a.none());
   m.def("explain", &call_explain, "config"_a.none(), "q"_a, "k"_a, "v"_a, "causal"_a, "scale"_a.none(), "layout"_a);
-  m.def("default_config", [](nb::handle dtype, int64_t head_dim, nb::handle arch) {
-    return default_config(to_dtype(dtype), head_dim, to_arch(arch));
-  }, "dtype"_a, "head_dim"_a, "arch"_a);
+  m.def(
+      "default_config",
+      [](nb::handle dtype, int64_t head_dim, nb::handle arch) {
+        return default_config(to_dtype(dtype), head_dim, to_arch(arch));
+      },
+      "dtype"_a, "head_dim"_a, "arch"_a);
   m.def("configs", &configs);
-  m.def("prebuild", [](ForwardConfig const& config, nb::handle arch) {
-    Arch const target = to_arch(arch);
-    nb::gil_scoped_release const release;
-    return prebuild(config, target);
-  }, "config"_a, "arch"_a);
+  m.def(
+      "prebuild",
+      [](ForwardConfig const& config, nb::handle arch) {
+        Arch const target = to_arch(arch);
+        nb::gil_scoped_release const release;
+        return prebuild(config, target);
+      },
+      "config"_a, "arch"_a);
   m.def("driver_info", &driver_info, nb::call_guard<nb::gil_scoped_release>());
   m.def("build_info", &build_info);
   m.def("build_version", &build_version);

@@ -57,7 +57,8 @@ ExchangeTable const* exchange_table(nb::handle array) {
   PyTypeObject* const type = Py_TYPE(array.ptr());
   if (auto const found = known->find(type); found != known->end()) return found->second;
   ExchangeTable const* table = nullptr;
-  nb::object const capsule = nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", nb::none());
+  nb::object const capsule =
+      nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", nb::none());
   if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
     table = static_cast<ExchangeTable const*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     while (table != nullptr && table->version.major > supported_major) table = table->previous;

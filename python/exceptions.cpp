@@ -12,7 +12,8 @@ namespace {
 /// A Python exception class that is both a FlashcuteError and the built-in that fits its meaning.
 PyObject* new_exception(nb::module_& m, char const* name, PyObject* base, PyObject* builtin, char const* doc) {
   std::string const qualified = std::string("flashcute.") + name;
-  nb::object const bases = base == nullptr ? nb::borrow(builtin) : nb::object(nb::make_tuple(nb::handle(base), nb::handle(builtin)));
+  nb::object const bases =
+      base == nullptr ? nb::borrow(builtin) : nb::object(nb::make_tuple(nb::handle(base), nb::handle(builtin)));
   PyObject* const type = PyErr_NewExceptionWithDoc(qualified.c_str(), doc, bases.ptr(), nullptr);
   if (type == nullptr) throw nb::python_error();
   m.attr(name) = nb::handle(type);
@@ -27,13 +28,16 @@ Exceptions exceptions;
 }  // namespace
 
 void bind_exceptions(nb::module_& m) {
-  exceptions.any = new_exception(m, "FlashcuteError", nullptr, PyExc_Exception, "Base class of flashcute's exceptions.");
+  exceptions.any =
+      new_exception(m, "FlashcuteError", nullptr, PyExc_Exception, "Base class of flashcute's exceptions.");
   auto const add = [&](char const* name, PyObject* builtin, char const* doc) {
     return new_exception(m, name, exceptions.any, builtin, doc);
   };
-  exceptions.argument = add("ArgumentError", PyExc_ValueError, "An argument is wrong; names it, what came, what is allowed.");
+  exceptions.argument =
+      add("ArgumentError", PyExc_ValueError, "An argument is wrong; names it, what came, what is allowed.");
   exceptions.config = add("ConfigError", PyExc_ValueError, "A configuration breaks a rule or does not fit.");
-  exceptions.unsupported = add("UnsupportedError", PyExc_NotImplementedError, "Not covered yet; names what to use instead.");
+  exceptions.unsupported =
+      add("UnsupportedError", PyExc_NotImplementedError, "Not covered yet; names what to use instead.");
   exceptions.device = add("DeviceError", PyExc_RuntimeError, "No usable driver or GPU.");
   exceptions.driver = add("DriverError", PyExc_RuntimeError, "A call of the CUDA driver failed.");
   exceptions.compile = add("CompileError", PyExc_RuntimeError, "Run-time compilation failed; carries the log.");

@@ -76,9 +76,7 @@ std::string octal(mode_t mode) {
   return text;
 }
 
-bool only_we_can_write(struct stat const& s) {
-  return s.st_uid == geteuid() && (s.st_mode & (S_IWGRP | S_IWOTH)) == 0;
-}
+bool only_we_can_write(struct stat const& s) { return s.st_uid == geteuid() && (s.st_mode & (S_IWGRP | S_IWOTH)) == 0; }
 
 /// The open folder, or none and errno. All files are opened relative to this descriptor, so that what was checked here
 /// is what is used, whatever happens to the path meanwhile.

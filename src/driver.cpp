@@ -116,9 +116,9 @@ void require_driver_for(int image_cuda_version, int driver_cuda_version) {
   bool const cuda13 = image_cuda_version / 1000 == 13;
   throw DeviceError("the CUDA driver is too old for the kernel images: they were compiled by CUDA " +
                     version_text(image_cuda_version) + ", the driver supports up to CUDA " +
-                    version_text(driver_cuda_version) + ". Update the driver" +
-                    (cuda13 ? " to 580 or later" : "") + ", or compile at run time with an NVRTC of CUDA " +
-                    std::to_string(driver_cuda_version / 1000) + " and FLASHCUTE_JIT=force");
+                    version_text(driver_cuda_version) + ". Update the driver" + (cuda13 ? " to 580 or later" : "") +
+                    ", or compile at run time with an NVRTC of CUDA " + std::to_string(driver_cuda_version / 1000) +
+                    " and FLASHCUTE_JIT=force");
 }
 
 ContextGuard::ContextGuard(Context context) {

@@ -23,39 +23,39 @@ using DevicePointer = std::uint64_t;
 inline constexpr Result success = 0;
 
 /// The driver entry points that flashcute uses. Field names are the API's names.
-#define FLASHCUTE_DRIVER_FUNCTIONS(F)                                                                              \
-  F(cuInit, 2000, (unsigned flags))                                                                                \
-  F(cuDriverGetVersion, 2020, (int* version))                                                                      \
-  F(cuDeviceGetCount, 2000, (int* count))                                                                          \
-  F(cuDeviceGet, 2000, (DeviceHandle * device, int ordinal))                                                       \
-  F(cuDeviceGetName, 2000, (char* name, int length, DeviceHandle device))                                          \
-  F(cuDeviceGetAttribute, 2000, (int* value, int attribute, DeviceHandle device))                                  \
-  F(cuDevicePrimaryCtxRetain, 7000, (Context * context, DeviceHandle device))                                      \
-  F(cuCtxGetCurrent, 4000, (Context * context))                                                                    \
-  F(cuCtxPushCurrent, 4000, (Context context))                                                                     \
-  F(cuCtxPopCurrent, 4000, (Context * context))                                                                    \
-  F(cuCtxSynchronize, 2000, ())                                                                                    \
-  F(cuLibraryLoadData, 12000,                                                                                      \
-    (Library * library, void const* code, int* jit_options, void** jit_values, unsigned jit_count,                 \
-     int* library_options, void** library_values, unsigned library_count))                                         \
-  F(cuLibraryGetKernel, 12000, (Kernel * kernel, Library library, char const* name))                               \
-  F(cuKernelGetFunction, 12000, (Function * function, Kernel kernel))                                              \
-  F(cuKernelSetAttribute, 12000, (int attribute, int value, Kernel kernel, DeviceHandle device))                   \
-  F(cuLaunchKernel, 4000,                                                                                          \
-    (Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,     \
-     unsigned block_z, unsigned shared_bytes, Stream stream, void** parameters, void** extra))                     \
-  F(cuThreadExchangeStreamCaptureMode, 10010, (int* mode))                                                         \
-  F(cuGetErrorName, 6000, (Result error, char const** name))                                                       \
-  F(cuGetErrorString, 6000, (Result error, char const** text))                                                     \
-  F(cuMemAlloc, 3020, (DevicePointer * pointer, std::size_t bytes))                                                \
-  F(cuMemFree, 3020, (DevicePointer pointer))                                                                      \
-  F(cuMemcpyHtoD, 3020, (DevicePointer to, void const* from, std::size_t bytes))                                   \
-  F(cuMemcpyDtoH, 3020, (void* to, DevicePointer from, std::size_t bytes))                                         \
-  F(cuMemsetD8, 3020, (DevicePointer to, unsigned char value, std::size_t bytes))                                  \
-  F(cuEventCreate, 2000, (void** event, unsigned flags))                                                           \
-  F(cuEventDestroy, 4000, (void* event))                                                                           \
-  F(cuEventRecord, 2000, (void* event, Stream stream))                                                             \
-  F(cuEventSynchronize, 2000, (void* event))                                                                       \
+#define FLASHCUTE_DRIVER_FUNCTIONS(F)                                                                          \
+  F(cuInit, 2000, (unsigned flags))                                                                            \
+  F(cuDriverGetVersion, 2020, (int* version))                                                                  \
+  F(cuDeviceGetCount, 2000, (int* count))                                                                      \
+  F(cuDeviceGet, 2000, (DeviceHandle * device, int ordinal))                                                   \
+  F(cuDeviceGetName, 2000, (char* name, int length, DeviceHandle device))                                      \
+  F(cuDeviceGetAttribute, 2000, (int* value, int attribute, DeviceHandle device))                              \
+  F(cuDevicePrimaryCtxRetain, 7000, (Context * context, DeviceHandle device))                                  \
+  F(cuCtxGetCurrent, 4000, (Context * context))                                                                \
+  F(cuCtxPushCurrent, 4000, (Context context))                                                                 \
+  F(cuCtxPopCurrent, 4000, (Context * context))                                                                \
+  F(cuCtxSynchronize, 2000, ())                                                                                \
+  F(cuLibraryLoadData, 12000,                                                                                  \
+    (Library * library, void const* code, int* jit_options, void** jit_values, unsigned jit_count,             \
+     int* library_options, void** library_values, unsigned library_count))                                     \
+  F(cuLibraryGetKernel, 12000, (Kernel * kernel, Library library, char const* name))                           \
+  F(cuKernelGetFunction, 12000, (Function * function, Kernel kernel))                                          \
+  F(cuKernelSetAttribute, 12000, (int attribute, int value, Kernel kernel, DeviceHandle device))               \
+  F(cuLaunchKernel, 4000,                                                                                      \
+    (Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y, \
+     unsigned block_z, unsigned shared_bytes, Stream stream, void** parameters, void** extra))                 \
+  F(cuThreadExchangeStreamCaptureMode, 10010, (int* mode))                                                     \
+  F(cuGetErrorName, 6000, (Result error, char const** name))                                                   \
+  F(cuGetErrorString, 6000, (Result error, char const** text))                                                 \
+  F(cuMemAlloc, 3020, (DevicePointer * pointer, std::size_t bytes))                                            \
+  F(cuMemFree, 3020, (DevicePointer pointer))                                                                  \
+  F(cuMemcpyHtoD, 3020, (DevicePointer to, void const* from, std::size_t bytes))                               \
+  F(cuMemcpyDtoH, 3020, (void* to, DevicePointer from, std::size_t bytes))                                     \
+  F(cuMemsetD8, 3020, (DevicePointer to, unsigned char value, std::size_t bytes))                              \
+  F(cuEventCreate, 2000, (void** event, unsigned flags))                                                       \
+  F(cuEventDestroy, 4000, (void* event))                                                                       \
+  F(cuEventRecord, 2000, (void* event, Stream stream))                                                         \
+  F(cuEventSynchronize, 2000, (void* event))                                                                   \
   F(cuEventElapsedTime, 2000, (float* milliseconds, void* from, void* to))
 
 struct Driver {

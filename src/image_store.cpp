@@ -10,7 +10,8 @@
 // The build defines FLASHCUTE_WITH_IMAGES, FLASHCUTE_IMAGE_ARCHS ("80 90 80-ptx") and
 // FLASHCUTE_NVCC_VERSION ("13.0.88"), and assembles each family's image between two symbols.
 #if FLASHCUTE_WITH_IMAGES
-#define FLASHCUTE_FORWARD_FAMILY(name, config) extern "C" char const flashcute_image_##name[], flashcute_image_##name##_end[];
+#define FLASHCUTE_FORWARD_FAMILY(name, config) \
+  extern "C" char const flashcute_image_##name[], flashcute_image_##name##_end[];
 #include "kernels.def"
 #undef FLASHCUTE_FORWARD_FAMILY
 #else
@@ -81,7 +82,9 @@ Image find_image(ForwardKernelId const& kernel, Arch arch) {
     }
   }
   JitImage image = jit_image(kernel, arch);
-  return {{}, std::move(image.bytes), image.compiled ? "compiled by NVRTC " + nvrtc_version() : "disk cache",
+  return {{},
+          std::move(image.bytes),
+          image.compiled ? "compiled by NVRTC " + nvrtc_version() : "disk cache",
           cuda_version_of(nvrtc_version())};
 }
 

@@ -9,10 +9,10 @@
 namespace flashcute {
 
 struct Image {
-  std::string_view bytes;    // cubin or fatbin; lives as long as the library, or in `storage`
-  std::string storage;       // owns what was read or compiled
-  std::string origin;        // "ahead of time", "disk cache", "compiled by NVRTC 13.0"
-  int cuda_version;          // of the compiler that made it, 13000 for 13.0
+  std::string_view bytes;  // cubin or fatbin; lives as long as the library, or in `storage`
+  std::string storage;     // owns what was read or compiled
+  std::string origin;      // "ahead of time", "disk cache", "compiled by NVRTC 13.0"
+  int cuda_version;        // of the compiler that made it, 13000 for 13.0
 
   std::string_view view() const { return storage.empty() ? bytes : std::string_view(storage); }
 };
@@ -30,7 +30,7 @@ std::string image_origin(ForwardKernelId const& kernel, Arch arch);
 bool targets_serve(std::string_view targets, Arch arch);
 
 /// What the build put into the library.
-std::string_view image_archs();      // "80 90 100 120 80-ptx"; empty without images
-std::string_view image_compiler();   // "nvcc 13.0.88"; empty without images
+std::string_view image_archs();     // "80 90 100 120 80-ptx"; empty without images
+std::string_view image_compiler();  // "nvcc 13.0.88"; empty without images
 
 }  // namespace flashcute

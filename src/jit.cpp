@@ -46,7 +46,7 @@ std::vector<std::string> our_folders() {
   return h.folders;
 }
 
-std::string hash_once(std::map<std::string, std::string> Headers::*known, std::string const& folder,
+std::string hash_once(std::map<std::string, std::string> Headers::* known, std::string const& folder,
                       std::string (*hash)(std::filesystem::path const&)) {
   Headers& h = headers();
   std::lock_guard const guard(h.mutex);
@@ -59,8 +59,9 @@ std::string hash_once(std::map<std::string, std::string> Headers::*known, std::s
 
 std::string toolkit_folder() {
   if (auto folder = cuda_include_folder()) return *folder;
-  throw UnsupportedError("Compiling at run time needs cuda_fp16.h, which was not found: install it with `pip install "
-                         "\"flashcute[jit]\"`, or set FLASHCUTE_CUDA_INCLUDE to the folder that holds it");
+  throw UnsupportedError(
+      "Compiling at run time needs cuda_fp16.h, which was not found: install it with `pip install "
+      "\"flashcute[jit]\"`, or set FLASHCUTE_CUDA_INCLUDE to the folder that holds it");
 }
 
 CompileRequest request_for(ForwardKernelId const& kernel, Arch arch) {
@@ -159,7 +160,8 @@ std::string jit_key(ForwardKernelId const& kernel, Arch arch) { return key_of(re
 JitImage jit_image(ForwardKernelId const& kernel, Arch arch) {
   if (jit_mode() == JitMode::off) {
     throw UnsupportedError(std::string("There is no ahead-of-time image of ") + name(kernel).text + " for sm_" +
-                           std::to_string(arch) + ", and FLASHCUTE_JIT=off forbids compiling it now. Set "
+                           std::to_string(arch) +
+                           ", and FLASHCUTE_JIT=off forbids compiling it now. Set "
                            "FLASHCUTE_JIT=on; to keep the wait out of the program, compile beforehand with "
                            "`python -m flashcute prebuild`");
   }

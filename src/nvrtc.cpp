@@ -144,8 +144,9 @@ Search search(std::vector<std::string> const& roots) {
     }
     tried += "  " + reason;
   }
-  std::string what = "NVRTC, the run-time compiler, was not found: install it with `pip install \"flashcute[jit]\"`, "
-                     "or set FLASHCUTE_NVRTC to the path of a libnvrtc.so";
+  std::string what =
+      "NVRTC, the run-time compiler, was not found: install it with `pip install \"flashcute[jit]\"`, "
+      "or set FLASHCUTE_NVRTC to the path of a libnvrtc.so";
   if (std::string const chosen = env("FLASHCUTE_NVRTC"); !chosen.empty()) {
     what = "NVRTC, the run-time compiler, cannot be used from FLASHCUTE_NVRTC='" + chosen +
            "': correct it, or unset it and install one with `pip install \"flashcute[jit]\"`";
@@ -269,8 +270,8 @@ std::string nvrtc_build() {
     ProgramOwner const program(n, "", "signature.cu");
     std::string const arch = "compute_" + std::to_string(n.supported_archs().at(0));
     if (compile(n, program.get(), {"--gpu-architecture=" + arch}) != 0) {
-      throw CompileError("NVRTC " + n.version_text() + " (" + n.library.path() + ") does not work: " +
-                         log_of(n, program.get()));
+      throw CompileError("NVRTC " + n.version_text() + " (" + n.library.path() +
+                         ") does not work: " + log_of(n, program.get()));
     }
     std::string const ptx = n.text(program.get(), n.ptx_size, n.ptx, "nvrtcGetPTX");
     return ptx.substr(0, ptx.find("\n."));  // up to the first directive
@@ -327,7 +328,8 @@ std::string nvrtc_compile(CompileRequest const& request) {
   // right before anybody may keep the image.
   std::string image;
   if (result == 0) image = n.text(program.get(), n.cubin_size, n.cubin, "nvrtcGetCUBIN");
-  if (!image.starts_with("\x7f" "ELF")) {
+  if (!image.starts_with("\x7f"
+                         "ELF")) {
     throw CompileError("NVRTC " + n.version_text() + " could not compile " + request.name + " for " + request.arch +
                        " (" + (result == 0 ? "it returned no ELF image" : n.error_string(result)) + ").\n" +
                        log_of(n, program.get()) + "\nOptions: " + joined(options));

@@ -29,9 +29,9 @@ std::string nvrtc_build();
 std::optional<std::string> cuda_include_folder();
 
 struct CompileRequest {
-  std::string name;    // of the program: errors are reported as "<name>.cu(line)"
+  std::string name;  // of the program: errors are reported as "<name>.cu(line)"
   std::string source;
-  std::string arch;    // "sm_80"
+  std::string arch;  // "sm_80"
   std::vector<std::string> include_folders;
   std::vector<std::string> options;  // beside those that are always given
 };

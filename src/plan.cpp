@@ -52,7 +52,8 @@ void require_aligned(char const* argument, TensorView const& t, Named const& n) 
   char const* const hint =
       "Other alignments have no GPU kernel yet: pass a contiguous copy, or use the CPU backend on CPU tensors";
   if (reinterpret_cast<std::uintptr_t>(t.data) % 16 != 0 && n.batch * n.row * n.head * n.d > 0) {
-    throw UnsupportedError(std::string(argument) + ": expected a base address that is a multiple of 16 bytes, got one " +
+    throw UnsupportedError(std::string(argument) +
+                           ": expected a base address that is a multiple of 16 bytes, got one " +
                            std::to_string(reinterpret_cast<std::uintptr_t>(t.data) % 16) + " bytes past it. " + hint);
   }
   for (auto const& [what, stride] :
@@ -122,7 +123,8 @@ void check_config(ForwardConfig const& config, Arch arch) {
   if (error == ForwardConfigError::smem) {
     message += ": " + std::to_string(smem_bytes(config)) + " of " + std::to_string(max_smem_bytes(arch)) + " bytes";
   }
-  if (arch != cpu_arch) message += "; GPU of compute capability " + std::to_string(arch / 10) + "." + std::to_string(arch % 10);
+  if (arch != cpu_arch)
+    message += "; GPU of compute capability " + std::to_string(arch / 10) + "." + std::to_string(arch % 10);
   throw ConfigError(message + ")");
 }
 
@@ -221,7 +223,8 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
     Named const no = named("out", *out, options.layout);
     for (int i = 0; i < 4; ++i) {
       if (out->shape[i] > 1 && out->strides[i] == 0) {
-        throw ArgumentError("out", "every element at an address of its own", "stride 0 in dimension " + std::to_string(i));
+        throw ArgumentError("out", "every element at an address of its own",
+                            "stride 0 in dimension " + std::to_string(i));
       }
     }
     if (gpu) require_aligned("out", *out, no);
@@ -236,14 +239,16 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
     require_writable("lse", *lse);
     require_rank("lse", *lse, 3, "(batch, heads, seqlen_q)");
     if (lse->dtype != dtype) throw ArgumentError("lse", std::string("dtype ") + name_of(dtype), name_of(lse->dtype));
-    if (lse->device != q.device) throw ArgumentError("lse", "device " + to_string(q.device) + " as in q", to_string(lse->device));
+    if (lse->device != q.device)
+      throw ArgumentError("lse", "device " + to_string(q.device) + " as in q", to_string(lse->device));
     int64_t expected_stride = 1;
     std::array<int64_t, 3> const shape{nq.batch, nq.head, nq.row};
     for (int i = 2; i >= 0; --i) {
       auto const size = shape[static_cast<std::size_t>(i)];
       if (lse->shape[i] != size || (size > 1 && lse->strides[i] != expected_stride)) {
-        throw ArgumentError("lse", "a contiguous tensor (batch, heads, seqlen_q) = (" + std::to_string(nq.batch) + ", " +
-                                       std::to_string(nq.head) + ", " + std::to_string(nq.row) + ")",
+        throw ArgumentError("lse",
+                            "a contiguous tensor (batch, heads, seqlen_q) = (" + std::to_string(nq.batch) + ", " +
+                                std::to_string(nq.head) + ", " + std::to_string(nq.row) + ")",
                             "shape " + shape_text(*lse));
       }
       expected_stride *= size;

@@ -16,8 +16,7 @@ class SharedLibrary {
  public:
   /// Opens the first candidate (a path or a soname) that the loader accepts. If there is none and `problems` is
   /// given, it receives the loader's reason for each, one per line.
-  static std::optional<SharedLibrary> open(std::vector<std::string> const& candidates,
-                                           std::string* problems = nullptr);
+  static std::optional<SharedLibrary> open(std::vector<std::string> const& candidates, std::string* problems = nullptr);
 
   /// The file that was opened, also where the candidate was a plain soname.
   std::string const& path() const { return path_; }

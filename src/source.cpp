@@ -15,8 +15,8 @@ std::string expression(ForwardKernelId const& kernel) {
   for_each_option(kernel.config, [&](char const* option, auto value) {
     options += (options.empty() ? "." : ", .") + std::string(option) + " = " + literal(value);
   });
-  return "flashcute::ForwardKernelId{.config = {" + options + "}, .features = {.mask = " +
-         literal(kernel.features.mask) + "}}";
+  return "flashcute::ForwardKernelId{.config = {" + options +
+         "}, .features = {.mask = " + literal(kernel.features.mask) + "}}";
 }
 
 }  // namespace

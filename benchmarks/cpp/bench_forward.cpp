@@ -59,7 +59,10 @@ void cpu_forward_f32(benchmark::State& state) {
   }
   report(state, problem);
 }
-BENCHMARK(cpu_forward_f32)->ArgsProduct({{64, 128}, {512, 2048}, {0, 1}})->ArgNames({"d", "s", "causal"})->UseRealTime();
+BENCHMARK(cpu_forward_f32)
+    ->ArgsProduct({{64, 128}, {512, 2048}, {0, 1}})
+    ->ArgNames({"d", "s", "causal"})
+    ->UseRealTime();
 
 void gpu_forward_bf16(benchmark::State& state) {
   if (!has_gpu()) return state.SkipWithError("no GPU of compute capability 8.0 or later");

@@ -142,14 +142,14 @@ constexpr int32_t smem_bytes(ForwardConfig const& c) {
 }
 
 // Every rule: an identifier and the sentence that C++, Python and static_assert all show.
-#define FLASHCUTE_FORWARD_CONFIG_RULES(RULE)                                                                  \
-  RULE(arch_too_old, "the mma.sync kernels need a GPU of compute capability 8.0 or later")                    \
-  RULE(gpu_dtype, "dtype must be float16 or bfloat16 on a GPU")                                               \
-  RULE(gpu_head_dim, "head_dim must be 64 or 128 on a GPU")                                                   \
-  RULE(cpu_head_dim, "head_dim must be between 1 and 256 on the CPU")                                         \
-  RULE(num_warps, "num_warps must be 1, 2, 4 or 8")                                                           \
-  RULE(block_m, "block_m must be a positive multiple of 16 * num_warps, at most 256")                         \
-  RULE(block_n, "block_n must be a positive multiple of 16 and of 4 * num_warps, at most 256")                \
+#define FLASHCUTE_FORWARD_CONFIG_RULES(RULE)                                                   \
+  RULE(arch_too_old, "the mma.sync kernels need a GPU of compute capability 8.0 or later")     \
+  RULE(gpu_dtype, "dtype must be float16 or bfloat16 on a GPU")                                \
+  RULE(gpu_head_dim, "head_dim must be 64 or 128 on a GPU")                                    \
+  RULE(cpu_head_dim, "head_dim must be between 1 and 256 on the CPU")                          \
+  RULE(num_warps, "num_warps must be 1, 2, 4 or 8")                                            \
+  RULE(block_m, "block_m must be a positive multiple of 16 * num_warps, at most 256")          \
+  RULE(block_n, "block_n must be a positive multiple of 16 and of 4 * num_warps, at most 256") \
   RULE(smem, "block_m, block_n and head_dim need more shared memory than a thread block of this GPU can have")
 
 enum class ForwardConfigError : uint8_t {

@@ -5,10 +5,10 @@
 #include "flashcute/forward.hpp"
 
 /// Defines the kernel NAME for the ForwardKernelId that follows.
-#define FLASHCUTE_FORWARD_ENTRY(NAME, ...)                                                                  \
-  extern "C" __global__ void __launch_bounds__(flashcute::num_threads((__VA_ARGS__).config))               \
-      NAME(__grid_constant__ flashcute::ForwardParams const params) {                                      \
-    using Pass = flashcute::ForwardPass<(__VA_ARGS__)>;                                                     \
-    extern __shared__ __align__(128) unsigned char smem[];                                                  \
-    Pass::run(params, *reinterpret_cast<typename Pass::L::SharedStorage*>(smem));                           \
+#define FLASHCUTE_FORWARD_ENTRY(NAME, ...)                                                   \
+  extern "C" __global__ void __launch_bounds__(flashcute::num_threads((__VA_ARGS__).config)) \
+      NAME(__grid_constant__ flashcute::ForwardParams const params) {                        \
+    using Pass = flashcute::ForwardPass<(__VA_ARGS__)>;                                      \
+    extern __shared__ __align__(128) unsigned char smem[];                                   \
+    Pass::run(params, *reinterpret_cast<typename Pass::L::SharedStorage*>(smem));            \
   }

@@ -66,8 +66,7 @@ struct ForwardPass {
     for (int i = 0; i < size<0>(s); ++i) {
       CUTE_UNROLL
       for (int j = 0; j < size<1>(s); ++j) {
-        bool const visible =
-            Mask::visible(tile.row0 + get<0>(c(i, j)), n * C.block_n + get<1>(c(i, j)), p);
+        bool const visible = Mask::visible(tile.row0 + get<0>(c(i, j)), n * C.block_n + get<1>(c(i, j)), p);
         if (!visible) s(i, j) = -infinity;
       }
     }

@@ -21,8 +21,8 @@ template <class Tensor>
 FLASHCUTE_DEVICE auto as_operand_a(Tensor&& acc) {
   using namespace cute;
   auto const l = logical_divide(acc.layout(), Shape<X, X, _2>{});  // ((2, 2), MMA_M, (2, MMA_N / 2))
-  return make_tensor(acc.data(), make_layout(make_layout(get<0, 0>(l), get<0, 1>(l), get<2, 0>(l)), get<1>(l),
-                                             get<2, 1>(l)));
+  return make_tensor(acc.data(),
+                     make_layout(make_layout(get<0, 0>(l), get<0, 1>(l), get<2, 0>(l)), get<1>(l), get<2, 1>(l)));
 }
 
 /// Rounds an fp32 fragment to a 16-bit element type.

@@ -11,7 +11,7 @@ template <class Fragment, class TiledCopy, class Source, class DestinationLayout
 struct SharedOperand {
   Fragment fragment;  // (MMA, MMA_M or MMA_N, MMA_K)
   TiledCopy copy;
-  Source source;                   // (COPY, COPY_M or COPY_N, MMA_K) in shared memory
+  Source source;                  // (COPY, COPY_M or COPY_N, MMA_K) in shared memory
   DestinationLayout destination;  // the fragment as the copy partitions it
 
   /// All rows of K-step k.
@@ -33,7 +33,7 @@ FLASHCUTE_DEVICE auto shared_operand(Fragment const& fragment, TiledCopy const& 
   auto const source = slice.partition_S(tile);
   auto const destination = slice.retile_D(fragment).layout();
   return SharedOperand<Fragment, TiledCopy, decltype(source), decltype(destination)>{fragment, copy, source,
-                                                                                      destination};
+                                                                                     destination};
 }
 
 /// Fragments that are already in registers (or a view of them).

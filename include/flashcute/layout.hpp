@@ -28,9 +28,9 @@ struct ForwardLayout {
   // ---- shared memory ----
   // Rows of 64 elements are 128 bytes, all 32 banks: without the swizzle, eight rows read by one
   // ldmatrix phase would start in the same bank. The swizzle XORs the 16-byte column with the row.
-  using SmemAtom = decltype(cute::composition(
-      cute::Swizzle<C.swizzled ? 3 : 0, 3, 3>{},
-      cute::Layout<cute::Shape<cute::_8, cute::_64>, cute::Stride<cute::_64, cute::_1>>{}));
+  using SmemAtom =
+      decltype(cute::composition(cute::Swizzle<C.swizzled ? 3 : 0, 3, 3>{},
+                                 cute::Layout<cute::Shape<cute::_8, cute::_64>, cute::Stride<cute::_64, cute::_1>>{}));
   using SmemQ = decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<BlockM, HeadDim>{}));   // (M, D)
   using SmemKV = decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<BlockN, HeadDim>{}));  // (N, D)
   using SmemVt = decltype(cute::composition(

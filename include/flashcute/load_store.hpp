@@ -31,7 +31,7 @@ class ForwardLoader {
   /// product, after `key` has waited for it.
   FLASHCUTE_DEVICE auto query() {
     typename L::TiledMma mma;
-    auto const sQ = tensor(smem_.q, typename L::SmemQ{});                          // (M, D)
+    auto const sQ = tensor(smem_.q, typename L::SmemQ{});                             // (M, D)
     auto const tSrQ = mma.get_thread_slice(thread_index()).partition_fragment_A(sQ);  // (MMA, MMA_M, MMA_D)
     auto q = shared_operand(tSrQ, cute::make_tiled_copy_A(typename L::LdmatrixAtom{}, mma), sQ, thread_index());
     if constexpr (C.q_in_registers) {
@@ -144,7 +144,7 @@ FLASHCUTE_DEVICE void store_output(Fragment const& o, ForwardParams const& p, Qu
   copies_wait();
   block_sync();
 
-  auto const rO = convert<Element>(o);  // (MMA, MMA_M, MMA_D)
+  auto const rO = convert<Element>(o);                                      // (MMA, MMA_M, MMA_D)
   auto const sO = make_tensor(make_smem_ptr(smem.q), typename L::SmemQ{});  // (M, D)
   auto const to_shared = make_tiled_copy_C(typename L::FragmentStoreAtom{}, typename L::TiledMma{});
   auto const shared_slice = to_shared.get_thread_slice(thread_index());
@@ -156,9 +156,9 @@ FLASHCUTE_DEVICE void store_output(Fragment const& o, ForwardParams const& p, Qu
   auto const shape = product_each(sO.shape());
   auto const gO = make_tensor(make_gmem_ptr(base), shape, make_stride(p.out_stride.row, _1{}));  // (M, D)
   auto const slice = typename L::GlobalStore{}.get_thread_slice(thread_index());
-  auto const from = slice.partition_S(sO);                               // (COPY, COPY_M, COPY_D)
-  auto to = slice.partition_D(gO);                                       // (COPY, COPY_M, COPY_D)
-  auto const c = slice.partition_S(make_identity_tensor(shape));     // -> (row, column)
+  auto const from = slice.partition_S(sO);                        // (COPY, COPY_M, COPY_D)
+  auto to = slice.partition_D(gO);                                // (COPY, COPY_M, COPY_D)
+  auto const c = slice.partition_S(make_identity_tensor(shape));  // -> (row, column)
   CUTE_UNROLL
   for (int i = 0; i < size<1>(to); ++i) {
     CUTE_UNROLL

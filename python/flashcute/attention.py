@@ -45,6 +45,8 @@ def forward(
 
     Source: Dao, FlashAttention-2, arXiv 2307.08691.
     """
+    if not isinstance(cfg, ForwardConfig):
+        raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
     library = library_of(type(q))
     recording = library.records_gradient(q, k, v)
     if recording:
@@ -139,6 +141,8 @@ def _run_on(
             "q: expected an array that supports DLPack (NumPy, torch, CuPy, JAX, ...), got "
             f"{type(q).__module__}.{type(q).__qualname__}"
         )
+    if layout not in ("bshd", "bhsd"):
+        raise ArgumentError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
     target = library.empty(q.shape, q) if out is None else out
     lse = None
     if return_lse and len(q.shape) == 4:
@@ -147,9 +151,18 @@ def _run_on(
             rows, heads = heads, rows
         double = str(q.dtype).endswith("float64")
         lse = library.empty((batch, heads, rows), q, "float64" if double else "float32")
-    _core.forward(cfg, q, k, v, target, lse, causal, scale, layout, stream)
+    _core.forward(cfg, q, k, v, target, lse, bool(causal), _number(scale), layout, stream)
     result = library.finish(target, q) if out is None else out
     return (result, library.finish(lse, q)) if return_lse else result
+
+
+def _number(scale: object) -> float | None:
+    if scale is None:
+        return None
+    try:
+        return float(scale)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ArgumentError(f"scale: expected a number or None, got {scale!r}") from None
 
 
 def explain(

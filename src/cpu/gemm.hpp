@@ -65,7 +65,8 @@ template <int C, class A, class T, class Finish>
   int row = 0;
   auto const with_height = [&]<int R>(std_::integral_constant<int, R>) __attribute__((always_inline)) {
     for (; row + R <= rows; row += R) {
-      gemm_tile<R, C>(a.from_row(row), b, ld, depth, [&](int r, int column, Vector<T> sum)
+      gemm_tile<R, C>(a.from_row(row), b, ld, depth,
+                      [&](int r, int column, Vector<T> sum)
                           __attribute__((always_inline)) { finish(row + r, column, sum); });
     }
   };
@@ -84,8 +85,9 @@ template <class A, class T, class Finish>
   int column = 0;
   auto const with_width = [&]<int C>(std_::integral_constant<int, C>) __attribute__((always_inline)) {
     for (; column + C * lanes<T> <= columns; column += C * lanes<T>) {
-      gemm_strip<C>(a, rows, b + column, ld, depth, [&](int row, int c, Vector<T> sum)
-                        __attribute__((always_inline)) { finish(row, column + c, sum); });
+      gemm_strip<C>(a, rows, b + column, ld, depth, [&](int row, int c, Vector<T> sum) __attribute__((always_inline)) {
+        finish(row, column + c, sum);
+      });
     }
   };
   if constexpr (max_tile_vectors == 4) {

@@ -130,8 +130,7 @@ class Pool {
 alignas(Pool) unsigned char pool_storage[sizeof(Pool)];
 Pool* pool = new (pool_storage) Pool;
 
-[[maybe_unused]] int const fork_handler =
-    pthread_atfork(nullptr, nullptr, [] { pool = new (pool_storage) Pool; });
+[[maybe_unused]] int const fork_handler = pthread_atfork(nullptr, nullptr, [] { pool = new (pool_storage) Pool; });
 
 }  // namespace
 

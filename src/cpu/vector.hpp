@@ -51,10 +51,10 @@ struct FloatTraits<double> {
   static constexpr Int exponent_bias = 1023;
   static constexpr double round_to_int = 0x1.8p52;
   // As above, relative error 1.8e-17.
-  static constexpr double exp2_coefficients[] = {
-      0x1.62e42fefa39f3p-1,  0x1.ebfbdff82c598p-3,  0x1.c6b08d7048f30p-5,  0x1.3b2ab6fba1e1cp-7,
-      0x1.5d87fe7bbc07ep-10, 0x1.4309130961210p-13, 0x1.ffcbee3a4c898p-17, 0x1.62bfd49eb7facp-20,
-      0x1.b5416923e760bp-24, 0x1.e605f99f6daa1p-28, 0x1.c0615294089c9p-32};
+  static constexpr double exp2_coefficients[] = {0x1.62e42fefa39f3p-1,  0x1.ebfbdff82c598p-3,  0x1.c6b08d7048f30p-5,
+                                                 0x1.3b2ab6fba1e1cp-7,  0x1.5d87fe7bbc07ep-10, 0x1.4309130961210p-13,
+                                                 0x1.ffcbee3a4c898p-17, 0x1.62bfd49eb7facp-20, 0x1.b5416923e760bp-24,
+                                                 0x1.e605f99f6daa1p-28, 0x1.c0615294089c9p-32};
 };
 
 template <class T>
@@ -100,8 +100,8 @@ template <class T>
   for (int i = terms - 2; i >= 0; --i) y = y * f + Traits::exp2_coefficients[i];
   y = y * f + T{1};
   // The low bits of `shifted` hold round(x); the shift pushes everything else out.
-  Ints const scale = (reinterpret_cast<Ints>(shifted) << Traits::mantissa_bits) +
-                     (Traits::exponent_bias << Traits::mantissa_bits);
+  Ints const scale =
+      (reinterpret_cast<Ints>(shifted) << Traits::mantissa_bits) + (Traits::exponent_bias << Traits::mantissa_bits);
   return y * reinterpret_cast<Vector<T>>(scale);
 }
 

@@ -208,14 +208,15 @@ TEST(Source, SpellsEveryOption) {
   EXPECT_TRUE(contains(text, ".dtype = flashcute::DType::float16"));
   EXPECT_TRUE(contains(text, ".swizzled = false"));
   EXPECT_TRUE(contains(text, ".q_in_registers = true"));
-  for_each_option(kernel.config, [&](char const* option, auto) {
-    EXPECT_TRUE(contains(text, "." + std::string(option) + " = "));
-  });
+  for_each_option(kernel.config,
+                  [&](char const* option, auto) { EXPECT_TRUE(contains(text, "." + std::string(option) + " = ")); });
 }
 
 // ---- the disk cache ------------------------------------------------------------------------------
 
-std::string const image = "\x7f" "ELF and the rest of an image\n with lines\n";
+std::string const image =
+    "\x7f"
+    "ELF and the rest of an image\n with lines\n";
 
 /// A build that must not run.
 std::string never() {
@@ -228,7 +229,9 @@ class Cache : public ::testing::Test {
   fs::path folder() const { return scratch_ / "cache"; }
   fs::path entry(std::string const& key) const { return folder() / (key + ".image"); }
   DiskCache cache() const { return DiskCache(folder()); }
-  void publish(std::string const& key) const { cache().get_or_build(key, [] { return image; }); }
+  void publish(std::string const& key) const {
+    cache().get_or_build(key, [] { return image; });
+  }
 
   int files_ending_in(std::string const& suffix) const {
     int count = 0;

@@ -101,12 +101,16 @@ struct Layouts {
       int passes, unswizzled;
     };
     Access const accesses[] = {
-        {"ldmatrix of Q", worst_passes(make_tiled_copy_A(typename L::LdmatrixAtom{}, mma), sQ, threads, 8, 16, true), 8},
-        {"ldmatrix of K", worst_passes(make_tiled_copy_B(typename L::LdmatrixAtom{}, mma), sK, threads, 8, 16, true), 8},
-        {"ldmatrix of V", worst_passes(make_tiled_copy_B(typename L::LdmatrixTransposedAtom{}, mma), sVt, threads, 8, 16, true), 8},
+        {"ldmatrix of Q", worst_passes(make_tiled_copy_A(typename L::LdmatrixAtom{}, mma), sQ, threads, 8, 16, true),
+         8},
+        {"ldmatrix of K", worst_passes(make_tiled_copy_B(typename L::LdmatrixAtom{}, mma), sK, threads, 8, 16, true),
+         8},
+        {"ldmatrix of V",
+         worst_passes(make_tiled_copy_B(typename L::LdmatrixTransposedAtom{}, mma), sVt, threads, 8, 16, true), 8},
         {"cp.async of Q", worst_passes(typename L::GlobalLoad{}, sQ, threads, 8, 16, false), 1},
         {"cp.async of K and V", worst_passes(typename L::GlobalLoad{}, sK, threads, 8, 16, false), 1},
-        {"store of O fragments", worst_passes(make_tiled_copy_C(typename L::FragmentStoreAtom{}, mma), sQ, threads, 32, 4, false), 8},
+        {"store of O fragments",
+         worst_passes(make_tiled_copy_C(typename L::FragmentStoreAtom{}, mma), sQ, threads, 32, 4, false), 8},
         {"load of the O tile", worst_passes(typename L::GlobalStore{}, sQ, threads, 8, 16, true), 1},
     };
     for (auto const& access : accesses) {

@@ -109,7 +109,9 @@ TEST_F(NvrtcTest, SaysWhatItIs) {
 // Guards against an image that is not loadable or lacks the kernel; also fails if NVRTC cannot find its builtins.
 TEST_F(NvrtcTest, CompilesToElf) {
   std::string const image = nvrtc_compile(request(kernel("some_kernel")));
-  EXPECT_TRUE(image.starts_with("\x7f" "ELF"));
+  EXPECT_TRUE(
+      image.starts_with("\x7f"
+                        "ELF"));
   EXPECT_TRUE(image.find("some_kernel") != std::string::npos);
 }
 
@@ -139,7 +141,9 @@ TEST_F(NvrtcTest, UnknownArch) {
 TEST_F(NvrtcTest, ArchWithASuffix) {
   CompileRequest r = request("#ifndef __CUDA_ARCH_FEAT_SM90_ALL\n#error suffix lost\n#endif\n" + kernel("k"));
   r.arch = "sm_90a";
-  EXPECT_TRUE(nvrtc_compile(r).starts_with("\x7f" "ELF"));
+  EXPECT_TRUE(
+      nvrtc_compile(r).starts_with("\x7f"
+                                   "ELF"));
 }
 
 // Guards against an empty image after a successful compilation: with -dlto NVRTC succeeds and makes no cubin.
@@ -161,7 +165,9 @@ TEST_F(NvrtcTest, OnlyTheGivenFoldersAreSearched) {
   fs::current_path(before);
   EXPECT_TRUE(contains(message, "some_header.hpp"));
   r.include_folders = {(scratch / "a folder").string()};
-  EXPECT_TRUE(nvrtc_compile(r).starts_with("\x7f" "ELF"));
+  EXPECT_TRUE(
+      nvrtc_compile(r).starts_with("\x7f"
+                                   "ELF"));
 }
 
 // Guards against paths in the names of images: the same request from another installation must have the same options.
@@ -259,7 +265,9 @@ TEST_F(Jit, CompilesOnceWithOneLine) {
   EXPECT_EQ(stderr_of([] { jit_image(kernel(), 80); }), "");
   JitImage const image = jit_image(kernel(), 80);
   EXPECT_FALSE(image.compiled);
-  EXPECT_TRUE(image.bytes.starts_with("\x7f" "ELF"));
+  EXPECT_TRUE(
+      image.bytes.starts_with("\x7f"
+                              "ELF"));
   EXPECT_TRUE(image.bytes.find(name(kernel()).text) != std::string::npos);
   ForwardKernelId other = kernel();
   other.config.swizzled = false;

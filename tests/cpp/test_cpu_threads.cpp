@@ -1,0 +1,287 @@
+// How the CPU backend uses threads and chooses its code: reproducibility, callers at once, fork, the pool.
+#include <gtest/gtest.h>
+#include <sched.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <functional>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <thread>
+
+#include "cpu/thread_pool.hpp"
+#include "cpu_problem.hpp"
+#include "environment.hpp"
+#include "flashcute/error.hpp"
+
+namespace flashcute::testing {
+namespace {
+
+// ---- threads -----------------------------------------------------------------------------------------
+
+Shape large(DType dtype = DType::float32) {
+  return {.dtype = dtype,
+          .head_dim = 32,
+          .batch = 2,
+          .heads = 3,
+          .kv_heads = 3,
+          .seqlen_q = 300,
+          .seqlen_k = 300,
+          .mask = MaskKind::causal};
+}
+
+// Results that depend on the number of threads or on timing.
+TEST(CpuForward, SameBitsWithAnyNumberOfThreads) {
+  for (DType const dtype : all_dtypes) {
+    Problem problem{large(dtype)};
+    for (Isa const isa : available_isas()) {
+      Result const alone = run(isa, problem, 1);
+      for (int const threads : {2, 3, 8}) {
+        for (int repeat = 0; repeat < 5; ++repeat) ASSERT_TRUE(same_bits(run(isa, problem, threads), alone));
+      }
+    }
+  }
+}
+
+// A sequence whose result changes with its batch mates (flash-attention 1897).
+TEST(CpuForward, SameBitsAloneAndInABatch) {
+  for (DType const dtype : all_dtypes) {
+    Shape shape = large(dtype);
+    Problem batch{shape};
+    shape.batch = 1;
+    Problem single{shape};
+    Tensor* const to[] = {&single.q, &single.k, &single.v};
+    Tensor* const from[] = {&batch.q, &batch.k, &batch.v};
+    size_t const bytes = static_cast<size_t>(batch.q.stride().batch * size_of(dtype));
+    for (int t = 0; t < 3; ++t) std::memcpy(to[t]->data(), static_cast<char*>(from[t]->data()) + bytes, bytes);
+    for (Isa const isa : available_isas()) {
+      Result together = run(isa, batch), alone = run(isa, single);
+      EXPECT_EQ(0, std::memcmp(alone.out.data(), static_cast<char*>(together.out.data()) + bytes, bytes));
+    }
+  }
+}
+
+// A result that depends on which other rows share the tile: one query alone against the same query among
+// others.
+TEST(CpuForward, SameBitsForARowAlone) {
+  for (DType const dtype : all_dtypes) {
+    Shape shape{.dtype = dtype, .head_dim = 40, .heads = 1, .kv_heads = 1, .seqlen_q = 100, .seqlen_k = 150};
+    Problem many{shape};
+    shape.seqlen_q = 1;
+    for (Isa const isa : available_isas()) {
+      Result const all = run(isa, many);
+      for (int const row : {0, 15, 63, 64, 99}) {
+        Problem one{shape};
+        one.k = many.k;
+        one.v = many.v;
+        for (int e = 0; e < 40; ++e) one.q.put(0, 0, 0, e, many.q.at(0, row, 0, e));
+        Result const alone = run(isa, one);
+        for (int e = 0; e < 40; ++e) ASSERT_EQ(alone.out.at(0, 0, 0, e), all.out.at(0, row, 0, e));
+        ASSERT_EQ(alone.lse.at(0, 0, 0, 0), all.lse.at(0, row, 0, 0));
+      }
+    }
+  }
+}
+
+// Callers on several threads at once: shared scratch, a pool that serves two jobs as one, a deadlock.
+TEST(CpuForward, EightCallersAtOnce) {
+  std::vector<Problem> problems;
+  std::vector<Result> want;
+  Isa const best = cpu::choose_isa("auto");
+  for (int i = 0; i < 8; ++i) {
+    Shape shape = large(all_dtypes[i % 4]);
+    shape.head_dim = 8 + 5 * i;
+    problems.emplace_back(shape);
+    want.push_back(run(best, problems.back(), 1));
+  }
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> callers;
+  for (size_t i = 0; i < 8; ++i) {
+    callers.emplace_back([&, i] {
+      for (int repeat = 0; repeat < 20; ++repeat) wrong += !same_bits(run(best, problems[i], 4), want[i]);
+    });
+  }
+  for (std::thread& t : callers) t.join();
+  EXPECT_EQ(wrong, 0);
+}
+
+/// Exit code of `work` in a forked child, or -1 if it hangs or crashes.
+int in_child(std::function<int()> const& work) {
+  pid_t const child = fork();
+  if (child == 0) {
+    alarm(60);  // a child that hangs dies by this
+    _exit(work());
+  }
+  int status = -1;
+  waitpid(child, &status, 0);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+// A child of fork that waits for threads which exist only in its parent (as libgomp does): forks before and
+// after the parent used its threads, while it uses them, and a grandchild.
+TEST(CpuForward, WorksInForkedChildren) {
+#if defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "ThreadSanitizer does not allow threads after a fork";
+#endif
+  Isa const best = cpu::choose_isa("auto");
+  Problem problem{large()};
+  Result const want = run(best, problem, 1);
+  auto const works = [&] { return same_bits(run(best, problem, 4), want) ? 0 : 1; };
+
+  EXPECT_EQ(in_child([&] { return in_child(works) + works(); }), 0);
+  EXPECT_EQ(works(), 0);
+  EXPECT_EQ(in_child([&] { return works() + in_child(works) + works(); }), 0);
+
+  std::atomic<bool> stop{false};
+  std::thread busy{[&] {
+    while (!stop) works();
+  }};
+  for (int i = 0; i < 20; ++i) EXPECT_EQ(in_child(works), 0);
+  stop = true;
+  busy.join();
+  EXPECT_EQ(works(), 0);
+}
+
+// A process that exits while its worker threads sleep: a hang or a crash in static destructors.
+TEST(CpuForward, ExitsCleanlyAfterUse) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");  // in a new process, not in a fork of this one
+  Problem problem{large()};
+  EXPECT_EXIT(
+      {
+        alarm(60);
+        run(cpu::choose_isa("auto"), problem, 4);
+        std::exit(0);
+      },
+      ::testing::ExitedWithCode(0), "");
+}
+
+// ---- the thread pool ---------------------------------------------------------------------------------
+
+// Indices done twice or not at all; a return before all are done.
+TEST(ThreadPool, CallsEachIndexOnce) {
+  for (int const count : {0, 1, 2, 3, 1000}) {
+    for (int const threads : {1, 2, 8}) {
+      std::vector<std::atomic<int>> calls(static_cast<size_t>(count));
+      cpu::parallel_for(count, threads, [&](int64_t i) { ++calls[static_cast<size_t>(i)]; });
+      for (std::atomic<int> const& c : calls) ASSERT_EQ(c, 1);
+    }
+  }
+}
+
+// A pool that works on the caller's thread only, or on more threads than it may: every task waits until as
+// many are running as there are threads.
+TEST(ThreadPool, UsesTheThreadsItMay) {
+  for (int const threads : {1, 2, 4}) {
+    std::atomic<int> running{0}, most{0};
+    std::mutex mutex;
+    std::set<std::thread::id> ids;
+    cpu::parallel_for(64, threads, [&](int64_t) {
+      int const now = ++running;
+      for (int seen = most; seen < now && !most.compare_exchange_weak(seen, now);) continue;
+      auto const deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+      while (most < threads && std::chrono::steady_clock::now() < deadline) std::this_thread::yield();
+      {
+        std::lock_guard const lock{mutex};
+        ids.insert(std::this_thread::get_id());
+      }
+      --running;
+    });
+    EXPECT_EQ(most, threads);
+    EXPECT_EQ(ids.size(), static_cast<size_t>(threads));
+    EXPECT_TRUE(ids.count(std::this_thread::get_id()));
+  }
+}
+
+// An exception on a worker that ends the process, gets lost, comes after all the remaining work, or leaves
+// the pool unusable.
+TEST(ThreadPool, PassesExceptionsOn) {
+  int started = 0;
+  EXPECT_THROW(cpu::parallel_for(100, 1, [&](int64_t) { ++started, throw std::runtime_error("first"); }),
+               std::runtime_error);
+  EXPECT_EQ(started, 1);
+  for (int const threads : {1, 4}) {
+    for (int repeat = 0; repeat < 20; ++repeat) {
+      auto const failing = [](int64_t i) {
+        if (i == 7) throw std::runtime_error("seven");
+      };
+      EXPECT_THROW(cpu::parallel_for(100, threads, failing), std::runtime_error);
+      std::atomic<int> calls{0};
+      cpu::parallel_for(100, threads, [&](int64_t) { ++calls; });
+      EXPECT_EQ(calls, 100);
+    }
+  }
+}
+
+// A call from inside a task that waits for threads which are all busy.
+TEST(ThreadPool, NestedCallsFinish) {
+  std::atomic<int> calls{0};
+  cpu::parallel_for(16, 4, [&](int64_t) { cpu::parallel_for(16, 4, [&](int64_t) { ++calls; }); });
+  EXPECT_EQ(calls, 256);
+}
+
+// Workers that spin between calls.
+TEST(ThreadPool, SleepsWhenIdle) {
+  auto const cpu_time = [] {
+    timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+  };
+  cpu::parallel_for(64, 4, [](int64_t) {});
+  double const before = cpu_time();
+  std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  EXPECT_LT(cpu_time() - before, 0.05);
+}
+
+// ---- choices -----------------------------------------------------------------------------------------
+
+// A misspelt or unavailable instruction set that is ignored.
+TEST(CpuDispatch, OnlyAvailableInstructionSetsAreChosen) {
+  for (Isa const isa : available_isas()) EXPECT_EQ(cpu::choose_isa(name_of(isa)), isa);
+  EXPECT_EQ(cpu::choose_isa("auto"), available_isas().back());
+  for (Isa const isa : cpu::all_isas) {
+    if (cpu::is_available(isa)) continue;
+    EXPECT_THROW(cpu::choose_isa(name_of(isa)), ArgumentError);
+  }
+  try {
+    cpu::choose_isa("avx9");
+    FAIL() << "no exception";
+  } catch (ArgumentError const& e) {
+    for (char const* part : {"FLASHCUTE_CPU_ISA", name_of(available_isas().back()), "avx9"}) {
+      EXPECT_NE(std::string(e.what()).find(part), std::string::npos) << e.what();
+    }
+  }
+}
+
+// An affinity mask (taskset, a container) that is ignored: too many threads for the CPUs there are.
+TEST(CpuDispatch, ThreadsFollowAffinity) {
+  EXPECT_EQ(in_child([] {
+              cpu_set_t one;
+              CPU_ZERO(&one);
+              CPU_SET(sched_getcpu(), &one);
+              if (sched_setaffinity(0, sizeof(one), &one) != 0) return 2;
+              return cpu::available_cpus() == 1 ? 0 : 1;
+            }),
+            0);
+}
+
+// The public entry: the same result as the chosen instruction set gives.
+TEST(CpuDispatch, ForwardUsesTheChosenIsa) {
+  Problem problem{large()};
+  Isa const chosen = cpu::choose_isa(cpu_isa());
+  EXPECT_STREQ(cpu::isa(), name_of(chosen));
+  EXPECT_EQ(cpu::num_threads(), cpu_threads().value_or(cpu::available_cpus()));
+  Result const want = run(chosen, problem, 1);
+  Shape const& s = problem.shape;
+  Tensor out{s.dtype, s.batch, s.seqlen_q, s.heads, s.head_dim, {}, untouched};
+  ForwardParams p = params_of(problem);
+  p.out = out.data();
+  p.out_stride = out.stride();
+  cpu::forward(config_of(s), {s.mask}, p);
+  EXPECT_EQ(out.bytes(), want.out.bytes());
+}
+
+}  // namespace
+}  // namespace flashcute::testing
