@@ -38,7 +38,9 @@ def closure(start: list[str], roots: dict[Path, str]) -> dict[str, Path]:
             continue
         found[target] = file
         text = file.read_text(encoding="utf-8", errors="replace")
-        waiting += [(other, file if quote == '"' else None) for quote, other in INCLUDE.findall(text)]
+        waiting += [
+            (other, file if quote == '"' else None) for quote, other in INCLUDE.findall(text)
+        ]
         waiting += [(f"cuda/std/{other}", None) for other in CUDA_STD.findall(text)]
     return found
 
@@ -50,7 +52,9 @@ def main() -> None:
     parser.add_argument("--start", nargs="+", required=True)
     parser.add_argument("--root", nargs="+", required=True)
     arguments = parser.parse_args()
-    roots = {Path(root.rpartition("=")[2]).resolve(): root.rpartition("=")[0] for root in arguments.root}
+    roots = {
+        Path(root.rpartition("=")[2]).resolve(): root.rpartition("=")[0] for root in arguments.root
+    }
     headers = closure(arguments.start, roots)
     missing = [name for name in arguments.start if name not in headers]
     if missing:
@@ -65,7 +69,9 @@ def main() -> None:
     sources = " ".join(str(file).replace(" ", "\\ ") for file in headers.values())
     arguments.depfile.write_text(f"{stamp}: {sources}\n")
     stamp.write_text(f"{len(headers)} headers\n")
-    print(f"{len(headers)} device headers, {sum(f.stat().st_size for f in headers.values()) / 1e6:.1f} MB")
+    print(
+        f"{len(headers)} device headers, {sum(f.stat().st_size for f in headers.values()) / 1e6:.1f} MB"
+    )
 
 
 if __name__ == "__main__":

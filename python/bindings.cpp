@@ -173,13 +173,17 @@ void bind_config(nb::module_& m) {
       nb::sig("def __eq__(self, other: object, /) -> bool"));
   cls.def("__hash__", [](ForwardConfig const& c) { return nb::hash(options_of(c)); });
   cls.def("__repr__", &repr_of);
-  cls.def("__getstate__", &options_of);
-  cls.def("__setstate__", [](ForwardConfig& self, nb::tuple const& values) {
-    ForwardConfig config;
-    size_t i = 0;
-    for_each_option(config, [&](char const* option, auto& member) { option_from_python(option, values[i++], member); });
-    new (&self) ForwardConfig(config);
-  });
+  cls.def("__getstate__", &options_of, nb::sig("def __getstate__(self) -> tuple[object, ...]"));
+  cls.def(
+      "__setstate__",
+      [](ForwardConfig& self, nb::tuple const& values) {
+        ForwardConfig config;
+        size_t i = 0;
+        for_each_option(config,
+                        [&](char const* option, auto& member) { option_from_python(option, values[i++], member); });
+        new (&self) ForwardConfig(config);
+      },
+      nb::sig("def __setstate__(self, values: tuple[object, ...], /) -> None"));
 }
 
 // ---- calls -----------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 #include "exceptions.hpp"
 
+#include <nanobind/stl/string.h>
+
 #include <string>
 
 #include "flashcute/error.hpp"
@@ -11,7 +13,7 @@ namespace {
 
 /// A Python exception class that is both a FlashcuteError and the built-in that fits its meaning.
 PyObject* new_exception(nb::module_& m, char const* name, PyObject* base, PyObject* builtin, char const* doc) {
-  std::string const qualified = std::string("flashcute.") + name;
+  std::string const qualified = nb::cast<std::string>(m.attr("__name__")) + "." + name;
   nb::object const bases =
       base == nullptr ? nb::borrow(builtin) : nb::object(nb::make_tuple(nb::handle(base), nb::handle(builtin)));
   PyObject* const type = PyErr_NewExceptionWithDoc(qualified.c_str(), doc, bases.ptr(), nullptr);

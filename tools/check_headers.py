@@ -1,7 +1,8 @@
 """Checks the direction of includes, and that every header compiles alone.
 
-The plain headers (shared by GPU kernels, CPU backend and tests) must compile with the host compiler and
-no CUDA include folder. A header may include only headers of a lower level.
+The plain headers (shared by GPU kernels, CPU backend and tests) must compile with the host compiler
+and no CUDA include folder. The kernels' headers must compile with the host compiler and CuTe, with
+emulated instructions. A header may include only headers of a lower level.
 
 usage: check_headers.py --compiler g++ --root REPOSITORY --system FOLDER...
 """
@@ -28,7 +29,8 @@ LEVELS = [
     ["entry"],
 ]
 PLAIN = ["std", "config", "error", "params", "api", "mask"]
-HOST_DEVICE = ["layout"]  # needs CuTe, but compiles on the host; the headers above it are device code
+# Above the instructions, which tests/cpp/emulation replaces; entry.hpp needs a CUDA compiler.
+KERNEL = ["layout", "fragment", "gemm", "softmax", "load_store", "forward"]
 INCLUDE = re.compile(r'#include [<"](?:flashcute/(\w+)\.hpp|([^>"]+))[>"]')
 
 
@@ -61,13 +63,26 @@ def host_problems(source: Path) -> list[str]:
     return problems
 
 
-def compile_problems(compiler: str, include: Path, system: list[str]) -> list[str]:
+def compile_problems(compiler: str, root: Path, system: list[str]) -> list[str]:
     problems = []
-    for header in PLAIN + HOST_DEVICE:
-        folders = [f"-isystem{folder}" for folder in system] if header in HOST_DEVICE else []
+    for header in PLAIN + KERNEL:
+        folders = [f"-I{root / 'include'}"]
+        if header in KERNEL:
+            folders.insert(0, f"-I{root / 'tests/cpp/emulation'}")
+            folders += [f"-isystem{folder}" for folder in system]
         result = subprocess.run(
-            [compiler, "-std=c++20", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{include}"]
-            + [*folders, "-x", "c++", "-"],
+            [
+                compiler,
+                "-std=c++20",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+                "-fsyntax-only",
+                *folders,
+                "-x",
+                "c++",
+                "-",
+            ],
             input=f'#include "flashcute/{header}.hpp"\n',
             capture_output=True,
             text=True,
@@ -81,11 +96,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compiler", default="g++")
     parser.add_argument("--root", type=Path, default=Path("."))
-    parser.add_argument("--system", nargs="*", default=[], help="folders of CUTLASS and CUDA headers")
+    parser.add_argument(
+        "--system", nargs="*", default=[], help="folders of CUTLASS and CUDA headers"
+    )
     arguments = parser.parse_args()
-    include = arguments.root / "include"
-    problems = direction_problems(include) + host_problems(arguments.root)
-    problems += compile_problems(arguments.compiler, include, arguments.system)
+    problems = direction_problems(arguments.root / "include") + host_problems(arguments.root)
+    problems += compile_problems(arguments.compiler, arguments.root, arguments.system)
     print("\n".join(problems) or "headers: direction and self-sufficiency are right")
     sys.exit(bool(problems))
 

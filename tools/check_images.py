@@ -72,7 +72,9 @@ def check_family(unit: Path, archs: list[str]) -> tuple[list[str], dict[str, dic
     return problems, table
 
 
-def compare(table: dict[str, dict[str, Resources]], checked: dict[str, dict[str, Resources]]) -> list[str]:
+def compare(
+    table: dict[str, dict[str, Resources]], checked: dict[str, dict[str, Resources]]
+) -> list[str]:
     problems = []
     for kernel, by_arch in table.items():
         for arch, now in by_arch.items():

@@ -6,20 +6,33 @@ everybody, and then code built for AVX-512 runs on a CPU without it. So each fil
 
     check_isa_symbols.py OBJECT...
 """
+
 import subprocess
 import sys
 
 ENTRY = "forward_tile("
 WEAK = set("WVu")
-HARMLESS = "DW.ref."  # a pointer to the C++ runtime's exception handler: data, the same in every file
+HARMLESS = (
+    "DW.ref."  # a pointer to the C++ runtime's exception handler: data, the same in every file
+)
 
 
 def problems(path: str) -> list[str]:
-    lines = subprocess.run(["nm", "-C", path], check=True, capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(
+        ["nm", "-C", path], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     symbols = [line.split(maxsplit=1 if line.startswith(" ") else 2)[-2:] for line in lines]
-    found = [f"weak symbol: {name}" for kind, name in symbols if kind in WEAK and not name.startswith(HARMLESS)]
+    found = [
+        f"weak symbol: {name}"
+        for kind, name in symbols
+        if kind in WEAK and not name.startswith(HARMLESS)
+    ]
     exported = [name for kind, name in symbols if kind in "TDBRGSC"]
-    found += [f"exported symbol other than the entry point: {name}" for name in exported if ENTRY not in name]
+    found += [
+        f"exported symbol other than the entry point: {name}"
+        for name in exported
+        if ENTRY not in name
+    ]
     if sum(ENTRY in name for name in exported) != 1:
         found.append(f"expected one entry point '{ENTRY}...)', exported are: {exported}")
     return found

@@ -51,12 +51,16 @@ class Loop:
 class Function:
     name: str
     arch: str
-    instructions: list[tuple[int, str]] = field(default_factory=list)  # (address, text without predicate)
+    instructions: list[tuple[int, str]] = field(
+        default_factory=list
+    )  # (address, text without predicate)
 
     def counts(self, first: int = 0, last: int | None = None) -> collections.Counter[str]:
         """Opcodes of instructions [first, last], with their modifiers cut off."""
         stop = len(self.instructions) if last is None else last + 1
-        return collections.Counter(text.split()[0].split(".")[0] for _, text in self.instructions[first:stop])
+        return collections.Counter(
+            text.split()[0].split(".")[0] for _, text in self.instructions[first:stop]
+        )
 
     def loops(self, opcode: str, at_least: int = 8) -> list[Loop]:
         """Innermost loops that hold at least that many instructions of an opcode: the main loops."""
@@ -72,14 +76,23 @@ class Function:
             loop = Loop(index[target], i, self.counts(index[target], i))
             if loop.counts[opcode] >= at_least:
                 found.append(loop)
-        return [a for a in found if not any(b is not a and a.first <= b.first and b.last <= a.last for b in found)]
+        return [
+            a
+            for a in found
+            if not any(b is not a and a.first <= b.first and b.last <= a.last for b in found)
+        ]
 
 
 def disassemble(image: Path, arch: str | None = None) -> list[Function]:
     """Every kernel of a cubin or fatbin, per architecture."""
     env = dict(os.environ)
     env["PATH"] = os.pathsep.join([str(Path(find_tool("nvdisasm")).parent), env.get("PATH", "")])
-    command = [find_tool("cuobjdump"), "--dump-sass", *(["--gpu-architecture", arch] if arch else []), str(image)]
+    command = [
+        find_tool("cuobjdump"),
+        "--dump-sass",
+        *(["--gpu-architecture", arch] if arch else []),
+        str(image),
+    ]
     text = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
     functions: list[Function] = []
     current_arch = "?"

@@ -32,6 +32,9 @@ _headers = _Path(_core.__file__).parent / "include"
 _core.set_search_paths([p for p in _sys.path if p], [str(_headers), str(_headers / "cccl")])
 _core.set_exporter(_arrays.export)
 
+for _exception in (FlashcuteError, *FlashcuteError.__subclasses__()):
+    _exception.__module__ = __name__  # where users import them from
+
 __version__: str = _core.build_version()
 
 __all__ = [

@@ -6,7 +6,6 @@ been imported already.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,14 +24,15 @@ class Library:
     def export(self, array: Array, stream: int | None) -> tuple[object, str | None, int | None]:
         """(capsule, dtype name if DLPack cannot tell it, the library's current stream)."""
         device, index = array.__dlpack_device__()
-        current = self.current_stream(int(index)) if int(device) in (CUDA, CUDA_MANAGED) else None
-        consumer = stream if stream is not None else current
-        # DLPack numbers the legacy default stream 1; 0 is ambiguous.
-        argument = None if current is None and stream is None else (consumer or 1)
+        current = consumer = None
+        if int(device) in (CUDA, CUDA_MANAGED):
+            current = self.current_stream(int(index))
+            # DLPack numbers the legacy default stream 1; 0 is ambiguous.
+            consumer = (current if stream is None else stream) or 1
         try:
-            capsule = array.__dlpack__(stream=argument, max_version=(1, 0))
+            capsule = array.__dlpack__(stream=consumer, max_version=(1, 0))
         except TypeError:  # before DLPack 1.0
-            capsule = array.__dlpack__(stream=argument)
+            capsule = array.__dlpack__(stream=consumer)
         return capsule, None, current
 
     def current_stream(self, device: int) -> int | None:
@@ -68,7 +68,9 @@ class Library:
 
 class NumPy(Library):
     def export(self, array: Array, stream: int | None) -> tuple[object, str | None, int | None]:
-        if array.dtype.name == "bfloat16":  # ml_dtypes: DLPack of NumPy refuses what NumPy does not define
+        if (
+            array.dtype.name == "bfloat16"
+        ):  # ml_dtypes: DLPack of NumPy refuses what NumPy does not define
             capsule, _, current = super().export(array.view("uint16"), stream)
             return capsule, "bfloat16", current
         return super().export(array, stream)
@@ -135,7 +137,9 @@ class Jax(Library):
     def empty(self, shape: Sequence[int], like: Array, dtype: str | None = None) -> Array:
         import numpy as np
 
-        return np.empty(shape, dtype or like.dtype)  # JAX brings ml_dtypes, which NumPy's bfloat16 needs
+        return np.empty(
+            shape, dtype or like.dtype
+        )  # JAX brings ml_dtypes, which NumPy's bfloat16 needs
 
     def finish(self, array: Array, like: Array) -> Array:
         return sys.modules["jax"].numpy.asarray(array)
@@ -149,16 +153,17 @@ _libraries: dict[str, Library] = {
     "jaxlib": Jax(),
 }
 _other = Library()
+_library_of_type: dict[type, Library] = {}
 
 
-@functools.cache
 def library_of(kind: type) -> Library:
     """The library that a class of arrays belongs to; subclasses count as their base."""
-    for base in kind.__mro__:
-        found = _libraries.get(base.__module__.partition(".")[0])
-        if found is not None:
-            return found
-    return _other
+    known = _library_of_type.get(kind)
+    if known is None:
+        names = [base.__module__.partition(".")[0] for base in kind.__mro__]
+        known = next((_libraries[name] for name in names if name in _libraries), _other)
+        _library_of_type[kind] = known
+    return known
 
 
 def export(array: Array, stream: int | None) -> tuple[object, str | None, int | None]:

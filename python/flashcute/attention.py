@@ -89,7 +89,9 @@ def flash_attention(
     if attn_mask is not None:
         raise UnsupportedError(f"attn_mask is not supported yet: use {SDPA}(attn_mask=...)")
     if dropout_p != 0.0:
-        raise UnsupportedError(f"dropout_p={dropout_p} is not supported yet: use {SDPA}(dropout_p=...)")
+        raise UnsupportedError(
+            f"dropout_p={dropout_p} is not supported yet: use {SDPA}(dropout_p=...)"
+        )
     if window is not None:
         raise UnsupportedError(
             "window is not supported yet: use torch.nn.attention.flex_attention with a block mask"
@@ -184,7 +186,9 @@ def explain(
     return _core.explain(cfg, q, k, v, causal, scale, layout)
 
 
-def default_config(head_dim: int, dtype: object = "bfloat16", arch: str | int = "sm_80") -> ForwardConfig:
+def default_config(
+    head_dim: int, dtype: object = "bfloat16", arch: str | int = "sm_80"
+) -> ForwardConfig:
     """The configuration that `flash_attention` takes for a head dimension on `arch` ("cpu", "sm_90", ...)."""
     return _core.default_config(dtype, head_dim, arch)
 
@@ -206,9 +210,13 @@ def prebuild(
     if arch is None:
         info = _core.driver_info()
         if not info.gpus:
-            raise ArgumentError(f"arch: expected 'sm_80' or the like where there is no GPU, got None. {info.problem}")
+            raise ArgumentError(
+                f"arch: expected 'sm_80' or the like where there is no GPU, got None. {info.problem}"
+            )
         arch = info.gpus[0].arch
-    chosen = configs() if cfgs is None else [cfgs] if isinstance(cfgs, ForwardConfig) else list(cfgs)
+    chosen = (
+        configs() if cfgs is None else [cfgs] if isinstance(cfgs, ForwardConfig) else list(cfgs)
+    )
     built: dict[str, str] = {}
     for cfg in chosen:
         built.update(_core.prebuild(cfg, arch))

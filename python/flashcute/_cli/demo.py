@@ -8,11 +8,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, _core, explain
+from .. import __version__, explain
 from .kits import Inputs, Kit, add_device_argument, choose_kit, in_layout
 from .options import DTYPES, Commands, UsageError, positive_int
 from .peers import Flashcute, Implementation, Naive, Sdpa
 from .problem import EPSILON, ITEM_BYTES, Case, complaint, errors, fp64_reference, naive_result
+from .provenance import device_name
 from .table import format_bytes, format_number, format_table
 from .timing import interleaved_ms
 
@@ -143,14 +144,6 @@ def measure(
         )
     measured.speedup = medians["naive"] / medians["flashcute"]
     return measured
-
-
-def device_name(kit: Kit) -> str:
-    if kit.device == "cuda":
-        gpu = _core.driver_info().gpus[0]
-        return f"{gpu.name}, sm_{gpu.arch}"
-    build = _core.build_info()
-    return f"CPU, {build.cpu_isa}, {build.cpu_threads} threads"
 
 
 def text_inputs(kit: Kit, case: Case) -> Inputs:

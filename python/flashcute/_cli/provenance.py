@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +61,14 @@ def driver_version() -> str | None:
 def cuda_version(kit: Kit) -> str | None:
     """That the array library was built for."""
     if kit.device == "cuda" and kit.library == "torch":
-        import torch
-
-        return torch.version.cuda
+        cuda = import_module("torch").version.cuda
+        return None if cuda is None else str(cuda)
     return None
 
 
 def cudnn_version(kit: Kit) -> str | None:
     if kit.device == "cuda" and kit.library == "torch":
-        import torch
-
-        version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        version = import_module("torch").backends.cudnn.version()
         return None if version is None else str(version)
     return None
 
