@@ -71,8 +71,10 @@ void option_from_python(char const* option, nb::handle object, bool& value) {
 }
 
 void option_from_python(char const* option, nb::handle object, int32_t& value) {
+  // An int, or what stands for one (numpy.int64): anything with __index__ but True and False.
   int32_t number = 0;
-  if (nb::isinstance<nb::bool_>(object) || !nb::try_cast(object, number)) {
+  bool const is_integer = PyIndex_Check(object.ptr()) && !nb::isinstance<nb::bool_>(object);
+  if (!is_integer || !nb::try_cast(nb::steal(PyNumber_Index(object.ptr())), number)) {
     throw ArgumentError(option, "an integer", nb::cast<std::string>(nb::repr(object)));
   }
   value = number;
@@ -162,14 +164,11 @@ void bind_config(nb::module_& m) {
       },
       nb::sig(replace_signature), "A copy with some options changed.");
   cls.def(
-      "check", [](ForwardConfig const& c, nb::handle arch) { check_config(c, to_arch(arch)); }, "arch"_a,
+      "check", [](ForwardConfig const& c, nb::handle arch) { check_config(c, to_arch(arch)); }, "arch"_a.none(),
       nb::sig("def check(self, arch: str | int) -> None"),
       "Raises ConfigError with the first rule broken on `arch` ('cpu', 'sm_80', ...).");
   cls.def(
-      "__eq__",
-      [](ForwardConfig const& a, nb::handle b) {
-        return nb::isinstance<ForwardConfig>(b) && a == nb::cast<ForwardConfig const&>(b);
-      },
+      "__eq__", [](ForwardConfig const& a, ForwardConfig const& b) { return a == b; }, nb::is_operator(),
       nb::sig("def __eq__(self, other: object, /) -> bool"));
   cls.def("__hash__", [](ForwardConfig const& c) { return nb::hash(options_of(c)); });
   cls.def("__repr__", &repr_of);
@@ -179,6 +178,10 @@ void bind_config(nb::module_& m) {
       [](ForwardConfig& self, nb::tuple const& values) {
         ForwardConfig config;
         size_t i = 0;
+        if (values.size() != options_of(config).size()) {
+          throw ArgumentError("state", std::to_string(options_of(config).size()) + " options, as this version has",
+                              std::to_string(values.size()));
+        }
         for_each_option(config,
                         [&](char const* option, auto& member) { option_from_python(option, values[i++], member); });
         new (&self) ForwardConfig(config);
@@ -263,18 +266,21 @@ void bind_facts(nb::module_& m) {
 NB_MODULE(_core, m) {
   using namespace flashcute;
   using namespace flashcute::python;
+  // Objects that outlive the interpreter (in a traceback, in a test runner) are no leak of ours to report.
+  nb::set_leak_warnings(false);
   bind_exceptions(m);
   bind_config(m);
   bind_facts(m);
-  m.def("forward", &call_forward, "config"_a.none(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "causal"_a,
-        "scale"_a.none(), "layout"_a, "stream"_a.none());
-  m.def("explain", &call_explain, "config"_a.none(), "q"_a, "k"_a, "v"_a, "causal"_a, "scale"_a.none(), "layout"_a);
+  m.def("forward", &call_forward, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "out"_a.none(),
+        "lse"_a.none(), "causal"_a, "scale"_a.none(), "layout"_a, "stream"_a.none());
+  m.def("explain", &call_explain, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "causal"_a,
+        "scale"_a.none(), "layout"_a);
   m.def(
       "default_config",
       [](nb::handle dtype, int64_t head_dim, nb::handle arch) {
         return default_config(to_dtype(dtype), head_dim, to_arch(arch));
       },
-      "dtype"_a, "head_dim"_a, "arch"_a);
+      "dtype"_a.none(), "head_dim"_a, "arch"_a.none());
   m.def("configs", &configs);
   m.def(
       "prebuild",
@@ -283,7 +289,7 @@ NB_MODULE(_core, m) {
         nb::gil_scoped_release const release;
         return prebuild(config, target);
       },
-      "config"_a, "arch"_a);
+      "config"_a, "arch"_a.none());
   m.def("driver_info", &driver_info, nb::call_guard<nb::gil_scoped_release>());
   m.def("build_info", &build_info);
   m.def("build_version", &build_version);

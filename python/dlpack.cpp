@@ -71,6 +71,11 @@ ExchangeTable const* exchange_table(nb::handle array) {
 
 std::string kind_of(nb::handle object) { return nb::cast<std::string>(nb::str(nb::inst_name(object))); }
 
+/// What a Python exception says, without its traceback.
+std::string message_of(nb::python_error const& error) {
+  return kind_of(error.value()) + ": " + nb::cast<std::string>(nb::str(error.value()));
+}
+
 DType dtype_of(char const* argument, nb::dlpack::dtype const& t) {
   if (t.lanes == 1 && t.code == code_float && t.bits == 16) return DType::float16;
   if (t.lanes == 1 && t.code == code_bfloat && t.bits == 16) return DType::bfloat16;
@@ -129,7 +134,7 @@ Tensor::Tensor(char const* argument, nb::handle array, nb::handle stream) {
     nb::dlpack::dltensor tensor{};
     if (table_->dltensor_from_py_object_no_sync(array.ptr(), &tensor) != 0) {
       nb::python_error const error;
-      throw ArgumentError(argument, "an array that DLPack can describe", std::string("an error: ") + error.what());
+      throw ArgumentError(argument, "an array that DLPack can describe", message_of(error));
     }
     view_ = view_of(argument, tensor, false, std::nullopt);
     return;
@@ -142,7 +147,7 @@ Tensor::Tensor(char const* argument, nb::handle array, nb::handle stream) {
     exported = exporter()(array, stream);
   } catch (nb::python_error const& error) {
     if (is_flashcute_error(error)) throw;
-    throw ArgumentError(argument, "an array that DLPack can describe", std::string("an error: ") + error.what());
+    throw ArgumentError(argument, "an array that DLPack can describe", message_of(error));
   }
   capsule_ = exported[0];
   stream_ = exported[2];

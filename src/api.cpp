@@ -26,7 +26,10 @@ ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch) {
   if (head_dim < 1 || head_dim > 256) {
     throw ArgumentError("head_dim", "a number between 1 and 256", std::to_string(head_dim));
   }
-  return default_forward_config(dtype, static_cast<int32_t>(head_dim), arch);
+  require_kernel(dtype, head_dim, arch);
+  ForwardConfig const config = default_forward_config(dtype, static_cast<int32_t>(head_dim), arch);
+  check_config(config, arch);
+  return config;
 }
 
 std::vector<ForwardConfig> configs() {

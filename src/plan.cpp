@@ -1,8 +1,11 @@
 #include "plan.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numbers>
+#include <span>
+#include <vector>
 
 #include "driver.hpp"
 
@@ -31,12 +34,13 @@ Named named(char const* argument, TensorView const& t, Layout layout) {
   bool const bshd = layout == Layout::bshd;
   require_rank(argument, t, 4, bshd ? "(batch, seqlen, heads, head_dim)" : "(batch, heads, seqlen, head_dim)");
   int const row = bshd ? 1 : 2, head = bshd ? 2 : 1;
-  if (t.strides[3] != 1 && t.shape[3] > 1) {
+  bool const empty = t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3] == 0;  // its strides mean nothing
+  if (t.strides[3] != 1 && t.shape[3] > 1 && !empty) {
     throw ArgumentError(argument, "last stride 1", std::to_string(t.strides[3]),
                         "Nothing is copied silently: pass a contiguous copy");
   }
   // A dimension of size 1 is never stepped over: its stride may be anything, so it is made harmless.
-  auto const stride = [&](int i) { return t.shape[i] > 1 ? t.strides[i] : 0; };
+  auto const stride = [&](int i) { return t.shape[i] > 1 && !empty ? t.strides[i] : 0; };
   return {t.shape[0], t.shape[row], t.shape[head], t.shape[3], {stride(0), stride(row), stride(head)}};
 }
 
@@ -100,10 +104,62 @@ void require_writable(char const* argument, TensorView const& t) {
   if (t.read_only) throw ArgumentError(argument, "a writable tensor", "a read-only one");
 }
 
-void require_separate(char const* argument, TensorView const& t, char const* other_name, TensorView const& other) {
-  if (t.data != nullptr && t.data == other.data) {
-    throw ArgumentError(argument, "memory of its own", std::string("the memory of ") + other_name);
+/// Each dimension, from the smallest stride on, must step over all that the smaller ones reach.
+void require_no_overlap(char const* argument, TensorView const& t) {
+  std::vector<int> dimensions;
+  for (int i = 0; i < t.rank; ++i) {
+    if (t.shape[i] > 1) dimensions.push_back(i);
   }
+  std::sort(dimensions.begin(), dimensions.end(), [&](int a, int b) { return t.strides[a] < t.strides[b]; });
+  int64_t reach = 0;
+  for (int i : dimensions) {
+    if (t.strides[i] <= reach) {
+      throw ArgumentError(argument, "every element at an address of its own",
+                          "stride " + std::to_string(t.strides[i]) + " in dimension " + std::to_string(i));
+    }
+    reach += (t.shape[i] - 1) * t.strides[i];
+  }
+}
+
+/// Whether steps of the given strides, fewer than `sizes` of each, forwards or backwards, cover a distance of
+/// `distance` elements. Dimensions come from the largest stride to the smallest and do not overlap.
+bool can_reach(int64_t distance, std::span<std::pair<int64_t, int64_t> const> strides_and_sizes) {
+  if (strides_and_sizes.empty()) return distance == 0;
+  auto const [stride, size] = strides_and_sizes.front();
+  int64_t const steps = distance / stride;
+  for (int64_t s : {steps - 1, steps, steps + 1}) {
+    if (std::abs(s) < size && can_reach(distance - s * stride, strides_and_sizes.subspan(1))) return true;
+  }
+  return false;
+}
+
+/// Throws if `out` and an input share an element. Tensors that are interleaved in one allocation, as in a packed
+/// QKV, share none; of tensors with different strides whose memory ranges intersect, that is not known.
+void require_separate(TensorView const& out, char const* other_name, TensorView const& other) {
+  auto const elements = [](TensorView const& t) {
+    int64_t last = 0;
+    for (int i = 0; i < t.rank; ++i) {
+      if (t.shape[i] == 0) return int64_t{0};
+      last += (t.shape[i] - 1) * t.strides[i];
+    }
+    return last + 1;
+  };
+  auto const* const a = static_cast<char const*>(out.data);
+  auto const* const b = static_cast<char const*>(other.data);
+  int64_t const size = size_of(out.dtype);
+  if (elements(out) == 0 || elements(other) == 0) return;
+  if (a + elements(out) * size <= b || b + elements(other) * size <= a) return;
+  bool shared = true;
+  if (out.strides == other.strides && (a - b) % size == 0) {
+    std::vector<std::pair<int64_t, int64_t>> dimensions;
+    for (int i = 0; i < out.rank; ++i) {
+      int64_t const length = std::max(out.shape[i], other.shape[i]);
+      if (length > 1) dimensions.emplace_back(out.strides[i], length);
+    }
+    std::sort(dimensions.rbegin(), dimensions.rend());
+    shared = can_reach((a - b) / size, dimensions);
+  }
+  if (shared) throw ArgumentError("out", "memory of its own", std::string("memory that is also ") + other_name + "'s");
 }
 
 }  // namespace
@@ -114,6 +170,20 @@ std::string to_string(Device device) {
 
 Arch arch_of(Device device) {
   return device.type == DeviceType::cpu ? cpu_arch : cuda::device_facts(device.index).arch;
+}
+
+void require_kernel(DType dtype, int64_t head_dim, Arch arch) {
+  if (arch == cpu_arch) return;
+  if (dtype != DType::float16 && dtype != DType::bfloat16) {
+    throw UnsupportedError(std::string("dtype ") + name_of(dtype) +
+                           " has no GPU kernel yet. Cast to bfloat16 or float16, or use "
+                           "torch.nn.functional.scaled_dot_product_attention");
+  }
+  if (head_dim > 128) {
+    throw UnsupportedError("head_dim " + std::to_string(head_dim) +
+                           " has no GPU kernel yet (at most 128). Use "
+                           "torch.nn.functional.scaled_dot_product_attention, or CPU tensors");
+  }
 }
 
 void check_config(ForwardConfig const& config, Arch arch) {
@@ -175,17 +245,8 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
   p.scale_log2 = std::max(static_cast<float>(p.scale * std::numbers::log2e), std::numeric_limits<float>::min());
 
   bool const gpu = q.device.type == DeviceType::cuda;
-  if (gpu && q.dtype != DType::float16 && q.dtype != DType::bfloat16) {
-    throw UnsupportedError(std::string("q: ") + name_of(q.dtype) +
-                           " has no GPU kernel yet. Cast to bfloat16 or float16, or use "
-                           "torch.nn.functional.scaled_dot_product_attention");
-  }
-  if (gpu && nq.d > 128) {
-    throw UnsupportedError("q: head_dim " + std::to_string(nq.d) +
-                           " has no GPU kernel yet (at most 128). Use "
-                           "torch.nn.functional.scaled_dot_product_attention, or CPU tensors");
-  }
   Arch const arch = arch_of(q.device);
+  require_kernel(q.dtype, nq.d, arch);
   check_config(config, arch);
   if (nq.d > config.head_dim) {
     throw ConfigError("cfg: head_dim " + std::to_string(config.head_dim) + " is smaller than the tensors' " +
@@ -221,16 +282,11 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
     require_rank("out", *out, 4, "as q has");
     if (out->shape != q.shape) throw ArgumentError("out", "shape " + shape_text(q) + " as q", shape_text(*out));
     Named const no = named("out", *out, options.layout);
-    for (int i = 0; i < 4; ++i) {
-      if (out->shape[i] > 1 && out->strides[i] == 0) {
-        throw ArgumentError("out", "every element at an address of its own",
-                            "stride 0 in dimension " + std::to_string(i));
-      }
-    }
+    require_no_overlap("out", *out);
     if (gpu) require_aligned("out", *out, no);
-    require_separate("out", *out, "q", q);
-    require_separate("out", *out, "k", k);
-    require_separate("out", *out, "v", v);
+    require_separate(*out, "q", q);
+    require_separate(*out, "k", k);
+    require_separate(*out, "v", v);
     p.out = out->data;
     p.out_stride = no.stride;
   }
@@ -245,7 +301,7 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
     std::array<int64_t, 3> const shape{nq.batch, nq.head, nq.row};
     for (int i = 2; i >= 0; --i) {
       auto const size = shape[static_cast<std::size_t>(i)];
-      if (lse->shape[i] != size || (size > 1 && lse->strides[i] != expected_stride)) {
+      if (lse->shape[i] != size || (size > 1 && expected_stride > 0 && lse->strides[i] != expected_stride)) {
         throw ArgumentError("lse",
                             "a contiguous tensor (batch, heads, seqlen_q) = (" + std::to_string(nq.batch) + ", " +
                                 std::to_string(nq.head) + ", " + std::to_string(nq.row) + ")",

@@ -17,4 +17,8 @@ struct ForwardPlan {
 ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, TensorView const& k, TensorView const& v,
                          TensorView const* out, TensorView const* lse, ForwardOptions const& options);
 
+/// Throws UnsupportedError, which says what to use instead, if no configuration can serve a dtype and head
+/// dimension on `arch`.
+void require_kernel(DType dtype, int64_t head_dim, Arch arch);
+
 }  // namespace flashcute

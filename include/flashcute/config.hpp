@@ -86,6 +86,7 @@ struct Name {
     return *this;
   }
   constexpr Name& operator<<(int32_t value) {
+    if (value < 0) return *this << "minus" << -value;  // of an invalid configuration, for messages
     char digits[12] = {};
     int32_t n = 0;
     do {

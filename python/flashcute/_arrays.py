@@ -21,6 +21,8 @@ Array = Any
 class Library:
     """The DLPack protocol and nothing more: inputs work, outputs must be passed with ``out=``."""
 
+    immutable = False
+
     def export(self, array: Array, stream: int | None) -> tuple[object, str | None, int | None]:
         """(capsule, dtype name if DLPack cannot tell it, the library's current stream)."""
         device, index = array.__dlpack_device__()
@@ -49,15 +51,21 @@ class Library:
         """Turns what `empty` returned into what the caller gets."""
         return array
 
-    def records_gradient(self, *arrays: Array) -> str | None:
-        """The first of q, k, v of which a gradient would be expected."""
+    def wants_gradient(self, array: Array) -> bool:
+        """Whether its library records what is computed from the array."""
+        return False
+
+    def problem(self, array: Array) -> str | None:
+        """Why the memory of the array cannot be taken at face value, and what to do."""
         return None
 
     def use_stream(self, stream: int, arrays: Sequence[Array]) -> AbstractContextManager[object]:
         """Makes it safe to work with `arrays` on a stream that may not be the current one."""
         device, index = arrays[0].__dlpack_device__()
+        if int(device) not in (CUDA, CUDA_MANAGED):
+            raise ArgumentError(f"stream: expected None for arrays on the CPU, got {stream}")
         current = self.current_stream(int(index))
-        if int(device) in (CUDA, CUDA_MANAGED) and (current or 0) != stream:
+        if (current or 0) != stream:
             raise ArgumentError(
                 f"stream: expected the current stream {current}, got {stream}. "
                 f"{type(arrays[0]).__module__.partition('.')[0]} cannot be told that another stream uses its "
@@ -92,21 +100,31 @@ class Torch(Library):
             shape, dtype=getattr(torch, dtype) if dtype else like.dtype, device=like.device
         )
 
-    def records_gradient(self, *arrays: Array) -> str | None:
-        for name, array in zip("qkv", arrays, strict=True):
-            if getattr(array, "requires_grad", False) and sys.modules["torch"].is_grad_enabled():
-                return name
+    def wants_gradient(self, array: Array) -> bool:
+        return bool(array.requires_grad) and sys.modules["torch"].is_grad_enabled()
+
+    def problem(self, array: Array) -> str | None:
+        if array.is_neg():  # a view that negates when it is read; DLPack does not say so
+            return "a tensor without the negative bit, got a negated view. Pass q.resolve_neg()"
         return None
 
     def use_stream(self, stream: int, arrays: Sequence[Array]) -> AbstractContextManager[object]:
         if not arrays[0].is_cuda:
-            return nullcontext()
+            return super().use_stream(stream, arrays)
         torch = sys.modules["torch"]
-        external = torch.cuda.ExternalStream(stream, device=arrays[0].device)
+        device = arrays[0].device
+        if stream == self.current_stream(device.index):
+            return nullcontext()
+        # The default stream has the address 0, which ExternalStream takes for "make a new one".
+        other = (
+            torch.cuda.ExternalStream(stream, device=device)
+            if stream
+            else torch.cuda.default_stream(device)
+        )
         for array in arrays:
-            array.record_stream(external)
+            array.record_stream(other)
         # What is allocated inside belongs to that stream.
-        context: AbstractContextManager[object] = torch.cuda.stream(external)
+        context: AbstractContextManager[object] = torch.cuda.stream(other)
         return context
 
 
@@ -124,6 +142,8 @@ class CuPy(Library):
 
 class Jax(Library):
     """JAX on the CPU. Its arrays are immutable, so NumPy memory is filled and handed over."""
+
+    immutable = True
 
     def export(self, array: Array, stream: int | None) -> tuple[object, str | None, int | None]:
         device, _ = array.__dlpack_device__()
@@ -172,15 +192,16 @@ def export(array: Array, stream: int | None) -> tuple[object, str | None, int | 
 
 def stream_number(stream: object) -> int | None:
     """The address of a CUstream: an integer, or an object of torch, CuPy or ``__cuda_stream__``."""
-    if stream is None or (isinstance(stream, int) and not isinstance(stream, bool)):
-        return stream
+    if stream is None:
+        return None
+    address: object = stream
     for attribute in ("cuda_stream", "ptr"):
-        address = getattr(stream, attribute, None)
-        if isinstance(address, int):
-            return address
+        address = getattr(stream, attribute, address)
     protocol = getattr(stream, "__cuda_stream__", None)
     if protocol is not None:
-        return int(protocol()[1])
+        address = protocol()[1]
+    if isinstance(address, int) and not isinstance(address, bool) and 0 <= address < 2**64:
+        return address
     raise ArgumentError(
         f"stream: expected None, a CUstream address, or a stream of torch or CuPy, got {stream!r}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from . import _core
@@ -47,14 +48,13 @@ def forward(
     """
     if not isinstance(cfg, ForwardConfig):
         raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
-    library = library_of(type(q))
-    recording = library.records_gradient(q, k, v)
+    recording = _wanting_gradients(q=q, k=k, v=v, out=out)
     if recording:
         raise ArgumentError(
             f"{recording}: expected a tensor without requires_grad, got requires_grad=True. forward records "
             f"no gradient: call it under torch.no_grad(), detach the tensor, or train with {SDPA}"
         )
-    return _run(library, cfg, q, k, v, causal, scale, layout, out, return_lse, stream)
+    return _run(cfg, q, k, v, causal, scale, layout, out, return_lse, stream)
 
 
 def flash_attention(
@@ -80,10 +80,10 @@ def flash_attention(
     and why. Gradients, attn_mask, dropout_p, window and cu_seqlens_* are not supported yet and raise
     UnsupportedError, which names what to use instead.
     """
-    library = library_of(type(q))
-    if library.records_gradient(q, k, v):
+    recording = _wanting_gradients(q=q, k=k, v=v, out=out)
+    if recording:
         raise UnsupportedError(
-            f"q, k, v: gradients are not supported yet. Train with {SDPA}, or call flash_attention under "
+            f"{recording}: gradients are not supported yet. Train with {SDPA}, or call flash_attention under "
             "torch.no_grad()"
         )
     if attn_mask is not None:
@@ -101,11 +101,18 @@ def flash_attention(
             "cu_seqlens_q, cu_seqlens_k: packed sequences are not supported yet: call flash_attention "
             "per sequence, or use torch.nn.attention.varlen"
         )
-    return _run(library, None, q, k, v, causal, scale, layout, out, return_lse, stream)
+    return _run(None, q, k, v, causal, scale, layout, out, return_lse, stream)
+
+
+def _wanting_gradients(**arrays: Array) -> str | None:
+    """The first of the arrays of which a gradient would be expected."""
+    for name, array in arrays.items():
+        if library_of(type(array)).wants_gradient(array):
+            return name
+    return None
 
 
 def _run(
-    library: Library,
     cfg: ForwardConfig | None,
     q: Array,
     k: Array,
@@ -117,12 +124,29 @@ def _run(
     return_lse: bool,
     stream: object,
 ) -> Any:
-    if stream is not None:
-        number = stream_number(stream)
-        arrays = [q, k, v] if out is None else [q, k, v, out]
-        with library.use_stream(number or 0, arrays):
-            return _run_on(library, cfg, q, k, v, causal, scale, layout, out, return_lse, number)
-    return _run_on(library, cfg, q, k, v, causal, scale, layout, out, return_lse, None)
+    for name, array in (("q", q), ("k", k), ("v", v), ("out", out)):
+        if array is None and name == "out":
+            continue
+        if not hasattr(array, "__dlpack__"):
+            raise ArgumentError(
+                f"{name}: expected an array that supports DLPack (NumPy, torch, CuPy, JAX, ...), got "
+                f"{type(array).__module__}.{type(array).__qualname__}"
+            )
+        problem = library_of(type(array)).problem(array)
+        if problem:
+            raise ArgumentError(f"{name}: expected {problem}")
+    if layout not in ("bshd", "bhsd"):
+        raise ArgumentError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
+    if causal not in (True, False):
+        raise ArgumentError(f"causal: expected True or False, got {causal!r}")
+    if out is not None and library_of(type(out)).immutable:
+        raise ArgumentError("out: expected a writable array, got an immutable one of JAX. Omit out")
+    library = library_of(type(q))
+    number = stream_number(stream)
+    if number is None:
+        return _run_on(library, cfg, q, k, v, causal, scale, layout, out, return_lse, None)
+    with library.use_stream(number, [q, k, v] if out is None else [q, k, v, out]):
+        return _run_on(library, cfg, q, k, v, causal, scale, layout, out, return_lse, number)
 
 
 def _run_on(
@@ -138,13 +162,6 @@ def _run_on(
     return_lse: bool,
     stream: int | None,
 ) -> Any:
-    if not hasattr(q, "__dlpack__"):
-        raise ArgumentError(
-            "q: expected an array that supports DLPack (NumPy, torch, CuPy, JAX, ...), got "
-            f"{type(q).__module__}.{type(q).__qualname__}"
-        )
-    if layout not in ("bshd", "bhsd"):
-        raise ArgumentError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
     target = library.empty(q.shape, q) if out is None else out
     lse = None
     if return_lse and len(q.shape) == 4:
@@ -183,14 +200,18 @@ def explain(
     backend and ahead-of-time configuration the reason it was not taken. Launches nothing and raises
     nothing about the arguments: if no backend can run them, `backend` is '' and `rejected` says why.
     """
-    return _core.explain(cfg, q, k, v, causal, scale, layout)
+    return _core.explain(cfg, q, k, v, bool(causal), _number(scale), layout)
 
 
 def default_config(
     head_dim: int, dtype: object = "bfloat16", arch: str | int = "sm_80"
 ) -> ForwardConfig:
     """The configuration that `flash_attention` takes for a head dimension on `arch` ("cpu", "sm_90", ...)."""
-    return _core.default_config(dtype, head_dim, arch)
+    try:
+        number = operator.index(head_dim)
+    except TypeError:
+        raise ArgumentError(f"head_dim: expected an integer, got {head_dim!r}") from None
+    return _core.default_config(dtype, number, arch)
 
 
 def configs() -> list[ForwardConfig]:

@@ -4,7 +4,6 @@ made."""
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -173,10 +172,3 @@ def compiled(request: pytest.FixtureRequest) -> object:
     _, problem = process.communicate() if process.returncode is None else ("", "")
     assert process.returncode == 0, problem
     return cfg
-
-
-def find_tool(name: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        pytest.skip(f"{name} is not installed")
-    return path

@@ -53,7 +53,7 @@ def call(name: str, device: str, a: SimpleNamespace) -> object:
 both_calls = pytest.mark.parametrize("name", ["flash_attention", "forward"])
 
 
-@pytest.mark.parametrize("name", ["flash_attention", "forward"])
+@both_calls
 def test_the_good_call_is_good(device: str, name: str) -> None:
     """What the cases below change one thing of works, and writes `out`."""
     a = good_arguments(device)
@@ -306,6 +306,17 @@ def test_gradients_are_not_dropped(device: str, which: str) -> None:
     with torch.no_grad():
         call("flash_attention", device, a)
     assert not (a.out == SENTINEL).any()
+
+
+@both_calls
+def test_out_that_requires_a_gradient(device: str, name: str) -> None:
+    """Writing into a leaf behind autograd's back would cut the graph there; torch's own out=
+    refuses it too."""
+    a = good_arguments(device)
+    a.out.requires_grad_()
+    with pytest.raises((fc.ArgumentError, fc.UnsupportedError), match=r"^out: .*requires_grad"):
+        call(name, device, a)
+    assert (a.out == SENTINEL).all()
 
 
 @both_calls

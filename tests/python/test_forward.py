@@ -375,7 +375,10 @@ def test_cupy(rng: np.random.Generator, layout: str) -> None:
     cupy = pytest.importorskip("cupy")
     p = oracle.make_problem(rng, "float16", seqlen_q=133, seqlen_k=244, heads=2, d=64, causal=True)
     order = (0, 2, 1, 3) if layout == "bhsd" else (0, 1, 2, 3)
-    q, k, v = (cupy.asarray(x.astype(np.float16).transpose(order)) for x in (p.q, p.k, p.v))
+    q, k, v = (
+        cupy.asarray(np.ascontiguousarray(x.astype(np.float16).transpose(order)))
+        for x in (p.q, p.k, p.v)
+    )
     out, lse = fc.flash_attention(q, k, v, causal=True, layout=layout, return_lse=True)
     assert isinstance(out, cupy.ndarray)
     assert isinstance(lse, cupy.ndarray)
@@ -430,8 +433,8 @@ def test_comparison_rejects_nan() -> None:
     for got, expected in ((nan, one), (one, nan), (nan, nan)):
         with pytest.raises(AssertionError, match="NaN"):
             oracle.assert_close(got, expected, 1e9, "x")
-    for got in (one, -one / 0):
-        with pytest.raises(AssertionError, match="infinities"), np.errstate(divide="ignore"):
+    for got in (one, np.array([-np.inf])):
+        with pytest.raises(AssertionError, match="infinities"):
             oracle.assert_close(got, np.array([np.inf]), 1e9, "x")
     with pytest.raises(AssertionError, match="error"):
         oracle.assert_close(one, one + 1e-3, 1e-4, "x")

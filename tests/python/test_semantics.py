@@ -627,14 +627,14 @@ def test_memory_in_use_on_another_stream_is_not_given_away(rng: np.random.Genera
     for its stream: torch is told that the stream uses them (T25)."""
     q, k, v = qkv(rng, "cuda", sq=1000, sk=1000)
     expected, _ = attend(q, k, v)
-    shape = q.shape
+    shapes = [q.shape, k.shape, v.shape]
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(SPIN)
     out = fc.flash_attention(q, k, v, stream=side)
     del q, k, v
-    garbage = [torch.full(shape, NAN, dtype=torch.float16, device="cuda") for _ in range(8)]
+    garbage = [torch.full(s, NAN, dtype=torch.float16, device="cuda") for s in 4 * shapes]
     torch.cuda.default_stream().synchronize()
     assert not side.query(), "the spin was too short"
     side.synchronize()

@@ -173,7 +173,8 @@ class SharedMemory {
 
   void read(size_t offset, size_t bytes, Accessor reader) {
     for_each_cell(offset, bytes, [&](Cell& c, size_t at) {
-      if (c.write_epoch < 0) violate(reader.text() + " of shared memory that nobody has written, at " + std::to_string(at));
+      if (c.write_epoch < 0)
+        violate(reader.text() + " of shared memory that nobody has written, at " + std::to_string(at));
       check_writer(c, at, reader);
       c.many_readers = c.read_epoch == epoch && (c.many_readers || c.reader.id != reader.id);
       c.read_epoch = epoch;
