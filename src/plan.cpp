@@ -104,20 +104,29 @@ void require_writable(char const* argument, TensorView const& t) {
   if (t.read_only) throw ArgumentError(argument, "a writable tensor", "a read-only one");
 }
 
-/// Each dimension, from the smallest stride on, must step over all that the smaller ones reach.
-void require_no_overlap(char const* argument, TensorView const& t) {
-  std::vector<int> dimensions;
+/// The dimensions that are stepped over, as (distance, size), the largest distance first; none of an empty tensor.
+std::vector<std::pair<int64_t, int64_t>> steps_of(TensorView const& t) {
+  std::vector<std::pair<int64_t, int64_t>> steps;
   for (int i = 0; i < t.rank; ++i) {
-    if (t.shape[i] > 1) dimensions.push_back(i);
+    if (t.shape[i] == 0) return {};
+    if (t.shape[i] > 1) steps.emplace_back(std::abs(t.strides[i]), t.shape[i]);
   }
-  std::sort(dimensions.begin(), dimensions.end(), [&](int a, int b) { return t.strides[a] < t.strides[b]; });
+  std::sort(steps.rbegin(), steps.rend());
+  return steps;
+}
+
+/// Each dimension, from the smallest distance on, must step over all that the smaller ones reach.
+void require_no_overlap(char const* argument, TensorView const& t) {
+  auto steps = steps_of(t);
+  std::reverse(steps.begin(), steps.end());
   int64_t reach = 0;
-  for (int i : dimensions) {
-    if (t.strides[i] <= reach) {
-      throw ArgumentError(argument, "every element at an address of its own",
-                          "stride " + std::to_string(t.strides[i]) + " in dimension " + std::to_string(i));
+  for (auto const& [distance, size] : steps) {
+    if (distance <= reach) {
+      throw ArgumentError(
+          argument, "every element at an address of its own",
+          "stride " + std::to_string(distance) + " over elements that reach as far as " + std::to_string(reach));
     }
-    reach += (t.shape[i] - 1) * t.strides[i];
+    reach += (size - 1) * distance;
   }
 }
 
@@ -133,33 +142,33 @@ bool can_reach(int64_t distance, std::span<std::pair<int64_t, int64_t> const> st
   return false;
 }
 
+/// The bytes from a tensor's lowest address to its highest; nothing for an empty tensor.
+std::pair<char const*, char const*> extent(TensorView const& t) {
+  auto const* low = static_cast<char const*>(t.data);
+  auto const* high = low;
+  for (int i = 0; i < t.rank; ++i) {
+    if (t.shape[i] == 0) return {low, low};
+    int64_t const bytes = (t.shape[i] - 1) * t.strides[i] * size_of(t.dtype);
+    (bytes < 0 ? low : high) += bytes;
+  }
+  return {low, high + size_of(t.dtype)};
+}
+
 /// Throws if `out` and an input share an element. Tensors that are interleaved in one allocation, as in a packed
 /// QKV, share none; of tensors with different strides whose memory ranges intersect, that is not known.
 void require_separate(TensorView const& out, char const* other_name, TensorView const& other) {
-  auto const elements = [](TensorView const& t) {
-    int64_t last = 0;
-    for (int i = 0; i < t.rank; ++i) {
-      if (t.shape[i] == 0) return int64_t{0};
-      last += (t.shape[i] - 1) * t.strides[i];
-    }
-    return last + 1;
-  };
-  auto const* const a = static_cast<char const*>(out.data);
-  auto const* const b = static_cast<char const*>(other.data);
+  auto const [out_low, out_high] = extent(out);
+  auto const [other_low, other_high] = extent(other);
+  if (out_low == out_high || other_low == other_high || out_high <= other_low || other_high <= out_low) return;
   int64_t const size = size_of(out.dtype);
-  if (elements(out) == 0 || elements(other) == 0) return;
-  if (a + elements(out) * size <= b || b + elements(other) * size <= a) return;
+  int64_t const distance = out_low - other_low;
   bool shared = true;
-  if (out.strides == other.strides && (a - b) % size == 0) {
-    std::vector<std::pair<int64_t, int64_t>> dimensions;
-    for (int i = 0; i < out.rank; ++i) {
-      int64_t const length = std::max(out.shape[i], other.shape[i]);
-      if (length > 1) dimensions.emplace_back(out.strides[i], length);
-    }
-    std::sort(dimensions.rbegin(), dimensions.rend());
-    shared = can_reach((a - b) / size, dimensions);
+  if (out.strides == other.strides && distance % size == 0) {
+    TensorView larger = out;
+    for (int i = 0; i < out.rank; ++i) larger.shape[i] = std::max(out.shape[i], other.shape[i]);
+    shared = can_reach(distance / size, steps_of(larger));
   }
-  if (shared) throw ArgumentError("out", "memory of its own", std::string("memory that is also ") + other_name + "'s");
+  if (shared) throw ArgumentError("out", "memory of its own", std::string("the memory of ") + other_name);
 }
 
 }  // namespace

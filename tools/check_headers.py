@@ -23,14 +23,14 @@ LEVELS = [
     ["mask", "instructions"],
     ["layout"],
     ["fragment"],
-    ["gemm", "softmax"],
+    ["gemm", "softmax", "nonfinite"],
     ["load_store"],
     ["forward"],
     ["entry"],
 ]
 PLAIN = ["std", "config", "error", "params", "api", "mask"]
 # Above the instructions, which tests/cpp/emulation replaces; entry.hpp needs a CUDA compiler.
-KERNEL = ["layout", "fragment", "gemm", "softmax", "load_store", "forward"]
+KERNEL = ["layout", "fragment", "gemm", "softmax", "nonfinite", "load_store", "forward"]
 INCLUDE = re.compile(r'#include [<"](?:flashcute/(\w+)\.hpp|([^>"]+))[>"]')
 
 
@@ -65,6 +65,7 @@ def host_problems(source: Path) -> list[str]:
 
 def compile_problems(compiler: str, root: Path, system: list[str]) -> list[str]:
     problems = []
+    options = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
     for header in PLAIN + KERNEL:
         folders = [f"-I{root / 'include'}"]
         if header in KERNEL:

@@ -86,13 +86,14 @@ struct Name {
     return *this;
   }
   constexpr Name& operator<<(int32_t value) {
-    if (value < 0) return *this << "minus" << -value;  // of an invalid configuration, for messages
+    if (value < 0) *this << "-";  // in messages about an invalid configuration
+    auto rest = value < 0 ? -static_cast<int64_t>(value) : static_cast<int64_t>(value);
     char digits[12] = {};
     int32_t n = 0;
     do {
-      digits[n++] = static_cast<char>('0' + value % 10);
-      value /= 10;
-    } while (value > 0);
+      digits[n++] = static_cast<char>('0' + rest % 10);
+      rest /= 10;
+    } while (rest > 0);
     while (n > 0) text[length++] = digits[--n];
     return *this;
   }

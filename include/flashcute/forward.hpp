@@ -32,6 +32,9 @@ struct ForwardPass {
       auto v = loader.value(n, partial);        // K(n - 1) loads while the softmax and P V compute
       if constexpr (decltype(partial)::value) apply_mask(s, tile, n, p);
       softmax.update(s, o);
+      if constexpr (decltype(partial)::value && Mask::rows_differ) {
+        if (!loader.value_is_finite()) extract_nonfinite(o, loader, tile, n, p);
+      }
       auto const probabilities = convert<typename L::Element>(s);
       gemm(mma, o, RegisterOperand{as_operand_a(probabilities)}, v);  // O += P V
     });
@@ -54,6 +57,29 @@ struct ForwardPass {
     using namespace cute;
     auto const identity = make_identity_tensor(Shape<typename L::BlockM, Int<Columns>>{});
     return by_row_and_column(typename L::TiledMma{}.get_thread_slice(thread_index()).partition_C(identity));
+  }
+
+  /// Lets each row take what it sees of the values that are not finite, and removes these from V: what is
+  /// left can be multiplied by the zeros of the rows that do not see it.
+  template <class Output>
+  FLASHCUTE_DEVICE static void extract_nonfinite(Output& output, ForwardLoader<C>& loader, QueryTile const& tile, int n,
+                                                 ForwardParams const& p) {
+    using namespace cute;
+    using Test = NonFinite<typename L::Element>;
+    auto o = by_row_and_column(output);        // (row, head dim)
+    auto const c = coordinates<C.head_dim>();  // -> (row, column) of o
+    for (int key = 0; key < C.block_n; ++key) {
+      CUTE_UNROLL
+      for (int j = 0; j < size<1>(o); ++j) {
+        uint32_t const bits = loader.value_bits(key, get<1>(c(0, j)));
+        if (!Test::in_low_half(bits)) continue;
+        CUTE_UNROLL
+        for (int i = 0; i < size<0>(o); ++i) {
+          if (Mask::visible(tile.row0 + row_of(i), n * C.block_n + key, p)) o(i, j) += Test::value(bits);
+        }
+      }
+    }
+    loader.drop_nonfinite_values();
   }
 
   /// Scores of keys that a query does not see become -inf, by selection: what they were does not matter.

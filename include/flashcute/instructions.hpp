@@ -49,6 +49,20 @@ FLASHCUTE_DEVICE uint32_t block_index() { return blockIdx.x; }
 /// All threads of the block arrive, and see what the others wrote to shared memory.
 FLASHCUTE_DEVICE void block_sync() { __syncthreads(); }
 
+/// block_sync that also tells whether any thread passed true.
+FLASHCUTE_DEVICE bool block_any(bool x) { return __syncthreads_or(x); }
+
+/// One word from or to shared memory.
+template <class Word>
+FLASHCUTE_DEVICE Word shared_load(void const* from) {
+  return *static_cast<Word const*>(from);
+}
+
+template <class Word>
+FLASHCUTE_DEVICE void shared_store(void* to, Word const& word) {
+  *static_cast<Word*>(to) = word;
+}
+
 /// The value of the lane whose number differs by `mask`.
 FLASHCUTE_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
@@ -85,6 +99,18 @@ FLASHCUTE_DEVICE uint32_t round_pair(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   }
   return packed;
+}
+
+/// sum + 0 * pair, in both halves: a half of the sum turns NaN at the first half that is not finite.
+template <class Element>
+FLASHCUTE_DEVICE uint32_t add_zero_times(uint32_t pair, uint32_t sum) {
+  uint32_t result;
+  if constexpr (std_::is_same_v<Element, cute::half_t>) {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(pair), "r"(0u), "r"(sum));
+  } else {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(pair), "r"(0u), "r"(sum));
+  }
+  return result;
 }
 
 }  // namespace flashcute

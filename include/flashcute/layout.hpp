@@ -59,6 +59,7 @@ struct ForwardLayout {
   using LdmatrixTransposedAtom = cute::Copy_Atom<LdmatrixTransposed, Element>;
   using FragmentStoreAtom = cute::Copy_Atom<FragmentStore, Element>;
 
+  static constexpr int threads = num_threads(C);
   static constexpr int rows_per_thread = 2 * C.block_m / (16 * C.num_warps);
 };
 

@@ -4,6 +4,7 @@
 
 #include "flashcute/gemm.hpp"
 #include "flashcute/mask.hpp"
+#include "flashcute/nonfinite.hpp"
 
 namespace flashcute {
 
@@ -67,6 +68,23 @@ class ForwardLoader {
     auto const sVt = tensor(smem_.v, typename L::SmemVt{});  // (D, N)
     auto const shape = tensor(smem_.v, cute::get_nonswizzle_portion(typename L::SmemVt{}));
     return operand_b<typename L::LdmatrixTransposedAtom>(sVt, shape);
+  }
+
+  /// Whether the V block that `value` gave holds no NaN and no infinity. All threads of the block call it.
+  FLASHCUTE_DEVICE bool value_is_finite() const {
+    return block_all_finite<L::threads>(smem_.v, C.block_n * C.head_dim);
+  }
+
+  /// Element (key, column) of that V block.
+  FLASHCUTE_DEVICE uint32_t value_bits(int key, int column) const {
+    return shared_load<uint16_t>(&tensor(smem_.v, typename L::SmemKV{})(key, column));
+  }
+
+  /// Replaces NaN and infinity in that V block by 0.
+  FLASHCUTE_DEVICE void drop_nonfinite_values() {
+    block_sync();  // no thread reads the values any more
+    zero_nonfinite<L::threads>(smem_.v, C.block_n * C.head_dim);
+    block_sync();  // the whole block is finite
   }
 
  private:

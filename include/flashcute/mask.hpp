@@ -49,12 +49,16 @@ struct Mask;
 /// Every key of the sequence.
 template <>
 struct Mask<MaskKind::full> : PrefixMask<Mask<MaskKind::full>> {
+  static constexpr bool rows_differ = false;  // whether a row may see a key that another row does not
+
   FLASHCUTE_HD static int32_t visible_keys(int32_t /*q*/, ForwardParams const& p) { return p.seqlen_k; }
 };
 
 /// Keys j <= i + causal_offset.
 template <>
 struct Mask<MaskKind::causal> : PrefixMask<Mask<MaskKind::causal>> {
+  static constexpr bool rows_differ = true;
+
   FLASHCUTE_HD static int32_t visible_keys(int32_t q, ForwardParams const& p) {
     int64_t const keys = static_cast<int64_t>(q) + p.causal_offset + 1;
     return static_cast<int32_t>(max_of<int64_t>(0, min_of<int64_t>(keys, p.seqlen_k)));

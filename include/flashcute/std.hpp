@@ -37,6 +37,7 @@ namespace std_ = ::std;
 using std_::int32_t;
 using std_::int64_t;
 using std_::size_t;
+using std_::uint16_t;
 using std_::uint32_t;
 using std_::uint64_t;
 using std_::uint8_t;

@@ -83,7 +83,7 @@ def flash_attention(
     recording = _wanting_gradients(q=q, k=k, v=v, out=out)
     if recording:
         raise UnsupportedError(
-            f"{recording}: gradients are not supported yet. Train with {SDPA}, or call flash_attention under "
+            f"{recording}: gradients (requires_grad=True) are not supported yet. Train with {SDPA}, or call flash_attention under "
             "torch.no_grad()"
         )
     if attn_mask is not None:

@@ -90,7 +90,7 @@ TEST(Plan, WrongTensorsAreRefused) {
   {
     Problem p;
     p.out.strides[1] = 0;
-    p.expect<ArgumentError>({"out", "stride 0", "dimension 1"});
+    p.expect<ArgumentError>({"out", "stride 0", "address of its own"});
   }
   {
     Problem p;
@@ -107,6 +107,24 @@ TEST(Plan, WrongTensorsAreRefused) {
     p.config.dtype = DType::float64;
     p.expect<ConfigError>({"cfg", "float64", "float32"});
   }
+}
+
+// Guards against an output that overwrites inputs while they are read, and against refusing packed tensors, whose
+// elements interleave but are all different.
+TEST(Plan, OutMayShareAnAllocationButNoElement) {
+  std::vector<float> memory(4096, 0.5f);
+  auto const packed = [&](int64_t which) {  // (batch 2, seqlen 4, 4 tensors, heads 2, d 8)
+    TensorView t = Problem::view(memory, {2, 4, 2, 8});
+    t.strides = {4 * 64, 64, 8, 1};
+    t.data = memory.data() + 16 * which;
+    return t;
+  };
+  ForwardConfig const config = default_config(DType::float32, 8, cpu_arch);
+  forward(config, packed(0), packed(1), packed(2), packed(3), nullptr);
+  EXPECT_THROW(forward(config, packed(0), packed(1), packed(2), packed(2), nullptr), ArgumentError);
+  TensorView shifted = packed(2);
+  shifted.data = memory.data() + 16 * 2 + 64;  // one row further
+  EXPECT_THROW(forward(config, packed(0), packed(1), packed(2), shifted, nullptr), ArgumentError);
 }
 
 // Guards against a crash deep in the driver where the images are too new for it.

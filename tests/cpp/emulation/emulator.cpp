@@ -1,17 +1,17 @@
-#undef _FORTIFY_SOURCE  // it takes a longjmp to another stack for an error
-
 #include "emulator.hpp"
 
-#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
 
 #include <bit>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer)
@@ -52,7 +52,7 @@ void* reserve(size_t bytes) {
 /// Where an execution stands that is not running now.
 struct Execution {
   ucontext_t context;
-  jmp_buf jump;
+  void* jump[5];  // what __builtin_setjmp keeps
   bool started = false;
   void const* stack = nullptr;  // for the sanitizer
   size_t stack_bytes = 0;
@@ -61,19 +61,23 @@ struct Execution {
 
 Execution* previous = nullptr;  // whom the running one was switched to from
 
-/// Suspends `from` (for good if `last`) and resumes `to`.
-void switch_to(Execution& from, Execution& to, [[maybe_unused]] bool last = false) {
+[[noreturn, gnu::noinline]] void resume(Execution& e) {
+  if (e.started) __builtin_longjmp(e.jump, 1);
+  e.started = true;
+  setcontext(&e.context);
+  std::abort();
+}
+
+/// Suspends `from` (for good if `last`) and resumes `to`. Not by swapcontext, which makes two system calls, nor
+/// by longjmp, which sanitizers and the C library do not let leave its stack.
+[[gnu::noinline]] void switch_to(Execution& from, Execution& to, [[maybe_unused]] bool last = false) {
   previous = &from;
 #if defined(FLASHCUTE_EMULATION_ASAN)
   __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);
-  swapcontext(&from.context, &to.context);
+#endif
+  if (__builtin_setjmp(from.jump) == 0) resume(to);
+#if defined(FLASHCUTE_EMULATION_ASAN)
   __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
-#else
-  // swapcontext makes two system calls: only the first switch to a fiber needs it.
-  if (_setjmp(from.jump) != 0) return;
-  if (to.started) _longjmp(to.jump, 1);
-  to.started = true;
-  setcontext(&to.context);
 #endif
 }
 
@@ -291,14 +295,17 @@ class Block {
   int thread_index() const { return current_; }
   uint32_t index() const { return index_; }
 
-  void sync(char const* file, int line) {
-    meet({"block_sync", file, line}, sync_place_, synced_ == 0);
+  bool sync(Meeting place, bool x) {
+    meet(place, sync_place_, synced_ == 0);
+    any_ = any_ || x;
     if (++synced_ == threads_.size()) {
       synced_ = 0;
+      any_of_last_ = std::exchange(any_, false);
       ++shared_.epoch;
       for (uint32_t& lanes : runnable_) lanes = ~0u;
     }
     suspend();
+    return any_of_last_;  // no thread comes to the next one's end before all have returned from this
   }
 
   void warp_instruction(char const* name, void* operands, void (*execute)(void* const*)) {
@@ -447,6 +454,7 @@ class Block {
   int current_ = 0;
   size_t synced_ = 0;
   Meeting sync_place_;
+  bool any_ = false, any_of_last_ = false;
   SharedMemory shared_;
   uint64_t random_state_;
   GlobalMemory& memory_;
@@ -519,7 +527,9 @@ int thread_index() { return Block::running->thread_index(); }
 
 uint32_t block_index() { return Block::running->index(); }
 
-void block_sync(char const* file, int line) { Block::running->sync(file, line); }
+void block_sync(char const* file, int line) { Block::running->sync({"block_sync", file, line}, false); }
+
+bool block_any(bool x, char const* file, int line) { return Block::running->sync({"block_any", file, line}, x); }
 
 void warp_instruction(char const* name, void* operands, void (*execute)(void* const* lanes)) {
   Block::running->warp_instruction(name, operands, execute);

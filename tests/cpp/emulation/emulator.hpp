@@ -55,6 +55,8 @@ uint32_t block_index();
 
 /// Waits for all threads of the block, at the same place in the program.
 void block_sync(char const* file, int line);
+/// The same, and whether any thread passed true.
+bool block_any(bool x, char const* file, int line);
 
 /// Waits until all lanes of the warp have come to the instruction `name`; one of them then executes it, given
 /// the operands of every lane.

@@ -217,6 +217,22 @@ FLASHCUTE_DEVICE void block_sync(char const* file = __builtin_FILE(), int line =
   emulation::block_sync(file, line);
 }
 
+FLASHCUTE_DEVICE bool block_any(bool x, char const* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return emulation::block_any(x, file, line);
+}
+
+template <class Word>
+FLASHCUTE_DEVICE Word shared_load(void const* from) {
+  Word word;
+  emulation::load_shared(&word, from, sizeof(Word));
+  return word;
+}
+
+template <class Word>
+FLASHCUTE_DEVICE void shared_store(void* to, Word const& word) {
+  emulation::store_shared(to, &word, sizeof(Word));
+}
+
 FLASHCUTE_DEVICE float shuffle_xor(float x, int mask) {
   struct Lane {
     float value, result;
@@ -249,6 +265,12 @@ FLASHCUTE_DEVICE float reciprocal_approx(float x) { return flush(1.f / flush(x))
 template <class To>
 FLASHCUTE_DEVICE uint32_t round_pair(float low, float high) {
   return static_cast<uint32_t>(To(low).raw()) | static_cast<uint32_t>(To(high).raw()) << 16;
+}
+
+template <class Element>
+FLASHCUTE_DEVICE uint32_t add_zero_times(uint32_t pair, uint32_t sum) {
+  float const* const value = emulation::values<Element>();
+  return round_pair<Element>(0 * value[pair & 0xffff] + value[sum & 0xffff], 0 * value[pair >> 16] + value[sum >> 16]);
 }
 
 }  // namespace flashcute
