@@ -4,10 +4,9 @@
 #include <cmath>
 #include <limits>
 #include <numbers>
-#include <span>
-#include <vector>
 
 #include "driver.hpp"
+#include "memory_overlap.hpp"
 
 namespace flashcute {
 namespace {
@@ -104,71 +103,18 @@ void require_writable(char const* argument, TensorView const& t) {
   if (t.read_only) throw ArgumentError(argument, "a writable tensor", "a read-only one");
 }
 
-/// The dimensions that are stepped over, as (distance, size), the largest distance first; none of an empty tensor.
-std::vector<std::pair<int64_t, int64_t>> steps_of(TensorView const& t) {
-  std::vector<std::pair<int64_t, int64_t>> steps;
-  for (int i = 0; i < t.rank; ++i) {
-    if (t.shape[i] == 0) return {};
-    if (t.shape[i] > 1) steps.emplace_back(std::abs(t.strides[i]), t.shape[i]);
-  }
-  std::sort(steps.rbegin(), steps.rend());
-  return steps;
-}
-
-/// Each dimension, from the smallest distance on, must step over all that the smaller ones reach.
 void require_no_overlap(char const* argument, TensorView const& t) {
-  auto steps = steps_of(t);
-  std::reverse(steps.begin(), steps.end());
-  int64_t reach = 0;
-  for (auto const& [distance, size] : steps) {
-    if (distance <= reach) {
-      throw ArgumentError(
-          argument, "every element at an address of its own",
-          "stride " + std::to_string(distance) + " over elements that reach as far as " + std::to_string(reach));
-    }
-    reach += (size - 1) * distance;
+  if (auto const dimension = overlapping_dimension(t)) {
+    throw ArgumentError(
+        argument, "every element at an address of its own",
+        "stride " + std::to_string(t.strides[*dimension]) + " in dimension " + std::to_string(*dimension));
   }
 }
 
-/// Whether steps of the given strides, fewer than `sizes` of each, forwards or backwards, cover a distance of
-/// `distance` elements. Dimensions come from the largest stride to the smallest and do not overlap.
-bool can_reach(int64_t distance, std::span<std::pair<int64_t, int64_t> const> strides_and_sizes) {
-  if (strides_and_sizes.empty()) return distance == 0;
-  auto const [stride, size] = strides_and_sizes.front();
-  int64_t const steps = distance / stride;
-  for (int64_t s : {steps - 1, steps, steps + 1}) {
-    if (std::abs(s) < size && can_reach(distance - s * stride, strides_and_sizes.subspan(1))) return true;
-  }
-  return false;
-}
-
-/// The bytes from a tensor's lowest address to its highest; nothing for an empty tensor.
-std::pair<char const*, char const*> extent(TensorView const& t) {
-  auto const* low = static_cast<char const*>(t.data);
-  auto const* high = low;
-  for (int i = 0; i < t.rank; ++i) {
-    if (t.shape[i] == 0) return {low, low};
-    int64_t const bytes = (t.shape[i] - 1) * t.strides[i] * size_of(t.dtype);
-    (bytes < 0 ? low : high) += bytes;
-  }
-  return {low, high + size_of(t.dtype)};
-}
-
-/// Throws if `out` and an input share an element. Tensors that are interleaved in one allocation, as in a packed
-/// QKV, share none; of tensors with different strides whose memory ranges intersect, that is not known.
 void require_separate(TensorView const& out, char const* other_name, TensorView const& other) {
-  auto const [out_low, out_high] = extent(out);
-  auto const [other_low, other_high] = extent(other);
-  if (out_low == out_high || other_low == other_high || out_high <= other_low || other_high <= out_low) return;
-  int64_t const size = size_of(out.dtype);
-  int64_t const distance = out_low - other_low;
-  bool shared = true;
-  if (out.strides == other.strides && distance % size == 0) {
-    TensorView larger = out;
-    for (int i = 0; i < out.rank; ++i) larger.shape[i] = std::max(out.shape[i], other.shape[i]);
-    shared = can_reach(distance / size, steps_of(larger));
+  if (may_share_an_element(out, other)) {
+    throw ArgumentError("out", "memory of its own", std::string("the memory of ") + other_name);
   }
-  if (shared) throw ArgumentError("out", "memory of its own", std::string("the memory of ") + other_name);
 }
 
 }  // namespace

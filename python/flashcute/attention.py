@@ -83,8 +83,8 @@ def flash_attention(
     recording = _wanting_gradients(q=q, k=k, v=v, out=out)
     if recording:
         raise UnsupportedError(
-            f"{recording}: gradients (requires_grad=True) are not supported yet. Train with {SDPA}, or call flash_attention under "
-            "torch.no_grad()"
+            f"{recording}: gradients (requires_grad=True) are not supported yet. Train with {SDPA}, "
+            "or call flash_attention under torch.no_grad()"
         )
     if attn_mask is not None:
         raise UnsupportedError(f"attn_mask is not supported yet: use {SDPA}(attn_mask=...)")
@@ -228,6 +228,9 @@ def prebuild(
     arch: "sm_90" and the like; default the architecture of GPU 0. With `arch` no GPU is needed.
     Returns where each kernel came from: "ahead of time", "disk cache" or "compiled by NVRTC ...".
     """
+    chosen = configs() if cfgs is None else [cfgs] if isinstance(cfgs, ForwardConfig) else cfgs
+    if not isinstance(chosen, list) or not all(isinstance(cfg, ForwardConfig) for cfg in chosen):
+        raise ArgumentError(f"cfgs: expected a ForwardConfig or a list of them, got {cfgs!r}")
     if arch is None:
         info = _core.driver_info()
         if not info.gpus:
@@ -235,9 +238,6 @@ def prebuild(
                 f"arch: expected 'sm_80' or the like where there is no GPU, got None. {info.problem}"
             )
         arch = info.gpus[0].arch
-    chosen = (
-        configs() if cfgs is None else [cfgs] if isinstance(cfgs, ForwardConfig) else list(cfgs)
-    )
     built: dict[str, str] = {}
     for cfg in chosen:
         built.update(_core.prebuild(cfg, arch))

@@ -193,6 +193,19 @@ TEST(Emulator, FindsDivergence) {
   });
 }
 
+// Guards against a vote that mixes with the one before or after it, or that is no barrier.
+TEST(Emulator, BlockAnyIsOneVoteAndABarrier) {
+  expect_none([](Memory&, void* shared) {
+    int const t = thread_index();
+    for (uint32_t round = 0; round < 4; ++round) {
+      shared_store(place(shared, t), round);
+      EXPECT_TRUE(block_any(t == 17 * static_cast<int>(round)));
+      EXPECT_EQ(shared_load<uint32_t>(place(shared, (t + 33) % 64)), round);
+      EXPECT_FALSE(block_any(false));
+    }
+  });
+}
+
 // Guards against accesses outside tensors that happen to be harmless on the host.
 TEST(Emulator, FindsAccessesOutOfBounds) {
   expect_violation("no element of an input", [](Memory& m, void* shared) {
@@ -304,6 +317,9 @@ TEST(Emulator, Arithmetic) {
   EXPECT_EQ(exp2_approx(-140.f), 0.f);  // subnormal: flushed
   EXPECT_TRUE(std::isnan(exp2_approx(std::numeric_limits<float>::quiet_NaN())));
   EXPECT_EQ(reciprocal_approx(0.f), infinity);
+  EXPECT_EQ(add_zero_times<cute::half_t>(0x7bffc000u, 0x00003c00u), 0x00003c00u);
+  EXPECT_EQ(add_zero_times<cute::half_t>(0xfc003c00u, 0u) & 0x7fff7fffu, 0x7fff0000u);      // -inf, 1
+  EXPECT_EQ(add_zero_times<cute::bfloat16_t>(0u, 0x00007fc0u) & 0x7fff7fffu, 0x00007fffu);  // NaN stays
   EXPECT_EQ(round_pair<cute::bfloat16_t>(1.f, -2.f), 0xc0003f80u);
   EXPECT_EQ(round_pair<cute::half_t>(1.f, -2.f), 0xc0003c00u);
   EXPECT_EQ(round_pair<cute::half_t>(1.f + 1.f / 2048, 1.f + 3.f / 2048), 0x3c023c00u);    // ties to even

@@ -100,9 +100,12 @@ TEST(ForwardKernel, MaskedNanValueDoesNotLeak) {
   Problem problem(small_causal, {.sq = 40, .sk = 50, .d = 64, .causal_offset = -20});
   for (int j = 20; j < 50; ++j) problem.v.set_row(0, j, 0, nan);
   check<small_causal>(problem);
-  Problem diagonal(small_causal, {.sq = 40, .sk = 40, .d = 64});
-  diagonal.v.set(0, 25, 0, 3, nan);
-  check<small_causal>(diagonal);
+  for (double poison : {nan, inf, -inf}) {
+    Problem diagonal(small_causal, {.sq = 40, .sk = 40, .d = 64});
+    diagonal.v.set(0, 25, 0, 3, poison);
+    diagonal.v.set(0, 27, 0, 3, inf);  // inf - inf to those who see both
+    check<small_causal>(diagonal, 3);
+  }
 }
 
 // Guards against taking a row whose scores are all -inf for one that sees no key, and against T7: blocks whose

@@ -12,6 +12,11 @@ void check_configuration() {
   constexpr ForwardConfig c = Id.config;
   check<Id>({.sq = c.block_m + 5, .sk = 3 * c.block_n + 7, .d = c.head_dim, .heads = 2}, 3);
   check<Id>({.sq = c.block_m, .sk = 2 * c.block_n, .d = c.head_dim - 24, .order = Order::padded}, 3);
+  // Under a causal mask not every row of a tile sees these values.
+  Problem poisoned(Id, {.sq = c.block_m + 5, .sk = c.block_m + 5, .d = c.head_dim});
+  poisoned.v.set(0, c.block_m / 2, 0, 3, nan);
+  poisoned.v.set(0, c.block_m / 2 + 1, 0, c.head_dim - 1, -inf);
+  check<Id>(poisoned);
 }
 
 // Guards against configurations that only work by luck: every option is used, alone and together.

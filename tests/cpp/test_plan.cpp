@@ -2,12 +2,14 @@
 // allowed, and nothing is written. (The Python suite goes through all of them.)
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <limits>
 #include <vector>
 
 #include "driver.hpp"
 #include "flashcute/api.hpp"
 #include "image_store.hpp"
+#include "memory_overlap.hpp"
 
 namespace flashcute {
 namespace {
@@ -107,6 +109,52 @@ TEST(Plan, WrongTensorsAreRefused) {
     p.config.dtype = DType::float64;
     p.expect<ConfigError>({"cfg", "float64", "float32"});
   }
+}
+
+/// A small tensor over `memory` with any strides, for brute force.
+TensorView strided(std::vector<float>& memory, int64_t offset, std::array<int64_t, 4> shape,
+                   std::array<int64_t, 4> strides) {
+  TensorView t = Problem::view(memory, shape);
+  t.data = memory.data() + offset;
+  t.strides = strides;
+  return t;
+}
+
+std::vector<int64_t> addresses(TensorView const& t, std::vector<float> const& memory) {
+  std::vector<int64_t> all;
+  for (int64_t a = 0; a < t.shape[0]; ++a)
+    for (int64_t b = 0; b < t.shape[1]; ++b)
+      for (int64_t c = 0; c < t.shape[2]; ++c)
+        for (int64_t d = 0; d < t.shape[3]; ++d)
+          all.push_back(static_cast<float const*>(t.data) - memory.data() + a * t.strides[0] + b * t.strides[1] +
+                        c * t.strides[2] + d * t.strides[3]);
+  return all;
+}
+
+// Guards against a missed overlap (silently wrong results) and, for equal strides, against a false one: all small
+// tensors by brute force.
+TEST(MemoryOverlap, AgreesWithBruteForce) {
+  std::vector<float> memory(512);
+  int shared = 0, separate = 0;
+  for (std::array<int64_t, 4> const strides : {std::array<int64_t, 4>{48, 16, 4, 1}, {4, 48, 16, 1}, {50, -15, 4, 1}}) {
+    for (std::array<int64_t, 4> const shape : {std::array<int64_t, 4>{2, 3, 3, 4}, {2, 3, 2, 3}, {1, 2, 1, 2}}) {
+      TensorView const a = strided(memory, 200, shape, strides);
+      ASSERT_FALSE(overlapping_dimension(a));
+      auto const in_a = addresses(a, memory);
+      for (int64_t offset = 40; offset < 360; ++offset) {
+        TensorView const b = strided(memory, offset, {2, 3, 2, 4}, strides);
+        auto const in_b = addresses(b, memory);
+        bool const truth = std::any_of(in_a.begin(), in_a.end(),
+                                       [&](int64_t x) { return std::find(in_b.begin(), in_b.end(), x) != in_b.end(); });
+        ASSERT_EQ(may_share_an_element(a, b), truth) << offset;
+        ++(truth ? shared : separate);
+      }
+    }
+  }
+  EXPECT_GT(shared, 100);
+  EXPECT_GT(separate, 100);
+  EXPECT_EQ(overlapping_dimension(strided(memory, 0, {2, 3, 2, 4}, {48, 7, 4, 1})), 1u);
+  EXPECT_EQ(overlapping_dimension(strided(memory, 0, {2, 0, 2, 4}, {0, 0, 0, 0})), std::nullopt);
 }
 
 // Guards against an output that overwrites inputs while they are read, and against refusing packed tensors, whose
