@@ -72,18 +72,7 @@ def compile_problems(compiler: str, root: Path, system: list[str]) -> list[str]:
             folders.insert(0, f"-I{root / 'tests/cpp/emulation'}")
             folders += [f"-isystem{folder}" for folder in system]
         result = subprocess.run(
-            [
-                compiler,
-                "-std=c++20",
-                "-Wall",
-                "-Wextra",
-                "-Werror",
-                "-fsyntax-only",
-                *folders,
-                "-x",
-                "c++",
-                "-",
-            ],
+            [compiler, *options, *folders, "-x", "c++", "-"],
             input=f'#include "flashcute/{header}.hpp"\n',
             capture_output=True,
             text=True,
