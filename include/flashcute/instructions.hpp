@@ -66,9 +66,6 @@ FLASHCUTE_DEVICE void shared_store(void* to, Word const& word) {
 /// The value of the lane whose number differs by `mask`.
 FLASHCUTE_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
-/// Ends a group of this thread's asynchronous copies.
-FLASHCUTE_DEVICE void copies_commit() { cute::cp_async_fence(); }
-
 /// Waits for all asynchronous copies of this thread.
 FLASHCUTE_DEVICE void copies_wait() { cute::cp_async_wait<0>(); }
 

@@ -25,7 +25,6 @@ class ForwardLoader {
     k_ = thread_pointer(p.k, tile.k_offset(p) + last_row * p.k_stride.row, p.k_stride.row);
     v_ = thread_pointer(p.v, tile.v_offset(p) + last_row * p.v_stride.row, p.v_stride.row);
     if (!range.empty()) load_block(k_, p_.k_stride.row, range.end - 1, smem_.k, std_::true_type{});
-    copies_commit();
   }
 
   /// Q as the A operand of S = Q K^T. Unless it is to stay in registers, its fragments are fetched by each
@@ -51,7 +50,6 @@ class ForwardLoader {
     // K(n) (and Q) have arrived, and all warps have finished reading V(n + 1): its buffer may be refilled.
     arrive_and_sync();
     load_block(v_, p_.v_stride.row, n, smem_.v, partial);
-    copies_commit();
     auto const sK = tensor(smem_.k, typename L::SmemKV{});  // (N, D)
     return operand_b<typename L::LdmatrixAtom>(sK, sK);
   }
@@ -63,7 +61,6 @@ class ForwardLoader {
     arrive_and_sync();
     if (n > begin_) {
       load_block(k_, p_.k_stride.row, n - 1, smem_.k, partial);
-      copies_commit();
     }
     auto const sVt = tensor(smem_.v, typename L::SmemVt{});  // (D, N)
     auto const shape = tensor(smem_.v, cute::get_nonswizzle_portion(typename L::SmemVt{}));

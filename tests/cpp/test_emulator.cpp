@@ -67,7 +67,6 @@ void exchange(Memory& m, void* shared) {
   emulation::store_shared(place(shared, t), &old, 16);
   block_sync();
   emulation::start_copy(m.in[t], place(shared, t), true);
-  copies_commit();
   if (SyncFirst) block_sync();
   if (Wait) copies_wait();
   if (Sync) block_sync();

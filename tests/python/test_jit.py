@@ -460,6 +460,22 @@ def test_prebuild_of_what_is_no_configuration(cfgs: object) -> None:
         fc.prebuild(cfgs, arch="sm_90")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
+@needs_nvrtc
+def test_every_family_compiles_at_run_time(tmp_path: Path) -> None:
+    """A kernel that nvcc compiles and NVRTC does not: its users without a toolkit would find out.
+    One configuration of each ahead-of-time family, side by side."""
+    families = {cfg.head_dim: cfg for cfg in fc.configs()}
+    running = [
+        start(hidden_toolkit(tmp_path), PREBUILD.replace(repr(CONFIG), repr(cfg)))
+        for cfg in families.values()
+    ]
+    for process in running:
+        origins, _ = finish(process)
+        assert origins
+        assert all("compiled by NVRTC" in origin for origin in origins.values())
+
+
 def test_prebuild_of_nothing() -> None:
     """An empty list is not "all"."""
     assert fc.prebuild([], arch="sm_90") == {}

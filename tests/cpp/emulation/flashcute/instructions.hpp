@@ -248,9 +248,6 @@ FLASHCUTE_DEVICE float shuffle_xor(float x, int mask) {
   return own.result;
 }
 
-/// Groups do not matter to `copies_wait`, which is cp.async.wait_all.
-FLASHCUTE_DEVICE void copies_commit() {}
-
 FLASHCUTE_DEVICE void copies_wait() { emulation::wait_for_copies(); }
 
 // ---- arithmetic ----------------------------------------------------------------------------------
