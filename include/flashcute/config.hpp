@@ -99,20 +99,20 @@ struct Name {
   }
 };
 
-/// Canonical name of a valid configuration, for example "fwd_sm80_bf16_d128_m128_n64_w4_swizzled".
+/// Canonical name of a configuration, for example "fwd_bf16_d128_m64_n64_w4_swizzled".
 constexpr Name name(ForwardConfig const& c) {
   Name s;
-  s << "fwd_sm80_" << short_name_of(c.dtype) << "_d" << c.head_dim << "_m" << c.block_m << "_n" << c.block_n << "_w"
+  s << "fwd_" << short_name_of(c.dtype) << "_d" << c.head_dim << "_m" << c.block_m << "_n" << c.block_n << "_w"
     << c.num_warps;
   if (c.swizzled) s << "_swizzled";
   if (c.q_in_registers) s << "_qreg";
   return s;
 }
 
-/// Name of the kernel, which is also its entry point: "flashcute_fwd_sm80_..._causal".
+/// Name of the GPU kernel, which is also its entry point: "flashcute_sm80_fwd_..._causal".
 constexpr Name name(ForwardKernelId const& k) {
   Name s;
-  s << "flashcute_" << name(k.config).text << "_" << name_of(k.features.mask);
+  s << "flashcute_sm80_" << name(k.config).text << "_" << name_of(k.features.mask);
   return s;
 }
 

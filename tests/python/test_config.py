@@ -234,9 +234,9 @@ def test_names_are_unique() -> None:
 def test_name_is_canonical() -> None:
     """Names are in caches, logs and benchmark results: they do not change by accident."""
     cfg = fc.ForwardConfig(dtype="bfloat16", head_dim=128, block_m=128, block_n=64, num_warps=4)
-    assert cfg.name == "fwd_sm80_bf16_d128_m128_n64_w4_swizzled"
+    assert cfg.name == "fwd_bf16_d128_m128_n64_w4_swizzled"
     cfg = cfg.replace(dtype="float16", swizzled=False, q_in_registers=True)
-    assert cfg.name == "fwd_sm80_f16_d128_m128_n64_w4_qreg"
+    assert cfg.name == "fwd_f16_d128_m128_n64_w4_qreg"
 
 
 @given(st.integers(-(2**31), 2**31 - 1))

@@ -25,7 +25,7 @@ import pytest
 from conftest import environment
 
 CONFIG = fc.ForwardConfig(dtype="float16", head_dim=64, block_m=64, block_n=64, num_warps=4)
-FULL, CAUSAL = f"flashcute_{CONFIG.name}_full", f"flashcute_{CONFIG.name}_causal"
+FULL, CAUSAL = f"flashcute_sm80_{CONFIG.name}_full", f"flashcute_sm80_{CONFIG.name}_causal"
 PREBUILD = f"""
 import flashcute
 from flashcute import ForwardConfig

@@ -910,7 +910,7 @@ def test_explain_tells_what_runs(rng: np.random.Generator, device: str) -> None:
     if device == "cpu":
         assert told.kernel == fc._core.build_info().cpu_isa
     else:
-        assert told.kernel == f"flashcute_{told.config.name}_causal"
+        assert told.kernel == f"flashcute_sm80_{told.config.name}_causal"
         assert told.image.startswith(("ahead of time", "run-time compilation"))
     others = {c.name for c in fc.configs()} - {told.config.name}
     assert others <= dict(told.rejected).keys()
