@@ -1,0 +1,126 @@
+// A libcuda.so.1 that runs nothing and remembers what it was asked: the host side of the GPU path is tested
+// with it on machines that have no GPU. `fake_driver` is how a test looks inside.
+#include "fake_driver.hpp"
+
+#include <cstring>
+
+namespace {
+
+FakeDriver state;
+
+thread_local void* current_context = nullptr;
+
+}  // namespace
+
+extern "C" {
+
+FakeDriver* fake_driver() { return &state; }
+
+int cuInit(unsigned) { return state.init_result; }
+int cuDriverGetVersion(int* version) { return *version = state.version, 0; }
+int cuDeviceGetCount(int* count) { return *count = state.devices, 0; }
+int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
+int cuDeviceGetName(char* name, int length, int) { return std::strncpy(name, "fake GPU", length), 0; }
+
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+  if (attribute != 75 && attribute != 76) return 1;
+  *value = attribute == 75 ? state.arch / 10 : state.arch % 10;
+  return 0;
+}
+
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  ++state.contexts_retained;
+  *context = reinterpret_cast<void*>(static_cast<std::uintptr_t>(0x1000 + device));
+  return 0;
+}
+
+int cuCtxGetCurrent(void** context) { return *context = current_context, 0; }
+int cuCtxPushCurrent(void* context) { return ++state.pushes, current_context = context, 0; }
+
+int cuCtxPopCurrent(void** context) {
+  ++state.pops;
+  *context = current_context;
+  current_context = nullptr;
+  return 0;
+}
+
+int cuCtxSynchronize() { return 0; }
+
+int cuLibraryLoadData(void** library, void const* code, int*, void**, unsigned, int*, void**, unsigned) {
+  std::lock_guard const lock(state.mutex);
+  state.context_at_load = current_context;
+  state.capture_mode_at_load = state.capture_mode;
+  ++state.loads;
+  *library = const_cast<void*>(code);
+  return 0;
+}
+
+int cuLibraryGetKernel(void** kernel, void* library, char const* name) {
+  std::lock_guard const lock(state.mutex);
+  state.kernel_name = name;
+  return *kernel = library, 0;
+}
+
+int cuKernelGetFunction(void** function, void* kernel) { return *function = kernel, 0; }
+
+int cuKernelSetAttribute(int attribute, int value, void*, int) {
+  if (attribute == 8) state.max_dynamic_shared_bytes = value;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+  return 0;
+}
+
+int cuLaunchKernel(void*, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned, unsigned,
+                   unsigned shared_bytes, void* stream, void** parameters, void**) {
+  std::lock_guard const lock(state.mutex);
+  state.launches.push_back({grid_x, grid_y, grid_z, block_x, shared_bytes, stream, current_context,
+                            *static_cast<flashcute::ForwardParams const*>(parameters[0])});
+  return state.launch_result;
+}
+
+int cuThreadExchangeStreamCaptureMode(int* mode) { return std::swap(*mode, state.capture_mode), 0; }
+int cuGetErrorName(int error, char const** name) {
+  return *name = error == 1 ? "CUDA_ERROR_FAKE" : "CUDA_ERROR_OTHER", 0;
+}
+int cuGetErrorString(int, char const** text) { return *text = "a fake failure", 0; }
+
+/// What the library does not call in these tests exists all the same.
+int unused_function() { return 1; }
+
+int cuGetProcAddress_v2(char const* symbol, void** function, int, std::uint64_t, int* status) {
+  struct Entry {
+    char const* name;
+    void* address;
+  };
+#define ENTRY(name)                       \
+  {                                       \
+    #name, reinterpret_cast<void*>(&name) \
+  }
+  static Entry const entries[] = {ENTRY(cuInit),
+                                  ENTRY(cuDriverGetVersion),
+                                  ENTRY(cuDeviceGetCount),
+                                  ENTRY(cuDeviceGet),
+                                  ENTRY(cuDeviceGetName),
+                                  ENTRY(cuDeviceGetAttribute),
+                                  ENTRY(cuDevicePrimaryCtxRetain),
+                                  ENTRY(cuCtxGetCurrent),
+                                  ENTRY(cuCtxPushCurrent),
+                                  ENTRY(cuCtxPopCurrent),
+                                  ENTRY(cuCtxSynchronize),
+                                  ENTRY(cuLibraryLoadData),
+                                  ENTRY(cuLibraryGetKernel),
+                                  ENTRY(cuKernelGetFunction),
+                                  ENTRY(cuKernelSetAttribute),
+                                  ENTRY(cuLaunchKernel),
+                                  ENTRY(cuThreadExchangeStreamCaptureMode),
+                                  ENTRY(cuGetErrorName),
+                                  ENTRY(cuGetErrorString)};
+#undef ENTRY
+  *status = 0;
+  *function = reinterpret_cast<void*>(&unused_function);
+  for (Entry const& entry : entries) {
+    if (std::strcmp(entry.name, symbol) == 0) *function = entry.address;
+  }
+  return 0;
+}
+
+}  // extern "C"

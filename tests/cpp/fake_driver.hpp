@@ -1,0 +1,38 @@
+// What the fake libcuda.so.1 answers, and what it was asked.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "flashcute/params.hpp"
+
+struct FakeLaunch {
+  unsigned grid_x, grid_y, grid_z, block_x, shared_bytes;
+  void* stream;
+  void* context;
+  flashcute::ForwardParams params;
+};
+
+struct FakeDriver {
+  // answers
+  int init_result = 0;
+  int version = 13000;
+  int devices = 2;
+  int arch = 90;
+  int launch_result = 0;
+  int capture_mode = 0;  // CU_STREAM_CAPTURE_MODE_GLOBAL
+
+  // questions
+  std::mutex mutex;
+  int contexts_retained = 0, pushes = 0, pops = 0, loads = 0;
+  int max_dynamic_shared_bytes = 0;
+  int capture_mode_at_load = -1;
+  void* context_at_load = nullptr;
+  std::string kernel_name;
+  std::vector<FakeLaunch> launches;
+};
+
+extern "C" FakeDriver* fake_driver();
