@@ -55,7 +55,9 @@ endif
 $(BUILD)/.built: setup
 	$(if $(SYSTEM),,tools/system_packages.sh)
 	cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFLASHCUTE_BUILD_TESTS=ON \
-	  -DPython_EXECUTABLE=$(abspath $(PYTHON)) -DFLASHCUTE_BUILD_PYTHON=$(if $(SYSTEM),ON,OFF)
+	  -DPython_EXECUTABLE=$(abspath $(PYTHON)) \
+	  -DFLASHCUTE_BUILD_PYTHON=$(if $(SYSTEM),ON,OFF) -DFLASHCUTE_FETCH=$(if $(SYSTEM),OFF,ON) \
+	  $(if $(FLASHCUTE_CUTLASS_DIR),-DFLASHCUTE_CUTLASS_DIR=$(abspath $(FLASHCUTE_CUTLASS_DIR)))
 	cmake --build $(BUILD) --parallel $(JOBS)
 
 test-cpp: $(BUILD)/.built

@@ -1,6 +1,8 @@
 # Google Benchmark: an installed one, else fetched.
 find_package(benchmark QUIET)
-if(NOT benchmark_FOUND)
+if(NOT benchmark_FOUND AND NOT FLASHCUTE_FETCH)
+  message(STATUS "flashcute: no bench_forward: Google Benchmark is not installed (libbenchmark-dev)")
+elseif(NOT benchmark_FOUND)
   message(STATUS "flashcute: fetching Google Benchmark (or install libbenchmark-dev)")
   include(FetchContent)
   set(BENCHMARK_ENABLE_TESTING OFF CACHE BOOL "" FORCE)

@@ -1,0 +1,42 @@
+"""The documentation against the code that it describes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import flashcute as fc
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_environment_variable_is_documented() -> None:
+    """A variable that is read and not documented, or documented and not read."""
+    text = (ROOT / "docs" / "environment.md").read_text()
+    run_time = text[: text.index("When building")]
+    documented = dict(re.findall(r"^\| `(FLASHCUTE_\w+)` \| (.*?) \|", run_time, re.MULTILINE))
+    assert documented == {name: default for name, default, _ in fc._core.environment_variables()}
+
+
+def test_links_lead_somewhere() -> None:
+    """A file that was renamed and is still linked to."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    assert len(pages) > 5
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_architecture_names_files_that_exist() -> None:
+    """The map's entries: a path in backticks with a slash or a suffix is a file or folder."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    paths = re.findall(r"`((?:[\w.]+/)+[\w.]*|[\w.]+\.(?:hpp|cpp|py|def|json))`", text)
+    assert len(paths) > 15
+    for path in paths:
+        places = (
+            ROOT / path,
+            ROOT / "include/flashcute" / path,
+            ROOT / "src" / path,
+            ROOT / "python" / path,
+        )
+        assert any(place.exists() for place in places), path
