@@ -14,7 +14,9 @@ PYTHON := $(if $(SYSTEM),$(shell command -v python3),$(VENV)/bin/python)
 BUILD := build/$(if $(SYSTEM),system,cpp)
 # With SYSTEM=1 the package is staged below the build folder instead of installed.
 STAGE := $(CURDIR)/$(BUILD)/stage
-ifneq ($(SYSTEM),)
+ifeq ($(SYSTEM),)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+else
 export PYTHONPATH := $(STAGE)$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
@@ -57,7 +59,8 @@ $(BUILD)/.built: setup
 	cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFLASHCUTE_BUILD_TESTS=ON \
 	  -DPython_EXECUTABLE=$(abspath $(PYTHON)) \
 	  -DFLASHCUTE_BUILD_PYTHON=$(if $(SYSTEM),ON,OFF) -DFLASHCUTE_FETCH=$(if $(SYSTEM),OFF,ON) \
-	  $(if $(FLASHCUTE_CUTLASS_DIR),-DFLASHCUTE_CUTLASS_DIR=$(abspath $(FLASHCUTE_CUTLASS_DIR)))
+	  $(if $(FLASHCUTE_CUTLASS_DIR),-DFLASHCUTE_CUTLASS_DIR=$(abspath $(FLASHCUTE_CUTLASS_DIR))) \
+	  $(if $(FLASHCUTE_CCCL_DIR),-DFLASHCUTE_CCCL_DIR=$(abspath $(FLASHCUTE_CCCL_DIR)))
 	cmake --build $(BUILD) --parallel $(JOBS)
 
 test-cpp: $(BUILD)/.built

@@ -1,41 +1,55 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: everything that a change of the kernels has to show. Runs the suites, the
-# sanitizers and the measurements, and leaves logs and result lines in a folder; the result lines belong
-# into benchmarks/results/.
+# On a machine with a GPU: everything that a change of the kernels has to show. Each step leaves its log (in
+# logs.tar) or its result lines (*.jsonl, for benchmarks/results/) in a folder. A step is skipped over, not
+# waited for, once its limit is up.
 #
-# usage: benchmarks/gpu_evidence.sh OUTPUT_FOLDER [COMMIT]      (SYSTEM=1 by default: installs nothing)
+# usage: benchmarks/gpu_evidence.sh OUTPUT_FOLDER COMMIT [STEP...]
+# steps: build cpp python memcheck synccheck initcheck racecheck forward overhead first_use (default: all)
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(realpath -m "${1:?usage: gpu_evidence.sh OUTPUT_FOLDER [COMMIT]}")
-commit=${2:-$(git describe --always --dirty)}
-export SYSTEM=${SYSTEM-1}
-python=python3
+out=$(realpath -m "${1:?usage: gpu_evidence.sh OUTPUT_FOLDER COMMIT [STEP...]}")
+commit=${2:?the commit that is measured}
+shift 2
+steps=("$@")
+[ ${#steps[@]} -gt 0 ] || steps=(build cpp python memcheck synccheck initcheck racecheck forward overhead first_use)
 export PYTHONPATH=$PWD/build/system/stage${PYTHONPATH:+:$PYTHONPATH}
+logs=$(mktemp -d)
 mkdir -p "$out"
 failures=()
 
-step() { # name, seconds, command...
+run() { # name, limit in seconds, command...
   local name=$1 limit=$2 start=$SECONDS
   shift 2
-  timeout "$limit" "$@" > "$out/$name.log" 2>&1
+  timeout "$limit" "$@" > "$logs/$name.log" 2>&1
   local status=$?
   [ $status = 0 ] || failures+=("$name (exit $status)")
-  printf '%-12s %4d s  %s\n' "$name" $((SECONDS - start)) "$(grep -v '^$' "$out/$name.log" | tail -1 | cut -c1-120)"
+  printf '%-10s %4d s  %s\n' "$name" $((SECONDS - start)) "$(grep -v '^$' "$logs/$name.log" | tail -1 | cut -c1-140)"
 }
 
-step build 300 make install SYSTEM="$SYSTEM"
-step cpp 120 ctest --test-dir build/system --output-on-failure --no-tests=error --parallel 8
-step python 300 $python -m pytest -q -m gpu tests/python
-for tool in memcheck synccheck initcheck racecheck; do
-  step $tool 120 compute-sanitizer --tool $tool --error-exitcode 1 build/system/tests/cpp/test_gpu
-done
-bench() { step "$1" 240 $python -m flashcute bench --commit "$commit" --out "$out/$1.jsonl" "${@:2}"; }
-bench gpu_forward --device cuda --grid peers --head-dims 64,128 --impls flashcute,sdpa_flash,sdpa_cudnn
-bench gpu_overhead --device cuda --overhead
-bench gpu_first_use --device cuda --first-use
+bench() { # name, limit in seconds, options...
+  run "$1" "$2" python3 -m flashcute bench --device cuda --commit "$commit" --out "$out/gpu_$1.jsonl" "${@:3}"
+}
 
+for step in "${steps[@]}"; do
+  case $step in
+    build) run build 300 make install SYSTEM=1 ;;
+    cpp) run cpp 120 ctest --test-dir build/system --output-on-failure --no-tests=error --parallel 8 ;;
+    python) run python 400 python3 -m pytest -q tests/python ;;
+    memcheck | synccheck | initcheck | racecheck)
+      run "$step" 150 compute-sanitizer --tool "$step" --error-exitcode 1 build/system/tests/cpp/test_gpu ;;
+    forward) bench forward 300 --grid peers --head-dims 64,128 --impls flashcute,sdpa_flash,sdpa_cudnn ;;
+    overhead) bench overhead 60 --overhead ;;
+    first_use) bench first_use 120 --first-use ;;
+    *) echo "unknown step $step" >&2; exit 2 ;;
+  esac
+done
+
+tar cf "$out/logs.tar" -C "$logs" .
 if [ ${#failures[@]} -gt 0 ]; then
-  echo "FAILED: ${failures[*]}"
+  for failure in "${failures[@]}"; do
+    echo "==== FAILED: $failure"
+    tail -40 "$logs/${failure%% *}.log"
+  done
   exit 1
 fi
-echo "all passed; commit the result lines of $out with the code they belong to"
+echo "all passed: ${steps[*]}"

@@ -1,5 +1,6 @@
 # Compiles each family of src/kernels.def into one fatbin and embeds it into the library. One front-end
 # pass for compute_80 serves all targets: assembling for several costs what one costs.
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS src/kernels.def)
 file(STRINGS src/kernels.def lines REGEX "^FLASHCUTE_FORWARD_FAMILY")
 set(flashcute_families "")
 foreach(line ${lines})

@@ -191,27 +191,35 @@ void bind_config(nb::module_& m) {
 
 // ---- calls -----------------------------------------------------------------------------------------
 
-ForwardOptions make_options(bool causal, std::optional<double> scale, std::string const& layout, nb::handle stream,
-                            Tensor const& q) {
+/// The arrays of a call, in the order in which the work on them is to be ordered: q's library says on which
+/// stream, the others are told.
+void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
+                  bool causal, std::optional<double> scale, std::string const& layout, nb::handle stream) {
   ForwardOptions options;
   options.causal = causal;
   options.scale = scale;
   options.layout = to_layout(layout);
-  options.stream = stream.is_none() ? q.current_stream() : reinterpret_cast<void*>(nb::cast<std::uintptr_t>(stream));
-  return options;
-}
-
-void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
-                  bool causal, std::optional<double> scale, std::string const& layout, nb::handle stream) {
-  Tensor const tq("q", q, stream), tk("k", k, stream), tv("v", v, stream), to("out", out, stream);
-  std::optional<Tensor> tl;
-  if (!lse.is_none()) tl.emplace("lse", lse, stream);
-  ForwardOptions const options = make_options(causal, scale, layout, stream, tq);
+  Tensor const tq("q", q, stream);
+  bool const gpu = tq.view().device.type == DeviceType::cuda;
+  nb::object launch_stream = nb::borrow(stream);
+  if (gpu) {
+    options.stream = stream.is_none() ? tq.current_stream() : reinterpret_cast<void*>(nb::cast<std::uintptr_t>(stream));
+    launch_stream = nb::int_(reinterpret_cast<std::uintptr_t>(options.stream));
+  }
+  std::optional<Tensor> tk, tv, to, tl;
+  tk.emplace("k", k, launch_stream);
+  tv.emplace("v", v, launch_stream);
+  to.emplace("out", out, launch_stream);
+  if (!lse.is_none()) tl.emplace("lse", lse, launch_stream);
+  if (stream.is_none()) {
+    // An array that was exported with no handshake is ordered on its own library's stream only.
+    for (auto const& [argument, t] : {std::pair{"k", &tk}, std::pair{"v", &tv}, std::pair{"out", &to}}) {
+      (*t)->require_stream(argument, options.stream);
+    }
+  }
   nb::gil_scoped_release const release;
-  TensorView const& view = tq.view();
-  ForwardConfig const chosen =
-      config ? *config : default_config(view.dtype, view.rank == 4 ? view.shape[3] : 1, arch_of(view.device));
-  forward(chosen, tq.view(), tk.view(), tv.view(), to.view(), tl ? &tl->view() : nullptr, options);
+  ForwardConfig const chosen = config ? *config : config_for(tq.view());
+  forward(chosen, tq.view(), tk->view(), tv->view(), to->view(), tl ? &tl->view() : nullptr, options);
 }
 
 Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, bool causal,

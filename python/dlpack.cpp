@@ -62,7 +62,9 @@ ExchangeTable const* exchange_table(nb::handle array) {
   if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
     table = static_cast<ExchangeTable const*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     while (table != nullptr && table->version.major > supported_major) table = table->previous;
-    if (table != nullptr && table->dltensor_from_py_object_no_sync == nullptr) table = nullptr;
+    bool const usable =
+        table != nullptr && table->dltensor_from_py_object_no_sync != nullptr && table->current_work_stream != nullptr;
+    if (!usable) table = nullptr;
   }
   Py_INCREF(type);  // the map remembers its address
   known->emplace(type, table);
@@ -73,7 +75,8 @@ std::string kind_of(nb::handle object) { return nb::cast<std::string>(nb::str(nb
 
 /// What a Python exception says, without its traceback.
 std::string message_of(nb::python_error const& error) {
-  return kind_of(error.value()) + ": " + nb::cast<std::string>(nb::str(error.value()));
+  std::string text = nb::cast<std::string>(nb::str(error.value()));
+  return nb::cast<std::string>(error.type().attr("__name__")) + ": " + text.substr(0, text.find('\n'));
 }
 
 DType dtype_of(char const* argument, nb::dlpack::dtype const& t) {
@@ -175,6 +178,14 @@ void* Tensor::current_stream() const {
     return stream;
   }
   return stream_.is_none() ? nullptr : reinterpret_cast<void*>(nb::cast<std::uintptr_t>(stream_));
+}
+
+void Tensor::require_stream(char const* argument, void* stream) const {
+  if (view_.device.type == DeviceType::cpu || table_ == nullptr) return;  // __dlpack__ was told the stream
+  if (current_stream() == stream) return;
+  throw ArgumentError(argument, "an array whose library works on q's stream",
+                      "one whose library currently works on another",
+                      "Make the streams one, or pass stream= and order the work yourself");
 }
 
 }  // namespace flashcute::python

@@ -23,6 +23,9 @@ class Tensor {
   /// The stream on which the array's library currently works on the array's device.
   void* current_stream() const;
 
+  /// Throws ArgumentError if nothing orders the library's work on the array before work on `stream`.
+  void require_stream(char const* argument, void* stream) const;
+
  private:
   TensorView view_;
   ExchangeTable const* table_ = nullptr;  // null: exported by __dlpack__

@@ -26,10 +26,21 @@ ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch) {
   if (head_dim < 1 || head_dim > 256) {
     throw ArgumentError("head_dim", "a number between 1 and 256", std::to_string(head_dim));
   }
-  require_kernel(dtype, head_dim, arch);
+  require_kernel(dtype, head_dim, arch, "");
   ForwardConfig const config = default_forward_config(dtype, static_cast<int32_t>(head_dim), arch);
   check_config(config, arch);
   return config;
+}
+
+ForwardConfig config_for(TensorView const& q) {
+  // Of a tensor of the wrong rank the head dimension is unknown; the checks of the call will say so.
+  int64_t const head_dim = q.rank == 4 ? q.shape[3] : 1;
+  Arch const arch = arch_of(q.device);
+  require_kernel(q.dtype, head_dim, arch, "q: ");
+  if (head_dim < 1 || head_dim > 256) {
+    throw ArgumentError("q", "head_dim between 1 and 256", std::to_string(head_dim));
+  }
+  return default_forward_config(q.dtype, static_cast<int32_t>(head_dim), arch);
 }
 
 std::vector<ForwardConfig> configs() {
@@ -52,7 +63,7 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
                                                     : std::string("the tensors are on the CPU"));
   ForwardConfig chosen;
   try {
-    chosen = config ? *config : default_config(q.dtype, q.rank == 4 ? q.shape[3] : 0, arch_of(q.device));
+    chosen = config ? *config : config_for(q);
     ForwardPlan const plan = plan_forward(chosen, q, k, v, nullptr, nullptr, options);
     e.backend = here;
     e.config = chosen;
@@ -66,7 +77,7 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
     std::string reason;
     try {
       plan_forward(other, q, k, v, nullptr, nullptr, options);
-      reason = config ? "another configuration was asked for" : "slower: the default tile for this head_dim is another";
+      reason = config ? "another configuration was asked for" : "not the default for this head_dim";
     } catch (Error const& error) {
       reason = error.what();
     }

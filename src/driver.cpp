@@ -99,11 +99,13 @@ std::string device_name(int ordinal) {
 }
 
 DeviceFacts const& device_facts(int ordinal) {
-  DeviceHandle const handle = device_handle(ordinal);
+  if (ordinal < 0 || ordinal >= driver().devices) device_handle(ordinal);  // throws
   static std::deque<std::once_flag> once(static_cast<std::size_t>(driver().devices));
   static std::deque<DeviceFacts> facts(static_cast<std::size_t>(driver().devices));
   auto const i = static_cast<std::size_t>(ordinal);
   std::call_once(once[i], [&] {
+    RelaxedCapture const relaxed;  // the first call may happen inside a graph capture
+    DeviceHandle const handle = device_handle(ordinal);
     Context context = nullptr;
     check_result(driver().cuDevicePrimaryCtxRetain(&context, handle), "cuDevicePrimaryCtxRetain");
     facts[i] = {handle, context, device_arch(ordinal)};

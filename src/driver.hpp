@@ -68,7 +68,8 @@ struct Driver {
 };
 
 /// The initialised driver; opens and initialises it on the first call. Throws DeviceError that says why
-/// there is none. Safe from any thread; after a fork the child gets its own.
+/// there is none. Safe from any thread. CUDA cannot be used
+/// in the child of a process that has used it; a child of one that has not may.
 Driver const& driver();
 
 /// Throws DriverError "<what>: CUDA_ERROR_... (explanation)" unless result is success.

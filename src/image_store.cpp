@@ -23,7 +23,6 @@ namespace flashcute {
 namespace {
 
 struct EmbeddedImage {
-  ForwardFamily const* family;
   char const* begin;
   char const* end;
 };
@@ -31,13 +30,13 @@ struct EmbeddedImage {
 std::optional<EmbeddedImage> embedded_image([[maybe_unused]] ForwardKernelId const& kernel) {
 #if FLASHCUTE_WITH_IMAGES
   static EmbeddedImage const images[] = {
-#define FLASHCUTE_FORWARD_FAMILY(name, config) {nullptr, flashcute_image_##name, flashcute_image_##name##_end},
+#define FLASHCUTE_FORWARD_FAMILY(name, config) {flashcute_image_##name, flashcute_image_##name##_end},
 #include "kernels.def"
 #undef FLASHCUTE_FORWARD_FAMILY
   };
   for (std::size_t i = 0; i < std::size(images); ++i) {
     for (auto const& held : kernels_of(forward_families[i])) {
-      if (held == kernel) return EmbeddedImage{&forward_families[i], images[i].begin, images[i].end};
+      if (held == kernel) return images[i];
     }
   }
 #endif

@@ -163,7 +163,7 @@ JitImage jit_image(ForwardKernelId const& kernel, Arch arch) {
                            std::to_string(arch) +
                            ", and FLASHCUTE_JIT=off forbids compiling it now. Set "
                            "FLASHCUTE_JIT=on; to keep the wait out of the program, compile beforehand with "
-                           "`python -m flashcute prebuild`");
+                           "`python -m flashcute compile`");
   }
   CompileRequest const request = request_for(kernel, arch);
   DiskCache const cache(cache_folder());

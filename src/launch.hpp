@@ -1,5 +1,5 @@
-// From a kernel's identity to a launch: finds or makes the image, loads it once per process, prepares the
-// kernel once per device, launches.
+// From a kernel's identity to a launch: finds or makes the image, loads and prepares it once per kernel and
+// device, launches.
 #pragma once
 
 #include "flashcute/config.hpp"

@@ -18,7 +18,7 @@ struct Step {
 /// All of them, the largest distance first; none of an empty tensor.
 std::vector<Step> steps_of(TensorView const& t) {
   std::vector<Step> steps;
-  for (std::size_t i = 0; i < t.shape.size(); ++i) {
+  for (std::size_t i = 0; i < static_cast<std::size_t>(t.rank); ++i) {
     if (t.shape[i] == 0) return {};
     if (t.shape[i] > 1) steps.push_back({std::abs(t.strides[i]), t.shape[i], i});
   }
@@ -48,7 +48,7 @@ bool can_reach(int64_t distance, std::span<Walk const> walks) {
 std::pair<char const*, char const*> extent(TensorView const& t) {
   auto const* low = static_cast<char const*>(t.data);
   auto const* high = low;
-  for (std::size_t i = 0; i < t.shape.size(); ++i) {
+  for (std::size_t i = 0; i < static_cast<std::size_t>(t.rank); ++i) {
     if (t.shape[i] == 0) return {low, low};
     int64_t const bytes = (t.shape[i] - 1) * t.strides[i] * size_of(t.dtype);
     (bytes < 0 ? low : high) += bytes;
@@ -73,9 +73,9 @@ bool may_share_an_element(TensorView const& a, TensorView const& b) {
   auto const [b_low, b_high] = extent(b);
   if (a_low == a_high || b_low == b_high || a_high <= b_low || b_high <= a_low) return false;
   int64_t const distance = static_cast<char const*>(a.data) - static_cast<char const*>(b.data);
-  if (a.strides != b.strides || distance % size_of(a.dtype) != 0) return true;
+  if (a.rank != b.rank || a.strides != b.strides || distance % size_of(a.dtype) != 0) return true;
   std::vector<Walk> walks;
-  for (std::size_t i = 0; i < a.shape.size(); ++i) {
+  for (std::size_t i = 0; i < static_cast<std::size_t>(a.rank); ++i) {
     if (a.shape[i] == 1 && b.shape[i] == 1) continue;
     bool const forwards = a.strides[i] > 0;
     int64_t const back = (forwards ? a : b).shape[i] - 1, ahead = (forwards ? b : a).shape[i] - 1;

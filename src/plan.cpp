@@ -38,6 +38,9 @@ Named named(char const* argument, TensorView const& t, Layout layout) {
     throw ArgumentError(argument, "last stride 1", std::to_string(t.strides[3]),
                         "Nothing is copied silently: pass a contiguous copy");
   }
+  if (t.data == nullptr && !empty) {
+    throw ArgumentError(argument, "a tensor with memory", "one without (a fake or wrapper tensor)");
+  }
   // A dimension of size 1 is never stepped over: its stride may be anything, so it is made harmless.
   auto const stride = [&](int i) { return t.shape[i] > 1 && !empty ? t.strides[i] : 0; };
   return {t.shape[0], t.shape[row], t.shape[head], t.shape[3], {stride(0), stride(row), stride(head)}};
@@ -79,6 +82,10 @@ double checked_scale(std::optional<double> scale, int64_t d) {
   if (!std::isfinite(*scale) || *scale < 0) {
     throw ArgumentError("scale", "a finite number >= 0", std::to_string(*scale));
   }
+  // The kernels multiply by scale * log2(e) in float.
+  if (*scale * std::numbers::log2e > std::numeric_limits<float>::max()) {
+    throw ArgumentError("scale", "at most 2e38", std::to_string(*scale));
+  }
   return *scale;
 }
 
@@ -111,9 +118,9 @@ void require_no_overlap(char const* argument, TensorView const& t) {
   }
 }
 
-void require_separate(TensorView const& out, char const* other_name, TensorView const& other) {
-  if (may_share_an_element(out, other)) {
-    throw ArgumentError("out", "memory of its own", std::string("the memory of ") + other_name);
+void require_separate(char const* argument, TensorView const& t, char const* other_name, TensorView const& other) {
+  if (may_share_an_element(t, other)) {
+    throw ArgumentError(argument, "memory of its own", std::string("the memory of ") + other_name);
   }
 }
 
@@ -127,15 +134,19 @@ Arch arch_of(Device device) {
   return device.type == DeviceType::cpu ? cpu_arch : cuda::device_facts(device.index).arch;
 }
 
-void require_kernel(DType dtype, int64_t head_dim, Arch arch) {
+void require_kernel(DType dtype, int64_t head_dim, Arch arch, std::string const& whose) {
   if (arch == cpu_arch) return;
+  if (arch < 80) {
+    throw DeviceError(whose + "a GPU of compute capability " + std::to_string(arch / 10) + "." +
+                      std::to_string(arch % 10) + " is too old: the kernels need 8.0 or later. Use CPU tensors");
+  }
   if (dtype != DType::float16 && dtype != DType::bfloat16) {
-    throw UnsupportedError(std::string("dtype ") + name_of(dtype) +
+    throw UnsupportedError(whose + "dtype " + name_of(dtype) +
                            " has no GPU kernel yet. Cast to bfloat16 or float16, or use "
                            "torch.nn.functional.scaled_dot_product_attention");
   }
   if (head_dim > 128) {
-    throw UnsupportedError("head_dim " + std::to_string(head_dim) +
+    throw UnsupportedError(whose + "head_dim " + std::to_string(head_dim) +
                            " has no GPU kernel yet (at most 128). Use "
                            "torch.nn.functional.scaled_dot_product_attention, or CPU tensors");
   }
@@ -201,7 +212,7 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
 
   bool const gpu = q.device.type == DeviceType::cuda;
   Arch const arch = arch_of(q.device);
-  require_kernel(q.dtype, nq.d, arch);
+  require_kernel(q.dtype, nq.d, arch, "q: ");
   check_config(config, arch);
   if (nq.d > config.head_dim) {
     throw ConfigError("cfg: head_dim " + std::to_string(config.head_dim) + " is smaller than the tensors' " +
@@ -239,9 +250,9 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
     Named const no = named("out", *out, options.layout);
     require_no_overlap("out", *out);
     if (gpu) require_aligned("out", *out, no);
-    require_separate(*out, "q", q);
-    require_separate(*out, "k", k);
-    require_separate(*out, "v", v);
+    require_separate("out", *out, "q", q);
+    require_separate("out", *out, "k", k);
+    require_separate("out", *out, "v", v);
     p.out = out->data;
     p.out_stride = no.stride;
   }
@@ -264,6 +275,10 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
       }
       expected_stride *= size;
     }
+    for (auto const& [other_name, other] : {std::pair{"q", &q}, std::pair{"k", &k}, std::pair{"v", &v}}) {
+      require_separate("lse", *lse, other_name, *other);
+    }
+    if (out != nullptr) require_separate("lse", *lse, "out", *out);
     p.lse = lse->data;
   }
 

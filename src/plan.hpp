@@ -18,7 +18,7 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
                          TensorView const* out, TensorView const* lse, ForwardOptions const& options);
 
 /// Throws UnsupportedError, which says what to use instead, if no configuration can serve a dtype and head
-/// dimension on `arch`.
-void require_kernel(DType dtype, int64_t head_dim, Arch arch);
+/// dimension on `arch`; DeviceError if the GPU is too old. `whose` starts the message: "q: " or "".
+void require_kernel(DType dtype, int64_t head_dim, Arch arch, std::string const& whose);
 
 }  // namespace flashcute

@@ -50,7 +50,7 @@ struct Explanation {
   std::string backend;  // "sm80" or "cpu"; empty if nothing can run the call
   std::optional<ForwardConfig> config;
   std::string kernel;  // name of the entry point, or of the CPU instruction set
-  std::string image;   // where the kernel comes from: "ahead of time", "disk cache", "JIT compile", ...
+  std::string image;   // where the kernel comes from: "ahead of time", "run-time compilation ...", "none: ..."
   std::vector<std::pair<std::string, std::string>> rejected;  // what else there is, and why not
 };
 
@@ -71,6 +71,9 @@ Arch arch_of(Device device);
 
 /// The configuration that `flash_attention` takes for head dimension d.
 ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch);
+
+/// The configuration that `flash_attention` takes for these queries.
+ForwardConfig config_for(TensorView const& q);
 
 /// Throws ConfigError with the first rule that the configuration breaks and the values that broke it.
 void check_config(ForwardConfig const& config, Arch arch);

@@ -42,8 +42,11 @@ class OnlineSoftmax {
 
       float const new_max = fmaxf(row_max_[i], block_max);
       // A row that has seen no key keeps -inf: subtract 0 then, because -inf - -inf is NaN.
-      float const base = new_max == -infinity ? 0.f : new_max * scale_log2_;
-      float const correction = exp2_approx(row_max_[i] * scale_log2_ - base);
+      float const shift = new_max == -infinity ? 0.f : new_max;
+      // The difference comes first, so that an unchanged maximum gives exactly 1. As a fused multiply-add of the
+      // rounded product it would give 1 + a rounding error, which a long row would raise to a high power.
+      float const correction = exp2_approx((row_max_[i] - shift) * scale_log2_);
+      float const base = shift * scale_log2_;
       row_max_[i] = new_max;
       row_sum_[i] *= correction;
       CUTE_UNROLL

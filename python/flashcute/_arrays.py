@@ -75,6 +75,11 @@ class Library:
 
 
 class NumPy(Library):
+    def problem(self, array: Array) -> str | None:
+        if hasattr(array, "mask"):  # numpy.ma: DLPack would drop the mask
+            return "a plain array, got a masked one. Pass its data, or filled()"
+        return None
+
     def export(self, array: Array, stream: int | None) -> tuple[object, str | None, int | None]:
         if (
             array.dtype.name == "bfloat16"
@@ -90,6 +95,10 @@ class NumPy(Library):
 
 
 class Torch(Library):
+    def export(self, array: Array, stream: int | None) -> tuple[object, str | None, int | None]:
+        # Only without the exchange table (torch before 2.10), which knows no gradients to refuse.
+        return super().export(array.detach(), stream)
+
     def current_stream(self, device: int) -> int | None:
         torch = sys.modules["torch"]
         return int(torch.cuda.current_stream(device).cuda_stream)
@@ -113,6 +122,11 @@ class Torch(Library):
             return super().use_stream(stream, arrays)
         torch = sys.modules["torch"]
         device = arrays[0].device
+        for array in arrays:
+            if not (isinstance(array, torch.Tensor) and array.is_cuda):
+                raise ArgumentError(
+                    f"stream: expected only torch tensors on the GPU beside it, got {type(array).__name__}"
+                )
         if stream == self.current_stream(device.index):
             return nullcontext()
         # The default stream has the address 0, which ExternalStream takes for "make a new one".
@@ -162,7 +176,7 @@ class Jax(Library):
         )  # JAX brings ml_dtypes, which NumPy's bfloat16 needs
 
     def finish(self, array: Array, like: Array) -> Array:
-        return sys.modules["jax"].numpy.asarray(array)
+        return sys.modules["jax"].device_put(array, like.device)
 
 
 _libraries: dict[str, Library] = {
@@ -201,7 +215,7 @@ def stream_number(stream: object) -> int | None:
     if protocol is not None:
         address = protocol()[1]
     if isinstance(address, int) and not isinstance(address, bool) and 0 <= address < 2**64:
-        return address
+        return 0 if address == 1 else address  # 1: DLPack's name for the legacy default stream
     raise ArgumentError(
         f"stream: expected None, a CUstream address, or a stream of torch or CuPy, got {stream!r}"
     )

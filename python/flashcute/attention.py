@@ -137,7 +137,10 @@ def _run(
             raise ArgumentError(f"{name}: expected {problem}")
     if layout not in ("bshd", "bhsd"):
         raise ArgumentError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
-    if causal not in (True, False):
+    if not isinstance(causal, bool) and str(causal) not in (
+        "True",
+        "False",
+    ):  # numpy.bool has its own
         raise ArgumentError(f"causal: expected True or False, got {causal!r}")
     if out is not None and library_of(type(out)).immutable:
         raise ArgumentError("out: expected a writable array, got an immutable one of JAX. Omit out")

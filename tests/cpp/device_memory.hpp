@@ -1,6 +1,7 @@
 // GPU memory and streams for C++ tests and benchmarks, through the driver that the library opens.
 #pragma once
 
+#include <array>
 #include <cstring>
 #include <vector>
 

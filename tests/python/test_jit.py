@@ -332,7 +332,7 @@ def test_switched_off(cache: Path) -> None:
     assert error.startswith("flashcute.UnsupportedError: ")
     assert "FLASHCUTE_JIT=off" in error
     assert FULL in error
-    assert "prebuild" in error
+    assert "python -m flashcute compile" in error
     assert not cache.exists()
 
 
