@@ -105,7 +105,14 @@ INSTANTIATE_TEST_SUITE_P(Shapes, Gpu,
                          ::testing::Values(Shape{2, 203, 333, 4, 2, 64, false}, Shape{1, 512, 512, 2, 2, 128, true},
                                            Shape{2, 300, 129, 3, 1, 104, true}, Shape{1, 1, 1000, 2, 1, 128, true},
                                            Shape{1, 129, 1000, 2, 1, 8, true}, Shape{1, 64, 0, 2, 2, 64, false},
-                                           Shape{1, 0, 64, 2, 2, 64, false}, Shape{3, 1023, 1024, 2, 1, 72, false}));
+                                           Shape{1, 0, 64, 2, 2, 64, false}, Shape{3, 1023, 1024, 2, 1, 72, false}),
+                         [](auto const& info) {
+                           auto const& s = info.param;
+                           return "b" + std::to_string(s.batch) + "_sq" + std::to_string(s.seqlen_q) + "_sk" +
+                                  std::to_string(s.seqlen_k) + "_h" + std::to_string(s.heads) + "_hk" +
+                                  std::to_string(s.kv_heads) + "_d" + std::to_string(s.d) +
+                                  (s.causal ? "_causal" : "_full");
+                         });
 
 // Guards against a device number that is not checked before the driver is asked for it.
 TEST_F(Gpu, ADeviceThatDoesNotExistIsRefused) {

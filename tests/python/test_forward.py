@@ -452,3 +452,21 @@ def test_naive_is_worse_than_its_dtype_but_not_much(rng: np.random.Generator) ->
         error = np.abs(oracle.naive(p.q, p.k, p.v, dtype) - p.expected()[0]).max()
         u = oracle.UNIT_ROUNDOFF[dtype]
         assert 0.1 * u < error < 4 * u
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_long_rows_of_large_scores(rng: np.random.Generator, device: str, dtype: str) -> None:
+    """Hundreds of blocks whose maximum changes little: a correction factor that is 1 + a rounding
+    error instead of 1, as a fused multiply-add of a rounded product gives, grows with the number of
+    blocks and with the scores. LSE shows it."""
+    keys = 32768
+    q = torch.ones(1, 16, 1, 64, dtype=getattr(torch, dtype), device=device)
+    noise = torch.from_numpy(rng.standard_normal((1, keys, 1, 64)))
+    k = (30 + noise / 8).to(q.dtype).to(device)  # scores of 240, 346 in units of log(2)
+    v = torch.from_numpy(rng.standard_normal((1, keys, 1, 64))).to(q.dtype).to(device)
+    out, lse = fc.flash_attention(q, k, v, return_lse=True)
+    expected, expected_lse = oracle.attention(*(oracle.to_numpy(x) for x in (q, k, v)))
+    assert expected_lse.min() > 240
+    assert np.abs(oracle.to_numpy(lse) - expected_lse).max() <= 1e-4  # some roundings of 250
+    error = np.linalg.norm(oracle.to_numpy(out) - expected) / np.linalg.norm(expected)
+    assert error <= 8 * oracle.UNIT_ROUNDOFF[dtype]
