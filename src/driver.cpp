@@ -1,9 +1,10 @@
 #include "driver.hpp"
 
-#include <dlfcn.h>
-
 #include <deque>
 #include <mutex>
+#include <type_traits>
+
+#include "shared_library.hpp"
 
 namespace flashcute::cuda {
 namespace {
@@ -13,25 +14,29 @@ constexpr int attribute_capability_minor = 76;
 
 constexpr char const* cpu_hint = "CPU tensors run without a GPU";
 
-Driver open_driver() {
-  // Never closed: the driver keeps threads and exit handlers of its own.
-  void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) {
-    throw DeviceError(std::string("no CUDA driver: libcuda.so.1 could not be opened (") + dlerror() + "); " + cpu_hint);
-  }
-  using GetProcAddress = Result (*)(char const*, void**, int, std::uint64_t, int*);
-  auto const get = reinterpret_cast<GetProcAddress>(dlsym(library, "cuGetProcAddress_v2"));
+using GetProcAddress = Result (*)(char const*, void**, int, std::uint64_t, int*);
+
+GetProcAddress find_get_proc_address() {
+  std::string problems;
+  auto const library = SharedLibrary::open({"libcuda.so.1"}, &problems);
+  if (!library)
+    throw DeviceError("no CUDA driver: libcuda.so.1 could not be opened (" + problems.substr(0, problems.find('\n')) +
+                      "); " + cpu_hint);
+  auto const get = library->find<GetProcAddress>("cuGetProcAddress_v2");
   if (get == nullptr) {
-    throw DeviceError("the CUDA driver is too old: flashcute needs a driver for CUDA 12.0 or later (525); " +
-                      std::string(cpu_hint));
+    throw DeviceError(std::string("the CUDA driver is too old: flashcute needs one for CUDA 12.0 or later (525); ") +
+                      cpu_hint);
   }
+  return get;
+}
+
+Driver open_driver() {
   Driver d;
   auto const load = [&](char const* name, int version, auto& function) {
-    void* address = nullptr;
-    int status = 0;
-    if (get(name, &address, version, 0, &status) != success || address == nullptr) {
+    void* const address = driver_function(name, version);
+    if (address == nullptr) {
       throw DeviceError(std::string("the CUDA driver is too old: it has no ") + name +
-                        "; flashcute needs a driver for CUDA 12.0 or later (525); " + cpu_hint);
+                        "; flashcute needs one for CUDA 12.0 or later (525); " + cpu_hint);
     }
     function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(address);
   };
@@ -55,6 +60,13 @@ std::string version_text(int cuda_version) {
 }
 
 }  // namespace
+
+void* driver_function(char const* name, int version) {
+  static GetProcAddress const get = find_get_proc_address();  // a throw leaves it to the next call to try again
+  void* address = nullptr;
+  int status = 0;
+  return get(name, &address, version, 0, &status) == success ? address : nullptr;
+}
 
 Driver const& driver() {
   static Driver const d = open_driver();  // a throw leaves it to the next call to try again

@@ -34,7 +34,6 @@ inline constexpr Result success = 0;
   F(cuCtxGetCurrent, 4000, (Context * context))                                                                \
   F(cuCtxPushCurrent, 4000, (Context context))                                                                 \
   F(cuCtxPopCurrent, 4000, (Context * context))                                                                \
-  F(cuCtxSynchronize, 2000, ())                                                                                \
   F(cuLibraryLoadData, 12000,                                                                                  \
     (Library * library, void const* code, int* jit_options, void** jit_values, unsigned jit_count,             \
      int* library_options, void** library_values, unsigned library_count))                                     \
@@ -46,17 +45,7 @@ inline constexpr Result success = 0;
      unsigned block_z, unsigned shared_bytes, Stream stream, void** parameters, void** extra))                 \
   F(cuThreadExchangeStreamCaptureMode, 10010, (int* mode))                                                     \
   F(cuGetErrorName, 6000, (Result error, char const** name))                                                   \
-  F(cuGetErrorString, 6000, (Result error, char const** text))                                                 \
-  F(cuMemAlloc, 3020, (DevicePointer * pointer, std::size_t bytes))                                            \
-  F(cuMemFree, 3020, (DevicePointer pointer))                                                                  \
-  F(cuMemcpyHtoD, 3020, (DevicePointer to, void const* from, std::size_t bytes))                               \
-  F(cuMemcpyDtoH, 3020, (void* to, DevicePointer from, std::size_t bytes))                                     \
-  F(cuMemsetD8, 3020, (DevicePointer to, unsigned char value, std::size_t bytes))                              \
-  F(cuEventCreate, 2000, (void** event, unsigned flags))                                                       \
-  F(cuEventDestroy, 4000, (void* event))                                                                       \
-  F(cuEventRecord, 2000, (void* event, Stream stream))                                                         \
-  F(cuEventSynchronize, 2000, (void* event))                                                                   \
-  F(cuEventElapsedTime, 2000, (float* milliseconds, void* from, void* to))
+  F(cuGetErrorString, 6000, (Result error, char const** text))
 
 struct Driver {
 #define FLASHCUTE_DECLARE(name, version, parameters) Result(*name) parameters = nullptr;
@@ -66,6 +55,10 @@ struct Driver {
   int version = 0;  // highest CUDA version the driver supports, 13000 for 13.0
   int devices = 0;
 };
+
+/// Address of a driver function as it was in CUDA `version` (2000 for 2.0), or null. Throws DeviceError if there is no
+/// driver.
+void* driver_function(char const* name, int version);
 
 /// The initialised driver; opens and initialises it on the first call. Throws DeviceError that says why
 /// there is none. Safe from any thread. CUDA cannot be used

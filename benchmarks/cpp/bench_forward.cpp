@@ -82,7 +82,7 @@ void gpu_forward_bf16(benchmark::State& state) {
   auto const run = [&] { forward(config, view(q), view(k), view(v), view(out), nullptr, options); };
 
   cuda::ContextGuard const guard(cuda::device_facts(0).primary_context);
-  auto const& driver = cuda::driver();
+  auto const& driver = test_driver();
   void *start = nullptr, *stop = nullptr;
   cuda::check_result(driver.cuEventCreate(&start, 0), "cuEventCreate");
   cuda::check_result(driver.cuEventCreate(&stop, 0), "cuEventCreate");
