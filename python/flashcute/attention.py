@@ -200,8 +200,9 @@ def explain(
     """What `flash_attention` (or `forward` with `cfg`) would run for these arguments, and why.
 
     Returns the backend, the configuration, the kernel, where its image comes from, and for every other
-    backend and ahead-of-time configuration the reason it was not taken. Launches nothing and raises
-    nothing about the arguments: if no backend can run them, `backend` is '' and `rejected` says why.
+    backend and ahead-of-time configuration the reason it was not taken. Launches nothing. If no backend
+    can run the call, `backend` is '' and `rejected` says why; ArgumentError is raised only for what cannot
+    be described at all: no DLPack, a dtype that no kernel could have, an unknown layout.
     """
     return _core.explain(cfg, q, k, v, bool(causal), _number(scale), layout)
 
