@@ -191,8 +191,7 @@ void bind_config(nb::module_& m) {
 
 // ---- calls -----------------------------------------------------------------------------------------
 
-/// The arrays of a call, in the order in which the work on them is to be ordered: q's library says on which
-/// stream, the others are told.
+/// q's library says on which stream the call runs; the libraries of the other arrays are told.
 void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
                   bool causal, std::optional<double> scale, std::string const& layout, nb::handle stream) {
   ForwardOptions options;

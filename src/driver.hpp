@@ -18,7 +18,6 @@ using Stream = void*;
 using Library = struct LibraryTag*;
 using Kernel = struct KernelTag*;
 using Function = struct FunctionTag*;
-using DevicePointer = std::uint64_t;
 
 inline constexpr Result success = 0;
 

@@ -188,8 +188,8 @@ constexpr ForwardConfigError check(ForwardConfig const& c, Arch arch) {
 }
 
 /// The default configuration for head dimension d on `arch`. The GPU tiles stay under the 99 KB of
-/// shared memory that compute capabilities 8.6, 8.9 and 12.0 allow, so one choice serves all; they are
-/// the largest that the compiler fits into registers on every target (see docs/decisions/0003-tiles.md).
+/// shared memory that compute capabilities 8.6, 8.9 and 12.0 allow, so one choice serves all; none
+/// spills in its main loop on any target (see docs/decisions/0003-tiles.md).
 constexpr ForwardConfig default_forward_config(DType dtype, int32_t d, Arch arch) {
   ForwardConfig c;
   c.dtype = dtype;

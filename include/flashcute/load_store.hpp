@@ -59,9 +59,7 @@ class ForwardLoader {
   FLASHCUTE_DEVICE auto value(int n, Partial partial) {
     // V(n) has arrived, and all warps have finished reading K(n): its buffer may be refilled.
     arrive_and_sync();
-    if (n > begin_) {
-      load_block(k_, p_.k_stride.row, n - 1, smem_.k, partial);
-    }
+    if (n > begin_) load_block(k_, p_.k_stride.row, n - 1, smem_.k, partial);
     auto const sVt = tensor(smem_.v, typename L::SmemVt{});  // (D, N)
     auto const shape = tensor(smem_.v, cute::get_nonswizzle_portion(typename L::SmemVt{}));
     return operand_b<typename L::LdmatrixTransposedAtom>(sVt, shape);

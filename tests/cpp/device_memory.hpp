@@ -9,18 +9,20 @@
 
 namespace flashcute::testing {
 
+using DevicePointer = std::uint64_t;
+
 /// What tests and benchmarks ask of the driver beside what the library does.
-#define FLASHCUTE_TEST_DRIVER_FUNCTIONS(F)                                              \
-  F(cuCtxSynchronize, 2000, ())                                                         \
-  F(cuMemAlloc, 3020, (cuda::DevicePointer * pointer, std::size_t bytes))               \
-  F(cuMemFree, 3020, (cuda::DevicePointer pointer))                                     \
-  F(cuMemcpyHtoD, 3020, (cuda::DevicePointer to, void const* from, std::size_t bytes))  \
-  F(cuMemcpyDtoH, 3020, (void* to, cuda::DevicePointer from, std::size_t bytes))        \
-  F(cuMemsetD8, 3020, (cuda::DevicePointer to, unsigned char value, std::size_t bytes)) \
-  F(cuEventCreate, 2000, (void** event, unsigned flags))                                \
-  F(cuEventDestroy, 4000, (void* event))                                                \
-  F(cuEventRecord, 2000, (void* event, cuda::Stream stream))                            \
-  F(cuEventSynchronize, 2000, (void* event))                                            \
+#define FLASHCUTE_TEST_DRIVER_FUNCTIONS(F)                                        \
+  F(cuCtxSynchronize, 2000, ())                                                   \
+  F(cuMemAlloc, 3020, (DevicePointer * pointer, std::size_t bytes))               \
+  F(cuMemFree, 3020, (DevicePointer pointer))                                     \
+  F(cuMemcpyHtoD, 3020, (DevicePointer to, void const* from, std::size_t bytes))  \
+  F(cuMemcpyDtoH, 3020, (void* to, DevicePointer from, std::size_t bytes))        \
+  F(cuMemsetD8, 3020, (DevicePointer to, unsigned char value, std::size_t bytes)) \
+  F(cuEventCreate, 2000, (void** event, unsigned flags))                          \
+  F(cuEventDestroy, 4000, (void* event))                                          \
+  F(cuEventRecord, 2000, (void* event, cuda::Stream stream))                      \
+  F(cuEventSynchronize, 2000, (void* event))                                      \
   F(cuEventElapsedTime, 2000, (float* milliseconds, void* from, void* to))
 
 struct TestDriver {
@@ -82,7 +84,7 @@ class DeviceMemory {
   static constexpr std::size_t guard_bytes = 4096;
 
   cuda::ContextGuard guard_;
-  cuda::DevicePointer pointer_ = 0;
+  DevicePointer pointer_ = 0;
   std::size_t bytes_;
 };
 

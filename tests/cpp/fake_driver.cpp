@@ -45,8 +45,6 @@ int cuCtxPopCurrent(void** context) {
   return 0;
 }
 
-int cuCtxSynchronize() { return 0; }
-
 int cuLibraryLoadData(void** library, void const* code, int*, void**, unsigned, int*, void**, unsigned) {
   std::lock_guard const lock(state.mutex);
   state.context_at_load = current_context;
@@ -105,7 +103,7 @@ int cuGetProcAddress_v2(char const* symbol, void** function, int, std::uint64_t,
                                   ENTRY(cuCtxGetCurrent),
                                   ENTRY(cuCtxPushCurrent),
                                   ENTRY(cuCtxPopCurrent),
-                                  ENTRY(cuCtxSynchronize),
+
                                   ENTRY(cuLibraryLoadData),
                                   ENTRY(cuLibraryGetKernel),
                                   ENTRY(cuKernelGetFunction),
