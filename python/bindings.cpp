@@ -58,10 +58,20 @@ Arch to_arch(nb::handle object) {
 // ---- ForwardConfig ---------------------------------------------------------------------------------
 
 nb::object option_to_python(DType value) { return nb::str(name_of(value)); }
+nb::object option_to_python(Math value) { return nb::str(name_of(value)); }
 nb::object option_to_python(bool value) { return nb::bool_(value); }
 nb::object option_to_python(int32_t value) { return nb::int_(value); }
 
 void option_from_python(char const*, nb::handle object, DType& value) { value = to_dtype(object); }
+
+void option_from_python(char const* option, nb::handle object, Math& value) {
+  for (Math m : {Math::tensor_core, Math::cuda_core}) {
+    if (!nb::isinstance<nb::str>(object) || nb::cast<std::string>(object) != name_of(m)) continue;
+    value = m;
+    return;
+  }
+  throw ArgumentError(option, "'tensor_core' or 'cuda_core'", nb::cast<std::string>(nb::repr(object)));
+}
 
 void option_from_python(char const* option, nb::handle object, bool& value) {
   if (!nb::isinstance<nb::bool_>(object)) {
@@ -80,7 +90,9 @@ void option_from_python(char const* option, nb::handle object, int32_t& value) {
   value = number;
 }
 
+/// head_dim_v stays equal to head_dim, if it is, unless it is given.
 void set_options(ForwardConfig& config, nb::kwargs const& options) {
+  bool const follows = config.head_dim_v == config.head_dim && !options.contains("head_dim_v");
   for (auto const& [key, value] : options) {
     std::string const option = nb::cast<std::string>(key);
     std::string known;
@@ -93,6 +105,7 @@ void set_options(ForwardConfig& config, nb::kwargs const& options) {
     });
     if (!found) throw ArgumentError("ForwardConfig", "options among " + known, "'" + option + "'");
   }
+  if (follows) config.head_dim_v = config.head_dim;
 }
 
 nb::tuple options_of(ForwardConfig const& config) {
@@ -115,7 +128,7 @@ void bind_options(nb::class_<ForwardConfig>& cls) {
   ForwardConfig const defaults;
   for_each_option(defaults, [&](char const* option, auto value) {
     using Value = decltype(value);
-    std::string const type = std::is_same_v<Value, DType> ? "str" : std::is_same_v<Value, bool> ? "bool" : "int";
+    std::string const type = std::is_enum_v<Value> ? "str" : std::is_same_v<Value, bool> ? "bool" : "int";
     std::string const signature = "def " + std::string(option) + "(self) -> " + type;
     cls.def_prop_ro(
         option,
@@ -132,20 +145,32 @@ void bind_options(nb::class_<ForwardConfig>& cls) {
 
 void bind_config(nb::module_& m) {
   static constexpr char signature[] =
-      "def __init__(self, *, dtype: object = 'bfloat16', head_dim: int = 128, block_m: int = 128, block_n: int = 64, "
-      "num_warps: int = 4, swizzled: bool = True, q_in_registers: bool = False) -> None";
+      "def __init__(self, *, dtype: object = 'bfloat16', head_dim: int = 128, head_dim_v: int = ..., "
+      "block_m: int = 128, block_n: int = 64, num_warps: int = 4, math: str = 'tensor_core', copy_bytes: int = 16, "
+      "async_copy: bool = True, eager_load_blocks: bool = True, swizzled: bool = True, q_in_registers: bool = False, "
+      "k_tiles_per_load: int = 0, mma_double_buffer: bool = True, optimized_softmax: bool = True) -> None";
   static constexpr char replace_signature[] = "def replace(self, **options: object) -> ForwardConfig";
-  auto cls = nb::class_<ForwardConfig>(m, "ForwardConfig", nb::is_final(),
-                                       "Static configuration of a forward kernel: immutable, hashable.\n\n"
-                                       "dtype: 'float16', 'bfloat16' (on the CPU also 'float32', 'float64'), or any "
-                                       "library's dtype object.\n"
-                                       "head_dim: compiled width; runs every head dimension up to it (GPU: 64 or 128, "
-                                       "multiples of 8).\n"
-                                       "block_m: query rows per tile (B_r).  block_n: keys per K/V block (B_c).\n"
-                                       "num_warps: warps per thread block; each owns 16-row slices of the tile.\n"
-                                       "swizzled: XOR-swizzled shared memory, free of bank conflicts.\n"
-                                       "q_in_registers: hold Q's fragments in registers through the K/V loop.\n\n"
-                                       "num_warps, swizzled and q_in_registers have no effect on the CPU.");
+  auto cls = nb::class_<ForwardConfig>(
+      m, "ForwardConfig", nb::is_final(),
+      "Static configuration of a forward kernel: immutable, hashable.\n\n"
+      "dtype: 'float16', 'bfloat16', 'float32', on the CPU also 'float64', or any library's dtype object.\n"
+      "head_dim: compiled width of q and k; runs every head dimension up to it (GPU: multiples of 16 to 256).\n"
+      "head_dim_v: the same of v and the output; as head_dim unless given.\n"
+      "block_m: query rows per tile (B_r).  block_n: keys per K/V block (B_c).\n\n"
+      "The other options have no effect on the CPU:\n\n"
+      "num_warps: warps per thread block; each owns 16-row slices of the tile.\n"
+      "math: 'tensor_core' (mma.sync; of float32 in TF32, 10 bits of fraction) or 'cuda_core' (fp32).\n"
+      "copy_bytes: 16, 8, 4 or 2: what a thread copies between global and shared memory at once; addresses and "
+      "strides of all tensors must be multiples.\n"
+      "async_copy: by cp.async, not through registers.\n"
+      "eager_load_blocks: copy a K or V block as soon as its place is free, not when it is needed.\n"
+      "swizzled: XOR-swizzled shared memory, free of bank conflicts.\n"
+      "q_in_registers: hold Q's fragments in registers through the K/V loop.\n"
+      "k_tiles_per_load: how many K-steps of K or V each fetch brings from shared memory into registers (1 or 2); "
+      "0: pieces of 16 columns of one step.\n"
+      "mma_double_buffer: fetch the next fragments while the tensor cores work on these.\n"
+      "optimized_softmax: one multiply-add and one exp2 a score, the row sum reduced in the end; False: as in a "
+      "textbook.");
   cls.def(
       "__init__",
       [](ForwardConfig* self, nb::kwargs const& options) {
@@ -193,8 +218,10 @@ void bind_config(nb::module_& m) {
 
 /// q's library says on which stream the call runs; the libraries of the other arrays are told.
 void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
-                  bool causal, std::optional<double> scale, std::string const& layout, nb::handle stream) {
+                  nb::handle block_counts, bool causal, std::optional<double> scale, std::string const& layout,
+                  nb::handle stream, bool allow_tf32) {
   ForwardOptions options;
+  options.allow_tf32 = allow_tf32;
   options.causal = causal;
   options.scale = scale;
   options.layout = to_layout(layout);
@@ -205,11 +232,15 @@ void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::h
     options.stream = stream.is_none() ? tq.current_stream() : reinterpret_cast<void*>(nb::cast<std::uintptr_t>(stream));
     launch_stream = nb::int_(reinterpret_cast<std::uintptr_t>(options.stream));
   }
-  std::optional<Tensor> tk, tv, to, tl;
+  std::optional<Tensor> tk, tv, to, tl, tc;
   tk.emplace("k", k, launch_stream);
   tv.emplace("v", v, launch_stream);
   to.emplace("out", out, launch_stream);
   if (!lse.is_none()) tl.emplace("lse", lse, launch_stream);
+  if (!block_counts.is_none()) {
+    tc.emplace("block_counts", block_counts, launch_stream);
+    options.block_counts = &tc->view();
+  }
   if (stream.is_none()) {
     // An array that was exported with no handshake is ordered on its own library's stream only.
     for (auto const& [argument, t] : {std::pair{"k", &tk}, std::pair{"v", &tv}, std::pair{"out", &to}}) {
@@ -217,17 +248,18 @@ void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::h
     }
   }
   nb::gil_scoped_release const release;
-  ForwardConfig const chosen = config ? *config : config_for(tq.view());
+  ForwardConfig const chosen = config ? *config : config_for(tq.view(), tk->view(), tv->view(), &to->view(), options);
   forward(chosen, tq.view(), tk->view(), tv->view(), to->view(), tl ? &tl->view() : nullptr, options);
 }
 
 Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, bool causal,
-                         std::optional<double> scale, std::string const& layout) {
+                         std::optional<double> scale, std::string const& layout, bool allow_tf32) {
   Tensor const tq("q", q, nb::none()), tk("k", k, nb::none()), tv("v", v, nb::none());
   ForwardOptions options;
   options.causal = causal;
   options.scale = scale;
   options.layout = to_layout(layout);
+  options.allow_tf32 = allow_tf32;
   nb::gil_scoped_release const release;
   std::optional<ForwardConfig> chosen;
   if (config) chosen = *config;
@@ -279,15 +311,16 @@ NB_MODULE(_core, m) {
   bind_config(m);
   bind_facts(m);
   m.def("forward", &call_forward, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "out"_a.none(),
-        "lse"_a.none(), "causal"_a, "scale"_a.none(), "layout"_a, "stream"_a.none());
+        "lse"_a.none(), "block_counts"_a.none(), "causal"_a, "scale"_a.none(), "layout"_a, "stream"_a.none(),
+        "allow_tf32"_a);
   m.def("explain", &call_explain, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "causal"_a,
-        "scale"_a.none(), "layout"_a);
+        "scale"_a.none(), "layout"_a, "allow_tf32"_a);
   m.def(
       "default_config",
-      [](nb::handle dtype, int64_t head_dim, nb::handle arch) {
-        return default_config(to_dtype(dtype), head_dim, to_arch(arch));
+      [](nb::handle dtype, int64_t head_dim, nb::handle arch, std::optional<int64_t> head_dim_v) {
+        return default_config(to_dtype(dtype), head_dim, to_arch(arch), head_dim_v);
       },
-      "dtype"_a.none(), "head_dim"_a, "arch"_a.none());
+      "dtype"_a.none(), "head_dim"_a, "arch"_a.none(), "head_dim_v"_a.none());
   m.def("configs", &configs);
   m.def(
       "prebuild",

@@ -44,7 +44,7 @@ constexpr uint64_t flag_read_only = 1;
 constexpr uint32_t supported_major = 1;
 
 enum DeviceCode : int32_t { code_cpu = 1, code_cuda = 2, code_cuda_host = 3, code_cuda_managed = 13 };
-enum TypeCode : uint8_t { code_float = 2, code_bfloat = 4 };
+enum TypeCode : uint8_t { code_int = 0, code_float = 2, code_bfloat = 4 };
 
 nb::object& exporter() {
   static auto* const object = new nb::object;  // never destroyed: the interpreter may be gone by then
@@ -84,6 +84,7 @@ DType dtype_of(char const* argument, nb::dlpack::dtype const& t) {
   if (t.lanes == 1 && t.code == code_bfloat && t.bits == 16) return DType::bfloat16;
   if (t.lanes == 1 && t.code == code_float && t.bits == 32) return DType::float32;
   if (t.lanes == 1 && t.code == code_float && t.bits == 64) return DType::float64;
+  if (t.lanes == 1 && t.code == code_int && t.bits == 32) return DType::int32;
   static constexpr char const* kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
   std::string const kind = t.code < std::size(kinds) ? kinds[t.code] : "code " + std::to_string(t.code) + ", bits ";
   throw ArgumentError(argument, "dtype float16, bfloat16, float32 or float64", kind + std::to_string(t.bits));

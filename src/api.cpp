@@ -22,34 +22,29 @@ void forward(ForwardConfig const& config, TensorView const& q, TensorView const&
   }
 }
 
-ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch) {
-  if (head_dim < 1 || head_dim > 256) {
-    throw ArgumentError("head_dim", "a number between 1 and 256", std::to_string(head_dim));
+ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v) {
+  int64_t const d_v = head_dim_v.value_or(head_dim);
+  for (auto const& [argument, d] : {std::pair{"head_dim", head_dim}, std::pair{"head_dim_v", d_v}}) {
+    if (d < 1 || d > 256) throw ArgumentError(argument, "a number between 1 and 256", std::to_string(d));
   }
-  require_kernel(dtype, head_dim, arch, "");
-  ForwardConfig const config = default_forward_config(dtype, static_cast<int32_t>(head_dim), arch);
+  require_kernel(dtype, arch, "");
+  ForwardConfig const config =
+      default_forward_config({dtype, static_cast<int32_t>(head_dim), static_cast<int32_t>(d_v)}, arch);
   check_config(config, arch);
   return config;
 }
 
-ForwardConfig config_for(TensorView const& q) {
-  // Of a tensor of the wrong rank the head dimension is unknown; the checks of the call will say so.
-  int64_t const head_dim = q.rank == 4 ? q.shape[3] : 1;
+ForwardConfig config_for(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out,
+                         ForwardOptions const& options) {
   Arch const arch = arch_of(q.device);
-  require_kernel(q.dtype, head_dim, arch, "q: ");
-  if (head_dim < 1 || head_dim > 256) {
-    throw ArgumentError("q", "head_dim between 1 and 256", std::to_string(head_dim));
-  }
-  return default_forward_config(q.dtype, static_cast<int32_t>(head_dim), arch);
+  require_kernel(q.dtype, arch, "q: ");
+  return default_forward_config(forward_tensors(q, k, v, out, options), arch);
 }
 
 std::vector<ForwardConfig> configs() {
   std::vector<ForwardConfig> all;
   for (auto const& family : forward_families) {
-    for (DType dtype : family_dtypes) {
-      all.push_back(family.config);
-      all.back().dtype = dtype;
-    }
+    for (ForwardConfig const& config : configs_of(family)) all.push_back(config);
   }
   return all;
 }
@@ -63,7 +58,10 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
                                                     : std::string("the tensors are on the CPU"));
   ForwardConfig chosen;
   try {
-    chosen = config ? *config : config_for(q);
+    chosen = config ? *config : config_for(q, k, v, nullptr, options);
+    std::string misaligned;
+    forward_tensors(q, k, v, nullptr, options, &misaligned);
+    if (gpu && !config && !misaligned.empty()) e.rejected.emplace_back("copy_bytes=16", misaligned);
     ForwardPlan const plan = plan_forward(chosen, q, k, v, nullptr, nullptr, options);
     e.backend = here;
     e.config = chosen;

@@ -4,16 +4,15 @@
 #include <string_view>
 #include <vector>
 
-#include "flashcute/config.hpp"
+#include "flashcute/tiles.hpp"
 
 namespace flashcute {
 
 struct ForwardFamily {
   std::string_view name;
-  ForwardConfig config;  // with any of `family_dtypes`
+  ForwardConfig config;  // with any of the dtypes of its size
 };
 
-inline constexpr DType family_dtypes[] = {DType::float16, DType::bfloat16};
 inline constexpr MaskKind family_masks[] = {MaskKind::full, MaskKind::causal};
 
 inline constexpr ForwardFamily forward_families[] = {
@@ -22,14 +21,21 @@ inline constexpr ForwardFamily forward_families[] = {
 #undef FLASHCUTE_FORWARD_FAMILY
 };
 
+/// The family's configurations: one for each dtype.
+inline std::vector<ForwardConfig> configs_of(ForwardFamily const& family) {
+  std::vector<ForwardConfig> all;
+  for (DType dtype : {DType::float16, DType::bfloat16, DType::float32}) {
+    if (size_of(dtype) != size_of(family.config.dtype)) continue;
+    all.push_back(family.config);
+    all.back().dtype = dtype;
+  }
+  return all;
+}
+
 inline std::vector<ForwardKernelId> kernels_of(ForwardFamily const& family) {
   std::vector<ForwardKernelId> kernels;
-  for (DType dtype : family_dtypes) {
-    for (MaskKind mask : family_masks) {
-      ForwardConfig config = family.config;
-      config.dtype = dtype;
-      kernels.push_back({config, {mask}});
-    }
+  for (ForwardConfig const& config : configs_of(family)) {
+    for (MaskKind mask : family_masks) kernels.push_back({config, {mask}});
   }
   return kernels;
 }

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <limits>
 #include <numbers>
+#include <tuple>
+#include <vector>
 
 #include "driver.hpp"
 #include "memory_overlap.hpp"
@@ -52,23 +54,32 @@ void require_equal(char const* argument, char const* what, int64_t got, char con
                       std::to_string(got));
 }
 
-/// Vector loads of the GPU kernels: 16 bytes at a time.
-void require_aligned(char const* argument, TensorView const& t, Named const& n) {
-  int64_t const elements = 16 / size_of(t.dtype);
-  char const* const hint =
-      "Other alignments have no GPU kernel yet: pass a contiguous copy, or use the CPU backend on CPU tensors";
-  if (reinterpret_cast<std::uintptr_t>(t.data) % 16 != 0 && n.batch * n.row * n.head * n.d > 0) {
-    throw UnsupportedError(std::string(argument) +
-                           ": expected a base address that is a multiple of 16 bytes, got one " +
-                           std::to_string(reinterpret_cast<std::uintptr_t>(t.data) % 16) + " bytes past it. " + hint);
+/// Why nothing larger than `bytes` at a time can be copied from or to a tensor; "" if `bytes` can.
+std::string alignment_problem(char const* argument, TensorView const& t, Named const& n, int32_t bytes) {
+  if (n.batch * n.row * n.head * n.d == 0) return "";
+  auto const problem = [&](std::string const& what) { return std::string(argument) + "'s " + what; };
+  if (auto const past = reinterpret_cast<std::uintptr_t>(t.data) % static_cast<unsigned>(bytes); past != 0) {
+    return problem("address is " + std::to_string(past) + " bytes past a multiple of " + std::to_string(bytes));
   }
-  for (auto const& [what, stride] :
-       {std::pair{"batch", n.stride.batch}, std::pair{"seqlen", n.stride.row}, std::pair{"heads", n.stride.head}}) {
-    if (stride % elements == 0) continue;
-    throw UnsupportedError(std::string(argument) + ": expected strides that are multiples of " +
-                           std::to_string(elements) + " elements (16 bytes), got " + what + " stride " +
-                           std::to_string(stride) + ". " + hint);
+  int64_t const elements = bytes / size_of(t.dtype);
+  for (auto const& [what, count] : {std::pair{"head_dim", n.d}, std::pair{"batch stride", n.stride.batch},
+                                    std::pair{"seqlen stride", n.stride.row}, std::pair{"heads stride", n.stride.head}}) {
+    if (count % elements == 0) continue;
+    return problem(std::string(what) + " " + std::to_string(count) + " is no multiple of " + std::to_string(elements) +
+                   " elements (" + std::to_string(bytes) + " bytes)");
   }
+  return "";
+}
+
+/// The kernels copy `copy_bytes` at a time.
+void require_aligned(char const* argument, TensorView const& t, Named const& n, ForwardConfig const& config) {
+  std::string const problem = alignment_problem(argument, t, n, config.copy_bytes);
+  if (problem.empty()) return;
+  int32_t fitting = config.copy_bytes;
+  while (fitting > size_of(t.dtype) && !alignment_problem(argument, t, n, fitting).empty()) fitting /= 2;
+  throw ConfigError("cfg: copy_bytes " + std::to_string(config.copy_bytes) + " does not fit the tensors: " + problem +
+                    ". Use copy_bytes=" + std::to_string(fitting) + (fitting < 4 ? " with async_copy=False" : "") +
+                    ", or flash_attention, which chooses by itself");
 }
 
 void require_length(char const* argument, char const* what, int64_t value) {
@@ -95,7 +106,7 @@ std::string describe(ForwardConfig const& config) {
   for_each_option(config, [&](char const* option, auto value) {
     if (!text.empty()) text += ", ";
     text += std::string(option) + "=";
-    if constexpr (std::is_same_v<decltype(value), DType>) {
+    if constexpr (std::is_enum_v<decltype(value)>) {
       text += name_of(value);
     } else if constexpr (std::is_same_v<decltype(value), bool>) {
       text += value ? "True" : "False";
@@ -104,6 +115,15 @@ std::string describe(ForwardConfig const& config) {
     }
   });
   return text;
+}
+
+void require_float(char const* argument, TensorView const& t) {
+  if (t.dtype != DType::int32) return;
+  throw ArgumentError(argument, "dtype float16, bfloat16, float32 or float64", name_of(t.dtype));
+}
+
+void require_head_dim(char const* argument, int64_t d) {
+  if (d < 1 || d > 256) throw ArgumentError(argument, "head_dim between 1 and 256", std::to_string(d));
 }
 
 void require_writable(char const* argument, TensorView const& t) {
@@ -134,21 +154,15 @@ Arch arch_of(Device device) {
   return device.type == DeviceType::cpu ? cpu_arch : cuda::device_facts(device.index).arch;
 }
 
-void require_kernel(DType dtype, int64_t head_dim, Arch arch, std::string const& whose) {
+void require_kernel(DType dtype, Arch arch, std::string const& whose) {
   if (arch == cpu_arch) return;
   if (arch < 80) {
     throw DeviceError(whose + "a GPU of compute capability " + std::to_string(arch / 10) + "." +
                       std::to_string(arch % 10) + " is too old: the kernels need 8.0 or later. Use CPU tensors");
   }
-  if (dtype != DType::float16 && dtype != DType::bfloat16) {
-    throw UnsupportedError(whose + "dtype " + name_of(dtype) +
-                           " has no GPU kernel yet. Cast to bfloat16 or float16, or use "
+  if (dtype == DType::float64) {
+    throw UnsupportedError(whose + "dtype float64 has no GPU kernel. Cast to float32, or use "
                            "torch.nn.functional.scaled_dot_product_attention");
-  }
-  if (head_dim > 128) {
-    throw UnsupportedError(whose + "head_dim " + std::to_string(head_dim) +
-                           " has no GPU kernel yet (at most 128). Use "
-                           "torch.nn.functional.scaled_dot_product_attention, or CPU tensors");
   }
 }
 
@@ -166,6 +180,7 @@ void check_config(ForwardConfig const& config, Arch arch) {
 
 ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, TensorView const& k, TensorView const& v,
                          TensorView const* out, TensorView const* lse, ForwardOptions const& options) {
+  require_float("q", q);
   Named const nq = named("q", q, options.layout);
   Named const nk = named("k", k, options.layout);
   Named const nv = named("v", v, options.layout);
@@ -189,16 +204,11 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
   require_equal("v", "seqlen", nv.row, "k", nk.row);
   require_equal("v", "number of heads", nv.head, "k", nk.head);
   require_equal("k", "head_dim", nk.d, "q", nq.d);
-  if (nv.d != nk.d) {
-    throw UnsupportedError("v: expected head_dim " + std::to_string(nk.d) + " as in q and k, got " +
-                           std::to_string(nv.d) +
-                           ". A head_dim of its own for v is not supported yet: pad v, or use "
-                           "torch.nn.functional.scaled_dot_product_attention");
-  }
   if (nq.head > 0 && (nk.head == 0 || nq.head % nk.head != 0)) {
     throw ArgumentError("k", "a number of heads that divides q's " + std::to_string(nq.head), std::to_string(nk.head));
   }
-  if (nq.d < 1 || nq.d > 256) throw ArgumentError("q", "head_dim between 1 and 256", std::to_string(nq.d));
+  require_head_dim("q", nq.d);
+  require_head_dim("v", nv.d);
   for (auto const& [argument, n] : {std::pair{"q", &nq}, std::pair{"k", &nk}}) {
     require_length(argument, "batch size", n->batch);
     require_length(argument, "seqlen", n->row);
@@ -212,21 +222,18 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
 
   bool const gpu = q.device.type == DeviceType::cuda;
   Arch const arch = arch_of(q.device);
-  require_kernel(q.dtype, nq.d, arch, "q: ");
+  require_kernel(q.dtype, arch, "q: ");
   check_config(config, arch);
-  if (nq.d > config.head_dim) {
-    throw ConfigError("cfg: head_dim " + std::to_string(config.head_dim) + " is smaller than the tensors' " +
-                      std::to_string(nq.d));
+  for (auto const& [option, compiled, d] :
+       {std::tuple{"head_dim", config.head_dim, nq.d}, std::tuple{"head_dim_v", config.head_dim_v, nv.d}}) {
+    if (d <= compiled) continue;
+    throw ConfigError(std::string("cfg: ") + option + " " + std::to_string(compiled) + " is smaller than the tensors' " +
+                      std::to_string(d));
   }
   if (gpu) {
-    if (nq.d % 8 != 0) {
-      throw UnsupportedError("q: head_dim " + std::to_string(nq.d) +
-                             " has no GPU kernel yet: it must be a multiple of 8. Pad q, k and v with zeros and pass "
-                             "scale, or use torch.nn.functional.scaled_dot_product_attention");
-    }
-    require_aligned("q", q, nq);
-    require_aligned("k", k, nk);
-    require_aligned("v", v, nv);
+    require_aligned("q", q, nq, config);
+    require_aligned("k", k, nk, config);
+    require_aligned("v", v, nv, config);
   }
 
   p.q = q.data;
@@ -241,48 +248,88 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
   p.seqlen_q = static_cast<int32_t>(nq.row);
   p.seqlen_k = static_cast<int32_t>(nk.row);
   p.head_dim = static_cast<int32_t>(nq.d);
+  p.head_dim_v = static_cast<int32_t>(nv.d);
   p.causal_offset = p.seqlen_k - p.seqlen_q;
 
   if (out != nullptr) {
     require_writable("out", *out);
     require_rank("out", *out, 4, "as q has");
-    if (out->shape != q.shape) throw ArgumentError("out", "shape " + shape_text(q) + " as q", shape_text(*out));
+    TensorView expected = q;
+    expected.shape[3] = nv.d;
+    if (out->shape != expected.shape) {
+      throw ArgumentError("out", "shape " + shape_text(expected) + " as q, with v's head_dim", shape_text(*out));
+    }
     Named const no = named("out", *out, options.layout);
     require_no_overlap("out", *out);
-    if (gpu) require_aligned("out", *out, no);
+    if (gpu) require_aligned("out", *out, no, config);
     require_separate("out", *out, "q", q);
     require_separate("out", *out, "k", k);
     require_separate("out", *out, "v", v);
     p.out = out->data;
     p.out_stride = no.stride;
   }
-  if (lse != nullptr) {
-    DType const dtype = q.dtype == DType::float64 ? DType::float64 : DType::float32;
-    require_writable("lse", *lse);
-    require_rank("lse", *lse, 3, "(batch, heads, seqlen_q)");
-    if (lse->dtype != dtype) throw ArgumentError("lse", std::string("dtype ") + name_of(dtype), name_of(lse->dtype));
-    if (lse->device != q.device)
-      throw ArgumentError("lse", "device " + to_string(q.device) + " as in q", to_string(lse->device));
+  /// A contiguous result beside `out`, in memory of its own.
+  auto const require_result = [&](char const* argument, TensorView const& t, DType dtype,
+                                  std::vector<int64_t> const& shape, char const* dimensions) {
+    require_writable(argument, t);
+    require_rank(argument, t, static_cast<int>(shape.size()), dimensions);
+    if (t.dtype != dtype) throw ArgumentError(argument, std::string("dtype ") + name_of(dtype), name_of(t.dtype));
+    if (t.device != q.device) {
+      throw ArgumentError(argument, "device " + to_string(q.device) + " as in q", to_string(t.device));
+    }
     int64_t expected_stride = 1;
-    std::array<int64_t, 3> const shape{nq.batch, nq.head, nq.row};
-    for (int i = 2; i >= 0; --i) {
-      auto const size = shape[static_cast<std::size_t>(i)];
-      if (lse->shape[i] != size || (size > 1 && expected_stride > 0 && lse->strides[i] != expected_stride)) {
-        throw ArgumentError("lse",
-                            "a contiguous tensor (batch, heads, seqlen_q) = (" + std::to_string(nq.batch) + ", " +
-                                std::to_string(nq.head) + ", " + std::to_string(nq.row) + ")",
-                            "shape " + shape_text(*lse));
+    for (std::size_t i = shape.size(); i-- > 0;) {
+      if (t.shape[i] != shape[i] || (shape[i] > 1 && expected_stride > 0 && t.strides[i] != expected_stride)) {
+        std::string sizes;
+        for (int64_t const size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+        throw ArgumentError(argument, std::string("a contiguous tensor ") + dimensions + " = (" + sizes + ")",
+                            "shape " + shape_text(t));
       }
-      expected_stride *= size;
+      expected_stride *= shape[i];
     }
     for (auto const& [other_name, other] : {std::pair{"q", &q}, std::pair{"k", &k}, std::pair{"v", &v}}) {
-      require_separate("lse", *lse, other_name, *other);
+      require_separate(argument, t, other_name, *other);
     }
-    if (out != nullptr) require_separate("lse", *lse, "out", *out);
+    if (out != nullptr) require_separate(argument, t, "out", *out);
+  };
+  if (lse != nullptr) {
+    require_result("lse", *lse, q.dtype == DType::float64 ? DType::float64 : DType::float32,
+                   {nq.batch, nq.head, nq.row}, "(batch, heads, seqlen_q)");
     p.lse = lse->data;
   }
+  if (TensorView const* const counts = options.block_counts; counts != nullptr) {
+    require_result("block_counts", *counts, DType::int32,
+                   {nq.batch, nq.head, ceil_div<int64_t>(nq.row, config.block_m), 3},
+                   "(batch, heads, row blocks, 3)");
+    if (lse != nullptr) require_separate("block_counts", *counts, "lse", *lse);
+    p.block_counts = static_cast<BlockCounts*>(counts->data);
+  }
 
-  return {{config, {options.causal ? MaskKind::causal : MaskKind::full}}, p, q.device};
+  Features const features{.mask = options.causal ? MaskKind::causal : MaskKind::full,
+                          .count_blocks = options.block_counts != nullptr};
+  return {{config, features}, p, q.device};
+}
+
+ForwardTensors forward_tensors(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out,
+                               ForwardOptions const& options, std::string* misaligned) {
+  require_float("q", q);
+  Named const nq = named("q", q, options.layout);
+  Named const nv = named("v", v, options.layout);
+  require_head_dim("q", nq.d);
+  require_head_dim("v", nv.d);
+  ForwardTensors t{q.dtype, static_cast<int32_t>(nq.d), static_cast<int32_t>(nv.d)};
+  t.allow_tf32 = options.allow_tf32;
+  for (auto const& [argument, view] :
+       {std::pair{"q", &q}, std::pair{"k", &k}, std::pair{"v", &v}, std::pair{"out", out}}) {
+    if (view == nullptr) continue;
+    Named const n = named(argument, *view, options.layout);
+    for (; t.alignment > size_of(t.dtype); t.alignment /= 2) {
+      std::string const problem = alignment_problem(argument, *view, n, t.alignment);
+      if (problem.empty()) break;
+      if (misaligned != nullptr) *misaligned = problem;
+    }
+  }
+  return t;
 }
 
 }  // namespace flashcute

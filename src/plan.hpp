@@ -3,6 +3,7 @@
 
 #include "flashcute/api.hpp"
 #include "flashcute/params.hpp"
+#include "flashcute/tiles.hpp"
 
 namespace flashcute {
 
@@ -17,8 +18,13 @@ struct ForwardPlan {
 ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, TensorView const& k, TensorView const& v,
                          TensorView const* out, TensorView const* lse, ForwardOptions const& options);
 
-/// Throws UnsupportedError, which says what to use instead, if no configuration can serve a dtype and head
-/// dimension on `arch`; DeviceError if the GPU is too old. `whose` starts the message: "q: " or "".
-void require_kernel(DType dtype, int64_t head_dim, Arch arch, std::string const& whose);
+/// What the default configuration of a call depends on. `misaligned`, if given, becomes the reason why fewer
+/// than 16 bytes can be copied at once, if so.
+ForwardTensors forward_tensors(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out,
+                               ForwardOptions const& options, std::string* misaligned = nullptr);
+
+/// Throws UnsupportedError, which says what to use instead, if no configuration can serve a dtype on `arch`;
+/// DeviceError if the GPU is too old. `whose` starts the message: "q: " or "".
+void require_kernel(DType dtype, Arch arch, std::string const& whose);
 
 }  // namespace flashcute

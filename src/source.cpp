@@ -7,6 +7,7 @@ namespace {
 std::string literal(bool value) { return value ? "true" : "false"; }
 std::string literal(int32_t value) { return std::to_string(value); }
 std::string literal(DType value) { return std::string("flashcute::DType::") + name_of(value); }
+std::string literal(Math value) { return std::string("flashcute::Math::") + name_of(value); }
 std::string literal(MaskKind value) { return std::string("flashcute::MaskKind::") + name_of(value); }
 
 /// The kernel as a C++ expression. Every option is spelled, defaults too: the text alone says what is compiled.
@@ -16,7 +17,8 @@ std::string expression(ForwardKernelId const& kernel) {
     options += (options.empty() ? "." : ", .") + std::string(option) + " = " + literal(value);
   });
   return "flashcute::ForwardKernelId{.config = {" + options +
-         "}, .features = {.mask = " + literal(kernel.features.mask) + "}}";
+         "}, .features = {.mask = " + literal(kernel.features.mask) + ", .count_blocks = " +
+         literal(kernel.features.count_blocks) + "}}";
 }
 
 }  // namespace

@@ -19,18 +19,19 @@ from pathlib import Path
 LEVELS = [
     ["std"],
     ["config", "error"],
-    ["params", "api"],
+    ["params", "tiles", "api"],
     ["mask", "instructions"],
-    ["layout"],
+    ["block_counter", "layout"],
     ["fragment"],
     ["gemm", "softmax", "nonfinite"],
+    ["cuda_core"],
     ["load_store"],
     ["forward"],
     ["entry"],
 ]
-PLAIN = ["std", "config", "error", "params", "api", "mask"]
+PLAIN = ["std", "config", "error", "params", "tiles", "api", "mask", "block_counter"]
 # Above the instructions, which tests/cpp/emulation replaces; entry.hpp needs a CUDA compiler.
-KERNEL = ["layout", "fragment", "gemm", "softmax", "nonfinite", "load_store", "forward"]
+KERNEL = ["layout", "fragment", "gemm", "cuda_core", "softmax", "nonfinite", "load_store", "forward"]
 INCLUDE = re.compile(r'#include [<"](?:flashcute/(\w+)\.hpp|([^>"]+))[>"]')
 
 

@@ -42,7 +42,11 @@ struct ForwardOptions {
   bool causal = false;          // key j is visible to query i iff j <= i + seqlen_k - seqlen_q
   std::optional<double> scale;  // of the scores, finite and >= 0; default head_dim^-0.5
   Layout layout = Layout::bshd;
-  void* stream = nullptr;  // CUstream of the tensors' device; the default stream if null
+  void* stream = nullptr;   // CUstream of the tensors' device; the default stream if null
+  bool allow_tf32 = false;  // a default configuration for float32 may round to TF32, for the tensor cores
+  // If given: how each tile of query rows treated the K/V blocks, int32 (batch, heads, row blocks, 3), contiguous:
+  // how many were visited whole, visited with a test of elements, skipped.
+  TensorView const* block_counts = nullptr;
 };
 
 /// Why a call takes the road it takes.
@@ -56,8 +60,8 @@ struct Explanation {
 
 /// Computes out = softmax(scale * q k^T) v.
 ///
-/// q (batch, seqlen_q, heads, d), k and v (batch, seqlen_k, kv_heads, d), out like q, in the order that
-/// `options.layout` says; all of one dtype, on one device, with unit last stride. `lse`, if given, is
+/// q (batch, seqlen_q, heads, d), k (batch, seqlen_k, kv_heads, d), v (batch, seqlen_k, kv_heads, d_v), out
+/// (batch, seqlen_q, heads, d_v), in the order that `options.layout` says; d, d_v <= 256; all of one dtype, on one device, with unit last stride. `lse`, if given, is
 /// (batch, heads, seqlen_q), contiguous, fp32 (fp64 with fp64 inputs): log(sum(exp(scores))).
 ///
 /// On a GPU the kernel is launched on `options.stream` and the call returns; on the CPU it returns when
@@ -69,11 +73,13 @@ void forward(ForwardConfig const& config, TensorView const& q, TensorView const&
 /// What to check configurations against on a device: cpu_arch, or the GPU's compute capability * 10.
 Arch arch_of(Device device);
 
-/// The configuration that `flash_attention` takes for head dimension d.
-ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch);
+/// The configuration that `flash_attention` takes for a head dimension (of v: head_dim_v) where addresses and
+/// strides are multiples of 16 bytes.
+ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v = {});
 
-/// The configuration that `flash_attention` takes for these queries.
-ForwardConfig config_for(TensorView const& q);
+/// The configuration that `flash_attention` takes for these tensors (`out` may be null).
+ForwardConfig config_for(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out,
+                         ForwardOptions const& options = {});
 
 /// Throws ConfigError with the first rule that the configuration breaks and the values that broke it.
 void check_config(ForwardConfig const& config, Arch arch);

@@ -6,10 +6,12 @@
 
 namespace flashcute {
 
-enum class DType : uint8_t { float16, bfloat16, float32, float64 };
+enum class DType : uint8_t { float16, bfloat16, float32, float64, int32 };
 enum class MaskKind : uint8_t { full, causal };
+/// Who multiplies. With float32 the tensor cores compute in TF32: 10 bits of fraction.
+enum class Math : uint8_t { tensor_core, cuda_core };
 
-constexpr int32_t size_of(DType t) { return t == DType::float64 ? 8 : t == DType::float32 ? 4 : 2; }
+constexpr int32_t size_of(DType t) { return t == DType::float64 ? 8 : t == DType::float32 || t == DType::int32 ? 4 : 2; }
 
 constexpr char const* name_of(DType t) {
   switch (t) {
@@ -17,6 +19,7 @@ constexpr char const* name_of(DType t) {
     case DType::bfloat16: return "bfloat16";
     case DType::float32: return "float32";
     case DType::float64: return "float64";
+    case DType::int32: return "int32";
   }
   return "?";
 }
@@ -27,21 +30,33 @@ constexpr char const* short_name_of(DType t) {
     case DType::bfloat16: return "bf16";
     case DType::float32: return "f32";
     case DType::float64: return "f64";
+    case DType::int32: return "i32";
   }
   return "?";
 }
 
+constexpr char const* name_of(Math m) { return m == Math::tensor_core ? "tensor_core" : "cuda_core"; }
+
 constexpr char const* name_of(MaskKind m) { return m == MaskKind::causal ? "causal" : "full"; }
 
 /// How to compute: the options a user may choose. Each is static, so each can be switched and measured.
+/// All but the first five are the GPU kernels' own.
 struct ForwardConfig {
   DType dtype = DType::bfloat16;
-  int32_t head_dim = 128;       // compiled width; any d up to it runs (on a GPU a multiple of 8)
-  int32_t block_m = 128;        // B_r: query rows per tile
-  int32_t block_n = 64;         // B_c: keys per K/V block
-  int32_t num_warps = 4;        // each warp owns 16-row slices of the tile        (GPU only)
-  bool swizzled = true;         // XOR-swizzled shared memory: no bank conflicts   (GPU only)
-  bool q_in_registers = false;  // keep Q's fragments for the whole K/V loop       (GPU only)
+  int32_t head_dim = 128;          // of q and k: compiled width, runs any d up to it
+  int32_t head_dim_v = head_dim;   // of v and the output: the same
+  int32_t block_m = 128;           // B_r: query rows per tile
+  int32_t block_n = 64;            // B_c: keys per K/V block
+  int32_t num_warps = 4;           // each warp owns 16-row slices of the tile
+  Math math = Math::tensor_core;   // mma.sync, or fused multiply-adds on the CUDA cores
+  int32_t copy_bytes = 16;         // what a thread copies at once; addresses and strides must be multiples
+  bool async_copy = true;          // global to shared memory by cp.async, not through registers
+  bool eager_load_blocks = true;   // copy a K or V block as soon as its place is free, not when it is needed
+  bool swizzled = true;            // XOR-swizzled shared memory: no bank conflicts
+  bool q_in_registers = false;     // keep Q's fragments for the whole K/V loop
+  int32_t k_tiles_per_load = 0;    // 16-deep slices of K or V per fetch into registers; 0: 16 x 16 pieces of one
+  bool mma_double_buffer = true;   // fetch the next fragments while the tensor cores work on these
+  bool optimized_softmax = true;   // one multiply-add and exp2 a score, one reduction of the row sum in the end
 
   constexpr bool operator==(ForwardConfig const&) const = default;
 };
@@ -52,16 +67,25 @@ template <class Config, class F>
 constexpr void for_each_option(Config& c, F&& f) {
   f("dtype", c.dtype);
   f("head_dim", c.head_dim);
+  f("head_dim_v", c.head_dim_v);
   f("block_m", c.block_m);
   f("block_n", c.block_n);
   f("num_warps", c.num_warps);
+  f("math", c.math);
+  f("copy_bytes", c.copy_bytes);
+  f("async_copy", c.async_copy);
+  f("eager_load_blocks", c.eager_load_blocks);
   f("swizzled", c.swizzled);
   f("q_in_registers", c.q_in_registers);
+  f("k_tiles_per_load", c.k_tiles_per_load);
+  f("mma_double_buffer", c.mma_double_buffer);
+  f("optimized_softmax", c.optimized_softmax);
 }
 
 /// What to compute, as far as it changes the code: taken from the arguments of a call, not chosen.
 struct Features {
   MaskKind mask = MaskKind::full;
+  bool count_blocks = false;  // also tell which K/V blocks each tile visited
 
   constexpr bool operator==(Features const&) const = default;
 };
@@ -78,7 +102,7 @@ struct ForwardKernelId {
 
 /// A short string that constant expressions can build.
 struct Name {
-  char text[112] = {};
+  char text[160] = {};
   int32_t length = 0;
 
   constexpr Name& operator<<(char const* s) {
@@ -99,13 +123,22 @@ struct Name {
   }
 };
 
-/// Canonical name of a configuration, for example "fwd_bf16_d128_m64_n64_w4_swizzled".
+/// Canonical name of a configuration: "fwd_bf16_d128_m64_n64_w4" and a word for every option that differs
+/// from the defaults.
 constexpr Name name(ForwardConfig const& c) {
   Name s;
-  s << "fwd_" << short_name_of(c.dtype) << "_d" << c.head_dim << "_m" << c.block_m << "_n" << c.block_n << "_w"
-    << c.num_warps;
-  if (c.swizzled) s << "_swizzled";
+  s << "fwd_" << short_name_of(c.dtype) << "_d" << c.head_dim;
+  if (c.head_dim_v != c.head_dim) s << "_dv" << c.head_dim_v;
+  s << "_m" << c.block_m << "_n" << c.block_n << "_w" << c.num_warps;
+  if (c.math == Math::cuda_core) s << "_cudacore";
+  if (c.copy_bytes != 16) s << "_copy" << c.copy_bytes;
+  if (!c.async_copy) s << "_sync";
+  if (!c.eager_load_blocks) s << "_lazy";
+  if (!c.swizzled) s << "_unswizzled";
   if (c.q_in_registers) s << "_qreg";
+  if (c.k_tiles_per_load != 0) s << "_k" << c.k_tiles_per_load;
+  if (!c.mma_double_buffer) s << "_single";
+  if (!c.optimized_softmax) s << "_textbook";
   return s;
 }
 
@@ -113,6 +146,7 @@ constexpr Name name(ForwardConfig const& c) {
 constexpr Name name(ForwardKernelId const& k) {
   Name s;
   s << "flashcute_sm80_" << name(k.config).text << "_" << name_of(k.features.mask);
+  if (k.features.count_blocks) s << "_counting";
   return s;
 }
 
@@ -137,21 +171,47 @@ constexpr int32_t max_smem_bytes(Arch arch) {
 
 constexpr int32_t num_threads(ForwardConfig const& c) { return 32 * c.num_warps; }
 
+/// How a tile of `width` columns lies in shared memory and is copied there. Its rows are cut into chunks of
+/// at most 128 bytes, all 32 banks; neighbouring threads copy neighbouring pieces of a chunk's row.
+struct CopyShape {
+  int32_t chunk;            // columns of a chunk
+  int32_t vector;           // columns that a thread copies at once
+  int32_t threads_per_row;  // that copy one row of a chunk
+  int32_t rows_per_pass;    // rows that all threads together copy at once
+
+  static constexpr CopyShape of(ForwardConfig const& c, int32_t width) {
+    CopyShape s{};
+    int32_t const size = size_of(c.dtype);
+    for (s.chunk = 128 / size; width % s.chunk != 0;) s.chunk /= 2;
+    s.vector = c.copy_bytes / size;
+    s.threads_per_row = min_of<int32_t>(32, s.chunk / s.vector);
+    s.rows_per_pass = num_threads(c) / s.threads_per_row;
+    return s;
+  }
+};
+
 /// Dynamic shared memory of the kernel: one Q tile and one block each of K and V. The output tile
 /// reuses Q's place.
 constexpr int32_t smem_bytes(ForwardConfig const& c) {
-  return (c.block_m + 2 * c.block_n) * c.head_dim * size_of(c.dtype);
+  return (c.block_m * max_of(c.head_dim, c.head_dim_v) + c.block_n * (c.head_dim + c.head_dim_v)) * size_of(c.dtype);
 }
 
 // Every rule: an identifier and the sentence that C++, Python and static_assert all show.
-#define FLASHCUTE_FORWARD_CONFIG_RULES(RULE)                                                   \
-  RULE(arch_too_old, "the mma.sync kernels need a GPU of compute capability 8.0 or later")     \
-  RULE(gpu_dtype, "dtype must be float16 or bfloat16 on a GPU")                                \
-  RULE(gpu_head_dim, "head_dim must be 64 or 128 on a GPU")                                    \
-  RULE(cpu_head_dim, "head_dim must be between 1 and 256 on the CPU")                          \
-  RULE(num_warps, "num_warps must be 1, 2, 4 or 8")                                            \
-  RULE(block_m, "block_m must be a positive multiple of 16 * num_warps, at most 256")          \
-  RULE(block_n, "block_n must be a positive multiple of 16 and of 4 * num_warps, at most 256") \
+#define FLASHCUTE_FORWARD_CONFIG_RULES(RULE)                                                            \
+  RULE(arch_too_old, "the mma.sync kernels need a GPU of compute capability 8.0 or later")              \
+  RULE(gpu_dtype, "dtype must be float16, bfloat16 or float32 on a GPU")                                \
+  RULE(gpu_head_dim, "head_dim and head_dim_v must be multiples of 16 between 16 and 256 on a GPU")     \
+  RULE(cpu_dtype, "dtype must be float16, bfloat16, float32 or float64")                                \
+  RULE(cpu_head_dim, "head_dim and head_dim_v must be between 1 and 256 on the CPU")                    \
+  RULE(num_warps, "num_warps must be 1, 2, 4 or 8")                                                     \
+  RULE(block_m, "block_m must be a positive multiple of 16 * num_warps, at most 256")                   \
+  RULE(block_n, "block_n must be a positive multiple of 16, at most 256")                               \
+  RULE(copy_bytes, "copy_bytes must be 16, 8, 4 or 2, and no less than the size of an element")         \
+  RULE(async_copy, "async_copy needs copy_bytes of 4 or more: cp.async cannot copy less")               \
+  RULE(copy_rows, "block_m and block_n must be multiples of the rows that the threads copy at once: " \
+       "num_warps * copy_bytes / 4, or 2 or 4 times that if the bytes of a row are no multiple of 128 or 64") \
+  RULE(fragments, "q_in_registers and k_tiles_per_load need math = tensor_core")                        \
+  RULE(k_tiles_per_load, "k_tiles_per_load must be 0, 1 or 2, and 2 needs head_dim and block_n to be multiples of 32") \
   RULE(smem, "block_m, block_n and head_dim need more shared memory than a thread block of this GPU can have")
 
 enum class ForwardConfigError : uint8_t {
@@ -177,36 +237,28 @@ constexpr ForwardConfigError check(ForwardConfig const& c, Arch arch) {
   using enum ForwardConfigError;
   if (c.num_warps != 1 && c.num_warps != 2 && c.num_warps != 4 && c.num_warps != 8) return num_warps;
   if (c.block_m <= 0 || c.block_m > 256 || c.block_m % (16 * c.num_warps) != 0) return block_m;
-  // A pass of the global-to-shared copy covers 4 * num_warps rows (8 threads a row).
-  if (c.block_n <= 0 || c.block_n > 256 || c.block_n % 16 != 0 || c.block_n % (4 * c.num_warps) != 0) return block_n;
-  if (arch == cpu_arch) return c.head_dim < 1 || c.head_dim > 256 ? cpu_head_dim : none;
+  if (c.block_n <= 0 || c.block_n > 256 || c.block_n % 16 != 0) return block_n;
+  if (c.copy_bytes != 16 && c.copy_bytes != 8 && c.copy_bytes != 4 && c.copy_bytes != 2) return copy_bytes;
+  int32_t const widths[] = {c.head_dim, c.head_dim_v};
+  for (int32_t const d : widths) {
+    if (arch == cpu_arch && (d < 1 || d > 256)) return cpu_head_dim;
+  }
+  if (c.dtype == DType::int32) return cpu_dtype;
+  if (arch == cpu_arch) return none;
   if (arch < 80) return arch_too_old;
-  if (c.dtype != DType::float16 && c.dtype != DType::bfloat16) return gpu_dtype;
-  if (c.head_dim != 64 && c.head_dim != 128) return gpu_head_dim;
+  if (c.dtype == DType::float64) return gpu_dtype;
+  if (c.copy_bytes < size_of(c.dtype)) return copy_bytes;
+  if (c.async_copy && c.copy_bytes < 4) return async_copy;
+  for (int32_t const d : widths) {
+    if (d < 16 || d > 256 || d % 16 != 0) return gpu_head_dim;
+    int32_t const rows = CopyShape::of(c, d).rows_per_pass;
+    if (c.block_m % rows != 0 || c.block_n % rows != 0) return copy_rows;
+  }
+  if (c.math == Math::cuda_core && (c.q_in_registers || c.k_tiles_per_load != 0)) return fragments;
+  if (c.k_tiles_per_load < 0 || c.k_tiles_per_load > 2) return k_tiles_per_load;
+  if (c.k_tiles_per_load == 2 && (c.head_dim % 32 != 0 || c.block_n % 32 != 0)) return k_tiles_per_load;
   if (smem_bytes(c) > max_smem_bytes(arch)) return smem;
   return none;
-}
-
-/// The default configuration for head dimension d on `arch`. The GPU tiles stay under the 99 KB of
-/// shared memory that compute capabilities 8.6, 8.9 and 12.0 allow, so one choice serves all; none
-/// spills in its main loop on any target (see docs/decisions/0003-tiles.md).
-constexpr ForwardConfig default_forward_config(DType dtype, int32_t d, Arch arch) {
-  ForwardConfig c;
-  c.dtype = dtype;
-  if (arch == cpu_arch) {
-    c.head_dim = d;
-    c.block_m = 64;
-    c.block_n = 128;
-  } else if (d <= 64) {
-    c.head_dim = 64;
-    c.block_m = 128;
-    c.block_n = 64;
-  } else {
-    c.head_dim = 128;
-    c.block_m = 64;
-    c.block_n = 64;
-  }
-  return c;
 }
 
 }  // namespace flashcute

@@ -15,24 +15,39 @@ FLASHCUTE_DEVICE auto by_row_and_column(Tensor&& acc) {
                                              make_layout(get<0, 0>(l), get<2>(l))));  // column: (2, MMA_N)
 }
 
-/// Views an accumulator (MMA = (2, 2), MMA_M, MMA_N) as the A operand ((2, 2, 2), MMA_M, MMA_N / 2) of the
-/// next product: two n8 accumulators side by side are one k16 operand, so no lane exchanges anything.
-template <class Tensor>
+/// Views an accumulator of probabilities (MMA = (2, 2), MMA_M, MMA_N) as the A operand, of type To, of the next
+/// product, so that no lane exchanges anything. In 16 bits two n8 accumulators side by side are one k16 operand
+/// ((2, 2, 2), MMA_M, MMA_N / 2). In TF32 an n8 accumulator is a k8 operand ((2, 2), MMA_M, MMA_N) if key 2 i
+/// counts as the operand's i-th and key 2 i + 1 as its (i + 4)-th; V's operand has to agree.
+template <class To, class Tensor>
 FLASHCUTE_DEVICE auto as_operand_a(Tensor&& acc) {
   using namespace cute;
-  auto const l = logical_divide(acc.layout(), Shape<X, X, _2>{});  // ((2, 2), MMA_M, (2, MMA_N / 2))
-  return make_tensor(acc.data(),
-                     make_layout(make_layout(get<0, 0>(l), get<0, 1>(l), get<2, 0>(l)), get<1>(l), get<2, 1>(l)));
+  if constexpr (sizeof(To) == 2) {
+    auto const l = logical_divide(acc.layout(), Shape<X, X, _2>{});  // ((2, 2), MMA_M, (2, MMA_N / 2))
+    return make_tensor(acc.data(),
+                       make_layout(make_layout(get<0, 0>(l), get<0, 1>(l), get<2, 0>(l)), get<1>(l), get<2, 1>(l)));
+  } else {
+    auto const l = acc.layout();
+    return make_tensor(acc.data(), make_layout(make_layout(get<0, 1>(l), get<0, 0>(l)), get<1>(l), get<2>(l)));
+  }
 }
 
-/// Rounds an fp32 fragment to a 16-bit element type.
+/// An fp32 fragment in the type of an operand or of the output, rounded to nearest.
 template <class To, class Tensor>
 FLASHCUTE_DEVICE auto convert(Tensor const& from) {
   using namespace cute;
   auto to = make_fragment_like<To>(from);
-  auto pairs = recast<uint32_t>(to);
-  CUTE_UNROLL
-  for (int i = 0; i < size(pairs); ++i) pairs(i) = round_pair<To>(from(2 * i), from(2 * i + 1));
+  if constexpr (sizeof(To) == 2) {
+    auto pairs = recast<uint32_t>(to);
+    CUTE_UNROLL
+    for (int i = 0; i < size(pairs); ++i) pairs(i) = round_pair<To>(from(2 * i), from(2 * i + 1));
+  } else {
+    CUTE_UNROLL
+    for (int i = 0; i < size(to); ++i) {
+      if constexpr (std_::is_same_v<To, float>) to(i) = from(i);
+      else to(i) = round_tf32(from(i));
+    }
+  }
   return to;
 }
 

@@ -12,33 +12,81 @@
 
 namespace flashcute {
 
-// ---- copies and products, as CuTe operations -----------------------------------------------------
+// ---- fragments and products, as CuTe operations --------------------------------------------------
 
-/// 16 bytes from global to shared memory, asynchronously; zeros where the predicate is false.
-using CpAsync = cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>;
-/// Four 8x8 tiles of 16-bit elements from shared memory to the lanes of a warp.
+/// Four 8x8 tiles of 16-bit elements (8x4 of 32-bit ones) from shared memory to the lanes of a warp.
 using Ldmatrix = cute::SM75_U32x4_LDSM_N;
-/// The same, each tile transposed.
+/// The same, each tile of 16-bit elements transposed.
 using LdmatrixTransposed = cute::SM75_U16x8_LDSM_T;
-/// Two neighbouring 16-bit elements of an accumulator from registers to shared memory.
-using FragmentStore = cute::UniversalCopy<cute::uint32_t>;
-/// 16 bytes from shared to global memory.
-using VectorCopy = cute::UniversalCopy<cute::uint128_t>;
+/// A few neighbouring elements of an accumulator from registers to shared memory.
+template <class Word>
+using FragmentStore = cute::UniversalCopy<Word>;
 
+/// mma.sync with fp32 accumulators. `Element` is the type in memory, `Operand` the one that is multiplied.
 template <DType>
 struct TensorCore;
 
 template <>
 struct TensorCore<DType::float16> {
   using Element = cute::half_t;
-  using Mma = cute::SM80_16x8x16_F32F16F16F32_TN;  // mma.sync.m16n8k16, fp32 accumulators
+  using Operand = Element;
+  using Mma = cute::SM80_16x8x16_F32F16F16F32_TN;  // mma.sync.m16n8k16
 };
 
 template <>
 struct TensorCore<DType::bfloat16> {
   using Element = cute::bfloat16_t;
+  using Operand = Element;
   using Mma = cute::SM80_16x8x16_F32BF16BF16F32_TN;
 };
+
+template <>
+struct TensorCore<DType::float32> {
+  using Element = float;
+  using Operand = cute::tfloat32_t;
+  using Mma = cute::SM80_16x8x8_F32TF32TF32F32_TN;  // mma.sync.m16n8k8
+};
+
+// ---- memory --------------------------------------------------------------------------------------
+
+/// One word from or to shared memory.
+template <class Word>
+FLASHCUTE_DEVICE Word shared_load(void const* from) {
+  return *static_cast<Word const*>(from);
+}
+
+template <class Word>
+FLASHCUTE_DEVICE void shared_store(void* to, Word const& word) {
+  *static_cast<Word*>(to) = word;
+}
+
+/// One word from or to global memory.
+template <class Word>
+FLASHCUTE_DEVICE Word global_load(void const* from) {
+  return *static_cast<Word const*>(from);
+}
+
+template <class Word>
+FLASHCUTE_DEVICE void global_store(void* to, Word const& word) {
+  *static_cast<Word*>(to) = word;
+}
+
+/// Starts copying one word (4, 8 or 16 bytes) from global to shared memory; zeros if it does not exist.
+template <class Word>
+FLASHCUTE_DEVICE void copy_async(void const* from, void* to, bool exists) {
+  static_assert(sizeof(Word) == 4 || sizeof(Word) == 8 || sizeof(Word) == 16);
+  uint32_t const shared = cute::cast_smem_ptr_to_uint(to);
+  int const bytes = exists ? static_cast<int>(sizeof(Word)) : 0;
+  if constexpr (sizeof(Word) == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(from), "n"(sizeof(Word)), "r"(bytes)
+                 : "memory");
+  }
+}
+
+/// Waits for all asynchronous copies of this thread.
+FLASHCUTE_DEVICE void copies_wait() { cute::cp_async_wait<0>(); }
 
 // ---- threads -------------------------------------------------------------------------------------
 
@@ -52,22 +100,14 @@ FLASHCUTE_DEVICE void block_sync() { __syncthreads(); }
 /// block_sync that also tells whether any thread passed true.
 FLASHCUTE_DEVICE bool block_any(bool x) { return __syncthreads_or(x); }
 
-/// One word from or to shared memory.
-template <class Word>
-FLASHCUTE_DEVICE Word shared_load(void const* from) {
-  return *static_cast<Word const*>(from);
-}
-
-template <class Word>
-FLASHCUTE_DEVICE void shared_store(void* to, Word const& word) {
-  *static_cast<Word*>(to) = word;
-}
-
 /// The value of the lane whose number differs by `mask`.
 FLASHCUTE_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
-/// Waits for all asynchronous copies of this thread.
-FLASHCUTE_DEVICE void copies_wait() { cute::cp_async_wait<0>(); }
+/// The value of lane `lane` of this thread's group of `Width` lanes.
+template <int Width>
+FLASHCUTE_DEVICE float shuffle(float x, int lane) {
+  return __shfl_sync(0xffffffffu, x, lane, Width);
+}
 
 // ---- arithmetic ----------------------------------------------------------------------------------
 
@@ -98,14 +138,24 @@ FLASHCUTE_DEVICE uint32_t round_pair(float low, float high) {
   return packed;
 }
 
-/// sum + 0 * pair, in both halves: a half of the sum turns NaN at the first half that is not finite.
+/// x rounded to nearest in TF32, half away from zero.
+FLASHCUTE_DEVICE cute::tfloat32_t round_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return cute::tfloat32_t::bitcast(bits);
+}
+
+/// sum + 0 * word, for each element in the word: a sum turns NaN at the first element that is not finite.
 template <class Element>
-FLASHCUTE_DEVICE uint32_t add_zero_times(uint32_t pair, uint32_t sum) {
+FLASHCUTE_DEVICE uint32_t add_zero_times(uint32_t word, uint32_t sum) {
   uint32_t result;
-  if constexpr (std_::is_same_v<Element, cute::half_t>) {
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(pair), "r"(0u), "r"(sum));
+  if constexpr (std_::is_same_v<Element, float>) {
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=r"(result) : "r"(word), "r"(0u), "r"(sum));
+  } else if constexpr (std_::is_same_v<Element, cute::half_t>) {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(word), "r"(0u), "r"(sum));
   } else {
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(pair), "r"(0u), "r"(sum));
+    static_assert(std_::is_same_v<Element, cute::bfloat16_t>);
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(word), "r"(0u), "r"(sum));
   }
   return result;
 }

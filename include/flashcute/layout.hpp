@@ -1,5 +1,5 @@
 // From a configuration to CuTe types: where tiles live in shared memory, how threads copy them, how
-// warps multiply them. Types only; nothing here runs.
+// warps multiply them.
 #pragma once
 
 #include "flashcute/instructions.hpp"
@@ -20,47 +20,68 @@ struct ForwardLayout {
 #undef FLASHCUTE_RULE
 
   using Element = typename TensorCore<C.dtype>::Element;
+  using Operand = typename TensorCore<C.dtype>::Operand;
   using BlockM = cute::Int<C.block_m>;
   using BlockN = cute::Int<C.block_n>;
   using HeadDim = cute::Int<C.head_dim>;
+  using HeadDimV = cute::Int<C.head_dim_v>;
   using NumWarps = cute::Int<C.num_warps>;
 
   // ---- shared memory ----
-  // Rows of 64 elements are 128 bytes, all 32 banks: without the swizzle, eight rows read by one
-  // ldmatrix phase would start in the same bank. The swizzle XORs the 16-byte column with the row.
-  using SmemAtom =
-      decltype(cute::composition(cute::Swizzle<C.swizzled ? 3 : 0, 3, 3>{},
-                                 cute::Layout<cute::Shape<cute::_8, cute::_64>, cute::Stride<cute::_64, cute::_1>>{}));
-  using SmemQ = decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<BlockM, HeadDim>{}));   // (M, D)
-  using SmemKV = decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<BlockN, HeadDim>{}));  // (N, D)
+  /// A tile of Rows x Columns, cut into chunks whose rows are at most 128 bytes, all 32 banks. Without the
+  /// swizzle, eight rows read by one ldmatrix phase would start in the same few banks: it XORs the 16-byte
+  /// column with the row.
+  template <class Rows, class Columns>
+  struct Smem {
+    static constexpr CopyShape shape = CopyShape::of(C, Columns::value);
+    static constexpr int unit = 16 / sizeof(Element);  // elements that stay together
+    static constexpr int swizzle_bits = C.swizzled ? cute::log_2(static_cast<unsigned>(shape.chunk / unit)) : 0;
+    using Chunk = cute::Int<shape.chunk>;
+    using Atom = decltype(cute::composition(
+        cute::Swizzle<swizzle_bits, cute::log_2(static_cast<unsigned>(unit)), 3>{},
+        cute::Layout<cute::Shape<cute::_8, Chunk>, cute::Stride<Chunk, cute::_1>>{}));
+    using Layout = decltype(cute::tile_to_shape(Atom{}, cute::Shape<Rows, Columns>{}));  // (rows, columns)
+    // Who copies what: threads_per_row threads along a row, `vector` columns each.
+    using Copy = decltype(cute::make_tiled_copy(
+        cute::Copy_Atom<cute::UniversalCopy<Element>, Element>{},
+        cute::Layout<cute::Shape<cute::Int<shape.rows_per_pass>, cute::Int<shape.threads_per_row>>,
+                     cute::Stride<cute::Int<shape.threads_per_row>, cute::_1>>{},
+        cute::Layout<cute::Shape<cute::_1, cute::Int<shape.vector>>>{}));
+  };
+  using SmemQ = Smem<BlockM, HeadDim>;
+  using SmemK = Smem<BlockN, HeadDim>;
+  using SmemV = Smem<BlockN, HeadDimV>;
+  using SmemO = Smem<BlockM, HeadDimV>;
   using SmemVt = decltype(cute::composition(
-      SmemKV{}, cute::make_layout(cute::Shape<HeadDim, BlockN>{}, cute::GenRowMajor{})));  // (D, N)
+      typename SmemV::Layout{}, cute::make_layout(cute::Shape<HeadDimV, BlockN>{}, cute::GenRowMajor{})));  // (DV, N)
 
   struct SharedStorage {
-    alignas(128) Element q[cute::cosize_v<SmemQ>];  // the output tile reuses it
-    alignas(128) Element k[cute::cosize_v<SmemKV>];
-    alignas(128) Element v[cute::cosize_v<SmemKV>];
+    alignas(128) Element q[C.block_m * max_of(C.head_dim, C.head_dim_v)];  // the output tile reuses it
+    alignas(128) Element k[C.block_n * C.head_dim];
+    alignas(128) Element v[C.block_n * C.head_dim_v];
   };
   static_assert(sizeof(SharedStorage) == smem_bytes(C));
 
-  // ---- global <-> shared: 16 bytes a thread, 8 threads a row of 64 columns ----
-  using CopyThreads = cute::Layout<cute::Shape<cute::Int<C.num_warps * 4>, cute::_8>, cute::Stride<cute::_8, cute::_1>>;
-  using CopyValues = cute::Layout<cute::Shape<cute::_1, cute::_8>>;
-  using LoadAtom = cute::Copy_Atom<CpAsync, Element>;
-  using StoreAtom = cute::Copy_Atom<VectorCopy, Element>;
-  using GlobalLoad = decltype(cute::make_tiled_copy(LoadAtom{}, CopyThreads{}, CopyValues{}));
-  using GlobalStore = decltype(cute::make_tiled_copy(StoreAtom{}, CopyThreads{}, CopyValues{}));
-
   // ---- tensor cores: warps along M only, so that a row of scores lives in one quad of lanes ----
-  using TiledMma = cute::TiledMMA<cute::MMA_Atom<typename TensorCore<C.dtype>::Mma>,
-                                  cute::Layout<cute::Shape<NumWarps, cute::_1, cute::_1>>,
-                                  cute::Tile<cute::Int<16 * C.num_warps>, cute::_16, cute::_16>>;
-  using LdmatrixAtom = cute::Copy_Atom<Ldmatrix, Element>;
-  using LdmatrixTransposedAtom = cute::Copy_Atom<LdmatrixTransposed, Element>;
-  using FragmentStoreAtom = cute::Copy_Atom<FragmentStore, Element>;
+  // (The CUDA cores compute the elements that the tensor cores would.)
+  using MmaAtom = cute::MMA_Atom<typename TensorCore<C.dtype>::Mma>;
+  static constexpr int k_step = cute::size<2>(typename MmaAtom::Shape_MNK{});
+  using TiledMma = cute::TiledMMA<MmaAtom, cute::Layout<cute::Shape<NumWarps, cute::_1, cute::_1>>,
+                                  cute::Tile<cute::Int<16 * C.num_warps>, cute::_16, cute::Int<k_step>>>;
+  using LdmatrixAtom = cute::Copy_Atom<Ldmatrix, Operand>;
+  using LdmatrixTransposedAtom = cute::Copy_Atom<LdmatrixTransposed, Operand>;
+  using FragmentStoreAtom = cute::Copy_Atom<FragmentStore<cute::uint_bit_t<16 * sizeof(Element)>>, Element>;
 
   static constexpr int threads = num_threads(C);
   static constexpr int rows_per_thread = 2 * C.block_m / (16 * C.num_warps);
+
+  /// (row, column) of every element of a BlockM x Columns accumulator that a thread holds.
+  template <int Columns>
+  FLASHCUTE_DEVICE static auto coordinates(int thread) {
+    using namespace cute;
+    auto const identity = make_identity_tensor(Shape<BlockM, Int<Columns>>{});
+    return TiledMma{}.get_thread_slice(thread).partition_C(identity);  // (MMA, MMA_M, MMA_N) -> (row, column)
+  }
 };
 
 }  // namespace flashcute

@@ -8,19 +8,30 @@
 
 namespace flashcute {
 
-/// Tells NaN and infinity by the bits of a 16-bit float.
+/// Tells NaN and infinity by the bits of an element: its exponent is all 1.
 template <class Element>
 struct NonFinite {
-  /// All 1 in NaN and infinity, and in nothing else.
-  static constexpr uint32_t exponent = std_::is_same_v<Element, cute::half_t> ? 0x7c00 : 0x7f80;
+  static constexpr int bits = 8 * sizeof(Element);
+  static constexpr uint32_t exponent = std_::is_same_v<Element, cute::half_t> ? 0x7c00
+                                       : bits == 16                           ? 0x7f80
+                                                                              : 0x7f800000;
+  static constexpr uint32_t sign = 1u << (bits - 1);
 
-  FLASHCUTE_DEVICE static bool in_low_half(uint32_t pair) { return (pair & exponent) == exponent; }
-  FLASHCUTE_DEVICE static bool in_high_half(uint32_t pair) { return in_low_half(pair >> 16); }
+  FLASHCUTE_DEVICE static bool in_low(uint32_t word) { return (word & exponent) == exponent; }
+  FLASHCUTE_DEVICE static bool in_high(uint32_t word) { return bits == 16 && in_low(word >> 16); }
+
+  /// The word with 0 in place of what is not finite.
+  FLASHCUTE_DEVICE static uint32_t dropped(uint32_t word) {
+    constexpr uint32_t low = bits == 16 ? 0x0000ffffu : 0xffffffffu;
+    if (in_low(word)) word &= ~low;
+    if (in_high(word)) word &= low;
+    return word;
+  }
 
   /// What 1 * x adds to a sum for an x that is not finite.
-  FLASHCUTE_DEVICE static float value(uint32_t bits) {
-    float const size = (bits & 0x7fff) > exponent ? infinity - infinity : infinity;
-    return (bits & 0x8000) != 0 ? -size : size;
+  FLASHCUTE_DEVICE static float value(uint32_t x) {
+    float const size = (x & (sign - 1)) > exponent ? infinity - infinity : infinity;
+    return (x & sign) != 0 ? -size : size;
   }
 };
 
@@ -29,10 +40,11 @@ struct alignas(16) SharedWords {
   uint32_t word[4];
 };
 
-/// Calls f(place) for each 16 bytes of `count` 16-bit elements of shared memory that are this thread's part.
+/// Calls f(place) for each 16 bytes of `count` elements of shared memory that are this thread's part.
 template <int Threads, class Element, class F>
 FLASHCUTE_DEVICE void for_each_shared_words(Element* elements, int count, F const& f) {
-  for (int i = 8 * thread_index(); i < count; i += 8 * Threads) f(elements + i);
+  constexpr int vector = sizeof(SharedWords) / sizeof(Element);
+  for (int i = vector * thread_index(); i < count; i += vector * Threads) f(elements + i);
 }
 
 /// Whether `count` elements of shared memory are all finite. All threads of the block call it.
@@ -41,9 +53,9 @@ FLASHCUTE_DEVICE bool block_all_finite(Element* elements, int count) {
   uint32_t sum = 0;
   for_each_shared_words<Threads>(elements, count, [&](Element* place) {
     auto const words = shared_load<SharedWords>(place);
-    for (uint32_t pair : words.word) sum = add_zero_times<Element>(pair, sum);
+    for (uint32_t word : words.word) sum = add_zero_times<Element>(word, sum);
   });
-  return !block_any(NonFinite<Element>::in_low_half(sum) || NonFinite<Element>::in_high_half(sum));
+  return !block_any(NonFinite<Element>::in_low(sum) || NonFinite<Element>::in_high(sum));
 }
 
 /// Replaces NaN and infinity among `count` elements of shared memory by 0. All threads of the block call it.
@@ -51,10 +63,7 @@ template <int Threads, class Element>
 FLASHCUTE_DEVICE void zero_nonfinite(Element* elements, int count) {
   for_each_shared_words<Threads>(elements, count, [&](Element* place) {
     auto words = shared_load<SharedWords>(place);
-    for (uint32_t& pair : words.word) {
-      if (NonFinite<Element>::in_low_half(pair)) pair &= 0xffff0000u;
-      if (NonFinite<Element>::in_high_half(pair)) pair &= 0x0000ffffu;
-    }
+    for (uint32_t& word : words.word) word = NonFinite<Element>::dropped(word);
     shared_store(place, words);
   });
 }

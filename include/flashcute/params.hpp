@@ -11,12 +11,20 @@ struct Strides {
   int64_t batch, row, head;
 };
 
+/// How a tile of query rows treated the K/V blocks of its sequence.
+struct BlockCounts {
+  int32_t full;     // visited, without a test of elements
+  int32_t partial;  // visited, with one
+  int32_t skipped;  // never touched
+};
+
 struct ForwardParams {
   void const* q;  // (batch, seqlen_q, heads,    head_dim)
   void const* k;  // (batch, seqlen_k, kv_heads, head_dim)
-  void const* v;  // (batch, seqlen_k, kv_heads, head_dim)
-  void* out;      // (batch, seqlen_q, heads,    head_dim)
+  void const* v;  // (batch, seqlen_k, kv_heads, head_dim_v)
+  void* out;      // (batch, seqlen_q, heads,    head_dim_v)
   void* lse;      // (batch, heads, seqlen_q), contiguous; fp32, or fp64 with fp64 inputs; may be null
+  BlockCounts* block_counts;  // (batch, heads, row blocks); null unless Features::count_blocks
 
   Strides q_stride, k_stride, v_stride, out_stride;
 
@@ -25,19 +33,20 @@ struct ForwardParams {
 
   int32_t batch, heads, kv_heads;
   int32_t seqlen_q, seqlen_k;
-  int32_t head_dim;
+  int32_t head_dim, head_dim_v;
   int32_t causal_offset;  // causal: query i sees key j iff j <= i + causal_offset
 };
 
 // The host (g++) fills the struct, the device compiler reads it: both assert the layout.
 static_assert(sizeof(Strides) == 24);
-static_assert(sizeof(ForwardParams) == 176);
+static_assert(sizeof(BlockCounts) == 12);
+static_assert(sizeof(ForwardParams) == 192);
 #if !defined(__CUDACC_RTC__)  // NVRTC's offsetof is no constant expression
-static_assert(offsetof(ForwardParams, q_stride) == 40);
-static_assert(offsetof(ForwardParams, out_stride) == 112);
-static_assert(offsetof(ForwardParams, scale) == 136);
-static_assert(offsetof(ForwardParams, batch) == 148);
-static_assert(offsetof(ForwardParams, causal_offset) == 172);
+static_assert(offsetof(ForwardParams, q_stride) == 48);
+static_assert(offsetof(ForwardParams, out_stride) == 120);
+static_assert(offsetof(ForwardParams, scale) == 144);
+static_assert(offsetof(ForwardParams, batch) == 156);
+static_assert(offsetof(ForwardParams, causal_offset) == 184);
 #endif
 
 /// One tile of query rows of one head: what a thread block, or a CPU task, computes.
@@ -66,6 +75,11 @@ struct QueryTile {
 
   FLASHCUTE_HD static int64_t count(ForwardParams const& p, int32_t block_m) {
     return static_cast<int64_t>(p.batch) * p.heads * ceil_div<int64_t>(p.seqlen_q, block_m);
+  }
+
+  /// Where the tile's counts lie.
+  FLASHCUTE_HD int64_t block_counts_offset(ForwardParams const& p, int32_t block_m) const {
+    return (static_cast<int64_t>(batch) * p.heads + head) * ceil_div(p.seqlen_q, block_m) + row0 / block_m;
   }
 
   FLASHCUTE_HD int64_t q_offset(ForwardParams const& p) const { return offset(p.q_stride, head, row0); }

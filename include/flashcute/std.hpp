@@ -43,6 +43,7 @@ using std_::uint64_t;
 using std_::uint8_t;
 
 inline constexpr float infinity = std_::numeric_limits<float>::infinity();
+inline constexpr float smallest_normal = std_::numeric_limits<float>::min();
 
 template <class T>
 FLASHCUTE_HD constexpr T min_of(T a, T b) {

@@ -28,13 +28,13 @@ def forward(
     """softmax(scale * q kᵀ) v with a kernel configuration of your choice.
 
     cfg: the static configuration; see `default_config` and `configs`.
-    q: (batch, seqlen_q, heads, d).  k, v: (batch, seqlen_k, kv_heads, d), kv_heads dividing heads.
-        float16 or bfloat16, on the CPU also float32 and float64; last stride 1, other strides free
-        (on a GPU multiples of 16 bytes; d a multiple of 8, at most 128; on the CPU any d to 256).
+    q: (batch, seqlen_q, heads, d).  k: (batch, seqlen_k, kv_heads, d).  v: (batch, seqlen_k, kv_heads, d_v).
+        kv_heads divides heads; d and d_v at most 256. float16, bfloat16 or float32, on the CPU also float64;
+        last stride 1, other strides free (on a GPU multiples of cfg.copy_bytes, and d and d_v, too).
     causal: query i sees key j iff j <= i + seqlen_k - seqlen_q.
     scale: of the scores, >= 0; default d**-0.5.
     layout: "bshd" as above, or "bhsd" with heads before seqlen, for all tensors.
-    out: where to write, shaped like q; default a new array of q's library.
+    out: where to write, (batch, seqlen_q, heads, d_v); default a new array of q's library.
     return_lse: also return log(sum(exp(scores))), natural logarithm, (batch, heads, seqlen_q), float32
         (float64 for float64 inputs); -inf for a row that sees no key, whose output is 0.
     stream: CUDA stream to launch on; default the library's current one. Nothing is synchronised.
@@ -54,7 +54,7 @@ def forward(
             f"{recording}: expected a tensor without requires_grad, got requires_grad=True. forward records "
             f"no gradient: call it under torch.no_grad(), detach the tensor, or train with {SDPA}"
         )
-    return _run(cfg, q, k, v, causal, scale, layout, out, return_lse, stream)
+    return _run(cfg, q, k, v, causal, scale, layout, out, return_lse, stream, False)
 
 
 def flash_attention(
@@ -68,6 +68,7 @@ def flash_attention(
     return_lse: bool = False,
     out: Array | None = None,
     stream: object = None,
+    allow_tf32: bool = False,
     attn_mask: Array | None = None,
     dropout_p: float = 0.0,
     window: tuple[int, int] | None = None,
@@ -77,7 +78,11 @@ def flash_attention(
     """softmax(scale * q kᵀ) v, with the configuration that suits the tensors.
 
     The arguments, their shapes and the exceptions are those of `forward`; `explain` tells what was chosen
-    and why. Gradients, attn_mask, dropout_p, window and cu_seqlens_* are not supported yet and raise
+    and why. allow_tf32 lets a GPU round float32 inputs to TF32 (10 bits of fraction), for its tensor cores.
+    On a GPU every head dimension and alignment runs; multiples of 16 bytes are fastest, and need no
+    compilation at the first call.
+
+    Gradients, attn_mask, dropout_p, window and cu_seqlens_* are not supported yet and raise
     UnsupportedError, which names what to use instead.
     """
     recording = _wanting_gradients(q=q, k=k, v=v, out=out)
@@ -101,7 +106,7 @@ def flash_attention(
             "cu_seqlens_q, cu_seqlens_k: packed sequences are not supported yet: call flash_attention "
             "per sequence, or use torch.nn.attention.varlen"
         )
-    return _run(None, q, k, v, causal, scale, layout, out, return_lse, stream)
+    return _run(None, q, k, v, causal, scale, layout, out, return_lse, stream, bool(allow_tf32))
 
 
 def _wanting_gradients(**arrays: Array) -> str | None:
@@ -123,6 +128,7 @@ def _run(
     out: Array | None,
     return_lse: bool,
     stream: object,
+    allow_tf32: bool,
 ) -> Any:
     for name, array in (("q", q), ("k", k), ("v", v), ("out", out)):
         if array is None and name == "out":
@@ -147,9 +153,13 @@ def _run(
     library = library_of(type(q))
     number = stream_number(stream)
     if number is None:
-        return _run_on(library, cfg, q, k, v, causal, scale, layout, out, return_lse, None)
+        return _run_on(
+            library, cfg, q, k, v, causal, scale, layout, out, return_lse, None, allow_tf32
+        )
     with library.use_stream(number, [q, k, v] if out is None else [q, k, v, out]):
-        return _run_on(library, cfg, q, k, v, causal, scale, layout, out, return_lse, number)
+        return _run_on(
+            library, cfg, q, k, v, causal, scale, layout, out, return_lse, number, allow_tf32
+        )
 
 
 def _run_on(
@@ -164,8 +174,9 @@ def _run_on(
     out: Array | None,
     return_lse: bool,
     stream: int | None,
+    allow_tf32: bool,
 ) -> Any:
-    target = library.empty(q.shape, q) if out is None else out
+    target = library.empty((*q.shape[:-1], v.shape[-1]), q) if out is None else out
     lse = None
     if return_lse and len(q.shape) == 4:
         batch, rows, heads = q.shape[0], q.shape[1], q.shape[2]
@@ -173,7 +184,9 @@ def _run_on(
             rows, heads = heads, rows
         double = str(q.dtype).endswith("float64")
         lse = library.empty((batch, heads, rows), q, "float64" if double else "float32")
-    _core.forward(cfg, q, k, v, target, lse, bool(causal), _number(scale), layout, stream)
+    _core.forward(
+        cfg, q, k, v, target, lse, None, bool(causal), _number(scale), layout, stream, allow_tf32
+    )
     result = library.finish(target, q) if out is None else out
     return (result, library.finish(lse, q)) if return_lse else result
 
@@ -196,6 +209,7 @@ def explain(
     cfg: ForwardConfig | None = None,
     scale: float | None = None,
     layout: str = "bshd",
+    allow_tf32: bool = False,
 ) -> Explanation:
     """What `flash_attention` (or `forward` with `cfg`) would run for these arguments, and why.
 
@@ -204,18 +218,49 @@ def explain(
     can run the call, `backend` is '' and `rejected` says why; ArgumentError is raised only for what cannot
     be described at all: no DLPack, a dtype that no kernel could have, an unknown layout.
     """
-    return _core.explain(cfg, q, k, v, bool(causal), _number(scale), layout)
+    return _core.explain(
+        cfg, q, k, v, bool(causal), _number(scale), layout, bool(allow_tf32)
+    )
+
+
+def count_blocks(
+    cfg: ForwardConfig, q: Array, k: Array, v: Array, *, causal: bool = False, layout: str = "bshd"
+) -> Any:
+    """Debug mode of `forward`: what each tile of query rows did with the K/V blocks of its sequence.
+
+    Runs the kernel of `cfg`, compiled to count as it goes (on a GPU at the first call, by NVRTC).
+
+    Returns int32 (batch, heads, ceil(seqlen_q / cfg.block_m), 3), of q's library and device: how many blocks
+    of cfg.block_n keys were visited with all elements visible, visited with a test of each element, skipped.
+    """
+    if not isinstance(cfg, ForwardConfig):
+        raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
+    library = library_of(type(q))
+    batch, rows, heads = q.shape[0], q.shape[1], q.shape[2]
+    if layout == "bhsd":
+        rows, heads = heads, rows
+    out = library.empty((*q.shape[:-1], v.shape[-1]), q)
+    counts = library.empty((batch, heads, -(-rows // max(cfg.block_m, 1)), 3), q, "int32")
+    _core.forward(cfg, q, k, v, out, None, counts, bool(causal), None, layout, None, False)
+    return library.finish(counts, q)
 
 
 def default_config(
-    head_dim: int, dtype: object = "bfloat16", arch: str | int = "sm_80"
+    head_dim: int,
+    dtype: object = "bfloat16",
+    arch: str | int = "sm_80",
+    *,
+    head_dim_v: int | None = None,
 ) -> ForwardConfig:
-    """The configuration that `flash_attention` takes for a head dimension on `arch` ("cpu", "sm_90", ...)."""
-    try:
-        number = operator.index(head_dim)
-    except TypeError:
-        raise ArgumentError(f"head_dim: expected an integer, got {head_dim!r}") from None
-    return _core.default_config(dtype, number, arch)
+    """The configuration that `flash_attention` takes for a head dimension on `arch` ("cpu", "sm_90", ...),
+    where addresses and strides are multiples of 16 bytes. head_dim_v: of v, if it is another."""
+    numbers = []
+    for name, value in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
+        try:
+            numbers.append(None if value is None and name != "head_dim" else operator.index(value))  # type: ignore[arg-type]
+        except TypeError:
+            raise ArgumentError(f"{name}: expected an integer, got {value!r}") from None
+    return _core.default_config(dtype, numbers[0], arch, numbers[1])
 
 
 def configs() -> list[ForwardConfig]:

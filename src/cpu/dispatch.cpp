@@ -14,7 +14,7 @@
 namespace flashcute::cpu {
 namespace {
 
-/// Below this many multiply-adds of Q K^T, waking the other threads takes longer than they save.
+/// Below this many multiply-adds of one product, waking the other threads takes longer than they save.
 constexpr double min_parallel_work = 1 << 18;
 
 /// Working memory that a thread keeps from call to call.
@@ -118,7 +118,7 @@ void forward_with(Isa isa, int threads, ForwardConfig const& config, Features co
   size_t const element = config.dtype == DType::float64 ? sizeof(double) : sizeof(float);
   size_t const bytes = static_cast<size_t>(ForwardScratch::of(config).elements) * element;
   double const work = static_cast<double>(params.batch) * params.heads * params.seqlen_q *
-                      static_cast<double>(params.seqlen_k) * params.head_dim;
+                      static_cast<double>(params.seqlen_k) * (params.head_dim + params.head_dim_v) / 2;
   parallel_for(QueryTile::count(params, config.block_m), work < min_parallel_work ? 1 : threads,
                [&](int64_t index) { tile(config, params, index, scratch_buffer.at_least(bytes)); });
 }

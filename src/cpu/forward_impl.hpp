@@ -8,7 +8,7 @@
 // they lie, one element broadcast to all queries, and a query's result never depends on its neighbours'.
 #pragma once
 
-#include "flashcute/mask.hpp"
+#include "flashcute/block_counter.hpp"
 #include "forward_isa.hpp"
 #include "forward_scratch.hpp"
 #include "gemm.hpp"
@@ -116,6 +116,7 @@ class ForwardTile {
   ForwardTile(ForwardConfig const& config, ForwardParams const& params, int64_t index, T* memory)
       : p_{params},
         tile_{QueryTile::at(params, index, config.block_m)},
+        block_m_{config.block_m},
         block_n_{config.block_n},
         columns_{ceil_div(tile_.rows, lanes<T>) * lanes<T>},
         layout_{ForwardScratch::of(config)},
@@ -131,18 +132,20 @@ class ForwardTile {
     load_query(q);
     clear(o);
     softmax.clear();
+    BlockCounter<true> counter;
     auto const range = Mask::kv_range(tile_, p_, block_n_);
     range.for_each_backward([&](int n, auto partial) {
+      counter.visit(partial.value);
       int const key0 = n * block_n_;
       int const keys = min_of(block_n_, p_.seqlen_k - key0);  // nothing beyond the sequence is touched
-      RowMajor<T> const k = load_block(p_.k, tile_.k_offset(p_), p_.k_stride.row, key0, keys, memory_ + layout_.k);
-      RowMajor<T> const v = load_block(p_.v, tile_.v_offset(p_), p_.v_stride.row, key0, keys, memory_ + layout_.v);
+      RowMajor<T> const k = load_block(p_.k, tile_.k_offset(p_), p_.k_stride.row, key0, keys, p_.head_dim, memory_ + layout_.k);
+      RowMajor<T> const v = load_block(p_.v, tile_.v_offset(p_), p_.v_stride.row, key0, keys, p_.head_dim_v, memory_ + layout_.v);
 
       gemm(k, keys, q, ld, p_.head_dim, columns_, Assign<T>{s, ld});  // S^T = K Q^T
       if constexpr (partial.value) apply_mask(s, key0, keys);
       softmax.update(s, keys);  // S^T becomes P^T
       RowMajor<T> const seen_v = partial.value ? finite_part(v, keys) : v;
-      gemm(transpose(seen_v), p_.head_dim, s, ld, keys, columns_,  // O^T = O^T diag(correction) + V^T P^T
+      gemm(transpose(seen_v), p_.head_dim_v, s, ld, keys, columns_,  // O^T = O^T diag(correction) + V^T P^T
            RescaleAndAdd<T>{o, ld, softmax.correction});
       if constexpr (partial.value) {
         if (seen_v.data != v.data) add_not_finite(v, s, o, key0, keys);
@@ -150,6 +153,9 @@ class ForwardTile {
     });
     store_out(o, softmax);
     if (p_.lse != nullptr) store_lse(softmax);
+    if (p_.block_counts != nullptr) {
+      p_.block_counts[tile_.block_counts_offset(p_, block_m_)] = counter.counts(p_, block_n_);
+    }
   }
 
   /// Q^T in units of log2: scale and log2(e) are folded in here, once per tile. Lanes without a query
@@ -167,17 +173,17 @@ class ForwardTile {
   }
 
   void clear(T* o) const {
-    for (int d = 0; d < p_.head_dim; ++d) {
+    for (int d = 0; d < p_.head_dim_v; ++d) {
       for (int m = 0; m < columns_; ++m) o[d * layout_.ld + m] = 0;
     }
   }
 
-  /// Keys or values [key0, key0 + keys) in the accumulation type: in place, or widened into `buffer`.
-  RowMajor<T> load_block(void const* base, int64_t offset, int64_t stride, int key0, int keys, T* buffer) const {
+  /// Keys or values [key0, key0 + keys), d columns each, in the accumulation type: in place, or widened into `buffer`.
+  RowMajor<T> load_block(void const* base, int64_t offset, int64_t stride, int key0, int keys, int d, T* buffer) const {
     Element const* const from = static_cast<Element const*>(base) + offset + key0 * stride;
     if constexpr (widened) {
-      for (int n = 0; n < keys; ++n) widen(from + n * stride, buffer + n * p_.head_dim, p_.head_dim);
-      return {buffer, p_.head_dim};
+      for (int n = 0; n < keys; ++n) widen(from + n * stride, buffer + n * d, d);
+      return {buffer, d};
     } else {
       return {from, stride};
     }
@@ -198,20 +204,20 @@ class ForwardTile {
   RowMajor<T> finite_part(RowMajor<T> v, int keys) const {
     int found = 0;
     for (int n = 0; n < keys; ++n) {
-      for (int d = 0; d < p_.head_dim; ++d) found |= !is_finite(v(n, d));
+      for (int d = 0; d < p_.head_dim_v; ++d) found |= !is_finite(v(n, d));
     }
     if (!found) return v;
     T* const copy = memory_ + layout_.finite_v;
     for (int n = 0; n < keys; ++n) {
-      for (int d = 0; d < p_.head_dim; ++d) copy[n * p_.head_dim + d] = is_finite(v(n, d)) ? v(n, d) : 0;
+      for (int d = 0; d < p_.head_dim_v; ++d) copy[n * p_.head_dim_v + d] = is_finite(v(n, d)) ? v(n, d) : 0;
     }
-    return {copy, p_.head_dim};
+    return {copy, p_.head_dim_v};
   }
 
   /// Adds to O what `finite_part` left out, to the queries that see it.
   void add_not_finite(RowMajor<T> v, T const* p, T* o, int key0, int keys) const {
     for (int n = 0; n < keys; ++n) {
-      for (int d = 0; d < p_.head_dim; ++d) {
+      for (int d = 0; d < p_.head_dim_v; ++d) {
         if (is_finite(v(n, d))) continue;
         for (int m = 0; m < tile_.rows; ++m) {
           if (Mask::visible(tile_.row0 + m, key0 + n, p_)) o[d * layout_.ld + m] += v(n, d) * p[n * layout_.ld + m];
@@ -227,7 +233,7 @@ class ForwardTile {
     Element* const to = static_cast<Element*>(p_.out) + tile_.out_offset(p_);
     for (int m = 0; m < tile_.rows; ++m) {
       bool const empty = Mask::empty_row(tile_.row0 + m, p_);
-      for (int d = 0; d < p_.head_dim; ++d) {
+      for (int d = 0; d < p_.head_dim_v; ++d) {
         T const x = empty ? T{0} : o[d * layout_.ld + m] / softmax.row_sum[m];
         from_float(x, to[m * p_.out_stride.row + d]);
       }
@@ -241,7 +247,7 @@ class ForwardTile {
 
   ForwardParams const p_;  // a copy: nothing that is stored can change it, as far as the compiler knows
   QueryTile const tile_;
-  int const block_n_;
+  int const block_m_, block_n_;
   int const columns_;  // tile_.rows, rounded up to whole vectors
   ForwardScratch const layout_;
   T* const memory_;
@@ -264,6 +270,7 @@ ForwardTileFunction forward_tile(ForwardConfig const& config, Features const& fe
     case DType::bfloat16: return forward_tile_of<DType::bfloat16>(features);
     case DType::float32: return forward_tile_of<DType::float32>(features);
     case DType::float64: return forward_tile_of<DType::float64>(features);
+    case DType::int32: break;
   }
   return nullptr;
 }

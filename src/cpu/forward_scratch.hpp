@@ -14,28 +14,28 @@ struct ForwardScratch {
   int64_t ld;          // columns of `q`, `scores` and `out`
   int64_t q;           // (head_dim, ld)   scaled Q^T
   int64_t scores;      // (block_n, ld)    S^T, then P^T
-  int64_t out;         // (head_dim, ld)   unnormalised O^T
+  int64_t out;         // (head_dim_v, ld) unnormalised O^T
   int64_t row_max;     // (ld)
   int64_t row_sum;     // (ld)
   int64_t correction;  // (ld)
-  int64_t k, v;        // (block_n, head_dim) each: widened blocks of 16-bit inputs
-  int64_t finite_v;    // (block_n, head_dim)
+  int64_t k, v;        // (block_n, head_dim), (block_n, head_dim_v): widened blocks of 16-bit inputs
+  int64_t finite_v;    // (block_n, head_dim_v)
   int64_t elements;
 
   FLASHCUTE_HD static constexpr ForwardScratch of(ForwardConfig const& c) {
     int64_t const line = 16;  // elements: at least one cache line, and the widest vector, of floats
     ForwardScratch s{};
     s.ld = ceil_div<int64_t>(c.block_m, line) * line;
-    int64_t const block = ceil_div<int64_t>(static_cast<int64_t>(c.block_n) * c.head_dim, line) * line;
+    auto const block = [&](int64_t d) { return ceil_div<int64_t>(c.block_n * d, line) * line; };
     s.scores = s.q + c.head_dim * s.ld;
     s.out = s.scores + c.block_n * s.ld;
-    s.row_max = s.out + c.head_dim * s.ld;
+    s.row_max = s.out + c.head_dim_v * s.ld;
     s.row_sum = s.row_max + s.ld;
     s.correction = s.row_sum + s.ld;
     s.k = s.correction + s.ld;
-    s.v = s.k + block;
-    s.finite_v = s.v + block;
-    s.elements = s.finite_v + block;
+    s.v = s.k + block(c.head_dim);
+    s.finite_v = s.v + block(c.head_dim_v);
+    s.elements = s.finite_v + block(c.head_dim_v);
     return s;
   }
 };

@@ -47,7 +47,8 @@ inline double get(DType t, void const* p) {
       std::memcpy(&single, &wide, 4);
       return single;
     }
-    case DType::float16: break;
+    case DType::float16:
+    case DType::int32: break;
   }
   std::memcpy(&bits, p, 2);
   double const sign = bits & 0x8000 ? -1 : 1;
@@ -86,6 +87,7 @@ inline void set(DType t, void* p, double x) {
       if (std::signbit(x)) bits |= 0x8000;
       break;
     }
+    case DType::int32: break;
   }
   std::memcpy(p, &bits, 2);
 }
@@ -95,6 +97,7 @@ inline void set(DType t, void* p, double x) {
 struct Shape {
   DType dtype = DType::float32;
   int head_dim = 64;
+  int head_dim_v = head_dim;
   int batch = 1, heads = 2, kv_heads = 2;
   int seqlen_q = 64, seqlen_k = 64;
   MaskKind mask = MaskKind::full;
@@ -206,7 +209,7 @@ struct Problem {
       : shape{s},
         q{s.dtype, s.batch, s.seqlen_q, s.heads, s.head_dim, at},
         k{s.dtype, s.batch, s.seqlen_k, s.kv_heads, s.head_dim, at},
-        v{s.dtype, s.batch, s.seqlen_k, s.kv_heads, s.head_dim, at} {
+        v{s.dtype, s.batch, s.seqlen_k, s.kv_heads, s.head_dim_v, at} {
     std::mt19937 random{seed};
     std::normal_distribution<double> normal;
     for (Tensor* const t : {&q, &k, &v}) t->fill([&] { return normal(random); });
@@ -221,6 +224,7 @@ inline ForwardConfig config_of(Shape const& s) {
   ForwardConfig c;
   c.dtype = s.dtype;
   c.head_dim = s.head_dim;
+  c.head_dim_v = s.head_dim_v;
   c.block_m = s.block_m;
   c.block_n = s.block_n;
   return c;
@@ -243,13 +247,14 @@ inline ForwardParams params_of(Problem& problem) {
   p.seqlen_q = s.seqlen_q;
   p.seqlen_k = s.seqlen_k;
   p.head_dim = s.head_dim;
+  p.head_dim_v = s.head_dim_v;
   p.causal_offset = s.causal_offset;
   return p;
 }
 
 inline Result run(Isa isa, Problem& problem, int threads = 2, Placement const& at = {}) {
   Shape const& s = problem.shape;
-  Result r{{s.dtype, s.batch, s.seqlen_q, s.heads, s.head_dim, at, untouched},
+  Result r{{s.dtype, s.batch, s.seqlen_q, s.heads, s.head_dim_v, at, untouched},
            {lse_type(s.dtype), s.batch, s.seqlen_q, s.heads, 1, {.order = Order::bhsd}, untouched}};
   ForwardParams p = params_of(problem);
   p.out = r.out.data();
@@ -273,7 +278,7 @@ inline Reference reference(Problem const& problem) {
   Shape const& s = problem.shape;
   Reference r{{}, {}, s};
   size_t const rows = static_cast<size_t>(s.batch) * s.seqlen_q * s.heads;
-  r.out.assign(rows * s.head_dim, 0);
+  r.out.assign(rows * s.head_dim_v, 0);
   r.lse.assign(rows, -inf);
   std::vector<long double> score(s.seqlen_k), q(s.head_dim);
   for (int b = 0; b < s.batch; ++b) {
@@ -281,10 +286,8 @@ inline Reference reference(Problem const& problem) {
       int const kv = h * s.kv_heads / s.heads;
       std::vector<double> k, v;
       for (int j = 0; j < s.seqlen_k; ++j) {
-        for (int e = 0; e < s.head_dim; ++e) {
-          k.push_back(problem.k.at(b, j, kv, e));
-          v.push_back(problem.v.at(b, j, kv, e));
-        }
+        for (int e = 0; e < s.head_dim; ++e) k.push_back(problem.k.at(b, j, kv, e));
+        for (int e = 0; e < s.head_dim_v; ++e) v.push_back(problem.v.at(b, j, kv, e));
       }
       for (int i = 0; i < s.seqlen_q; ++i) {
         int64_t seen = s.seqlen_k;
@@ -302,13 +305,13 @@ inline Reference reference(Problem const& problem) {
         }
         bool const nothing = top == -inf;
         long double sum = 0;
-        long double* const out = r.out.data() + r.row(b, i, h) * s.head_dim;
+        long double* const out = r.out.data() + r.row(b, i, h) * s.head_dim_v;
         for (int j = 0; j < seen; ++j) {
           long double const p = nothing ? 0 : std::exp(score[j] - top);
           sum += p;
-          for (int e = 0; e < s.head_dim; ++e) out[e] += p * v[static_cast<size_t>(j) * s.head_dim + e];
+          for (int e = 0; e < s.head_dim_v; ++e) out[e] += p * v[static_cast<size_t>(j) * s.head_dim_v + e];
         }
-        for (int e = 0; e < s.head_dim; ++e) out[e] = bad || nothing ? nan : out[e] / sum;
+        for (int e = 0; e < s.head_dim_v; ++e) out[e] = bad || nothing ? nan : out[e] / sum;
         r.lse[r.row(b, i, h)] = bad ? nan : nothing ? -inf : top + std::log(sum);
       }
     }
@@ -323,6 +326,7 @@ inline double rounding(DType t) {
     case DType::bfloat16: return 0x1p-8;
     case DType::float32: return 0x1p-24;
     case DType::float64: return 0x1p-53;
+    case DType::int32: break;
   }
   return 0;
 }
@@ -345,8 +349,8 @@ inline void expect_matches(Result const& r, Reference const& want, double loosen
     for (int i = 0; i < s.seqlen_q; ++i) {
       for (int h = 0; h < s.heads; ++h) {
         size_t const row = want.row(b, i, h);
-        for (int e = 0; e < s.head_dim; ++e) {
-          long double const x = want.out[row * s.head_dim + e];
+        for (int e = 0; e < s.head_dim_v; ++e) {
+          long double const x = want.out[row * s.head_dim_v + e];
           double const smallest = s.dtype == DType::float16 ? 0x1p-25 : 0;
           double const tolerance =
               static_cast<double>(arithmetic * largest + rounding(s.dtype) * 1.01 * std::fabs(x)) + smallest;

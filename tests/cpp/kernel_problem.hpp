@@ -7,6 +7,8 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <random>
@@ -30,10 +32,15 @@ inline double decode(uint16_t bits, int exponent_bits, int fraction_bits) {
   return sign * std::ldexp(fraction + implicit, std::max(exponent, 1) - bias - fraction_bits);
 }
 
-inline double decode(DType t, uint16_t bits) { return t == DType::float16 ? decode(bits, 5, 10) : decode(bits, 8, 7); }
+inline double decode(DType t, uint32_t bits) {
+  if (t == DType::float32) return std::bit_cast<float>(bits);
+  auto const half = static_cast<uint16_t>(bits);
+  return t == DType::float16 ? decode(half, 5, 10) : decode(half, 8, 7);
+}
 
-inline uint16_t encode(DType t, double x) {
+inline uint32_t encode(DType t, double x) {
   auto const f = static_cast<float>(x);
+  if (t == DType::float32) return std::bit_cast<uint32_t>(f);
   return t == DType::float16 ? cute::half_t(f).raw() : cute::bfloat16_t(f).raw();
 }
 
@@ -42,62 +49,73 @@ enum class Order { bshd, bhsd, padded };
 /// A tensor (batch, rows, heads, d) in memory in which all else is NaN.
 class Tensor {
  public:
-  Tensor(DType type, int batch, int rows, int heads, int d, Order order)
-      : type_(type), batch_(batch), rows_(rows), heads_(heads), d_(d) {
+  /// Padded: the base and all strides are multiples of `copy_bytes`, and of nothing more.
+  Tensor(DType type, int batch, int rows, int heads, int d, Order order, int copy_bytes)
+      : type_(type), batch_(batch), rows_(rows), heads_(heads), d_(d), first_(64) {
+    int const unit = copy_bytes / size_of(type);
+    int64_t const width = d + unit;
     switch (order) {
       case Order::bshd: stride_ = {rows * heads * d, heads * d, d}; break;
       case Order::bhsd: stride_ = {heads * rows * d, d, rows * d}; break;
-      case Order::padded: stride_ = {rows * (heads * (d + 8) + 16) + 24, heads * (d + 8) + 16, d + 8}; break;
+      case Order::padded:
+        stride_ = {rows * (heads * width + 2 * unit) + 3 * unit, heads * width + 2 * unit, width};
+        first_ += unit;
+        break;
     }
-    bits_.assign(static_cast<size_t>(2 * margin + batch * std::max<int64_t>(stride_.batch, 1)), 0xffff);
+    auto const elements = static_cast<size_t>(first_ + 64 + batch * std::max<int64_t>(stride_.batch, 1));
+    bytes_.assign(elements * size(), 0xff);
   }
 
   void fill(std::mt19937_64& random) {
     std::normal_distribution<double> normal;
-    for_each([&](uint16_t& element) { element = encode(type_, normal(random)); });
+    for (int b = 0; b < batch_; ++b)
+      for (int row = 0; row < rows_; ++row)
+        for (int h = 0; h < heads_; ++h)
+          for (int c = 0; c < d_; ++c) set(b, row, h, c, normal(random));
   }
 
-  double at(int b, int row, int h, int column) const { return decode(type_, bits_[index(b, row, h, column)]); }
+  double at(int b, int row, int h, int column) const {
+    uint32_t bits = 0;
+    std::memcpy(&bits, &bytes_[index(b, row, h, column)], size());
+    return decode(type_, bits);
+  }
 
-  void set(int b, int row, int h, int column, double x) { bits_[index(b, row, h, column)] = encode(type_, x); }
+  void set(int b, int row, int h, int column, double x) {
+    uint32_t const bits = encode(type_, x);
+    std::memcpy(&bytes_[index(b, row, h, column)], &bits, size());
+  }
   void set_row(int b, int row, int h, double x) {
     for (int c = 0; c < d_; ++c) set(b, row, h, c, x);
   }
 
-  void* data() { return &bits_[margin]; }
+  void* data() { return &bytes_[static_cast<size_t>(first_) * size()]; }
   Strides const& stride() const { return stride_; }
-  std::vector<uint16_t> const& bits() const { return bits_; }
+  std::vector<uint8_t> const& bytes() const { return bytes_; }
 
   /// Lets the kernel use rows [first, last) of one head.
   void allow(GlobalMemory& memory, int b, int h, int first, int last, Use use) {
-    memory.add(bits_.data(), 2 * bits_.size());
+    memory.add(bytes_.data(), bytes_.size());
     for (int row = first; row < last; ++row)
-      memory.allow(&bits_[index(b, row, h, 0)], static_cast<size_t>(2 * d_), use);
+      memory.allow(&bytes_[index(b, row, h, 0)], static_cast<size_t>(d_) * size(), use);
   }
 
  private:
-  static constexpr int margin = 64;
+  size_t size() const { return type_ == DType::float32 ? 4 : 2; }
 
   size_t index(int b, int row, int h, int column) const {
-    return static_cast<size_t>(margin + b * stride_.batch + row * stride_.row + h * stride_.head + column);
-  }
-
-  template <class F>
-  void for_each(F&& f) {
-    for (int b = 0; b < batch_; ++b)
-      for (int row = 0; row < rows_; ++row)
-        for (int h = 0; h < heads_; ++h)
-          for (int c = 0; c < d_; ++c) f(bits_[index(b, row, h, c)]);
+    return static_cast<size_t>(first_ + b * stride_.batch + row * stride_.row + h * stride_.head + column) * size();
   }
 
   DType type_;
   int batch_, rows_, heads_, d_;
+  int64_t first_;  // element of the memory that is element (0, 0, 0, 0)
   Strides stride_;
-  std::vector<uint16_t> bits_;
+  std::vector<uint8_t> bytes_;
 };
 
 struct Shape {
   int sq, sk, d;
+  int d_v = d;
   int batch = 1, heads = 1, kv_heads = 1;
   Order order = Order::bshd;
   std::optional<int> causal_offset{};  // default: bottom-right
@@ -109,10 +127,10 @@ class Problem {
   Problem(ForwardKernelId id, Shape const& s, uint64_t seed = 0)
       : id_(id),
         s_(s),
-        q(id.config.dtype, s.batch, s.sq, s.heads, s.d, s.order),
-        k(id.config.dtype, s.batch, s.sk, s.kv_heads, s.d, s.order),
-        v(id.config.dtype, s.batch, s.sk, s.kv_heads, s.d, s.order),
-        out(id.config.dtype, s.batch, s.sq, s.heads, s.d, s.order) {
+        q(id.config.dtype, s.batch, s.sq, s.heads, s.d, s.order, id.config.copy_bytes),
+        k(id.config.dtype, s.batch, s.sk, s.kv_heads, s.d, s.order, id.config.copy_bytes),
+        v(id.config.dtype, s.batch, s.sk, s.kv_heads, s.d_v, s.order, id.config.copy_bytes),
+        out(empty_output()) {
     std::mt19937_64 random(seed);
     q.fill(random);
     k.fill(random);
@@ -124,11 +142,10 @@ class Problem {
   Tensor q, k, v, out;
   double scale = 1 / std::sqrt(s_.d);
   bool wants_lse = true;
-  std::vector<float> lse;  // (batch, heads, sq) between two margins
+  std::vector<float> lse;                // (batch, heads, sq)
+  std::vector<BlockCounts> block_counts;  // (batch, heads, row blocks)
 
-  static constexpr int margin = 256;  // no smaller than block_m: stores of rows that do not exist land in it
-
-  float lse_at(int b, int h, int i) const { return lse[static_cast<size_t>(margin + (b * s_.heads + h) * s_.sq + i)]; }
+  float lse_at(int b, int h, int i) const { return lse[static_cast<size_t>((b * s_.heads + h) * s_.sq + i)]; }
 
   bool visible(int i, int j) const {
     return id_.features.mask == MaskKind::full || j <= i + s_.causal_offset.value_or(s_.sk - s_.sq);
@@ -139,19 +156,20 @@ class Problem {
   void run(uint64_t seed) {
     using Pass = ForwardPass<Id>;
     using Storage = typename Pass::L::SharedStorage;
-    out = Tensor(Id.config.dtype, s_.batch, s_.sq, s_.heads, s_.d, s_.order);
-    float const untouched = std::bit_cast<float>(0x7fedcba9u);
-    lse.assign(static_cast<size_t>(2 * margin + s_.batch * s_.heads * s_.sq), untouched);
+    out = empty_output();
+    lse.assign(static_cast<size_t>(s_.batch * s_.heads * s_.sq), 0.f);
+    block_counts.assign(static_cast<size_t>(s_.batch * s_.heads * ceil_div(s_.sq, Id.config.block_m)), {});
 
     ForwardParams p{};
     p.q = q.data(), p.k = k.data(), p.v = v.data(), p.out = out.data();
-    p.lse = wants_lse ? &lse[margin] : nullptr;
+    p.lse = wants_lse ? lse.data() : nullptr;
+    p.block_counts = Id.features.count_blocks ? block_counts.data() : nullptr;
     p.q_stride = q.stride(), p.k_stride = k.stride(), p.v_stride = v.stride(), p.out_stride = out.stride();
     p.scale = scale;
     // As the plan does: with scale 0 a masked score must stay -inf.
     p.scale_log2 = std::max(static_cast<float>(scale * 1.4426950408889634), std::numeric_limits<float>::min());
     p.batch = s_.batch, p.heads = s_.heads, p.kv_heads = s_.kv_heads;
-    p.seqlen_q = s_.sq, p.seqlen_k = s_.sk, p.head_dim = s_.d;
+    p.seqlen_q = s_.sq, p.seqlen_k = s_.sk, p.head_dim = s_.d, p.head_dim_v = s_.d_v;
     p.causal_offset = s_.causal_offset.value_or(s_.sk - s_.sq);
 
     std::vector<uint32_t> blocks(static_cast<size_t>(QueryTile::count(p, Id.config.block_m)));
@@ -164,33 +182,37 @@ class Problem {
       k.allow(memory, tile.batch, tile.kv_head, 0, s_.sk, Use::input);
       v.allow(memory, tile.batch, tile.kv_head, 0, s_.sk, Use::input);
       out.allow(memory, tile.batch, tile.head, tile.row0, tile.row0 + tile.rows, Use::output);
-      std::vector<float> const before = lse;
+      if (wants_lse) allow_items(memory, lse, tile.lse_offset(p), tile.rows);
+      if (Id.features.count_blocks) {
+        allow_items(memory, block_counts, tile.block_counts_offset(p, Id.config.block_m), 1);
+      }
       emulation::run_block(block, num_threads(Id.config), sizeof(Storage), seed + block, memory,
                            [&](void* shared) { Pass::run(p, *static_cast<Storage*>(shared)); });
-      ASSERT_EQ(memory.count(Use::output), 0u) << "elements of the output that were never stored";
-      int64_t const first = margin + tile.lse_offset(p);
-      for (int64_t i = 0; i < static_cast<int64_t>(lse.size()); ++i) {
-        auto const at = static_cast<size_t>(i);
-        bool const stored = std::bit_cast<uint32_t>(lse[at]) != std::bit_cast<uint32_t>(before[at]);
-        ASSERT_EQ(stored, wants_lse && i >= first && i < first + tile.rows) << "LSE " << i << " of block " << block;
-      }
+      ASSERT_EQ(memory.count(Use::output), 0u) << "bytes of the outputs that were never stored";
     }
   }
 
-  /// Compares with attention in fp64. P and the output are rounded to the 16-bit type, the rest is fp32.
+  /// Compares with attention in fp64. P and the output are rounded to the 16-bit type, the rest is fp32. In
+  /// TF32 all operands are rounded.
   void expect_right() const {
-    double const unit = id_.config.dtype == DType::float16 ? 0x1p-11 : 0x1p-8;
+    bool const fp32 = id_.config.dtype == DType::float32, tf32 = fp32 && id_.config.math == Math::tensor_core;
+    double const unit = tf32 ? 0x1p-10 : fp32 ? 0 : id_.config.dtype == DType::float16 ? 0x1p-11 : 0x1p-8;
     for (int b = 0; b < s_.batch; ++b) {
       for (int h = 0; h < s_.heads; ++h) {
         int const kv = h / (s_.heads / s_.kv_heads);
         for (int i = 0; i < s_.sq; ++i) {
           std::vector<int> keys;  // that the row sees
           std::vector<double> p;
-          double top = -inf, sum = 0;
+          double top = -inf, sum = 0, largest = 0;
           for (int j = 0; j < s_.sk; ++j) {
             if (!visible(i, j)) continue;
-            double score = 0;
-            for (int c = 0; c < s_.d; ++c) score += q.at(b, i, h, c) * k.at(b, j, kv, c);
+            double score = 0, magnitude = 0;
+            for (int c = 0; c < s_.d; ++c) {
+              double const product = q.at(b, i, h, c) * k.at(b, j, kv, c);
+              score += product;
+              magnitude += std::fabs(product);
+            }
+            largest = std::fmax(largest, scale * magnitude);
             keys.push_back(j);
             p.push_back(scale * score);
             top = std::fmax(top, scale * score);
@@ -200,10 +222,11 @@ class Problem {
             sum += x;
           }
           double const lse = sum == 0 ? -inf : top + std::log(sum);
-          if (wants_lse && !is_close(lse_at(b, h, i), lse, 2e-5 * std::max(1., std::fabs(lse)))) {
+          double const score_error = tf32 ? unit * largest : 0;
+          if (wants_lse && !is_close(lse_at(b, h, i), lse, 2e-5 * std::max(1., std::fabs(lse)) + score_error)) {
             FAIL() << where(b, i, h) << ": LSE is " << lse_at(b, h, i) << ", not " << lse;
           }
-          for (int c = 0; c < s_.d; ++c) {
+          for (int c = 0; c < s_.d_v; ++c) {
             double o = 0, magnitude = 0;
             for (size_t n = 0; n < keys.size(); ++n) {
               o += p[n] * v.at(b, keys[n], kv, c);
@@ -211,7 +234,7 @@ class Problem {
             }
             double const want = keys.empty() ? 0 : o / sum;
             double const tolerance =
-                keys.empty() ? 0 : (1.1 * unit + 1e-5) * (magnitude / sum + std::fabs(want)) + 1e-6;
+                keys.empty() ? 0 : (1.1 * unit + 1e-5 + 2 * score_error) * (magnitude / sum + std::fabs(want)) + 1e-6;
             double const got = out.at(b, i, h, c);
             if (!is_close(got, want, tolerance)) {
               FAIL() << where(b, i, h) << " column " << c << ": " << got << " is not " << want << " +- " << tolerance;
@@ -222,7 +245,37 @@ class Problem {
     }
   }
 
+  /// Compares the counts of every tile with the mask, element by element.
+  void expect_counts() const {
+    int const m = id_.config.block_m, n = id_.config.block_n, tiles = ceil_div(s_.sq, m);
+    for (size_t t = 0; t < block_counts.size(); ++t) {
+      int const row0 = static_cast<int>(t) % tiles * m;
+      BlockCounts want{};
+      for (int key0 = 0; key0 < s_.sk; key0 += n) {
+        bool any = false, all = key0 + n <= s_.sk;
+        for (int i = row0; i < std::min(row0 + m, s_.sq); ++i) {
+          for (int j = key0; j < std::min(key0 + n, s_.sk); ++j) (visible(i, j) ? any : all) = visible(i, j);
+        }
+        ++(all ? want.full : any ? want.partial : want.skipped);
+      }
+      EXPECT_EQ(block_counts[t].full, want.full) << "tile " << t;
+      EXPECT_EQ(block_counts[t].partial, want.partial) << "tile " << t;
+      EXPECT_EQ(block_counts[t].skipped, want.skipped) << "tile " << t;
+    }
+  }
+
  private:
+  Tensor empty_output() const {
+    return Tensor(id_.config.dtype, s_.batch, s_.sq, s_.heads, s_.d_v, s_.order, id_.config.copy_bytes);
+  }
+
+  /// Lets a block store `count` items from `first` on.
+  template <class T>
+  static void allow_items(GlobalMemory& memory, std::vector<T>& items, int64_t first, int count) {
+    memory.add(items.data(), items.size() * sizeof(T));
+    memory.allow(&items[static_cast<size_t>(first)], static_cast<size_t>(count) * sizeof(T), Use::output);
+  }
+
   static bool is_close(double got, double want, double tolerance) {
     return std::isnan(want) ? std::isnan(got) : got == want || std::fabs(got - want) <= tolerance;
   }
@@ -241,11 +294,12 @@ void check(Problem& problem, int schedules = 1) {
   try {
     ASSERT_NO_FATAL_FAILURE(problem.template run<Id>(1));
     problem.expect_right();
-    auto const out = problem.out.bits();
+    if (Id.features.count_blocks) problem.expect_counts();
+    auto const out = problem.out.bytes();
     auto const lse = problem.lse;
     for (int seed = 2; seed <= schedules; ++seed) {
       ASSERT_NO_FATAL_FAILURE(problem.template run<Id>(static_cast<uint64_t>(seed) << 32));
-      ASSERT_EQ(problem.out.bits(), out) << "the schedule changes the output";
+      ASSERT_EQ(problem.out.bytes(), out) << "the schedule changes the output";
       ASSERT_EQ(std::memcmp(problem.lse.data(), lse.data(), lse.size() * sizeof(float)), 0);
     }
   } catch (emulation::Violation const& e) {
@@ -259,9 +313,10 @@ void check(Shape const& s, int schedules = 1) {
   check<Id>(problem, schedules);
 }
 
-constexpr ForwardKernelId causal(ForwardConfig c) { return {c, {MaskKind::causal}}; }
-constexpr ForwardKernelId full(ForwardConfig c) { return {c, {MaskKind::full}}; }
+// All of them count blocks, which costs nothing here.
+constexpr ForwardKernelId causal(ForwardConfig c) { return {c, {.mask = MaskKind::causal, .count_blocks = true}}; }
+constexpr ForwardKernelId full(ForwardConfig c) { return {c, {.mask = MaskKind::full, .count_blocks = true}}; }
 
-inline constexpr auto f16 = DType::float16, bf16 = DType::bfloat16;
+inline constexpr auto f16 = DType::float16, bf16 = DType::bfloat16, f32 = DType::float32;
 
 }  // namespace flashcute

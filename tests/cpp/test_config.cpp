@@ -1,7 +1,10 @@
 // The configuration as a value: names, rules, defaults, and the translation unit made from it.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstring>
 #include <set>
+#include <string_view>
 
 #include "families.hpp"
 #include "flashcute/api.hpp"
@@ -10,16 +13,30 @@
 namespace flashcute {
 namespace {
 
+/// The defaults, and every configuration that differs from them in one option or two.
 std::vector<ForwardConfig> sample() {
-  std::vector<ForwardConfig> all;
-  for (DType dtype : {DType::float16, DType::bfloat16, DType::float32, DType::float64})
-    for (int32_t head_dim : {40, 64, 128})
-      for (int32_t block_m : {16, 64, 128})
-        for (int32_t block_n : {16, 64, 128})
-          for (int32_t num_warps : {1, 4, 8})
-            for (bool swizzled : {false, true})
-              for (bool q_in_registers : {false, true})
-                all.push_back({dtype, head_dim, block_m, block_n, num_warps, swizzled, q_in_registers});
+  auto const values = []<class T>(T) -> std::vector<T> {
+    if constexpr (std::is_same_v<T, DType>) return {DType::float16, DType::bfloat16, DType::float32, DType::float64};
+    if constexpr (std::is_same_v<T, Math>) return {Math::tensor_core, Math::cuda_core};
+    if constexpr (std::is_same_v<T, bool>) return {false, true};
+    if constexpr (std::is_same_v<T, int32_t>) return {1, 2, 12, 16, 112, 128};
+  };
+  std::vector<ForwardConfig> all{ForwardConfig{}};
+  for (int changes = 0; changes < 2; ++changes) {
+    for (ForwardConfig const config : std::vector(all)) {
+      for_each_option(config, [&](char const* option, auto value) {
+        for (auto const changed : values(value)) {
+          ForwardConfig other = config;
+          for_each_option(other, [&](char const* name, auto& member) {
+            if constexpr (std::is_same_v<decltype(changed), std::remove_reference_t<decltype(member)> const>) {
+              if (std::string_view(name) == option) member = changed;
+            }
+          });
+          if (std::find(all.begin(), all.end(), other) == all.end()) all.push_back(other);
+        }
+      });
+    }
+  }
   return all;
 }
 
@@ -29,10 +46,14 @@ TEST(Config, NamesAreUniqueAndAreIdentifiers) {
   size_t kernels = 0;
   for (auto const& config : sample()) {
     for (MaskKind mask : family_masks) {
-      std::string const text = name(ForwardKernelId{config, {mask}}).text;
-      EXPECT_EQ(text.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_"), std::string::npos) << text;
-      names.insert(text);
-      ++kernels;
+      for (bool count_blocks : {false, true}) {
+        Name const n = name(ForwardKernelId{config, {mask, count_blocks}});
+        std::string const text = n.text;
+        EXPECT_EQ(text.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_"), std::string::npos) << text;
+        EXPECT_LT(static_cast<size_t>(n.length) + 8, sizeof(n.text)) << text;
+        names.insert(text);
+        ++kernels;
+      }
     }
   }
   EXPECT_EQ(names.size(), kernels);
@@ -43,9 +64,8 @@ TEST(Config, EveryByteOfTheConfigurationIsAnOption) {
   size_t bytes = 0;
   ForwardConfig const config;
   for_each_option(config, [&](char const*, auto const& option) { bytes += sizeof option; });
-  // uint8 + four int32 + two bool = 19, in 24 with padding: a new member would not fit unnoticed.
-  EXPECT_EQ(bytes, 19u);
-  EXPECT_LE(sizeof(ForwardConfig) - bytes, 5u);
+  // Padding: 3 bytes after dtype and after math, 2 in the end. A new member would change it.
+  EXPECT_EQ(sizeof(ForwardConfig) - bytes, 8u);
 }
 
 // Guards against a rule that cannot fire, or fires with another rule's sentence.
@@ -59,8 +79,18 @@ TEST(Config, EachRuleFires) {
   };
   using enum ForwardConfigError;
   EXPECT_EQ(check(good, 75), arch_too_old);
-  EXPECT_EQ(broken([](auto& c) { c.dtype = DType::float32; }), gpu_dtype);
-  EXPECT_EQ(broken([](auto& c) { c.head_dim = 96; }), gpu_head_dim);
+  EXPECT_EQ(broken([](auto& c) { c.dtype = DType::float64; }), gpu_dtype);
+  EXPECT_EQ(broken([](auto& c) { c.dtype = DType::int32; }, cpu_arch), cpu_dtype);
+  EXPECT_EQ(broken([](auto& c) { c.head_dim = 72; }), gpu_head_dim);
+  EXPECT_EQ(broken([](auto& c) { c.head_dim_v = 272; }), gpu_head_dim);
+  EXPECT_EQ(broken([](auto& c) { c.copy_bytes = 12; }), copy_bytes);
+  EXPECT_EQ(broken([](auto& c) { c.dtype = DType::float32, c.copy_bytes = 2; }), copy_bytes);
+  EXPECT_EQ(broken([](auto& c) { c.copy_bytes = 2; }), async_copy);
+  EXPECT_EQ(broken([](auto& c) { c.copy_bytes = 2, c.async_copy = false; }), none);
+  EXPECT_EQ(broken([](auto& c) { c.head_dim_v = 16, c.block_n = 32; }), copy_rows);
+  EXPECT_EQ(broken([](auto& c) { c.math = Math::cuda_core, c.q_in_registers = true; }), fragments);
+  EXPECT_EQ(broken([](auto& c) { c.k_tiles_per_load = 3; }), k_tiles_per_load);
+  EXPECT_EQ(broken([](auto& c) { c.k_tiles_per_load = 2, c.block_n = 48; }), k_tiles_per_load);
   EXPECT_EQ(broken([](auto& c) { c.head_dim = 257; }, cpu_arch), cpu_head_dim);
   EXPECT_EQ(broken([](auto& c) { c.head_dim = 0; }, cpu_arch), cpu_head_dim);
   EXPECT_EQ(broken([](auto& c) { c.num_warps = 3; }), num_warps);
@@ -90,11 +120,16 @@ TEST(Config, TheExceptionCarriesTheRulesSentenceAndTheValues) {
 // Guards against a default that its own device refuses.
 TEST(Config, DefaultsAreValidEverywhere) {
   for (Arch arch : {80, 86, 87, 89, 90, 100, 120}) {
-    for (DType dtype : family_dtypes) {
-      for (int32_t d = 1; d <= 128; ++d) {
-        ForwardConfig const c = default_forward_config(dtype, d, arch);
-        EXPECT_EQ(check(c, arch), ForwardConfigError::none) << name(c).text << " on " << arch;
-        EXPECT_GE(c.head_dim, d);
+    for (DType dtype : {DType::float16, DType::bfloat16, DType::float32}) {
+      for (int32_t d = 1; d <= 256; ++d) {
+        for (int32_t alignment = 16; alignment >= size_of(dtype); alignment /= 2) {
+          for (bool allow_tf32 : {false, true}) {
+            ForwardConfig const c = default_forward_config({dtype, d, 257 - d, alignment, allow_tf32}, arch);
+            EXPECT_EQ(check(c, arch), ForwardConfigError::none) << name(c).text << " on " << arch;
+            EXPECT_GE(c.head_dim, d);
+            EXPECT_GE(c.head_dim_v, 257 - d);
+          }
+        }
       }
     }
   }
@@ -106,11 +141,16 @@ TEST(Config, DefaultsAreValidEverywhere) {
 // Guards against a default that always has to be compiled at run time.
 TEST(Config, DefaultsAreCompiledAheadOfTime) {
   auto const built = configs();
-  for (DType dtype : family_dtypes) {
-    for (int32_t d : {8, 64, 72, 128}) {
+  for (DType dtype : {DType::float16, DType::bfloat16, DType::float32}) {
+    for (int32_t d : {8, 64, 72, 128, 136, 256}) {
       EXPECT_NE(std::find(built.begin(), built.end(), default_forward_config(dtype, d, 90)), built.end());
     }
   }
+}
+
+// Guards against a tile that nobody remembers the reason of.
+TEST(Config, EveryTileSaysWhatChoseIt) {
+  for (auto const& tile : forward_tiles) EXPECT_GT(std::strlen(tile.chosen_by), 10u);
 }
 
 // Guards against a generated unit that compiles another kernel than its name says.

@@ -34,6 +34,20 @@ TEST(CpuForward, EveryPairOfLengths) {
   }
 }
 
+// Guards against v and the output taken for as wide as q and k.
+TEST(CpuForward, HeadDimsOfValues) {
+  for (DType const dtype : all_dtypes) {
+    for (MaskKind const mask : all_masks) {
+      for (auto const& [d, d_v] : {std::pair(8, 13), {1, 256}, {256, 1}, {72, 64}}) {
+        Problem problem{
+            Shape{.dtype = dtype, .head_dim = d, .head_dim_v = d_v, .seqlen_q = 67, .seqlen_k = 131, .mask = mask}
+                .bottom_right()};
+        ASSERT_NO_FATAL_FAILURE(check(problem));
+      }
+    }
+  }
+}
+
 // A head dim that the register tiles do not divide: columns dropped, or read past the end of the row.
 TEST(CpuForward, EveryKindOfHeadDim) {
   for (DType const dtype : all_dtypes) {

@@ -66,7 +66,7 @@ void exchange(Memory& m, void* shared) {
   cute::uint128_t const old{};
   emulation::store_shared(place(shared, t), &old, 16);
   block_sync();
-  emulation::start_copy(m.in[t], place(shared, t), true);
+  emulation::start_copy(m.in[t], place(shared, t), 16, true);
   if (SyncFirst) block_sync();
   if (Wait) copies_wait();
   if (Sync) block_sync();
@@ -115,17 +115,17 @@ TEST(Emulator, FindsRaces) {
   expect_violation("race", [](Memory& m, void* shared) {
     int const t = thread_index();
     uint16_t words[8];
-    emulation::start_copy(m.in[t], place(shared, t), true);
+    emulation::start_copy(m.in[t], place(shared, t), 16, true);
     copies_wait();
     block_sync();
     emulation::load_shared(words, place(shared, (t + 33) % 64), 16);
-    emulation::start_copy(m.in[t], place(shared, t), true);
+    emulation::start_copy(m.in[t], place(shared, t), 16, true);
     copies_wait();
   });
   // A thread that does not wait for its own copy.
   expect_violation("in flight", [](Memory& m, void* shared) {
     uint16_t words[8];
-    emulation::start_copy(m.in[thread_index()], place(shared, thread_index()), true);
+    emulation::start_copy(m.in[thread_index()], place(shared, thread_index()), 16, true);
     emulation::load_shared(words, place(shared, thread_index()), 16);
   });
   // Warps execute together, but only block_sync makes lanes see each other's stores.
@@ -140,7 +140,7 @@ TEST(Emulator, FindsRaces) {
     emulation::load_shared(words, shared, 16);
   });
   expect_violation("exits with asynchronous copies", [](Memory& m, void* shared) {
-    emulation::start_copy(m.in[thread_index()], place(shared, thread_index()), true);
+    emulation::start_copy(m.in[thread_index()], place(shared, thread_index()), 16, true);
   });
 }
 
@@ -150,7 +150,7 @@ TEST(Emulator, ThreadsMayUseTheirOwnPlaces) {
     int const t = thread_index();
     uint16_t words[8];
     for (int round = 0; round < 3; ++round) {
-      emulation::start_copy(m.in[t], place(shared, t), true);
+      emulation::start_copy(m.in[t], place(shared, t), 16, true);
       copies_wait();
       emulation::load_shared(words, place(shared, t), 16);
       emulation::store_shared(place(shared, t), words, 16);
@@ -210,25 +210,25 @@ TEST(Emulator, FindsAccessesOutOfBounds) {
   expect_violation("no element of an input", [](Memory& m, void* shared) {
     if (thread_index() == 0) m.global.allow(&m.in[5][7], 2, Use::none);
     block_sync();
-    emulation::start_copy(m.in[thread_index()], place(shared, thread_index()), true);
+    emulation::start_copy(m.in[thread_index()], place(shared, thread_index()), 16, true);
     copies_wait();
   });
   expect_violation("no tensor's memory", [](Memory& m, void* shared) {
-    emulation::start_copy(m.in + 64 + 64 * 100, place(shared, thread_index()), true);
+    emulation::start_copy(m.in + 64 + 64 * 100, place(shared, thread_index()), 16, true);
   });
   expect_violation("misaligned read", [](Memory& m, void* shared) {
-    emulation::start_copy(&m.in[0][4], place(shared, thread_index()), true);
+    emulation::start_copy(&m.in[0][4], place(shared, thread_index()), 16, true);
   });
   expect_violation("misaligned access",
-                   [](Memory& m, void* shared) { emulation::start_copy(m.in, place(shared, 0) + 8, true); });
+                   [](Memory& m, void* shared) { emulation::start_copy(m.in, place(shared, 0) + 8, 16, true); });
   expect_violation("not in shared memory",
-                   [](Memory& m, void* shared) { emulation::start_copy(m.in, place(shared, 64), true); });
+                   [](Memory& m, void* shared) { emulation::start_copy(m.in, place(shared, 64), 16, true); });
   expect_violation("second store", [](Memory& m, void*) { emulation::store_global(m.out, m.in, 16); });
   expect_violation("no element of an output", [](Memory& m, void*) { emulation::store_global(m.in, m.out, 16); });
   // A copy whose predicate is false reads nothing, and makes zeros.
   expect_none([](Memory&, void* shared) {
     uint64_t words[2];
-    emulation::start_copy(nullptr, place(shared, thread_index()), false);
+    emulation::start_copy(nullptr, place(shared, thread_index()), 16, false);
     copies_wait();
     emulation::load_shared(words, place(shared, thread_index()), 16);
     EXPECT_EQ(words[0] | words[1], 0u);
@@ -246,7 +246,7 @@ void check_ldmatrix() {
       [](Memory& m, void* shared) {
         using Traits = cute::Copy_Traits<Instruction>;
         int const lane = thread_index();
-        emulation::start_copy(m.in[lane], place(shared, lane), true);
+        emulation::start_copy(m.in[lane], place(shared, lane), 16, true);
         copies_wait();
         block_sync();
         uint32_t d[4];

@@ -6,9 +6,11 @@
 namespace flashcute {
 namespace {
 
-// Small tiles, for the tests that need many problems.             d   m   n  w  swizzled  q_in_registers
-constexpr ForwardKernelId small_causal = causal(ForwardConfig{bf16, 64, 32, 16, 2, true, false});
-constexpr ForwardKernelId small_full = full(ForwardConfig{f16, 128, 64, 32, 2, true, true});
+// Small tiles, for the tests that need many problems.
+constexpr ForwardKernelId small_causal =
+    causal({.dtype = bf16, .head_dim = 64, .block_m = 32, .block_n = 16, .num_warps = 2});
+constexpr ForwardKernelId small_full =
+    full({.dtype = f16, .head_dim = 128, .block_m = 64, .block_n = 32, .num_warps = 2, .q_in_registers = true});
 
 // Guards against T16 and T6: zero and one keys, rows without keys, lengths beside every tile boundary.
 TEST(ForwardKernel, Lengths) {

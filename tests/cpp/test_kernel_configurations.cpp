@@ -1,6 +1,7 @@
 // The forward kernel itself, run on the host by emulated thread blocks: all its configurations.
 #include <gtest/gtest.h>
 
+#include "flashcute/tiles.hpp"
 #include "kernel_problem.hpp"
 
 namespace flashcute {
@@ -10,12 +11,18 @@ namespace {
 template <ForwardKernelId Id>
 void check_configuration() {
   constexpr ForwardConfig c = Id.config;
-  check<Id>({.sq = c.block_m + 5, .sk = 3 * c.block_n + 7, .d = c.head_dim, .heads = 2}, 3);
-  check<Id>({.sq = c.block_m, .sk = 2 * c.block_n, .d = c.head_dim - 24, .order = Order::padded}, 3);
+  constexpr int narrower = c.copy_bytes == 16 ? 8 : c.copy_bytes / size_of(c.dtype);  // the least that d may lack
+  check<Id>({.sq = c.block_m + 5, .sk = 3 * c.block_n + 7, .d = c.head_dim, .d_v = c.head_dim_v, .heads = 2}, 3);
+  check<Id>({.sq = c.block_m,
+             .sk = 2 * c.block_n,
+             .d = c.head_dim - narrower,
+             .d_v = c.head_dim_v - narrower,
+             .order = Order::padded},
+            3);
   // Under a causal mask not every row of a tile sees these values.
-  Problem poisoned(Id, {.sq = c.block_m + 5, .sk = c.block_m + 5, .d = c.head_dim});
+  Problem poisoned(Id, {.sq = c.block_m + 5, .sk = c.block_m + 5, .d = c.head_dim, .d_v = c.head_dim_v});
   poisoned.v.set(0, c.block_m / 2, 0, 3, nan);
-  poisoned.v.set(0, c.block_m / 2 + 1, 0, c.head_dim - 1, -inf);
+  poisoned.v.set(0, c.block_m / 2 + 1, 0, c.head_dim_v - 1, -inf);
   check<Id>(poisoned);
 }
 
@@ -25,13 +32,40 @@ TEST(ForwardKernel, DefaultConfigurations) {
   check_configuration<full(default_forward_config(f16, 64, 80))>();
   check_configuration<full(default_forward_config(bf16, 128, 80))>();
   check_configuration<causal(default_forward_config(f16, 128, 80))>();
+  check_configuration<causal(default_forward_config(bf16, 256, 80))>();
 }
 
-TEST(ForwardKernel, OtherConfigurations) {
-  check_configuration<causal(ForwardConfig{bf16, 64, 64, 16, 1, false, false})>();
-  check_configuration<causal(ForwardConfig{f16, 64, 64, 64, 4, true, true})>();
-  check_configuration<causal(ForwardConfig{bf16, 128, 128, 32, 8, false, true})>();
-  check_configuration<full(ForwardConfig{bf16, 128, 64, 64, 4, true, false})>();
+TEST(ForwardKernel, DefaultConfigurationsOfFloat32) {
+  check_configuration<causal(default_forward_config(f32, 64, 80))>();
+  check_configuration<full(default_forward_config(f32, 128, 80))>();
+  check_configuration<causal(default_forward_config(f32, 256, 80))>();
+}
+
+TEST(ForwardKernel, TensorFloat32) {
+  check_configuration<causal({.dtype = f32, .head_dim = 64, .block_m = 64, .block_n = 32})>();
+  check_configuration<full({.dtype = f32, .head_dim = 32, .block_m = 64, .block_n = 16, .q_in_registers = true})>();
+}
+
+// Guards against widths whose rows are cut into chunks of 128, 64 and 32 bytes, and into different ones.
+TEST(ForwardKernel, HeadDimsOfValues) {
+  check_configuration<causal({.head_dim = 48, .head_dim_v = 96, .block_m = 64, .num_warps = 2})>();
+  check_configuration<full({.head_dim = 192, .head_dim_v = 16, .block_m = 64})>();
+  check_configuration<causal(
+      {.dtype = f32, .head_dim = 16, .head_dim_v = 48, .block_m = 64, .math = Math::cuda_core})>();
+}
+
+TEST(ForwardKernel, CudaCoresMultiply16BitTypes) {
+  check_configuration<causal({.dtype = bf16, .head_dim = 64, .block_m = 64, .math = Math::cuda_core})>();
+  check_configuration<full(
+      {.dtype = f16, .head_dim = 32, .block_m = 32, .num_warps = 2, .math = Math::cuda_core, .swizzled = false})>();
+}
+
+// Guards against rows that start at any address.
+TEST(ForwardKernel, CopiesOfFewBytes) {
+  check_configuration<causal({.head_dim = 64, .block_m = 64, .copy_bytes = 8})>();
+  check_configuration<full({.dtype = f16, .head_dim = 64, .block_m = 64, .copy_bytes = 4})>();
+  check_configuration<causal({.head_dim = 64, .block_m = 64, .copy_bytes = 2, .async_copy = false})>();
+  check_configuration<full({.dtype = f32, .head_dim = 32, .block_m = 64, .math = Math::cuda_core, .copy_bytes = 4})>();
 }
 
 }  // namespace

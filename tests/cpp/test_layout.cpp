@@ -67,7 +67,7 @@ struct Layouts {
   using L = ForwardLayout<C>;
   using Element = typename L::Element;
 
-  std::vector<Element> memory = std::vector<Element>(cosize_v<typename L::SmemQ> + cosize_v<typename L::SmemKV>);
+  std::vector<Element> memory = std::vector<Element>(smem_bytes(C) / sizeof(Element));
 
   template <class Layout>
   auto tile(Layout const& layout) {
@@ -86,53 +86,87 @@ struct Layouts {
   void check() {
     constexpr int threads = num_threads(C);
     typename L::TiledMma const mma;
-    expect_bijective(typename L::SmemQ{});
-    expect_bijective(typename L::SmemKV{});
-    for (int d = 0; d < C.head_dim; ++d)  // V transposed is V
+    expect_bijective(typename L::SmemQ::Layout{});
+    expect_bijective(typename L::SmemK::Layout{});
+    expect_bijective(typename L::SmemV::Layout{});
+    expect_bijective(typename L::SmemO::Layout{});
+    for (int d = 0; d < C.head_dim_v; ++d)  // V transposed is V
       for (int n = 0; n < C.block_n; ++n)
-        ASSERT_EQ(static_cast<int>(typename L::SmemVt{}(d, n)), static_cast<int>(typename L::SmemKV{}(n, d)));
+        ASSERT_EQ(static_cast<int>(typename L::SmemVt{}(d, n)), static_cast<int>(typename L::SmemV::Layout{}(n, d)));
 
-    auto const sQ = tile(typename L::SmemQ{});
-    auto const sK = tile(typename L::SmemKV{});
-    auto const sVt = tile(typename L::SmemVt{});
-    // ldmatrix, cp.async and 16-byte loads work in groups of 8 threads; a 4-byte store is one access of a warp.
+    auto const sQ = tile(typename L::SmemQ::Layout{});
+    auto const sK = tile(typename L::SmemK::Layout{});
+    auto const sV = tile(typename L::SmemV::Layout{});
+    auto const sO = tile(typename L::SmemO::Layout{});
+    auto const ldmatrix_q = make_tiled_copy_A(typename L::LdmatrixAtom{}, mma);
+    auto const ldmatrix_k = make_tiled_copy_B(typename L::LdmatrixAtom{}, mma);
+    auto const store_o = make_tiled_copy_C(typename L::FragmentStoreAtom{}, mma);
+    // ldmatrix and the copies of 16 bytes work in groups of 8 threads, those of 8 bytes in groups of 16; a 4-byte
+    // store is one access of a warp. The rows that eight threads of an ldmatrix read lie in as many banks as a
+    // chunk has units.
+    int const group = 32 * 4 / C.copy_bytes;
+    int const fragment_store = 2 * static_cast<int>(sizeof(Element));
+    auto const conflicts = [](auto const& smem) { return smem.shape.chunk / smem.unit; };
+    int const of_qk = conflicts(typename L::SmemQ{}), of_v = conflicts(typename L::SmemV{});
+    // An 8-byte store of a half warp takes two units of four rows, which the swizzle exchanges in pairs.
+    int const of_store = fragment_store == 8 ? 2 : 1;
     struct Access {
       char const* what;
-      int passes, unswizzled;
+      int passes, unswizzled, swizzled = 1;
     };
-    Access const accesses[] = {
-        {"ldmatrix of Q", worst_passes(make_tiled_copy_A(typename L::LdmatrixAtom{}, mma), sQ, threads, 8, 16, true),
-         8},
-        {"ldmatrix of K", worst_passes(make_tiled_copy_B(typename L::LdmatrixAtom{}, mma), sK, threads, 8, 16, true),
-         8},
-        {"ldmatrix of V",
-         worst_passes(make_tiled_copy_B(typename L::LdmatrixTransposedAtom{}, mma), sVt, threads, 8, 16, true), 8},
-        {"cp.async of Q", worst_passes(typename L::GlobalLoad{}, sQ, threads, 8, 16, false), 1},
-        {"cp.async of K and V", worst_passes(typename L::GlobalLoad{}, sK, threads, 8, 16, false), 1},
+    std::vector<Access> accesses{
+        {"ldmatrix of Q", worst_passes(ldmatrix_q, recast<typename L::Operand>(sQ), threads, 8, 16, true), of_qk},
+        {"ldmatrix of K", worst_passes(ldmatrix_k, recast<typename L::Operand>(sK), threads, 8, 16, true), of_qk},
+        {"copy of Q", worst_passes(typename L::SmemQ::Copy{}, sQ, threads, group, C.copy_bytes, false), 1},
+        {"copy of K", worst_passes(typename L::SmemK::Copy{}, sK, threads, group, C.copy_bytes, false), 1},
+        {"copy of V", worst_passes(typename L::SmemV::Copy{}, sV, threads, group, C.copy_bytes, false), 1},
         {"store of O fragments",
-         worst_passes(make_tiled_copy_C(typename L::FragmentStoreAtom{}, mma), sQ, threads, 32, 4, false), 8},
-        {"load of the O tile", worst_passes(typename L::GlobalStore{}, sQ, threads, 8, 16, true), 1},
+         worst_passes(store_o, sO, threads, 32 * 4 / fragment_store, fragment_store, false), of_v / (fragment_store / 4), of_store},
+        {"load of the O tile", worst_passes(typename L::SmemO::Copy{}, sO, threads, group, C.copy_bytes, true), 1},
     };
+    if constexpr (sizeof(Element) == 2) {
+      auto const sVt = tile(typename L::SmemVt{});
+      auto const ldmatrix_v = make_tiled_copy_B(typename L::LdmatrixTransposedAtom{}, mma);
+      accesses.push_back({"ldmatrix of V", worst_passes(ldmatrix_v, sVt, threads, 8, 16, true), of_v});
+    }
     for (auto const& access : accesses) {
       // Without the swizzle the conflicts must be there, or this test could not see them.
-      EXPECT_EQ(access.passes, C.swizzled ? 1 : access.unswizzled) << access.what << " of " << name(C).text;
+      EXPECT_EQ(access.passes, C.swizzled ? access.swizzled : access.unswizzled) << access.what << " of " << name(C).text;
     }
   }
 };
 
-template <int D, int M, int N, int W>
+template <ForwardConfig C>
 void check_both() {
-  Layouts<ForwardConfig{DType::bfloat16, D, M, N, W, true, false}>{}.check();
-  Layouts<ForwardConfig{DType::float16, D, M, N, W, false, false}>{}.check();
+  constexpr ForwardConfig unswizzled = [] {
+    ForwardConfig c = C;
+    c.swizzled = false;
+    return c;
+  }();
+  Layouts<C>{}.check();
+  Layouts<unswizzled>{}.check();
 }
 
 // Guards against bank conflicts, which cost time and nothing else, so that no other test sees them.
 TEST(Layout, SwizzledAccessesHaveNoBankConflicts) {
-  check_both<64, 128, 128, 4>();
-  check_both<128, 128, 64, 4>();
-  check_both<64, 64, 32, 4>();
-  check_both<128, 64, 64, 2>();
-  check_both<128, 128, 128, 8>();
+  check_both<ForwardConfig{.head_dim = 64, .block_n = 128}>();
+  check_both<ForwardConfig{.head_dim = 128}>();
+  check_both<ForwardConfig{.head_dim = 64, .block_m = 64, .block_n = 32}>();
+  check_both<ForwardConfig{.head_dim = 128, .block_m = 64, .num_warps = 2}>();
+  check_both<ForwardConfig{.head_dim = 128, .block_n = 128, .num_warps = 8}>();
+  check_both<ForwardConfig{.head_dim = 256, .block_m = 64}>();
+}
+
+// Rows of 64 and of 32 bytes.
+TEST(Layout, NarrowTiles) {
+  check_both<ForwardConfig{.head_dim = 96, .block_m = 64}>();
+  check_both<ForwardConfig{.head_dim = 48, .block_m = 64}>();
+  check_both<ForwardConfig{.head_dim = 192, .head_dim_v = 32, .block_m = 64}>();
+}
+
+TEST(Layout, OtherElementsAndCopies) {
+  check_both<ForwardConfig{.dtype = DType::float32, .head_dim = 64, .block_n = 32}>();
+  check_both<ForwardConfig{.head_dim = 64, .block_n = 64, .copy_bytes = 8}>();
 }
 
 }  // namespace

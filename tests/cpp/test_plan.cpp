@@ -106,6 +106,27 @@ TEST(Plan, WrongTensorsAreRefused) {
   }
   {
     Problem p;
+    p.config.head_dim_v = 4;
+    p.expect<ConfigError>({"cfg", "head_dim_v 4", "8"});
+  }
+  {
+    Problem p;
+    p.v.shape[3] = 4;
+    p.expect<ArgumentError>({"out", "(1, 4, 2, 4)", "v's head_dim", "(1, 4, 2, 8)"});
+  }
+  {
+    Problem p;
+    p.q.dtype = DType::int32;
+    p.expect<ArgumentError>({"q", "float32", "int32"});
+  }
+  {
+    Problem p;
+    TensorView counts = p.out;
+    p.options.block_counts = &counts;
+    p.expect<ArgumentError>({"block_counts", "int32", "float32"});
+  }
+  {
+    Problem p;
     p.config.dtype = DType::float64;
     p.expect<ConfigError>({"cfg", "float64", "float32"});
   }

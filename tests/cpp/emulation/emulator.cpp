@@ -139,7 +139,7 @@ struct Accessor {
   }
 };
 
-/// The last accesses to four bytes of shared memory. Between different threads only block_sync orders
+/// The last accesses to two bytes of shared memory. Between different threads only block_sync orders
 /// anything, so accesses are ordered if they are in different epochs: the numbers of block_syncs so far.
 struct Cell {
   int write_epoch = -1, read_epoch = -1;
@@ -147,7 +147,7 @@ struct Cell {
   bool many_readers = false;  // others than `reader` have read in read_epoch
   bool in_flight = false;     // the writer is an asynchronous copy that has not been waited for
 };
-constexpr size_t cell_bytes = 4;
+constexpr size_t cell_bytes = 2;
 
 /// Bytes in shared memory with the history of every access.
 class SharedMemory {
@@ -233,7 +233,7 @@ class SharedMemory {
 
 struct AsyncCopy {
   void const* from;
-  size_t to;
+  size_t to, bytes;
   bool exists;
   bool delivered;
 };
@@ -321,12 +321,12 @@ class Block {
     suspend();
   }
 
-  void start_copy(void const* from, void* to, bool exists) {
-    size_t const offset = shared_.offset(to, 16);
-    if (exists) memory_.check_read(from, 16);
-    shared_.write(offset, 16, Accessor::thread("cp.async", current_), true);
+  void start_copy(void const* from, void* to, size_t bytes, bool exists) {
+    size_t const offset = shared_.offset(to, bytes);
+    if (exists) memory_.check_read(from, bytes);
+    shared_.write(offset, bytes, Accessor::thread("cp.async", current_), true);
     auto& copies = thread(current_).copies;
-    copies.push_back({from, offset, exists, false});
+    copies.push_back({from, offset, bytes, exists, false});
     if (random(4) == 0) deliver(copies.back());
   }
 
@@ -335,7 +335,7 @@ class Block {
     while (!copies.empty()) {
       std::swap(copies[random(copies.size())], copies.back());
       deliver(copies.back());
-      shared_.arrive(copies.back().to, 16);
+      shared_.arrive(copies.back().to, copies.back().bytes);
       copies.pop_back();
     }
     runnable_[static_cast<size_t>(current_ / warp_size)] |= 1u << current_ % warp_size;
@@ -355,6 +355,11 @@ class Block {
   }
 
   void store_global(void* to, void const* from, size_t bytes) { memory_.write(to, from, bytes); }
+
+  void load_global(void* to, void const* from, size_t bytes) {
+    memory_.check_read(from, bytes);
+    std::memcpy(to, from, bytes);
+  }
 
  private:
   /// The current thread comes to `own`, and must find others that came before it at the same place.
@@ -432,9 +437,9 @@ class Block {
     if (copy.delivered) return;
     copy.delivered = true;
     if (copy.exists) {
-      std::memcpy(shared_.data(copy.to), copy.from, 16);
+      std::memcpy(shared_.data(copy.to), copy.from, copy.bytes);
     } else {
-      std::memset(shared_.data(copy.to), 0, 16);
+      std::memset(shared_.data(copy.to), 0, copy.bytes);
     }
   }
 
@@ -486,8 +491,11 @@ void GlobalMemory::allow(void const* address, size_t bytes, Use use) {
   for (size_t i = 0; i < bytes; ++i) u[i] = use;
 }
 
+/// What a word of so many bytes has to be aligned to.
+constexpr size_t alignment_of(size_t bytes) { return bytes & (~bytes + 1); }
+
 void GlobalMemory::check_read(void const* address, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) violate("misaligned read of global memory");
+  if (reinterpret_cast<uintptr_t>(address) % alignment_of(bytes) != 0) violate("misaligned read of global memory");
   Use const* const u = find(address, bytes);
   for (size_t i = 0; i < bytes; ++i) {
     if (u[i] != Use::input) violate("read of global memory that is no element of an input, at " + hex(address));
@@ -495,7 +503,7 @@ void GlobalMemory::check_read(void const* address, size_t bytes) {
 }
 
 void GlobalMemory::write(void* to, void const* from, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(to) % bytes != 0) violate("misaligned store to global memory");
+  if (reinterpret_cast<uintptr_t>(to) % alignment_of(bytes) != 0) violate("misaligned store to global memory");
   Use* const u = find(to, bytes);
   for (size_t i = 0; i < bytes; ++i) {
     if (u[i] == Use::written) violate("second store to the same element of an output, at " + hex(to));
@@ -535,7 +543,9 @@ void warp_instruction(char const* name, void* operands, void (*execute)(void* co
   Block::running->warp_instruction(name, operands, execute);
 }
 
-void start_copy(void const* from, void* to, bool exists) { Block::running->start_copy(from, to, exists); }
+void start_copy(void const* from, void* to, size_t bytes, bool exists) {
+  Block::running->start_copy(from, to, bytes, exists);
+}
 
 void wait_for_copies() { Block::running->wait_for_copies(); }
 
@@ -550,5 +560,7 @@ void load_shared_by_warp(void* to, void const* from, size_t bytes) {
 }
 
 void store_global(void* to, void const* from, size_t bytes) { Block::running->store_global(to, from, bytes); }
+
+void load_global(void* to, void const* from, size_t bytes) { Block::running->load_global(to, from, bytes); }
 
 }  // namespace flashcute::emulation

@@ -62,9 +62,9 @@ bool block_any(bool x, char const* file, int line);
 /// the operands of every lane.
 void warp_instruction(char const* name, void* operands, void (*execute)(void* const* lanes));
 
-/// Starts copying 16 bytes to shared memory, or zeros if `exists` is false. They arrive at any time until
-/// the thread has waited.
-void start_copy(void const* from, void* to, bool exists);
+/// Starts copying to shared memory, or zeros if `exists` is false. They arrive at any time until the thread
+/// has waited.
+void start_copy(void const* from, void* to, size_t bytes, bool exists);
 void wait_for_copies();
 
 void store_shared(void* to, void const* from, size_t bytes);
@@ -72,5 +72,6 @@ void load_shared(void* to, void const* from, size_t bytes);
 /// A load that several lanes of the current warp take part in, so that no lane's own order protects it.
 void load_shared_by_warp(void* to, void const* from, size_t bytes);
 void store_global(void* to, void const* from, size_t bytes);
+void load_global(void* to, void const* from, size_t bytes);
 
 }  // namespace flashcute::emulation

@@ -9,6 +9,7 @@
 #include <cute/atom/copy_atom.hpp>
 #include <cute/atom/mma_atom.hpp>
 
+#include <bit>
 #include <cmath>
 #include <memory>
 
@@ -17,8 +18,6 @@
 
 namespace flashcute {
 namespace emulation {
-
-struct CpAsync {};
 
 template <bool Transposed>
 struct Ldmatrix {
@@ -67,8 +66,11 @@ float const* values() {
   return table.get();
 }
 
-template <class Element, class Real_>
-struct Mma16816 {
+/// mma.m16n8kK: each 32-bit register of A and B holds `per_register` elements, neighbours in k.
+template <class Operand, class Real_>
+struct Mma {
+  static constexpr int per_register = 4 / sizeof(Operand), k_size = 8 * per_register;
+
   using Real = Real_;
   using DRegisters = float[4];
   using ARegisters = uint32_t[4];
@@ -91,24 +93,34 @@ struct Mma16816 {
     d3 = own.c[3];
   }
 
+  /// Element i of a register. The tensor cores read the upper 19 bits of a TF32 number.
+  static float element(uint32_t word, int i) {
+    if constexpr (per_register == 2) {
+      return values<Operand>()[word >> 16 * i & 0xffff];
+    } else {
+      return std::bit_cast<float>(word & 0xffffe000u);
+    }
+  }
+
   static void execute(void* const* lanes) {
-    float a[16][16], b[16][8], c[16][8];  // (m, k), (k, n), (m, n)
-    float const* const value = values<Element>();
+    float a[16][k_size], b[k_size][8], c[16][8];  // (m, k), (k, n), (m, n)
     for (int lane = 0; lane < 32; ++lane) {
       auto const& own = *static_cast<Lane const*>(lanes[lane]);
       int const group = lane / 4, in_group = lane % 4;
-      for (int i = 0; i < 8; ++i) {
-        int const row = i < 2 || (i >= 4 && i < 6) ? group : group + 8;
-        int const column = in_group * 2 + (i & 1) + (i < 4 ? 0 : 8);
-        a[row][column] = value[own.a[i / 2] >> 16 * (i & 1) & 0xffff];
+      for (int r = 0; r < 4; ++r) {  // registers: rows group and group + 8, then the same in the second half of k
+        for (int i = 0; i < per_register; ++i) {
+          a[group + r % 2 * 8][in_group * per_register + i + r / 2 * k_size / 2] = element(own.a[r], i);
+        }
       }
-      for (int i = 0; i < 4; ++i) {
-        b[in_group * 2 + (i & 1) + (i < 2 ? 0 : 8)][group] = value[own.b[i / 2] >> 16 * (i & 1) & 0xffff];
-        c[i < 2 ? group : group + 8][in_group * 2 + (i & 1)] = own.c[i];
+      for (int r = 0; r < 2; ++r) {
+        for (int i = 0; i < per_register; ++i) {
+          b[in_group * per_register + i + r * k_size / 2][group] = element(own.b[r], i);
+        }
       }
+      for (int i = 0; i < 4; ++i) c[i < 2 ? group : group + 8][in_group * 2 + (i & 1)] = own.c[i];
     }
     for (int m = 0; m < 16; ++m) {
-      for (int k = 0; k < 16; ++k) {
+      for (int k = 0; k < k_size; ++k) {
         for (int n = 0; n < 8; ++n) c[m][n] += a[m][k] * b[k][n];
       }
     }
@@ -120,7 +132,7 @@ struct Mma16816 {
   }
 };
 
-/// A store to shared memory of one `Word`, or a copy of one from shared to global memory.
+/// A store of one `Word` from registers to shared memory.
 template <class Word>
 struct Move {};
 
@@ -129,35 +141,12 @@ struct Move {};
 
 namespace cute {
 
-template <>
-struct Copy_Traits<flashcute::emulation::CpAsync> {
-  using Real = Copy_Traits<SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>>;
-  using ThrID = Real::ThrID;
-  using SrcLayout = Real::SrcLayout;
-  using DstLayout = Real::DstLayout;
-  using RefLayout = Real::RefLayout;
-
-  bool exists = true;
-
-  Copy_Traits with(bool value) const { return {value}; }
-
-  template <class TS, class SLayout, class TD, class DLayout>
-  friend void copy_unpack(Copy_Traits const& traits, Tensor<TS, SLayout> const& source,
-                          Tensor<TD, DLayout>& destination) {
-    static_assert(is_gmem<TS>::value && is_smem<TD>::value);
-    static_assert(decltype(size(recast<uint128_t>(source)))::value == 1);
-    static_assert(decltype(size(recast<uint128_t>(destination)))::value == 1);
-    flashcute::emulation::start_copy(raw_pointer_cast(source.data()), raw_pointer_cast(destination.data()),
-                                     traits.exists);
-  }
-};
-
 template <bool Transposed>
 struct Copy_Traits<flashcute::emulation::Ldmatrix<Transposed>>
     : Copy_Traits<typename flashcute::emulation::Ldmatrix<Transposed>::Real> {};
 
-template <class Element, class Real>
-struct MMA_Traits<flashcute::emulation::Mma16816<Element, Real>> : MMA_Traits<Real> {};
+template <class Operand, class Real>
+struct MMA_Traits<flashcute::emulation::Mma<Operand, Real>> : MMA_Traits<Real> {};
 
 template <class Word>
 struct Copy_Traits<flashcute::emulation::Move<Word>> : Copy_Traits<UniversalCopy<Word>> {
@@ -165,18 +154,9 @@ struct Copy_Traits<flashcute::emulation::Move<Word>> : Copy_Traits<UniversalCopy
   friend void copy_unpack(Copy_Traits const&, Tensor<TS, SLayout> const& source, Tensor<TD, DLayout>& destination) {
     static_assert(decltype(size(recast<Word>(source)))::value == 1);
     static_assert(decltype(size(recast<Word>(destination)))::value == 1);
-    namespace e = flashcute::emulation;
-    auto const* const from = raw_pointer_cast(source.data());
-    auto* const to = raw_pointer_cast(destination.data());
-    if constexpr (is_smem<TD>::value) {
-      static_assert(is_rmem<TS>::value);
-      e::store_shared(to, from, sizeof(Word));
-    } else {
-      static_assert(is_smem<TS>::value && is_gmem<TD>::value);
-      Word word;
-      e::load_shared(&word, from, sizeof(Word));
-      e::store_global(to, &word, sizeof(Word));
-    }
+    static_assert(is_rmem<TS>::value && is_smem<TD>::value);
+    flashcute::emulation::store_shared(raw_pointer_cast(destination.data()), raw_pointer_cast(source.data()),
+                                       sizeof(Word));
   }
 };
 
@@ -184,13 +164,12 @@ struct Copy_Traits<flashcute::emulation::Move<Word>> : Copy_Traits<UniversalCopy
 
 namespace flashcute {
 
-// ---- copies and products, as CuTe operations -----------------------------------------------------
+// ---- fragments and products, as CuTe operations --------------------------------------------------
 
-using CpAsync = emulation::CpAsync;
 using Ldmatrix = emulation::Ldmatrix<false>;
 using LdmatrixTransposed = emulation::Ldmatrix<true>;
-using FragmentStore = emulation::Move<cute::uint32_t>;
-using VectorCopy = emulation::Move<cute::uint128_t>;
+template <class Word>
+using FragmentStore = emulation::Move<Word>;
 
 template <DType>
 struct TensorCore;
@@ -198,14 +177,57 @@ struct TensorCore;
 template <>
 struct TensorCore<DType::float16> {
   using Element = cute::half_t;
-  using Mma = emulation::Mma16816<Element, cute::SM80_16x8x16_F32F16F16F32_TN>;
+  using Operand = Element;
+  using Mma = emulation::Mma<Operand, cute::SM80_16x8x16_F32F16F16F32_TN>;
 };
 
 template <>
 struct TensorCore<DType::bfloat16> {
   using Element = cute::bfloat16_t;
-  using Mma = emulation::Mma16816<Element, cute::SM80_16x8x16_F32BF16BF16F32_TN>;
+  using Operand = Element;
+  using Mma = emulation::Mma<Operand, cute::SM80_16x8x16_F32BF16BF16F32_TN>;
 };
+
+template <>
+struct TensorCore<DType::float32> {
+  using Element = float;
+  using Operand = cute::tfloat32_t;
+  using Mma = emulation::Mma<Operand, cute::SM80_16x8x8_F32TF32TF32F32_TN>;
+};
+
+// ---- memory --------------------------------------------------------------------------------------
+
+template <class Word>
+FLASHCUTE_DEVICE Word shared_load(void const* from) {
+  Word word;
+  emulation::load_shared(&word, from, sizeof(Word));
+  return word;
+}
+
+template <class Word>
+FLASHCUTE_DEVICE void shared_store(void* to, Word const& word) {
+  emulation::store_shared(to, &word, sizeof(Word));
+}
+
+template <class Word>
+FLASHCUTE_DEVICE Word global_load(void const* from) {
+  Word word;
+  emulation::load_global(&word, from, sizeof(Word));
+  return word;
+}
+
+template <class Word>
+FLASHCUTE_DEVICE void global_store(void* to, Word const& word) {
+  emulation::store_global(to, &word, sizeof(Word));
+}
+
+template <class Word>
+FLASHCUTE_DEVICE void copy_async(void const* from, void* to, bool exists) {
+  static_assert(sizeof(Word) == 4 || sizeof(Word) == 8 || sizeof(Word) == 16);
+  emulation::start_copy(from, to, sizeof(Word), exists);
+}
+
+FLASHCUTE_DEVICE void copies_wait() { emulation::wait_for_copies(); }
 
 // ---- threads -------------------------------------------------------------------------------------
 
@@ -221,34 +243,34 @@ FLASHCUTE_DEVICE bool block_any(bool x, char const* file = __builtin_FILE(), int
   return emulation::block_any(x, file, line);
 }
 
-template <class Word>
-FLASHCUTE_DEVICE Word shared_load(void const* from) {
-  Word word;
-  emulation::load_shared(&word, from, sizeof(Word));
-  return word;
-}
+namespace emulation {
 
-template <class Word>
-FLASHCUTE_DEVICE void shared_store(void* to, Word const& word) {
-  emulation::store_shared(to, &word, sizeof(Word));
-}
-
-FLASHCUTE_DEVICE float shuffle_xor(float x, int mask) {
+/// What every lane gets of another's value.
+inline float exchange(char const* name, float x, int from) {
   struct Lane {
     float value, result;
-    int mask;
+    int from;
   };
-  Lane own{x, 0.f, mask};
-  emulation::warp_instruction("shuffle_xor", &own, [](void* const* lanes) {
+  Lane own{x, 0.f, from};
+  warp_instruction(name, &own, [](void* const* lanes) {
     for (int i = 0; i < 32; ++i) {
       auto& lane = *static_cast<Lane*>(lanes[i]);
-      lane.result = static_cast<Lane const*>(lanes[i ^ lane.mask])->value;
+      lane.result = static_cast<Lane const*>(lanes[lane.from])->value;
     }
   });
   return own.result;
 }
 
-FLASHCUTE_DEVICE void copies_wait() { emulation::wait_for_copies(); }
+}  // namespace emulation
+
+FLASHCUTE_DEVICE float shuffle_xor(float x, int mask) {
+  return emulation::exchange("shuffle_xor", x, thread_index() % 32 ^ mask);
+}
+
+template <int Width>
+FLASHCUTE_DEVICE float shuffle(float x, int lane) {
+  return emulation::exchange("shuffle", x, thread_index() % 32 / Width * Width + lane);
+}
 
 // ---- arithmetic ----------------------------------------------------------------------------------
 
@@ -264,10 +286,20 @@ FLASHCUTE_DEVICE uint32_t round_pair(float low, float high) {
   return static_cast<uint32_t>(To(low).raw()) | static_cast<uint32_t>(To(high).raw()) << 16;
 }
 
+FLASHCUTE_DEVICE cute::tfloat32_t round_tf32(float x) {
+  auto const bits = std::bit_cast<uint32_t>(x);
+  bool const finite = (bits & 0x7f800000u) != 0x7f800000u;
+  return cute::tfloat32_t::bitcast(finite ? (bits + 0x1000u) & 0xffffe000u : bits);
+}
+
 template <class Element>
-FLASHCUTE_DEVICE uint32_t add_zero_times(uint32_t pair, uint32_t sum) {
-  float const* const value = emulation::values<Element>();
-  return round_pair<Element>(0 * value[pair & 0xffff] + value[sum & 0xffff], 0 * value[pair >> 16] + value[sum >> 16]);
+FLASHCUTE_DEVICE uint32_t add_zero_times(uint32_t word, uint32_t sum) {
+  if constexpr (std::is_same_v<Element, float>) {
+    return std::bit_cast<uint32_t>(0 * std::bit_cast<float>(word) + std::bit_cast<float>(sum));
+  } else {
+    float const* const value = emulation::values<Element>();
+    return round_pair<Element>(0 * value[word & 0xffff] + value[sum & 0xffff], 0 * value[word >> 16] + value[sum >> 16]);
+  }
 }
 
 }  // namespace flashcute
