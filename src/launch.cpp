@@ -26,7 +26,8 @@ struct Key {
 
 struct KeyHash {
   std::size_t operator()(Key const& key) const {
-    std::size_t hash = static_cast<std::size_t>(key.device) * 31 + static_cast<std::size_t>(key.kernel.features.mask) * 2 +
+    std::size_t hash = static_cast<std::size_t>(key.device) * 31 +
+                       static_cast<std::size_t>(key.kernel.features.mask) * 2 +
                        static_cast<std::size_t>(key.kernel.features.count_blocks);
     for_each_option(key.kernel.config,
                     [&](char const*, auto option) { hash = hash * 1000003 + static_cast<std::size_t>(option); });

@@ -62,8 +62,9 @@ std::string alignment_problem(char const* argument, TensorView const& t, Named c
     return problem("address is " + std::to_string(past) + " bytes past a multiple of " + std::to_string(bytes));
   }
   int64_t const elements = bytes / size_of(t.dtype);
-  for (auto const& [what, count] : {std::pair{"head_dim", n.d}, std::pair{"batch stride", n.stride.batch},
-                                    std::pair{"seqlen stride", n.stride.row}, std::pair{"heads stride", n.stride.head}}) {
+  for (auto const& [what, count] :
+       {std::pair{"head_dim", n.d}, std::pair{"batch stride", n.stride.batch}, std::pair{"seqlen stride", n.stride.row},
+        std::pair{"heads stride", n.stride.head}}) {
     if (count % elements == 0) continue;
     return problem(std::string(what) + " " + std::to_string(count) + " is no multiple of " + std::to_string(elements) +
                    " elements (" + std::to_string(bytes) + " bytes)");
@@ -161,7 +162,8 @@ void require_kernel(DType dtype, Arch arch, std::string const& whose) {
                       std::to_string(arch % 10) + " is too old: the kernels need 8.0 or later. Use CPU tensors");
   }
   if (dtype == DType::float64) {
-    throw UnsupportedError(whose + "dtype float64 has no GPU kernel. Cast to float32, or use "
+    throw UnsupportedError(whose +
+                           "dtype float64 has no GPU kernel. Cast to float32, or use "
                            "torch.nn.functional.scaled_dot_product_attention");
   }
 }
@@ -172,6 +174,11 @@ void check_config(ForwardConfig const& config, Arch arch) {
   std::string message = std::string("cfg: ") + sentence(error) + " (got " + describe(config);
   if (error == ForwardConfigError::smem) {
     message += ": " + std::to_string(smem_bytes(config)) + " of " + std::to_string(max_smem_bytes(arch)) + " bytes";
+  }
+  if (error == ForwardConfigError::copy_rows) {
+    int32_t const rows[] = {CopyShape::of(config, config.head_dim).rows_per_pass,
+                            CopyShape::of(config, config.head_dim_v).rows_per_pass};
+    message += ": " + std::to_string(max_of(rows[0], rows[1])) + " rows";
   }
   if (arch != cpu_arch)
     message += "; GPU of compute capability " + std::to_string(arch / 10) + "." + std::to_string(arch % 10);
@@ -227,15 +234,9 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
   for (auto const& [option, compiled, d] :
        {std::tuple{"head_dim", config.head_dim, nq.d}, std::tuple{"head_dim_v", config.head_dim_v, nv.d}}) {
     if (d <= compiled) continue;
-    throw ConfigError(std::string("cfg: ") + option + " " + std::to_string(compiled) + " is smaller than the tensors' " +
-                      std::to_string(d));
+    throw ConfigError(std::string("cfg: ") + option + " " + std::to_string(compiled) +
+                      " is smaller than the tensors' " + std::to_string(d));
   }
-  if (gpu) {
-    require_aligned("q", q, nq, config);
-    require_aligned("k", k, nk, config);
-    require_aligned("v", v, nv, config);
-  }
-
   p.q = q.data;
   p.k = k.data;
   p.v = v.data;
@@ -299,10 +300,15 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
   }
   if (TensorView const* const counts = options.block_counts; counts != nullptr) {
     require_result("block_counts", *counts, DType::int32,
-                   {nq.batch, nq.head, ceil_div<int64_t>(nq.row, config.block_m), 3},
-                   "(batch, heads, row blocks, 3)");
+                   {nq.batch, nq.head, ceil_div<int64_t>(nq.row, config.block_m), 3}, "(batch, heads, row blocks, 3)");
     if (lse != nullptr) require_separate("block_counts", *counts, "lse", *lse);
     p.block_counts = static_cast<BlockCounts*>(counts->data);
+  }
+
+  if (gpu) {
+    require_aligned("q", q, nq, config);
+    require_aligned("k", k, nk, config);
+    require_aligned("v", v, nv, config);
   }
 
   Features const features{.mask = options.causal ? MaskKind::causal : MaskKind::full,

@@ -17,8 +17,8 @@ std::string expression(ForwardKernelId const& kernel) {
     options += (options.empty() ? "." : ", .") + std::string(option) + " = " + literal(value);
   });
   return "flashcute::ForwardKernelId{.config = {" + options +
-         "}, .features = {.mask = " + literal(kernel.features.mask) + ", .count_blocks = " +
-         literal(kernel.features.count_blocks) + "}}";
+         "}, .features = {.mask = " + literal(kernel.features.mask) +
+         ", .count_blocks = " + literal(kernel.features.count_blocks) + "}}";
 }
 
 }  // namespace

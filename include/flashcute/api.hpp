@@ -61,8 +61,9 @@ struct Explanation {
 /// Computes out = softmax(scale * q k^T) v.
 ///
 /// q (batch, seqlen_q, heads, d), k (batch, seqlen_k, kv_heads, d), v (batch, seqlen_k, kv_heads, d_v), out
-/// (batch, seqlen_q, heads, d_v), in the order that `options.layout` says; d, d_v <= 256; all of one dtype, on one device, with unit last stride. `lse`, if given, is
-/// (batch, heads, seqlen_q), contiguous, fp32 (fp64 with fp64 inputs): log(sum(exp(scores))).
+/// (batch, seqlen_q, heads, d_v), in the order that `options.layout` says; d, d_v <= 256; all of one dtype, on one
+/// device, with unit last stride. `lse`, if given, is (batch, heads, seqlen_q), contiguous, fp32 (fp64 with fp64
+/// inputs): log(sum(exp(scores))).
 ///
 /// On a GPU the kernel is launched on `options.stream` and the call returns; on the CPU it returns when
 /// the output is there. Throws before anything is launched or written: ArgumentError, ConfigError,

@@ -11,7 +11,9 @@ enum class MaskKind : uint8_t { full, causal };
 /// Who multiplies. With float32 the tensor cores compute in TF32: 10 bits of fraction.
 enum class Math : uint8_t { tensor_core, cuda_core };
 
-constexpr int32_t size_of(DType t) { return t == DType::float64 ? 8 : t == DType::float32 || t == DType::int32 ? 4 : 2; }
+constexpr int32_t size_of(DType t) {
+  return t == DType::float64 ? 8 : t == DType::float32 || t == DType::int32 ? 4 : 2;
+}
 
 constexpr char const* name_of(DType t) {
   switch (t) {
@@ -43,20 +45,20 @@ constexpr char const* name_of(MaskKind m) { return m == MaskKind::causal ? "caus
 /// All but the first five are the GPU kernels' own.
 struct ForwardConfig {
   DType dtype = DType::bfloat16;
-  int32_t head_dim = 128;          // of q and k: compiled width, runs any d up to it
-  int32_t head_dim_v = head_dim;   // of v and the output: the same
-  int32_t block_m = 128;           // B_r: query rows per tile
-  int32_t block_n = 64;            // B_c: keys per K/V block
-  int32_t num_warps = 4;           // each warp owns 16-row slices of the tile
-  Math math = Math::tensor_core;   // mma.sync, or fused multiply-adds on the CUDA cores
-  int32_t copy_bytes = 16;         // what a thread copies at once; addresses and strides must be multiples
-  bool async_copy = true;          // global to shared memory by cp.async, not through registers
-  bool eager_load_blocks = true;   // copy a K or V block as soon as its place is free, not when it is needed
-  bool swizzled = true;            // XOR-swizzled shared memory: no bank conflicts
-  bool q_in_registers = false;     // keep Q's fragments for the whole K/V loop
-  int32_t k_tiles_per_load = 0;    // 16-deep slices of K or V per fetch into registers; 0: 16 x 16 pieces of one
-  bool mma_double_buffer = true;   // fetch the next fragments while the tensor cores work on these
-  bool optimized_softmax = true;   // one multiply-add and exp2 a score, one reduction of the row sum in the end
+  int32_t head_dim = 128;         // of q and k: compiled width, runs any d up to it
+  int32_t head_dim_v = head_dim;  // of v and the output: the same
+  int32_t block_m = 128;          // B_r: query rows per tile
+  int32_t block_n = 64;           // B_c: keys per K/V block
+  int32_t num_warps = 4;          // each warp owns 16-row slices of the tile
+  Math math = Math::tensor_core;  // mma.sync, or fused multiply-adds on the CUDA cores
+  int32_t copy_bytes = 16;        // what a thread copies at once; addresses and strides must be multiples
+  bool async_copy = true;         // global to shared memory by cp.async, not through registers
+  bool eager_load_blocks = true;  // copy a K or V block as soon as its place is free, not when it is needed
+  bool swizzled = true;           // XOR-swizzled shared memory: no bank conflicts
+  bool q_in_registers = false;    // keep Q's fragments for the whole K/V loop
+  int32_t k_tiles_per_load = 0;   // 16-deep slices of K or V per fetch into registers; 0: 16 x 16 pieces of one
+  bool mma_double_buffer = true;  // fetch the next fragments while the tensor cores work on these
+  bool optimized_softmax = true;  // one multiply-add and exp2 a score, one reduction of the row sum in the end
 
   constexpr bool operator==(ForwardConfig const&) const = default;
 };
@@ -197,20 +199,19 @@ constexpr int32_t smem_bytes(ForwardConfig const& c) {
 }
 
 // Every rule: an identifier and the sentence that C++, Python and static_assert all show.
-#define FLASHCUTE_FORWARD_CONFIG_RULES(RULE)                                                            \
-  RULE(arch_too_old, "the mma.sync kernels need a GPU of compute capability 8.0 or later")              \
-  RULE(gpu_dtype, "dtype must be float16, bfloat16 or float32 on a GPU")                                \
-  RULE(gpu_head_dim, "head_dim and head_dim_v must be multiples of 16 between 16 and 256 on a GPU")     \
-  RULE(cpu_dtype, "dtype must be float16, bfloat16, float32 or float64")                                \
-  RULE(cpu_head_dim, "head_dim and head_dim_v must be between 1 and 256 on the CPU")                    \
-  RULE(num_warps, "num_warps must be 1, 2, 4 or 8")                                                     \
-  RULE(block_m, "block_m must be a positive multiple of 16 * num_warps, at most 256")                   \
-  RULE(block_n, "block_n must be a positive multiple of 16, at most 256")                               \
-  RULE(copy_bytes, "copy_bytes must be 16, 8, 4 or 2, and no less than the size of an element")         \
-  RULE(async_copy, "async_copy needs copy_bytes of 4 or more: cp.async cannot copy less")               \
-  RULE(copy_rows, "block_m and block_n must be multiples of the rows that the threads copy at once: " \
-       "num_warps * copy_bytes / 4, or 2 or 4 times that if the bytes of a row are no multiple of 128 or 64") \
-  RULE(fragments, "q_in_registers and k_tiles_per_load need math = tensor_core")                        \
+#define FLASHCUTE_FORWARD_CONFIG_RULES(RULE)                                                                           \
+  RULE(arch_too_old, "the mma.sync kernels need a GPU of compute capability 8.0 or later")                             \
+  RULE(gpu_dtype, "dtype must be float16, bfloat16 or float32 on a GPU")                                               \
+  RULE(gpu_head_dim, "head_dim and head_dim_v must be multiples of 16 between 16 and 256 on a GPU")                    \
+  RULE(cpu_dtype, "dtype must be float16, bfloat16, float32 or float64")                                               \
+  RULE(cpu_head_dim, "head_dim and head_dim_v must be between 1 and 256 on the CPU")                                   \
+  RULE(num_warps, "num_warps must be 1, 2, 4 or 8")                                                                    \
+  RULE(block_m, "block_m must be a positive multiple of 16 * num_warps, at most 256")                                  \
+  RULE(block_n, "block_n must be a positive multiple of 16, at most 256")                                              \
+  RULE(copy_bytes, "copy_bytes must be 16, 8, 4 or 2, and at least the bytes of an element")                           \
+  RULE(async_copy, "async_copy needs copy_bytes of 4 or more: cp.async cannot copy less")                              \
+  RULE(copy_rows, "block_m and block_n must be multiples of the rows that all threads copy at once")                   \
+  RULE(fragments, "q_in_registers and k_tiles_per_load need math = tensor_core")                                       \
   RULE(k_tiles_per_load, "k_tiles_per_load must be 0, 1 or 2, and 2 needs head_dim and block_n to be multiples of 32") \
   RULE(smem, "block_m, block_n and head_dim need more shared memory than a thread block of this GPU can have")
 

@@ -62,7 +62,7 @@ struct Products<C, Math::cuda_core> {
   FLASHCUTE_DEVICE static void gemm(Accumulator& acc, SharedRows<typename L::SmemQ> const& q,
                                     SharedRows<typename L::SmemK> const& k) {
     using namespace cute;
-    auto s = by_row_and_column(acc);                                                        // (row, column)
+    auto s = by_row_and_column(acc);                                                       // (row, column)
     auto const c = by_row_and_column(L::template coordinates<C.block_n>(thread_index()));  // -> (row, column)
     constexpr int rows = decltype(size<0>(s))::value, columns = decltype(size<1>(s))::value;
     constexpr int chunk = L::SmemQ::shape.chunk, unit = L::SmemQ::unit;

@@ -44,8 +44,10 @@ FLASHCUTE_DEVICE auto convert(Tensor const& from) {
   } else {
     CUTE_UNROLL
     for (int i = 0; i < size(to); ++i) {
-      if constexpr (std_::is_same_v<To, float>) to(i) = from(i);
-      else to(i) = round_tf32(from(i));
+      if constexpr (std_::is_same_v<To, float>)
+        to(i) = from(i);
+      else
+        to(i) = round_tf32(from(i));
     }
   }
   return to;

@@ -37,9 +37,9 @@ struct ForwardLayout {
     static constexpr int unit = 16 / sizeof(Element);  // elements that stay together
     static constexpr int swizzle_bits = C.swizzled ? cute::log_2(static_cast<unsigned>(shape.chunk / unit)) : 0;
     using Chunk = cute::Int<shape.chunk>;
-    using Atom = decltype(cute::composition(
-        cute::Swizzle<swizzle_bits, cute::log_2(static_cast<unsigned>(unit)), 3>{},
-        cute::Layout<cute::Shape<cute::_8, Chunk>, cute::Stride<Chunk, cute::_1>>{}));
+    using Atom =
+        decltype(cute::composition(cute::Swizzle<swizzle_bits, cute::log_2(static_cast<unsigned>(unit)), 3>{},
+                                   cute::Layout<cute::Shape<cute::_8, Chunk>, cute::Stride<Chunk, cute::_1>>{}));
     using Layout = decltype(cute::tile_to_shape(Atom{}, cute::Shape<Rows, Columns>{}));  // (rows, columns)
     // Who copies what: threads_per_row threads along a row, `vector` columns each.
     using Copy = decltype(cute::make_tiled_copy(

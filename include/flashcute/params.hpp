@@ -19,11 +19,11 @@ struct BlockCounts {
 };
 
 struct ForwardParams {
-  void const* q;  // (batch, seqlen_q, heads,    head_dim)
-  void const* k;  // (batch, seqlen_k, kv_heads, head_dim)
-  void const* v;  // (batch, seqlen_k, kv_heads, head_dim_v)
-  void* out;      // (batch, seqlen_q, heads,    head_dim_v)
-  void* lse;      // (batch, heads, seqlen_q), contiguous; fp32, or fp64 with fp64 inputs; may be null
+  void const* q;              // (batch, seqlen_q, heads,    head_dim)
+  void const* k;              // (batch, seqlen_k, kv_heads, head_dim)
+  void const* v;              // (batch, seqlen_k, kv_heads, head_dim_v)
+  void* out;                  // (batch, seqlen_q, heads,    head_dim_v)
+  void* lse;                  // (batch, heads, seqlen_q), contiguous; fp32, or fp64 with fp64 inputs; may be null
   BlockCounts* block_counts;  // (batch, heads, row blocks); null unless Features::count_blocks
 
   Strides q_stride, k_stride, v_stride, out_stride;

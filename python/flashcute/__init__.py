@@ -25,7 +25,15 @@ from ._core import (
     ForwardConfig,
     UnsupportedError,
 )
-from .attention import configs, count_blocks, default_config, explain, flash_attention, forward, prebuild
+from .attention import (
+    configs,
+    count_blocks,
+    default_config,
+    explain,
+    flash_attention,
+    forward,
+    prebuild,
+)
 
 # Nothing is searched, opened or initialised yet: these are only told.
 _headers = _Path(_core.__file__).parent / "include"

@@ -218,9 +218,7 @@ def explain(
     can run the call, `backend` is '' and `rejected` says why; ArgumentError is raised only for what cannot
     be described at all: no DLPack, a dtype that no kernel could have, an unknown layout.
     """
-    return _core.explain(
-        cfg, q, k, v, bool(causal), _number(scale), layout, bool(allow_tf32)
-    )
+    return _core.explain(cfg, q, k, v, bool(causal), _number(scale), layout, bool(allow_tf32))
 
 
 def count_blocks(

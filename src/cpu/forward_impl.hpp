@@ -138,8 +138,10 @@ class ForwardTile {
       counter.visit(partial.value);
       int const key0 = n * block_n_;
       int const keys = min_of(block_n_, p_.seqlen_k - key0);  // nothing beyond the sequence is touched
-      RowMajor<T> const k = load_block(p_.k, tile_.k_offset(p_), p_.k_stride.row, key0, keys, p_.head_dim, memory_ + layout_.k);
-      RowMajor<T> const v = load_block(p_.v, tile_.v_offset(p_), p_.v_stride.row, key0, keys, p_.head_dim_v, memory_ + layout_.v);
+      RowMajor<T> const k =
+          load_block(p_.k, tile_.k_offset(p_), p_.k_stride.row, key0, keys, p_.head_dim, memory_ + layout_.k);
+      RowMajor<T> const v =
+          load_block(p_.v, tile_.v_offset(p_), p_.v_stride.row, key0, keys, p_.head_dim_v, memory_ + layout_.v);
 
       gemm(k, keys, q, ld, p_.head_dim, columns_, Assign<T>{s, ld});  // S^T = K Q^T
       if constexpr (partial.value) apply_mask(s, key0, keys);

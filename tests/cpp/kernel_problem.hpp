@@ -142,7 +142,7 @@ class Problem {
   Tensor q, k, v, out;
   double scale = 1 / std::sqrt(s_.d);
   bool wants_lse = true;
-  std::vector<float> lse;                // (batch, heads, sq)
+  std::vector<float> lse;                 // (batch, heads, sq)
   std::vector<BlockCounts> block_counts;  // (batch, heads, row blocks)
 
   float lse_at(int b, int h, int i) const { return lse[static_cast<size_t>((b * s_.heads + h) * s_.sq + i)]; }

@@ -120,8 +120,8 @@ struct Layouts {
         {"copy of Q", worst_passes(typename L::SmemQ::Copy{}, sQ, threads, group, C.copy_bytes, false), 1},
         {"copy of K", worst_passes(typename L::SmemK::Copy{}, sK, threads, group, C.copy_bytes, false), 1},
         {"copy of V", worst_passes(typename L::SmemV::Copy{}, sV, threads, group, C.copy_bytes, false), 1},
-        {"store of O fragments",
-         worst_passes(store_o, sO, threads, 32 * 4 / fragment_store, fragment_store, false), of_v / (fragment_store / 4), of_store},
+        {"store of O fragments", worst_passes(store_o, sO, threads, 32 * 4 / fragment_store, fragment_store, false),
+         of_v / (fragment_store / 4), of_store},
         {"load of the O tile", worst_passes(typename L::SmemO::Copy{}, sO, threads, group, C.copy_bytes, true), 1},
     };
     if constexpr (sizeof(Element) == 2) {
@@ -131,7 +131,8 @@ struct Layouts {
     }
     for (auto const& access : accesses) {
       // Without the swizzle the conflicts must be there, or this test could not see them.
-      EXPECT_EQ(access.passes, C.swizzled ? access.swizzled : access.unswizzled) << access.what << " of " << name(C).text;
+      EXPECT_EQ(access.passes, C.swizzled ? access.swizzled : access.unswizzled)
+          << access.what << " of " << name(C).text;
     }
   }
 };

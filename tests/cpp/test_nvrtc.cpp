@@ -246,7 +246,9 @@ class Jit : public NvrtcTest {
   std::string entry_header() const { return scratch_ / "include/flashcute/entry.hpp"; }
   std::string cached(std::string const& key) const { return scratch_ / ("cache/" + key + ".image"); }
 
-  static ForwardKernelId kernel() { return {default_forward_config(DType::bfloat16, 64, 80), {.mask = MaskKind::causal}}; }
+  static ForwardKernelId kernel() {
+    return {default_forward_config(DType::bfloat16, 64, 80), {.mask = MaskKind::causal}};
+  }
 
   Scratch scratch_;
   ScopedVariable cuda_{"FLASHCUTE_CUDA_INCLUDE", scratch_ / "cuda"};

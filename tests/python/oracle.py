@@ -21,6 +21,7 @@ UNIT_ROUNDOFF = {
     "float32": 2.0**-24,
     "float64": 2.0**-53,
 }
+TF32_ROUNDOFF = 2.0**-11
 RELATIVE = {"float32": 1e-5, "float64": 1e-12}  # the contract's bounds
 
 
@@ -183,21 +184,26 @@ def make_problem(
     heads: int = 4,
     kv_heads: int | None = None,
     d: int,
+    d_v: int | None = None,
     causal: bool = False,
     scale: float | None = None,
 ) -> Problem:
     kv_heads = heads if kv_heads is None else kv_heads
+    d_v = d if d_v is None else d_v
     q = rng.standard_normal((batch, seqlen_q, heads, d))
     k = rng.standard_normal((batch, seqlen_k, kv_heads, d))
-    v = rng.standard_normal((batch, seqlen_k, kv_heads, d))
+    v = rng.standard_normal((batch, seqlen_k, kv_heads, d_v))
     return Problem(*(rounded(x, dtype) for x in (q, k, v)), dtype, causal, scale)
 
 
-def assert_accurate(p: Problem, out: object, lse: object | None, *, tiny: bool = False) -> None:
+def assert_accurate(
+    p: Problem, out: object, lse: object | None, *, tiny: bool = False, tf32: bool = False
+) -> None:
     """The accuracy rule on `out`, and an fp32 (fp64) bound on `lse`.
 
     tiny: the output may have so few elements that the naive error is 0 by luck. Then one
     rounding of every probability, which cannot be avoided on tensor cores, is allowed on top.
+    tf32: every operand of a product may have been rounded to TF32's 11 bits.
     """
     expected, expected_lse = p.expected()
     u = UNIT_ROUNDOFF[p.dtype]
@@ -210,10 +216,15 @@ def assert_accurate(p: Problem, out: object, lse: object | None, *, tiny: bool =
         products = scores_of(np.abs(p.q), np.abs(p.k), p.scale).max(initial=0)
         conditioning = UNIT_ROUNDOFF[work] * products
 
+    if tf32:
+        scale = default_scale(p.q, p.scale)
+        conditioning += TF32_ROUNDOFF * scores_of(np.abs(p.q), np.abs(p.k), scale).max(initial=0)
+
     top = np.abs(expected).max(initial=0)
     values = np.abs(p.v).max(initial=0)
     if p.dtype in RELATIVE:
         tolerance = max(RELATIVE[p.dtype] * top, 2 * conditioning * values)
+        tolerance += 2 * TF32_ROUNDOFF * values if tf32 else 0
     else:
         rounded_error = naive(p.q, p.k, p.v, p.dtype, causal=p.causal, scale=p.scale) - expected
         tolerance = 2 * np.abs(rounded_error).max(initial=0) + u * top + (u * values if tiny else 0)

@@ -135,9 +135,10 @@ TENSORS = [
                                v=lambda x: widen(x, 257), out=lambda x: widen(x, 257)),
         ["head_dim", "between 1 and 256", "got 257"]),
     Bad("k of another head_dim", unequal_head_dim, ["^k: expected head_dim 8 as in q, got 16"]),
-    Bad("v of another head_dim", change(v=lambda x: widen(x, 16)),
-        ["^v: expected head_dim 8 as in q and k, got 16", "scaled_dot_product_attention"],
-        fc.UnsupportedError),
+    Bad("v of head_dim 257", change(v=lambda x: widen(x, 257)),
+        ["^v: expected head_dim between 1 and 256, got 257"]),
+    Bad("v of a head_dim that out does not have", change(v=lambda x: x[..., :4]),
+        [r"^out: expected shape \(2, 5, 4, 4\) as q, with v's head_dim, got \(2, 5, 4, 8\)"]),
     Bad("heads that do not divide", change(k=lambda x: torch.cat([x, x], 2)[:, :, :3],
                                            v=lambda x: torch.cat([x, x], 2)[:, :, :3]),
         ["^k: expected a number of heads that divides q's 4, got 3"]),
@@ -152,7 +153,7 @@ TENSORS = [
     Bad("v of another batch", change(v=lambda x: x[:1]),
         ["^v: expected batch size 2 as in q, got 1"]),
     Bad("out of another shape", change(out=lambda x: x[:, :4]),
-        [r"^out: expected shape \(2, 5, 4, 8\) as q, got \(2, 4, 4, 8\)"]),
+        [r"^out: expected shape \(2, 5, 4, 8\) as q, with v's head_dim, got \(2, 4, 4, 8\)"]),
     # strides
     *(
         Bad(f"{t} with last stride 2", change(**{t: lambda x: torch.cat([x, x], 3)[..., ::2]}),
@@ -391,17 +392,39 @@ def test_configuration_of_the_wrong_type(cfg: object) -> None:
 GPU = fc.ForwardConfig(dtype="float16", head_dim=64, block_m=128, block_n=128)
 RULES = {
     "arch_too_old": [(GPU, "sm_75"), (GPU, "sm_70")],
-    "gpu_dtype": [(GPU.replace(dtype="float32"), "sm_80"), (GPU.replace(dtype="float64"), "sm_90")],
-    "gpu_head_dim": [(GPU.replace(head_dim=d), "sm_80") for d in (0, 32, 72, 96, 256)],
-    "cpu_head_dim": [(GPU.replace(head_dim=d), "cpu") for d in (0, -1, 257)],
+    "gpu_dtype": [(GPU.replace(dtype="float64"), "sm_90")],
+    "gpu_head_dim": [
+        (GPU.replace(**{option: d}), "sm_80")
+        for option in ("head_dim", "head_dim_v") for d in (0, 8, 72, 272)
+    ],
+    "cpu_dtype": [],  # no Python configuration has another; tests/cpp/test_config.cpp makes one
+    "cpu_head_dim": [
+        (GPU.replace(**{option: d}), "cpu")
+        for option in ("head_dim", "head_dim_v") for d in (0, -1, 257)
+    ],
     "num_warps": [(GPU.replace(num_warps=n), a) for n in (0, -4, 3, 16) for a in ("cpu", "sm_80")],
     "block_m": [
         (GPU.replace(block_m=m), a) for m in (0, -64, 32, 72, 512) for a in ("cpu", "sm_80")
     ],
     "block_n": [
-        (GPU.replace(block_n=n, num_warps=w), a)
-        for n, w in ((0, 4), (-16, 4), (24, 4), (512, 4), (16, 8))
-        for a in ("cpu", "sm_80")
+        (GPU.replace(block_n=n), a) for n in (0, -16, 24, 512) for a in ("cpu", "sm_80")
+    ],
+    "copy_bytes": [
+        *((GPU.replace(copy_bytes=n), a) for n in (0, 1, 12, 32) for a in ("cpu", "sm_80")),
+        (GPU.replace(dtype="float32", copy_bytes=2), "sm_80"),
+    ],
+    "async_copy": [(GPU.replace(copy_bytes=2), "sm_80")],
+    "copy_rows": [
+        (GPU.replace(block_n=16, num_warps=8), "sm_80"), (GPU.replace(head_dim=16, block_n=32), "sm_80")
+    ],
+    "fragments": [
+        (GPU.replace(math="cuda_core", q_in_registers=True), "sm_80"),
+        (GPU.replace(math="cuda_core", k_tiles_per_load=1), "sm_80"),
+    ],
+    "k_tiles_per_load": [
+        (GPU.replace(k_tiles_per_load=-1), "sm_80"), (GPU.replace(k_tiles_per_load=3), "sm_80"),
+        (GPU.replace(k_tiles_per_load=2, block_n=48), "sm_80"),
+        (GPU.replace(k_tiles_per_load=2, head_dim=80), "sm_80"),
     ],
     "smem": [
         (GPU.replace(head_dim=128, block_m=256, block_n=256), "sm_80"),
@@ -433,7 +456,7 @@ def test_rules_without_a_gpu(rule: str, cfg: fc.ForwardConfig, arch: str) -> Non
         cfg.check(arch)
     message = str(caught.value)
     assert message.startswith(f"cfg: {sentences()[rule]} (got ")
-    for name in ("head_dim", "block_m", "block_n", "num_warps", "swizzled", "q_in_registers"):
+    for name in ("head_dim", "head_dim_v", "block_m", "num_warps", "math", "q_in_registers"):
         assert f"{name}={getattr(cfg, name)}" in message
     assert f"dtype={cfg.dtype}" in message
     if arch != "cpu":
@@ -442,10 +465,10 @@ def test_rules_without_a_gpu(rule: str, cfg: fc.ForwardConfig, arch: str) -> Non
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", 90])
-@pytest.mark.parametrize("d", [8, 64, 72, 128])
+@pytest.mark.parametrize("d", [8, 64, 72, 128, 256])
 def test_defaults_keep_the_rules_everywhere(arch: str, d: int) -> None:
     """One default tile serves every GPU, also those with 99 KB of shared memory."""
-    for dtype in ("float16", "bfloat16"):
+    for dtype in ("float16", "bfloat16", "float32"):
         fc.default_config(d, dtype, arch).check(arch)
 
 

@@ -19,11 +19,19 @@ from hypothesis import strategies as st
 OPTIONS = {
     "dtype": ["float16", "bfloat16", "float32", "float64"],
     "head_dim": [1, 64, 72, 128, 256],
+    "head_dim_v": [1, 64, 128, 256],
     "block_m": [16, 64, 128],
     "block_n": [16, 32, 128],
     "num_warps": [1, 2, 4, 8],
+    "math": ["tensor_core", "cuda_core"],
+    "copy_bytes": [2, 4, 8, 16],
+    "async_copy": [True, False],
+    "eager_load_blocks": [True, False],
     "swizzled": [True, False],
     "q_in_registers": [True, False],
+    "k_tiles_per_load": [0, 1, 2],
+    "mma_double_buffer": [True, False],
+    "optimized_softmax": [True, False],
 }
 any_config = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in OPTIONS.items()}).map(
     lambda options: fc.ForwardConfig(**options)
@@ -43,7 +51,8 @@ def test_options_are_kept(name: str) -> None:
     default = options_of(fc.ForwardConfig())
     for value in OPTIONS[name]:
         got = options_of(fc.ForwardConfig(**{name: value}))
-        assert got == {**default, name: value}
+        follows = {"head_dim_v": value} if name == "head_dim" else {}
+        assert got == {**default, name: value, **follows}
         assert type(got[name]) is type(value)
 
 
@@ -155,7 +164,7 @@ def test_final() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
-        ("blockm", 64, r"^ForwardConfig: expected options among dtype, .*_registers, got 'blockm'"),
+        ("blockm", 64, r"^ForwardConfig: expected options among dtype, .*_softmax, got 'blockm'"),
         ("head_dim", "64", r"^head_dim: expected an integer, got '64'"),
         ("head_dim", 64.0, r"^head_dim: expected an integer, got 64.0"),
         ("head_dim", True, r"^head_dim: expected an integer, got True"),
@@ -163,6 +172,8 @@ def test_final() -> None:
         ("block_m", 2**31, r"^block_m: expected an integer.*, got 2147483648"),
         ("num_warps", -(2**40), r"^num_warps: expected an integer.*, got -1099511627776"),
         ("swizzled", 1, r"^swizzled: expected True or False, got 1"),
+        ("math", "fast", r"^math: expected 'tensor_core' or 'cuda_core', got 'fast'"),
+        ("math", 1, r"^math: expected 'tensor_core' or 'cuda_core', got 1"),
         ("q_in_registers", "no", r"^q_in_registers: expected True or False, got 'no'"),
         ("dtype", "int8", r"^dtype: expected float16, bfloat16, float32 or float64, got 'int8'"),
         ("dtype", "half", r"^dtype: expected float16, .* got 'half'"),
@@ -221,22 +232,39 @@ def test_dtype_objects_of_other_libraries(module: str, attribute: str) -> None:
 
 
 def test_names_are_unique() -> None:
-    """Two configurations with one name would share a kernel. All combinations of the sample are
-    named."""
-    names = {
-        fc.ForwardConfig(**dict(zip(OPTIONS, values, strict=True))).name
-        for values in itertools.product(*OPTIONS.values())
-    }
-    assert len(names) == np.prod([len(v) for v in OPTIONS.values()])
+    """Two configurations with one name would share a kernel. All that differ from each other in
+    two options are named."""
+    names: dict[str, fc.ForwardConfig] = {}
+    for a, b in itertools.combinations(OPTIONS, 2):
+        for x, y in itertools.product(OPTIONS[a], OPTIONS[b]):
+            cfg = fc.ForwardConfig(**{"head_dim_v": 128, a: x, b: y})
+            assert names.setdefault(cfg.name, cfg) == cfg
+    assert len(names) > 400
     assert all(re.fullmatch(r"[a-z][a-z0-9_]*", name) for name in names)
+
+
+def test_head_dim_v_follows_head_dim() -> None:
+    """Who sets one head dim means both, unless they differ already."""
+    cfg = fc.ForwardConfig(head_dim=64)
+    assert cfg.head_dim_v == 64
+    assert cfg.replace(head_dim=128).head_dim_v == 128
+    apart = cfg.replace(head_dim_v=32)
+    assert apart.head_dim == 64
+    assert apart.replace(head_dim=128).head_dim_v == 32
 
 
 def test_name_is_canonical() -> None:
     """Names are in caches, logs and benchmark results: they do not change by accident."""
     cfg = fc.ForwardConfig(dtype="bfloat16", head_dim=128, block_m=128, block_n=64, num_warps=4)
-    assert cfg.name == "fwd_bf16_d128_m128_n64_w4_swizzled"
+    assert cfg.name == "fwd_bf16_d128_m128_n64_w4"
     cfg = cfg.replace(dtype="float16", swizzled=False, q_in_registers=True)
-    assert cfg.name == "fwd_f16_d128_m128_n64_w4_qreg"
+    assert cfg.name == "fwd_f16_d128_m128_n64_w4_unswizzled_qreg"
+    cfg = cfg.replace(
+        head_dim_v=64, math="cuda_core", copy_bytes=4, async_copy=False, eager_load_blocks=False,
+        swizzled=True, q_in_registers=False, k_tiles_per_load=2, mma_double_buffer=False,
+        optimized_softmax=False,
+    )  # fmt: skip
+    assert cfg.name == ("fwd_f16_d128_dv64_m128_n64_w4_cudacore_copy4_sync_lazy_k2_single_textbook")
 
 
 @given(st.integers(-(2**31), 2**31 - 1))
@@ -258,20 +286,21 @@ def test_configs() -> None:
         for arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"):
             cfg.check(arch)
     assert {(c.dtype, c.head_dim) for c in found} >= {
-        (dtype, d) for dtype in ("float16", "bfloat16") for d in (64, 128)
+        (dtype, d) for dtype in ("float16", "bfloat16", "float32") for d in (64, 128, 256)
     }
     found.clear()
     assert fc.configs()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", 100, "sm_120"])
 def test_gpu_defaults_are_ahead_of_time(dtype: str, arch: str | int) -> None:
     """Every head dim that flash_attention takes runs without a compiler."""
-    for d in range(8, 129, 8):
+    for d in range(8, 257, 8):
         cfg = fc.default_config(d, dtype, arch)
         assert cfg in fc.configs()
-        assert cfg.head_dim == (64 if d <= 64 else 128)
+        assert cfg.head_dim == (64 if d <= 64 else 128 if d <= 128 else 256)
+        assert fc.default_config(8, dtype, arch, head_dim_v=d) == cfg
 
 
 @pytest.mark.parametrize("dtype", OPTIONS["dtype"])

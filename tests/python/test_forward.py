@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 
 CPU_DTYPES = ["float16", "bfloat16", "float32", "float64"]
 WHERE = [("cpu", dtype) for dtype in CPU_DTYPES] + [
-    pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in ("float16", "bfloat16")
+    pytest.param("cuda", dtype, marks=pytest.mark.gpu)
+    for dtype in ("float16", "bfloat16", "float32")
 ]
 HEAD_DIMS = [
     *(("cpu", d) for d in (1, 3, 8, 40, 64, 72, 96, 128, 200, 256)),
-    *(pytest.param("cuda", d, marks=pytest.mark.gpu) for d in (8, 40, 64, 72, 104, 128)),
+    *(pytest.param("cuda", d, marks=pytest.mark.gpu) for d in range(8, 257, 8)),
 ]
+# (of q and k, of v)
+HEAD_DIM_PAIRS = [(64, 128), (192, 128), (8, 256), (256, 8), (72, 40)]
 LENGTHS = [
     (0, 0), (0, 5), (5, 0), (1, 1), (1, 300), (239, 1), (3, 799), (64, 64), (113, 203), (128, 217),
     (108, 256), (256, 108), (1023, 1024), (1024, 1023),
@@ -58,7 +61,7 @@ def run_and_check(
         fc.forward(cfg, q, k, v, **options) if cfg else fc.flash_attention(q, k, v, **options)
     )
     assert out.dtype == q.dtype
-    assert out.shape == q.shape
+    assert out.shape == (*q.shape[:3], v.shape[3])
     assert out.device == q.device
     assert lse.dtype == (torch.float64 if p.dtype == "float64" else torch.float32)
     oracle.assert_accurate(p, bshd(out, layout), lse, tiny=tiny)
@@ -96,12 +99,26 @@ def test_lengths(
 def test_head_dims(rng: np.random.Generator, where: str, dtype: str, causal: bool, d: int) -> None:
     """Head dims that are not the compiled width, nor a multiple of 16, run and are right (T40,
     T41)."""
-    if where == "cuda" and dtype in ("float32", "float64"):
-        pytest.skip("no GPU kernel: test_bad_input checks that it is refused")
+    if where == "cuda" and dtype == "float64":
+        pytest.skip("no GPU kernel: test_semantics checks that it is refused")
     p = oracle.make_problem(
         rng, dtype, seqlen_q=113, seqlen_k=203, heads=2, kv_heads=1, d=d, causal=causal
     )
     run_and_check(p, where)
+
+
+@everywhere
+@both_masks
+@pytest.mark.parametrize(("d", "d_v"), HEAD_DIM_PAIRS)
+def test_head_dims_of_values(
+    rng: np.random.Generator, where: str, dtype: str, causal: bool, d: int, d_v: int
+) -> None:
+    """v and the output have a width of their own; the scale is that of q and k."""
+    p = oracle.make_problem(
+        rng, dtype, seqlen_q=113, seqlen_k=203, heads=2, kv_heads=1, d=d, d_v=d_v, causal=causal
+    )
+    for layout in ("bshd", "bhsd"):
+        run_and_check(p, where, layout=layout)
 
 
 @everywhere
@@ -171,33 +188,49 @@ def test_tiles_on_the_cpu(
     run_and_check(p, "cpu", cfg=cfg)
 
 
-# Compiled at run time. Each value of each option comes up at least twice.
-GPU_CONFIGS = [
+# Compiled at run time: tiles that no default has. tests/option_pairs.def has the other options.
+GPU_TILES = [
     fc.ForwardConfig(dtype="float16", head_dim=64, block_m=64, block_n=32, num_warps=4),
     fc.ForwardConfig(dtype="bfloat16", head_dim=64, block_m=128, block_n=64, num_warps=8),
-    fc.ForwardConfig(dtype="float16", head_dim=64, block_m=64, block_n=64, swizzled=False),
     fc.ForwardConfig(dtype="float16", head_dim=64, block_m=128, block_n=128, q_in_registers=True),
-    fc.ForwardConfig(
-        dtype="bfloat16", head_dim=128, block_m=64, block_n=64, swizzled=False, q_in_registers=True
-    ),
     fc.ForwardConfig(dtype="float16", head_dim=128, block_m=128, block_n=32, num_warps=8),
+    fc.ForwardConfig(dtype="bfloat16", head_dim=48, head_dim_v=256, block_m=64, block_n=64),
 ]
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
 @both_masks
-@pytest.mark.parametrize("compiled", GPU_CONFIGS, indirect=True, ids=lambda c: c.name)
-def test_options_on_the_gpu(
+@pytest.mark.parametrize("compiled", GPU_TILES, indirect=True, ids=lambda c: c.name)
+def test_tiles_on_the_gpu(
     rng: np.random.Generator, compiled: fc.ForwardConfig, causal: bool
 ) -> None:
-    """Every option is switched, and changes the speed only. A kernel that runs out of shared
-    memory or registers, or whose copies disagree with its layouts, shows here."""
+    """A tile changes the speed only. A kernel that runs out of shared memory or registers, or
+    whose copies disagree with its layouts, shows here."""
     for sq, sk, d in [(300, 450, compiled.head_dim), (129, 65, 40), (1, 257, 8)]:
         p = oracle.make_problem(
             rng, compiled.dtype, seqlen_q=sq, seqlen_k=sk, heads=4, kv_heads=2, d=d, causal=causal
         )
         run_and_check(p, "cuda", cfg=compiled)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@both_masks
+@pytest.mark.parametrize("d", [64, 136])
+def test_tf32_only_on_request(rng: np.random.Generator, causal: bool, d: int) -> None:
+    """float32 is float32 (error 1e-5, which every other test asks of it); with allow_tf32 the tensor
+    cores may round, and do: the results differ."""
+    p = oracle.make_problem(
+        rng, "float32", seqlen_q=150, seqlen_k=259, heads=2, kv_heads=1, d=d, causal=causal
+    )
+    q, k, v = (tensor(x, "float32", "cuda") for x in (p.q, p.k, p.v))
+    exact = fc.flash_attention(q, k, v, causal)
+    out, lse = fc.flash_attention(q, k, v, causal, allow_tf32=True, return_lse=True)
+    oracle.assert_accurate(p, out, lse, tf32=True)
+    assert not torch.equal(out, exact)
+    assert fc.explain(q, k, v).config.math == "cuda_core"
+    assert fc.explain(q, k, v, allow_tf32=True).config.math == "tensor_core"
 
 
 @pytest.mark.gpu
@@ -223,7 +256,6 @@ def random_calls(draw: st.DrawFn, dtypes: list[str], step: int) -> tuple[oracle.
     after each of them, an offset. `step` is what strides and offsets are multiples of."""
     heads = draw(st.sampled_from([1, 2, 3, 4]))
     kv_heads = draw(st.sampled_from([n for n in (1, 2, 3, 4) if heads % n == 0]))
-    limit = 128 if step > 1 else 256
     p = oracle.make_problem(
         np.random.default_rng(draw(st.integers(0, 2**32 - 1))),
         draw(st.sampled_from(dtypes)),
@@ -232,7 +264,8 @@ def random_calls(draw: st.DrawFn, dtypes: list[str], step: int) -> tuple[oracle.
         seqlen_k=draw(st.integers(0, 300)),
         heads=heads,
         kv_heads=kv_heads,
-        d=step * draw(st.integers(1, limit // step)),
+        d=step * draw(st.integers(1, 256 // step)),
+        d_v=step * draw(st.integers(1, 256 // step)),
         causal=draw(st.booleans()),
         scale=draw(st.none() | st.sampled_from([0.0, 0.05, 1.0])),
     )
@@ -247,7 +280,7 @@ def random_calls(draw: st.DrawFn, dtypes: list[str], step: int) -> tuple[oracle.
     return p, {"layout": draw(st.sampled_from(["bshd", "bhsd"])), "memory": memory}
 
 
-def placed(shape: torch.Size, like: torch.Tensor, how: dict) -> torch.Tensor:
+def placed(shape: tuple[int, ...], like: torch.Tensor, how: dict) -> torch.Tensor:
     """A view of this shape somewhere in memory that is NaN otherwise."""
     strides = [0, 0, 0, 1]
     extent = shape[3]
@@ -270,7 +303,7 @@ def check_random_call(where: str, call: tuple[oracle.Problem, dict]) -> None:
         x = tensor(getattr(p, name), p.dtype, where, layout)
         given_tensors[name] = placed(x.shape, x, memory[name]).copy_(x)
     q = given_tensors["q"]
-    out = placed(q.shape, q, memory["out"])
+    out = placed((*q.shape[:3], p.v.shape[3]), q, memory["out"])
     whole = torch.as_strided(out, (out.untyped_storage().nbytes() // out.element_size(),), (1,), 0)
     result, lse = fc.flash_attention(
         **given_tensors, causal=p.causal, scale=p.scale, layout=layout, out=out, return_lse=True

@@ -298,7 +298,8 @@ FLASHCUTE_DEVICE uint32_t add_zero_times(uint32_t word, uint32_t sum) {
     return std::bit_cast<uint32_t>(0 * std::bit_cast<float>(word) + std::bit_cast<float>(sum));
   } else {
     float const* const value = emulation::values<Element>();
-    return round_pair<Element>(0 * value[word & 0xffff] + value[sum & 0xffff], 0 * value[word >> 16] + value[sum >> 16]);
+    return round_pair<Element>(0 * value[word & 0xffff] + value[sum & 0xffff],
+                               0 * value[word >> 16] + value[sum >> 16]);
   }
 }
 
