@@ -22,12 +22,9 @@ struct Products<C, Math::cuda_core> {
 
     Element const* tile;
 
-    /// What the swizzle XORs to the index of a unit in a row.
-    FLASHCUTE_DEVICE static constexpr int mask(int row) { return row % 8 >> (3 - Smem::swizzle_bits); }
-
     /// Row `row` of the chunk that starts at column `first`.
     FLASHCUTE_DEVICE Element const* chunk_row(int row, int first) const {
-      return tile + first * cute::size<0>(typename Smem::Layout{}) + row * chunk;
+      return tile + first * Smem::rows + row * chunk;
     }
   };
 
@@ -37,25 +34,16 @@ struct Products<C, Math::cuda_core> {
     Scores& p;  // (MMA, MMA_M, MMA_N)
   };
 
-  template <class Tile>
-  FLASHCUTE_DEVICE static auto query(Tile const& sQ) {  // (M, D)
-    return SharedRows<typename L::SmemQ>{cute::raw_pointer_cast(sQ.data())};
-  }
+  FLASHCUTE_DEVICE static auto query(Element const* tile) { return SharedRows<typename L::SmemQ>{tile}; }
 
-  template <class Tile>
-  FLASHCUTE_DEVICE static auto key(Tile const& sK) {  // (N, D)
-    return SharedRows<typename L::SmemK>{cute::raw_pointer_cast(sK.data())};
-  }
+  FLASHCUTE_DEVICE static auto key(Element const* tile) { return SharedRows<typename L::SmemK>{tile}; }
 
   template <class Scores>
   FLASHCUTE_DEVICE static auto probabilities(Scores& p) {
     return QuadRows<Scores>{p};
   }
 
-  template <class Tile>
-  FLASHCUTE_DEVICE static auto value(Tile const& sV) {  // (N, DV)
-    return SharedRows<typename L::SmemV>{cute::raw_pointer_cast(sV.data())};
-  }
+  FLASHCUTE_DEVICE static auto value(Element const* tile) { return SharedRows<typename L::SmemV>{tile}; }
 
   /// S += Q K^T. Each 16 bytes of a row of Q serve all columns of the thread, each of a row of K all its rows.
   template <class Accumulator>
@@ -66,8 +54,9 @@ struct Products<C, Math::cuda_core> {
     auto const c = by_row_and_column(L::template coordinates<C.block_n>(thread_index()));  // -> (row, column)
     constexpr int rows = decltype(size<0>(s))::value, columns = decltype(size<1>(s))::value;
     constexpr int chunk = L::SmemQ::shape.chunk, unit = L::SmemQ::unit;
-    int const q_mask = q.mask(get<0>(c(0, 0)));
-    int const k_mask[2] = {k.mask(get<1>(c(0, 0))), k.mask(get<1>(c(0, 1)))};  // of even and odd columns
+    int const q_mask = L::SmemQ::mask(get<0>(c(0, 0)));
+    int const k_mask[2] = {L::SmemK::mask(get<1>(c(0, 0))),
+                           L::SmemK::mask(get<1>(c(0, 1)))};  // of even and odd columns
     CUTE_NO_UNROLL
     for (int first = 0; first < C.head_dim; first += chunk) {
       auto const* const q_row = q.chunk_row(get<0>(c(0, 0)), first);
@@ -107,7 +96,7 @@ struct Products<C, Math::cuda_core> {
     for (int key0 = 0; key0 < C.block_n; key0 += 8) {
       CUTE_UNROLL
       for (int key = 0; key < 8; ++key) {
-        int const mask = v.mask(key);
+        int const mask = L::SmemV::mask(key);
         int const lane_offset = (lane_column / unit ^ (mask & lane_units)) * unit + lane_column % unit;
         float a[rows];
         CUTE_UNROLL

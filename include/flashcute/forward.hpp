@@ -34,16 +34,18 @@ struct ForwardPass {
       auto v = loader.value(n, partial);           // K(n - 1) loads while the softmax and P V compute
       if constexpr (decltype(partial)::value) apply_mask(s, tile, n, p);
       softmax.update(s, o);
-      if constexpr (decltype(partial)::value && Mask::rows_differ) {
-        if (!loader.value_is_finite()) extract_nonfinite(o, loader, tile, n, p);
-      }
+      if constexpr (decltype(partial)::value && Mask::rows_differ) loader.drop_nonfinite_values();
       P::gemm(o, P::probabilities(s), v);  // O += P V
     });
 
     softmax.finish(o, [&](int i) { return Mask::empty_row(tile.row0 + row_of(i), p); });
     store_lse(softmax, p, tile);
     store_counts(counter, p, tile);
-    store_output<C>(o, p, tile, smem);
+    stage_output<C>(o, smem);
+    if constexpr (Mask::rows_differ) {
+      if (loader.dropped_values()) add_dropped_values(range, p, tile, smem);
+    }
+    store_output<C>(p, tile, smem);
   }
 
  private:
@@ -64,27 +66,27 @@ struct ForwardPass {
   /// Tile row of the thread's i-th row.
   FLASHCUTE_DEVICE static int row_of(int i) { return cute::get<0>(coordinates<C.block_n>()(i, 0)); }
 
-  /// Lets each row take what it sees of the values that are not finite, and removes these from V: what is
-  /// left can be multiplied by the zeros of the rows that do not see it.
-  template <class Output>
-  FLASHCUTE_DEVICE static void extract_nonfinite(Output& output, ForwardLoader<C>& loader, QueryTile const& tile, int n,
-                                                 ForwardParams const& p) {
-    using namespace cute;
-    using Test = NonFinite<typename L::Element>;
-    auto o = by_row_and_column(output);          // (row, head dim)
-    auto const c = coordinates<C.head_dim_v>();  // -> (row, column) of o
-    for (int key = 0; key < C.block_n; ++key) {
-      CUTE_UNROLL
-      for (int j = 0; j < size<1>(o); ++j) {
-        uint32_t const bits = loader.value_bits(key, get<1>(c(0, j)));
-        if (!Test::in_low(bits)) continue;
-        CUTE_UNROLL
-        for (int i = 0; i < size<0>(o); ++i) {
-          if (Mask::visible(tile.row0 + row_of(i), n * C.block_n + key, p)) o(i, j) += Test::value(bits);
-        }
+  /// Adds to each element of the staged output what its row sees of the values that are not finite in the
+  /// partial blocks. Slow, and rare.
+  FLASHCUTE_DEVICE static void add_dropped_values(KvRange const& range, ForwardParams const& p, QueryTile const& tile,
+                                                  typename L::SharedStorage& smem) {
+    using Element = typename L::Element;
+    auto sO = cute::make_tensor(cute::make_smem_ptr(smem.q), typename L::SmemO::Layout{});  // (M, DV)
+    int const last_key = min_of(range.end * C.block_n, p.seqlen_k);
+    for (int i = thread_index(); i < tile.rows * p.head_dim_v; i += L::threads) {
+      int const row = i / p.head_dim_v, column = i % p.head_dim_v;
+      auto const* v = static_cast<Element const*>(p.v) + tile.v_offset(p) + column;
+      float sum = 0;
+      for (int key = range.full_end * C.block_n; key < last_key; ++key) {
+        if (!Mask::visible(tile.row0 + row, key, p)) continue;
+        auto const x = static_cast<float>(global_load<Element>(v + key * p.v_stride.row));
+        if (!is_finite(x)) sum += x;
       }
+      if (sum == 0) continue;
+      auto const x = static_cast<float>(shared_load<Element>(&sO(row, column)));
+      shared_store(&sO(row, column), static_cast<Element>(x + sum));
     }
-    loader.drop_nonfinite_values();
+    block_sync();  // all elements are corrected
   }
 
   /// Scores of keys that a query does not see become -inf, by selection: what they were does not matter.

@@ -20,36 +20,61 @@ FLASHCUTE_DEVICE void round_operand(Fragment&& fragment) {
   }
 }
 
-/// Fragments that ldmatrix fills from a tile in shared memory.
-template <class Fragment, class TiledCopy, class Source, class DestinationLayout>
-struct SharedOperand {
-  Fragment fragment;  // (MMA, MMA_M or MMA_N, MMA_K)
-  TiledCopy copy;
-  Source source;                  // (COPY, COPY_M or COPY_N, MMA_K) in shared memory
-  DestinationLayout destination;  // the fragment as the copy partitions it
+/// The pieces of a tile that one ldmatrix takes, 16 rows by 32 bytes: where their rows are. The addresses that
+/// CuTe would compute, taken apart by hand: 16 rows further the swizzle is the same, and 32 bytes further it
+/// differs by an XOR, so that one register and constants give all of them.
+template <class Smem>
+class Pieces {
+  static constexpr int chunk_bytes = Smem::shape.chunk * sizeof(typename Smem::Element);
+  static constexpr int per_chunk = chunk_bytes / 32;
+
+ public:
+  /// `tile` is at a multiple of 128 bytes. This lane gives row `row` (of the tile) and the 16 bytes `half` of it.
+  FLASHCUTE_DEVICE Pieces(void const* tile, int row, int half)
+      : first_(shared_address(tile) + row * chunk_bytes + 16 * (half ^ Smem::mask(row))) {}
+
+  /// The row of the piece that begins `rows` (a multiple of 16) rows and 32 * `column` bytes further.
+  FLASHCUTE_DEVICE SharedAddress at(int rows, int column) const {
+    return (computed_here(first_) ^ 32 * (column % per_chunk)) + (column / per_chunk * Smem::rows + rows) * chunk_bytes;
+  }
+
+ private:
+  SharedAddress first_;
+};
+
+/// Q's fragments: rows of A are rows of the tile.
+template <class Fragment, class Smem, int RowStep>
+struct QueryOperand {
+  Fragment fragment;  // (MMA, MMA_M, MMA_K)
+  Pieces<Smem> pieces;
 
   /// All rows of K-step k.
   FLASHCUTE_DEVICE void fetch(int k) {
     CUTE_UNROLL
-    for (int i = 0; i < cute::size<1>(source); ++i) fetch(k, i);
-  }
-
-  /// Rows [16 i, 16 i + 16) of K-step k (of A: i-th rows of every warp).
-  FLASHCUTE_DEVICE void fetch(int k, int i) {
-    auto to = cute::make_tensor(fragment.data(), destination);
-    cute::copy(copy, source(cute::_, i, k), to(cute::_, i, k));
-    round_operand(to(cute::_, i, k));
+    for (int m = 0; m < cute::size<1>(fragment); ++m) {
+      auto a = fragment(cute::_, m, k);
+      auto r = cute::recast<uint32_t>(a);
+      ldmatrix<false>(pieces.at(m * RowStep, k), r(0), r(1), r(2), r(3));
+      round_operand(a);
+    }
   }
 };
 
-template <class Fragment, class TiledCopy, class Tile>
-FLASHCUTE_DEVICE auto shared_operand(Fragment const& fragment, TiledCopy const& copy, Tile const& tile) {
-  auto const slice = copy.get_thread_slice(thread_index());
-  auto const source = slice.partition_S(tile);
-  auto const destination = slice.retile_D(fragment).layout();
-  return SharedOperand<Fragment, TiledCopy, decltype(source), decltype(destination)>{fragment, copy, source,
-                                                                                     destination};
-}
+/// K's or V's fragments. Columns of B are rows of K; of V, which is transposed on the way, they are columns.
+template <class Fragment, class Smem, bool Transposed>
+struct BlockOperand {
+  Fragment fragment;  // (MMA, MMA_N, MMA_K)
+  Pieces<Smem> pieces;
+
+  /// Columns [16 i, 16 i + 16) of K-step k.
+  FLASHCUTE_DEVICE void fetch(int k, int i) {
+    auto b = fragment(cute::_, 2 * i, k), next_b = fragment(cute::_, 2 * i + 1, k);
+    auto r = cute::recast<uint32_t>(b), next_r = cute::recast<uint32_t>(next_b);
+    ldmatrix<Transposed>(Transposed ? pieces.at(16 * k, i) : pieces.at(16 * i, k), r(0), r(1), next_r(0), next_r(1));
+    round_operand(b);
+    round_operand(next_b);
+  }
+};
 
 /// Fragments of V in TF32. ldmatrix transposes 16-bit elements only, so each lane loads what it needs; the
 /// keys of a K-step are numbered as `as_operand_a` numbers them.
@@ -83,28 +108,32 @@ template <ForwardConfig C>
 struct Products<C, Math::tensor_core> {
   using L = ForwardLayout<C>;
   using Mma = typename L::TiledMma;
+  using Element = typename L::Element;
 
   /// Q as the A operand of S = Q K^T.
-  template <class Tile>
-  FLASHCUTE_DEVICE static auto query(Tile const& sQ) {  // (M, D)
-    auto const tile = cute::recast<typename L::Operand>(sQ);
-    auto const tSrQ = Mma{}.get_thread_slice(thread_index()).partition_fragment_A(tile);  // (MMA, MMA_M, MMA_D)
-    return shared_operand(tSrQ, cute::make_tiled_copy_A(typename L::LdmatrixAtom{}, Mma{}), tile);
+  FLASHCUTE_DEVICE static auto query(Element const* tile) {
+    auto fragment = Mma{}
+                        .get_thread_slice(thread_index())
+                        .partition_fragment_A(any<typename L::BlockM, typename L::HeadDim>());  // (MMA, MMA_M, MMA_D)
+    // The piece's tiles: rows 0-7 and 8-15, then the same of the next 16 bytes.
+    Pieces<typename L::SmemQ> const pieces{tile, thread_index() / 32 * 16 + lane() % 16, lane() / 16};
+    return QueryOperand<decltype(fragment), typename L::SmemQ, 16 * C.num_warps>{fragment, pieces};
   }
 
   /// The same with all of it fetched, once and for all.
-  template <class Tile>
-  FLASHCUTE_DEVICE static auto held_query(Tile const& sQ) {
-    auto q = query(sQ);
+  FLASHCUTE_DEVICE static auto held_query(Element const* tile) {
+    auto q = query(tile);
     CUTE_UNROLL
     for (int k = 0; k < cute::size<2>(q.fragment); ++k) q.fetch(k);
     return RegisterOperand<decltype(q.fragment)>{q.fragment};
   }
 
   /// K as the B operand of S = Q K^T.
-  template <class Tile>
-  FLASHCUTE_DEVICE static auto key(Tile const& sK) {  // (N, D)
-    return operand_b<typename L::LdmatrixAtom>(cute::recast<typename L::Operand>(sK), sK.shape());
+  FLASHCUTE_DEVICE static auto key(Element const* tile) {
+    auto fragment = fragment_b<typename L::BlockN, typename L::HeadDim>();
+    // The piece's tiles: 32 bytes of rows 0-7, then of rows 8-15.
+    Pieces<typename L::SmemK> const pieces{tile, lane() / 16 * 8 + lane() % 8, lane() / 8 % 2};
+    return BlockOperand<decltype(fragment), typename L::SmemK, false>{fragment, pieces};
   }
 
   /// P as the A operand of O += P V.
@@ -115,15 +144,15 @@ struct Products<C, Math::tensor_core> {
   }
 
   /// V as the B operand of O += P V.
-  template <class Tile>
-  FLASHCUTE_DEVICE static auto value(Tile const& sV) {  // (N, DV)
-    using namespace cute;
-    if constexpr (sizeof(typename L::Element) == 2) {
-      auto const sVt = make_tensor(sV.data(), typename L::SmemVt{});  // (DV, N)
-      return operand_b<typename L::LdmatrixTransposedAtom>(sVt, sVt.shape());
+  FLASHCUTE_DEVICE static auto value(Element const* tile) {
+    auto fragment = fragment_b<typename L::HeadDimV, typename L::BlockN>();
+    if constexpr (sizeof(Element) == 2) {
+      // The piece's tiles: rows (keys) 0-7 and 8-15, then the same of the next 8 columns.
+      Pieces<typename L::SmemV> const pieces{tile, lane() % 16, lane() / 16};
+      return BlockOperand<decltype(fragment), typename L::SmemV, true>{fragment, pieces};
     } else {
-      auto fragment = fragment_b(Shape<typename L::HeadDimV, typename L::BlockN>{});
-      return GatheredOperand<decltype(fragment), Tile>{fragment, sV};
+      auto const sV = cute::make_tensor(cute::make_smem_ptr(tile), typename L::SmemV::Layout{});  // (N, DV)
+      return GatheredOperand<decltype(fragment), decltype(sV)>{fragment, sV};
     }
   }
 
@@ -165,15 +194,17 @@ struct Products<C, Math::tensor_core> {
   }
 
  private:
-  template <class Shape>
-  FLASHCUTE_DEVICE static auto fragment_b(Shape const& shape) {  // (MMA, MMA_N, MMA_K)
-    auto const any = cute::make_tensor(static_cast<typename L::Operand*>(nullptr), shape);
-    return Mma{}.get_thread_slice(thread_index()).partition_fragment_B(any);
+  FLASHCUTE_DEVICE static int lane() { return thread_index() % 32; }
+
+  /// A tensor to take shapes from.
+  template <class Rows, class Columns>
+  FLASHCUTE_DEVICE static auto any() {
+    return cute::make_tensor(static_cast<typename L::Operand*>(nullptr), cute::Shape<Rows, Columns>{});
   }
 
-  template <class Atom, class Tile, class Shape>
-  FLASHCUTE_DEVICE static auto operand_b(Tile const& tile, Shape const& shape) {
-    return shared_operand(fragment_b(shape), cute::make_tiled_copy_B(Atom{}, Mma{}), tile);
+  template <class Columns, class Depth>
+  FLASHCUTE_DEVICE static auto fragment_b() {  // (MMA, MMA_N, MMA_K)
+    return Mma{}.get_thread_slice(thread_index()).partition_fragment_B(any<Columns, Depth>());
   }
 };
 

@@ -14,10 +14,6 @@ namespace flashcute {
 
 // ---- fragments and products, as CuTe operations --------------------------------------------------
 
-/// Four 8x8 tiles of 16-bit elements (8x4 of 32-bit ones) from shared memory to the lanes of a warp.
-using Ldmatrix = cute::SM75_U32x4_LDSM_N;
-/// The same, each tile of 16-bit elements transposed.
-using LdmatrixTransposed = cute::SM75_U16x8_LDSM_T;
 /// A few neighbouring elements of an accumulator from registers to shared memory.
 template <class Word>
 using FragmentStore = cute::UniversalCopy<Word>;
@@ -48,6 +44,33 @@ struct TensorCore<DType::float32> {
 };
 
 // ---- memory --------------------------------------------------------------------------------------
+
+/// An address in shared memory as a number, to compute with.
+using SharedAddress = uint32_t;
+
+FLASHCUTE_DEVICE SharedAddress shared_address(void const* p) { return cute::cast_smem_ptr_to_uint(p); }
+
+/// The same number, of which the compiler knows nothing: what is computed from it stays where it is written. Else
+/// everything that does not change in a loop is computed before it and kept, in registers that are not there.
+FLASHCUTE_DEVICE SharedAddress computed_here(SharedAddress address) {
+  asm volatile("" : "+r"(address));
+  return address;
+}
+
+/// Four 8x8 tiles of 16-bit elements (8x4 of 32-bit ones) from shared memory to the lanes of a warp: lane i gives
+/// the address of row i % 8 of tile i / 8. `Transposed` is each tile of 16-bit elements.
+template <bool Transposed>
+FLASHCUTE_DEVICE void ldmatrix(SharedAddress row, uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3) {
+  if constexpr (Transposed) {
+    asm volatile("ldmatrix.sync.aligned.x4.trans.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d0), "=r"(d1), "=r"(d2), "=r"(d3)
+                 : "r"(row));
+  } else {
+    asm volatile("ldmatrix.sync.aligned.x4.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d0), "=r"(d1), "=r"(d2), "=r"(d3)
+                 : "r"(row));
+  }
+}
 
 /// One word from or to shared memory.
 template <class Word>

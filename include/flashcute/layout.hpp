@@ -33,6 +33,8 @@ struct ForwardLayout {
   /// column with the row.
   template <class Rows, class Columns>
   struct Smem {
+    using Element = typename ForwardLayout::Element;
+    static constexpr int rows = Rows::value;
     static constexpr CopyShape shape = CopyShape::of(C, Columns::value);
     static constexpr int unit = 16 / sizeof(Element);  // elements that stay together
     static constexpr int swizzle_bits = C.swizzled ? cute::log_2(static_cast<unsigned>(shape.chunk / unit)) : 0;
@@ -41,6 +43,8 @@ struct ForwardLayout {
         decltype(cute::composition(cute::Swizzle<swizzle_bits, cute::log_2(static_cast<unsigned>(unit)), 3>{},
                                    cute::Layout<cute::Shape<cute::_8, Chunk>, cute::Stride<Chunk, cute::_1>>{}));
     using Layout = decltype(cute::tile_to_shape(Atom{}, cute::Shape<Rows, Columns>{}));  // (rows, columns)
+    /// What the swizzle XORs to the index of a unit within a row of a chunk.
+    FLASHCUTE_DEVICE static constexpr int mask(int row) { return row % 8 >> (3 - swizzle_bits); }
     // Who copies what: threads_per_row threads along a row, `vector` columns each.
     using Copy = decltype(cute::make_tiled_copy(
         cute::Copy_Atom<cute::UniversalCopy<Element>, Element>{},
@@ -52,8 +56,6 @@ struct ForwardLayout {
   using SmemK = Smem<BlockN, HeadDim>;
   using SmemV = Smem<BlockN, HeadDimV>;
   using SmemO = Smem<BlockM, HeadDimV>;
-  using SmemVt = decltype(cute::composition(
-      typename SmemV::Layout{}, cute::make_layout(cute::Shape<HeadDimV, BlockN>{}, cute::GenRowMajor{})));  // (DV, N)
 
   struct SharedStorage {
     alignas(128) Element q[C.block_m * max_of(C.head_dim, C.head_dim_v)];  // the output tile reuses it
@@ -68,8 +70,6 @@ struct ForwardLayout {
   static constexpr int k_step = cute::size<2>(typename MmaAtom::Shape_MNK{});
   using TiledMma = cute::TiledMMA<MmaAtom, cute::Layout<cute::Shape<NumWarps, cute::_1, cute::_1>>,
                                   cute::Tile<cute::Int<16 * C.num_warps>, cute::_16, cute::Int<k_step>>>;
-  using LdmatrixAtom = cute::Copy_Atom<Ldmatrix, Operand>;
-  using LdmatrixTransposedAtom = cute::Copy_Atom<LdmatrixTransposed, Operand>;
   using FragmentStoreAtom = cute::Copy_Atom<FragmentStore<cute::uint_bit_t<16 * sizeof(Element)>>, Element>;
 
   static constexpr int threads = num_threads(C);

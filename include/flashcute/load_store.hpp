@@ -103,12 +103,11 @@ class ForwardLoader {
   /// Q as the left operand of S = Q K^T. Unless it is to stay in registers, each product reads it from shared
   /// memory, after `key` has waited for it.
   FLASHCUTE_DEVICE auto query() {
-    auto const sQ = tensor(smem_.q, typename L::SmemQ::Layout{});  // (M, D)
     if constexpr (C.q_in_registers) {
       arrive_and_sync();  // Q has arrived
-      return P::held_query(sQ);
+      return P::held_query(smem_.q);
     } else {
-      return P::query(sQ);
+      return P::query(smem_.q);
     }
   }
 
@@ -120,7 +119,7 @@ class ForwardLoader {
     // K(n) (and Q) have arrived, and all warps have finished reading V(n + 1): its place may be refilled.
     arrive_and_sync();
     if constexpr (C.eager_load_blocks) load_value(n, partial);
-    return P::key(tensor(smem_.k, typename L::SmemK::Layout{}));  // (N, D)
+    return P::key(smem_.k);
   }
 
   /// V(n) as the right operand of O += P V.
@@ -131,33 +130,23 @@ class ForwardLoader {
     // V(n) has arrived, and all warps have finished reading K(n): its place may be refilled.
     arrive_and_sync();
     if (C.eager_load_blocks && n > begin_) load_key(n - 1, partial);
-    return P::value(tensor(smem_.v, typename L::SmemV::Layout{}));  // (N, DV)
+    return P::value(smem_.v);
   }
 
-  /// Whether the V block that `value` gave holds no NaN and no infinity. All threads of the block call it.
-  FLASHCUTE_DEVICE bool value_is_finite() const {
-    return block_all_finite<L::threads>(smem_.v, C.block_n * C.head_dim_v);
-  }
-
-  /// Element (key, column) of that V block.
-  FLASHCUTE_DEVICE uint32_t value_bits(int key, int column) const {
-    return shared_load<cute::uint_bit_t<8 * sizeof(Element)>>(
-        &tensor(smem_.v, typename L::SmemV::Layout{})(key, column));
-  }
-
-  /// Replaces NaN and infinity in that V block by 0.
+  /// Replaces NaN and infinity in that V block by 0. All threads of the block call it.
   FLASHCUTE_DEVICE void drop_nonfinite_values() {
+    constexpr int count = C.block_n * C.head_dim_v;
+    if (block_all_finite<L::threads>(smem_.v, count)) return;
+    dropped_ = true;
     block_sync();  // no thread reads the values any more
-    zero_nonfinite<L::threads>(smem_.v, C.block_n * C.head_dim_v);
+    zero_nonfinite<L::threads>(smem_.v, count);
     block_sync();  // the whole block is finite
   }
 
- private:
-  template <class Layout>
-  FLASHCUTE_DEVICE static auto tensor(Element* p, Layout const& layout) {
-    return cute::make_tensor(cute::make_smem_ptr(p), layout);
-  }
+  /// Whether it found any so far; the same in all threads of the block.
+  FLASHCUTE_DEVICE bool dropped_values() const { return dropped_; }
 
+ private:
   FLASHCUTE_DEVICE static void arrive_and_sync() {
     copies_wait();
     block_sync();
@@ -181,29 +170,34 @@ class ForwardLoader {
   Element const* k_;  // this thread's first element of the K block to load next
   Element const* v_;
   int32_t begin_;
+  bool dropped_ = false;
 };
 
-/// Writes the output tile through shared memory (in Q's place), copy_bytes a thread.
+/// Puts the output into shared memory, in Q's place.
 template <ForwardConfig C, class Fragment>
-FLASHCUTE_DEVICE void store_output(Fragment const& o, ForwardParams const& p, QueryTile const& tile,
-                                   typename ForwardLayout<C>::SharedStorage& smem) {
+FLASHCUTE_DEVICE void stage_output(Fragment const& o, typename ForwardLayout<C>::SharedStorage& smem) {
   using namespace cute;
   using L = ForwardLayout<C>;
-  using Element = typename L::Element;
-  using Copy = TileCopy<C, typename L::SmemO>;
   // All warps have finished reading Q, and no copy into shared memory is under way.
   copies_wait();
   block_sync();
 
-  auto const rO = convert<Element>(o);                                              // (MMA, MMA_M, MMA_DV)
+  auto const rO = convert<typename L::Element>(o);                                  // (MMA, MMA_M, MMA_DV)
   auto const sO = make_tensor(make_smem_ptr(smem.q), typename L::SmemO::Layout{});  // (M, DV)
   auto const to_shared = make_tiled_copy_C(typename L::FragmentStoreAtom{}, typename L::TiledMma{});
-  auto const shared_slice = to_shared.get_thread_slice(thread_index());
-  auto tOsO = shared_slice.partition_D(sO);
-  copy(to_shared, shared_slice.retile_S(rO), tOsO);
+  auto const slice = to_shared.get_thread_slice(thread_index());
+  auto tOsO = slice.partition_D(sO);
+  copy(to_shared, slice.retile_S(rO), tOsO);
   block_sync();  // the whole tile is in shared memory
+}
 
-  auto* const out = Copy::first(static_cast<Element*>(p.out) + tile.out_offset(p), p.out_stride.row);
+/// Writes it from there, copy_bytes a thread.
+template <ForwardConfig C>
+FLASHCUTE_DEVICE void store_output(ForwardParams const& p, QueryTile const& tile,
+                                   typename ForwardLayout<C>::SharedStorage& smem) {
+  using L = ForwardLayout<C>;
+  using Copy = TileCopy<C, typename L::SmemO>;
+  auto* const out = Copy::first(static_cast<typename L::Element*>(p.out) + tile.out_offset(p), p.out_stride.row);
   Copy::store(smem.q, out, p.out_stride.row, tile.rows, p.head_dim_v);
 }
 

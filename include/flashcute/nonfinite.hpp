@@ -1,7 +1,7 @@
 // NaN and infinity in V that only some rows of a tile see. In O += P V an invisible value is multiplied by
 // 0, which is as good as leaving it out while it is finite; but 0 * NaN is NaN. So before a product in
-// which rows see different keys, the block looks whether V is finite. If it is not, every row adds what it
-// sees of the values that are not, and these are replaced by 0 before the product.
+// which rows see different keys, values that are not finite are replaced by 0; and in the end, if there were
+// any, every element of the output adds those of them that its row sees.
 #pragma once
 
 #include "flashcute/fragment.hpp"
@@ -15,7 +15,6 @@ struct NonFinite {
   static constexpr uint32_t exponent = std_::is_same_v<Element, cute::half_t> ? 0x7c00
                                        : bits == 16                           ? 0x7f80
                                                                               : 0x7f800000;
-  static constexpr uint32_t sign = 1u << (bits - 1);
 
   FLASHCUTE_DEVICE static bool in_low(uint32_t word) { return (word & exponent) == exponent; }
   FLASHCUTE_DEVICE static bool in_high(uint32_t word) { return bits == 16 && in_low(word >> 16); }
@@ -27,13 +26,9 @@ struct NonFinite {
     if (in_high(word)) word &= low;
     return word;
   }
-
-  /// What 1 * x adds to a sum for an x that is not finite.
-  FLASHCUTE_DEVICE static float value(uint32_t x) {
-    float const size = (x & (sign - 1)) > exponent ? infinity - infinity : infinity;
-    return (x & sign) != 0 ? -size : size;
-  }
 };
+
+FLASHCUTE_DEVICE bool is_finite(float x) { return x - x == 0; }
 
 /// 16 bytes of shared memory.
 struct alignas(16) SharedWords {

@@ -133,7 +133,7 @@ TEST(Emulator, FindsRaces) {
     cute::uint128_t const zero{};
     emulation::store_shared(place(shared, thread_index()), &zero, 16);
     uint32_t d[4];
-    Ldmatrix::copy(*reinterpret_cast<cute::uint128_t*>(place(shared, thread_index())), d[0], d[1], d[2], d[3]);
+    ldmatrix<false>(shared_address(place(shared, thread_index())), d[0], d[1], d[2], d[3]);
   });
   expect_violation("nobody has written", [](Memory&, void* shared) {
     uint16_t words[8];
@@ -181,7 +181,7 @@ TEST(Emulator, FindsDivergence) {
     if (thread_index() % 2 == 0) {
       shuffle_xor(0.f, 1);
     } else {
-      Ldmatrix::copy(*static_cast<cute::uint128_t*>(shared), d[0], d[1], d[2], d[3]);
+      ldmatrix<false>(shared_address(shared), d[0], d[1], d[2], d[3]);
     }
   });
   expect_none([](Memory&, void*) {
@@ -240,7 +240,7 @@ uint16_t half_of(uint32_t const* registers, int i) { return static_cast<uint16_t
 
 // Guards against a wrong emulation of ldmatrix: CuTe's description of the instruction, which comes from
 // elsewhere, must agree element by element.
-template <class Instruction>
+template <bool Transposed, class Instruction>
 void check_ldmatrix() {
   expect_none(
       [](Memory& m, void* shared) {
@@ -250,7 +250,7 @@ void check_ldmatrix() {
         copies_wait();
         block_sync();
         uint32_t d[4];
-        Instruction::copy(*reinterpret_cast<cute::uint128_t*>(place(shared, lane)), d[0], d[1], d[2], d[3]);
+        ldmatrix<Transposed>(shared_address(place(shared, lane)), d[0], d[1], d[2], d[3]);
         for (int i = 0; i < 8; ++i) {
           // Bits of all rows one after the other; the value in m.in is the element's number.
           int const bit = typename Traits::DstLayout{}(lane, 16 * i);
@@ -261,8 +261,8 @@ void check_ldmatrix() {
 }
 
 TEST(Emulator, LdmatrixIsWhatCuteBelieves) {
-  check_ldmatrix<Ldmatrix>();
-  check_ldmatrix<LdmatrixTransposed>();
+  check_ldmatrix<false, cute::SM75_U32x4_LDSM_N>();
+  check_ldmatrix<true, cute::SM75_U16x8_LDSM_T>();
 }
 
 // Guards against a wrong emulation of mma, in the same way, and against wrong conversions.

@@ -19,42 +19,6 @@
 namespace flashcute {
 namespace emulation {
 
-template <bool Transposed>
-struct Ldmatrix {
-  using Real = cute::conditional_t<Transposed, cute::SM75_U16x8_LDSM_T, cute::SM75_U32x4_LDSM_N>;
-  using SRegisters = cute::uint128_t[1];
-  using DRegisters = uint32_t[4];
-
-  struct Lane {
-    cute::uint128_t const* row;
-    uint32_t registers[4];
-  };
-
-  static void copy(cute::uint128_t const& source, uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3) {
-    Lane own{&source, {}};
-    warp_instruction(Transposed ? "ldmatrix.trans" : "ldmatrix", &own, execute);
-    d0 = own.registers[0];
-    d1 = own.registers[1];
-    d2 = own.registers[2];
-    d3 = own.registers[3];
-  }
-
-  static void execute(void* const* lanes) {
-    for (int matrix = 0; matrix < 4; ++matrix) {
-      uint16_t element[8][8];
-      for (int row = 0; row < 8; ++row) {
-        load_shared_by_warp(element[row], static_cast<Lane*>(lanes[8 * matrix + row])->row, 16);
-      }
-      for (int lane = 0; lane < 32; ++lane) {
-        int const row = lane / 4, column = 2 * (lane % 4);
-        uint32_t const low = Transposed ? element[column][row] : element[row][column];
-        uint32_t const high = Transposed ? element[column + 1][row] : element[row][column + 1];
-        static_cast<Lane*>(lanes[lane])->registers[matrix] = low | high << 16;
-      }
-    }
-  }
-};
-
 /// All values of a 16-bit type, because CUTLASS's conversions on the host are slow.
 template <class Element>
 float const* values() {
@@ -141,10 +105,6 @@ struct Move {};
 
 namespace cute {
 
-template <bool Transposed>
-struct Copy_Traits<flashcute::emulation::Ldmatrix<Transposed>>
-    : Copy_Traits<typename flashcute::emulation::Ldmatrix<Transposed>::Real> {};
-
 template <class Operand, class Real>
 struct MMA_Traits<flashcute::emulation::Mma<Operand, Real>> : MMA_Traits<Real> {};
 
@@ -166,8 +126,6 @@ namespace flashcute {
 
 // ---- fragments and products, as CuTe operations --------------------------------------------------
 
-using Ldmatrix = emulation::Ldmatrix<false>;
-using LdmatrixTransposed = emulation::Ldmatrix<true>;
 template <class Word>
 using FragmentStore = emulation::Move<Word>;
 
@@ -196,6 +154,39 @@ struct TensorCore<DType::float32> {
 };
 
 // ---- memory --------------------------------------------------------------------------------------
+
+using SharedAddress = uintptr_t;
+
+FLASHCUTE_DEVICE SharedAddress shared_address(void const* p) { return reinterpret_cast<uintptr_t>(p); }
+
+FLASHCUTE_DEVICE SharedAddress computed_here(SharedAddress address) { return address; }
+
+template <bool Transposed>
+FLASHCUTE_DEVICE void ldmatrix(SharedAddress row, uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3) {
+  struct Lane {
+    void const* row;
+    uint32_t registers[4];
+  };
+  Lane own{reinterpret_cast<void const*>(row), {}};
+  emulation::warp_instruction(Transposed ? "ldmatrix.trans" : "ldmatrix", &own, [](void* const* lanes) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      uint16_t element[8][8];
+      for (int i = 0; i < 8; ++i) {
+        emulation::load_shared_by_warp(element[i], static_cast<Lane*>(lanes[8 * matrix + i])->row, 16);
+      }
+      for (int lane = 0; lane < 32; ++lane) {
+        int const i = lane / 4, j = 2 * (lane % 4);
+        uint32_t const low = Transposed ? element[j][i] : element[i][j];
+        uint32_t const high = Transposed ? element[j + 1][i] : element[i][j + 1];
+        static_cast<Lane*>(lanes[lane])->registers[matrix] = low | high << 16;
+      }
+    }
+  });
+  d0 = own.registers[0];
+  d1 = own.registers[1];
+  d2 = own.registers[2];
+  d3 = own.registers[3];
+}
 
 template <class Word>
 FLASHCUTE_DEVICE Word shared_load(void const* from) {
