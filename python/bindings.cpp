@@ -146,7 +146,7 @@ void bind_options(nb::class_<ForwardConfig>& cls) {
 void bind_config(nb::module_& m) {
   static constexpr char signature[] =
       "def __init__(self, *, dtype: object = 'bfloat16', head_dim: int = 128, head_dim_v: int = ..., "
-      "block_m: int = 128, block_n: int = 64, num_warps: int = 4, math: str = 'tensor_core', copy_bytes: int = 16, "
+      "block_m: int = 128, block_n: int = 64, num_warps: int = 4, blocks_per_sm: int = 2, math: str = 'tensor_core', copy_bytes: int = 16, "
       "async_copy: bool = True, eager_load_blocks: bool = True, swizzled: bool = True, q_in_registers: bool = False, "
       "k_tiles_per_load: int = 0, mma_double_buffer: bool = True, optimized_softmax: bool = True) -> None";
   static constexpr char replace_signature[] = "def replace(self, **options: object) -> ForwardConfig";
@@ -159,6 +159,7 @@ void bind_config(nb::module_& m) {
       "block_m: query rows per tile (B_r).  block_n: keys per K/V block (B_c).\n\n"
       "The other options have no effect on the CPU:\n\n"
       "num_warps: warps per thread block; each owns 16-row slices of the tile.\n"
+      "blocks_per_sm: thread blocks that shall fit a multiprocessor at once, which limits their registers.\n"
       "math: 'tensor_core' (mma.sync; of float32 in TF32, 10 bits of fraction) or 'cuda_core' (fp32).\n"
       "copy_bytes: 16, 8, 4 or 2: what a thread copies between global and shared memory at once; addresses and "
       "strides of all tensors must be multiples.\n"
@@ -181,6 +182,9 @@ void bind_config(nb::module_& m) {
       nb::sig(signature));
   bind_options(cls);
   cls.def_prop_ro("name", [](ForwardConfig const& c) { return std::string(name(c).text); }, "Canonical name.");
+  cls.def_prop_ro(
+      "smem_bytes", [](ForwardConfig const& c) { return smem_bytes(c); },
+      "Shared memory of a thread block, in bytes (GPU only).");
   cls.def(
       "replace",
       [](ForwardConfig config, nb::kwargs const& options) {

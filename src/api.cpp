@@ -38,7 +38,9 @@ ForwardConfig config_for(TensorView const& q, TensorView const& k, TensorView co
                          ForwardOptions const& options) {
   Arch const arch = arch_of(q.device);
   require_kernel(q.dtype, arch, "q: ");
-  return default_forward_config(forward_tensors(q, k, v, out, options), arch);
+  bool const gpu = q.device.type == DeviceType::cuda;
+  return default_forward_config(forward_tensors(q, k, v, out, options), arch,
+                                gpu ? cuda::device_facts(q.device.index).multiprocessors : 0);
 }
 
 std::vector<ForwardConfig> configs() {
@@ -75,7 +77,7 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
     std::string reason;
     try {
       plan_forward(other, q, k, v, nullptr, nullptr, options);
-      reason = config ? "another configuration was asked for" : "not the default for this head_dim";
+      reason = config ? "another configuration was asked for" : "not the default for these shapes";
     } catch (Error const& error) {
       reason = error.what();
     }

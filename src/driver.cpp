@@ -9,6 +9,7 @@
 namespace flashcute::cuda {
 namespace {
 
+constexpr int attribute_multiprocessors = 16;
 constexpr int attribute_capability_major = 75;
 constexpr int attribute_capability_minor = 76;
 
@@ -120,7 +121,10 @@ DeviceFacts const& device_facts(int ordinal) {
     DeviceHandle const handle = device_handle(ordinal);
     Context context = nullptr;
     check_result(driver().cuDevicePrimaryCtxRetain(&context, handle), "cuDevicePrimaryCtxRetain");
-    facts[i] = {handle, context, device_arch(ordinal)};
+    int multiprocessors = 0;
+    check_result(driver().cuDeviceGetAttribute(&multiprocessors, attribute_multiprocessors, handle),
+                 "cuDeviceGetAttribute");
+    facts[i] = {handle, context, device_arch(ordinal), multiprocessors};
   });
   return facts[i];
 }

@@ -75,6 +75,7 @@ struct DeviceFacts {
   DeviceHandle handle;
   Context primary_context;  // retained for the life of the process: frameworks share it
   Arch arch;
+  int multiprocessors;
 };
 DeviceFacts const& device_facts(int ordinal);
 

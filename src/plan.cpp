@@ -325,6 +325,8 @@ ForwardTensors forward_tensors(TensorView const& q, TensorView const& k, TensorV
   require_head_dim("v", nv.d);
   ForwardTensors t{q.dtype, static_cast<int32_t>(nq.d), static_cast<int32_t>(nv.d)};
   t.allow_tf32 = options.allow_tf32;
+  t.heads = nq.batch * nq.head;
+  t.seqlen_q = static_cast<int32_t>(std::min<int64_t>(nq.row, std::numeric_limits<int32_t>::max() - 1024));
   for (auto const& [argument, view] :
        {std::pair{"q", &q}, std::pair{"k", &k}, std::pair{"v", &v}, std::pair{"out", out}}) {
     if (view == nullptr) continue;

@@ -16,10 +16,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sass import disassemble, find_tool
+from sass import disassemble, find_tool, product_opcode
 
 TABLE = Path(__file__).parent.parent / "tests" / "images.json"
-MEANT = ("LDGSTS", "LDSM", "HMMA")  # cp.async, ldmatrix, mma.sync
+MEANT = {
+    "HMMA": ("LDGSTS", "LDSM", "HMMA"),  # cp.async, ldmatrix, mma.sync
+    "FFMA": ("LDGSTS", "LDS", "FFMA"),  # CUDA cores
+}
 Resources = dict[str, int]
 
 
@@ -60,10 +63,11 @@ def check_family(unit: Path, archs: list[str]) -> tuple[list[str], dict[str, dic
                 problems.append(f"{where}: missing from {image.name}")
                 continue
             counts = function.counts()
-            problems += [f"{where}: no {op} in it" for op in MEANT if not counts[op]]
-            loops = function.loops("HMMA")
+            product = product_opcode(kernel)
+            problems += [f"{where}: no {op} in it" for op in MEANT[product] if not counts[op]]
+            loops = function.loops(product)
             if not loops:
-                problems.append(f"{where}: no loop with HMMA was found")
+                problems.append(f"{where}: no loop with {product} was found")
             for loop in loops:
                 spills = loop.counts["LDL"] + loop.counts["STL"]
                 if spills:

@@ -34,6 +34,11 @@ def find_tool(name: str) -> str:
     return found
 
 
+def product_opcode(kernel: str) -> str:
+    """What the products of a kernel are made of: tensor cores or fused multiply-adds."""
+    return "FFMA" if "cudacore" in kernel else "HMMA"
+
+
 @dataclass
 class Loop:
     """A backward branch and what it encloses."""
@@ -63,7 +68,7 @@ class Function:
         )
 
     def loops(self, opcode: str, at_least: int = 8) -> list[Loop]:
-        """Innermost loops that hold at least that many instructions of an opcode: the main loops."""
+        """Outermost loops that hold at least that many instructions of an opcode: the main loops."""
         index = {address: i for i, (address, _) in enumerate(self.instructions)}
         found: list[Loop] = []
         for i, (address, text) in enumerate(self.instructions):
@@ -79,7 +84,7 @@ class Function:
         return [
             a
             for a in found
-            if not any(b is not a and a.first <= b.first and b.last <= a.last for b in found)
+            if not any(b is not a and b.first <= a.first and a.last <= b.last for b in found)
         ]
 
 
@@ -114,7 +119,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for function in disassemble(arguments.image, arguments.arch):
         print(function.arch, function.name, f"{len(function.instructions)} instructions")
-        for loop in function.loops("HMMA"):
+        for loop in function.loops(product_opcode(function.name)):
             spills = loop.counts["LDL"] + loop.counts["STL"]
             common = "  ".join(f"{op} {n}" for op, n in loop.counts.most_common(14))
             print(f"  loop of {loop.length}: LDL+STL {spills}; {common}")

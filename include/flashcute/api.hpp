@@ -75,7 +75,7 @@ void forward(ForwardConfig const& config, TensorView const& q, TensorView const&
 Arch arch_of(Device device);
 
 /// The configuration that `flash_attention` takes for a head dimension (of v: head_dim_v) where addresses and
-/// strides are multiples of 16 bytes.
+/// strides are multiples of 16 bytes and there is work for the whole GPU.
 ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v = {});
 
 /// The configuration that `flash_attention` takes for these tensors (`out` may be null).

@@ -50,6 +50,7 @@ struct ForwardConfig {
   int32_t block_m = 128;          // B_r: query rows per tile
   int32_t block_n = 64;           // B_c: keys per K/V block
   int32_t num_warps = 4;          // each warp owns 16-row slices of the tile
+  int32_t blocks_per_sm = 2;      // thread blocks that shall fit a multiprocessor: limits registers
   Math math = Math::tensor_core;  // mma.sync, or fused multiply-adds on the CUDA cores
   int32_t copy_bytes = 16;        // what a thread copies at once; addresses and strides must be multiples
   bool async_copy = true;         // global to shared memory by cp.async, not through registers
@@ -73,6 +74,7 @@ constexpr void for_each_option(Config& c, F&& f) {
   f("block_m", c.block_m);
   f("block_n", c.block_n);
   f("num_warps", c.num_warps);
+  f("blocks_per_sm", c.blocks_per_sm);
   f("math", c.math);
   f("copy_bytes", c.copy_bytes);
   f("async_copy", c.async_copy);
@@ -132,6 +134,7 @@ constexpr Name name(ForwardConfig const& c) {
   s << "fwd_" << short_name_of(c.dtype) << "_d" << c.head_dim;
   if (c.head_dim_v != c.head_dim) s << "_dv" << c.head_dim_v;
   s << "_m" << c.block_m << "_n" << c.block_n << "_w" << c.num_warps;
+  if (c.blocks_per_sm != 2) s << "_b" << c.blocks_per_sm;
   if (c.math == Math::cuda_core) s << "_cudacore";
   if (c.copy_bytes != 16) s << "_copy" << c.copy_bytes;
   if (!c.async_copy) s << "_sync";
@@ -208,6 +211,7 @@ constexpr int32_t smem_bytes(ForwardConfig const& c) {
   RULE(num_warps, "num_warps must be 1, 2, 4 or 8")                                                                    \
   RULE(block_m, "block_m must be a positive multiple of 16 * num_warps, at most 256")                                  \
   RULE(block_n, "block_n must be a positive multiple of 16, at most 256")                                              \
+  RULE(blocks_per_sm, "blocks_per_sm must be between 1 and 16, with at most 2048 threads in all")                      \
   RULE(copy_bytes, "copy_bytes must be 16, 8, 4 or 2, and at least the bytes of an element")                           \
   RULE(async_copy, "async_copy needs copy_bytes of 4 or more: cp.async cannot copy less")                              \
   RULE(copy_rows, "block_m and block_n must be multiples of the rows that all threads copy at once")                   \
@@ -239,6 +243,7 @@ constexpr ForwardConfigError check(ForwardConfig const& c, Arch arch) {
   if (c.num_warps != 1 && c.num_warps != 2 && c.num_warps != 4 && c.num_warps != 8) return num_warps;
   if (c.block_m <= 0 || c.block_m > 256 || c.block_m % (16 * c.num_warps) != 0) return block_m;
   if (c.block_n <= 0 || c.block_n > 256 || c.block_n % 16 != 0) return block_n;
+  if (c.blocks_per_sm < 1 || c.blocks_per_sm > 16 || c.blocks_per_sm * num_threads(c) > 2048) return blocks_per_sm;
   if (c.copy_bytes != 16 && c.copy_bytes != 8 && c.copy_bytes != 4 && c.copy_bytes != 2) return copy_bytes;
   int32_t const widths[] = {c.head_dim, c.head_dim_v};
   for (int32_t const d : widths) {

@@ -65,10 +65,10 @@ struct Products<C, Math::cuda_core> {
       for (int u = 0; u < chunk / unit; ++u) {
         float a[rows][unit], b[unit];
         CUTE_UNROLL
-        for (int i = 0; i < rows; ++i) load<unit>(q_row + (u ^ q_mask) * unit + row_distance(i) * chunk, a[i]);
+        for (int i = 0; i < rows; ++i) load<unit>(q_row + (u ^ q_mask) * unit + L::row_distance(i) * chunk, a[i]);
         CUTE_UNROLL
         for (int j = 0; j < columns; ++j) {
-          load<unit>(k_row + (u ^ k_mask[j % 2]) * unit + column_distance(j) * chunk, b);
+          load<unit>(k_row + (u ^ k_mask[j % 2]) * unit + L::column_distance(j) * chunk, b);
           CUTE_UNROLL
           for (int x = 0; x < unit; ++x) {
             CUTE_UNROLL
@@ -103,7 +103,7 @@ struct Products<C, Math::cuda_core> {
         for (int i = 0; i < rows; ++i) a[i] = shuffle<4>(p(i, key % 2), key / 2);
         CUTE_UNROLL
         for (int j = 0; j < columns; j += 2) {
-          int const column = column_distance(j);  // of lane 0
+          int const column = L::column_distance(j);  // of lane 0
           int const first_unit = column % chunk / unit ^ (mask & ~lane_units);
           float b[2];
           load<2>(v.chunk_row(key0 + key, column / chunk * chunk) + first_unit * unit + lane_offset, b);
@@ -123,11 +123,6 @@ struct Products<C, Math::cuda_core> {
   }
 
  private:
-  /// Tile rows from a thread's first row to its i-th: 8 within an m16 slice, then on to the warps' next slices.
-  FLASHCUTE_DEVICE static constexpr int row_distance(int i) { return i % 2 * 8 + i / 2 * 16 * C.num_warps; }
-  /// Columns from a thread's first column to its j-th: pairs, 8 apart.
-  FLASHCUTE_DEVICE static constexpr int column_distance(int j) { return j % 2 + j / 2 * 8; }
-
   template <int Count>
   struct alignas(Count * sizeof(Element)) Neighbours {
     Element element[Count];

@@ -6,7 +6,8 @@
 
 /// Defines the kernel NAME for the ForwardKernelId that follows.
 #define FLASHCUTE_FORWARD_ENTRY(NAME, ...)                                                   \
-  extern "C" __global__ void __launch_bounds__(flashcute::num_threads((__VA_ARGS__).config)) \
+  extern "C" __global__ void __launch_bounds__(flashcute::num_threads((__VA_ARGS__).config), \
+                                               (__VA_ARGS__).config.blocks_per_sm)           \
       NAME(__grid_constant__ flashcute::ForwardParams const params) {                        \
     using Pass = flashcute::ForwardPass<(__VA_ARGS__)>;                                      \
     extern __shared__ __align__(128) unsigned char smem[];                                   \

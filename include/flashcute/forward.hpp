@@ -95,12 +95,13 @@ struct ForwardPass {
     using namespace cute;
     auto s = by_row_and_column(scores);  // (row, column)
     auto const c = coordinates<C.block_n>();
+    int const key = n * C.block_n + get<1>(c(0, 0));
     CUTE_UNROLL
     for (int i = 0; i < size<0>(s); ++i) {
+      auto const seen = Mask::from(tile.row0 + row_of(i), key, p);
       CUTE_UNROLL
       for (int j = 0; j < size<1>(s); ++j) {
-        bool const visible = Mask::visible(tile.row0 + get<0>(c(i, j)), n * C.block_n + get<1>(c(i, j)), p);
-        if (!visible) s(i, j) = -infinity;
+        if (!seen.at(L::column_distance(j))) s(i, j) = -infinity;
       }
     }
   }

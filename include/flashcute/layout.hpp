@@ -82,6 +82,11 @@ struct ForwardLayout {
     auto const identity = make_identity_tensor(Shape<BlockM, Int<Columns>>{});
     return TiledMma{}.get_thread_slice(thread).partition_C(identity);  // (MMA, MMA_M, MMA_N) -> (row, column)
   }
+  // What of them does not depend on the thread, so that the compiler need not find out:
+  /// Tile rows from a thread's first row to its i-th: 8 within an m16 slice, then on to the warps' next slices.
+  FLASHCUTE_DEVICE static constexpr int row_distance(int i) { return i % 2 * 8 + i / 2 * 16 * C.num_warps; }
+  /// Columns from a thread's first column to its j-th: pairs, 8 apart.
+  FLASHCUTE_DEVICE static constexpr int column_distance(int j) { return j % 2 + j / 2 * 8; }
 };
 
 }  // namespace flashcute

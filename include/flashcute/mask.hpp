@@ -1,6 +1,6 @@
-// Which keys a query sees. A mask is two functions: `kv_range`, the K/V blocks that a tile of query
-// rows must visit, and `visible`, the truth about one element. GPU kernels, the CPU backend and the
-// tests share them.
+// Which keys a query sees. A mask is three functions: `kv_range`, the K/V blocks that a tile of query
+// rows must visit; `visible`, the truth about one element; and `from`, the same for many keys of one query,
+// at constant distances from the first. GPU kernels, the CPU backend and the tests share them.
 #pragma once
 
 #include "flashcute/config.hpp"
@@ -25,12 +25,24 @@ struct KvRange {
   }
 };
 
+/// What a query sees of the keys from some key on, if it sees a prefix of all keys.
+struct KeysSeen {
+  int32_t count;
+
+  FLASHCUTE_HD bool at(int32_t distance) const { return distance < count; }
+};
+
 /// A mask under which a row sees a prefix of the keys that never shrinks from row to row: the last row
 /// of a tile says which blocks to visit, the first row which are full.
 template <class Derived>
 struct PrefixMask {
   FLASHCUTE_HD static bool visible(int32_t q, int32_t k, ForwardParams const& p) {
     return k < Derived::visible_keys(q, p);
+  }
+
+  /// Of query q: what it sees of the keys from `key` on.
+  FLASHCUTE_HD static KeysSeen from(int32_t q, int32_t key, ForwardParams const& p) {
+    return {Derived::visible_keys(q, p) - key};
   }
 
   FLASHCUTE_HD static KvRange kv_range(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {

@@ -252,13 +252,16 @@ def default_config(
 ) -> ForwardConfig:
     """The configuration that `flash_attention` takes for a head dimension on `arch` ("cpu", "sm_90", ...),
     where addresses and strides are multiples of 16 bytes. head_dim_v: of v, if it is another."""
-    numbers = []
-    for name, value in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
-        try:
-            numbers.append(None if value is None and name != "head_dim" else operator.index(value))  # type: ignore[arg-type]
-        except TypeError:
-            raise ArgumentError(f"{name}: expected an integer, got {value!r}") from None
-    return _core.default_config(dtype, numbers[0], arch, numbers[1])
+    d = _integer("head_dim", head_dim)
+    d_v = None if head_dim_v is None else _integer("head_dim_v", head_dim_v)
+    return _core.default_config(dtype, d, arch, d_v)
+
+
+def _integer(name: str, value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ArgumentError(f"{name}: expected an integer, got {value!r}") from None
 
 
 def configs() -> list[ForwardConfig]:

@@ -23,10 +23,12 @@ int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
 int cuDeviceGetName(char* name, int length, int) { return std::strncpy(name, "fake GPU", length), 0; }
 
 int cuDeviceGetAttribute(int* value, int attribute, int) {
-  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-  if (attribute != 75 && attribute != 76) return 1;
-  *value = attribute == 75 ? state.arch / 10 : state.arch % 10;
-  return 0;
+  switch (attribute) {
+    case 16: *value = 132; return 0;              // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+    case 75: *value = state.arch / 10; return 0;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+    case 76: *value = state.arch % 10; return 0;  // ..._MINOR
+    default: return 1;
+  }
 }
 
 int cuDevicePrimaryCtxRetain(void** context, int device) {

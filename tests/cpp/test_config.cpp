@@ -83,6 +83,8 @@ TEST(Config, EachRuleFires) {
   EXPECT_EQ(broken([](auto& c) { c.dtype = DType::int32; }, cpu_arch), cpu_dtype);
   EXPECT_EQ(broken([](auto& c) { c.head_dim = 72; }), gpu_head_dim);
   EXPECT_EQ(broken([](auto& c) { c.head_dim_v = 272; }), gpu_head_dim);
+  EXPECT_EQ(broken([](auto& c) { c.blocks_per_sm = 0; }), blocks_per_sm);
+  EXPECT_EQ(broken([](auto& c) { c.num_warps = 8, c.blocks_per_sm = 9; }), blocks_per_sm);
   EXPECT_EQ(broken([](auto& c) { c.copy_bytes = 12; }), copy_bytes);
   EXPECT_EQ(broken([](auto& c) { c.dtype = DType::float32, c.copy_bytes = 2; }), copy_bytes);
   EXPECT_EQ(broken([](auto& c) { c.copy_bytes = 2; }), async_copy);
@@ -144,7 +146,19 @@ TEST(Config, DefaultsAreCompiledAheadOfTime) {
   for (DType dtype : {DType::float16, DType::bfloat16, DType::float32}) {
     for (int32_t d : {8, 64, 72, 128, 136, 256}) {
       EXPECT_NE(std::find(built.begin(), built.end(), default_forward_config(dtype, d, 90)), built.end());
+      EXPECT_NE(std::find(built.begin(), built.end(), small_grid_forward_config(dtype, d, 90)), built.end());
     }
+  }
+}
+
+// Guards against a row whose bits depend on how many others there are.
+TEST(Config, TheTilesOfABucketDifferInRowsOnly) {
+  for (auto const& tile : forward_tiles) {
+    auto const& large =
+        forward_tile(tile.element_bytes == 2 ? DType::float16 : DType::float32, tile.math, tile.head_dim, Grid::large);
+    EXPECT_EQ(large.head_dim, tile.head_dim);
+    EXPECT_EQ(large.block_n, tile.block_n);
+    EXPECT_EQ(large.block_m / large.num_warps % 16, 0);
   }
 }
 

@@ -25,6 +25,27 @@ TEST(ForwardKernel, TensorFloat32) {
   check_configuration<full({.dtype = f32, .head_dim = 32, .block_m = 64, .block_n = 16, .q_in_registers = true})>();
 }
 
+template <ForwardKernelId Id>
+std::vector<uint8_t> bits(Shape const& s) {
+  Problem problem(Id, s);
+  check<Id>(problem);
+  return problem.out.bytes();
+}
+
+// Guards against T22: the tile for small grids may be chosen by the batch, because block_m changes no bit.
+TEST(ForwardKernel, RowsDoNotDependOnTheirTile) {
+  constexpr ForwardConfig large = default_forward_config(bf16, 64, 80), small = small_grid_forward_config(bf16, 64, 80);
+  static_assert(large != small);
+  for (Shape const& s : {Shape{.sq = 200, .sk = 170, .d = 64}, Shape{.sq = 100, .sk = 300, .d = 40}}) {
+    EXPECT_EQ(bits<causal(large)>(s), bits<causal(small)>(s));
+    EXPECT_EQ(bits<full(large)>(s), bits<full(small)>(s));
+  }
+  constexpr ForwardConfig large_128 = default_forward_config(f16, 128, 80),
+                          small_128 = small_grid_forward_config(f16, 128, 80);
+  EXPECT_EQ(bits<causal(large_128)>({.sq = 100, .sk = 150, .d = 128}),
+            bits<causal(small_128)>({.sq = 100, .sk = 150, .d = 128}));
+}
+
 // Guards against widths whose rows are cut into chunks of 128, 64 and 32 bytes, and into different ones.
 TEST(ForwardKernel, HeadDimsOfValues) {
   check_configuration<causal({.head_dim = 48, .head_dim_v = 96, .block_m = 64, .num_warps = 2})>();

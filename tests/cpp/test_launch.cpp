@@ -145,27 +145,48 @@ TEST_F(Launch, ADriverThatDoesNotInitialiseIsReported) {
   EXPECT_NE(driver_info().problem.find("CUDA_ERROR_FAKE"), std::string::npos);
 }
 
-// Guards against silent misreads: what the GPU kernels cannot take is refused before anything is loaded.
-TEST_F(Launch, WhatHasNoKernelIsRefusedBeforeAnythingIsLoaded) {
+// Guards against silent misreads: copies of 16 bytes from where there are none are refused before anything is loaded.
+TEST_F(Launch, WhatAConfigurationCannotCopyIsRefused) {
   TensorView const t = tensor({1, 64, 2, 64});
   ForwardConfig const config = default_config(DType::bfloat16, 64, 90);
-  auto const refuse = [&](TensorView const& q, char const* word) {
+  auto const refuse = [&](TensorView const& k, std::initializer_list<char const*> words, int fitting) {
     try {
-      forward(config, q, t, t, output({1, 64, 2, 64}), nullptr);
-      FAIL() << "no exception for " << word;
-    } catch (UnsupportedError const& e) {
-      EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
+      forward(config, t, k, t, output({1, 64, 2, 64}), nullptr);
+      FAIL() << "no exception for " << *words.begin();
+    } catch (ConfigError const& e) {
+      for (char const* word : words) EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
     }
+    ForwardConfig const chosen = config_for(t, k, t, nullptr);
+    EXPECT_EQ(chosen.copy_bytes, fitting);
+    EXPECT_EQ(chosen.async_copy, fitting >= 4);
+    EXPECT_EQ(check(chosen, 90), ForwardConfigError::none);
+    EXPECT_EQ(explain(std::nullopt, t, k, t).rejected[1].first, "copy_bytes=16");
   };
   TensorView shifted = t;
   shifted.data = static_cast<char*>(shifted.data) + 2;
-  refuse(shifted, "base address");
+  refuse(shifted, {"k's address is 2 bytes past a multiple of 16", "copy_bytes=2 with async_copy=False"}, 2);
   TensorView odd = t;
   odd.strides[1] += 4;
-  refuse(odd, "seqlen stride");
-  EXPECT_THROW(run({1, 64, 1, 136}), UnsupportedError);
-  EXPECT_THROW(run({1, 64, 1, 60}), UnsupportedError);
+  refuse(odd, {"k's seqlen stride 132 is no multiple of 8 elements", "copy_bytes=8"}, 8);
+  EXPECT_THROW(run({1, 64, 1, 60}), ConfigError);
   EXPECT_EQ(driver_->loads, 0);
+}
+
+// Guards against a small grid that leaves most of the GPU idle, and against a tile for small grids on a large one.
+TEST_F(Launch, SmallGridsTakeSmallerTiles) {
+  auto const chosen = [&](std::array<int64_t, 4> shape) {
+    TensorView const t = tensor(shape);
+    return config_for(t, t, t, nullptr);
+  };
+  ForwardConfig const large = default_config(DType::bfloat16, 64, 90);
+  EXPECT_EQ(chosen({1, 128 * 132, 1, 64}), large);
+  EXPECT_EQ(chosen({132, 1, 1, 64}), large);
+  ForwardConfig const small = chosen({1, 128 * 131, 1, 64});
+  EXPECT_LT(small.block_m, large.block_m);
+  EXPECT_EQ(small.block_n, large.block_n) << "the bits of a row would depend on its batch mates";
+  EXPECT_EQ(chosen({131, 1, 1, 64}), small);
+  EXPECT_EQ(explain(std::nullopt, tensor({1, 64, 1, 64}), tensor({1, 64, 1, 64}), tensor({1, 64, 1, 64})).image,
+            "ahead of time");
 }
 
 // explain tells before anything runs, and launches nothing.

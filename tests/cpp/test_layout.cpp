@@ -117,6 +117,12 @@ struct Layouts {
     expect_bijective(typename L::SmemK::Layout{});
     expect_bijective(typename L::SmemV::Layout{});
     expect_bijective(typename L::SmemO::Layout{});
+    for (int thread : {0, 7, threads - 1}) {
+      auto const c = by_row_and_column(L::template coordinates<C.block_n>(thread));  // -> (row, column)
+      for (int i = 0; i < size<0>(c); ++i) EXPECT_EQ(get<0>(c(i, 0)) - get<0>(c(0, 0)), L::row_distance(i));
+      for (int j = 0; j < size<1>(c); ++j) EXPECT_EQ(get<1>(c(0, j)) - get<1>(c(0, 0)), L::column_distance(j));
+    }
+
     auto const sQ = tile(typename L::SmemQ::Layout{});
     auto const sK = tile(typename L::SmemK::Layout{});
     auto const sV = tile(typename L::SmemV::Layout{});

@@ -409,6 +409,7 @@ RULES = {
     "block_n": [
         (GPU.replace(block_n=n), a) for n in (0, -16, 24, 512) for a in ("cpu", "sm_80")
     ],
+    "blocks_per_sm": [(GPU.replace(blocks_per_sm=n), a) for n in (0, 17) for a in ("cpu", "sm_80")],
     "copy_bytes": [
         *((GPU.replace(copy_bytes=n), a) for n in (0, 1, 12, 32) for a in ("cpu", "sm_80")),
         (GPU.replace(dtype="float32", copy_bytes=2), "sm_80"),

@@ -23,6 +23,7 @@ OPTIONS = {
     "block_m": [16, 64, 128],
     "block_n": [16, 32, 128],
     "num_warps": [1, 2, 4, 8],
+    "blocks_per_sm": [1, 2, 3],
     "math": ["tensor_core", "cuda_core"],
     "copy_bytes": [2, 4, 8, 16],
     "async_copy": [True, False],
@@ -260,11 +261,13 @@ def test_name_is_canonical() -> None:
     cfg = cfg.replace(dtype="float16", swizzled=False, q_in_registers=True)
     assert cfg.name == "fwd_f16_d128_m128_n64_w4_unswizzled_qreg"
     cfg = cfg.replace(
-        head_dim_v=64, math="cuda_core", copy_bytes=4, async_copy=False, eager_load_blocks=False,
+        head_dim_v=64, blocks_per_sm=3, math="cuda_core", copy_bytes=4, async_copy=False, eager_load_blocks=False,
         swizzled=True, q_in_registers=False, k_tiles_per_load=2, mma_double_buffer=False,
         optimized_softmax=False,
     )  # fmt: skip
-    assert cfg.name == ("fwd_f16_d128_dv64_m128_n64_w4_cudacore_copy4_sync_lazy_k2_single_textbook")
+    assert cfg.name == (
+        "fwd_f16_d128_dv64_m128_n64_w4_b3_cudacore_copy4_sync_lazy_k2_single_textbook"
+    )
 
 
 @given(st.integers(-(2**31), 2**31 - 1))

@@ -62,12 +62,11 @@ def list_of(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 def config_options() -> dict[str, Callable[[str], Any]]:
     """The options of ForwardConfig beside dtype and head_dim, and the types of their arguments."""
     example = ForwardConfig()
-    names = [name for name, member in vars(ForwardConfig).items() if isinstance(member, property)]
-    types = {name: type(getattr(example, name)) for name in names}
+    parsers: dict[type, Callable[[str], Any]] = {bool: boolean, int: int, str: str}
     return {
-        name: boolean if kind is bool else positive_int
-        for name, kind in types.items()
-        if name not in ("name", "dtype", "head_dim") and kind in (bool, int)
+        name: parsers[type(getattr(example, name))]
+        for name, member in vars(ForwardConfig).items()
+        if isinstance(member, property) and name not in ("name", "smem_bytes", "dtype", "head_dim")
     }
 
 
@@ -95,7 +94,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name.replace('_', '-')}",
             type=kind,
             default=argparse.SUPPRESS,
-            metavar="0|1" if kind is boolean else "N",
+            metavar="0|1" if kind is boolean else "N" if kind is int else "NAME",
             help=f"ForwardConfig.{name}",
         )
 

@@ -64,7 +64,10 @@ class Flashcute(Implementation):
     def __init__(self, kit: Kit, changes: dict[str, Any] | None = None) -> None:
         self.changes = changes or {}
         self.arch = kit.arch
-        text = ",".join(f"{name}={int(value)}" for name, value in self.changes.items())
+        text = ",".join(
+            f"{name}={value if isinstance(value, str) else int(value)}"
+            for name, value in self.changes.items()
+        )
         super().__init__(f"flashcute[{text}]" if text else "flashcute", __version__, self._run)
 
     def config(self, head_dim: int, dtype: str) -> Any:
