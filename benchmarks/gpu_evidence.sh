@@ -4,14 +4,16 @@
 # waited for, once its limit is up.
 #
 # usage: benchmarks/gpu_evidence.sh OUTPUT_FOLDER COMMIT [STEP...]
-# steps: build cpp python memcheck synccheck initcheck racecheck forward overhead first_use (default: all)
+# steps: build cpp python memcheck synccheck initcheck racecheck o1 forward fp32 naive options overhead first_use
+# (default: all)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:?usage: gpu_evidence.sh OUTPUT_FOLDER COMMIT [STEP...]}")
 commit=${2:?the commit that is measured}
 shift 2
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(build cpp python memcheck synccheck initcheck racecheck forward overhead first_use)
+[ ${#steps[@]} -gt 0 ] || steps=(build cpp python memcheck synccheck initcheck racecheck o1 forward fp32 naive options
+  overhead first_use)
 export PYTHONPATH=$PWD/build/system/stage${PYTHONPATH:+:$PYTHONPATH}
 logs=$(mktemp -d)
 mkdir -p "$out"
@@ -37,7 +39,18 @@ for step in "${steps[@]}"; do
     python) run python 400 python3 -m pytest -q tests/python ;;
     memcheck | synccheck | initcheck | racecheck)
       run "$step" 150 compute-sanitizer --tool "$step" --error-exitcode 1 build/system/tests/cpp/test_gpu ;;
-    forward) bench forward 300 --grid peers --head-dims 64,128 --impls flashcute,sdpa_flash,sdpa_cudnn ;;
+    o1) # The suite on kernels that the assembler has hardly optimised (T23), in a build folder of its own.
+      run o1_build 300 cmake -S . -B build/o1 -G Ninja -DFLASHCUTE_BUILD_TESTS=ON -DFLASHCUTE_FETCH=OFF \
+        -DFLASHCUTE_ARCHS=90 -DFLASHCUTE_PTXAS_LEVEL=1 -DPython_EXECUTABLE="$(command -v python3)" \
+        ${FLASHCUTE_CUTLASS_DIR:+-DFLASHCUTE_CUTLASS_DIR=$(realpath "$FLASHCUTE_CUTLASS_DIR")}
+      run o1_build 300 cmake --build build/o1 --target test_gpu
+      run o1 200 build/o1/tests/cpp/test_gpu ;;
+    forward) bench forward 300 --grid peers --head-dims 64,128,256 --impls flashcute,sdpa_flash,sdpa_cudnn ;;
+    fp32) bench fp32 200 --grid peers --dtype float32 --head-dims 64,128,256 --seqlens 1024,4096 \
+      --impls flashcute,sdpa_efficient,sdpa_math ;;
+    naive) bench naive 60 --batch 4 --heads 16 --head-dims 64 --seqlens 2048,4096,8192 --impls flashcute,naive ;;
+    options) bench options 200 --seqlens 4096 --head-dims 64,128 --causal 0 --impls flashcute \
+      $(python3 tools/option_table.py --bench-arguments) ;;
     overhead) bench overhead 60 --overhead ;;
     first_use) bench first_use 120 --first-use ;;
     *) echo "unknown step $step" >&2; exit 2 ;;

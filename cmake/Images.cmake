@@ -71,7 +71,7 @@ foreach(family ${flashcute_families})
     VERBATIM)
   add_custom_command(
     OUTPUT ${image}
-    COMMAND ${FLASHCUTE_NVCC} -fatbin -std=c++20 -O3 -DNDEBUG "-gencode=arch=compute_80,code=[${targets}]"
+    COMMAND ${FLASHCUTE_NVCC} -fatbin -std=c++20 -O3 -Xptxas -O${FLASHCUTE_PTXAS_LEVEL} -DNDEBUG "-gencode=arch=compute_80,code=[${targets}]"
             -I${PROJECT_SOURCE_DIR}/include -I${flashcute_cutlass_dir} -MD -MF ${image}.d -MT ${image}
             -o ${image} ${unit}
     DEPENDS ${unit}

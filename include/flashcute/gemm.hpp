@@ -159,7 +159,8 @@ struct Products<C, Math::tensor_core> {
   /// acc += A B^T over all K-steps. The B operand comes in pieces of 16 columns of one K-step: one ldmatrix,
   /// which feeds 2 * MMA_M tensor-core instructions. k_tiles_per_load says how many pieces a fetch brings;
   /// with mma_double_buffer each is under way while its predecessors are multiplied. Single pieces go two
-  /// ahead: that hides the latency of shared memory, and larger fetches only cost registers.
+  /// ahead: that hides the latency of shared memory, and larger fetches only cost registers. The compiler would
+  /// fetch ahead of its own accord, so all but this best order is held in place.
   template <class Accumulator, class A, class B>
   FLASHCUTE_DEVICE static void gemm(Accumulator& acc, A&& a, B&& b) {
     using namespace cute;
@@ -169,6 +170,7 @@ struct Products<C, Math::tensor_core> {
     constexpr int per_fetch = C.k_tiles_per_load == 0 ? 1 : C.k_tiles_per_load * groups;
     constexpr int ahead = !C.mma_double_buffer ? 0 : C.k_tiles_per_load == 0 ? 2 : 1;  // fetches
     constexpr int a_ahead = C.mma_double_buffer ? 1 : 0;                               // K-steps
+    constexpr bool in_place = C.k_tiles_per_load != 0 || !C.mma_double_buffer;
     auto const fetch = [&](int first) {
       CUTE_UNROLL
       for (int t = first; t < first + per_fetch; ++t) {
@@ -181,6 +183,7 @@ struct Products<C, Math::tensor_core> {
     CUTE_UNROLL
     for (int t = 0; t < pieces; ++t) {
       int const k = t / groups, group = t % groups;
+      if (in_place && t % per_fetch == 0) keep_loads_behind();
       if (group == 0 && k + a_ahead < k_steps) a.fetch(k + a_ahead);
       if (t % per_fetch == 0) fetch(t + ahead * per_fetch);
       CUTE_UNROLL

@@ -108,6 +108,9 @@ FLASHCUTE_DEVICE void copy_async(void const* from, void* to, bool exists) {
   }
 }
 
+/// Loads from shared memory that come later in the program are not moved before this.
+FLASHCUTE_DEVICE void keep_loads_behind() { __syncwarp(); }
+
 /// Waits for all asynchronous copies of this thread.
 FLASHCUTE_DEVICE void copies_wait() { cute::cp_async_wait<0>(); }
 

@@ -25,6 +25,24 @@ TEST(ForwardKernel, TensorFloat32) {
   check_configuration<full({.dtype = f32, .head_dim = 32, .block_m = 64, .block_n = 16, .q_in_registers = true})>();
 }
 
+/// Every multiple of 8 that the kernel's bucket serves.
+template <ForwardKernelId Id>
+void check_head_dims(int narrowest) {
+  for (int d = narrowest; d <= Id.config.head_dim; d += 8) {
+    check<Id>({.sq = 20, .sk = Id.config.block_n + 3, .d = d, .d_v = narrowest + Id.config.head_dim - d});
+  }
+}
+
+// Guards against T40 and T41: head dims that are no multiple of 16, or that no kernel computes.
+TEST(ForwardKernel, EveryHeadDim) {
+  check_head_dims<causal(default_forward_config(bf16, 64, 80))>(8);
+  check_head_dims<full(default_forward_config(f16, 128, 80))>(72);
+  check_head_dims<full(default_forward_config(bf16, 256, 80))>(136);
+  check_head_dims<causal(default_forward_config(f32, 64, 80))>(8);
+  check_head_dims<full(default_forward_config(f32, 128, 80))>(72);
+  check_head_dims<causal(default_forward_config(f32, 256, 80))>(136);
+}
+
 template <ForwardKernelId Id>
 std::vector<uint8_t> bits(Shape const& s) {
   Problem problem(Id, s);

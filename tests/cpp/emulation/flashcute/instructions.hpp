@@ -218,6 +218,8 @@ FLASHCUTE_DEVICE void copy_async(void const* from, void* to, bool exists) {
   emulation::start_copy(from, to, sizeof(Word), exists);
 }
 
+FLASHCUTE_DEVICE void keep_loads_behind() {}
+
 FLASHCUTE_DEVICE void copies_wait() { emulation::wait_for_copies(); }
 
 // ---- threads -------------------------------------------------------------------------------------
