@@ -7,6 +7,7 @@ import time
 
 from .. import ForwardConfig, _core, configs, prebuild
 from .options import (
+    GPU_DTYPES,
     Commands,
     UsageError,
     add_config_arguments,
@@ -28,7 +29,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("--all", action="store_true", help="every ahead-of-time configuration")
     parser.add_argument("--arch", help="sm_80, sm_90, ... (default: that of GPU 0)")
     parser.add_argument("--head-dim", type=positive_int, metavar="N", help="default: 128")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="default: bfloat16")
+    parser.add_argument("--dtype", choices=GPU_DTYPES, help="default: bfloat16")
     add_config_arguments(parser)
     parser.set_defaults(run=run)
 

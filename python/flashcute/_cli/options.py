@@ -11,7 +11,8 @@ from .. import ForwardConfig, default_config
 # What `commands` of argparse is; the class is generic in the type checker's eyes only.
 Commands = Any
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
+GPU_DTYPES = ("float16", "bfloat16", "float32")
+DTYPES = (*GPU_DTYPES, "float64")
 
 
 class UsageError(Exception):

@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from .. import __version__, flash_attention, forward, reference
+from .. import __version__, explain, flash_attention, forward, reference
 from .kits import Array, Kit, in_layout
 from .options import UsageError, changed_config
 from .problem import ITEM_BYTES, Case, Result
@@ -74,7 +74,12 @@ class Flashcute(Implementation):
         return changed_config(head_dim, dtype, self.arch, self.changes)
 
     def config_name(self, kit: Kit, case: Case) -> str | None:
-        return str(self.config(case.head_dim, case.dtype).name)
+        if self.changes:
+            return str(self.config(case.head_dim, case.dtype).name)
+        q = kit.empty((case.batch, case.seqlen_q, case.heads, case.head_dim), case.dtype)
+        k = kit.empty((case.batch, case.seqlen_k, case.kv_heads, case.head_dim), case.dtype)
+        told = explain(q, k, k, case.causal)
+        return str(told.config.name) if told.config else None
 
     def result(self, kit: Kit, q: Array, k: Array, v: Array, causal: bool) -> Result:
         out, lse = self._run(q, k, v, causal, out=kit.poisoned_like(q), return_lse=True)
