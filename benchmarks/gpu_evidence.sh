@@ -4,7 +4,7 @@
 # waited for, once its limit is up.
 #
 # usage: benchmarks/gpu_evidence.sh OUTPUT_FOLDER COMMIT [STEP...]
-# steps: build cpp python memcheck synccheck initcheck racecheck o1 forward fp32 naive options overhead first_use
+# steps: build cpp python memcheck synccheck initcheck racecheck o1 forward fp32 naive options tiles overhead first_use
 # (default: all)
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +13,7 @@ commit=${2:?the commit that is measured}
 shift 2
 steps=("$@")
 [ ${#steps[@]} -gt 0 ] || steps=(build cpp python memcheck synccheck initcheck racecheck o1 forward fp32 naive options
-  overhead first_use)
+  tiles overhead first_use)
 export PYTHONPATH=$PWD/build/system/stage${PYTHONPATH:+:$PYTHONPATH}
 logs=$(mktemp -d)
 mkdir -p "$out"
@@ -32,6 +32,21 @@ bench() { # name, limit in seconds, options...
   run "$1" "$2" python3 -m flashcute bench --device cuda --commit "$commit" --out "$out/gpu_$1.jsonl" "${@:3}"
 }
 
+# Times a head dimension with changed configurations, which are compiled first, all at once.
+variants() { # name, head dim, --config arguments...
+  local name=$1 head_dim=$2
+  shift 2
+  run "${name}_compile" 300 python3 -m flashcute compile --head-dim "$head_dim" "$@"
+  bench "$name" 200 --seqlens 4096 --head-dims "$head_dim" --impls flashcute,sdpa_flash "$@"
+}
+
+# Tiles that the default might be: block_m x block_n x num_warps x blocks_per_sm.
+declare -A tiles=(
+  [64]="128x128x4x2 128x112x4x2 128x96x4x2 128x80x4x2 64x64x4x3 64x64x4x4 64x128x4x3 128x64x8x2 64x64x2x4"
+  [128]="128x64x4x2 128x48x4x2 128x32x4x2 64x64x4x2 64x96x4x3 64x128x4x2 64x32x4x3 128x64x8x1 128x128x8x1"
+  [256]="64x48x4x2 64x32x4x2 32x64x2x3 128x64x8x1 128x32x8x1 128x96x8x1"
+)
+
 for step in "${steps[@]}"; do
   case $step in
     build) run build 300 make install SYSTEM=1 ;;
@@ -49,8 +64,22 @@ for step in "${steps[@]}"; do
     fp32) bench fp32 200 --grid peers --dtype float32 --head-dims 64,128,256 --seqlens 1024,4096 \
       --impls flashcute,sdpa_efficient,sdpa_math ;;
     naive) bench naive 60 --batch 4 --heads 16 --head-dims 64 --seqlens 2048,4096,8192 --impls flashcute,naive ;;
-    options) bench options 200 --seqlens 4096 --head-dims 64,128 --causal 0 --impls flashcute \
-      $(python3 tools/option_table.py --bench-arguments) ;;
+    options)
+      for d in 64 128; do
+        # shellcheck disable=SC2046 # one argument a word
+        variants "options_$d" $d $(python3 tools/option_table.py --bench-arguments --head-dims $d)
+      done ;;
+    tiles)
+      for d in 64 128 256; do
+        arguments=()
+        for tile in ${tiles[$d]}; do
+          IFS=x read -r m n w b <<< "$tile"
+          for q in 0 1; do
+            arguments+=(--config "block_m=$m,block_n=$n,num_warps=$w,blocks_per_sm=$b,q_in_registers=$q")
+          done
+        done
+        variants "tiles_$d" $d "${arguments[@]}"
+      done ;;
     overhead) bench overhead 60 --overhead ;;
     first_use) bench first_use 120 --first-use ;;
     *) echo "unknown step $step" >&2; exit 2 ;;

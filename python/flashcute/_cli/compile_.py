@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 from .. import ForwardConfig, _core, configs, prebuild
 from .options import (
@@ -12,6 +16,7 @@ from .options import (
     UsageError,
     add_config_arguments,
     changed_config,
+    config_changes,
     given_changes,
     positive_int,
 )
@@ -30,13 +35,28 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("--arch", help="sm_80, sm_90, ... (default: that of GPU 0)")
     parser.add_argument("--head-dim", type=positive_int, metavar="N", help="default: 128")
     parser.add_argument("--dtype", choices=GPU_DTYPES, help="default: bfloat16")
+    parser.add_argument(
+        "--config",
+        type=config_changes,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,...",
+        help="also the configuration changed so; may be given several times",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=positive_int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="configurations to compile at the same time (default: one per core)",
+    )
     add_config_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     changes = given_changes(options)
-    if options.all and (changes or options.head_dim or options.dtype):
+    if options.all and (changes or options.config or options.head_dim or options.dtype):
         raise UsageError("--all takes no option of a configuration")
     arch = options.arch or default_arch()
     if options.all:
@@ -44,15 +64,32 @@ def run(options: argparse.Namespace) -> int:
         if not chosen:
             raise UsageError("--all: this build has no ahead-of-time configurations; name one")
     else:
-        chosen = [one_config(options, arch, changes)]
-    for cfg in chosen:
-        start = time.perf_counter()
-        kernels = prebuild(cfg, arch)
-        seconds = time.perf_counter() - start
+        base = one_config(options, arch, changes)
+        chosen = [base, *(base.replace(**more) for more in options.config)]
+
+    for cfg, seconds, kernels in built(chosen, arch, options.jobs):
         print(f"{cfg.name} for {arch}: {seconds:.1f} s")
         for kernel, origin in kernels.items():
             print(f"  {kernel}: {origin}")
     return 0
+
+
+Built = tuple[ForwardConfig, float, dict[str, str]]  # with seconds, and where each kernel came from
+
+
+def build(cfg: ForwardConfig, arch: str) -> Built:
+    start = time.perf_counter()
+    kernels = prebuild(cfg, arch)
+    return cfg, time.perf_counter() - start, kernels
+
+
+def built(chosen: list[ForwardConfig], arch: str, jobs: int) -> Iterator[Built]:
+    if len(chosen) == 1 or jobs == 1:
+        yield from (build(cfg, arch) for cfg in chosen)
+        return
+    # Processes: NVRTC compiles one kernel at a time in each.
+    with ProcessPoolExecutor(min(jobs, len(chosen)), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(build, chosen, [arch] * len(chosen))
 
 
 def one_config(options: argparse.Namespace, arch: str, changes: dict[str, object]) -> ForwardConfig:
