@@ -92,6 +92,24 @@ def test_compile(capsys: pytest.CaptureFixture[str]) -> None:
     assert "_f16_d64_" in lines[0]
     assert [line.partition(": ")[2] for line in lines[1:]] == ["ahead of time"] * 2
     assert main(["compile", "--arch", "sm_80", "--all"]) == 0
+    assert main(["compile", "--arch", "sm_80", "--dtype", "float32"]) == 0
+    assert "cudacore" in capsys.readouterr().out
+
+
+def test_compile_several(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each in a process of its own, told in the order in which they were named."""
+    changes = ["block_m=64,blocks_per_sm=3", "block_m=128,blocks_per_sm=2"]  # both ahead of time
+    arguments = ["compile", "--arch", "sm_80", "--head-dim", "64", "--block-m", "64"]
+    arguments += ["--blocks-per-sm", "3", "--jobs", "2"]
+    assert main([*arguments, "--config", changes[1], "--config", changes[0]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.partition(" for ")[0] for line in lines if not line.startswith("  ")]
+    assert [("m64_" in name, "m128_" in name) for name in names] == [
+        (True, False),
+        (False, True),
+        (True, False),
+    ]
+    assert all(line.endswith("ahead of time") for line in lines if line.startswith("  "))
 
 
 @pytest.mark.parametrize(
