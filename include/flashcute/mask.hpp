@@ -1,5 +1,6 @@
-// Which keys a query sees. A mask is two functions: `kv_range`, the K/V blocks that a tile of query
-// rows must visit, and `visible`, the truth about one element. GPU kernels, the CPU backend and the
+// Which keys a query sees. A mask is three functions: `kv_range`, the K/V blocks that a tile of query
+// rows must visit; `query_range`, the blocks of query rows that a block of keys must; and `visible`, the truth about
+// one element. GPU kernels, the CPU backend and the
 // tests share them.
 #pragma once
 
@@ -25,6 +26,22 @@ struct KvRange {
   }
 };
 
+/// Blocks [begin, end) of query rows hold at least one row that sees a key of a block of keys. Those in
+/// [full_begin, end) hold only rows that see all of them; the others are partial.
+struct QueryRange {
+  int32_t begin, full_begin, end;
+
+  FLASHCUTE_HD bool empty() const { return begin >= end; }
+
+  /// Calls body(m, partial) from the first block to the last, as KvRange does.
+  template <class Body>
+  FLASHCUTE_HD void for_each(Body&& body) const {
+    int32_t m = begin;
+    for (; m < min_of(full_begin, end); ++m) body(m, std_::true_type{});
+    for (; m < end; ++m) body(m, std_::false_type{});
+  }
+};
+
 /// A mask under which a row sees a prefix of the keys that never shrinks from row to row: the last row
 /// of a tile says which blocks to visit, the first row which are full.
 template <class Derived>
@@ -37,6 +54,14 @@ struct PrefixMask {
     int32_t const first = Derived::visible_keys(tile.row0, p);
     int32_t const last = Derived::visible_keys(tile.row0 + tile.rows - 1, p);
     return {0, first / block_n, ceil_div(last, block_n)};
+  }
+
+  /// The blocks of query rows that see any of the keys [key0, key0 + keys): from the first row that sees the first.
+  FLASHCUTE_HD static QueryRange query_range(int32_t key0, int32_t keys, ForwardParams const& p, int32_t block_m) {
+    int32_t const any = Derived::first_query(key0, p);
+    int32_t const all = Derived::first_query(key0 + keys - 1, p);
+    int32_t const end = any < p.seqlen_q ? ceil_div(p.seqlen_q, block_m) : 0;
+    return {any / block_m, ceil_div(all, block_m), end};
   }
 
   /// A row that sees nothing has output 0 and LSE -inf.
@@ -52,6 +77,9 @@ struct Mask<MaskKind::full> : PrefixMask<Mask<MaskKind::full>> {
   static constexpr bool rows_differ = false;  // whether a row may see a key that another row does not
 
   FLASHCUTE_HD static int32_t visible_keys(int32_t /*q*/, ForwardParams const& p) { return p.seqlen_k; }
+
+  /// The first row that sees a key; seqlen_q if none does.
+  FLASHCUTE_HD static int32_t first_query(int32_t /*k*/, ForwardParams const& /*p*/) { return 0; }
 };
 
 /// Keys j <= i + causal_offset.
@@ -62,6 +90,11 @@ struct Mask<MaskKind::causal> : PrefixMask<Mask<MaskKind::causal>> {
   FLASHCUTE_HD static int32_t visible_keys(int32_t q, ForwardParams const& p) {
     int64_t const keys = static_cast<int64_t>(q) + p.causal_offset + 1;
     return static_cast<int32_t>(max_of<int64_t>(0, min_of<int64_t>(keys, p.seqlen_k)));
+  }
+
+  FLASHCUTE_HD static int32_t first_query(int32_t k, ForwardParams const& p) {
+    int64_t const row = static_cast<int64_t>(k) - p.causal_offset;
+    return static_cast<int32_t>(max_of<int64_t>(0, min_of<int64_t>(row, p.seqlen_q)));
   }
 };
 
