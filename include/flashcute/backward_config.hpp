@@ -75,7 +75,8 @@ constexpr BackwardConfigError check(BackwardConfig const& c, Arch arch) {
   return arch == cpu_arch ? none : gpu;
 }
 
-constexpr BackwardConfig default_backward_config(DType dtype, int32_t head_dim, int32_t head_dim_v) {
+/// The configuration of the CPU backend: a tile and a block that fit the level 2 cache at every head dim.
+constexpr BackwardConfig cpu_backward_config(DType dtype, int32_t head_dim, int32_t head_dim_v) {
   return {.dtype = dtype, .head_dim = head_dim, .head_dim_v = head_dim_v, .block_m = 64, .block_n = 64};
 }
 
