@@ -268,7 +268,7 @@ def sdpa(problem: Problem) -> Tensor:
         dropout_p=problem.dropout_p,
         is_causal=is_causal,
         scale=problem.scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=bool(q.shape[1] != k.shape[1]),  # symbolic in a traced call
     )
     if empty is not None:
         out = out.masked_fill(empty, 0.0)
