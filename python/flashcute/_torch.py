@@ -142,8 +142,25 @@ def gradients(
     return dq, dk, dv
 
 
+def no_second_derivative(ctx: Any, *_: object) -> Any:
+    raise UnsupportedError(
+        f"the second derivative of flash_attention is not supported: use {SDPA} with the backend MATH"
+    )
+
+
+class Gradients(torch.autograd.Function):  # type: ignore[misc]
+    """`gradients` where they are recorded in turn (create_graph=True): as a constant they would make a loss that
+    depends on them silently wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        return gradients(*arguments)
+
+    backward = staticmethod(no_second_derivative)
+
+
 class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
-    """The eager road. Gradients are not recorded in turn: a second derivative raises."""
+    """The eager road."""
 
     @staticmethod
     def forward(
@@ -164,11 +181,11 @@ class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
         return (out, lse) if return_lse else out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
         found = (None, None, None)
         if dout is not None or dlse is not None:
-            found = gradients(dout, *ctx.saved_tensors, dlse, *ctx.options)
+            compute = Gradients.apply if torch.is_grad_enabled() else gradients
+            found = compute(dout, *ctx.saved_tensors, dlse, *ctx.options)
         return (*found, None, None, None, None, None)
 
 
@@ -240,6 +257,7 @@ backward_operator = torch.library.custom_op(
     " float? scale, str layout) -> (Tensor, Tensor, Tensor)",
 )
 backward_operator.register_fake(_backward_fake)
+backward_operator.register_autograd(no_second_derivative)
 
 
 # ---- torch's own attention, with what a call means here ----------------------------------------
@@ -260,6 +278,9 @@ def sdpa(problem: Problem) -> Tensor:
         mask = mask | empty if mask.dtype == torch.bool else mask.masked_fill(empty, 0.0)
     if not 0.0 <= problem.dropout_p <= 1.0:
         raise ArgumentError(f"dropout_p: expected a probability, got {problem.dropout_p}")
+    grouped = False
+    if q.shape[1] != k.shape[1]:  # symbolic in a traced call, where torch wants a plain bool
+        grouped = True
     out = torch.nn.functional.scaled_dot_product_attention(
         q,
         k,
@@ -268,7 +289,7 @@ def sdpa(problem: Problem) -> Tensor:
         dropout_p=problem.dropout_p,
         is_causal=is_causal,
         scale=problem.scale,
-        enable_gqa=bool(q.shape[1] != k.shape[1]),  # symbolic in a traced call
+        enable_gqa=grouped,
     )
     if empty is not None:
         out = out.masked_fill(empty, 0.0)

@@ -1,8 +1,9 @@
 """Attention in plain array code: the textbook formula, and FlashAttention's way of computing it.
 
-`naive` and `chunked` return the same numbers; `naive_gradients` are their gradients. They run on NumPy, torch, CuPy, JAX and whatever
-follows the array API standard, on any device of theirs; on float64 arrays they are the reference
-that the kernels are tested against. They are written to be read, not to be fast.
+`naive` and `chunked` return the same numbers; `naive_gradients` goes back. They run on NumPy,
+torch, CuPy, JAX and whatever follows the array API standard, on any device of theirs; on float64
+arrays they are the reference that the kernels are tested against. They are written to be read, not
+to be fast.
 
 For one head with queries q (seqlen_q, d), keys k (seqlen_k, d) and values v (seqlen_k, d):
 
@@ -15,7 +16,7 @@ With a causal mask, query i sees key j iff j <= i + seqlen_k - seqlen_q: the las
 key. A row that sees no key has O = 0 and L = -inf. A key that a row does not see never enters its
 sums, not even as 0 * NaN; a NaN that it does see comes out.
 
-`naive_gradients` goes back: from the gradients dO and dL of the results to those of q, k and v.
+From the gradients dO and dL of the results to those of q, k and v:
 
     dS = P * (dO vᵀ - rowsum(dO * O) + dL)                              (seqlen_q, seqlen_k)
     dq = scale * dS k        dk = scale * dSᵀ q        dv = Pᵀ dO
@@ -103,7 +104,8 @@ def naive_gradients(
     out, lse = naive(q, k, v, causal, scale=scale, layout=layout, return_lse=True)
     dtype, wide = q.dtype, _wide(xp, q)
     shape, q, k, v = (
-        x if isinstance(x, _Shape) else _cast(xp, x, wide) for x in _split_heads(xp, q, k, v, layout)
+        x if isinstance(x, _Shape) else _cast(xp, x, wide)
+        for x in _split_heads(xp, q, k, v, layout)
     )
     scale = shape.head_dim**-0.5 if scale is None else scale
     seen = _visible(xp, shape, 0, shape.rows, 0, shape.keys, q) if causal else None  # (rows, keys)
