@@ -36,9 +36,7 @@ class Problem(NamedTuple):
 
     @property
     def recording(self) -> bool:
-        return torch.is_grad_enabled() and (
-            self.q.requires_grad or self.k.requires_grad or self.v.requires_grad
-        )
+        return bool(torch.is_grad_enabled() and any(x.requires_grad for x in self[:3]))
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -136,9 +134,8 @@ def gradients(
         dout = out.new_zeros(out.shape[-1:]).expand(out.shape)
     # A negated view is none to DLPack, and neighbours of an expanded gradient are not adjacent.
     dout = library_of(type(dout)).with_unit_stride(dout.resolve_neg())
-    results = tuple(torch.empty_like(x) for x in (q, k, v))
-    _core.backward(None, dout, q, k, v, out, lse, dlse, *results, causal, scale, layout, None)
-    dq, dk, dv = results
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    _core.backward(None, dout, q, k, v, out, lse, dlse, dq, dk, dv, causal, scale, layout, None)
     return dq, dk, dv
 
 
@@ -184,7 +181,7 @@ class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
         found = (None, None, None)
         if dout is not None or dlse is not None:
-            compute = Gradients.apply if torch.is_grad_enabled() else gradients
+            compute: Any = Gradients.apply if torch.is_grad_enabled() else gradients
             found = compute(dout, *ctx.saved_tensors, dlse, *ctx.options)
         return (*found, None, None, None, None, None)
 
@@ -380,10 +377,7 @@ def explained(
     if not problem.recording or not found.backend:
         return found
     cfg = _core.default_backward_config(
-        found.config.dtype,
-        problem.q.shape[-1],
-        "cpu",
-        problem.v.shape[-1],  # type: ignore[union-attr]
+        problem.q.dtype, problem.q.shape[-1], "cpu", problem.v.shape[-1]
     )
     size = problem.q[..., 0].numel() * problem.v.shape[-1] * problem.q.element_size()
     return Explanation(

@@ -76,31 +76,19 @@ def backward(
     arrays = [*inputs.values(), *gradients.values()]
     with nullcontext() if address is None else library.use_stream(address, arrays):
         dout = library_of(type(dout)).with_unit_stride(dout)
-        results = [
+        to_dq, to_dk, to_dv = (
             library.empty(like.shape, q) if given is None else given
             for given, like in ((dq, q), (dk, k), (dv, v))
-        ]
+        )
         chosen = cfg.replace(deterministic=True) if deterministic else cfg
         _core.backward(
-            chosen,
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            dlse,
-            *results,
-            bool(causal),
-            number(scale),
-            layout,
-            address,
-        )
-    first, second, third = (
-        library.finish(result, q) if given is None else given
-        for result, given in zip(results, (dq, dk, dv), strict=True)
+            chosen, dout, q, k, v, out, lse, dlse, to_dq, to_dk, to_dv, bool(causal), number(scale), layout, address
+        )  # fmt: skip
+    return (
+        library.finish(to_dq, q) if dq is None else dq,
+        library.finish(to_dk, q) if dk is None else dk,
+        library.finish(to_dv, q) if dv is None else dv,
     )
-    return first, second, third
 
 
 def default_backward_config(
