@@ -32,7 +32,16 @@ LEVELS = [
 PLAIN = ["std", "config", "error", "params", "tiles", "api", "mask", "block_counter"]
 PLAIN += ["backward_config", "backward_params"]
 # Above the instructions, which tests/cpp/emulation replaces; entry.hpp needs a CUDA compiler.
-KERNEL = ["layout", "fragment", "gemm", "cuda_core", "softmax", "nonfinite", "load_store", "forward"]
+KERNEL = [
+    "layout",
+    "fragment",
+    "gemm",
+    "cuda_core",
+    "softmax",
+    "nonfinite",
+    "load_store",
+    "forward",
+]
 INCLUDE = re.compile(r'#include [<"](?:flashcute/(\w+)\.hpp|([^>"]+))[>"]')
 
 

@@ -45,8 +45,8 @@ class BackwardVerifier(Verifier):
     def on_gradients(self, one: Implementation, small: Case) -> tuple[str | None, Line]:
         q, k, v = small.random_inputs(self.kit)
         dout = self.kit.normal(q.shape, small.dtype)
-        wide: list[Array] = [self.kit.double(x) for x in (dout, q, k, v)]
-        expected = reference.naive_gradients(*wide, causal=small.causal)
+        dout64, q64, k64, v64 = (self.kit.double(x) for x in (dout, q, k, v))
+        expected = reference.naive_gradients(dout64, q64, k64, v64, small.causal)
         rough = self.gradients(Naive(self.kit), (q, k, v), dout, small.causal)
         found = self.gradients(one, (q, k, v), dout, small.causal)
         line: Line = {}
