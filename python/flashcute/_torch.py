@@ -36,7 +36,10 @@ class Problem(NamedTuple):
 
     @property
     def recording(self) -> bool:
-        return bool(torch.is_grad_enabled() and any(x.requires_grad for x in self[:3]))
+        # In what explain is asked about, k and v may be another library's.
+        return bool(
+            torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in self[:3])
+        )
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -89,10 +92,8 @@ def attend(
             raise UnsupportedError(missing)
         if return_lse:
             raise UnsupportedError(f"return_lse=True: {SDPA} gives no LSE, and {missing}")
-        if fallback == "warn" and not torch.compiler.is_compiling():
-            warnings.warn(
-                f"computed by {SDPA}: {missing}. on_unsupported='silent' accepts that", stacklevel=3
-            )
+        if fallback == "warn":
+            warn(f"computed by {SDPA}: {missing}. on_unsupported='silent' accepts that")
         result = sdpa(problem)
         return result if out is None else out.copy_(result)
     q, k, v, causal, scale, layout, *_ = problem
@@ -106,6 +107,12 @@ def attend(
     if problem.recording:
         return FlashAttention.apply(q, k, v, causal, scale, layout, return_lse, stream)
     return run(None, q, k, v, causal, scale, layout, out, return_lse, stream, allow_tf32)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[misc]
+def warn(text: str) -> None:
+    """To the caller of flash_attention; in a traced call once, when it is traced."""
+    warnings.warn(text, stacklevel=4)
 
 
 def missing_gradient(problem: Problem) -> str | None:
@@ -366,6 +373,10 @@ def explained(
     if missing and fallback == "error":
         return unsupported(found, missing)
     if missing:
+        try:
+            _core.check_problem(*problem[:3], number(problem.scale), problem.layout)
+        except ArgumentError:
+            return found  # whose reason is the same
         return Explanation(
             backend="torch",
             config=None,

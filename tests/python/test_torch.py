@@ -402,6 +402,8 @@ def test_compile_takes_the_fallback_too(compiled: Any) -> None:
         return fc.flash_attention(*tensors, window=(3, 0), on_unsupported="silent")
 
     torch.testing.assert_close(compiled(attend)(*tensors), attend(*tensors))
+    with pytest.warns(UserWarning, match="window is not supported"):
+        compiled(lambda *x: fc.flash_attention(*x, window=(3, 0)))(*tensors)
 
 
 def test_export() -> None:
@@ -524,6 +526,10 @@ def test_fallback_tells() -> None:
     assert "window" in dict(told.rejected)["cpu"]
     assert fc.explain(q.numpy(), k.numpy(), v.numpy(), dropout_p=0.5).backend == ""
     assert fc.explain(q, k, v).notes == []
+    told = fc.explain(q[0], k, v, dropout_p=0.5)
+    assert told.backend == ""
+    assert "expected 4 dimensions" in dict(told.rejected)["cpu"]
+    assert fc.explain(q, k.numpy(), v.numpy()).backend == "cpu"
     with pytest.raises(fc.ArgumentError, match=r"^cfg: expected None"):
         fc.explain(q, k, v, cfg=fc.default_config(8, "float64", "cpu"), dropout_p=0.5)
 
