@@ -141,6 +141,7 @@ def gradients(
         dout = out.new_zeros(out.shape[-1:]).expand(out.shape)
     # A negated view is none to DLPack, and neighbours of an expanded gradient are not adjacent.
     dout = library_of(type(dout)).with_unit_stride(dout.resolve_neg())
+    dlse = None if dlse is None else dlse.resolve_neg()
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     _core.backward(None, dout, q, k, v, out, lse, dlse, dq, dk, dv, causal, scale, layout, None)
     return dq, dk, dv
@@ -164,7 +165,7 @@ class Gradients(torch.autograd.Function):  # type: ignore[misc]
 
 
 class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
-    """The eager road."""
+    """The eager road, on the CPU, where allow_tf32 means nothing."""
 
     @staticmethod
     def forward(

@@ -32,7 +32,8 @@ struct PerRow {
   [[gnu::always_inline]] Vector<T> at(int row, int) const { return broadcast(values[row]); }
 };
 
-/// P = exp2(S - LSE), of S = A B in units of log2.
+/// P = exp2(S - LSE), of S = A B in units of log2. P is at most 1: where scores are so large that rounding says
+/// otherwise, it is held there. NaN stays NaN.
 template <class T, class PerQuery>
 struct Probabilities {
   T* p;
@@ -40,7 +41,8 @@ struct Probabilities {
   PerQuery lse;
 
   [[gnu::always_inline]] void operator()(int row, int column, Vector<T> sum) const {
-    store(p + row * ld + column, exp2<T>(sum - lse.at(row, column)));
+    Vector<T> const x = sum - lse.at(row, column);
+    store(p + row * ld + column, exp2<T>(x > Vector<T>{} ? Vector<T>{} : x));
   }
 };
 

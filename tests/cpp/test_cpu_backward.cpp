@@ -502,6 +502,25 @@ TEST(CpuBackward, VeryNegativeScores) {
   }
 }
 
+// Scores so large that S - LSE is rounding error alone, and may be thousands: P stays between 0 and 1.
+TEST(CpuBackward, HugeScores) {
+  for (DType const dtype : {DType::float32, DType::bfloat16}) {
+    for (double const scale : {1e6, 1e10, 1e20}) {
+      BackwardProblem problem{Shape{.dtype = dtype, .head_dim = 8, .seqlen_q = 70, .seqlen_k = 90, .scale = scale}};
+      problem.dout.fill([] { return 1.0; });
+      for (Isa const isa : available_isas()) {
+        Gradients const g = run(isa, problem);
+        for (int j = 0; j < 90; ++j) {
+          for (int e = 0; e < 8; ++e) {
+            double const sum = g.dv.at(0, j, 0, e);  // of at most 70 probabilities
+            ASSERT_TRUE(sum >= 0 && sum <= 70) << name_of(isa) << " scale " << scale << ": " << sum;
+          }
+        }
+      }
+    }
+  }
+}
+
 // Scale 0: P is uniform over what is visible; dQ and dK are zero.
 TEST(CpuBackward, ScaleZero) {
   for (DType const dtype : all_dtypes) {

@@ -254,6 +254,21 @@ def test_batch_invariance(rng: np.random.Generator) -> None:
         assert torch.equal(all_of[1:2], alone)
 
 
+@pytest.mark.parametrize("sizes", [(65_537, 1, 1), (1, 65_537, 65_537), (2, 65_536, 1)])
+def test_many_batches_and_heads(sizes: tuple[int, int, int]) -> None:
+    """More batches or heads than 16 bits count (T4): each is written. With one key P is 1 and dv is the sum of
+    dout over the query heads."""
+    batch, heads, kv_heads = sizes
+    q, dout = (torch.ones(batch, 1, heads, 2) for _ in range(2))
+    k = v = torch.ones(batch, 1, kv_heads, 2)
+    out, lse = fc.flash_attention(q, k, v, return_lse=True)
+    cfg = fc.default_backward_config(2, "float32")
+    dq, dk, dv = fc.backward(cfg, dout, q, k, v, out, lse)
+    assert (dv == heads // kv_heads).all()
+    assert (dq.abs() < 1e-6).all()
+    assert (dk.abs() < 1e-2).all()
+
+
 # ---- what a caller can get wrong -----------------------------------------------------------------
 
 

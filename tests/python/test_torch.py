@@ -150,12 +150,18 @@ def test_strides_of_dout(make: Callable[[torch.Tensor], torch.Tensor]) -> None:
         assert torch.equal(a, b)
 
 
-def test_expanded_dlse() -> None:
-    """lse.sum().backward() gives a gradient of stride 0."""
+@pytest.mark.parametrize(
+    "make",
+    [lambda x: x[:1, :1, :1].expand(x.shape), torch._neg_view],
+    ids=["expanded", "negated view"],
+)
+def test_strides_of_dlse(make: Callable[..., torch.Tensor]) -> None:
+    """lse.sum().backward() gives a gradient of stride 0; others may be negated views."""
     tensors = qkv(dtype=torch.float32)
     _, lse = fc.flash_attention(*tensors, return_lse=True)
-    found = torch.autograd.grad(lse, tensors, torch.ones(()).expand(lse.shape), retain_graph=True)
-    expected = torch.autograd.grad(lse, tensors, torch.ones(lse.shape))
+    dlse = make(torch.randn(lse.shape))
+    found = torch.autograd.grad(lse, tensors, dlse, retain_graph=True)
+    expected = torch.autograd.grad(lse, tensors, dlse.resolve_neg().contiguous())
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
 
