@@ -156,7 +156,7 @@ void bind_options(nb::class_<Config>& cls) {
 
 /// An immutable, hashable value with a property for each option.
 template <class Config>
-void bind_config(nb::module_& m, char const* signature, char const* documentation) {
+nb::class_<Config> bind_config(nb::module_& m, char const* signature, char const* documentation) {
   std::string const replace_signature = std::string("def replace(self, **options: object) -> ") + class_name<Config>;
   auto cls = nb::class_<Config>(m, class_name<Config>, nb::is_final(), documentation);
   cls.def(
@@ -200,6 +200,7 @@ void bind_config(nb::module_& m, char const* signature, char const* documentatio
         new (&self) Config(config);
       },
       nb::sig("def __setstate__(self, values: tuple[object, ...], /) -> None"));
+  return cls;
 }
 
 void bind_configs(nb::module_& m) {
