@@ -55,7 +55,7 @@ Arch to_arch(nb::handle object) {
   throw ArgumentError("arch", "'cpu' or a compute capability such as 'sm_80'", "'" + text + "'");
 }
 
-// ---- ForwardConfig ---------------------------------------------------------------------------------
+// ---- configurations --------------------------------------------------------------------------------
 
 nb::object option_to_python(DType value) { return nb::str(name_of(value)); }
 nb::object option_to_python(Math value) { return nb::str(name_of(value)); }
@@ -90,8 +90,16 @@ void option_from_python(char const* option, nb::handle object, int32_t& value) {
   value = number;
 }
 
+template <class Config>
+constexpr char const* class_name = nullptr;
+template <>
+constexpr char const* class_name<ForwardConfig> = "ForwardConfig";
+template <>
+constexpr char const* class_name<BackwardConfig> = "BackwardConfig";
+
 /// head_dim_v stays equal to head_dim, if it is, unless it is given.
-void set_options(ForwardConfig& config, nb::kwargs const& options) {
+template <class Config>
+void set_options(Config& config, nb::kwargs const& options) {
   bool const follows = config.head_dim_v == config.head_dim && !options.contains("head_dim_v");
   for (auto const& [key, value] : options) {
     std::string const option = nb::cast<std::string>(key);
@@ -103,36 +111,39 @@ void set_options(ForwardConfig& config, nb::kwargs const& options) {
       option_from_python(name, value, member);
       found = true;
     });
-    if (!found) throw ArgumentError("ForwardConfig", "options among " + known, "'" + option + "'");
+    if (!found) throw ArgumentError(class_name<Config>, "options among " + known, "'" + option + "'");
   }
   if (follows) config.head_dim_v = config.head_dim;
 }
 
-nb::tuple options_of(ForwardConfig const& config) {
+template <class Config>
+nb::tuple options_of(Config const& config) {
   nb::list values;
   for_each_option(config, [&](char const*, auto value) { values.append(option_to_python(value)); });
   return nb::tuple(values);
 }
 
-std::string repr_of(ForwardConfig const& config) {
+template <class Config>
+std::string repr_of(Config const& config) {
   std::string text;
   for_each_option(config, [&](char const* option, auto value) {
     nb::object const object = option_to_python(value);
     text += (text.empty() ? "" : ", ") + std::string(option) + "=" + nb::cast<std::string>(nb::repr(object));
   });
-  return "ForwardConfig(" + text + ")";
+  return std::string(class_name<Config>) + "(" + text + ")";
 }
 
 /// Read-only properties, one for each option, that look up the member by its name.
-void bind_options(nb::class_<ForwardConfig>& cls) {
-  ForwardConfig const defaults;
+template <class Config>
+void bind_options(nb::class_<Config>& cls) {
+  Config const defaults;
   for_each_option(defaults, [&](char const* option, auto value) {
     using Value = decltype(value);
     std::string const type = std::is_enum_v<Value> ? "str" : std::is_same_v<Value, bool> ? "bool" : "int";
     std::string const signature = "def " + std::string(option) + "(self) -> " + type;
     cls.def_prop_ro(
         option,
-        [option](ForwardConfig const& config) {
+        [option](Config const& config) {
           nb::object result;
           for_each_option(config, [&](char const* name, auto member) {
             if (std::string_view(name) == option) result = option_to_python(member);
@@ -143,15 +154,64 @@ void bind_options(nb::class_<ForwardConfig>& cls) {
   });
 }
 
-void bind_config(nb::module_& m) {
-  static constexpr char signature[] =
+/// An immutable, hashable value with a property for each option.
+template <class Config>
+nb::class_<Config> bind_config(nb::module_& m, char const* signature, char const* documentation) {
+  std::string const replace_signature = std::string("def replace(self, **options: object) -> ") + class_name<Config>;
+  auto cls = nb::class_<Config>(m, class_name<Config>, nb::is_final(), documentation);
+  cls.def(
+      "__init__",
+      [](Config* self, nb::kwargs const& options) {
+        Config config;
+        set_options(config, options);
+        new (self) Config(config);
+      },
+      nb::sig(signature));
+  bind_options(cls);
+  cls.def_prop_ro("name", [](Config const& c) { return std::string(name(c).text); }, "Canonical name.");
+  cls.def(
+      "replace",
+      [](Config config, nb::kwargs const& options) {
+        set_options(config, options);
+        return config;
+      },
+      nb::sig(replace_signature.c_str()), "A copy with some options changed.");
+  cls.def(
+      "check", [](Config const& c, nb::handle arch) { check_config(c, to_arch(arch)); }, "arch"_a.none(),
+      nb::sig("def check(self, arch: str | int) -> None"),
+      "Raises ConfigError with the first rule broken on `arch` ('cpu', 'sm_80', ...).");
+  cls.def(
+      "__eq__", [](Config const& a, Config const& b) { return a == b; }, nb::is_operator(),
+      nb::sig("def __eq__(self, other: object, /) -> bool"));
+  cls.def("__hash__", [](Config const& c) { return nb::hash(options_of(c)); });
+  cls.def("__repr__", &repr_of<Config>);
+  cls.def("__getstate__", &options_of<Config>, nb::sig("def __getstate__(self) -> tuple[object, ...]"));
+  cls.def(
+      "__setstate__",
+      [](Config& self, nb::tuple const& values) {
+        Config config;
+        size_t i = 0;
+        if (values.size() != options_of(config).size()) {
+          throw ArgumentError("state", std::to_string(options_of(config).size()) + " options, as this version has",
+                              std::to_string(values.size()));
+        }
+        for_each_option(config,
+                        [&](char const* option, auto& member) { option_from_python(option, values[i++], member); });
+        new (&self) Config(config);
+      },
+      nb::sig("def __setstate__(self, values: tuple[object, ...], /) -> None"));
+  return cls;
+}
+
+void bind_configs(nb::module_& m) {
+  static constexpr char forward_signature[] =
       "def __init__(self, *, dtype: object = 'bfloat16', head_dim: int = 128, head_dim_v: int = ..., "
-      "block_m: int = 128, block_n: int = 64, num_warps: int = 4, blocks_per_sm: int = 2, math: str = 'tensor_core', copy_bytes: int = 16, "
+      "block_m: int = 128, block_n: int = 64, num_warps: int = 4, blocks_per_sm: int = 2, math: str = 'tensor_core', "
+      "copy_bytes: int = 16, "
       "async_copy: bool = True, eager_load_blocks: bool = True, swizzled: bool = True, q_in_registers: bool = False, "
       "k_tiles_per_load: int = 0, mma_double_buffer: bool = True, optimized_softmax: bool = True) -> None";
-  static constexpr char replace_signature[] = "def replace(self, **options: object) -> ForwardConfig";
-  auto cls = nb::class_<ForwardConfig>(
-      m, "ForwardConfig", nb::is_final(),
+  auto forward = bind_config<ForwardConfig>(
+      m, forward_signature,
       "Static configuration of a forward kernel: immutable, hashable.\n\n"
       "dtype: 'float16', 'bfloat16', 'float32', on the CPU also 'float64', or any library's dtype object.\n"
       "head_dim: compiled width of q and k; runs every head dimension up to it (GPU: multiples of 16 to 256).\n"
@@ -172,50 +232,19 @@ void bind_config(nb::module_& m) {
       "mma_double_buffer: fetch the next fragments while the tensor cores work on these.\n"
       "optimized_softmax: one multiply-add and one exp2 a score, the row sum reduced in the end; False: as in a "
       "textbook.");
-  cls.def(
-      "__init__",
-      [](ForwardConfig* self, nb::kwargs const& options) {
-        ForwardConfig config;
-        set_options(config, options);
-        new (self) ForwardConfig(config);
-      },
-      nb::sig(signature));
-  bind_options(cls);
-  cls.def_prop_ro("name", [](ForwardConfig const& c) { return std::string(name(c).text); }, "Canonical name.");
-  cls.def_prop_ro(
+  forward.def_prop_ro(
       "smem_bytes", [](ForwardConfig const& c) { return smem_bytes(c); },
       "Shared memory of a thread block, in bytes (GPU only).");
-  cls.def(
-      "replace",
-      [](ForwardConfig config, nb::kwargs const& options) {
-        set_options(config, options);
-        return config;
-      },
-      nb::sig(replace_signature), "A copy with some options changed.");
-  cls.def(
-      "check", [](ForwardConfig const& c, nb::handle arch) { check_config(c, to_arch(arch)); }, "arch"_a.none(),
-      nb::sig("def check(self, arch: str | int) -> None"),
-      "Raises ConfigError with the first rule broken on `arch` ('cpu', 'sm_80', ...).");
-  cls.def(
-      "__eq__", [](ForwardConfig const& a, ForwardConfig const& b) { return a == b; }, nb::is_operator(),
-      nb::sig("def __eq__(self, other: object, /) -> bool"));
-  cls.def("__hash__", [](ForwardConfig const& c) { return nb::hash(options_of(c)); });
-  cls.def("__repr__", &repr_of);
-  cls.def("__getstate__", &options_of, nb::sig("def __getstate__(self) -> tuple[object, ...]"));
-  cls.def(
-      "__setstate__",
-      [](ForwardConfig& self, nb::tuple const& values) {
-        ForwardConfig config;
-        size_t i = 0;
-        if (values.size() != options_of(config).size()) {
-          throw ArgumentError("state", std::to_string(options_of(config).size()) + " options, as this version has",
-                              std::to_string(values.size()));
-        }
-        for_each_option(config,
-                        [&](char const* option, auto& member) { option_from_python(option, values[i++], member); });
-        new (&self) ForwardConfig(config);
-      },
-      nb::sig("def __setstate__(self, values: tuple[object, ...], /) -> None"));
+  static constexpr char backward_signature[] =
+      "def __init__(self, *, dtype: object = 'bfloat16', head_dim: int = 128, head_dim_v: int = ..., "
+      "block_m: int = 64, block_n: int = 64, deterministic: bool = False) -> None";
+  bind_config<BackwardConfig>(m, backward_signature,
+                              "Static configuration of the backward: immutable, hashable. It runs on the CPU.\n\n"
+                              "dtype: 'float16', 'bfloat16', 'float32' or 'float64', or any library's dtype object.\n"
+                              "head_dim: width of q and k; runs every head dimension up to it.\n"
+                              "head_dim_v: the same of v and the output; as head_dim unless given.\n"
+                              "block_m: query rows per tile (B_r).  block_n: keys per tile (B_c).\n"
+                              "deterministic: the same bits in every run. The CPU backend always gives them.");
 }
 
 // ---- calls -----------------------------------------------------------------------------------------
@@ -256,6 +285,25 @@ void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::h
   forward(chosen, tq.view(), tk->view(), tv->view(), to->view(), tl ? &tl->view() : nullptr, options);
 }
 
+/// As call_forward.
+void call_backward(BackwardConfig const* config, nb::handle dout, nb::handle q, nb::handle k, nb::handle v,
+                   nb::handle out, nb::handle lse, nb::handle dlse, nb::handle dq, nb::handle dk, nb::handle dv,
+                   bool causal, std::optional<double> scale, std::string const& layout, nb::handle stream) {
+  BackwardOptions options;
+  options.causal = causal;
+  options.scale = scale;
+  options.layout = to_layout(layout);
+  Tensor const tq("q", q, stream);
+  Tensor const tdout("dout", dout, stream), tk("k", k, stream), tv("v", v, stream), to("out", out, stream),
+      tlse("lse", lse, stream), tdq("dq", dq, stream), tdk("dk", dk, stream), tdv("dv", dv, stream);
+  std::optional<Tensor> tdlse;
+  if (!dlse.is_none()) tdlse.emplace("dlse", dlse, stream);
+  nb::gil_scoped_release const release;
+  BackwardConfig const chosen = config ? *config : backward_config_for(tq.view(), tv.view(), options);
+  backward(chosen, tdout.view(), tq.view(), tk.view(), tv.view(), to.view(), tlse.view(),
+           tdlse ? &tdlse->view() : nullptr, tdq.view(), tdk.view(), tdv.view(), options);
+}
+
 Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, bool causal,
                          std::optional<double> scale, std::string const& layout, bool allow_tf32) {
   Tensor const tq("q", q, nb::none()), tk("k", k, nb::none()), tv("v", v, nb::none());
@@ -272,15 +320,27 @@ Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k
 
 void bind_facts(nb::module_& m) {
   nb::class_<Explanation>(m, "Explanation", "What a call runs and why; see flashcute.explain.")
-      .def_ro("backend", &Explanation::backend, "'sm80', 'cpu', or '' if nothing can run the call.")
+      .def(
+          "__init__",
+          [](Explanation* self, std::string backend, std::optional<ForwardConfig> const& config, std::string kernel,
+             std::string image, std::vector<std::pair<std::string, std::string>> rejected,
+             std::vector<std::string> notes) {
+            new (self) Explanation{std::move(backend),  config,          std::move(kernel), std::move(image),
+                                   std::move(rejected), std::move(notes)};
+          },
+          nb::kw_only(), "backend"_a, "config"_a.none(), "kernel"_a, "image"_a, "rejected"_a, "notes"_a)
+      .def_ro("backend", &Explanation::backend,
+              "'sm80', 'cpu', 'torch' (its own attention), or '' if nothing can run the call.")
       .def_ro("config", &Explanation::config, "The configuration, or None.")
       .def_ro("kernel", &Explanation::kernel, "Entry point of the kernel, or the CPU's instruction set.")
       .def_ro("image", &Explanation::image, "Where the kernel comes from.")
       .def_ro("rejected", &Explanation::rejected, "(alternative, reason) pairs.")
+      .def_ro("notes", &Explanation::notes, "What else the call will do or cost.")
       .def("__repr__", [](Explanation const& e) {
         std::string text = e.backend.empty() ? "nothing can run this call" : "backend " + e.backend + ": " + e.kernel;
         if (e.config) text += "\n  config  " + repr_of(*e.config);
         if (!e.image.empty()) text += "\n  image   " + e.image;
+        for (std::string const& note : e.notes) text += "\n  note    " + note;
         for (auto const& [what, why] : e.rejected) text += "\n  not " + what + ": " + why;
         return text;
       });
@@ -312,17 +372,33 @@ NB_MODULE(_core, m) {
   // Objects that outlive the interpreter (in a traceback, in a test runner) are no leak of ours to report.
   nb::set_leak_warnings(false);
   bind_exceptions(m);
-  bind_config(m);
+  bind_configs(m);
   bind_facts(m);
   m.def("forward", &call_forward, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "out"_a.none(),
         "lse"_a.none(), "block_counts"_a.none(), "causal"_a, "scale"_a.none(), "layout"_a, "stream"_a.none(),
         "allow_tf32"_a);
+  m.def("backward", &call_backward, "config"_a.none(), "dout"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(),
+        "out"_a.none(), "lse"_a.none(), "dlse"_a.none(), "dq"_a.none(), "dk"_a.none(), "dv"_a.none(), "causal"_a,
+        "scale"_a.none(), "layout"_a, "stream"_a.none());
+  m.def(
+      "check_problem",
+      [](nb::handle q, nb::handle k, nb::handle v, std::optional<double> scale, std::string const& layout) {
+        Tensor const tq("q", q, nb::none()), tk("k", k, nb::none()), tv("v", v, nb::none());
+        check_problem(tq.view(), tk.view(), tv.view(), {.scale = scale, .layout = to_layout(layout)});
+      },
+      "q"_a.none(), "k"_a.none(), "v"_a.none(), "scale"_a.none(), "layout"_a);
   m.def("explain", &call_explain, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "causal"_a,
         "scale"_a.none(), "layout"_a, "allow_tf32"_a);
   m.def(
       "default_config",
       [](nb::handle dtype, int64_t head_dim, nb::handle arch, std::optional<int64_t> head_dim_v) {
         return default_config(to_dtype(dtype), head_dim, to_arch(arch), head_dim_v);
+      },
+      "dtype"_a.none(), "head_dim"_a, "arch"_a.none(), "head_dim_v"_a.none());
+  m.def(
+      "default_backward_config",
+      [](nb::handle dtype, int64_t head_dim, nb::handle arch, std::optional<int64_t> head_dim_v) {
+        return default_backward_config(to_dtype(dtype), head_dim, to_arch(arch), head_dim_v);
       },
       "dtype"_a.none(), "head_dim"_a, "arch"_a.none(), "head_dim_v"_a.none());
   m.def("configs", &configs);

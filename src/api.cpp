@@ -1,5 +1,6 @@
 #include "flashcute/api.hpp"
 
+#include "cpu/backward.hpp"
 #include "cpu/forward.hpp"
 #include "driver.hpp"
 #include "environment.hpp"
@@ -9,6 +10,7 @@
 #include "launch.hpp"
 #include "nvrtc.hpp"
 #include "plan.hpp"
+#include "plan_backward.hpp"
 
 namespace flashcute {
 
@@ -20,6 +22,13 @@ void forward(ForwardConfig const& config, TensorView const& q, TensorView const&
   } else {
     cpu::forward(plan.kernel.config, plan.kernel.features, plan.params);
   }
+}
+
+void backward(BackwardConfig const& config, TensorView const& dout, TensorView const& q, TensorView const& k,
+              TensorView const& v, TensorView const& out, TensorView const& lse, TensorView const* dlse,
+              TensorView const& dq, TensorView const& dk, TensorView const& dv, BackwardOptions const& options) {
+  BackwardPlan const plan = plan_backward(config, dout, q, k, v, out, lse, dlse, dq, dk, dv, options);
+  cpu::backward(plan.config, plan.features, plan.params);
 }
 
 ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v) {

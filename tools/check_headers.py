@@ -19,8 +19,8 @@ from pathlib import Path
 LEVELS = [
     ["std"],
     ["config", "error"],
-    ["params", "tiles", "api"],
-    ["mask", "instructions"],
+    ["params", "tiles", "backward_config"],
+    ["mask", "instructions", "backward_params", "api"],
     ["block_counter", "layout"],
     ["fragment"],
     ["gemm", "softmax", "nonfinite"],
@@ -30,6 +30,7 @@ LEVELS = [
     ["entry"],
 ]
 PLAIN = ["std", "config", "error", "params", "tiles", "api", "mask", "block_counter"]
+PLAIN += ["backward_config", "backward_params"]
 # Above the instructions, which tests/cpp/emulation replaces; entry.hpp needs a CUDA compiler.
 KERNEL = [
     "layout",

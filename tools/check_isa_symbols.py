@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Checks the object files that are compiled for one instruction set each (src/cpu/forward_<isa>.cpp).
+"""Checks the object files that are compiled for one instruction set each (src/cpu/forward_<isa>.cpp,
+backward_<isa>.cpp).
 
 A weak symbol of such a file (an inline function, a template instance) may be the copy that the linker keeps for
 everybody, and then code built for AVX-512 runs on a CPU without it. So each file may export its entry point only.
@@ -9,8 +10,8 @@ everybody, and then code built for AVX-512 runs on a CPU without it. So each fil
 
 import subprocess
 import sys
+from pathlib import Path
 
-ENTRY = "forward_tile("
 WEAK = set("WVu")
 HARMLESS = (
     "DW.ref."  # a pointer to the C++ runtime's exception handler: data, the same in every file
@@ -18,6 +19,7 @@ HARMLESS = (
 
 
 def problems(path: str) -> list[str]:
+    entry = Path(path).name.partition("_")[0] + "_tile("
     lines = subprocess.run(
         ["nm", "-C", path], check=True, capture_output=True, text=True
     ).stdout.splitlines()
@@ -31,10 +33,10 @@ def problems(path: str) -> list[str]:
     found += [
         f"exported symbol other than the entry point: {name}"
         for name in exported
-        if ENTRY not in name
+        if entry not in name
     ]
-    if sum(ENTRY in name for name in exported) != 1:
-        found.append(f"expected one entry point '{ENTRY}...)', exported are: {exported}")
+    if sum(entry in name for name in exported) != 1:
+        found.append(f"expected one entry point '{entry}...)', exported are: {exported}")
     return found
 
 

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "flashcute/backward_config.hpp"
 #include "flashcute/config.hpp"
 #include "flashcute/error.hpp"
 
@@ -56,6 +57,7 @@ struct Explanation {
   std::string kernel;  // name of the entry point, or of the CPU instruction set
   std::string image;   // where the kernel comes from: "ahead of time", "run-time compilation ...", "none: ..."
   std::vector<std::pair<std::string, std::string>> rejected;  // what else there is, and why not
+  std::vector<std::string> notes;                             // what else the call will do or cost
 };
 
 /// Computes out = softmax(scale * q k^T) v.
@@ -70,6 +72,38 @@ struct Explanation {
 /// UnsupportedError, DeviceError; DriverError or CompileError if CUDA fails.
 void forward(ForwardConfig const& config, TensorView const& q, TensorView const& k, TensorView const& v,
              TensorView const& out, TensorView const* lse, ForwardOptions const& options = {});
+
+struct BackwardOptions {
+  bool causal = false;          // as in the forward call
+  std::optional<double> scale;  // as in the forward call
+  Layout layout = Layout::bshd;
+  void* stream = nullptr;  // CUstream of the tensors' device; the default stream if null
+};
+
+/// Computes the gradients dq, dk and dv of a forward call from those of its results.
+///
+/// q, k, v, out and lse are what `forward` took and gave; dout is shaped like out, dlse (may be null) like lse.
+/// dq, dk and dv are shaped like q, k and v and are overwritten; gradients of keys and values are sums over the
+/// query heads that share them. The last stride of every tensor but dlse is 1; lse is contiguous.
+///
+///     P = exp(scale q k^T - lse)    dS = P * (dout v^T - rowsum(dout * out) + dlse)
+///     dq = scale dS k               dk = scale dS^T q               dv = P^T dout
+///
+/// Rows that see no key, and keys that no row sees, get zeros. Runs on the CPU, where the result is the same bit
+/// for bit in every call; GPU tensors raise UnsupportedError for now. Throws before anything is written.
+void backward(BackwardConfig const& config, TensorView const& dout, TensorView const& q, TensorView const& k,
+              TensorView const& v, TensorView const& out, TensorView const& lse, TensorView const* dlse,
+              TensorView const& dq, TensorView const& dk, TensorView const& dv, BackwardOptions const& options = {});
+
+/// The configuration of the backward for a head dimension (of v: head_dim_v).
+BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch,
+                                       std::optional<int64_t> head_dim_v = {});
+
+/// The same for these tensors.
+BackwardConfig backward_config_for(TensorView const& q, TensorView const& v, BackwardOptions const& options = {});
+
+/// Throws ConfigError with the first rule that the configuration breaks and the values that broke it.
+void check_config(BackwardConfig const& config, Arch arch);
 
 /// What to check configurations against on a device: cpu_arch, or the GPU's compute capability * 10.
 Arch arch_of(Device device);
@@ -87,6 +121,9 @@ void check_config(ForwardConfig const& config, Arch arch);
 
 /// The configurations whose GPU kernels were compiled ahead of time.
 std::vector<ForwardConfig> configs();
+
+/// Throws ArgumentError if q, k, v and the scale do not fit together: for who computes them with something else.
+void check_problem(TensorView const& q, TensorView const& k, TensorView const& v, ForwardOptions const& options = {});
 
 /// What a call with a given configuration, or with the default one, would run and why. Launches nothing.
 Explanation explain(std::optional<ForwardConfig> const& config, TensorView const& q, TensorView const& k,

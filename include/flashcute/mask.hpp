@@ -1,6 +1,7 @@
-// Which keys a query sees. A mask is three functions: `kv_range`, the K/V blocks that a tile of query
-// rows must visit; `visible`, the truth about one element; and `from`, the same for many keys of one query,
-// at constant distances from the first. GPU kernels, the CPU backend and the tests share them.
+// Which keys a query sees. A mask is four functions: `kv_range`, the K/V blocks that a tile of query
+// rows must visit; `query_range`, the blocks of query rows that a block of keys must; `visible`, the truth
+// about one element; and `from`, the same for many keys of one query, at constant distances from the first.
+// GPU kernels, the CPU backend and the tests share them.
 #pragma once
 
 #include "flashcute/config.hpp"
@@ -22,6 +23,22 @@ struct KvRange {
     int32_t n = end - 1;
     for (; n >= full_end; --n) body(n, std_::true_type{});
     for (; n >= begin; --n) body(n, std_::false_type{});
+  }
+};
+
+/// Blocks [begin, end) of query rows hold at least one row that sees a key of a block of keys. Those in
+/// [full_begin, end) hold only rows that see all of them; the others are partial.
+struct QueryRange {
+  int32_t begin, full_begin, end;
+
+  FLASHCUTE_HD bool empty() const { return begin >= end; }
+
+  /// Calls body(m, partial) from the first block to the last, as KvRange does.
+  template <class Body>
+  FLASHCUTE_HD void for_each(Body&& body) const {
+    int32_t m = begin;
+    for (; m < min_of(full_begin, end); ++m) body(m, std_::true_type{});
+    for (; m < end; ++m) body(m, std_::false_type{});
   }
 };
 
@@ -51,6 +68,14 @@ struct PrefixMask {
     return {0, first / block_n, ceil_div(last, block_n)};
   }
 
+  /// The blocks of query rows that see any of the keys [key0, key0 + keys): from the first row that sees the first.
+  FLASHCUTE_HD static QueryRange query_range(int32_t key0, int32_t keys, ForwardParams const& p, int32_t block_m) {
+    int32_t const any = Derived::first_query(key0, p);
+    int32_t const all = Derived::first_query(key0 + keys - 1, p);
+    int32_t const end = any < p.seqlen_q ? ceil_div(p.seqlen_q, block_m) : 0;
+    return {any / block_m, ceil_div(all, block_m), end};
+  }
+
   /// A row that sees nothing has output 0 and LSE -inf.
   FLASHCUTE_HD static bool empty_row(int32_t q, ForwardParams const& p) { return Derived::visible_keys(q, p) == 0; }
 };
@@ -64,6 +89,9 @@ struct Mask<MaskKind::full> : PrefixMask<Mask<MaskKind::full>> {
   static constexpr bool rows_differ = false;  // whether a row may see a key that another row does not
 
   FLASHCUTE_HD static int32_t visible_keys(int32_t /*q*/, ForwardParams const& p) { return p.seqlen_k; }
+
+  /// The first row that sees a key; seqlen_q if none does.
+  FLASHCUTE_HD static int32_t first_query(int32_t /*k*/, ForwardParams const& /*p*/) { return 0; }
 };
 
 /// Keys j <= i + causal_offset.
@@ -74,6 +102,11 @@ struct Mask<MaskKind::causal> : PrefixMask<Mask<MaskKind::causal>> {
   FLASHCUTE_HD static int32_t visible_keys(int32_t q, ForwardParams const& p) {
     int64_t const keys = static_cast<int64_t>(q) + p.causal_offset + 1;
     return static_cast<int32_t>(max_of<int64_t>(0, min_of<int64_t>(keys, p.seqlen_k)));
+  }
+
+  FLASHCUTE_HD static int32_t first_query(int32_t k, ForwardParams const& p) {
+    int64_t const row = static_cast<int64_t>(k) - p.causal_offset;
+    return static_cast<int32_t>(max_of<int64_t>(0, min_of<int64_t>(row, p.seqlen_q)));
   }
 };
 

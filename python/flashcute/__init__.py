@@ -15,6 +15,7 @@ from pathlib import Path as _Path
 from . import _arrays, _core
 from ._core import (
     ArgumentError,
+    BackwardConfig,
     CacheError,
     CompileError,
     ConfigError,
@@ -34,6 +35,7 @@ from .attention import (
     forward,
     prebuild,
 )
+from .gradients import backward, default_backward_config
 
 # Nothing is searched, opened or initialised yet: these are only told.
 _headers = _Path(_core.__file__).parent / "include"
@@ -47,6 +49,7 @@ __version__: str = _core.build_version()
 
 __all__ = [
     "ArgumentError",
+    "BackwardConfig",
     "CacheError",
     "CompileError",
     "ConfigError",
@@ -56,8 +59,10 @@ __all__ = [
     "FlashcuteError",
     "ForwardConfig",
     "UnsupportedError",
+    "backward",
     "configs",
     "count_blocks",
+    "default_backward_config",
     "default_config",
     "explain",
     "flash_attention",

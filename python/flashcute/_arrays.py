@@ -59,6 +59,10 @@ class Library:
         """Why the memory of the array cannot be taken at face value, and what to do."""
         return None
 
+    def with_unit_stride(self, array: Array) -> Array:
+        """The array, or a copy if neighbours in its last dimension are not adjacent and the library can tell."""
+        return array
+
     def use_stream(self, stream: int, arrays: Sequence[Array]) -> AbstractContextManager[object]:
         """Makes it safe to work with `arrays` on a stream that may not be the current one."""
         device, index = arrays[0].__dlpack_device__()
@@ -93,8 +97,24 @@ class NumPy(Library):
 
         return np.empty(shape, dtype or like.dtype)
 
+    def with_unit_stride(self, array: Array) -> Array:
+        return array if array.strides[-1:] == (array.itemsize,) else array.copy(order="C")
+
 
 class Torch(Library):
+    def wants_more(self, *arrays: Array) -> bool:
+        """Whether a call on the arrays is more than its result: recorded, traced or cast by autocast."""
+        torch = sys.modules["torch"]
+        return bool(
+            torch.compiler.is_compiling()
+            or any(self.wants_gradient(x) for x in arrays if isinstance(x, torch.Tensor))
+            or torch.is_autocast_enabled(arrays[0].device.type)
+        )
+
+    def with_unit_stride(self, array: Array) -> Array:
+        adjacent = array.dim() == 0 or array.shape[-1] < 2 or array.stride(-1) == 1
+        return array if adjacent else array.contiguous()
+
     def export(self, array: Array, stream: int | None) -> tuple[object, str | None, int | None]:
         # Only without the exchange table (torch before 2.10), which knows no gradients to refuse.
         return super().export(array.detach(), stream)

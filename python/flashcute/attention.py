@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 from . import _core
-from ._arrays import Array, Library, library_of, stream_number
+from ._arrays import Array, Library, Torch, library_of, stream_number
 from ._core import ArgumentError, Explanation, ForwardConfig, UnsupportedError
 
 SDPA = "torch.nn.functional.scaled_dot_product_attention"
@@ -52,9 +52,9 @@ def forward(
     if recording:
         raise ArgumentError(
             f"{recording}: expected a tensor without requires_grad, got requires_grad=True. forward records "
-            f"no gradient: call it under torch.no_grad(), detach the tensor, or train with {SDPA}"
+            "no gradient: call it under torch.no_grad(), detach the tensor, or use flash_attention"
         )
-    return _run(cfg, q, k, v, causal, scale, layout, out, return_lse, stream, False)
+    return run(cfg, q, k, v, causal, scale, layout, out, return_lse, stream, False)
 
 
 def flash_attention(
@@ -74,6 +74,7 @@ def flash_attention(
     window: tuple[int, int] | None = None,
     cu_seqlens_q: Array | None = None,
     cu_seqlens_k: Array | None = None,
+    on_unsupported: str | None = None,
 ) -> Any:
     """softmax(scale * q kᵀ) v, with the configuration that suits the tensors.
 
@@ -82,31 +83,70 @@ def flash_attention(
     On a GPU every head dimension and alignment runs; multiples of 16 bytes are fastest, and need no
     compilation at the first call.
 
-    Gradients, attn_mask, dropout_p, window and cu_seqlens_* are not supported yet and raise
-    UnsupportedError, which names what to use instead.
+    torch tensors on the CPU are differentiated, the LSE too if it is returned; once, not twice. Under
+    torch.autocast they are cast as torch's own attention casts them. torch.compile and torch.export see
+    the operators flashcute::flash_attention_forward and flashcute::flash_attention_backward.
+
+    What no kernel covers yet: gradients on a GPU, and
+    attn_mask: broadcastable to (batch, heads, seqlen_q, seqlen_k), bool (True: keep) or a float that is
+        added to the scaled scores.
+    dropout_p: probability with which a weight is dropped.
+    window: (left, right): query i sees keys from i + seqlen_k - seqlen_q - left to
+        i + seqlen_k - seqlen_q + right; -1 means no limit.
+    on_unsupported: what to do then. "warn" and "silent" compute torch tensors with torch's
+        scaled_dot_product_attention, which may need memory for seqlen_q * seqlen_k scores (`explain` says how
+        much); masks mean here what they mean above, and a row that sees no key is 0. "error" raises
+        UnsupportedError, as always for other libraries. Default: "warn" for torch tensors.
+    cu_seqlens_q, cu_seqlens_k: packed sequences raise UnsupportedError.
     """
-    recording = _wanting_gradients(q=q, k=k, v=v, out=out)
-    if recording:
-        raise UnsupportedError(
-            f"{recording}: gradients (requires_grad=True) are not supported yet. Train with {SDPA}, "
-            "or call flash_attention under torch.no_grad()"
-        )
-    if attn_mask is not None:
-        raise UnsupportedError(f"attn_mask is not supported yet: use {SDPA}(attn_mask=...)")
-    if dropout_p != 0.0:
-        raise UnsupportedError(
-            f"dropout_p={dropout_p} is not supported yet: use {SDPA}(dropout_p=...)"
-        )
-    if window is not None:
-        raise UnsupportedError(
-            "window is not supported yet: use torch.nn.attention.flex_attention with a block mask"
-        )
+    library = library_of(type(q))
+    fallback = checked_fallback(on_unsupported, library)
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         raise UnsupportedError(
             "cu_seqlens_q, cu_seqlens_k: packed sequences are not supported yet: call flash_attention "
             "per sequence, or use torch.nn.attention.varlen"
         )
-    return _run(None, q, k, v, causal, scale, layout, out, return_lse, stream, bool(allow_tf32))
+    missing = missing_feature(attn_mask, dropout_p, window)
+    if isinstance(library, Torch) and (missing or library.wants_more(q, k, v)):
+        from . import _torch
+
+        problem = _torch.Problem(q, k, v, causal, scale, layout, attn_mask, dropout_p, window)
+        return _torch.attend(problem, return_lse, out, stream, bool(allow_tf32), missing, fallback)
+    recording = _wanting_gradients(q=q, k=k, v=v, out=out)
+    if recording:
+        raise UnsupportedError(
+            f"{recording}: gradients (requires_grad=True) need q, k and v to be torch tensors, and out to "
+            "require none. Call flash_attention under torch.no_grad(), or detach the tensor"
+        )
+    if missing:
+        raise UnsupportedError(missing)
+    return run(None, q, k, v, causal, scale, layout, out, return_lse, stream, bool(allow_tf32))
+
+
+def missing_feature(
+    attn_mask: Array | None, dropout_p: float, window: tuple[int, int] | None
+) -> str | None:
+    """The first of these features that is asked for, and what to use instead: no kernel has it yet."""
+    if attn_mask is not None:
+        return f"attn_mask is not supported yet: use {SDPA}(attn_mask=...)"
+    if dropout_p != 0.0:
+        return f"dropout_p={dropout_p} is not supported yet: use {SDPA}(dropout_p=...)"
+    if window is not None:
+        return (
+            "window is not supported yet: use torch.nn.attention.flex_attention with a block mask"
+        )
+    return None
+
+
+def checked_fallback(on_unsupported: str | None, library: Library) -> str:
+    """What to do where no kernel serves a call."""
+    if on_unsupported not in (None, "warn", "error", "silent"):
+        raise ArgumentError(
+            f"on_unsupported: expected 'warn', 'error', 'silent' or None, got {on_unsupported!r}"
+        )
+    if not isinstance(library, Torch):
+        return "error"  # nobody else's attention is at hand
+    return on_unsupported or "warn"
 
 
 def _wanting_gradients(**arrays: Array) -> str | None:
@@ -117,7 +157,27 @@ def _wanting_gradients(**arrays: Array) -> str | None:
     return None
 
 
-def _run(
+def require_arrays(**arrays: Array) -> None:
+    for name, array in arrays.items():
+        if not hasattr(array, "__dlpack__"):
+            raise ArgumentError(
+                f"{name}: expected an array that supports DLPack (NumPy, torch, CuPy, JAX, ...), got "
+                f"{type(array).__module__}.{type(array).__qualname__}"
+            )
+        problem = library_of(type(array)).problem(array)
+        if problem:
+            raise ArgumentError(f"{name}: expected {problem}")
+
+
+def require_options(causal: object, layout: object) -> None:
+    if layout not in ("bshd", "bhsd"):
+        raise ArgumentError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
+    if not isinstance(causal, bool) and str(causal) not in ("True", "False"):
+        # numpy.bool is a type of its own
+        raise ArgumentError(f"causal: expected True or False, got {causal!r}")
+
+
+def run(
     cfg: ForwardConfig | None,
     q: Array,
     k: Array,
@@ -130,35 +190,21 @@ def _run(
     stream: object,
     allow_tf32: bool,
 ) -> Any:
-    for name, array in (("q", q), ("k", k), ("v", v), ("out", out)):
-        if array is None and name == "out":
-            continue
-        if not hasattr(array, "__dlpack__"):
-            raise ArgumentError(
-                f"{name}: expected an array that supports DLPack (NumPy, torch, CuPy, JAX, ...), got "
-                f"{type(array).__module__}.{type(array).__qualname__}"
-            )
-        problem = library_of(type(array)).problem(array)
-        if problem:
-            raise ArgumentError(f"{name}: expected {problem}")
-    if layout not in ("bshd", "bhsd"):
-        raise ArgumentError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
-    if not isinstance(causal, bool) and str(causal) not in (
-        "True",
-        "False",
-    ):  # numpy.bool has its own
-        raise ArgumentError(f"causal: expected True or False, got {causal!r}")
+    require_arrays(q=q, k=k, v=v)
+    if out is not None:
+        require_arrays(out=out)
+    require_options(causal, layout)
     if out is not None and library_of(type(out)).immutable:
         raise ArgumentError("out: expected a writable array, got an immutable one of JAX. Omit out")
     library = library_of(type(q))
-    number = stream_number(stream)
-    if number is None:
+    address = stream_number(stream)
+    if address is None:
         return _run_on(
             library, cfg, q, k, v, causal, scale, layout, out, return_lse, None, allow_tf32
         )
-    with library.use_stream(number, [q, k, v] if out is None else [q, k, v, out]):
+    with library.use_stream(address, [q, k, v] if out is None else [q, k, v, out]):
         return _run_on(
-            library, cfg, q, k, v, causal, scale, layout, out, return_lse, number, allow_tf32
+            library, cfg, q, k, v, causal, scale, layout, out, return_lse, address, allow_tf32
         )
 
 
@@ -185,13 +231,13 @@ def _run_on(
         double = str(q.dtype).endswith("float64")
         lse = library.empty((batch, heads, rows), q, "float64" if double else "float32")
     _core.forward(
-        cfg, q, k, v, target, lse, None, bool(causal), _number(scale), layout, stream, allow_tf32
+        cfg, q, k, v, target, lse, None, bool(causal), number(scale), layout, stream, allow_tf32
     )
     result = library.finish(target, q) if out is None else out
     return (result, library.finish(lse, q)) if return_lse else result
 
 
-def _number(scale: object) -> float | None:
+def number(scale: object) -> float | None:
     if scale is None:
         return None
     try:
@@ -210,15 +256,44 @@ def explain(
     scale: float | None = None,
     layout: str = "bshd",
     allow_tf32: bool = False,
+    attn_mask: Array | None = None,
+    dropout_p: float = 0.0,
+    window: tuple[int, int] | None = None,
+    on_unsupported: str | None = None,
 ) -> Explanation:
     """What `flash_attention` (or `forward` with `cfg`) would run for these arguments, and why.
 
     Returns the backend, the configuration, the kernel, where its image comes from, and for every other
     backend and ahead-of-time configuration the reason it was not taken. Launches nothing. If no backend
     can run the call, `backend` is '' and `rejected` says why; ArgumentError is raised only for what cannot
-    be described at all: no DLPack, a dtype that no kernel could have, an unknown layout.
+    be described at all: no DLPack, a dtype that no kernel could have, an unknown layout. Where torch's own
+    attention would be called, `backend` is 'torch', and `notes` says how much memory it needs. Of tensors
+    that require gradients `notes` tells how these are computed.
     """
-    return _core.explain(cfg, q, k, v, bool(causal), _number(scale), layout, bool(allow_tf32))
+    missing = missing_feature(attn_mask, dropout_p, window)
+    if cfg is not None and missing:
+        raise ArgumentError(f"cfg: expected None, as only flash_attention takes it: {missing}")
+    library = library_of(type(q))
+    fallback = checked_fallback(on_unsupported, library)
+    found = _core.explain(cfg, q, k, v, bool(causal), number(scale), layout, bool(allow_tf32))
+    if isinstance(library, Torch) and cfg is None:
+        from . import _torch
+
+        problem = _torch.Problem(q, k, v, causal, scale, layout, attn_mask, dropout_p, window)
+        return _torch.explained(found, problem, missing, fallback)
+    return unsupported(found, missing) if missing else found
+
+
+def unsupported(found: Explanation, missing: str) -> Explanation:
+    """The explanation of a call that raises UnsupportedError."""
+    return Explanation(
+        backend="",
+        config=None,
+        kernel="",
+        image="",
+        rejected=[(found.backend, missing), *found.rejected],
+        notes=[],
+    )
 
 
 def count_blocks(
@@ -252,16 +327,20 @@ def default_config(
 ) -> ForwardConfig:
     """The configuration that `flash_attention` takes for a head dimension on `arch` ("cpu", "sm_90", ...),
     where addresses and strides are multiples of 16 bytes. head_dim_v: of v, if it is another."""
-    d = _integer("head_dim", head_dim)
-    d_v = None if head_dim_v is None else _integer("head_dim_v", head_dim_v)
-    return _core.default_config(dtype, d, arch, d_v)
+    return _core.default_config(
+        dtype, integer("head_dim", head_dim), arch, optional_integer("head_dim_v", head_dim_v)
+    )
 
 
-def _integer(name: str, value: object) -> int:
+def integer(name: str, value: object) -> int:
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise ArgumentError(f"{name}: expected an integer, got {value!r}") from None
+
+
+def optional_integer(name: str, value: object) -> int | None:
+    return None if value is None else integer(name, value)
 
 
 def configs() -> list[ForwardConfig]:

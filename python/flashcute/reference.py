@@ -1,8 +1,9 @@
 """Attention in plain array code: the textbook formula, and FlashAttention's way of computing it.
 
-`naive` and `chunked` return the same numbers. They run on NumPy, torch, CuPy, JAX and whatever
-follows the array API standard, on any device of theirs; on float64 arrays they are the reference
-that the kernels are tested against. They are written to be read, not to be fast.
+`naive` and `chunked` return the same numbers; `naive_gradients` goes back. They run on NumPy,
+torch, CuPy, JAX and whatever follows the array API standard, on any device of theirs; on float64
+arrays they are the reference that the kernels are tested against. They are written to be read, not
+to be fast.
 
 For one head with queries q (seqlen_q, d), keys k (seqlen_k, d) and values v (seqlen_k, d):
 
@@ -14,6 +15,11 @@ For one head with queries q (seqlen_q, d), keys k (seqlen_k, d) and values v (se
 With a causal mask, query i sees key j iff j <= i + seqlen_k - seqlen_q: the last query sees every
 key. A row that sees no key has O = 0 and L = -inf. A key that a row does not see never enters its
 sums, not even as 0 * NaN; a NaN that it does see comes out.
+
+From the gradients dO and dL of the results to those of q, k and v:
+
+    dS = P * (dO vᵀ - rowsum(dO * O) + dL)                              (seqlen_q, seqlen_k)
+    dq = scale * dS k        dk = scale * dSᵀ q        dv = Pᵀ dO
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ from ._core import ArgumentError
 Array = Any
 Namespace = Any  # of the functions of an array library
 
-__all__ = ["chunked", "naive", "namespace"]
+__all__ = ["chunked", "naive", "naive_gradients", "namespace"]
 
 INFINITY = math.inf
 
@@ -72,6 +78,58 @@ def naive(
     out = _weighted_sum(xp, _cast(xp, probabilities, v.dtype), v, seen)
     lse = row_max + xp.log(xp.where(row_sum == 0, 1.0, row_sum))
     return _merge_heads(xp, shape, out, lse[..., 0], layout, return_lse)
+
+
+def naive_gradients(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = False,
+    *,
+    dlse: Array | None = None,
+    scale: float | None = None,
+    layout: str = "bshd",
+) -> tuple[Array, Array, Array]:
+    """The gradients of `naive`, through the whole matrix of scores.
+
+    dout: gradient of out, shaped like it.  dlse: gradient of the log-sum-exp, (batch, heads, seqlen_q).
+    The other arguments are those of `naive`.
+
+    All in float32 (float64 for float64 arrays). dk and dv are sums over the query heads of a group.
+
+    Returns (dq, dk, dv), in the dtypes of q, k and v.
+    """
+    xp = namespace(q)
+    out, lse = naive(q, k, v, causal, scale=scale, layout=layout, return_lse=True)
+    dtype, wide = q.dtype, _wide(xp, q)
+    shape, q, k, v = (
+        x if isinstance(x, _Shape) else _cast(xp, x, wide)
+        for x in _split_heads(xp, q, k, v, layout)
+    )
+    scale = shape.head_dim**-0.5 if scale is None else scale
+    seen = _visible(xp, shape, 0, shape.rows, 0, shape.keys, q) if causal else None  # (rows, keys)
+    lse = xp.reshape(lse, (*shape.out[:4], 1))  # (..., rows, 1)
+    dout, out = (_split_rows(xp, shape, _cast(xp, x, wide), layout) for x in (dout, out))
+
+    scores = scale * xp.matmul(q, _swap(xp, k, -1, -2))  # (..., rows, keys)
+    p = xp.exp(scores - lse)
+    delta = xp.sum(dout * out, axis=-1, keepdims=True)  # (..., rows, 1)
+    if dlse is not None:
+        delta = delta - xp.reshape(dlse, (*shape.out[:4], 1))
+    ds = p * (xp.matmul(dout, _swap(xp, v, -1, -2)) - delta)
+    if seen is not None:
+        p, ds = (xp.where(seen, x, 0.0) for x in (p, ds))
+    seen_by = None if seen is None else _swap(xp, seen, 0, 1)  # (keys, rows)
+    dq = scale * _weighted_sum(xp, ds, k, seen)
+    dk = scale * _weighted_sum(xp, _swap(xp, ds, -1, -2), q, seen_by)
+    dv = _weighted_sum(xp, _swap(xp, p, -1, -2), dout, seen_by)
+    dk, dv = (xp.sum(x, axis=2) for x in (dk, dv))  # (batch, kv_heads, keys, d)
+    batch, kv_heads, group = shape.out[:3]
+    dq = xp.reshape(dq, (batch, kv_heads * group, shape.rows, shape.head_dim))
+    if layout == "bshd":
+        dq, dk, dv = (_swap(xp, x, 1, 2) for x in (dq, dk, dv))
+    return _cast(xp, dq, dtype), _cast(xp, dk, dtype), _cast(xp, dv, dtype)
 
 
 def chunked(
@@ -217,6 +275,11 @@ def _split_heads(
     shape = _Shape(rows, keys, head_dim, (batch, kv_heads, group, rows, v.shape[-1]))
     q = xp.reshape(q, (batch, kv_heads, group, rows, head_dim))
     return shape, q, k[:, :, None, :, :], v[:, :, None, :, :]
+
+
+def _split_rows(xp: Namespace, shape: _Shape, array: Array, layout: str) -> Array:
+    """An array shaped like the output as (batch, kv_heads, group, seqlen_q, d)."""
+    return xp.reshape(_swap(xp, array, 1, 2) if layout == "bshd" else array, shape.out)
 
 
 def _merge_heads(

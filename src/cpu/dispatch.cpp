@@ -2,9 +2,12 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <new>
 #include <string>
 
+#include "backward_isa.hpp"
+#include "backward_scratch.hpp"
 #include "environment.hpp"
 #include "flashcute/error.hpp"
 #include "forward_isa.hpp"
@@ -43,6 +46,10 @@ class ScratchBuffer {
 
 thread_local ScratchBuffer scratch_buffer;
 
+[[noreturn]] void throw_no_isa(Isa isa) {
+  throw UnsupportedError(std::string("flashcute was built without the CPU instruction set ") + name_of(isa));
+}
+
 ForwardTileFunction forward_tile(Isa isa, ForwardConfig const& config, Features const& features) {
   switch (isa) {
     case Isa::baseline: return baseline::forward_tile(config, features);
@@ -53,7 +60,29 @@ ForwardTileFunction forward_tile(Isa isa, ForwardConfig const& config, Features 
     default: break;
 #endif
   }
-  throw UnsupportedError(std::string("flashcute was built without the CPU instruction set ") + name_of(isa));
+  throw_no_isa(isa);
+}
+
+BackwardTileFunction backward_tile(Isa isa, BackwardConfig const& config, Features const& features, BackwardPass pass) {
+  switch (isa) {
+    case Isa::baseline: return baseline::backward_tile(config, features, pass);
+#if defined(__x86_64__)
+    case Isa::avx2: return avx2::backward_tile(config, features, pass);
+    case Isa::avx512: return avx512::backward_tile(config, features, pass);
+#else
+    default: break;
+#endif
+  }
+  throw_no_isa(isa);
+}
+
+size_t accumulator_bytes(DType dtype) { return dtype == DType::float64 ? sizeof(double) : sizeof(float); }
+
+/// How many threads are worth waking.
+int useful_threads(ForwardParams const& p, int threads) {
+  double const work = static_cast<double>(p.batch) * p.heads * p.seqlen_q * static_cast<double>(p.seqlen_k) *
+                      (p.head_dim + p.head_dim_v) / 2;
+  return work < min_parallel_work ? 1 : threads;
 }
 
 Isa current_isa() {
@@ -115,16 +144,34 @@ int num_threads() {
 void forward_with(Isa isa, int threads, ForwardConfig const& config, Features const& features,
                   ForwardParams const& params) {
   ForwardTileFunction const tile = forward_tile(isa, config, features);
-  size_t const element = config.dtype == DType::float64 ? sizeof(double) : sizeof(float);
-  size_t const bytes = static_cast<size_t>(ForwardScratch::of(config).elements) * element;
-  double const work = static_cast<double>(params.batch) * params.heads * params.seqlen_q *
-                      static_cast<double>(params.seqlen_k) * (params.head_dim + params.head_dim_v) / 2;
-  parallel_for(QueryTile::count(params, config.block_m), work < min_parallel_work ? 1 : threads,
+  size_t const bytes = static_cast<size_t>(ForwardScratch::of(config).elements) * accumulator_bytes(config.dtype);
+  parallel_for(QueryTile::count(params, config.block_m), useful_threads(params, threads),
                [&](int64_t index) { tile(config, params, index, scratch_buffer.at_least(bytes)); });
+}
+
+void backward_with(Isa isa, int threads, BackwardConfig const& config, Features const& features,
+                   BackwardParams const& params) {
+  BackwardParams p = params;
+  size_t const queries = static_cast<size_t>(p.forward.batch) * p.forward.heads * p.forward.seqlen_q;
+  auto const delta = std::make_unique_for_overwrite<char[]>(queries * accumulator_bytes(config.dtype));
+  p.delta = delta.get();
+  auto const run = [&](BackwardPass pass, int64_t tiles) {
+    BackwardTileFunction const tile = backward_tile(isa, config, features, pass);
+    size_t const bytes =
+        static_cast<size_t>(BackwardScratch::of(config, pass).elements) * accumulator_bytes(config.dtype);
+    parallel_for(tiles, useful_threads(p.forward, threads),
+                 [&](int64_t index) { tile(config, p, index, scratch_buffer.at_least(bytes)); });
+  };
+  run(BackwardPass::queries, QueryTile::count(p.forward, config.block_m));  // writes the delta that keys read
+  run(BackwardPass::keys, KeyTile::count(p.forward, config.block_n));
 }
 
 void forward(ForwardConfig const& config, Features const& features, ForwardParams const& params) {
   forward_with(current_isa(), num_threads(), config, features, params);
+}
+
+void backward(BackwardConfig const& config, Features const& features, BackwardParams const& params) {
+  backward_with(current_isa(), num_threads(), config, features, params);
 }
 
 }  // namespace flashcute::cpu

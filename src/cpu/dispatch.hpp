@@ -1,8 +1,9 @@
-// Behind forward.hpp: the choices it makes, as arguments. For tests and benchmarks.
+// Behind forward.hpp and backward.hpp: the choices it makes, as arguments. For tests and benchmarks.
 #pragma once
 
 #include <string>
 
+#include "backward.hpp"
 #include "forward.hpp"
 
 namespace flashcute::cpu {
@@ -20,5 +21,8 @@ Isa choose_isa(std::string const& requested);
 
 void forward_with(Isa isa, int threads, ForwardConfig const& config, Features const& features,
                   ForwardParams const& params);
+
+void backward_with(Isa isa, int threads, BackwardConfig const& config, Features const& features,
+                   BackwardParams const& params);
 
 }  // namespace flashcute::cpu

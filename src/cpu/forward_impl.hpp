@@ -8,40 +8,16 @@
 // they lie, one element broadcast to all queries, and a query's result never depends on its neighbours'.
 #pragma once
 
+#include "block.hpp"
 #include "flashcute/block_counter.hpp"
 #include "forward_isa.hpp"
 #include "forward_scratch.hpp"
-#include "gemm.hpp"
-#include "vector.hpp"
 
 namespace flashcute::cpu::FLASHCUTE_CPU_ISA {
 namespace {
 
 template <class T>
 constexpr T infinity = std_::numeric_limits<T>::infinity();  // a constant: calls nothing at run time
-
-template <DType>
-struct ElementOf;
-template <>
-struct ElementOf<DType::float16> {
-  using type = Half;
-  using Accumulator = float;
-};
-template <>
-struct ElementOf<DType::bfloat16> {
-  using type = Bfloat16;
-  using Accumulator = float;
-};
-template <>
-struct ElementOf<DType::float32> {
-  using type = float;
-  using Accumulator = float;
-};
-template <>
-struct ElementOf<DType::float64> {
-  using type = double;
-  using Accumulator = double;
-};
 
 /// Softmax over keys that arrive block by block, in base 2. A row that has seen nothing but -inf keeps
 /// row_max = -inf and row_sum = 0.
@@ -105,7 +81,6 @@ class ForwardTile {
   using Element = typename ElementOf<dtype>::type;
   using T = typename ElementOf<dtype>::Accumulator;
   using Mask = flashcute::Mask<mask_kind>;
-  static constexpr bool widened = !__is_same(Element, T);
 
  public:
   static void run(ForwardConfig const& config, ForwardParams const& params, int64_t index, void* memory) {
@@ -130,7 +105,7 @@ class ForwardTile {
     OnlineSoftmax<T> const softmax{memory_ + layout_.row_max, memory_ + layout_.row_sum, memory_ + layout_.correction,
                                    ld, columns_};
     load_query(q);
-    clear(o);
+    clear(o, p_.head_dim_v, ld, columns_);
     softmax.clear();
     BlockCounter<true> counter;
     auto const range = Mask::kv_range(tile_, p_, block_n_);
@@ -138,19 +113,22 @@ class ForwardTile {
       counter.visit(partial.value);
       int const key0 = n * block_n_;
       int const keys = min_of(block_n_, p_.seqlen_k - key0);  // nothing beyond the sequence is touched
-      RowMajor<T> const k =
-          load_block(p_.k, tile_.k_offset(p_), p_.k_stride.row, key0, keys, p_.head_dim, memory_ + layout_.k);
-      RowMajor<T> const v =
-          load_block(p_.v, tile_.v_offset(p_), p_.v_stride.row, key0, keys, p_.head_dim_v, memory_ + layout_.v);
+      RowMajor<T> const k = load_block(key_block(p_.k, tile_.k_offset(p_), p_.k_stride, key0), p_.k_stride.row, keys,
+                                       p_.head_dim, memory_ + layout_.k);
+      RowMajor<T> const v = load_block(key_block(p_.v, tile_.v_offset(p_), p_.v_stride, key0), p_.v_stride.row, keys,
+                                       p_.head_dim_v, memory_ + layout_.v);
 
       gemm(k, keys, q, ld, p_.head_dim, columns_, Assign<T>{s, ld});  // S^T = K Q^T
       if constexpr (partial.value) apply_mask(s, key0, keys);
       softmax.update(s, keys);  // S^T becomes P^T
-      RowMajor<T> const seen_v = partial.value ? finite_part(v, keys) : v;
+      RowMajor<T> const seen_v = partial.value ? finite_part(v, keys, p_.head_dim_v, memory_ + layout_.finite_v) : v;
       gemm(transpose(seen_v), p_.head_dim_v, s, ld, keys, columns_,  // O^T = O^T diag(correction) + V^T P^T
            RescaleAndAdd<T>{o, ld, softmax.correction});
       if constexpr (partial.value) {
-        if (seen_v.data != v.data) add_not_finite(v, s, o, key0, keys);
+        if (seen_v.data != v.data) {
+          add_not_finite(v, keys, p_.head_dim_v, s, o, ld, tile_.rows,
+                         [&](int n, int m) { return Mask::visible(tile_.row0 + m, key0 + n, p_); });
+        }
       }
     });
     store_out(o, softmax);
@@ -160,35 +138,16 @@ class ForwardTile {
     }
   }
 
-  /// Q^T in units of log2: scale and log2(e) are folded in here, once per tile. Lanes without a query
-  /// compute on zeros rather than on what the scratch memory happens to hold.
+  Element const* key_block(void const* base, int64_t offset, Strides const& stride, int key0) const {
+    return static_cast<Element const*>(base) + offset + key0 * stride.row;
+  }
+
+  /// Q^T in units of log2: scale and log2(e) are folded in here, once per tile.
   void load_query(T* q) const {
     constexpr double log2_e = 0x1.71547652b82fep+0;
-    T const scale = static_cast<T>(p_.scale * log2_e);
     Element const* const from = static_cast<Element const*>(p_.q) + tile_.q_offset(p_);
-    for (int m = 0; m < tile_.rows; ++m) {
-      for (int d = 0; d < p_.head_dim; ++d) q[d * layout_.ld + m] = scale * to_float(from[m * p_.q_stride.row + d]);
-    }
-    for (int d = 0; d < p_.head_dim; ++d) {
-      for (int m = tile_.rows; m < columns_; ++m) q[d * layout_.ld + m] = 0;
-    }
-  }
-
-  void clear(T* o) const {
-    for (int d = 0; d < p_.head_dim_v; ++d) {
-      for (int m = 0; m < columns_; ++m) o[d * layout_.ld + m] = 0;
-    }
-  }
-
-  /// Keys or values [key0, key0 + keys), d columns each, in the accumulation type: in place, or widened into `buffer`.
-  RowMajor<T> load_block(void const* base, int64_t offset, int64_t stride, int key0, int keys, int d, T* buffer) const {
-    Element const* const from = static_cast<Element const*>(base) + offset + key0 * stride;
-    if constexpr (widened) {
-      for (int n = 0; n < keys; ++n) widen(from + n * stride, buffer + n * d, d);
-      return {buffer, d};
-    } else {
-      return {from, stride};
-    }
+    load_transposed(from, p_.q_stride.row, tile_.rows, p_.head_dim, static_cast<T>(p_.scale * log2_e), q, layout_.ld,
+                    columns_);
   }
 
   /// By select: a masked score may be NaN.
@@ -200,35 +159,6 @@ class ForwardTile {
       }
     }
   }
-
-  /// In a partial block a value may be seen by some queries only, and 0 * NaN would poison the others.
-  /// Gives back `v` where all of it is finite, else a copy with 0 in place of what is not.
-  RowMajor<T> finite_part(RowMajor<T> v, int keys) const {
-    int found = 0;
-    for (int n = 0; n < keys; ++n) {
-      for (int d = 0; d < p_.head_dim_v; ++d) found |= !is_finite(v(n, d));
-    }
-    if (!found) return v;
-    T* const copy = memory_ + layout_.finite_v;
-    for (int n = 0; n < keys; ++n) {
-      for (int d = 0; d < p_.head_dim_v; ++d) copy[n * p_.head_dim_v + d] = is_finite(v(n, d)) ? v(n, d) : 0;
-    }
-    return {copy, p_.head_dim_v};
-  }
-
-  /// Adds to O what `finite_part` left out, to the queries that see it.
-  void add_not_finite(RowMajor<T> v, T const* p, T* o, int key0, int keys) const {
-    for (int n = 0; n < keys; ++n) {
-      for (int d = 0; d < p_.head_dim_v; ++d) {
-        if (is_finite(v(n, d))) continue;
-        for (int m = 0; m < tile_.rows; ++m) {
-          if (Mask::visible(tile_.row0 + m, key0 + n, p_)) o[d * layout_.ld + m] += v(n, d) * p[n * layout_.ld + m];
-        }
-      }
-    }
-  }
-
-  [[gnu::always_inline]] static bool is_finite(T x) { return x - x == 0; }
 
   /// A row whose visible scores are all -inf is 0 / 0, which is the NaN it should be.
   void store_out(T* o, OnlineSoftmax<T> const& softmax) const {

@@ -109,6 +109,18 @@ struct Assign {
   }
 };
 
+/// C = C + A B
+template <class T>
+struct Add {
+  T* c;
+  int64_t ld;
+
+  [[gnu::always_inline]] void operator()(int row, int column, Vector<T> sum) const {
+    T* const to = c + row * ld + column;
+    store(to, load(to) + sum);
+  }
+};
+
 /// C = C diag(factor) + A B
 template <class T>
 struct RescaleAndAdd {

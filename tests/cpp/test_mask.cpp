@@ -1,8 +1,9 @@
-// The K/V blocks that a tile visits against the truth about every element, for all small sizes.
+// The blocks that a tile visits against the truth about every element, for all small sizes.
 #include <gtest/gtest.h>
 
 #include <set>
 
+#include "flashcute/backward_params.hpp"
 #include "flashcute/mask.hpp"
 
 namespace flashcute {
@@ -19,7 +20,7 @@ ForwardParams problem(int32_t seqlen_q, int32_t seqlen_k, int32_t offset) {
 
 /// What the definition of the mask says, without the mask's own code.
 bool sees(MaskKind kind, int32_t q, int32_t k, ForwardParams const& p) {
-  return k < p.seqlen_k && (kind == MaskKind::full || k <= q + p.causal_offset);
+  return k < p.seqlen_k && (kind == MaskKind::full || k <= int64_t{q} + p.causal_offset);
 }
 
 template <MaskKind Kind>
@@ -66,6 +67,66 @@ TEST(Mask, BlockRangesAgreeWithElementVisibility) {
         }
       }
     }
+  }
+}
+
+template <MaskKind Kind>
+void check_all_key_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
+  for (int64_t index = 0; index < KeyTile::count(p, block_n); ++index) {
+    KeyTile const tile = KeyTile::at(p, index, block_n);
+    QueryRange const range = Mask<Kind>::query_range(tile.row0, tile.rows, p, block_m);
+    std::set<int32_t> visited, full;
+    range.for_each([&](int32_t m, auto partial) {
+      EXPECT_TRUE(visited.empty() || m > *visited.rbegin()) << "blocks must come from the first to the last";
+      visited.insert(m);
+      if (!decltype(partial)::value) full.insert(m);
+    });
+    EXPECT_EQ(range.empty(), visited.empty());
+    for (int32_t m = 0; m * block_m < p.seqlen_q + 2 * block_m; ++m) {
+      bool any = false, all = true;
+      for (int32_t q = m * block_m; q < std::min((m + 1) * block_m, p.seqlen_q); ++q) {
+        for (int32_t k = tile.row0; k < tile.row0 + tile.rows; ++k) {
+          bool const visible = sees(Kind, q, k, p);
+          any = any || visible;
+          all = all && visible;
+        }
+      }
+      ASSERT_EQ(visited.contains(m), any) << "block " << m << " sq " << p.seqlen_q << " sk " << p.seqlen_k;
+      ASSERT_EQ(full.contains(m), any && all) << "block " << m << " sq " << p.seqlen_q << " sk " << p.seqlen_k;
+    }
+  }
+}
+
+// The same for the backward, where a block of keys visits blocks of queries.
+TEST(Mask, QueryRangesAgreeWithElementVisibility) {
+  for (int32_t sq = 0; sq <= 11; ++sq) {
+    for (int32_t sk = 0; sk <= 11; ++sk) {
+      for (int32_t block_m : {1, 2, 4}) {
+        for (int32_t block_n : {1, 2, 4}) {
+          check_all_key_tiles<MaskKind::full>(problem(sq, sk, 0), block_m, block_n);
+          for (int32_t offset : {sk - sq, 0, -3, 5, INT32_MAX, INT32_MIN}) {
+            check_all_key_tiles<MaskKind::causal>(problem(sq, sk, offset), block_m, block_n);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Guards against keys whose gradient is computed twice or never.
+TEST(KeyTile, TilesCoverEveryKeyOnce) {
+  for (int32_t sk : {1, 15, 16, 17, 33}) {
+    ForwardParams p = problem(8, sk, 0);
+    p.batch = 3;
+    p.heads = 6;
+    p.kv_heads = 2;
+    std::set<std::tuple<int32_t, int32_t, int32_t>> keys;
+    for (int64_t i = 0; i < KeyTile::count(p, 16); ++i) {
+      KeyTile const tile = KeyTile::at(p, i, 16);
+      EXPECT_GE(tile.rows, 1);
+      for (int32_t r = 0; r < tile.rows; ++r) EXPECT_TRUE(keys.emplace(tile.batch, tile.kv_head, tile.row0 + r).second);
+    }
+    EXPECT_EQ(keys.size(), static_cast<size_t>(p.batch) * p.kv_heads * sk);
   }
 }
 

@@ -196,6 +196,131 @@ TEST(Plan, OutMayShareAnAllocationButNoElement) {
   EXPECT_THROW(forward(config, packed(0), packed(1), packed(2), shifted, nullptr), ArgumentError);
 }
 
+/// A call of `backward` that works, with gradients full of a sentinel.
+struct BackwardProblem {
+  std::vector<float> memory = std::vector<float>(4096, 0.5f);
+  std::vector<float> dq_memory = std::vector<float>(64, -7.f), dk_memory = std::vector<float>(40, -7.f),
+                     dv_memory = std::vector<float>(40, -7.f);
+  TensorView q = Problem::view(memory, {1, 4, 2, 8}), k = Problem::view(memory, {1, 5, 1, 8}), v = k;
+  TensorView out = q, dout = q, lse = rows_of(memory), dlse = rows_of(memory);
+  TensorView dq = Problem::view(dq_memory, {1, 4, 2, 8}), dk = Problem::view(dk_memory, {1, 5, 1, 8}),
+             dv = Problem::view(dv_memory, {1, 5, 1, 8});
+  BackwardOptions options;
+  BackwardConfig config = default_backward_config(DType::float32, 8, cpu_arch);
+
+  static TensorView rows_of(std::vector<float>& memory) {
+    TensorView t;
+    t.data = memory.data();
+    t.rank = 3;
+    t.shape = {1, 2, 4};
+    t.strides = {8, 4, 1};
+    return t;
+  }
+
+  void run() { backward(config, dout, q, k, v, out, lse, &dlse, dq, dk, dv, options); }
+
+  template <class Exception>
+  void expect(std::initializer_list<char const*> words) {
+    try {
+      run();
+      FAIL() << "no exception";
+    } catch (Exception const& e) {
+      for (char const* word : words) EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
+    }
+    for (auto const* memory : {&dq_memory, &dk_memory, &dv_memory}) {
+      for (float x : *memory) ASSERT_EQ(x, -7.f) << "something was written";
+    }
+  }
+};
+
+// The checks of the backward, of which the Python suite goes through all: wrong tensors computed with, copies made
+// silently, a GPU's tensors read on the CPU.
+TEST(PlanBackward, WrongTensorsAreRefused) {
+  {
+    BackwardProblem p;
+    p.run();
+    for (auto const* memory : {&p.dq_memory, &p.dk_memory, &p.dv_memory}) {
+      for (float x : *memory) ASSERT_NE(x, -7.f);
+    }
+  }
+  {
+    BackwardProblem p;
+    p.dout.strides[3] = 2;
+    p.expect<ArgumentError>({"dout", "last stride 1", "2", "contiguous"});
+  }
+  {
+    BackwardProblem p;
+    p.dout.shape[1] = 3;
+    p.expect<ArgumentError>({"dout", "(1, 4, 2, 8)", "(1, 3, 2, 8)"});
+  }
+  {
+    BackwardProblem p;
+    p.lse.strides[2] = 2;
+    p.expect<ArgumentError>({"lse", "contiguous", "(batch, heads, seqlen_q)"});
+  }
+  {
+    BackwardProblem p;
+    p.dlse.strides = {0, 0, 0, 0};  // of any strides
+    p.run();
+    p.dlse.dtype = DType::float64;
+    p.dq_memory.assign(64, -7.f), p.dk_memory.assign(40, -7.f), p.dv_memory.assign(40, -7.f);
+    p.expect<ArgumentError>({"dlse", "float32", "float64"});
+  }
+  {
+    BackwardProblem p;
+    p.dv = p.dk;
+    p.expect<ArgumentError>({"dv", "memory of dk"});
+  }
+  {
+    BackwardProblem p;
+    p.dq.data = p.memory.data();
+    p.expect<ArgumentError>({"dq", "memory of its own", "memory of q"});
+  }
+  {
+    BackwardProblem p;
+    p.dk.read_only = true;
+    p.expect<ArgumentError>({"dk", "writable"});
+  }
+  {
+    BackwardProblem p;
+    p.config.head_dim_v = 4;
+    p.expect<ConfigError>({"cfg", "head_dim_v 4", "8"});
+  }
+  {
+    BackwardProblem p;
+    p.config.block_n = 24;
+    p.expect<ConfigError>({"cfg", "block_n", "block_n=24"});
+  }
+  {
+    BackwardProblem p;
+    for (TensorView* t : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.lse, &p.dlse, &p.dq, &p.dk, &p.dv}) {
+      t->device = {DeviceType::cuda, 0};
+    }
+    p.expect<UnsupportedError>({"q", "cuda:0", "scaled_dot_product_attention"});
+  }
+}
+
+// A rule that no configuration breaks, a GPU that is promised a kernel, names that collide.
+TEST(BackwardConfig, RulesAndNames) {
+  BackwardConfig c;
+  EXPECT_EQ(check(c, cpu_arch), BackwardConfigError::none);
+  EXPECT_EQ(check(c, 80), BackwardConfigError::gpu);
+  auto const broken = [&](auto change) {
+    BackwardConfig other = c;
+    change(other);
+    return check(other, cpu_arch);
+  };
+  EXPECT_EQ(broken([](BackwardConfig& x) { x.dtype = DType::int32; }), BackwardConfigError::dtype);
+  EXPECT_EQ(broken([](BackwardConfig& x) { x.head_dim = 257; }), BackwardConfigError::head_dim);
+  EXPECT_EQ(broken([](BackwardConfig& x) { x.head_dim_v = 0; }), BackwardConfigError::head_dim);
+  EXPECT_EQ(broken([](BackwardConfig& x) { x.block_m = 24; }), BackwardConfigError::block_m);
+  EXPECT_EQ(broken([](BackwardConfig& x) { x.block_n = 272; }), BackwardConfigError::block_n);
+  EXPECT_STREQ(name(c).text, "bwd_bf16_d128_m64_n64");
+  c.head_dim_v = 64;
+  c.deterministic = true;
+  EXPECT_STREQ(name(c).text, "bwd_bf16_d128_dv64_m64_n64_deterministic");
+}
+
 // Guards against a crash deep in the driver where the images are too new for it.
 TEST(Driver, TooOldADriverIsRefusedWithWhatToDo) {
   cuda::require_driver_for(13000, 13000);

@@ -293,20 +293,31 @@ def test_length_over_the_limit() -> None:
 
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 def test_gradients_are_not_dropped(device: str, which: str) -> None:
-    """An array interface silently cuts the graph: a tensor that requires a gradient is refused."""
+    """An array interface silently cuts the graph: `forward` refuses a tensor that requires a gradient."""
     a = good_arguments(device)
     getattr(a, which).requires_grad_()
-    with pytest.raises(
-        fc.UnsupportedError, match=r"gradients.*scaled_dot_product_attention.*no_grad"
-    ):
-        call("flash_attention", device, a)
     message = rf"^{which}: expected a tensor without requires_grad, got requires_grad=True.*no_grad"
     with pytest.raises(fc.ArgumentError, match=message):
         call("forward", device, a)
+    with pytest.raises(fc.ArgumentError, match=r"^out: expected None where gradients are recorded"):
+        call("flash_attention", device, a)
     assert (a.out == SENTINEL).all()
     with torch.no_grad():
         call("flash_attention", device, a)
     assert not (a.out == SENTINEL).any()
+
+
+@pytest.mark.gpu
+def test_gradients_on_a_gpu_have_no_kernel() -> None:
+    """Raises where that is asked for, else torch computes; explain says so beforehand (T33)."""
+    a = good_arguments("cuda")
+    q, k, v = (x.requires_grad_() for x in (a.q, a.k, a.v))
+    with pytest.raises(fc.UnsupportedError, match=r"gradients.*scaled_dot_product_attention"):
+        fc.flash_attention(q, k, v, on_unsupported="error")
+    with pytest.warns(UserWarning, match="gradients"):
+        fc.flash_attention(q, k, v).sum().backward()
+    assert fc.explain(q, k, v).backend == "torch"
+    assert fc.explain(q, k, v, on_unsupported="error").backend == ""
 
 
 @both_calls
@@ -345,12 +356,30 @@ def test_gradients_of_k_are_not_dropped_when_q_is_numpy(name: str) -> None:
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )  # fmt: skip
-def test_unsupported_feature(device: str, options: dict, says: str) -> None:
-    """Refused by name, with what to use instead; never accepted and ignored (T21)."""
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_unsupported_feature(device: str, library: str, options: dict, says: str) -> None:
+    """Refused by name, with what to use instead; never accepted and ignored (T21). torch tensors may go to torch's
+    own attention instead: see test_torch.py."""
+    if library == "numpy" and device != "cpu":
+        pytest.skip("NumPy has no GPU arrays")
     a = good_arguments(device)
-    a.options = options
+    a.options = dict(options)
+    if library == "torch":
+        a.options["on_unsupported"] = "error"
+    else:
+        a.q, a.k, a.v, a.out = (x.numpy() for x in (a.q, a.k, a.v, a.out))
     with pytest.raises(fc.UnsupportedError, match=says):
         call("flash_attention", device, a)
+    assert (a.out == SENTINEL).all()
+
+
+@pytest.mark.parametrize("value", ["ignore", "", True, 0])
+def test_on_unsupported(value: object) -> None:
+    """Spelled as documented."""
+    a = good_arguments("cpu")
+    a.options = {"on_unsupported": value}
+    with pytest.raises(fc.ArgumentError, match=r"^on_unsupported: expected 'warn', .*got"):
+        call("flash_attention", "cpu", a)
     assert (a.out == SENTINEL).all()
 
 

@@ -262,6 +262,35 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "geometric mean" in text
 
 
+def test_bench_backward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gradients that are timed and not checked, or counted as if they were a forward."""
+    file = tmp_path / "lines.jsonl"
+    assert (
+        main([*TINY, "--backward", "--causal", "1", "--dtype", "float64", "--out", str(file)]) == 0
+    )
+    assert "geometric mean" in capsys.readouterr().out
+    lines = read_lines(file)
+    assert {line["impl"] for line in lines} == {"flashcute", "sdpa", "naive"}
+    for line in lines:
+        assert line["kind"] == "backward"
+        assert line["status"] == "ok"
+        assert max(line[f"{name}_rel_l2"] for name in ("dq", "dk", "dv")) < 1e-13
+        flops = 10 * 2 * 64 * 64 * 16 / 2
+        assert line["tflops"] == pytest.approx(flops / line["ms_p50"] / 1e9)
+
+
+def test_bench_backward_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong gradient that is timed as if it were right."""
+    from flashcute import _torch
+
+    right = _torch.gradients
+    monkeypatch.setattr(_torch, "gradients", lambda *x: tuple(1.01 * g for g in right(*x)))
+    file = tmp_path / "lines.jsonl"
+    assert main([*TINY, "--backward", "--impls", "flashcute", "--out", str(file)]) == 1
+    assert {line["status"] for line in read_lines(file)} == {"wrong"}
+    assert "dq: max error" in read_lines(file)[0]["reason"]
+
+
 def test_bench_configurations(tmp_path: Path) -> None:
     """A configuration that cannot run and takes the others with it, or is silently replaced."""
     out = tmp_path / "lines.jsonl"

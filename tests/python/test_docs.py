@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import flashcute as fc
@@ -35,3 +37,21 @@ def test_architecture_names_files_that_exist() -> None:
     folders = ("", "include/flashcute", "src", "python", "python/flashcute")
     for path in paths:
         assert any((ROOT / folder / path).exists() for folder in folders), path
+
+
+def test_gradient_error_is_what_the_tool_writes(tmp_path: Path) -> None:
+    """A table of an older tool, or of other head dims: same lines and columns, and errors of the same size."""
+    file = tmp_path / "gradient_error.md"
+    tool = [sys.executable, ROOT / "tools" / "gradient_error.py", "--shapes", "1", "--out", file]
+    subprocess.run(tool, check=True, capture_output=True)
+
+    def cells(path: Path) -> list[list[str]]:
+        lines = path.read_text().splitlines()
+        return [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+
+    written, kept = cells(file), cells(ROOT / "docs" / "gradient_error.md")
+    assert [line[:3] for line in written] == [line[:3] for line in kept]
+    assert written[0] == kept[0]
+    for new, old in zip(written[1:], kept[1:], strict=True):
+        for column in (4, 6, 8):  # maxima
+            assert float(new[column]) < 3 * float(old[column]), (old[:3], written[0][column])

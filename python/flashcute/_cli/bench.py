@@ -6,7 +6,7 @@ import argparse
 import secrets
 from typing import TextIO
 
-from . import bench_forward, bench_host
+from . import bench_backward, bench_forward, bench_host
 from .kits import add_device_argument
 from .options import (
     DTYPES,
@@ -37,6 +37,9 @@ def add_command(commands: Commands) -> None:
         "implementation, and prints a table. The exit code is 1 if a result of flashcute is wrong.",
     )
     mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--backward", action="store_true", help="time gradients, by torch's autograd, instead"
+    )
     mode.add_argument(
         "--overhead", action="store_true", help="time what a call costs the host instead"
     )
@@ -122,6 +125,8 @@ def run(options: argparse.Namespace) -> int:
             return bench_host.overhead(options, out)
         if options.first_use:
             return bench_host.first_use(options, out)
+        if options.backward:
+            return bench_backward.run(options, out)
         return bench_forward.run(options, out)
     finally:
         if out is not None:

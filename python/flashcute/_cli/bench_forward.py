@@ -1,4 +1,7 @@
-"""The forward benchmark: verify, time in interleaved rounds, record, compare."""
+"""The forward benchmark: verify, time in interleaved rounds, record, compare.
+
+What the backward does in another way is in class Verifier; see bench_backward.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import functools
 import gc
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -46,20 +49,26 @@ HEAD_DIMS = (64, 128)
 
 
 def run(options: argparse.Namespace, out: TextIO | None) -> int:
+    return run_with(Verifier, options, out)
+
+
+def run_with(
+    make_verifier: Callable[[Kit], Verifier], options: argparse.Namespace, out: TextIO | None
+) -> int:
     start = time.monotonic()
     kit = choose_kit(options.device, options.dtype, options.seed)
     common = provenance(kit, options.commit)
     print(f"{common['device']}; {common['library']}; {common['commit']}; seed {options.seed}")
     implementations = make_implementations(kit, options)
     cases = list(make_cases(kit, options))
-    verifier = Verifier(kit)
+    verifier = make_verifier(kit)
     lines: list[Line] = []
     for i, case in enumerate(cases):
         if options.deadline_s is not None and time.monotonic() - start > options.deadline_s:
             print(f"--deadline-s: {len(cases) - i} of {len(cases)} cases were not started")
             break
         for measured in run_case(kit, case, implementations, verifier, options):
-            line = {"kind": "forward", **common, "seed": options.seed, **measured}
+            line = {"kind": verifier.kind, **common, "seed": options.seed, **measured}
             if options.note is not None:
                 line["note"] = options.note
             lines.append(line)
@@ -143,16 +152,36 @@ class Verdict(NamedTuple):
 
 
 class Verifier:
-    """Checks implementations against fp64, on a whole small problem and on rows of the real one."""
+    """Checks implementations against fp64, on a whole small problem and on rows of the real one, and knows what
+    to time."""
+
+    kind = "forward"
+    products = 2  # matrix products of the algorithm, by which FLOP/s are counted
 
     def __init__(self, kit: Kit) -> None:
         self.kit = kit
         self.verdicts: dict[tuple[str, Case], Verdict] = {}
 
-    def on_small_problem(self, one: Implementation, case: Case) -> Verdict:
+    def check(self, one: Implementation, case: Case, inputs: Inputs) -> tuple[str | None, Line]:
+        """Why the results are not accepted, and what was found."""
+        verdict = self.on_small_problem(one, case)
+        found: Line = {} if verdict.errors is None else dict(verdict.errors._asdict())
+        if verdict.wrong is not None:
+            return verdict.wrong, found
+        wrong, found["spot_max_error"] = self.on_rows(one, case, inputs, verdict.naive)
+        return wrong, found
+
+    def timed_call(self, one: Implementation, inputs: Inputs, causal: bool) -> Call:
+        """Of inputs in the implementation's layout."""
+        return functools.partial(one.call, *inputs, causal)
+
+    def small(self, case: Case) -> Case:
         """Same head dim, mask, dtype and head ratio; lengths that no tile divides."""
         ratio = case.heads // case.kv_heads
-        small = case._replace(batch=2, heads=2 * ratio, kv_heads=2, seqlen_q=333, seqlen_k=333)
+        return case._replace(batch=2, heads=2 * ratio, kv_heads=2, seqlen_q=333, seqlen_k=333)
+
+    def on_small_problem(self, one: Implementation, case: Case) -> Verdict:
+        small = self.small(case)
         key = one.name, small
         if key not in self.verdicts:
             inputs = small.random_inputs(self.kit)
@@ -220,18 +249,14 @@ def run_case(
                 line.update(status="skipped", reason="its S x S matrices do not fit into memory")
                 continue
             line["config"] = one.config_name(kit, case)
-            verdict = verifier.on_small_problem(one, case)
-            if verdict.errors is not None:
-                line.update(verdict.errors._asdict())
-            wrong = verdict.wrong
-            if wrong is None:
-                wrong, line["spot_max_error"] = verifier.on_rows(one, case, base, verdict.naive)
+            wrong, found = verifier.check(one, case, base)
+            line.update(found)
             if wrong is not None:
                 line.update(status="wrong", reason=wrong)
                 continue
             if one.layout not in inputs:
                 inputs[one.layout] = in_layout(kit, base, one.layout)
-            call = functools.partial(one.call, *inputs[one.layout], case.causal)
+            call = verifier.timed_call(one, inputs[one.layout], case.causal)
             line["peak_bytes"] = kit.peak_bytes(call)
             calls[one.name], line["timing"] = kit.repeatable(call)
         except (FlashcuteError, RuntimeError, TypeError, ValueError, AssertionError) as problem:
@@ -249,7 +274,7 @@ def run_case(
             ms_p50=p50,
             ms_p90=p90,
             ms_p99=p99,
-            tflops=case.flops / p50 / 1e9,
+            tflops=verifier.products / 2 * case.flops / p50 / 1e9,
         )
     calls.clear()
     gc.collect()

@@ -1,0 +1,80 @@
+"""The backward benchmark: gradients of the output alone, with the forward done beforehand; by torch's autograd."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, TextIO
+
+from .. import reference
+from .bench_forward import Line, Verifier, run_with
+from .kits import Array, Call, Inputs, Kit, in_layout
+from .options import UsageError
+from .peers import Implementation, Naive
+from .problem import Case, Result, complaint, errors
+
+NAMES = ("dq", "dk", "dv")
+
+
+def run(options: argparse.Namespace, out: TextIO | None) -> int:
+    return run_with(BackwardVerifier, options, out)
+
+
+class BackwardVerifier(Verifier):
+    """All of the gradients of a small problem, by the accuracy rule of outputs, each."""
+
+    kind = "backward"
+    products = (
+        5  # S and dP again, dQ, dK, dV; half of all pairs under a causal mask, as in the forward
+    )
+
+    def __init__(self, kit: Kit) -> None:
+        if kit.library != "torch":
+            raise UsageError(
+                "--backward: gradients are compared by torch's autograd: install torch"
+            )
+        super().__init__(kit)
+        self.checked: dict[tuple[str, Case], tuple[str | None, Line]] = {}
+
+    def check(self, one: Implementation, case: Case, inputs: Inputs) -> tuple[str | None, Line]:
+        small = self.small(case)
+        key = one.name, small
+        if key not in self.checked:
+            self.checked[key] = self.on_gradients(one, small)
+        return self.checked[key]
+
+    def on_gradients(self, one: Implementation, small: Case) -> tuple[str | None, Line]:
+        q, k, v = small.random_inputs(self.kit)
+        dout = self.kit.normal(q.shape, small.dtype)
+        dout64, q64, k64, v64 = (self.kit.double(x) for x in (dout, q, k, v))
+        expected = reference.naive_gradients(dout64, q64, k64, v64, small.causal)
+        rough = self.gradients(Naive(self.kit), (q, k, v), dout, small.causal)
+        found = self.gradients(one, (q, k, v), dout, small.causal)
+        line: Line = {}
+        for name, *arrays in zip(NAMES, found, rough, expected, strict=True):
+            got, naive, ref = (Result(self.kit.to_numpy(x), None) for x in arrays)
+            mine = errors(got, ref)
+            line[f"{name}_max_error"], line[f"{name}_rel_l2"] = mine.max_error, mine.rel_l2
+            wrong = complaint(mine, errors(naive, ref), ref, small.dtype)
+            if wrong is not None:
+                return f"{small.label}, {name}: {wrong}", line
+        return None, line
+
+    def gradients(
+        self, one: Implementation, inputs: Inputs, dout: Array, causal: bool
+    ) -> tuple[Array, ...]:
+        """As bshd, which inputs and dout are."""
+        swapped = one.layout != "bshd"
+        if swapped:
+            dout = self.kit.swap_heads(dout)
+        found: Any = self.call_with(one, in_layout(self.kit, inputs, one.layout), causal, dout)()
+        return tuple(self.kit.swap_heads(x) for x in found) if swapped else found
+
+    def timed_call(self, one: Implementation, inputs: Inputs, causal: bool) -> Call:
+        return self.call_with(one, inputs, causal, self.kit.torch.randn_like(inputs[0]))  # type: ignore[attr-defined]
+
+    def call_with(self, one: Implementation, inputs: Inputs, causal: bool, dout: Array) -> Call:
+        """The gradients for `dout`, which is in the implementation's layout too."""
+        torch: Any = self.kit.torch  # type: ignore[attr-defined]
+        q, k, v = leaves = [x.detach().requires_grad_() for x in inputs]
+        out = one.call(q, k, v, causal)
+        return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)

@@ -1,0 +1,419 @@
+"""What torch wants of a call beside its result: gradients, operators to trace, autocast, its own attention.
+
+Loaded when one of these is asked for. Eager calls go through an autograd.Function; torch.compile and
+torch.export see the operators `flashcute::flash_attention_forward` and `flashcute::flash_attention_backward`,
+which cost more per call.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from . import _core
+from ._arrays import library_of
+from ._core import ArgumentError, Explanation, UnsupportedError
+from .attention import SDPA, number, require_arrays, require_options, run, unsupported
+
+torch: Any = import_module("torch")
+Tensor = Any
+
+
+class Problem(NamedTuple):
+    """The arguments of a call that say what to compute."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    causal: bool
+    scale: float | None
+    layout: str
+    attn_mask: Tensor | None
+    dropout_p: float
+    window: tuple[int, int] | None
+
+    @property
+    def recording(self) -> bool:
+        # In what explain is asked about, k and v may be another library's.
+        return bool(
+            torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in self[:3])
+        )
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """batch, heads, seqlen_q, seqlen_k."""
+        head, row = (2, 1) if self.layout == "bshd" else (1, 2)
+        return self.q.shape[0], self.q.shape[head], self.q.shape[row], self.k.shape[row]
+
+    def autocast(self) -> Problem:
+        """With inputs as torch.amp.custom_fwd casts them: all but float64, to autocast's dtype."""
+        kind = self.q.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self
+        dtype = torch.get_autocast_dtype(kind)
+        q, k, v = (
+            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+            for x in self[:3]
+        )
+        return self._replace(q=q, k=k, v=v)
+
+
+def attend(
+    problem: Problem,
+    return_lse: bool,
+    out: Tensor | None,
+    stream: object,
+    allow_tf32: bool,
+    missing: str | None,
+    fallback: str,
+) -> Any:
+    """flash_attention where it is more than one call of the library.
+
+    missing: why no kernel can do it, if the features say so already.  fallback: "warn", "error" or "silent".
+    """
+    for name in ("q", "k", "v"):
+        if not isinstance(getattr(problem, name), torch.Tensor):
+            require_arrays(**{name: getattr(problem, name)})
+            raise ArgumentError(
+                f"{name}: expected a torch tensor as q, got {type(getattr(problem, name)).__qualname__}"
+            )
+    require_options(problem.causal, problem.layout)
+    problem = problem._replace(causal=bool(problem.causal), scale=number(problem.scale)).autocast()
+    if out is not None and (problem.recording or (torch.is_grad_enabled() and out.requires_grad)):
+        raise ArgumentError(
+            "out: expected None where gradients are recorded (requires_grad=True), got a tensor. Call "
+            "flash_attention under torch.no_grad(), or omit out"
+        )
+    missing = missing or missing_gradient(problem)
+    if missing:
+        if fallback == "error":
+            raise UnsupportedError(missing)
+        if return_lse:
+            raise UnsupportedError(f"return_lse=True: {SDPA} gives no LSE, and {missing}")
+        if fallback == "warn":
+            warn(f"computed by {SDPA}: {missing}. on_unsupported='silent' accepts that")
+        result = sdpa(problem)
+        return result if out is None else out.copy_(result)
+    q, k, v, causal, scale, layout, *_ = problem
+    if torch.compiler.is_compiling():
+        if out is not None or stream is not None:
+            raise ArgumentError(
+                "out, stream: expected None in a traced call: the compiler plans both"
+            )
+        out, lse = forward_operator(q, k, v, causal, scale, layout, allow_tf32)
+        return (out, lse) if return_lse else out
+    if problem.recording:
+        return FlashAttention.apply(q, k, v, causal, scale, layout, return_lse, stream)
+    return run(None, q, k, v, causal, scale, layout, out, return_lse, stream, allow_tf32)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[misc]
+def warn(text: str) -> None:
+    """To the caller of flash_attention; in a traced call once, when it is traced."""
+    warnings.warn(text, stacklevel=4)
+
+
+def missing_gradient(problem: Problem) -> str | None:
+    if not (problem.recording and problem.q.is_cuda):
+        return None
+    return f"gradients (requires_grad=True) on a GPU are not supported yet: train with {SDPA}"
+
+
+# ---- gradients ---------------------------------------------------------------------------------
+
+
+def gradients(
+    dout: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, in the memory order of q, k and v. The default configuration is deterministic on the CPU."""
+    if dout is None:  # only the LSE was used
+        dout = out.new_zeros(out.shape[-1:]).expand(out.shape)
+    # A negated view is none to DLPack, and neighbours of an expanded gradient are not adjacent.
+    dout = library_of(type(dout)).with_unit_stride(dout.resolve_neg())
+    dlse = None if dlse is None else dlse.resolve_neg()
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    _core.backward(None, dout, q, k, v, out, lse, dlse, dq, dk, dv, causal, scale, layout, None)
+    return dq, dk, dv
+
+
+def no_second_derivative(ctx: Any, *_: object) -> Any:
+    raise UnsupportedError(
+        f"the second derivative of flash_attention is not supported: use {SDPA} with the backend MATH"
+    )
+
+
+class Gradients(torch.autograd.Function):  # type: ignore[misc]
+    """`gradients` where they are recorded in turn (create_graph=True): as a constant they would make a loss that
+    depends on them silently wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        return gradients(*arguments)
+
+    backward = staticmethod(no_second_derivative)
+
+
+class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
+    """The eager road, on the CPU, where allow_tf32 means nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float | None,
+        layout: str,
+        return_lse: bool,
+        stream: object,
+    ) -> Any:
+        out, lse = run(None, q, k, v, causal, scale, layout, None, True, stream, False)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.options = causal, scale, layout
+        ctx.set_materialize_grads(False)
+        return (out, lse) if return_lse else out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
+        found = (None, None, None)
+        if dout is not None or dlse is not None:
+            compute: Any = Gradients.apply if torch.is_grad_enabled() else gradients
+            found = compute(dout, *ctx.saved_tensors, dlse, *ctx.options)
+        return (*found, None, None, None, None, None)
+
+
+# ---- operators, for what traces ----------------------------------------------------------------
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float | None,
+    layout: str,
+    allow_tf32: bool,
+) -> Any:
+    return run(None, q, k, v, causal, scale, layout, None, True, None, allow_tf32)
+
+
+def _forward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float | None,
+    layout: str,
+    allow_tf32: bool,
+) -> Any:
+    batch, rows, heads = q.shape[:3] if layout == "bshd" else (q.shape[0], q.shape[2], q.shape[1])
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty((batch, heads, rows), dtype=lse_dtype)
+
+
+def _backward_fake(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, causal, scale, layout, _ = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.options = causal, scale, layout
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
+    found = (None, None, None)
+    if dout is not None or dlse is not None:
+        found = backward_operator(dout, *ctx.saved_tensors, dlse, *ctx.options)
+    return (*found, None, None, None, None)
+
+
+forward_operator = torch.library.custom_op(
+    "flashcute::flash_attention_forward",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, bool causal, float? scale, str layout, bool allow_tf32)"
+    " -> (Tensor, Tensor)",
+)
+forward_operator.register_fake(_forward_fake)
+forward_operator.register_autograd(_backward, setup_context=_save)
+
+backward_operator = torch.library.custom_op(
+    "flashcute::flash_attention_backward",
+    gradients,
+    mutates_args=(),
+    schema="(Tensor? dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, bool causal,"
+    " float? scale, str layout) -> (Tensor, Tensor, Tensor)",
+)
+backward_operator.register_fake(_backward_fake)
+backward_operator.register_autograd(no_second_derivative)
+
+
+# ---- torch's own attention, with what a call means here ----------------------------------------
+
+
+def sdpa(problem: Problem) -> Tensor:
+    """The output by scaled_dot_product_attention."""
+    if not torch.compiler.is_compiling():
+        _core.check_problem(*problem[:3], problem.scale, problem.layout)
+    q, k, v = problem[:3]
+    if problem.layout == "bshd":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mask, is_causal = mask_for_sdpa(problem)
+    empty = None
+    if mask is not None:
+        # A row that sees nothing would be NaN, or make its gradient so: it sees all, and becomes 0.
+        empty = ~(mask if mask.dtype == torch.bool else mask > -math.inf).any(-1, keepdim=True)
+        mask = mask | empty if mask.dtype == torch.bool else mask.masked_fill(empty, 0.0)
+    if not 0.0 <= problem.dropout_p <= 1.0:
+        raise ArgumentError(f"dropout_p: expected a probability, got {problem.dropout_p}")
+    grouped = False
+    if q.shape[1] != k.shape[1]:  # symbolic in a traced call, where torch wants a plain bool
+        grouped = True
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=problem.dropout_p,
+        is_causal=is_causal,
+        scale=problem.scale,
+        enable_gqa=grouped,
+    )
+    if empty is not None:
+        out = out.masked_fill(empty, 0.0)
+    return out.transpose(1, 2) if problem.layout == "bshd" else out
+
+
+def mask_for_sdpa(problem: Problem) -> tuple[Tensor | None, bool]:
+    """attn_mask and is_causal. torch aligns is_causal to the first key, so it serves for equal lengths only."""
+    _, _, rows, keys = problem.sizes
+    given, window = checked_mask(problem), checked_window(problem.window)
+    if needs_no_mask(problem):
+        return None, problem.causal
+    # The last key that a row of the diagonal sees is its own.
+    left, right = window
+    seen = None
+    offset = torch.arange(keys, device=problem.q.device) - (keys - rows)
+    distance = offset[None, :] - torch.arange(rows, device=problem.q.device)[:, None]
+    if problem.causal or right >= 0:
+        seen = distance <= (0 if problem.causal else right)
+    if left >= 0:
+        seen = distance >= -left if seen is None else seen & (distance >= -left)
+    if given is None or seen is None:
+        return (seen if given is None else given), False
+    if given.dtype == torch.bool:
+        return given & seen, False
+    return given.masked_fill(~seen, -math.inf), False
+
+
+def needs_no_mask(problem: Problem) -> bool:
+    _, _, rows, keys = problem.sizes
+    bounded = problem.window is not None and tuple(problem.window) != (-1, -1)
+    return problem.attn_mask is None and not bounded and (rows == keys or not problem.causal)
+
+
+def checked_mask(problem: Problem) -> Tensor | None:
+    mask = problem.attn_mask
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise ArgumentError(f"attn_mask: expected a torch tensor, got {type(mask).__qualname__}")
+    if mask.dtype not in (torch.bool, problem.q.dtype):
+        raise ArgumentError(
+            f"attn_mask: expected dtype bool or {problem.q.dtype} as in q, got {mask.dtype}"
+        )
+    fits = mask.dim() <= 4 and all(
+        have in (1, want)
+        for have, want in zip(reversed(mask.shape), reversed(problem.sizes), strict=False)
+    )
+    if not fits:
+        raise ArgumentError(
+            f"attn_mask: expected a shape that broadcasts to (batch, heads, seqlen_q, seqlen_k) = "
+            f"{problem.sizes}, got {tuple(mask.shape)}"
+        )
+    return mask
+
+
+def checked_window(window: object) -> tuple[int, int]:
+    if window is None:
+        return -1, -1
+    if (
+        isinstance(window, tuple | list)
+        and len(window) == 2
+        and all(type(bound) is int and bound >= -1 for bound in window)
+    ):
+        return window[0], window[1]
+    raise ArgumentError(f"window: expected two integers >= -1, (left, right), got {window!r}")
+
+
+# ---- what will happen --------------------------------------------------------------------------
+
+
+def explained(
+    found: Explanation, problem: Problem, missing: str | None, fallback: str
+) -> Explanation:
+    """`found`, corrected by what attend would do."""
+    missing = missing or missing_gradient(problem)
+    if missing and fallback == "error":
+        return unsupported(found, missing)
+    if missing:
+        try:
+            _core.check_problem(*problem[:3], number(problem.scale), problem.layout)
+        except ArgumentError:
+            return found  # whose reason is the same
+        return Explanation(
+            backend="torch",
+            config=None,
+            kernel="scaled_dot_product_attention",
+            image=f"torch {torch.__version__}",
+            rejected=[(found.backend, missing), *found.rejected],
+            notes=[memory_of_sdpa(problem)],
+        )
+    if not problem.recording or not found.backend:
+        return found
+    cfg = _core.default_backward_config(
+        problem.q.dtype, problem.q.shape[-1], "cpu", problem.v.shape[-1]
+    )
+    size = problem.q[..., 0].numel() * problem.v.shape[-1] * problem.q.element_size()
+    return Explanation(
+        backend=found.backend,
+        config=found.config,
+        kernel=found.kernel,
+        image=found.image,
+        rejected=found.rejected,
+        notes=[
+            f"gradients by {cfg.name}, the same bits in every run; a gradient of the output whose last stride "
+            f"is not 1 is copied first ({size} bytes)"
+        ],
+    )
+
+
+def memory_of_sdpa(problem: Problem) -> str:
+    batch, heads, rows, keys = problem.sizes
+    item = problem.q.element_size()
+    parts = []
+    if not needs_no_mask(problem):
+        parts.append(f"{rows * keys * (1 + item)} bytes for a mask of seqlen_q * seqlen_k")
+    scores = 2 * batch * heads * rows * keys * max(item, 4)
+    parts.append(
+        f"up to {scores} bytes for scores and probabilities, unless torch finds a fused kernel"
+        + (" (with dropout_p, on the CPU it has none)" if problem.dropout_p else "")
+    )
+    return "needs " + ", and ".join(parts)

@@ -1,0 +1,184 @@
+#include "checks.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numbers>
+
+#include "memory_overlap.hpp"
+
+namespace flashcute {
+namespace {
+
+void require_rank(char const* argument, TensorView const& t, int rank, char const* dimensions) {
+  if (t.rank == rank) return;
+  throw ArgumentError(argument, std::to_string(rank) + " dimensions " + dimensions,
+                      std::to_string(t.rank) + " (shape " + shape_text(t) + ")");
+}
+
+void require_equal(char const* argument, char const* what, int64_t got, char const* other, int64_t expected) {
+  if (got == expected) return;
+  throw ArgumentError(argument, std::string(what) + " " + std::to_string(expected) + " as in " + other,
+                      std::to_string(got));
+}
+
+void require_length(char const* argument, char const* what, int64_t value) {
+  constexpr int64_t limit = std::numeric_limits<int32_t>::max() - 1024;  // room to round up to a tile
+  if (value <= limit) return;
+  throw ArgumentError(argument, std::string(what) + " at most " + std::to_string(limit), std::to_string(value));
+}
+
+double checked_scale(std::optional<double> scale, int64_t d) {
+  if (!scale) return d > 0 ? 1.0 / std::sqrt(static_cast<double>(d)) : 1.0;
+  if (!std::isfinite(*scale) || *scale < 0) {
+    throw ArgumentError("scale", "a finite number >= 0", std::to_string(*scale));
+  }
+  // The kernels multiply by scale * log2(e) in float.
+  if (*scale * std::numbers::log2e > std::numeric_limits<float>::max()) {
+    throw ArgumentError("scale", "at most 2e38", std::to_string(*scale));
+  }
+  return *scale;
+}
+
+}  // namespace
+
+std::string to_string(Device device) {
+  return device.type == DeviceType::cpu ? "cpu" : "cuda:" + std::to_string(device.index);
+}
+
+std::string shape_text(TensorView const& t) {
+  std::string text = "(";
+  for (int i = 0; i < std::min(t.rank, 4); ++i) text += (i > 0 ? ", " : "") + std::to_string(t.shape[i]);
+  return text + (t.rank > 4 ? ", ...)" : ")");
+}
+
+Named named(char const* argument, TensorView const& t, Layout layout) {
+  bool const bshd = layout == Layout::bshd;
+  require_rank(argument, t, 4, bshd ? "(batch, seqlen, heads, head_dim)" : "(batch, heads, seqlen, head_dim)");
+  int const row = bshd ? 1 : 2, head = bshd ? 2 : 1;
+  bool const empty = t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3] == 0;  // its strides mean nothing
+  if (t.strides[3] != 1 && t.shape[3] > 1 && !empty) {
+    throw ArgumentError(argument, "last stride 1", std::to_string(t.strides[3]),
+                        "Nothing is copied silently: pass a contiguous copy");
+  }
+  if (t.data == nullptr && !empty) {
+    throw ArgumentError(argument, "a tensor with memory", "one without (a fake or wrapper tensor)");
+  }
+  // A dimension of size 1 is never stepped over: its stride may be anything, so it is made harmless.
+  auto const stride = [&](int i) { return t.shape[i] > 1 && !empty ? t.strides[i] : 0; };
+  return {t.shape[0], t.shape[row], t.shape[head], t.shape[3], {stride(0), stride(row), stride(head)}};
+}
+
+void require_float(char const* argument, TensorView const& t) {
+  if (t.dtype != DType::int32) return;
+  throw ArgumentError(argument, "dtype float16, bfloat16, float32 or float64", name_of(t.dtype));
+}
+
+void require_head_dim(char const* argument, int64_t d) {
+  if (d < 1 || d > 256) throw ArgumentError(argument, "head_dim between 1 and 256", std::to_string(d));
+}
+
+void require_writable(char const* argument, TensorView const& t) {
+  if (t.read_only) throw ArgumentError(argument, "a writable tensor", "a read-only one");
+}
+
+void require_no_overlap(char const* argument, TensorView const& t) {
+  if (auto const dimension = overlapping_dimension(t)) {
+    throw ArgumentError(
+        argument, "every element at an address of its own",
+        "stride " + std::to_string(t.strides[*dimension]) + " in dimension " + std::to_string(*dimension));
+  }
+}
+
+void require_separate(char const* argument, TensorView const& t, char const* other_name, TensorView const& other) {
+  if (may_share_an_element(t, other)) {
+    throw ArgumentError(argument, "memory of its own", std::string("the memory of ") + other_name);
+  }
+}
+
+void require_same_type(char const* argument, TensorView const& t, TensorView const& q) {
+  if (t.dtype != q.dtype) {
+    throw ArgumentError(argument, std::string("dtype ") + name_of(q.dtype) + " as in q", name_of(t.dtype));
+  }
+  if (t.device != q.device) {
+    throw ArgumentError(argument, "device " + to_string(q.device) + " as in q", to_string(t.device));
+  }
+}
+
+void require_shape_of_out(char const* argument, TensorView const& t, TensorView const& q, int64_t head_dim_v) {
+  require_rank(argument, t, 4, "as q has");
+  TensorView expected = q;
+  expected.shape[3] = head_dim_v;
+  if (t.shape == expected.shape) return;
+  throw ArgumentError(argument, "shape " + shape_text(expected) + " as q, with v's head_dim", shape_text(t));
+}
+
+void require_shape(char const* argument, TensorView const& t, DType dtype, Device device,
+                   std::vector<int64_t> const& shape, char const* dimensions, bool contiguous) {
+  require_rank(argument, t, static_cast<int>(shape.size()), dimensions);
+  if (t.dtype != dtype) throw ArgumentError(argument, std::string("dtype ") + name_of(dtype), name_of(t.dtype));
+  if (t.device != device) {
+    throw ArgumentError(argument, "device " + to_string(device) + " as in q", to_string(t.device));
+  }
+  int64_t expected_stride = 1;
+  for (std::size_t i = shape.size(); i-- > 0;) {
+    bool const wrong_stride = shape[i] > 1 && expected_stride > 0 && t.strides[i] != expected_stride;
+    if (t.shape[i] != shape[i] || (contiguous && wrong_stride)) {
+      std::string sizes;
+      for (int64_t const size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+      throw ArgumentError(
+          argument, std::string(contiguous ? "a contiguous tensor " : "shape ") + dimensions + " = (" + sizes + ")",
+          "shape " + shape_text(t));
+    }
+    expected_stride *= shape[i];
+  }
+}
+
+ForwardParams checked_problem(TensorView const& q, TensorView const& k, TensorView const& v, Named const& nq,
+                              Named const& nk, Named const& nv, std::optional<double> scale) {
+  require_equal("k", "batch size", nk.batch, "q", nq.batch);
+  require_equal("v", "batch size", nv.batch, "q", nq.batch);
+  require_equal("v", "seqlen", nv.row, "k", nk.row);
+  require_equal("v", "number of heads", nv.head, "k", nk.head);
+  require_equal("k", "head_dim", nk.d, "q", nq.d);
+  if (nq.head > 0 && (nk.head == 0 || nq.head % nk.head != 0)) {
+    throw ArgumentError("k", "a number of heads that divides q's " + std::to_string(nq.head), std::to_string(nk.head));
+  }
+  require_head_dim("q", nq.d);
+  require_head_dim("v", nv.d);
+  for (auto const& [argument, n] : {std::pair{"q", &nq}, std::pair{"k", &nk}}) {
+    require_length(argument, "batch size", n->batch);
+    require_length(argument, "seqlen", n->row);
+    require_length(argument, "number of heads", n->head);
+  }
+
+  ForwardParams p{};
+  p.scale = checked_scale(scale, nq.d);
+  // Base-2 softmax; with scale 0 a masked score must stay -inf, so the factor stays above 0.
+  p.scale_log2 = std::max(static_cast<float>(p.scale * std::numbers::log2e), std::numeric_limits<float>::min());
+  p.q = q.data;
+  p.k = k.data;
+  p.v = v.data;
+  p.q_stride = nq.stride;
+  p.k_stride = nk.stride;
+  p.v_stride = nv.stride;
+  p.batch = static_cast<int32_t>(nq.batch);
+  p.heads = static_cast<int32_t>(nq.head);
+  p.kv_heads = static_cast<int32_t>(nk.head);
+  p.seqlen_q = static_cast<int32_t>(nq.row);
+  p.seqlen_k = static_cast<int32_t>(nk.row);
+  p.head_dim = static_cast<int32_t>(nq.d);
+  p.head_dim_v = static_cast<int32_t>(nv.d);
+  p.causal_offset = p.seqlen_k - p.seqlen_q;
+  return p;
+}
+
+void check_problem(TensorView const& q, TensorView const& k, TensorView const& v, ForwardOptions const& options) {
+  require_float("q", q);
+  require_same_type("k", k, q);
+  require_same_type("v", v, q);
+  checked_problem(q, k, v, named("q", q, options.layout), named("k", k, options.layout), named("v", v, options.layout),
+                  options.scale);
+}
+
+}  // namespace flashcute

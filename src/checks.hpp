@@ -1,0 +1,86 @@
+// Checks of tensors and options that the plans of forward and backward share. Each throws ArgumentError, or
+// ConfigError, with what came and what is allowed.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "flashcute/api.hpp"
+#include "flashcute/params.hpp"
+
+namespace flashcute {
+
+/// "(2, 5, 64)"
+std::string shape_text(TensorView const& t);
+
+/// A tensor with its dimensions by name, whatever their order in memory.
+struct Named {
+  int64_t batch, row, head, d;  // sizes
+  Strides stride;
+};
+
+/// A tensor of rank 4 with memory and unit last stride. The stride of a dimension that is never stepped over is 0.
+Named named(char const* argument, TensorView const& t, Layout layout);
+
+void require_float(char const* argument, TensorView const& t);
+void require_head_dim(char const* argument, int64_t d);
+void require_same_type(char const* argument, TensorView const& t, TensorView const& q);
+void require_writable(char const* argument, TensorView const& t);
+void require_no_overlap(char const* argument, TensorView const& t);
+void require_separate(char const* argument, TensorView const& t, char const* other_name, TensorView const& other);
+
+/// `dimensions` are the names of the shape's, "(batch, heads, seqlen_q)".
+void require_shape(char const* argument, TensorView const& t, DType dtype, Device device,
+                   std::vector<int64_t> const& shape, char const* dimensions, bool contiguous);
+
+/// The output, or its gradient: q's shape with v's head_dim.
+void require_shape_of_out(char const* argument, TensorView const& t, TensorView const& q, int64_t head_dim_v);
+
+inline constexpr char lse_dimensions[] = "(batch, heads, seqlen_q)";
+inline DType lse_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
+
+/// Checks the sizes of q, k and v against each other, and the scale. The result lacks out, lse and what is not
+/// about the problem.
+ForwardParams checked_problem(TensorView const& q, TensorView const& k, TensorView const& v, Named const& nq,
+                              Named const& nk, Named const& nv, std::optional<double> scale);
+
+// ---- configurations ----------------------------------------------------------------------------------
+
+/// "dtype=bfloat16, head_dim=128, ...": every option with its value.
+template <class Config>
+std::string describe(Config const& config) {
+  std::string text;
+  for_each_option(config, [&](char const* option, auto value) {
+    if (!text.empty()) text += ", ";
+    text += std::string(option) + "=";
+    if constexpr (std::is_enum_v<decltype(value)>) {
+      text += name_of(value);
+    } else if constexpr (std::is_same_v<decltype(value), bool>) {
+      text += value ? "True" : "False";
+    } else {
+      text += std::to_string(value);
+    }
+  });
+  return text;
+}
+
+template <class Config>
+void require_dtype(Config const& config, TensorView const& q) {
+  if (config.dtype == q.dtype) return;
+  throw ConfigError(std::string("cfg: dtype ") + name_of(config.dtype) + " does not fit the tensors' " +
+                    name_of(q.dtype));
+}
+
+/// The compiled head dims must hold the tensors'.
+template <class Config>
+void require_width(Config const& config, ForwardParams const& p) {
+  auto const require = [](char const* option, int32_t compiled, int32_t d) {
+    if (d <= compiled) return;
+    throw ConfigError(std::string("cfg: ") + option + " " + std::to_string(compiled) +
+                      " is smaller than the tensors' " + std::to_string(d));
+  };
+  require("head_dim", config.head_dim, p.head_dim);
+  require("head_dim_v", config.head_dim_v, p.head_dim_v);
+}
+
+}  // namespace flashcute

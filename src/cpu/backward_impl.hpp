@@ -1,0 +1,268 @@
+// The backward pass of one tile, compiled once per instruction set as forward_impl.hpp is, in two passes: one
+// over tiles of queries for dQ, one over tiles of keys for dK and dV. Each recomputes P from the LSE. So every
+// element of a gradient is summed by one task in one order: nothing depends on the threads.
+//
+//     P = exp(scale Q K^T - LSE)     dS = P * (dO V^T - delta)     delta = rowsum(dO * O) - dLSE
+//     dQ = scale dS K                dK = scale dS^T Q             dV = P^T dO
+//
+// The passes mirror each other. A tile's rows of X (Q or K) and Y (dO or V) lie in vector lanes; blocks of the
+// other side, B_X (K or Q) and B_Y (V or dO), are read where they lie: dX^T = B_X^T dS, dY^T = B_Y^T P.
+#pragma once
+
+#include "backward_isa.hpp"
+#include "block.hpp"
+#include "flashcute/mask.hpp"
+
+namespace flashcute::cpu::FLASHCUTE_CPU_ISA {
+namespace {
+
+constexpr double log2_e = 0x1.71547652b82fep+0;
+
+/// A value for each query, where queries are columns.
+template <class T>
+struct PerColumn {
+  T const* values;
+  [[gnu::always_inline]] Vector<T> at(int, int column) const { return load(values + column); }
+};
+
+/// The same where queries are rows.
+template <class T>
+struct PerRow {
+  T const* values;
+  [[gnu::always_inline]] Vector<T> at(int row, int) const { return broadcast(values[row]); }
+};
+
+/// P = exp2(S - LSE), of S = A B in units of log2. P is at most 1: where scores are so large that rounding says
+/// otherwise, it is held there. NaN stays NaN.
+template <class T, class PerQuery>
+struct Probabilities {
+  T* p;
+  int64_t ld;
+  PerQuery lse;
+
+  [[gnu::always_inline]] void operator()(int row, int column, Vector<T> sum) const {
+    Vector<T> const x = sum - lse.at(row, column);
+    store(p + row * ld + column, exp2<T>(x > Vector<T>{} ? Vector<T>{} : x));
+  }
+};
+
+/// dS = P * (dP - delta), of dP = A B.
+template <class T, class PerQuery>
+struct ScoreGradients {
+  T const* p;
+  T* ds;
+  int64_t ld;
+  PerQuery delta;
+
+  [[gnu::always_inline]] void operator()(int row, int column, Vector<T> sum) const {
+    store(ds + row * ld + column, load(p + row * ld + column) * (sum - delta.at(row, column)));
+  }
+};
+
+template <DType dtype, MaskKind mask_kind>
+class BackwardTile {
+  using Element = typename ElementOf<dtype>::type;
+  using T = typename ElementOf<dtype>::Accumulator;
+  using Mask = flashcute::Mask<mask_kind>;
+
+ public:
+  static void run_queries(BackwardConfig const& config, BackwardParams const& params, int64_t index, void* memory) {
+    QueryTile const tile = QueryTile::at(params.forward, index, config.block_m);
+    BackwardTile{config, params, BackwardPass::queries, tile.rows, memory}.compute(tile);
+  }
+
+  static void run_keys(BackwardConfig const& config, BackwardParams const& params, int64_t index, void* memory) {
+    KeyTile const tile = KeyTile::at(params.forward, index, config.block_n);
+    BackwardTile{config, params, BackwardPass::keys, tile.rows, memory}.compute(tile);
+  }
+
+ private:
+  BackwardTile(BackwardConfig const& config, BackwardParams const& params, BackwardPass pass, int rows, void* memory)
+      : p_{params},
+        f_{p_.forward},
+        block_m_{config.block_m},
+        block_n_{config.block_n},
+        lanes_in_use_{rows},
+        columns_{ceil_div(rows, lanes<T>) * lanes<T>},
+        layout_{BackwardScratch::of(config, pass)},
+        memory_{static_cast<T*>(memory)} {}
+
+  /// delta and dQ of a tile of query rows.
+  void compute(QueryTile const& tile) const {
+    load_tile(at(f_.q, f_.q_stride, tile.batch, tile.head, tile.row0), f_.q_stride,
+              at(p_.dout, p_.dout_stride, tile.batch, tile.head, tile.row0), p_.dout_stride);
+    T* const lse = memory_ + layout_.lse;
+    T* const delta = memory_ + layout_.delta;
+    compute_delta(tile, static_cast<T*>(p_.delta) + tile.lse_offset(f_));
+    load_per_query(static_cast<T const*>(f_.lse) + tile.lse_offset(f_), log2_e, tile.rows, columns_, lse);
+    load_per_query(static_cast<T const*>(p_.delta) + tile.lse_offset(f_), 1, tile.rows, columns_, delta);
+
+    Mask::kv_range(tile, f_, block_n_).for_each_backward([&](int n, auto partial) {
+      int const key0 = n * block_n_;
+      int const keys = min_of(block_n_, f_.seqlen_k - key0);  // nothing beyond the sequence is touched
+      auto const visible = [&](int r, int c) { return Mask::visible(tile.row0 + c, key0 + r, f_); };
+      RowMajor<T> const k = load_block(at(f_.k, f_.k_stride, tile.batch, tile.kv_head, key0), f_.k_stride.row, keys,
+                                       f_.head_dim, memory_ + layout_.block_x);
+      RowMajor<T> const v = load_block(at(f_.v, f_.v_stride, tile.batch, tile.kv_head, key0), f_.v_stride.row, keys,
+                                       f_.head_dim_v, memory_ + layout_.block_y);
+      compute_scores(k, v, keys, PerColumn<T>{lse}, PerColumn<T>{delta}, partial, visible);
+      add_product(k, keys, f_.head_dim, layout_.ds, layout_.dx, partial, visible);  // dQ^T += K^T dS^T
+    });
+    store_transposed(layout_.dx, f_.head_dim, f_.scale, p_.dq, p_.dq_stride, tile.batch, tile.head, tile.row0);
+  }
+
+  /// dK and dV of a tile of keys, summed over the query heads of the group.
+  void compute(KeyTile const& tile) const {
+    load_tile(at(f_.k, f_.k_stride, tile.batch, tile.kv_head, tile.row0), f_.k_stride,
+              at(f_.v, f_.v_stride, tile.batch, tile.kv_head, tile.row0), f_.v_stride);
+    T* const lse = memory_ + layout_.lse;
+    T* const delta = memory_ + layout_.delta;
+    int const group = f_.heads / f_.kv_heads;
+    auto const range = Mask::query_range(tile.row0, tile.rows, f_, block_m_);
+    for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
+      range.for_each([&](int m, auto partial) {
+        int const row0 = m * block_m_;
+        int const rows = min_of(block_m_, f_.seqlen_q - row0);
+        auto const visible = [&](int r, int c) { return Mask::visible(row0 + r, tile.row0 + c, f_); };
+        RowMajor<T> const q = load_block(at(f_.q, f_.q_stride, tile.batch, head, row0), f_.q_stride.row, rows,
+                                         f_.head_dim, memory_ + layout_.block_x);
+        RowMajor<T> const dout = load_block(at(p_.dout, p_.dout_stride, tile.batch, head, row0), p_.dout_stride.row,
+                                            rows, f_.head_dim_v, memory_ + layout_.block_y);
+        int64_t const first = (static_cast<int64_t>(tile.batch) * f_.heads + head) * f_.seqlen_q + row0;
+        load_per_query(static_cast<T const*>(f_.lse) + first, log2_e, rows, rows, lse);
+        load_per_query(static_cast<T const*>(p_.delta) + first, 1, rows, rows, delta);
+        compute_scores(q, dout, rows, PerRow<T>{lse}, PerRow<T>{delta}, partial, visible);
+        add_product(dout, rows, f_.head_dim_v, layout_.p, layout_.dy, partial, visible);  // dV^T += dO^T P
+        add_product(q, rows, f_.head_dim, layout_.ds, layout_.dx, partial, visible);      // dK^T += Q^T dS
+      });
+    }
+    store_transposed(layout_.dx, f_.head_dim, f_.scale, p_.dk, p_.dk_stride, tile.batch, tile.kv_head, tile.row0);
+    store_transposed(layout_.dy, f_.head_dim_v, 1, p_.dv, p_.dv_stride, tile.batch, tile.kv_head, tile.row0);
+  }
+
+  // ---- the mathematics of a block --------------------------------------------------------------------
+
+  /// P and dS of a block. What is not visible becomes 0 by select: it may be NaN.
+  template <class PerQuery, class Partial, class Visible>
+  void compute_scores(RowMajor<T> block_x, RowMajor<T> block_y, int rows, PerQuery lse, PerQuery delta, Partial,
+                      Visible visible) const {
+    T* const p = memory_ + layout_.p;
+    T* const ds = memory_ + layout_.ds;
+    int64_t const ld = layout_.ld;
+    gemm(block_x, rows, memory_ + layout_.x, ld, f_.head_dim, columns_, Probabilities<T, PerQuery>{p, ld, lse});
+    gemm(block_y, rows, memory_ + layout_.y, ld, f_.head_dim_v, columns_,
+         ScoreGradients<T, PerQuery>{p, ds, ld, delta});
+    if constexpr (Partial::value) {
+      for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < lanes_in_use_; ++c) {
+          bool const seen = visible(r, c);
+          p[r * ld + c] = seen ? p[r * ld + c] : 0;
+          ds[r * ld + c] = seen ? ds[r * ld + c] : 0;
+        }
+      }
+    }
+  }
+
+  /// sum += block^T weights, without the elements of the block that a lane does not see.
+  template <class Partial, class Visible>
+  void add_product(RowMajor<T> block, int rows, int width, int64_t weights, int64_t sum, Partial,
+                   Visible visible) const {
+    RowMajor<T> const seen = Partial::value ? finite_part(block, rows, width, memory_ + layout_.finite) : block;
+    gemm(transpose(seen), width, memory_ + weights, layout_.ld, rows, columns_, Add<T>{memory_ + sum, layout_.ld});
+    if constexpr (Partial::value) {
+      if (seen.data == block.data) return;
+      add_not_finite(block, rows, width, memory_ + weights, memory_ + sum, layout_.ld, lanes_in_use_, visible);
+    }
+  }
+
+  /// delta of a tile of queries, to `to`.
+  void compute_delta(QueryTile const& tile, T* to) const {
+    T* const out = memory_ + layout_.out_row;
+    T* const dout = memory_ + layout_.dout_row;
+    int const width = f_.head_dim_v;
+    int const padded = ceil_div(width, lanes<T>) * lanes<T>;
+    for (int i = width; i < padded; ++i) out[i] = dout[i] = 0;
+    for (int m = 0; m < tile.rows; ++m) {
+      widen(at(f_.out, f_.out_stride, tile.batch, tile.head, tile.row0 + m), out, width);
+      widen(at(p_.dout, p_.dout_stride, tile.batch, tile.head, tile.row0 + m), dout, width);
+      Vector<T> products = {};
+      for (int i = 0; i < padded; i += lanes<T>) products += load(out + i) * load(dout + i);
+      T sum = 0;
+      for (int i = 0; i < lanes<T>; ++i) sum += products[i];
+      to[m] = sum - dlse(tile, m);
+    }
+  }
+
+  T dlse(QueryTile const& tile, int m) const {
+    if (p_.dlse == nullptr) return 0;
+    return static_cast<T const*>(p_.dlse)[row_offset(p_.dlse_stride, tile.batch, tile.head, tile.row0 + m)];
+  }
+
+  // ---- from and to the tensors -----------------------------------------------------------------------
+
+  /// X^T in units of log2 (scale and log2(e) are folded in), Y^T, and sums that start at 0.
+  void load_tile(Element const* x, Strides const& x_stride, Element const* y, Strides const& y_stride) const {
+    load_transposed(x, x_stride.row, lanes_in_use_, f_.head_dim, static_cast<T>(f_.scale * log2_e), memory_ + layout_.x,
+                    layout_.ld, columns_);
+    load_transposed(y, y_stride.row, lanes_in_use_, f_.head_dim_v, T{1}, memory_ + layout_.y, layout_.ld, columns_);
+    clear(memory_ + layout_.dx, f_.head_dim, layout_.ld, columns_);
+    clear(memory_ + layout_.dy, f_.head_dim_v, layout_.ld, columns_);
+  }
+
+  void load_per_query(T const* from, double factor, int count, int padded, T* to) const {
+    for (int m = 0; m < count; ++m) to[m] = static_cast<T>(factor) * from[m];
+    for (int m = count; m < padded; ++m) to[m] = 0;
+  }
+
+  void store_transposed(int64_t sum, int width, double factor, void* base, Strides const& stride, int batch, int head,
+                        int row0) const {
+    Element* const to = static_cast<Element*>(base) + row_offset(stride, batch, head, row0);
+    for (int r = 0; r < lanes_in_use_; ++r) {
+      for (int i = 0; i < width; ++i) {
+        from_float(static_cast<T>(factor) * memory_[sum + i * layout_.ld + r], to[r * stride.row + i]);
+      }
+    }
+  }
+
+  Element const* at(void const* base, Strides const& stride, int batch, int head, int row) const {
+    return static_cast<Element const*>(base) + row_offset(stride, batch, head, row);
+  }
+
+  BackwardParams const p_;  // a copy: nothing that is stored can change it, as far as the compiler knows
+  ForwardParams const& f_;
+  int const block_m_, block_n_;
+  int const lanes_in_use_;  // the tile's rows
+  int const columns_;       // the same, rounded up to whole vectors
+  BackwardScratch const layout_;
+  T* const memory_;
+};
+
+template <DType dtype, MaskKind mask>
+BackwardTileFunction backward_tile_of(BackwardPass pass) {
+  using Tile = BackwardTile<dtype, mask>;
+  return pass == BackwardPass::queries ? Tile::run_queries : Tile::run_keys;
+}
+
+template <DType dtype>
+BackwardTileFunction backward_tile_of(Features const& features, BackwardPass pass) {
+  switch (features.mask) {
+    case MaskKind::full: return backward_tile_of<dtype, MaskKind::full>(pass);
+    case MaskKind::causal: return backward_tile_of<dtype, MaskKind::causal>(pass);
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+BackwardTileFunction backward_tile(BackwardConfig const& config, Features const& features, BackwardPass pass) {
+  switch (config.dtype) {
+    case DType::float16: return backward_tile_of<DType::float16>(features, pass);
+    case DType::bfloat16: return backward_tile_of<DType::bfloat16>(features, pass);
+    case DType::float32: return backward_tile_of<DType::float32>(features, pass);
+    case DType::float64: return backward_tile_of<DType::float64>(features, pass);
+    case DType::int32: break;
+  }
+  return nullptr;
+}
+
+}  // namespace flashcute::cpu::FLASHCUTE_CPU_ISA

@@ -1,0 +1,58 @@
+// The working memory of one backward tile, shared by who allocates it (dispatch.cpp) and who uses it
+// (backward_impl.hpp, once per instruction set).
+#pragma once
+
+#include "flashcute/backward_config.hpp"
+#include "forward_scratch.hpp"
+
+namespace flashcute::cpu {
+
+/// What a pass computes: its tiles lie in vector lanes, and blocks of the others come row by row.
+enum class BackwardPass : uint8_t {
+  queries,  // delta and dQ of a tile of query rows
+  keys,     // dK and dV of a tile of keys
+};
+
+/// Offsets in elements of the accumulation type. X is what meets in scores, Q or K; Y what meets in their
+/// gradients, dO or V.
+struct BackwardScratch {
+  int64_t ld;                 // columns of the matrices with a column per lane
+  int64_t x, y;               // (head_dim, ld), (head_dim_v, ld)   scaled X^T, Y^T of the tile
+  int64_t p, ds;              // (block, ld)                        probabilities, gradients of the scores
+  int64_t dx, dy;             // (head_dim, ld), (head_dim_v, ld)   sums
+  int64_t lse, delta;         // one for each query
+  int64_t block_x, block_y;   // (block, head_dim), (block, head_dim_v): widened blocks of 16-bit inputs
+  int64_t finite;             // (block, the larger head dim)
+  int64_t out_row, dout_row;  // (head_dim_v): one row of each, padded to whole vectors
+  int64_t elements;
+
+  FLASHCUTE_HD static constexpr BackwardScratch of(BackwardConfig const& c, BackwardPass pass) {
+    int64_t const line = 16;  // elements: at least one cache line, and the widest vector, of floats
+    auto const padded = [&](int64_t n) { return ceil_div<int64_t>(n, line) * line; };
+    int64_t const columns = pass == BackwardPass::queries ? c.block_m : c.block_n;
+    int64_t const rows = pass == BackwardPass::queries ? c.block_n : c.block_m;
+    BackwardScratch s{};
+    s.ld = padded(columns);
+    auto const take = [&](int64_t n) {
+      int64_t const at = s.elements;
+      s.elements += padded(n);
+      return at;
+    };
+    s.x = take(c.head_dim * s.ld);
+    s.y = take(c.head_dim_v * s.ld);
+    s.p = take(rows * s.ld);
+    s.ds = take(rows * s.ld);
+    s.dx = take(c.head_dim * s.ld);
+    s.dy = take(c.head_dim_v * s.ld);
+    s.lse = take(max_of(rows, s.ld));
+    s.delta = take(max_of(rows, s.ld));
+    s.block_x = take(rows * c.head_dim);
+    s.block_y = take(rows * c.head_dim_v);
+    s.finite = take(rows * max_of(c.head_dim, c.head_dim_v));
+    s.out_row = take(c.head_dim_v);
+    s.dout_row = take(c.head_dim_v);
+    return s;
+  }
+};
+
+}  // namespace flashcute::cpu

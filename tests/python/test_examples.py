@@ -1,0 +1,37 @@
+"""The examples run and do what they say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda x: x.stem)
+def test_examples_are_tested(example: Path) -> None:
+    """An example that nobody runs."""
+    assert example.stem in Path(__file__).read_text()
+
+
+def test_train_char(tmp_path: Path) -> None:
+    """A few steps: both attentions train, end at the same loss, and say so."""
+    options = ["--steps", "5", "--batch", "4", "--context", "32", "--width", "32", "--heads", "2"]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "train_char.py", *options, "--plot", "loss.svg"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"flashcute (\S+), torch (\S+);", done.stdout)
+    assert found
+    mine, theirs = (float(x) for x in found.groups())
+    assert mine == pytest.approx(theirs, abs=1e-3)
+    assert "5/5" in done.stderr

@@ -1,0 +1,592 @@
+"""flash_attention inside torch: autograd, compile, autocast, and torch's own attention where no kernel serves.
+Each test names the failure that it guards against."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import flashcute as fc
+import numpy as np
+import pytest
+import torch
+from conftest import Runner
+from flashcute import _torch
+from oracle_backward import assert_accurate, make_problem
+
+sdpa = torch.nn.functional.scaled_dot_product_attention
+both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+
+
+def qkv(
+    *,
+    batch: int = 2,
+    sq: int = 17,
+    sk: int = 23,
+    heads: int = 4,
+    kv_heads: int = 2,
+    d: int = 8,
+    d_v: int | None = None,
+    layout: str = "bshd",
+    dtype: torch.dtype = torch.float64,
+    grad: bool = True,
+) -> list[torch.Tensor]:
+    d_v = d if d_v is None else d_v
+    sizes = [(batch, sq, heads, d), (batch, sk, kv_heads, d), (batch, sk, kv_heads, d_v)]
+    if layout == "bhsd":
+        sizes = [(b, h, s, d) for b, s, h, d in sizes]
+    return [torch.randn(size, dtype=dtype).requires_grad_(grad) for size in sizes]
+
+
+def gradients(function: Callable[..., Any], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Of a sum with weights that differ from element to element."""
+    out = function(*tensors)
+    outs = out if isinstance(out, tuple) else (out,)
+    total = sum((x.double() * torch.linspace(-1, 2, x.numel()).view(x.shape)).sum() for x in outs)
+    return list(torch.autograd.grad(total, tensors))
+
+
+def assert_same(
+    found: list[torch.Tensor], expected: list[torch.Tensor], **tolerance: float
+) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, check_stride=False, **tolerance)
+
+
+# ---- eager ---------------------------------------------------------------------------------------
+
+
+@both_masks
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"sq": 9, "sk": 4}, {"sk": 1}, {"d": 3, "d_v": 5, "kv_heads": 1}]
+)
+def test_gradcheck(sizes: dict, layout: str, causal: bool, return_lse: bool) -> None:
+    """Gradients of the output and of the LSE against finite differences, in fp64. More queries than keys: rows
+    that see nothing."""
+    options = {"layout": layout, "return_lse": return_lse, "scale": 0.3}
+    seen = slice(max(0, sizes.get("sq", 17) - sizes.get("sk", 23)) if causal else 0, None)
+
+    def attend(*tensors: torch.Tensor) -> Any:
+        result = fc.flash_attention(*tensors, causal, **options)
+        if not return_lse:
+            return result
+        return result[0], result[1][..., seen]  # -inf has no difference quotient
+
+    assert torch.autograd.gradcheck(attend, qkv(batch=1, layout=layout, **sizes))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_accuracy(rng: np.random.Generator, dtype: str) -> None:
+    """The road through autograd is the road that the accuracy rule was tested on."""
+    p = make_problem(rng, dtype, seqlen_q=150, seqlen_k=170, kv_heads=2, d=64, causal=True)
+    q, k, v, dout = (torch.tensor(x, dtype=getattr(torch, dtype)) for x in (p.q, p.k, p.v, p.dout))
+    tensors = [x.requires_grad_() for x in (q, k, v)]
+    assert_accurate(p, torch.autograd.grad(fc.flash_attention(*tensors, True), tensors, dout))
+
+
+def test_forward_is_the_same_with_and_without_gradients() -> None:
+    """Two roads, one result, bit for bit."""
+    tensors = qkv(dtype=torch.float32)
+    recorded, lse = fc.flash_attention(*tensors, return_lse=True)
+    assert recorded.requires_grad
+    assert lse.requires_grad
+    with torch.no_grad():
+        plain, plain_lse = fc.flash_attention(*tensors, return_lse=True)
+    assert not plain.requires_grad
+    assert torch.equal(recorded, plain)
+    assert torch.equal(lse, plain_lse)
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 2)])
+def test_gradients_of_some_inputs(which: tuple[int, ...]) -> None:
+    """A gradient that is given to the wrong input, or missing where others need none."""
+    tensors = qkv()
+    expected = gradients(fc.flash_attention, tensors)
+    some = [x.detach().requires_grad_(i in which) for i, x in enumerate(tensors)]
+    out = fc.flash_attention(*some)
+    (out * torch.linspace(-1, 2, out.numel()).view(out.shape)).sum().backward()
+    for i, x in enumerate(some):
+        assert (x.grad is not None) == (i in which)
+        if i in which:
+            torch.testing.assert_close(x.grad, expected[i])
+
+
+def test_only_the_lse_is_used() -> None:
+    """No gradient of the output: taken for zeros, not for garbage."""
+    tensors = qkv()
+    _, lse = fc.flash_attention(*tensors, return_lse=True)
+    found = torch.autograd.grad(lse.sum(), tensors, allow_unused=True)
+    q, k, _ = (x.detach().requires_grad_() for x in tensors)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) * 8**-0.5
+    expected = torch.autograd.grad(scores.logsumexp(-1).sum(), [q, k])
+    assert_same(list(found[:2]), list(expected))
+    assert (found[2] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x[:1, :1, :1, :1].expand(x.shape),  # sum().backward()
+        lambda x: x[:, :, :, :1].expand(x.shape),
+        lambda x: x[:1].expand(x.shape),
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x.repeat_interleave(2, -1)[..., ::2],
+        lambda x: torch._neg_view(x),
+    ],
+    ids=["all expanded", "last expanded", "batch expanded", "permuted", "every second", "negated view"],
+)  # fmt: skip
+def test_strides_of_dout(make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """An expanded or otherwise strided gradient read as if it were contiguous (T18)."""
+    tensors = qkv(dtype=torch.float32)
+    out = fc.flash_attention(*tensors)
+    dout = make(torch.randn(out.shape))
+    found = torch.autograd.grad(out, tensors, dout, retain_graph=True)
+    expected = torch.autograd.grad(out, tensors, dout.resolve_neg().contiguous())
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda x: x[:1, :1, :1].expand(x.shape), torch._neg_view],
+    ids=["expanded", "negated view"],
+)
+def test_strides_of_dlse(make: Callable[..., torch.Tensor]) -> None:
+    """lse.sum().backward() gives a gradient of stride 0; others may be negated views."""
+    tensors = qkv(dtype=torch.float32)
+    _, lse = fc.flash_attention(*tensors, return_lse=True)
+    dlse = make(torch.randn(lse.shape))
+    found = torch.autograd.grad(lse, tensors, dlse, retain_graph=True)
+    expected = torch.autograd.grad(lse, tensors, dlse.resolve_neg().contiguous())
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["packed", "transposed", "expanded", "strided rows"])
+def test_strides_of_inputs(kind: str) -> None:
+    """Views in, gradients of the views' bases out."""
+    make: dict[str, Callable[[], tuple[torch.Tensor, list[torch.Tensor]]]] = {
+        "packed": lambda: (x := torch.randn(2, 9, 3, 4, 8).requires_grad_(), list(x.unbind(2))),
+        "transposed": lambda: (
+            x := torch.randn(3, 2, 4, 9, 8).requires_grad_(),
+            [y.transpose(1, 2) for y in x],
+        ),
+        "expanded": lambda: (
+            x := torch.randn(3, 1, 9, 4, 8).requires_grad_(),
+            [y.expand(2, -1, -1, -1) for y in x],
+        ),
+        "strided rows": lambda: (
+            x := torch.randn(3, 2, 18, 4, 11).requires_grad_(),
+            [y[:, ::2, :, 1:9] for y in x],
+        ),
+    }
+    base, views = make[kind]()
+    (found,) = torch.autograd.grad(fc.flash_attention(*views, True).sin().sum(), base)
+    _, views = base, [y.contiguous() for y in views]
+    (expected,) = torch.autograd.grad(fc.flash_attention(*views, True).sin().sum(), base)
+    torch.testing.assert_close(found, expected)
+
+
+def attend_by_operator(*tensors: torch.Tensor) -> torch.Tensor:
+    return _torch.forward_operator(*tensors, False, None, "bshd", False)[0]
+
+
+@pytest.mark.parametrize("attend", [fc.flash_attention, attend_by_operator])
+def test_second_derivative_raises(attend: Callable[..., torch.Tensor]) -> None:
+    """Gradients taken for constants in a loss that depends on them: silently wrong (T31, pytorch 116350). A graph
+    that is asked for and not used is no error."""
+    tensors = qkv()
+    first = torch.autograd.grad(attend(*tensors).sum(), tensors, create_graph=True)
+    assert_same(list(first), list(torch.autograd.grad(attend(*tensors).sum(), tensors)))
+    with pytest.raises(
+        fc.UnsupportedError, match=r"second derivative.*scaled_dot_product_attention"
+    ):
+        (attend(*tensors).sum() + first[1].square().sum()).backward()
+
+
+def test_changed_inputs_are_noticed() -> None:
+    """An input or output that is written between forward and backward would give wrong gradients."""
+    for change in (0, 3):
+        tensors = [x.clone() for x in qkv()]
+        out = fc.flash_attention(*tensors)
+        [*tensors, out][change].data.add_(0)  # .data: not noticed, and nothing changed
+        [*tensors, out][change].detach().add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+def test_20_runs_are_the_same_bits() -> None:
+    """Gradients that depend on the order in which threads finish (T21)."""
+    tensors = qkv(sq=200, sk=200, d=64, dtype=torch.bfloat16)
+    first = gradients(fc.flash_attention, tensors)
+    for _ in range(20):
+        for a, b in zip(gradients(fc.flash_attention, tensors), first, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_memory_grows_with_the_length_only(fresh: Runner) -> None:
+    """A backward that stores seqlen_q x seqlen_k anything: 1 GiB here, in fp32 (T33)."""
+    fresh("""
+        import resource, torch, flashcute as fc
+        def train(s):
+            q, k, v = (torch.randn(1, s, 1, 16, requires_grad=True) for _ in range(3))
+            fc.flash_attention(q, k, v, True).sum().backward()
+        train(256)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        train(16384)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert grown < 100 * 1024, f"{grown} kB"
+    """)
+
+
+def test_import_loads_no_torch(fresh: Runner) -> None:
+    """torch is optional, and slow to import."""
+    fresh("""
+        import sys, numpy as np, flashcute as fc
+        x = np.ones((1, 4, 1, 8), np.float32)
+        fc.explain(x, x, x)
+        out, lse = fc.flash_attention(x, x, x, return_lse=True)
+        fc.backward(fc.default_backward_config(8, "float32"), out, x, x, x, out, lse)
+        assert "torch" not in sys.modules
+    """)
+
+
+def test_mixed_libraries_are_refused() -> None:
+    """Gradients cannot be recorded through another library's arrays."""
+    q, k, v = qkv(dtype=torch.float32)
+    with pytest.raises(fc.ArgumentError, match=r"^k: expected a torch tensor as q, got ndarray"):
+        fc.flash_attention(q, k.detach().numpy(), v)
+    with pytest.raises(fc.ArgumentError, match=r"^v: expected an array .*got .*list"):
+        fc.flash_attention(q, k, [1.0])
+
+
+# ---- autocast ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast(grad: bool) -> None:
+    """Inputs are cast as custom_fwd casts them; gradients come back in the inputs' dtype."""
+    tensors = qkv(dtype=torch.float32, grad=grad)
+    tensors[1] = tensors[1].detach().bfloat16().requires_grad_(grad)  # as a linear layer gives it
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fc.flash_attention(*tensors)
+        assert out.dtype == torch.bfloat16
+        assert out.dtype == sdpa(*(x.transpose(1, 2) for x in tensors), enable_gqa=True).dtype
+    expected = fc.flash_attention(*(x.bfloat16() for x in tensors))
+    assert torch.equal(out, expected)
+    if grad:
+        out.float().sum().backward()
+        assert [x.grad.dtype for x in tensors] == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_autocast_leaves_float64_and_disabled_regions_alone() -> None:
+    """As custom_fwd does."""
+    wide, narrow = qkv(), qkv(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fc.flash_attention(*wide).dtype == torch.float64
+        with torch.autocast("cpu", enabled=False):
+            assert fc.flash_attention(*narrow).dtype == torch.float32
+
+
+# ---- operators, compile, export ------------------------------------------------------------------
+
+CASES = {
+    "plain": {},
+    "one head, d_v": {"heads": 1, "kv_heads": 1, "d": 5, "d_v": 9},
+    "no rows": {"sq": 0},
+    "no keys": {"sk": 0},
+    "bhsd": {"layout": "bhsd"},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float32": {"dtype": torch.float32},
+}
+
+
+def case(name: str, grad: bool = True) -> tuple[list[torch.Tensor], str]:
+    sizes = {"dtype": torch.float32, **CASES[name]}
+    return qkv(grad=grad, **sizes), sizes.get("layout", "bshd")
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("strided", [False, True])
+def test_opcheck(name: str, strided: bool) -> None:
+    """Fakes whose shapes, dtypes or strides differ from the real ones (T30); a wrong schema; autograd that is
+    registered in the wrong place."""
+    tensors, layout = case(name)
+    if strided:
+        tensors = [
+            x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+            for x in tensors
+        ]
+    torch.library.opcheck(_torch.forward_operator, (*tensors, True, None, layout, False))
+    detached = [x.detach() for x in tensors]
+    out, lse = _torch.forward_operator(*detached, True, None, layout, False)
+    for dlse in (None, torch.randn_like(lse)):
+        options = (True, 0.5, layout)
+        torch.library.opcheck(
+            _torch.backward_operator, (torch.randn_like(out), *detached, out, lse, dlse, *options)
+        )
+
+
+@pytest.fixture
+def compiled() -> Any:
+    """compiled(function): for the whole graph at once, and for any size."""
+    torch._dynamo.reset()
+    yield lambda f: torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch._dynamo.reset()
+
+
+@both_masks
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_compile_with_dynamic_shapes(compiled: Any, causal: bool, return_lse: bool) -> None:
+    """A graph break, or a recompilation for every length."""
+    graphs = []
+
+    def attend(*tensors: torch.Tensor) -> Any:
+        result = fc.flash_attention(*tensors, causal, return_lse=return_lse, layout="bhsd")
+        return tuple(x.cos() for x in result) if return_lse else result.cos()
+
+    def count(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    fast = compiled(attend)
+    for sq, sk in ((17, 23), (40, 41), (65, 129)):
+        tensors = qkv(sq=sq, sk=sk, layout="bhsd")
+        assert_same(gradients(fast, tensors), gradients(attend, tensors))
+    counted = torch.compile(attend, fullgraph=True, dynamic=True, backend=count)
+    for sq, sk in ((17, 23), (40, 41), (65, 129)):
+        counted(*qkv(sq=sq, sk=sk, layout="bhsd"))
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+def test_compile_a_module() -> None:
+    """The whole road, code generation included: a layer around attention, its parameters' gradients."""
+    torch._dynamo.reset()
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = torch.nn.Linear(32, 96), torch.nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).unbind(2)
+            return self.out(fc.flash_attention(q, k, v, causal=True).flatten(2))
+
+    layer = Layer()
+    x = torch.randn(2, 19, 32)
+    expected = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    fast = torch.compile(layer, fullgraph=True)
+    found = torch.autograd.grad(fast(x).square().sum(), list(layer.parameters()))
+    assert_same(list(found), list(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_compile_without_gradients(compiled: Any) -> None:
+    """Inference, where the operator is all that is traced."""
+    tensors = qkv(grad=False, dtype=torch.float32)
+    assert torch.equal(compiled(fc.flash_attention)(*tensors), fc.flash_attention(*tensors))
+
+
+def test_compile_under_autocast(compiled: Any) -> None:
+    """The cast is part of the graph."""
+    tensors = qkv(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = compiled(fc.flash_attention)(*tensors)
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, fc.flash_attention(*tensors))
+
+
+def test_compile_takes_the_fallback_too(compiled: Any) -> None:
+    """What no kernel covers is torch's own attention in the graph."""
+    tensors = qkv()
+
+    def attend(*tensors: torch.Tensor) -> torch.Tensor:
+        return fc.flash_attention(*tensors, window=(3, 0), on_unsupported="silent")
+
+    torch.testing.assert_close(compiled(attend)(*tensors), attend(*tensors))
+    with pytest.warns(UserWarning, match="window is not supported"):
+        compiled(lambda *x: fc.flash_attention(*x, window=(3, 0)))(*tensors)
+
+
+def test_export() -> None:
+    """The operator is in the exported program, for any length."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return fc.flash_attention(q, k, v, causal=True)
+
+    tensors = tuple(qkv(dtype=torch.float32, grad=False))
+    rows, keys = torch.export.Dim("rows", min=2), torch.export.Dim("keys", min=2)
+    shapes = {"q": {1: rows}, "k": {1: keys}, "v": {1: keys}}
+    program = torch.export.export(Attention(), tensors, dynamic_shapes=shapes)
+    assert "flashcute.flash_attention_forward" in str(program.graph)
+    other = qkv(sq=30, sk=31, dtype=torch.float32, grad=False)
+    assert torch.equal(program.module()(*other), fc.flash_attention(*other, causal=True))
+
+
+def test_out_in_a_traced_call_is_refused(compiled: Any) -> None:
+    """It would have to be copied."""
+    tensors = qkv(grad=False, dtype=torch.float32)
+
+    def attend(*tensors: torch.Tensor) -> torch.Tensor:
+        return fc.flash_attention(*tensors, out=torch.empty_like(tensors[0]))
+
+    with pytest.raises(Exception, match="out, stream: expected None in a traced call"):
+        compiled(attend)(*tensors)
+
+
+# ---- torch's own attention where no kernel serves ------------------------------------------------
+
+
+def definition(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Masked attention, bshd, in plain operations; rows that see nothing are 0."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
+    empty = ~seen.any(-1, keepdim=True)
+    p = scores.masked_fill(~seen, -math.inf).masked_fill(empty, 0.0).softmax(-1)
+    return torch.einsum("bhij,bjhd->bihd", p.masked_fill(empty, 0.0), v)
+
+
+def band(sq: int, sk: int, causal: bool, window: tuple[int, int] | None) -> torch.Tensor:
+    left, right = window or (-1, -1)
+    seen = torch.zeros(sq, sk, dtype=torch.bool)
+    for i in range(sq):
+        for j in range(sk):
+            distance = j - (i + sk - sq)
+            seen[i, j] = (
+                (not causal or distance <= 0)
+                and (right < 0 or distance <= right)
+                and (left < 0 or distance >= -left)
+            )
+    return seen
+
+
+@both_masks
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("window", [None, (-1, -1), (3, 0), (2, 4), (-1, 1), (0, -1)], ids=str)
+@pytest.mark.parametrize(("sq", "sk"), [(9, 9), (9, 14), (14, 9), (1, 9), (9, 1)])
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+def test_fallback_means_the_same(
+    mask: str, sq: int, sk: int, window: tuple[int, int] | None, layout: str, causal: bool
+) -> None:
+    """torch aligns causal masks to the first key, and makes NaN of rows that see nothing."""
+    q, k, v = qkv(sq=sq, sk=sk, layout=layout)
+    attn_mask, seen, bias = None, band(sq, sk, causal, window)[None, None], None
+    if mask == "bool":
+        attn_mask = torch.rand(2, 1, sq, sk) < 0.6
+        seen = seen & attn_mask
+    elif mask == "float":
+        attn_mask = bias = torch.randn(4, sq, sk, dtype=torch.float64)
+    options = {"attn_mask": attn_mask, "window": window, "layout": layout}
+
+    def attend(*tensors: torch.Tensor) -> torch.Tensor:
+        return fc.flash_attention(*tensors, causal, on_unsupported="silent", **options)
+
+    def expected(*tensors: torch.Tensor) -> torch.Tensor:
+        if layout == "bshd":
+            return definition(*tensors, seen, bias)
+        return definition(*(x.transpose(1, 2) for x in tensors), seen, bias).transpose(1, 2)
+
+    torch.testing.assert_close(attend(q, k, v), expected(q, k, v))
+    assert_same(gradients(attend, [q, k, v]), gradients(expected, [q, k, v]))
+
+
+def test_fallback_drops_weights() -> None:
+    """dropout_p is passed on: some weights are 0, the others larger."""
+    v = torch.eye(64).view(1, 64, 1, 64)
+    q = torch.zeros(1, 64, 1, 64)
+    weights = fc.flash_attention(q, q, v, dropout_p=0.5, on_unsupported="silent")
+    assert 0.4 < (weights == 0).double().mean() < 0.6
+    torch.testing.assert_close(weights[weights > 0], torch.full_like(weights[weights > 0], 2 / 64))
+
+
+def test_fallback_tells() -> None:
+    """A silent detour through an O(S^2) path (T33): it warns unless told not to, and explain says so beforehand."""
+    q, k, v = qkv(grad=False)
+    with pytest.warns(UserWarning, match=r"scaled_dot_product_attention: window is not supported"):
+        fc.flash_attention(q, k, v, window=(3, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fc.flash_attention(q, k, v, window=(3, 0), on_unsupported="silent")
+    told = fc.explain(q, k, v, window=(3, 0))
+    assert told.backend == "torch"
+    assert told.config is None
+    assert "window" in dict(told.rejected)["cpu"]
+    mask, scores = 17 * 23 * 9, 2 * 2 * 4 * 17 * 23 * 8
+    assert f"{mask} bytes for a mask" in told.notes[0]
+    assert f"{scores} bytes for scores" in told.notes[0]
+    told = fc.explain(q, k, v, window=(3, 0), on_unsupported="error")
+    assert told.backend == ""
+    assert "window" in dict(told.rejected)["cpu"]
+    assert fc.explain(q.numpy(), k.numpy(), v.numpy(), dropout_p=0.5).backend == ""
+    assert fc.explain(q, k, v).notes == []
+    told = fc.explain(q[0], k, v, dropout_p=0.5)
+    assert told.backend == ""
+    assert "expected 4 dimensions" in dict(told.rejected)["cpu"]
+    assert fc.explain(q, k.numpy(), v.numpy()).backend == "cpu"
+    with pytest.raises(fc.ArgumentError, match=r"^cfg: expected None"):
+        fc.explain(q, k, v, cfg=fc.default_config(8, "float64", "cpu"), dropout_p=0.5)
+
+
+def test_explain_tells_how_gradients_are_computed() -> None:
+    """And that a strided gradient of the output is copied."""
+    told = fc.explain(*qkv(dtype=torch.float32))
+    assert told.backend == "cpu"
+    assert "bwd_f32_d8_m64_n64" in told.notes[0]
+    assert "last stride is not 1 is copied" in told.notes[0]
+    with torch.no_grad():
+        assert fc.explain(*qkv(dtype=torch.float32)).notes == []
+
+
+def test_fallback_writes_out() -> None:
+    """`out` is where the result goes on every road."""
+    q, k, v = qkv(grad=False)
+    out = torch.empty_like(q)
+    options = {"window": (3, 0), "on_unsupported": "silent"}
+    assert fc.flash_attention(q, k, v, out=out, **options) is out
+    assert torch.equal(out, fc.flash_attention(q, k, v, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"attn_mask": torch.ones(17, 22) == 1}, fc.ArgumentError,
+         r"^attn_mask: expected a shape .* = \(2, 4, 17, 23\), got \(17, 22\)"),
+        ({"attn_mask": torch.ones(1, 1, 1, 17, 23) == 1}, fc.ArgumentError, r"^attn_mask: expected a shape"),
+        ({"attn_mask": torch.ones(17, 23)}, fc.ArgumentError, r"^attn_mask: expected dtype bool or .*float64"),
+        ({"attn_mask": np.ones((17, 23), bool)}, fc.ArgumentError, r"^attn_mask: expected a torch tensor"),
+        ({"window": (3,)}, fc.ArgumentError, r"^window: expected two integers"),
+        ({"window": (-2, 0)}, fc.ArgumentError, r"^window: expected two integers"),
+        ({"window": 5}, fc.ArgumentError, r"^window: expected two integers"),
+        ({"dropout_p": 1.5}, fc.ArgumentError, r"^dropout_p: expected a probability, got 1.5"),
+        ({"dropout_p": 0.5, "return_lse": True}, fc.UnsupportedError, r"^return_lse=True: .*no LSE"),
+        ({"dropout_p": 0.5, "scale": -1.0}, fc.ArgumentError, r"^scale: expected a finite number >= 0"),
+        ({"dropout_p": 0.5, "layout": "sbhd"}, fc.ArgumentError, r"^layout: expected 'bshd'"),
+        ({"dropout_p": 0.5, "causal": "yes"}, fc.ArgumentError, r"^causal: expected True or False"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_of_the_fallback(options: dict, error: type[Exception], says: str) -> None:
+    """Named like those of the kernels, before torch sees them."""
+    with pytest.raises(error, match=says):
+        fc.flash_attention(*qkv(), on_unsupported="silent", **options)
+
+
+def test_bad_tensors_of_the_fallback() -> None:
+    """The same checks as on the kernels' road."""
+    q, k, v = qkv()
+    with pytest.raises(fc.ArgumentError, match=r"^v: expected seqlen 23 as in k, got 22"):
+        fc.flash_attention(q, k, v[:, :22], dropout_p=0.5, on_unsupported="silent")
+    with pytest.raises(fc.ArgumentError, match=r"^k: expected dtype float64 as in q, got float32"):
+        fc.flash_attention(q, k.float(), v, dropout_p=0.5, on_unsupported="silent")
