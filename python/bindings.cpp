@@ -217,7 +217,7 @@ void bind_configs(nb::module_& m) {
       "head_dim: compiled width of q and k; runs every head dimension up to it (GPU: multiples of 16 to 256).\n"
       "head_dim_v: the same of v and the output; as head_dim unless given.\n"
       "block_m: query rows per tile (B_r).  block_n: keys per K/V block (B_c).\n\n"
-      "The other options have no effect on the CPU:\n\n"
+      "The other options have no effect on the CPU, where their rules hold too:\n\n"
       "num_warps: warps per thread block; each owns 16-row slices of the tile.\n"
       "blocks_per_sm: thread blocks that shall fit a multiprocessor at once, which limits their registers.\n"
       "math: 'tensor_core' (mma.sync; of float32 in TF32, 10 bits of fraction) or 'cuda_core' (fp32).\n"
@@ -307,6 +307,9 @@ void call_backward(BackwardConfig const* config, nb::handle dout, nb::handle q, 
 Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, bool causal,
                          std::optional<double> scale, std::string const& layout, bool allow_tf32) {
   Tensor const tq("q", q, nb::none()), tk("k", k, nb::none()), tv("v", v, nb::none());
+  if (tq.view().dtype == DType::int32) {
+    throw ArgumentError("q", "dtype float16, bfloat16, float32 or float64", "int32");
+  }
   ForwardOptions options;
   options.causal = causal;
   options.scale = scale;

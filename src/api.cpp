@@ -86,7 +86,8 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
     std::string reason;
     try {
       plan_forward(other, q, k, v, nullptr, nullptr, options);
-      reason = config ? "another configuration was asked for" : "not the default for these shapes";
+      reason = config ? "another configuration was asked for"
+                      : (gpu ? "not the default for these shapes" : "not the default on the CPU");
     } catch (Error const& error) {
       reason = error.what();
     }

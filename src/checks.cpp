@@ -177,8 +177,10 @@ void check_problem(TensorView const& q, TensorView const& k, TensorView const& v
   require_float("q", q);
   require_same_type("k", k, q);
   require_same_type("v", v, q);
-  checked_problem(q, k, v, named("q", q, options.layout), named("k", k, options.layout), named("v", v, options.layout),
-                  options.scale);
+  Named const nq = named("q", q, options.layout);
+  Named const nk = named("k", k, options.layout);
+  Named const nv = named("v", v, options.layout);
+  checked_problem(q, k, v, nq, nk, nv, options.scale);
 }
 
 }  // namespace flashcute

@@ -82,8 +82,8 @@ class KernelCache {
     Kernel kernel = nullptr;
     check_result(driver().cuLibraryGetKernel(&kernel, library, kernel_name.c_str()),
                  "cuLibraryGetKernel(" + kernel_name + ")");
-    check_result(driver().cuKernelSetAttribute(attribute_max_dynamic_shared_bytes, smem_bytes(key.kernel.config),
-                                               kernel, device.handle),
+    check_result(driver().cuKernelSetAttribute(attribute_max_dynamic_shared_bytes,
+                                               static_cast<int>(smem_bytes(key.kernel.config)), kernel, device.handle),
                  "cuKernelSetAttribute(" + kernel_name + ", " + std::to_string(smem_bytes(key.kernel.config)) +
                      " bytes of shared memory)");
     // Under lazy loading the first launch would load, and synchronise: do it now.

@@ -27,6 +27,14 @@ std::string alignment_problem(char const* argument, TensorView const& t, Named c
   return "";
 }
 
+/// All tensors have q's dtype and device, and the dtype is one to compute with.
+void require_one_type(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out) {
+  require_float("q", q);
+  for (auto const& [argument, t] : {std::pair{"k", &k}, std::pair{"v", &v}, std::pair{"out", out}}) {
+    if (t != nullptr) require_same_type(argument, *t, q);
+  }
+}
+
 /// The kernels copy `copy_bytes` at a time.
 void require_aligned(char const* argument, TensorView const& t, Named const& n, ForwardConfig const& config) {
   std::string const problem = alignment_problem(argument, t, n, config.copy_bytes);
@@ -76,14 +84,11 @@ void check_config(ForwardConfig const& config, Arch arch) {
 
 ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, TensorView const& k, TensorView const& v,
                          TensorView const* out, TensorView const* lse, ForwardOptions const& options) {
-  require_float("q", q);
+  require_one_type(q, k, v, out);
   Named const nq = named("q", q, options.layout);
   Named const nk = named("k", k, options.layout);
   Named const nv = named("v", v, options.layout);
 
-  for (auto const& [argument, t] : {std::pair{"k", &k}, std::pair{"v", &v}, std::pair{"out", out}}) {
-    if (t != nullptr) require_same_type(argument, *t, q);
-  }
   require_dtype(config, q);
   ForwardParams p = checked_problem(q, k, v, nq, nk, nv, options.scale);
 
@@ -139,7 +144,7 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
 
 ForwardTensors forward_tensors(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out,
                                ForwardOptions const& options, std::string* misaligned) {
-  require_float("q", q);
+  require_one_type(q, k, v, out);
   Named const nq = named("q", q, options.layout);
   Named const nv = named("v", v, options.layout);
   require_head_dim("q", nq.d);
@@ -155,7 +160,7 @@ ForwardTensors forward_tensors(TensorView const& q, TensorView const& k, TensorV
     for (; t.alignment > size_of(t.dtype); t.alignment /= 2) {
       std::string const problem = alignment_problem(argument, *view, n, t.alignment);
       if (problem.empty()) break;
-      if (misaligned != nullptr) *misaligned = problem;
+      if (misaligned != nullptr && misaligned->empty()) *misaligned = problem;
     }
   }
   return t;

@@ -57,7 +57,7 @@ struct ForwardConfig {
   bool eager_load_blocks = true;  // copy a K or V block as soon as its place is free, not when it is needed
   bool swizzled = true;           // XOR-swizzled shared memory: no bank conflicts
   bool q_in_registers = false;    // keep Q's fragments for the whole K/V loop
-  int32_t k_tiles_per_load = 0;   // 16-deep slices of K or V per fetch into registers; 0: 16 x 16 pieces of one
+  int32_t k_tiles_per_load = 0;   // K-steps of K or V per fetch into registers; 0: pieces of 16 columns of one
   bool mma_double_buffer = true;  // fetch the next fragments while the tensor cores work on these
   bool optimized_softmax = true;  // one multiply-add and exp2 a score, one reduction of the row sum in the end
 
@@ -106,7 +106,7 @@ struct ForwardKernelId {
 
 /// A short string that constant expressions can build.
 struct Name {
-  char text[160] = {};
+  char text[256] = {};  // enough for any values of the options
   int32_t length = 0;
 
   constexpr Name& operator<<(char const* s) {
@@ -161,6 +161,18 @@ constexpr Name name(ForwardKernelId const& k) {
 using Arch = int32_t;
 inline constexpr Arch cpu_arch = 0;
 
+/// Threads that a multiprocessor holds at once.
+constexpr int32_t max_threads_per_sm(Arch arch) {
+  switch (arch) {
+    case 86:
+    case 87:
+    case 89:
+    case 120:
+    case 121: return 1536;
+    default: return 2048;
+  }
+}
+
 /// Shared memory that one thread block may have, in bytes.
 constexpr int32_t max_smem_bytes(Arch arch) {
   switch (arch) {
@@ -197,8 +209,9 @@ struct CopyShape {
 
 /// Dynamic shared memory of the kernel: one Q tile and one block each of K and V. The output tile
 /// reuses Q's place.
-constexpr int32_t smem_bytes(ForwardConfig const& c) {
-  return (c.block_m * max_of(c.head_dim, c.head_dim_v) + c.block_n * (c.head_dim + c.head_dim_v)) * size_of(c.dtype);
+constexpr int64_t smem_bytes(ForwardConfig const& c) {
+  int64_t const m = c.block_m, n = c.block_n, d = c.head_dim, d_v = c.head_dim_v;
+  return (m * max_of(d, d_v) + n * (d + d_v)) * size_of(c.dtype);
 }
 
 // Every rule: an identifier and the sentence that C++, Python and static_assert all show.
@@ -211,7 +224,7 @@ constexpr int32_t smem_bytes(ForwardConfig const& c) {
   RULE(num_warps, "num_warps must be 1, 2, 4 or 8")                                                                    \
   RULE(block_m, "block_m must be a positive multiple of 16 * num_warps, at most 256")                                  \
   RULE(block_n, "block_n must be a positive multiple of 16, at most 256")                                              \
-  RULE(blocks_per_sm, "blocks_per_sm must be between 1 and 16, with at most 2048 threads in all")                      \
+  RULE(blocks_per_sm, "blocks_per_sm must be between 1 and 16, and their threads must fit a multiprocessor")           \
   RULE(copy_bytes, "copy_bytes must be 16, 8, 4 or 2, and at least the bytes of an element")                           \
   RULE(async_copy, "async_copy needs copy_bytes of 4 or more: cp.async cannot copy less")                              \
   RULE(copy_rows, "block_m and block_n must be multiples of the rows that all threads copy at once")                   \
@@ -243,7 +256,8 @@ constexpr ForwardConfigError check(ForwardConfig const& c, Arch arch) {
   if (c.num_warps != 1 && c.num_warps != 2 && c.num_warps != 4 && c.num_warps != 8) return num_warps;
   if (c.block_m <= 0 || c.block_m > 256 || c.block_m % (16 * c.num_warps) != 0) return block_m;
   if (c.block_n <= 0 || c.block_n > 256 || c.block_n % 16 != 0) return block_n;
-  if (c.blocks_per_sm < 1 || c.blocks_per_sm > 16 || c.blocks_per_sm * num_threads(c) > 2048) return blocks_per_sm;
+  if (c.blocks_per_sm < 1 || c.blocks_per_sm > 16) return blocks_per_sm;
+  if (c.blocks_per_sm * num_threads(c) > max_threads_per_sm(arch)) return blocks_per_sm;
   if (c.copy_bytes != 16 && c.copy_bytes != 8 && c.copy_bytes != 4 && c.copy_bytes != 2) return copy_bytes;
   int32_t const widths[] = {c.head_dim, c.head_dim_v};
   for (int32_t const d : widths) {

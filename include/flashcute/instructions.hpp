@@ -164,10 +164,11 @@ FLASHCUTE_DEVICE uint32_t round_pair(float low, float high) {
   return packed;
 }
 
-/// x rounded to nearest in TF32, half away from zero.
+/// x rounded to nearest in TF32, half away from zero; but not up to infinity: 0 * infinity would be NaN.
 FLASHCUTE_DEVICE cute::tfloat32_t round_tf32(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  if ((bits & 0x7fffffffu) == 0x7f800000u) bits = __float_as_uint(x);  // the tensor cores cut off the rest
   return cute::tfloat32_t::bitcast(bits);
 }
 

@@ -9,7 +9,8 @@ namespace flashcute {
 enum class Grid : uint8_t { large, small };
 
 /// The tile of a GPU kernel for head dimensions up to a bucket's width. block_m changes no bit of a result, block_n
-/// does; so the tiles of a bucket differ in block_m only, and a row's result does not depend on its batch mates.
+/// does (but see docs/decisions/0003-tiles.md about infinity in V); so the tiles of a bucket differ in block_m only,
+/// and a row's result does not depend on its batch mates.
 struct ForwardTile {
   int32_t element_bytes;  // 2: float16, bfloat16; 4: float32
   Math math;

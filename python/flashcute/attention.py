@@ -80,8 +80,8 @@ def flash_attention(
 
     The arguments, their shapes and the exceptions are those of `forward`; `explain` tells what was chosen
     and why. allow_tf32 lets a GPU round float32 inputs to TF32 (10 bits of fraction), for its tensor cores.
-    On a GPU every head dimension and alignment runs; multiples of 16 bytes are fastest, and need no
-    compilation at the first call.
+    On a GPU every head dimension and alignment runs; multiples of 16 bytes are fastest, and without
+    allow_tf32 they need no compilation at the first call.
 
     torch tensors on the CPU are differentiated, the LSE too if it is returned; once, not twice. Under
     torch.autocast they are cast as torch's own attention casts them. torch.compile and torch.export see
@@ -222,6 +222,8 @@ def _run_on(
     stream: int | None,
     allow_tf32: bool,
 ) -> Any:
+    if len(q.shape) != 4 or len(v.shape) != 4 or not 1 <= v.shape[3] <= 256:
+        _core.check_problem(q, k, v, number(scale), layout)  # raises before anything is allocated
     target = library.empty((*q.shape[:-1], v.shape[-1]), q) if out is None else out
     lse = None
     if return_lse and len(q.shape) == 4:
@@ -308,6 +310,9 @@ def count_blocks(
     """
     if not isinstance(cfg, ForwardConfig):
         raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
+    require_arrays(q=q, k=k, v=v)
+    require_options(causal, layout)
+    _core.check_problem(q, k, v, None, layout)
     library = library_of(type(q))
     batch, rows, heads = q.shape[0], q.shape[1], q.shape[2]
     if layout == "bhsd":

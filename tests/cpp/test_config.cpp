@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <set>
 #include <string_view>
 
@@ -59,6 +60,24 @@ TEST(Config, NamesAreUniqueAndAreIdentifiers) {
   EXPECT_EQ(names.size(), kernels);
 }
 
+// Guards against a name that is longer than its memory, of a configuration that only an error message needs.
+TEST(Config, NamesOfAnyValuesFit) {
+  for (int32_t extreme : {std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max()}) {
+    ForwardKernelId kernel{.config = {}, .features = {.mask = MaskKind::causal, .count_blocks = true}};
+    for_each_option(kernel.config, [&]<class T>(char const*, T& option) {
+      if constexpr (std::is_same_v<T, int32_t>) option = extreme;
+      if constexpr (std::is_same_v<T, bool>) option = !option;
+    });
+    kernel.config.dtype = DType::bfloat16;
+    kernel.config.math = Math::cuda_core;
+    kernel.config.head_dim_v = extreme + (extreme < 0 ? 1 : -1);
+    Name const n = name(kernel);
+    EXPECT_EQ(static_cast<size_t>(n.length), std::strlen(n.text));
+    EXPECT_LT(static_cast<size_t>(n.length) + 1, sizeof n.text);
+    EXPECT_GT(n.length, 100);
+  }
+}
+
 // Guards against an option that is left out of for_each_option, and so out of names, hashes and repr.
 TEST(Config, EveryByteOfTheConfigurationIsAnOption) {
   size_t bytes = 0;
@@ -85,6 +104,8 @@ TEST(Config, EachRuleFires) {
   EXPECT_EQ(broken([](auto& c) { c.head_dim_v = 272; }), gpu_head_dim);
   EXPECT_EQ(broken([](auto& c) { c.blocks_per_sm = 0; }), blocks_per_sm);
   EXPECT_EQ(broken([](auto& c) { c.num_warps = 8, c.blocks_per_sm = 9; }), blocks_per_sm);
+  EXPECT_EQ(broken([](auto& c) { c.num_warps = 8, c.blocks_per_sm = 8, c.block_n = 32; }), none);
+  EXPECT_EQ(broken([](auto& c) { c.num_warps = 8, c.blocks_per_sm = 8, c.block_n = 32; }, 86), blocks_per_sm);
   EXPECT_EQ(broken([](auto& c) { c.copy_bytes = 12; }), copy_bytes);
   EXPECT_EQ(broken([](auto& c) { c.dtype = DType::float32, c.copy_bytes = 2; }), copy_bytes);
   EXPECT_EQ(broken([](auto& c) { c.copy_bytes = 2; }), async_copy);

@@ -64,6 +64,63 @@ TEST(ForwardKernel, RowsDoNotDependOnTheirTile) {
             bits<causal(small_128)>({.sq = 100, .sk = 150, .d = 128}));
 }
 
+// Guards against operands whose lower bits are cut off, not rounded: with one key the output is V, rounded.
+TEST(ForwardKernel, TensorFloat32Rounds) {
+  constexpr ForwardKernelId id = full({.dtype = f32, .head_dim = 32, .block_m = 64, .block_n = 32});
+  Problem problem(id, {.sq = 5, .sk = 1, .d = 32});
+  check<id>(problem);
+  int raised = 0;
+  for (int c = 0; c < 32; ++c) {
+    auto const v = static_cast<float>(problem.v.at(0, 0, 0, c)), out = static_cast<float>(problem.out.at(0, 4, 0, c));
+    auto const bits = std::bit_cast<uint32_t>(v);
+    EXPECT_EQ(std::bit_cast<uint32_t>(out), (bits + 0x1000u) & 0xffffe000u) << v;
+    raised += (bits & 0x1000u) != 0;
+  }
+  EXPECT_GT(raised, 4);
+}
+
+// Guards against a finite value that rounding makes infinite: rows that do not see it would multiply it by 0.
+TEST(ForwardKernel, TensorFloat32DoesNotRoundToInfinity) {
+  constexpr ForwardKernelId id = causal({.dtype = f32, .head_dim = 16, .block_m = 64, .block_n = 32});
+  Problem problem(id, {.sq = 40, .sk = 40, .d = 16});
+  problem.v.set(0, 30, 0, 3, std::numeric_limits<float>::max());
+  ASSERT_NO_FATAL_FAILURE(problem.run<id>(1));
+  for (int row = 0; row < 40; ++row) EXPECT_TRUE(std::isfinite(problem.out.at(0, row, 0, 3))) << row;
+}
+
+// Guards against a row that hides an infinity it sees with next to no weight, in whichever tile it is (T8).
+TEST(ForwardKernel, InfinityOfLittleWeightIsNotHidden) {
+  constexpr ForwardConfig large = default_forward_config(f16, 64, 80), small = small_grid_forward_config(f16, 64, 80);
+  auto const check_row = [&]<ForwardKernelId Id>() {
+    Problem problem(Id, {.sq = 200, .sk = 200, .d = 64});
+    problem.q.set_row(0, 100, 0, 0);
+    problem.k.set_row(0, 10, 0, 0);
+    problem.q.set(0, 100, 0, 0, 8);
+    problem.k.set(0, 10, 0, 0, -40);  // a score of -40, where others are below 10 in size
+    problem.v.set(0, 10, 0, 0, inf);
+    ASSERT_NO_FATAL_FAILURE(problem.run<Id>(1));
+    EXPECT_FALSE(std::isfinite(problem.out.at(0, 100, 0, 0)));
+    EXPECT_TRUE(std::isfinite(problem.out.at(0, 9, 0, 0)));
+    EXPECT_TRUE(std::isfinite(problem.out.at(0, 100, 0, 1)));
+  };
+  check_row.operator()<causal(large)>();
+  check_row.operator()<causal(small)>();
+}
+
+// Guards against layouts that only work where tiles are of a common size.
+TEST(ForwardKernel, ExtremeConfigurations) {
+  check_configuration<causal({.dtype = f32,
+                              .head_dim = 48,
+                              .head_dim_v = 16,
+                              .block_m = 16,
+                              .block_n = 16,
+                              .num_warps = 1,
+                              .copy_bytes = 4,
+                              .k_tiles_per_load = 1})>();
+  check_configuration<full({.head_dim = 112, .head_dim_v = 240, .block_m = 64, .block_n = 128})>();
+  check_configuration<causal({.dtype = f16, .head_dim = 64, .block_m = 128, .block_n = 224, .num_warps = 8})>();
+}
+
 // Guards against widths whose rows are cut into chunks of 128, 64 and 32 bytes, and into different ones.
 TEST(ForwardKernel, HeadDimsOfValues) {
   check_configuration<causal({.head_dim = 48, .head_dim_v = 96, .block_m = 64, .num_warps = 2})>();

@@ -115,6 +115,16 @@ TEST(Plan, WrongTensorsAreRefused) {
     p.expect<ArgumentError>({"out", "(1, 4, 2, 4)", "v's head_dim", "(1, 4, 2, 8)"});
   }
   {
+    // A head dim that is no multiple of an element of another, wider dtype.
+    Problem p;
+    for (TensorView* t : {&p.q, &p.k, &p.v, &p.out}) t->shape[3] = 6;
+    for (TensorView* t : {&p.q, &p.k, &p.v, &p.out}) t->dtype = DType::float16;
+    p.v.dtype = DType::float64;
+    EXPECT_THROW(config_for(p.q, p.k, p.v, &p.out), ArgumentError);
+    p.config = default_config(DType::float16, 6, cpu_arch);
+    p.expect<ArgumentError>({"v", "float16", "float64"});
+  }
+  {
     Problem p;
     p.q.dtype = DType::int32;
     p.expect<ArgumentError>({"q", "float32", "int32"});

@@ -405,6 +405,30 @@ def test_configuration_for_a_smaller_head_dim(device: str) -> None:
     assert (a.out == SENTINEL).all()
 
 
+def test_mixed_dtypes_of_a_narrow_head_dim() -> None:
+    """16-bit rows that are aligned to less than an element of another tensor's dtype: an exception,
+    not a division by zero."""
+    q = np.ones((1, 4, 2, 6), np.float16)
+    wide = q.astype(np.float64)
+    with pytest.raises(fc.ArgumentError, match=r"^k: expected dtype float16 as in q, got float64"):
+        fc.flash_attention(q, wide, q)
+    with pytest.raises(
+        fc.ArgumentError, match=r"^out: expected dtype float16 as in q, got float64"
+    ):
+        fc.flash_attention(q, q, q, out=wide)
+    assert fc.explain(q, q, wide).backend == ""
+
+
+def test_outputs_that_are_too_large_are_not_allocated() -> None:
+    """v's head dim is checked before memory for an output of that width is asked for."""
+    q = np.ones((1, 4, 2, 8), np.float16)
+    endless = np.broadcast_to(np.float16(1), (1, 4, 2, 2**45))
+    with pytest.raises(fc.ArgumentError, match=r"^v: "):
+        fc.flash_attention(q, q, endless)
+    with pytest.raises(fc.ArgumentError, match=r"^v: expected 4 dimensions"):
+        fc.flash_attention(q, q, np.array(1, np.float16))
+
+
 @pytest.mark.parametrize("cfg", ["fast", 3, {"head_dim": 8}], ids=repr)
 def test_configuration_of_the_wrong_type(cfg: object) -> None:
     """Named like every other argument."""

@@ -963,6 +963,26 @@ def test_every_head_dim_runs_or_raises(device: str) -> None:
 # ---- debug mode ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"cfg": None}, "^cfg: expected a ForwardConfig"),
+        ({"q": [1, 2]}, "^q: expected an array"),
+        ({"v": None}, "^v: expected an array"),
+        ({"q": torch.ones(3, 4)}, "^q: expected 4 dimensions"),
+        ({"v": torch.ones(())}, "^v: expected 4 dimensions"),
+        ({"causal": "yes"}, "^causal: expected True or False"),
+        ({"layout": "shbd"}, "^layout: expected"),
+    ],
+)
+def test_block_counts_of_bad_input(change: dict, says: str) -> None:
+    """A debugging aid that answers a typo with an AttributeError helps nobody."""
+    q = torch.ones(1, 4, 2, 8)
+    arguments = {"cfg": fc.default_config(8, "float32", "cpu"), "q": q, "k": q, "v": q, **change}
+    with pytest.raises(fc.ArgumentError, match=says):
+        fc.count_blocks(**arguments)
+
+
 @pytest.mark.parametrize(("sq", "sk"), [(300, 300), (77, 500), (500, 77), (1, 1), (5, 0)])
 @both_masks
 def test_block_counts_are_what_the_mask_says(

@@ -282,7 +282,9 @@ FLASHCUTE_DEVICE uint32_t round_pair(float low, float high) {
 FLASHCUTE_DEVICE cute::tfloat32_t round_tf32(float x) {
   auto const bits = std::bit_cast<uint32_t>(x);
   bool const finite = (bits & 0x7f800000u) != 0x7f800000u;
-  return cute::tfloat32_t::bitcast(finite ? (bits + 0x1000u) & 0xffffe000u : bits);
+  uint32_t rounded = finite ? (bits + 0x1000u) & 0xffffe000u : bits;
+  if ((rounded & 0x7fffffffu) == 0x7f800000u) rounded = bits;
+  return cute::tfloat32_t::bitcast(rounded);
 }
 
 template <class Element>
