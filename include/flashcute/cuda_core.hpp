@@ -17,14 +17,11 @@ struct Products<C, Math::cuda_core> {
   /// compiler does not see it.
   template <class Smem>
   struct SharedRows {
-    static constexpr int chunk = Smem::shape.chunk;
-    static constexpr int unit = Smem::unit;  // elements of 16 bytes
-
     Element const* tile;
 
     /// Row `row` of the chunk that starts at column `first`.
     FLASHCUTE_DEVICE Element const* chunk_row(int row, int first) const {
-      return tile + first * Smem::rows + row * chunk;
+      return tile + first * Smem::rows + row * Smem::shape.chunk;
     }
   };
 

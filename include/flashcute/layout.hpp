@@ -36,7 +36,7 @@ struct ForwardLayout {
     using Element = typename ForwardLayout::Element;
     static constexpr int rows = Rows::value;
     static constexpr CopyShape shape = CopyShape::of(C, Columns::value);
-    static constexpr int unit = 16 / sizeof(Element);  // elements that stay together
+    static constexpr int unit = 16 / sizeof(Element);  // 16 bytes of elements, which stay together
     static constexpr int swizzle_bits = C.swizzled ? cute::log_2(static_cast<unsigned>(shape.chunk / unit)) : 0;
     using Chunk = cute::Int<shape.chunk>;
     using Atom =

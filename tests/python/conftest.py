@@ -158,17 +158,31 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     for item in session.items:
         cfg = getattr(item, "callspec", None) and item.callspec.params.get("compiled")
-        if cfg is not None and cfg.name not in _compilations:
-            _start_compiling(cfg)
+        marker = item.get_closest_marker("compiles")
+        for one in [cfg] if cfg is not None else marker.args[0] if marker else []:
+            if one.name not in _compilations:
+                _start_compiling(one)
+
+
+def _wait_for(cfg: object) -> None:
+    if cfg.name not in _compilations:  # type: ignore[attr-defined]
+        _start_compiling(cfg)
+    process = _compilations[cfg.name]  # type: ignore[attr-defined]
+    _, problem = process.communicate() if process.returncode is None else ("", "")
+    assert process.returncode == 0, problem
 
 
 @pytest.fixture
 def compiled(request: pytest.FixtureRequest) -> object:
     """Parametrised indirectly by a configuration: returns it when its kernels are in the cache."""
-    cfg = request.param
-    if cfg.name not in _compilations:
-        _start_compiling(cfg)
-    process = _compilations[cfg.name]
-    _, problem = process.communicate() if process.returncode is None else ("", "")
-    assert process.returncode == 0, problem
-    return cfg
+    _wait_for(request.param)
+    return request.param
+
+
+@pytest.fixture
+def prebuilt(request: pytest.FixtureRequest) -> None:
+    """Waits until the kernels that the marker `compiles` lists are in the cache."""
+    marker = request.node.get_closest_marker("compiles")
+    if marker is not None and not why_no_gpu():
+        for cfg in marker.args[0]:
+            _wait_for(cfg)

@@ -432,11 +432,24 @@ def test_misaligned_base_on_the_cpu(rng: np.random.Generator, dtype: str) -> Non
     assert same_bits(lse, lse_expected)
 
 
+def narrow_configurations() -> list[fc.ForwardConfig]:
+    """What flash_attention takes on a GPU for a few rows whose head dim is no multiple of 8."""
+    found = []
+    for head_dim in sorted({cfg.head_dim for cfg in fc.configs()}):
+        of_bucket = [c for c in fc.configs() if c.dtype == "float16" and c.head_dim == head_dim]
+        smallest = min(of_bucket, key=lambda cfg: cfg.block_m)
+        found += [smallest.replace(copy_bytes=n, async_copy=n >= 4) for n in (8, 4, 2)]
+    return found
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.compiles(narrow_configurations())
 @pytest.mark.parametrize("name", ["q", "k", "v", "out"])
 @pytest.mark.parametrize("kind", ["base", "stride"])
-def test_misalignment_on_the_gpu(rng: np.random.Generator, name: str, kind: str) -> None:
+def test_misalignment_on_the_gpu(
+    rng: np.random.Generator, prebuilt: None, name: str, kind: str
+) -> None:
     """A 16-byte load from elsewhere is a fault that kills the context. A configuration that makes
     such loads is refused before anything is launched; flash_attention takes one that does not,
     says so, and gives the same bits (T20)."""
@@ -945,7 +958,8 @@ def test_what_no_gpu_kernel_covers_raises() -> None:
     assert "float64" in dict(told.rejected)["sm80"]
 
 
-def test_every_head_dim_runs_or_raises(device: str) -> None:
+@pytest.mark.compiles(narrow_configurations())
+def test_every_head_dim_runs_or_raises(device: str, prebuilt: None) -> None:
     """1 to 257, each: the mean of the values, or an exception; never an output that nobody wrote
     (T41)."""
     ran = set()
