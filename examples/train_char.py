@@ -5,7 +5,8 @@
 
 Both runs start from the same weights and see the same batches, so their losses differ by rounding alone. The text
 is this repository's own documentation. Shows progress with tqdm and draws the loss curves with matplotlib where
-these are installed. The exit code is 1 if the final losses differ by more than noise.
+these are installed. The exit code is 1 if the first losses differ by more than rounding, or the last by more
+than noise.
 """
 
 from __future__ import annotations
@@ -183,7 +184,11 @@ def main() -> int:
         f"mean loss of the last {last} steps: flashcute {mean['flashcute']:.4f}, torch {mean['torch']:.4f}; "
         f"difference {difference:.1e}, noise {noise:.1e}"
     )
-    return 0 if difference <= noise else 1
+    # Rounding grows as the weights drift apart; in the beginning wrong gradients show at once.
+    pairs = list(zip(losses["flashcute"], losses["torch"], strict=True))[:20]
+    rounding = max(abs(mine - theirs) for mine, theirs in pairs)
+    print(f"first {len(pairs)} steps: losses differ by at most {rounding:.1e}")
+    return 0 if difference <= noise and rounding < 1e-3 else 1
 
 
 if __name__ == "__main__":

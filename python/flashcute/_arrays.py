@@ -7,8 +7,9 @@ been imported already.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 from ._core import ArgumentError, UnsupportedError
@@ -102,14 +103,18 @@ class NumPy(Library):
 
 
 class Torch(Library):
-    def wants_more(self, *arrays: Array) -> bool:
-        """Whether a call on the arrays is more than its result: recorded, traced or cast by autocast."""
+    def wants_more(self, q: Array, k: Array, v: Array) -> bool:
+        """Whether a call is more than its result: recorded, traced, transformed or cast by autocast."""
         torch = sys.modules["torch"]
-        return bool(
-            torch.compiler.is_compiling()
-            or any(self.wants_gradient(x) for x in arrays if isinstance(x, torch.Tensor))
-            or torch.is_autocast_enabled(arrays[0].device.type)
-        )
+        if torch.compiler.is_compiling():
+            return True
+        if torch.is_grad_enabled() and (
+            q.requires_grad
+            or getattr(k, "requires_grad", False)
+            or getattr(v, "requires_grad", False)
+        ):
+            return True
+        return any(state() for state in torch_states())
 
     def with_unit_stride(self, array: Array) -> Array:
         adjacent = array.dim() == 0 or array.shape[-1] < 2 or array.stride(-1) == 1
@@ -197,6 +202,22 @@ class Jax(Library):
 
     def finish(self, array: Array, like: Array) -> Array:
         return sys.modules["jax"].device_put(array, like.device)
+
+
+@cache
+def torch_states() -> tuple[Callable[[], object], ...]:
+    """What tells, each by a truth, that torch does more in a call than to compute: autocast on some device,
+    a dispatch mode (fake tensors, make_fx), torch.jit.trace, torch.func, forward-mode derivatives."""
+    torch = sys.modules["torch"]
+    functions = torch._C._functorch
+    forward_ad = torch.autograd.forward_ad
+    return (
+        torch._C._is_any_autocast_enabled,
+        torch._C._len_torch_dispatch_stack,
+        torch._C._get_tracing_state,
+        functions.peek_interpreter_stack,
+        lambda: forward_ad._current_level >= 0,
+    )
 
 
 _libraries: dict[str, Library] = {

@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 from . import _core
 from ._arrays import library_of
 from ._core import ArgumentError, Explanation, UnsupportedError
-from .attention import SDPA, number, require_arrays, require_options, run, unsupported
+from .attention import (
+    SDPA,
+    checked_window,
+    number,
+    require_arrays,
+    require_options,
+    run,
+    unsupported,
+)
 
 torch: Any = import_module("torch")
 Tensor = Any
@@ -37,9 +45,19 @@ class Problem(NamedTuple):
     @property
     def recording(self) -> bool:
         # In what explain is asked about, k and v may be another library's.
+        inputs = (self.q, self.k, self.v, self.attn_mask)
         return bool(
-            torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in self[:3])
+            torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in inputs)
         )
+
+    @property
+    def stranger(self) -> str | None:
+        """What is wrong with an input that is no torch tensor."""
+        for name in ("q", "k", "v"):
+            if not isinstance(getattr(self, name), torch.Tensor):
+                got = type(getattr(self, name)).__qualname__
+                return f"{name}: expected a torch tensor as q, got {got}"
+        return None
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -50,14 +68,16 @@ class Problem(NamedTuple):
     def autocast(self) -> Problem:
         """With inputs as torch.amp.custom_fwd casts them: all but float64, to autocast's dtype."""
         kind = self.q.device.type
-        if not torch.is_autocast_enabled(kind):
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return self
         dtype = torch.get_autocast_dtype(kind)
-        q, k, v = (
-            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-            for x in self[:3]
-        )
-        return self._replace(q=q, k=k, v=v)
+
+        def cast(x: Any) -> Any:
+            narrow = isinstance(x, torch.Tensor) and x.is_floating_point()
+            return x.to(dtype) if narrow and x.dtype != torch.float64 else x
+
+        q, k, v, mask = (cast(x) for x in (self.q, self.k, self.v, self.attn_mask))
+        return self._replace(q=q, k=k, v=v, attn_mask=mask)
 
 
 def attend(
@@ -73,23 +93,29 @@ def attend(
 
     missing: why no kernel can do it, if the features say so already.  fallback: "warn", "error" or "silent".
     """
-    for name in ("q", "k", "v"):
-        if not isinstance(getattr(problem, name), torch.Tensor):
-            require_arrays(**{name: getattr(problem, name)})
-            raise ArgumentError(
-                f"{name}: expected a torch tensor as q, got {type(getattr(problem, name)).__qualname__}"
-            )
+    if problem.stranger:
+        for name in ("q", "k", "v"):
+            if not isinstance(getattr(problem, name), torch.Tensor):
+                require_arrays(**{name: getattr(problem, name)})
+        raise ArgumentError(problem.stranger)
     require_options(problem.causal, problem.layout)
+    traced = is_traced(problem)
     problem = problem._replace(causal=bool(problem.causal), scale=number(problem.scale)).autocast()
-    if out is not None and (problem.recording or (torch.is_grad_enabled() and out.requires_grad)):
+    wanted = torch.is_grad_enabled() and getattr(out, "requires_grad", False)
+    if out is not None and (problem.recording or wanted):
         raise ArgumentError(
             "out: expected None where gradients are recorded (requires_grad=True), got a tensor. Call "
             "flash_attention under torch.no_grad(), or omit out"
         )
+    if traced and (out is not None or stream is not None):
+        raise ArgumentError("out, stream: expected None in a traced call: the tracer plans both")
     missing = missing or missing_gradient(problem)
     if missing:
         if fallback == "error":
             raise UnsupportedError(missing)
+        if stream is not None:
+            raise ArgumentError(f"stream: expected None where {SDPA} computes, got {stream!r}")
+        require_like_output(out, problem)
         if return_lse:
             raise UnsupportedError(f"return_lse=True: {SDPA} gives no LSE, and {missing}")
         if fallback == "warn":
@@ -97,16 +123,54 @@ def attend(
         result = sdpa(problem)
         return result if out is None else out.copy_(result)
     q, k, v, causal, scale, layout, *_ = problem
-    if torch.compiler.is_compiling():
-        if out is not None or stream is not None:
-            raise ArgumentError(
-                "out, stream: expected None in a traced call: the compiler plans both"
-            )
+    if traced:
         out, lse = forward_operator(q, k, v, causal, scale, layout, allow_tf32)
         return (out, lse) if return_lse else out
     if problem.recording:
         return FlashAttention.apply(q, k, v, causal, scale, layout, return_lse, stream)
     return run(None, q, k, v, causal, scale, layout, out, return_lse, stream, allow_tf32)
+
+
+def is_traced(problem: Problem) -> bool:
+    """Whether the call is recorded as an operator. Raises UnsupportedError for derivatives that the operator
+    does not have: forward-mode ones, and those of torch.func."""
+    if torch.compiler.is_compiling():
+        return True
+    transform = torch._C._functorch.peek_interpreter_stack()
+    kinds = torch._C._functorch.TransformType
+    forward = torch.autograd.forward_ad
+    if (transform is not None and transform.key() in (kinds.Grad, kinds.Jvp)) or (
+        forward._current_level >= 0
+        and any(forward.unpack_dual(x).tangent is not None for x in problem[:3])
+    ):
+        raise UnsupportedError(
+            "flash_attention has no forward-mode derivative and none of torch.func: use requires_grad and "
+            f"backward, or {SDPA}"
+        )
+    return bool(
+        transform is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+    )
+
+
+def require_like_output(out: Tensor | None, problem: Problem) -> None:
+    """What the fallback is to write to must be what it computes."""
+    if out is None:
+        return
+    q = problem.q
+    expected = (*q.shape[:-1], problem.v.shape[-1])
+    if not isinstance(out, torch.Tensor) or (out.shape, out.dtype, out.device) != (
+        expected,
+        q.dtype,
+        q.device,
+    ):
+        got = type(out).__qualname__
+        if isinstance(out, torch.Tensor):
+            got = f"{tuple(out.shape)} of {out.dtype} on {out.device}"
+        raise ArgumentError(
+            f"out: expected a torch tensor {expected} of {q.dtype} on {q.device}, got {got}"
+        )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[misc]
@@ -140,11 +204,23 @@ def gradients(
     if dout is None:  # only the LSE was used
         dout = out.new_zeros(out.shape[-1:]).expand(out.shape)
     # A negated view is none to DLPack, and neighbours of an expanded gradient are not adjacent.
-    dout = library_of(type(dout)).with_unit_stride(dout.resolve_neg())
-    dlse = None if dlse is None else dlse.resolve_neg()
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    dout = library_of(type(dout)).with_unit_stride(plain(dout))
+    dlse = None if dlse is None else plain(dlse)
+    dq, dk, dv = (gradient_like(x) for x in (q, k, v))
     _core.backward(None, dout, q, k, v, out, lse, dlse, dq, dk, dv, causal, scale, layout, None)
     return dq, dk, dv
+
+
+def plain(x: Tensor) -> Tensor:
+    """With memory that says what the tensor is."""
+    return x.clone() if x._is_zerotensor() else x.resolve_neg()
+
+
+def gradient_like(x: Tensor) -> Tensor:
+    """In the memory order of x, unless its strides overlap and the order leaves the last not 1."""
+    like = torch.empty_like(x)
+    adjacent = like.shape[-1] < 2 or like.stride(-1) == 1
+    return like if adjacent else x.new_empty(x.shape)
 
 
 def no_second_derivative(ctx: Any, *_: object) -> Any:
@@ -227,7 +303,7 @@ def _forward_fake(
 def _backward_fake(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return gradient_like(q), gradient_like(k), gradient_like(v)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -270,19 +346,25 @@ backward_operator.register_autograd(no_second_derivative)
 
 def sdpa(problem: Problem) -> Tensor:
     """The output by scaled_dot_product_attention."""
-    if not torch.compiler.is_compiling():
-        _core.check_problem(*problem[:3], problem.scale, problem.layout)
+    check_sizes(problem)
     q, k, v = problem[:3]
     if problem.layout == "bshd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask, is_causal = mask_for_sdpa(problem)
     empty = None
     if mask is not None:
+        mask = torch.atleast_2d(mask)
+        seen = mask if mask.dtype == torch.bool else mask != -math.inf
+        # What no row sees may be NaN, and 0 * NaN is NaN.
+        batch, heads, _, keys = problem.sizes
+        unseen = ~seen.any(-2).broadcast_to(batch, heads, keys)
+        unseen = unseen.unflatten(1, (k.shape[1], -1)).all(2)[..., None]  # by any head of the group
+        k, v = (x.masked_fill(unseen, 0.0) for x in (k, v))
         # A row that sees nothing would be NaN, or make its gradient so: it sees all, and becomes 0.
-        empty = ~(mask if mask.dtype == torch.bool else mask > -math.inf).any(-1, keepdim=True)
+        empty = ~seen.any(-1, keepdim=True)
+        q = q.masked_fill(empty, 0.0)
         mask = mask | empty if mask.dtype == torch.bool else mask.masked_fill(empty, 0.0)
-    if not 0.0 <= problem.dropout_p <= 1.0:
-        raise ArgumentError(f"dropout_p: expected a probability, got {problem.dropout_p}")
+    checked_dropout(problem.dropout_p)
     grouped = False
     if q.shape[1] != k.shape[1]:  # symbolic in a traced call, where torch wants a plain bool
         grouped = True
@@ -323,9 +405,38 @@ def mask_for_sdpa(problem: Problem) -> tuple[Tensor | None, bool]:
     return given.masked_fill(~seen, -math.inf), False
 
 
+def check_sizes(problem: Problem) -> None:
+    """Of q, k and v, as everywhere; in a traced call those that torch itself would broadcast away."""
+    if not is_traced(problem):
+        _core.check_problem(*problem[:3], problem.scale, problem.layout)
+        return
+    batch, heads, _, keys = problem.sizes
+    head, row = (2, 1) if problem.layout == "bshd" else (1, 2)
+    for name, x in (("k", problem.k), ("v", problem.v)):
+        if x.dim() != 4 or x.shape[0] != batch:
+            raise ArgumentError(
+                f"{name}: expected 4 dimensions and q's batch size {batch}, got {tuple(x.shape)}"
+            )
+        if x.shape[head] != problem.k.shape[head] or heads % x.shape[head] != 0:
+            raise ArgumentError(
+                f"{name}: expected a number of heads that divides q's {heads}, got {x.shape[head]}"
+            )
+        if x.shape[row] != keys or x.dtype != problem.q.dtype:
+            raise ArgumentError(
+                f"{name}: expected seqlen {keys} and dtype {problem.q.dtype}, got {tuple(x.shape)}, {x.dtype}"
+            )
+    if problem.scale is not None and not 0 <= problem.scale < math.inf:
+        raise ArgumentError(f"scale: expected a finite number >= 0, got {problem.scale}")
+
+
+def checked_dropout(probability: object) -> None:
+    if not isinstance(probability, int | float) or not 0.0 <= probability <= 1.0:
+        raise ArgumentError(f"dropout_p: expected a probability, got {probability!r}")
+
+
 def needs_no_mask(problem: Problem) -> bool:
     _, _, rows, keys = problem.sizes
-    bounded = problem.window is not None and tuple(problem.window) != (-1, -1)
+    bounded = checked_window(problem.window) != (-1, -1)
     return problem.attn_mask is None and not bounded and (rows == keys or not problem.causal)
 
 
@@ -351,33 +462,32 @@ def checked_mask(problem: Problem) -> Tensor | None:
     return mask
 
 
-def checked_window(window: object) -> tuple[int, int]:
-    if window is None:
-        return -1, -1
-    if (
-        isinstance(window, tuple | list)
-        and len(window) == 2
-        and all(type(bound) is int and bound >= -1 for bound in window)
-    ):
-        return window[0], window[1]
-    raise ArgumentError(f"window: expected two integers >= -1, (left, right), got {window!r}")
-
-
 # ---- what will happen --------------------------------------------------------------------------
 
 
 def explained(
-    found: Explanation, problem: Problem, missing: str | None, fallback: str
+    problem: Problem, allow_tf32: bool, missing: str | None, fallback: str
 ) -> Explanation:
-    """`found`, corrected by what attend would do."""
+    """What attend would do."""
+    if not problem.stranger:
+        problem = problem.autocast()
+    q, k, v, causal, scale, layout, *_ = problem
+    found: Explanation = _core.explain(
+        None, q, k, v, bool(causal), number(scale), layout, allow_tf32
+    )
+    if problem.stranger and (missing or problem.recording):
+        return unsupported(found, problem.stranger)
     missing = missing or missing_gradient(problem)
     if missing and fallback == "error":
         return unsupported(found, missing)
     if missing:
         try:
-            _core.check_problem(*problem[:3], number(problem.scale), problem.layout)
-        except ArgumentError:
-            return found  # whose reason is the same
+            require_options(causal, layout)
+            _core.check_problem(q, k, v, number(scale), layout)
+            checked_mask(problem)
+            checked_dropout(problem.dropout_p)
+        except ArgumentError as error:
+            return unsupported(found, str(error))
         return Explanation(
             backend="torch",
             config=None,
@@ -410,7 +520,15 @@ def memory_of_sdpa(problem: Problem) -> str:
     item = problem.q.element_size()
     parts = []
     if not needs_no_mask(problem):
-        parts.append(f"{rows * keys * (1 + item)} bytes for a mask of seqlen_q * seqlen_k")
+        given = problem.attn_mask
+        whole = rows * keys * (1 + item)
+        if given is not None:
+            whole += (
+                2
+                * math.prod(torch.broadcast_shapes(given.shape, (rows, keys)))
+                * given.element_size()
+            )
+        parts.append(f"up to {whole} bytes for masks")
     scores = 2 * batch * heads * rows * keys * max(item, 4)
     parts.append(
         f"up to {scores} bytes for scores and probabilities, unless torch finds a fused kernel"

@@ -95,8 +95,9 @@ def flash_attention(
         i + seqlen_k - seqlen_q + right; -1 means no limit.
     on_unsupported: what to do then. "warn" and "silent" compute torch tensors with torch's
         scaled_dot_product_attention, which may need memory for seqlen_q * seqlen_k scores (`explain` says how
-        much); masks mean here what they mean above, and a row that sees no key is 0. "error" raises
-        UnsupportedError, as always for other libraries. Default: "warn" for torch tensors.
+        much); masks mean here what they mean above, and a row that sees no key is 0. But a NaN in a key or
+        value that only some rows see reaches all of them (0 * NaN); one that none sees reaches none. "error"
+        raises UnsupportedError, as always for other libraries. Default: "warn" for torch tensors.
     cu_seqlens_q, cu_seqlens_k: packed sequences raise UnsupportedError.
     """
     library = library_of(type(q))
@@ -112,7 +113,7 @@ def flash_attention(
 
         problem = _torch.Problem(q, k, v, causal, scale, layout, attn_mask, dropout_p, window)
         return _torch.attend(problem, return_lse, out, stream, bool(allow_tf32), missing, fallback)
-    recording = _wanting_gradients(q=q, k=k, v=v, out=out)
+    recording = _wanting_gradients(k=k, v=v, out=out)  # of q, torch's have been asked for above
     if recording:
         raise UnsupportedError(
             f"{recording}: gradients (requires_grad=True) need q, k and v to be torch tensors, and out to "
@@ -131,11 +132,24 @@ def missing_feature(
         return f"attn_mask is not supported yet: use {SDPA}(attn_mask=...)"
     if dropout_p != 0.0:
         return f"dropout_p={dropout_p} is not supported yet: use {SDPA}(dropout_p=...)"
-    if window is not None:
+    if checked_window(window) != (-1, -1):
         return (
             "window is not supported yet: use torch.nn.attention.flex_attention with a block mask"
         )
     return None
+
+
+def checked_window(window: object) -> tuple[int, int]:
+    """(left, right); -1: no limit."""
+    if window is None:
+        return -1, -1
+    try:
+        left, right = (operator.index(bound) for bound in window)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        left = right = -2
+    if min(left, right) < -1:
+        raise ArgumentError(f"window: expected two integers >= -1, (left, right), got {window!r}")
+    return left, right
 
 
 def checked_fallback(on_unsupported: str | None, library: Library) -> str:
@@ -277,12 +291,12 @@ def explain(
         raise ArgumentError(f"cfg: expected None, as only flash_attention takes it: {missing}")
     library = library_of(type(q))
     fallback = checked_fallback(on_unsupported, library)
-    found = _core.explain(cfg, q, k, v, bool(causal), number(scale), layout, bool(allow_tf32))
     if isinstance(library, Torch) and cfg is None:
         from . import _torch
 
         problem = _torch.Problem(q, k, v, causal, scale, layout, attn_mask, dropout_p, window)
-        return _torch.explained(found, problem, missing, fallback)
+        return _torch.explained(problem, bool(allow_tf32), missing, fallback)
+    found = _core.explain(cfg, q, k, v, bool(causal), number(scale), layout, bool(allow_tf32))
     return unsupported(found, missing) if missing else found
 
 

@@ -33,5 +33,5 @@ def test_train_char(tmp_path: Path) -> None:
     found = re.search(r"flashcute (\S+), torch (\S+);", done.stdout)
     assert found
     mine, theirs = (float(x) for x in found.groups())
-    assert mine == pytest.approx(theirs, abs=1e-3)
+    assert mine == pytest.approx(theirs, abs=5e-5)  # gradients of 0 would make it 2e-4
     assert "5/5" in done.stderr

@@ -525,7 +525,7 @@ def test_fallback_tells() -> None:
     assert told.config is None
     assert "window" in dict(told.rejected)["cpu"]
     mask, scores = 17 * 23 * 9, 2 * 2 * 4 * 17 * 23 * 8
-    assert f"{mask} bytes for a mask" in told.notes[0]
+    assert f"{mask} bytes for masks" in told.notes[0]
     assert f"{scores} bytes for scores" in told.notes[0]
     told = fc.explain(q, k, v, window=(3, 0), on_unsupported="error")
     assert told.backend == ""
@@ -590,3 +590,185 @@ def test_bad_tensors_of_the_fallback() -> None:
         fc.flash_attention(q, k, v[:, :22], dropout_p=0.5, on_unsupported="silent")
     with pytest.raises(fc.ArgumentError, match=r"^k: expected dtype float64 as in q, got float32"):
         fc.flash_attention(q, k.float(), v, dropout_p=0.5, on_unsupported="silent")
+
+
+SILENT: dict[str, Any] = {"on_unsupported": "silent"}
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_fallback_keeps_nan_of_padding_out(kv_heads: int) -> None:
+    """Keys that the mask hides from all rows may hold NaN (T13): 0 * NaN would be NaN, also in gradients."""
+    q, k, v = qkv(kv_heads=kv_heads)
+    with torch.no_grad():
+        k[:, 20:] = v[:, 20:] = NAN
+    seen = (torch.arange(23) < 20)[None]
+
+    def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return fc.flash_attention(q, k, v, attn_mask=seen, **SILENT)
+
+    def cut(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return fc.flash_attention(q, k[:, :20], v[:, :20])
+
+    torch.testing.assert_close(masked(q, k, v), cut(q, k, v))
+    assert_same(gradients(masked, [q, k, v]), gradients(cut, [q, k, v]))
+
+
+def test_fallback_rows_without_keys_have_no_gradient() -> None:
+    """A query that sees nothing may hold NaN; it must not reach the gradients of keys."""
+    q, k, v = qkv(sq=6, sk=3)
+    with torch.no_grad():
+        q[:, :3] = NAN
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    found = gradients(lambda *x: fc.flash_attention(*x, True, attn_mask=mask, **SILENT), [q, k, v])
+    expected = gradients(lambda *x: fc.flash_attention(*x, True), [q, k, v])
+    assert not any(x.isnan().any() for x in found)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(), (23,), (17, 23), (4, 1, 23), (2, 1, 17, 1), (2, 4, 17, 23)])
+@pytest.mark.parametrize("boolean", [False, True])
+def test_fallback_masks_of_every_rank(shape: tuple[int, ...], boolean: bool) -> None:
+    """What broadcasts is taken; torch's own function wants two dimensions at least."""
+    q, k, v = qkv(grad=False)
+    mask = torch.rand(shape) < 0.8 if boolean else torch.randn(shape, dtype=q.dtype)
+    found = fc.flash_attention(q, k, v, attn_mask=mask, **SILENT)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) * 8**-0.5
+    scores = scores.masked_fill(~mask, -INF) if boolean else scores + mask
+    p = torch.nan_to_num(scores.softmax(-1))
+    torch.testing.assert_close(found, torch.einsum("bhij,bjhd->bihd", p, v.repeat_interleave(2, 2)))
+
+
+def test_fallback_of_a_mask_that_is_nan() -> None:
+    """NaN in a mask is an input that is seen: it propagates (T8)."""
+    q, k, v = qkv(grad=False)
+    mask = torch.full((17, 23), NAN, dtype=q.dtype)
+    assert fc.flash_attention(q, k, v, attn_mask=mask, **SILENT).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("out", "stream", "says"),
+    [
+        (torch.empty(3, 2, 17, 4, 8, dtype=torch.float64), None, "^out: expected a torch tensor"),
+        (torch.empty(2, 17, 4, 8, dtype=torch.float16), None, "^out: expected .* got .*float16"),
+        (np.empty((2, 17, 4, 8)), None, "^out: expected a torch tensor .* got ndarray"),
+        (None, 7, "^stream: expected None"),
+    ],
+)
+def test_fallback_checks_what_it_writes_to(out: Any, stream: Any, says: str) -> None:
+    """An output that is silently broadcast, rounded or ignored."""
+    q, k, v = qkv(grad=False)
+    with pytest.raises(fc.ArgumentError, match=says):
+        fc.flash_attention(q, k, v, window=(2, 0), out=out, stream=stream, **SILENT)
+
+
+def test_no_limit_is_no_window() -> None:
+    """(-1, -1) says what None says: the kernel serves it, for all libraries."""
+    q, k, v = qkv(grad=False)
+    assert fc.explain(q, k, v, window=(-1, -1)).backend == "cpu"
+    x = np.ones((1, 3, 1, 8), np.float32)
+    assert (fc.flash_attention(x, x, x, window=(np.int64(-1), -1)) == 1).all()
+    with pytest.raises(fc.ArgumentError, match=r"^window: expected two integers"):
+        fc.flash_attention(x, x, x, window="x")  # type: ignore[arg-type]
+
+
+def test_explain_and_call_agree_under_autocast() -> None:
+    """The dtype that runs is the dtype that is explained; a float mask is cast with the tensors."""
+    q, k, v = qkv(grad=False, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fc.explain(q, k, v).config.dtype == "bfloat16"
+        assert fc.flash_attention(q, k, v).dtype == torch.bfloat16
+        mask = torch.zeros(17, 23)
+        assert fc.flash_attention(q, k, v, attn_mask=mask, **SILENT).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"attn_mask": torch.ones(5, 5, dtype=torch.bool)}, {"dropout_p": 7.0}, {"dropout_p": "a"}],
+)
+def test_explain_knows_what_the_fallback_refuses(wrong: dict) -> None:
+    """It does not promise torch's attention for a call that raises."""
+    q, k, v = qkv(grad=False)
+    told = fc.explain(q, k, v, **wrong)
+    assert told.backend == ""
+    with pytest.raises(fc.ArgumentError) as raised:
+        fc.flash_attention(q, k, v, **SILENT, **wrong)
+    assert str(raised.value) in dict(told.rejected).values()
+
+
+def test_the_warning_points_at_the_caller() -> None:
+    """A line of this file, not one of the library."""
+    q, k, v = qkv(grad=False)
+    with pytest.warns(UserWarning, match="window") as caught:
+        fc.flash_attention(q, k, v, window=(2, 0))
+    assert caught[0].filename == __file__
+
+
+# ---- what else torch does with a call ------------------------------------------------------------
+
+
+def test_overlapping_views() -> None:
+    """Rows of a sliding window share memory: empty_like would lay the gradient out of order."""
+    base = torch.randn(12, dtype=torch.float64, requires_grad=True)
+
+    def attend(unfold: bool) -> torch.Tensor:
+        rows = base.unfold(0, 8, 1) if unfold else torch.stack([base[i : i + 8] for i in range(5)])
+        x = rows[None, :, None]
+        return torch.autograd.grad(fc.flash_attention(x, x, x).square().sum(), base)[0]
+
+    torch.testing.assert_close(attend(True), attend(False))
+
+
+def test_forward_mode_raises() -> None:
+    """A tangent that is dropped counts as zero, silently."""
+    q, k, v = qkv(grad=False)
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(fc.UnsupportedError, match="forward-mode"):
+            fc.flash_attention(dual, k, v)
+        assert fc.flash_attention(q, k, v).shape == q.shape
+
+
+@pytest.mark.parametrize("transform", ["grad", "jacfwd"])
+def test_functional_derivatives_raise(transform: str) -> None:
+    """By name, not by torch's words about an autograd.Function."""
+    q, k, v = qkv(grad=False)
+    derivative = getattr(torch.func, transform)(lambda x: fc.flash_attention(x, k, v).sum())
+    with pytest.raises(fc.UnsupportedError, match=r"torch\.func"):
+        derivative(q)
+
+
+def test_tracers_see_the_operator() -> None:
+    """make_fx and torch.jit.trace would record memory that nobody wrote; fake tensors have none."""
+    q, k, v = qkv(grad=False)
+    expected = fc.flash_attention(q, k, v) * 2
+    fx = torch.fx.experimental.proxy_tensor.make_fx(lambda *x: fc.flash_attention(*x) * 2)(q, k, v)
+    torch.testing.assert_close(fx(q, k, v), expected)
+    traced = torch.jit.trace(lambda *x: fc.flash_attention(*x) * 2, (q, k, v))
+    torch.testing.assert_close(traced(q + 1, k, v), fc.flash_attention(q + 1, k, v) * 2)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in (q, k, v)]
+        assert fc.flash_attention(*fake).shape == q.shape
+    many = torch.vmap(fc.flash_attention)(*(torch.stack([x, x + 1]) for x in (q, k, v)))
+    torch.testing.assert_close(many[1], fc.flash_attention(q + 1, k + 1, v + 1))
+
+
+def test_meta_tensors_are_refused() -> None:
+    """As an argument that has no memory, not by an error of torch's dispatcher."""
+    q = torch.empty(1, 4, 2, 8, device="meta")
+    with pytest.raises(fc.ArgumentError, match=r"^q: "):
+        fc.flash_attention(q, q, q)
+
+
+def test_traced_fallback_checks_sizes() -> None:
+    """torch's own function would broadcast a batch of 1."""
+    q, k, v = qkv(grad=False)
+    compiled = torch.compile(
+        lambda *x: fc.flash_attention(*x, window=(2, 0), **SILENT), backend="eager"
+    )
+    torch.testing.assert_close(
+        compiled(q, k, v), fc.flash_attention(q, k, v, window=(2, 0), **SILENT)
+    )
+    with pytest.raises(Exception, match="batch size 2"):
+        compiled(q, k[:1], v[:1])
