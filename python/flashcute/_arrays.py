@@ -43,8 +43,11 @@ class Library:
 
     def empty(self, shape: Sequence[int], like: Array, dtype: str | None = None) -> Array:
         """A new array on the device of `like`, of its dtype or of the named one."""
-        raise ArgumentError(
-            f"out: expected an array to write to, got None. flashcute does not know how to make a "
+        raise self.cannot_make("out", like)
+
+    def cannot_make(self, name: str, like: Array) -> ArgumentError:
+        return ArgumentError(
+            f"{name}: expected an array to write to, got None. flashcute does not know how to make a "
             f"{type(like).__module__}.{type(like).__name__}"
         )
 

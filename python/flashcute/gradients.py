@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from . import _core
-from ._arrays import Array, library_of, stream_number
+from ._arrays import Array, Library, library_of, stream_number
 from ._core import ArgumentError, BackwardConfig
 from .attention import integer, number, optional_integer, require_arrays, require_options
 
@@ -72,6 +72,9 @@ def backward(
                 f"{name}: expected a writable array, got an immutable one of JAX. Omit it"
             )
     library = library_of(type(q))
+    for name in ("dq", "dk", "dv"):
+        if name not in gradients and type(library) is Library:
+            raise library.cannot_make(name, q)
     address = stream_number(stream)
     arrays = [*inputs.values(), *gradients.values()]
     with nullcontext() if address is None else library.use_stream(address, arrays):

@@ -450,3 +450,32 @@ def test_gpu_tensors_are_refused() -> None:
     a.arrays = {name: x.cuda() for name, x in a.arrays.items()}
     with pytest.raises(fc.UnsupportedError, match=r"^q: .*scaled_dot_product_attention"):
         call(a)
+
+
+def test_arrays_of_an_unknown_library() -> None:
+    """Gradients cannot be made for an array that is DLPack and nothing more: the one that is missing
+    is named."""
+
+    class OnlyDlpack:
+        def __init__(self, array: np.ndarray) -> None:
+            self.array = array
+            self.shape, self.dtype = array.shape, array.dtype
+
+        def __dlpack__(self, **options: object) -> object:
+            return self.array.__dlpack__(**options)
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return self.array.__dlpack_device__()
+
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((1, 4, 2, 8)).astype(np.float32) for _ in range(4))
+    out, lse = fc.flash_attention(q, k, v, return_lse=True)
+    cfg = fc.default_backward_config(8, "float32")
+    expected = fc.backward(cfg, dout, q, k, v, out, lse)
+    dq, dk, dv = (np.empty_like(x) for x in (q, k, v))
+    foreign = [OnlyDlpack(x) for x in (q, k, v)]
+    with pytest.raises(fc.ArgumentError, match=r"^dk: expected an array to write to.*OnlyDlpack"):
+        fc.backward(cfg, dout, *foreign, out, lse, dq=dq)
+    fc.backward(cfg, dout, *foreign, out, lse, dq=dq, dk=dk, dv=dv)
+    for found, wanted in zip((dq, dk, dv), expected, strict=True):
+        assert found.tobytes() == wanted.tobytes()
