@@ -137,7 +137,8 @@ INSTANTIATE_TEST_SUITE_P(
 
 // Guards against a device number that is not checked before the driver is asked for it.
 TEST_F(Gpu, ADeviceThatDoesNotExistIsRefused) {
-  TensorView const t = dense_view(nullptr, DType::bfloat16, {DeviceType::cuda, 4096}, {1, 64, 1, 64});
+  void* const nowhere = reinterpret_cast<void*>(std::uintptr_t{0x10000000});
+  TensorView const t = dense_view(nowhere, DType::bfloat16, {DeviceType::cuda, 4096}, {1, 64, 1, 64});
   EXPECT_THROW(forward(ForwardConfig{}, t, t, t, t, nullptr), DeviceError);
 }
 

@@ -32,7 +32,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     for process in _compilations.values():
         if process.poll() is None:
             process.kill()
-        process.communicate()
+        if process.stderr and not process.stderr.closed:  # else a test has waited for it
+            process.communicate()
     _scratch.cleanup()
 
 
