@@ -51,9 +51,4 @@ struct KeyTile {
   }
 };
 
-/// Where element 0 of a row lies.
-FLASHCUTE_HD int64_t row_offset(Strides const& s, int64_t batch, int64_t head, int64_t row) {
-  return batch * s.batch + head * s.head + row * s.row;
-}
-
 }  // namespace flashcute

@@ -31,8 +31,6 @@ struct KvRange {
 struct QueryRange {
   int32_t begin, full_begin, end;
 
-  FLASHCUTE_HD bool empty() const { return begin >= end; }
-
   /// Calls body(m, partial) from the first block to the last, as KvRange does.
   template <class Body>
   FLASHCUTE_HD void for_each(Body&& body) const {

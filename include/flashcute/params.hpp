@@ -18,6 +18,11 @@ struct BlockCounts {
   int32_t skipped;  // never touched
 };
 
+/// Where element 0 of a row lies.
+FLASHCUTE_HD int64_t row_offset(Strides const& s, int64_t batch, int64_t head, int64_t row) {
+  return batch * s.batch + head * s.head + row * s.row;
+}
+
 struct ForwardParams {
   void const* q;              // (batch, seqlen_q, heads,    head_dim)
   void const* k;              // (batch, seqlen_k, kv_heads, head_dim)
@@ -82,17 +87,12 @@ struct QueryTile {
     return (static_cast<int64_t>(batch) * p.heads + head) * ceil_div(p.seqlen_q, block_m) + row0 / block_m;
   }
 
-  FLASHCUTE_HD int64_t q_offset(ForwardParams const& p) const { return offset(p.q_stride, head, row0); }
-  FLASHCUTE_HD int64_t k_offset(ForwardParams const& p) const { return offset(p.k_stride, kv_head, 0); }
-  FLASHCUTE_HD int64_t v_offset(ForwardParams const& p) const { return offset(p.v_stride, kv_head, 0); }
-  FLASHCUTE_HD int64_t out_offset(ForwardParams const& p) const { return offset(p.out_stride, head, row0); }
+  FLASHCUTE_HD int64_t q_offset(ForwardParams const& p) const { return row_offset(p.q_stride, batch, head, row0); }
+  FLASHCUTE_HD int64_t k_offset(ForwardParams const& p) const { return row_offset(p.k_stride, batch, kv_head, 0); }
+  FLASHCUTE_HD int64_t v_offset(ForwardParams const& p) const { return row_offset(p.v_stride, batch, kv_head, 0); }
+  FLASHCUTE_HD int64_t out_offset(ForwardParams const& p) const { return row_offset(p.out_stride, batch, head, row0); }
   FLASHCUTE_HD int64_t lse_offset(ForwardParams const& p) const {
     return (static_cast<int64_t>(batch) * p.heads + head) * p.seqlen_q + row0;
-  }
-
- private:
-  FLASHCUTE_HD int64_t offset(Strides const& s, int64_t h, int64_t row) const {
-    return batch * s.batch + h * s.head + row * s.row;
   }
 };
 

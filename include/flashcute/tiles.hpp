@@ -23,11 +23,11 @@ struct ForwardTile {
 /// All stay under the 99 KB of shared memory that compute capabilities 8.6, 8.9 and 12.0 allow, so that one
 /// choice serves every GPU.
 inline constexpr ForwardTile forward_tiles[] = {
-    {2, Math::tensor_core, 64, Grid::large, 128, 64, 4, 2, "registers: free of spills; not yet measured on a GPU"},
+    {2, Math::tensor_core, 64, Grid::large, 128, 64, 4, 2, "registers: free of spills; docs/sm80_forward.md has times"},
     {2, Math::tensor_core, 64, Grid::small, 64, 64, 4, 3, "twice the blocks; not yet measured on a GPU"},
-    {2, Math::tensor_core, 128, Grid::large, 64, 64, 4, 3, "registers: free of spills; not yet measured on a GPU"},
+    {2, Math::tensor_core, 128, Grid::large, 64, 64, 4, 3, "registers: free of spills; docs/sm80_forward.md has times"},
     {2, Math::tensor_core, 128, Grid::small, 32, 64, 2, 4, "twice the blocks; not yet measured on a GPU"},
-    {2, Math::tensor_core, 256, Grid::large, 64, 64, 4, 2, "shared memory: two blocks an SM of 9.0; not yet measured"},
+    {2, Math::tensor_core, 256, Grid::large, 64, 64, 4, 2, "shared memory: two blocks an SM; docs/sm80_forward.md"},
     {4, Math::cuda_core, 64, Grid::large, 128, 32, 4, 2, "counts of instructions; not yet measured on a GPU"},
     {4, Math::cuda_core, 128, Grid::large, 64, 32, 4, 2, "registers: 128 rows spill; not yet measured on a GPU"},
     {4, Math::cuda_core, 256, Grid::large, 32, 16, 2, 3, "registers: 64 rows spill on 8.0; not yet measured"},

@@ -274,6 +274,21 @@ struct Reference {
   size_t row(int b, int i, int h) const { return (static_cast<size_t>(b) * shape.seqlen_q + i) * shape.heads + h; }
 };
 
+/// The rows of one head, one after the other.
+inline std::vector<double> rows_of(Tensor const& t, int b, int h, int rows, int d) {
+  std::vector<double> all;
+  for (int i = 0; i < rows; ++i) {
+    for (int e = 0; e < d; ++e) all.push_back(t.at(b, i, h, e));
+  }
+  return all;
+}
+
+/// How many keys query i sees; none if it is not positive.
+inline int64_t keys_seen(Shape const& s, int i) {
+  if (s.mask == MaskKind::full) return s.seqlen_k;
+  return std::min<int64_t>(s.seqlen_k, static_cast<int64_t>(i) + s.causal_offset + 1);
+}
+
 inline Reference reference(Problem const& problem) {
   Shape const& s = problem.shape;
   Reference r{{}, {}, s};
@@ -284,14 +299,10 @@ inline Reference reference(Problem const& problem) {
   for (int b = 0; b < s.batch; ++b) {
     for (int h = 0; h < s.heads; ++h) {
       int const kv = h * s.kv_heads / s.heads;
-      std::vector<double> k, v;
-      for (int j = 0; j < s.seqlen_k; ++j) {
-        for (int e = 0; e < s.head_dim; ++e) k.push_back(problem.k.at(b, j, kv, e));
-        for (int e = 0; e < s.head_dim_v; ++e) v.push_back(problem.v.at(b, j, kv, e));
-      }
+      std::vector<double> const k = rows_of(problem.k, b, kv, s.seqlen_k, s.head_dim),
+                                v = rows_of(problem.v, b, kv, s.seqlen_k, s.head_dim_v);
       for (int i = 0; i < s.seqlen_q; ++i) {
-        int64_t seen = s.seqlen_k;
-        if (s.mask == MaskKind::causal) seen = std::min<int64_t>(seen, static_cast<int64_t>(i) + s.causal_offset + 1);
+        int64_t const seen = keys_seen(s, i);
         if (seen <= 0) continue;
         for (int e = 0; e < s.head_dim; ++e) q[e] = problem.q.at(b, i, h, e);
         long double top = -inf;

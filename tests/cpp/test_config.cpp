@@ -179,7 +179,7 @@ TEST(Config, TheTilesOfABucketDifferInRowsOnly) {
         forward_tile(tile.element_bytes == 2 ? DType::float16 : DType::float32, tile.math, tile.head_dim, Grid::large);
     EXPECT_EQ(large.head_dim, tile.head_dim);
     EXPECT_EQ(large.block_n, tile.block_n);
-    EXPECT_EQ(large.block_m / large.num_warps % 16, 0);
+    EXPECT_LE(tile.block_m, large.block_m);
   }
 }
 

@@ -129,14 +129,10 @@ ReferenceGradients reference_gradients(BackwardProblem const& problem) {
   for (int b = 0; b < s.batch; ++b) {
     for (int h = 0; h < s.heads; ++h) {
       int const kv = h * s.kv_heads / s.heads;
-      std::vector<double> k, v;
-      for (int j = 0; j < s.seqlen_k; ++j) {
-        for (int e = 0; e < s.head_dim; ++e) k.push_back(problem.k.at(b, j, kv, e));
-        for (int e = 0; e < s.head_dim_v; ++e) v.push_back(problem.v.at(b, j, kv, e));
-      }
+      std::vector<double> const k = rows_of(problem.k, b, kv, s.seqlen_k, s.head_dim),
+                                v = rows_of(problem.v, b, kv, s.seqlen_k, s.head_dim_v);
       for (int i = 0; i < s.seqlen_q; ++i) {
-        int64_t seen = s.seqlen_k;
-        if (s.mask == MaskKind::causal) seen = std::min<int64_t>(seen, static_cast<int64_t>(i) + s.causal_offset + 1);
+        int64_t const seen = keys_seen(s, i);
         for (int e = 0; e < s.head_dim; ++e) q[e] = problem.q.at(b, i, h, e);
         long double delta = problem.with_dlse ? -problem.dlse.at(b, i, h, 0) : 0;
         long double delta_size = std::fabs(delta);

@@ -14,6 +14,17 @@
 namespace flashcute {
 namespace {
 
+/// The call throws, and the message has all the words.
+template <class Exception, class Call>
+void expect_throw(Call const& call, std::initializer_list<char const*> words) {
+  try {
+    call();
+    FAIL() << "no exception";
+  } catch (Exception const& e) {
+    for (char const* word : words) EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
+  }
+}
+
 struct Problem {
   std::vector<float> memory = std::vector<float>(4096, 1.f);
   std::vector<float> output = std::vector<float>(4096, -7.f);
@@ -35,12 +46,7 @@ struct Problem {
 
   template <class Exception>
   void expect(std::initializer_list<char const*> words) {
-    try {
-      run();
-      FAIL() << "no exception";
-    } catch (Exception const& e) {
-      for (char const* word : words) EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
-    }
+    expect_throw<Exception>([&] { run(); }, words);
     for (float x : output) ASSERT_EQ(x, -7.f) << "something was written";
   }
 };
@@ -231,12 +237,7 @@ struct BackwardProblem {
 
   template <class Exception>
   void expect(std::initializer_list<char const*> words) {
-    try {
-      run();
-      FAIL() << "no exception";
-    } catch (Exception const& e) {
-      for (char const* word : words) EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
-    }
+    expect_throw<Exception>([&] { run(); }, words);
     for (auto const* memory : {&dq_memory, &dk_memory, &dv_memory}) {
       for (float x : *memory) ASSERT_EQ(x, -7.f) << "something was written";
     }

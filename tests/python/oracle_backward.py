@@ -6,6 +6,7 @@ Written from the definition and from nothing in flashcute. Arrays are (batch, se
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import oracle
@@ -61,33 +62,15 @@ class BackwardProblem:
 
 
 def make_problem(
-    rng: np.random.Generator,
-    dtype: str,
-    *,
-    batch: int = 2,
-    seqlen_q: int,
-    seqlen_k: int,
-    heads: int = 4,
-    kv_heads: int | None = None,
-    d: int,
-    d_v: int | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-    with_dlse: bool = False,
+    rng: np.random.Generator, dtype: str, *, with_dlse: bool = False, **sizes: Any
 ) -> BackwardProblem:
-    kv_heads = heads if kv_heads is None else kv_heads
-    d_v = d if d_v is None else d_v
-    q = rng.standard_normal((batch, seqlen_q, heads, d))
-    k = rng.standard_normal((batch, seqlen_k, kv_heads, d))
-    v = rng.standard_normal((batch, seqlen_k, kv_heads, d_v))
-    dout = rng.standard_normal((batch, seqlen_q, heads, d_v))
-    dlse = rng.standard_normal((batch, heads, seqlen_q)).astype(np.float32).astype(np.float64)
+    """The forward's problem of these sizes, and gradients of its results."""
+    p = oracle.make_problem(rng, dtype, **sizes)
+    batch, rows, heads, _ = p.q.shape
+    dout = rounded(rng.standard_normal((batch, rows, heads, p.v.shape[3])), dtype)
+    dlse = rng.standard_normal((batch, heads, rows)).astype(np.float32).astype(np.float64)
     return BackwardProblem(
-        *(rounded(x, dtype) for x in (q, k, v, dout)),
-        dtype,
-        causal,
-        scale,
-        dlse if with_dlse else None,
+        p.q, p.k, p.v, dout, dtype, p.causal, p.scale, dlse if with_dlse else None
     )
 
 
