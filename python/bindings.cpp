@@ -207,9 +207,10 @@ void bind_configs(nb::module_& m) {
   static constexpr char forward_signature[] =
       "def __init__(self, *, dtype: object = 'bfloat16', head_dim: int = 128, head_dim_v: int = ..., "
       "block_m: int = 128, block_n: int = 64, num_warps: int = 4, blocks_per_sm: int = 2, math: str = 'tensor_core', "
-      "copy_bytes: int = 16, "
+      "stages: int = 1, copy_bytes: int = 16, "
       "async_copy: bool = True, eager_load_blocks: bool = True, swizzled: bool = True, q_in_registers: bool = False, "
-      "k_tiles_per_load: int = 0, mma_double_buffer: bool = True, optimized_softmax: bool = True) -> None";
+      "k_tiles_per_load: int = 0, mma_double_buffer: bool = True, optimized_softmax: bool = True, "
+      "rescale_threshold: int = 8) -> None";
   auto forward = bind_config<ForwardConfig>(
       m, forward_signature,
       "Static configuration of a forward kernel: immutable, hashable.\n\n"
@@ -221,6 +222,7 @@ void bind_configs(nb::module_& m) {
       "num_warps: warps per thread block; each owns 16-row slices of the tile.\n"
       "blocks_per_sm: thread blocks that shall fit a multiprocessor at once, which limits their registers.\n"
       "math: 'tensor_core' (mma.sync; of float32 in TF32, 10 bits of fraction) or 'cuda_core' (fp32).\n"
+      "stages: K/V blocks that shared memory holds; with 2 one arrives while the other is multiplied.\n"
       "copy_bytes: 16, 8, 4 or 2: what a thread copies between global and shared memory at once; addresses and "
       "strides of all tensors must be multiples.\n"
       "async_copy: by cp.async, not through registers.\n"
@@ -231,7 +233,8 @@ void bind_configs(nb::module_& m) {
       "0: pieces of 16 columns of one step.\n"
       "mma_double_buffer: fetch the next fragments while the tensor cores work on these.\n"
       "optimized_softmax: one multiply-add and one exp2 a score, the row sum reduced in the end; False: as in a "
-      "textbook.");
+      "textbook.\n"
+      "rescale_threshold: t: a row's sums are rescaled once its maximum has grown 2^t fold; 0: in every block.");
   forward.def_prop_ro(
       "smem_bytes", [](ForwardConfig const& c) { return smem_bytes(c); },
       "Shared memory of a thread block, in bytes (GPU only).");

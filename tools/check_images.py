@@ -1,8 +1,9 @@
 """Gates for the kernel images that CMake built, without a GPU.
 
 For every kernel of every family and every target architecture: it is there; its main loops hold no
-memory spill (LDL, STL); the instructions meant are present; registers, stack and shared memory are no
-worse than in the checked table tests/images.json. ``--update`` rewrites the table.
+memory spill (LDL, STL), or no more than what was measured to pay; the instructions meant are present;
+registers, stack and shared memory are no worse than in the checked table tests/images.json.
+``--update`` rewrites the table.
 
 usage: python tools/check_images.py --images build/*/images [--update]
 """
@@ -23,6 +24,8 @@ MEANT = {
     "HMMA": ("LDGSTS", "LDSM", "HMMA"),  # cp.async, ldmatrix, mma.sync
     "FFMA": ("LDGSTS", "LDS", "FFMA"),  # CUDA cores
 }
+# Of a tile -> spills in one iteration of its main loop. It is faster than every tile without: docs/sm80_forward.md.
+SPILLS_ALLOWED = {"d128_m128_n64_w4": 13}
 Resources = dict[str, int]
 
 
@@ -68,9 +71,10 @@ def check_family(unit: Path, archs: list[str]) -> tuple[list[str], dict[str, dic
             loops = function.loops(product)
             if not loops:
                 problems.append(f"{where}: no loop with {product} was found")
+            allowed = max((n for tile, n in SPILLS_ALLOWED.items() if f"_{tile}_" in kernel), default=0)
             for loop in loops:
                 spills = loop.counts["LDL"] + loop.counts["STL"]
-                if spills:
+                if spills > allowed:
                     problems.append(f"{where}: {spills} LDL/STL in a main loop of {loop.length}")
             table.setdefault(kernel, {})[arch] = used[kernel, arch]
     return problems, table

@@ -52,6 +52,7 @@ struct ForwardConfig {
   int32_t num_warps = 4;          // each warp owns 16-row slices of the tile
   int32_t blocks_per_sm = 2;      // thread blocks that shall fit a multiprocessor: limits registers
   Math math = Math::tensor_core;  // mma.sync, or fused multiply-adds on the CUDA cores
+  int32_t stages = 1;             // K/V blocks in shared memory; 2: one arrives while the other is multiplied
   int32_t copy_bytes = 16;        // what a thread copies at once; addresses and strides must be multiples
   bool async_copy = true;         // global to shared memory by cp.async, not through registers
   bool eager_load_blocks = true;  // copy a K or V block as soon as its place is free, not when it is needed
@@ -60,6 +61,7 @@ struct ForwardConfig {
   int32_t k_tiles_per_load = 0;   // K-steps of K or V per fetch into registers; 0: pieces of 16 columns of one
   bool mma_double_buffer = true;  // fetch the next fragments while the tensor cores work on these
   bool optimized_softmax = true;  // one multiply-add and exp2 a score, one reduction of the row sum in the end
+  int32_t rescale_threshold = 8;  // rescale a row once its maximum has grown 2^this fold; 0: in every block
 
   constexpr bool operator==(ForwardConfig const&) const = default;
 };
@@ -76,6 +78,7 @@ constexpr void for_each_option(Config& c, F&& f) {
   f("num_warps", c.num_warps);
   f("blocks_per_sm", c.blocks_per_sm);
   f("math", c.math);
+  f("stages", c.stages);
   f("copy_bytes", c.copy_bytes);
   f("async_copy", c.async_copy);
   f("eager_load_blocks", c.eager_load_blocks);
@@ -84,6 +87,7 @@ constexpr void for_each_option(Config& c, F&& f) {
   f("k_tiles_per_load", c.k_tiles_per_load);
   f("mma_double_buffer", c.mma_double_buffer);
   f("optimized_softmax", c.optimized_softmax);
+  f("rescale_threshold", c.rescale_threshold);
 }
 
 /// What to compute, as far as it changes the code: taken from the arguments of a call, not chosen.
@@ -136,6 +140,7 @@ constexpr Name name(ForwardConfig const& c) {
   s << "_m" << c.block_m << "_n" << c.block_n << "_w" << c.num_warps;
   if (c.blocks_per_sm != 2) s << "_b" << c.blocks_per_sm;
   if (c.math == Math::cuda_core) s << "_cudacore";
+  if (c.stages != 1) s << "_st" << c.stages;
   if (c.copy_bytes != 16) s << "_copy" << c.copy_bytes;
   if (!c.async_copy) s << "_sync";
   if (!c.eager_load_blocks) s << "_lazy";
@@ -144,6 +149,7 @@ constexpr Name name(ForwardConfig const& c) {
   if (c.k_tiles_per_load != 0) s << "_k" << c.k_tiles_per_load;
   if (!c.mma_double_buffer) s << "_single";
   if (!c.optimized_softmax) s << "_textbook";
+  if (c.rescale_threshold != 8) s << "_tau" << c.rescale_threshold;
   return s;
 }
 
@@ -207,11 +213,11 @@ struct CopyShape {
   }
 };
 
-/// Dynamic shared memory of the kernel: one Q tile and one block each of K and V. The output tile
+/// Dynamic shared memory of the kernel: one Q tile, and `stages` blocks each of K and V. The output tile
 /// reuses Q's place.
 constexpr int64_t smem_bytes(ForwardConfig const& c) {
   int64_t const m = c.block_m, n = c.block_n, d = c.head_dim, d_v = c.head_dim_v;
-  return (m * max_of(d, d_v) + n * (d + d_v)) * size_of(c.dtype);
+  return (m * max_of(d, d_v) + c.stages * n * (d + d_v)) * size_of(c.dtype);
 }
 
 // Every rule: an identifier and the sentence that C++, Python and static_assert all show.
@@ -225,12 +231,14 @@ constexpr int64_t smem_bytes(ForwardConfig const& c) {
   RULE(block_m, "block_m must be a positive multiple of 16 * num_warps, at most 256")                                  \
   RULE(block_n, "block_n must be a positive multiple of 16, at most 256")                                              \
   RULE(blocks_per_sm, "blocks_per_sm must be between 1 and 16, and their threads must fit a multiprocessor")           \
+  RULE(stages, "stages must be 1, or 2, which needs eager_load_blocks")                                                \
   RULE(copy_bytes, "copy_bytes must be 16, 8, 4 or 2, and at least the bytes of an element")                           \
   RULE(async_copy, "async_copy needs copy_bytes of 4 or more: cp.async cannot copy less")                              \
   RULE(copy_rows, "block_m and block_n must be multiples of the rows that all threads copy at once")                   \
   RULE(fragments, "q_in_registers and k_tiles_per_load need math = tensor_core")                                       \
   RULE(k_tiles_per_load, "k_tiles_per_load must be 0, 1 or 2, and 2 needs head_dim and block_n to be multiples of 32") \
-  RULE(smem, "block_m, block_n and head_dim need more shared memory than a thread block of this GPU can have")
+  RULE(rescale_threshold, "rescale_threshold must be between 0 and 8")                                                 \
+  RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")
 
 enum class ForwardConfigError : uint8_t {
   none,
@@ -258,6 +266,8 @@ constexpr ForwardConfigError check(ForwardConfig const& c, Arch arch) {
   if (c.block_n <= 0 || c.block_n > 256 || c.block_n % 16 != 0) return block_n;
   if (c.blocks_per_sm < 1 || c.blocks_per_sm > 16) return blocks_per_sm;
   if (c.blocks_per_sm * num_threads(c) > max_threads_per_sm(arch)) return blocks_per_sm;
+  if (c.stages != 1 && (c.stages != 2 || !c.eager_load_blocks)) return stages;
+  if (c.rescale_threshold < 0 || c.rescale_threshold > 8) return rescale_threshold;
   if (c.copy_bytes != 16 && c.copy_bytes != 8 && c.copy_bytes != 4 && c.copy_bytes != 2) return copy_bytes;
   int32_t const widths[] = {c.head_dim, c.head_dim_v};
   for (int32_t const d : widths) {

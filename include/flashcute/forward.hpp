@@ -15,7 +15,7 @@ struct ForwardPass {
   using L = ForwardLayout<C>;
   using P = Products<C>;
   using Mask = flashcute::Mask<Id.features.mask>;
-  using Softmax = OnlineSoftmax<L::rows_per_thread, C.optimized_softmax>;
+  using Softmax = OnlineSoftmax<L::rows_per_thread, C.optimized_softmax, C.rescale_threshold>;
 
   FLASHCUTE_DEVICE static void run(ForwardParams const& p, typename L::SharedStorage& smem) {
     using namespace cute;
@@ -34,7 +34,7 @@ struct ForwardPass {
       auto v = loader.value(n, partial);           // K(n - 1) loads while the softmax and P V compute
       if constexpr (decltype(partial)::value) apply_mask(s, tile, n, p);
       softmax.update(s, o);
-      if constexpr (decltype(partial)::value && Mask::rows_differ) loader.drop_nonfinite_values();
+      if constexpr (decltype(partial)::value && Mask::rows_differ) loader.drop_nonfinite_values(n);
       P::gemm(o, P::probabilities(s), v);  // O += P V
     });
 

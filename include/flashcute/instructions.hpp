@@ -129,6 +129,9 @@ FLASHCUTE_DEVICE bool block_any(bool x) { return __syncthreads_or(x); }
 /// The value of the lane whose number differs by `mask`.
 FLASHCUTE_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
+/// Whether any lane of the warp passed true.
+FLASHCUTE_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
+
 /// The value of lane `lane` of this thread's group of `Width` lanes.
 template <int Width>
 FLASHCUTE_DEVICE float shuffle(float x, int lane) {

@@ -59,8 +59,8 @@ struct ForwardLayout {
 
   struct SharedStorage {
     alignas(128) Element q[C.block_m * max_of(C.head_dim, C.head_dim_v)];  // the output tile reuses it
-    alignas(128) Element k[C.block_n * C.head_dim];
-    alignas(128) Element v[C.block_n * C.head_dim_v];
+    alignas(128) Element k[C.stages][C.block_n * C.head_dim];
+    alignas(128) Element v[C.stages][C.block_n * C.head_dim_v];
   };
   static_assert(sizeof(SharedStorage) == smem_bytes(C));
 

@@ -87,7 +87,7 @@ class ForwardLoader {
   using CopyV = TileCopy<C, typename L::SmemV>;
 
  public:
-  /// Starts loading Q and, if blocks are to be loaded eagerly, the last K block of `range`.
+  /// Starts loading Q and, if blocks are to be loaded eagerly, what the last block of `range` has a place for.
   FLASHCUTE_DEVICE ForwardLoader(ForwardParams const& p, QueryTile const& tile, KvRange const& range,
                                  typename L::SharedStorage& smem)
       : p_(p), smem_(smem), begin_(range.begin) {
@@ -97,7 +97,10 @@ class ForwardLoader {
     int64_t const last_row = (range.end - 1) * static_cast<int64_t>(C.block_n);
     k_ = CopyK::first(static_cast<Element const*>(p.k) + tile.k_offset(p) + last_row * p.k_stride.row, p.k_stride.row);
     v_ = CopyV::first(static_cast<Element const*>(p.v) + tile.v_offset(p) + last_row * p.v_stride.row, p.v_stride.row);
-    if (C.eager_load_blocks && !range.empty()) load_key(range.end - 1, std_::true_type{});
+    if (C.eager_load_blocks && !range.empty()) {
+      load_key(range.end - 1, std_::true_type{});
+      if (C.stages > 1) load_value(range.end - 1, std_::true_type{});
+    }
   }
 
   /// Q as the left operand of S = Q K^T. Unless it is to stay in registers, each product reads it from shared
@@ -116,30 +119,40 @@ class ForwardLoader {
   FLASHCUTE_DEVICE auto key(int n, Partial partial) {
     // Lazily: K's place is free since all warps have passed `value`.
     if constexpr (!C.eager_load_blocks) load_key(n, partial);
-    // K(n) (and Q) have arrived, and all warps have finished reading V(n + 1): its place may be refilled.
+    // K(n) (and Q; with two stages also V(n)) have arrived, and all warps have finished reading V(n + 1) (with two
+    // stages all of block n + 1): its place may be refilled.
     arrive_and_sync();
-    if constexpr (C.eager_load_blocks) load_value(n, partial);
-    return P::key(smem_.k);
+    if constexpr (C.stages > 1) {
+      if (n > begin_) {
+        load_key(n - 1, partial);
+        load_value(n - 1, partial);
+      }
+    } else if constexpr (C.eager_load_blocks) {
+      load_value(n, partial);
+    }
+    return P::key(key_place(n));
   }
 
   /// V(n) as the right operand of O += P V.
   template <class Partial>
   FLASHCUTE_DEVICE auto value(int n, Partial partial) {
-    // Lazily: V's place is free since all warps have passed `key`.
-    if constexpr (!C.eager_load_blocks) load_value(n, partial);
-    // V(n) has arrived, and all warps have finished reading K(n): its place may be refilled.
-    arrive_and_sync();
-    if (C.eager_load_blocks && n > begin_) load_key(n - 1, partial);
-    return P::value(smem_.v);
+    if constexpr (C.stages == 1) {
+      // Lazily: V's place is free since all warps have passed `key`.
+      if constexpr (!C.eager_load_blocks) load_value(n, partial);
+      // V(n) has arrived, and all warps have finished reading K(n): its place may be refilled.
+      arrive_and_sync();
+      if (C.eager_load_blocks && n > begin_) load_key(n - 1, partial);
+    }
+    return P::value(value_place(n));
   }
 
-  /// Replaces NaN and infinity in that V block by 0. All threads of the block call it.
-  FLASHCUTE_DEVICE void drop_nonfinite_values() {
+  /// Replaces NaN and infinity in V(n) by 0. All threads of the block call it.
+  FLASHCUTE_DEVICE void drop_nonfinite_values(int n) {
     constexpr int count = C.block_n * C.head_dim_v;
-    if (block_all_finite<L::threads>(smem_.v, count)) return;
+    if (block_all_finite<L::threads>(value_place(n), count)) return;
     dropped_ = true;
     block_sync();  // no thread reads the values any more
-    zero_nonfinite<L::threads>(smem_.v, count);
+    zero_nonfinite<L::threads>(value_place(n), count);
     block_sync();  // the whole block is finite
   }
 
@@ -152,16 +165,19 @@ class ForwardLoader {
     block_sync();
   }
 
+  FLASHCUTE_DEVICE Element* key_place(int n) const { return smem_.k[n % C.stages]; }
+  FLASHCUTE_DEVICE Element* value_place(int n) const { return smem_.v[n % C.stages]; }
+
   // Blocks are loaded from the last to the first.
   template <class Partial>
   FLASHCUTE_DEVICE void load_key(int n, Partial partial) {
-    CopyK::load(k_, p_.k_stride.row, p_.seqlen_k - n * C.block_n, p_.head_dim, smem_.k, partial);
+    CopyK::load(k_, p_.k_stride.row, p_.seqlen_k - n * C.block_n, p_.head_dim, key_place(n), partial);
     k_ -= C.block_n * p_.k_stride.row;
   }
 
   template <class Partial>
   FLASHCUTE_DEVICE void load_value(int n, Partial partial) {
-    CopyV::load(v_, p_.v_stride.row, p_.seqlen_k - n * C.block_n, p_.head_dim_v, smem_.v, partial);
+    CopyV::load(v_, p_.v_stride.row, p_.seqlen_k - n * C.block_n, p_.head_dim_v, value_place(n), partial);
     v_ -= C.block_n * p_.v_stride.row;
   }
 

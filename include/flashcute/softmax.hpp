@@ -1,5 +1,5 @@
-// The online softmax: keeps, for every row this thread holds, the maximum score so far and the sum of
-// exponentials relative to it, and corrects both when a new block raises the maximum.
+// The online softmax: keeps, for every row this thread holds, a maximum of its scores and the sum of exponentials
+// relative to it, and corrects sum and output when a new block raises the maximum.
 #pragma once
 
 #include "flashcute/fragment.hpp"
@@ -26,7 +26,8 @@ class Exponential {
 
   /// exp(scale * (x - y)). The difference comes first, so that x = y gives exactly 1. As a fused multiply-add of
   /// a rounded product it would give 1 + a rounding error, which a long row would raise to a high power.
-  FLASHCUTE_DEVICE float ratio(float x, float y) const { return exp2_approx((x - y) * scale_log2_); }
+  FLASHCUTE_DEVICE float ratio(float x, float y) const { return exp2_approx(log2_ratio(x, y)); }
+  FLASHCUTE_DEVICE float log2_ratio(float x, float y) const { return (x - y) * scale_log2_; }
 
   /// Calls f(x -> exp(scale * (x - y))).
   template <class F>
@@ -57,7 +58,8 @@ class Exponential<false> {
     for (int i = 0; i < cute::size(scores); ++i) scores(i) *= scale_;
   }
 
-  FLASHCUTE_DEVICE float ratio(float x, float y) const { return exp2_approx((x - y) * log2_e); }
+  FLASHCUTE_DEVICE float ratio(float x, float y) const { return exp2_approx(log2_ratio(x, y)); }
+  FLASHCUTE_DEVICE float log2_ratio(float x, float y) const { return (x - y) * log2_e; }
 
   template <class F>
   FLASHCUTE_DEVICE void relative_to(float y, F const& f) const {
@@ -72,7 +74,11 @@ class Exponential<false> {
   float scale_;  // above 0: a masked score stays -inf
 };
 
-template <int Rows, bool Optimized>
+/// A maximum need not be the latest one: any value near it keeps exponentials and sums in range, and cancels in the
+/// end. So with a threshold t a row keeps its maximum until a score exceeds it so far that an exponential would
+/// exceed 2^t, and a warp whose rows all keep theirs does not touch its output.
+/// Source of the idea: FlashAttention-4.
+template <int Rows, bool Optimized, int Threshold>
 class OnlineSoftmax {
  public:
   FLASHCUTE_DEVICE explicit OnlineSoftmax(ForwardParams const& p) : exponential_(p) {
@@ -91,32 +97,43 @@ class OnlineSoftmax {
     exponential_.prepare(scores);
     auto s = by_row_and_column(scores);  // (row, column)
     auto o = by_row_and_column(output);  // (row, head dim)
+    float correction[Rows];
+    bool raised = Threshold == 0;
     CUTE_UNROLL
     for (int i = 0; i < Rows; ++i) {
       // fmaxf passes over NaN; a NaN score still becomes a NaN probability below.
-      float block_max = s(i, 0);
+      float new_max = row_max_[i];
       CUTE_UNROLL
-      for (int j = 1; j < size<1>(s); ++j) block_max = fmaxf(block_max, s(i, j));
-      block_max = quad_reduce(block_max, [](float a, float b) { return fmaxf(a, b); });
-
-      float const new_max = fmaxf(row_max_[i], block_max);
-      // A row that has seen no key keeps -inf: subtract 0 then, because -inf - -inf is NaN.
-      float const shift = new_max == -infinity ? 0.f : new_max;
-      float const correction = exponential_.ratio(row_max_[i], shift);
+      for (int j = 0; j < size<1>(s); ++j) new_max = fmaxf(new_max, s(i, j));
+      new_max = quad_reduce(new_max, [](float a, float b) { return fmaxf(a, b); });
+      if constexpr (Threshold > 0) {
+        bool const row_raised = exponential_.log2_ratio(new_max, row_max_[i]) > Threshold;
+        new_max = row_raised ? new_max : row_max_[i];
+        raised = raised || row_raised;
+      }
+      correction[i] = exponential_.ratio(row_max_[i], shift_of(new_max));
       row_max_[i] = new_max;
+    }
+    if (Threshold == 0 || warp_any(raised)) {
       CUTE_UNROLL
-      for (int j = 0; j < size<1>(o); ++j) o(i, j) *= correction;
-
+      for (int i = 0; i < Rows; ++i) {
+        CUTE_UNROLL
+        for (int j = 0; j < size<1>(o); ++j) o(i, j) *= correction[i];
+        row_sum_[i] *= correction[i];
+      }
+    }
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) {
       // Optimized: each lane keeps the sum of its own columns until `finish`.
-      float sum = Optimized ? row_sum_[i] * correction : 0.f;
-      exponential_.relative_to(shift, [&](auto const& exponential) {
+      float sum = Optimized ? row_sum_[i] : 0.f;
+      exponential_.relative_to(shift_of(row_max_[i]), [&](auto const& exponential) {
         CUTE_UNROLL
         for (int j = 0; j < size<1>(s); ++j) {
           s(i, j) = exponential(s(i, j));
           sum += s(i, j);
         }
       });
-      row_sum_[i] = Optimized ? sum : row_sum_[i] * correction + quad_sum(sum);
+      row_sum_[i] = Optimized ? sum : row_sum_[i] + quad_sum(sum);
     }
   }
 
@@ -141,6 +158,10 @@ class OnlineSoftmax {
   }
 
  private:
+  /// What is subtracted from a row's scores. A row that has seen no key keeps -inf as its maximum: 0 then, because
+  /// -inf - -inf is NaN.
+  FLASHCUTE_DEVICE static float shift_of(float row_max) { return row_max == -infinity ? 0.f : row_max; }
+
   FLASHCUTE_DEVICE static float quad_sum(float x) {
     return quad_reduce(x, [](float a, float b) { return a + b; });
   }

@@ -8,8 +8,8 @@ namespace flashcute {
 /// Whether there are blocks enough for every multiprocessor of the GPU.
 enum class Grid : uint8_t { large, small };
 
-/// The tile of a GPU kernel for head dimensions up to a bucket's width. block_m changes no bit of a result, block_n
-/// does (but see docs/decisions/0003-tiles.md about infinity in V); so the tiles of a bucket differ in block_m only,
+/// The tile of a GPU kernel for head dimensions up to a bucket's width. block_n changes the bits of a result, the
+/// rest does not (but see docs/decisions/0003-tiles.md about infinity in V); so the tiles of a bucket have one block_n,
 /// and a row's result does not depend on its batch mates.
 struct ForwardTile {
   int32_t element_bytes;  // 2: float16, bfloat16; 4: float32
@@ -17,23 +17,25 @@ struct ForwardTile {
   int32_t head_dim;  // the bucket: serves head dimensions up to it
   Grid grid;
   int32_t block_m, block_n, num_warps, blocks_per_sm;
+  bool q_in_registers;
+  int32_t stages;
   char const* chosen_by;
 };
 
 /// All stay under the 99 KB of shared memory that compute capabilities 8.6, 8.9 and 12.0 allow, so that one
 /// choice serves every GPU.
 inline constexpr ForwardTile forward_tiles[] = {
-    {2, Math::tensor_core, 64, Grid::large, 128, 64, 4, 2, "registers: free of spills; docs/sm80_forward.md has times"},
-    {2, Math::tensor_core, 64, Grid::small, 64, 64, 4, 3, "twice the blocks; not yet measured on a GPU"},
-    {2, Math::tensor_core, 128, Grid::large, 64, 64, 4, 3, "registers: free of spills; docs/sm80_forward.md has times"},
-    {2, Math::tensor_core, 128, Grid::small, 32, 64, 2, 4, "twice the blocks; not yet measured on a GPU"},
-    {2, Math::tensor_core, 256, Grid::large, 64, 64, 4, 2, "shared memory: two blocks an SM; docs/sm80_forward.md"},
-    {4, Math::cuda_core, 64, Grid::large, 128, 32, 4, 2, "counts of instructions; not yet measured on a GPU"},
-    {4, Math::cuda_core, 128, Grid::large, 64, 32, 4, 2, "registers: 128 rows spill; not yet measured on a GPU"},
-    {4, Math::cuda_core, 256, Grid::large, 32, 16, 2, 3, "registers: 64 rows spill on 8.0; not yet measured"},
-    {4, Math::tensor_core, 64, Grid::large, 128, 32, 4, 2, "registers; not yet measured on a GPU"},
-    {4, Math::tensor_core, 128, Grid::large, 64, 32, 4, 2, "registers; not yet measured on a GPU"},
-    {4, Math::tensor_core, 256, Grid::large, 64, 16, 4, 2, "shared memory; not yet measured on a GPU"},
+    {2, Math::tensor_core, 64, Grid::large, 128, 64, 4, 2, true, 2, "times on an H200: docs/sm80_forward.md"},
+    {2, Math::tensor_core, 64, Grid::small, 64, 64, 4, 3, false, 1, "twice the blocks; not yet measured on a GPU"},
+    {2, Math::tensor_core, 128, Grid::large, 128, 64, 4, 2, false, 1, "times on an H200: docs/sm80_forward.md"},
+    {2, Math::tensor_core, 128, Grid::small, 32, 64, 2, 4, false, 1, "four times the blocks; not yet measured on a GPU"},
+    {2, Math::tensor_core, 256, Grid::large, 64, 64, 4, 2, false, 1, "times on an H200: docs/sm80_forward.md"},
+    {4, Math::cuda_core, 64, Grid::large, 128, 32, 4, 2, false, 1, "counts of instructions; not yet measured on a GPU"},
+    {4, Math::cuda_core, 128, Grid::large, 64, 32, 4, 2, false, 1, "registers: 128 rows spill; not yet measured"},
+    {4, Math::cuda_core, 256, Grid::large, 32, 16, 2, 3, false, 1, "registers: 64 rows spill on 8.0; not yet measured"},
+    {4, Math::tensor_core, 64, Grid::large, 128, 32, 4, 2, false, 1, "registers; not yet measured on a GPU"},
+    {4, Math::tensor_core, 128, Grid::large, 64, 32, 4, 2, false, 1, "registers; not yet measured on a GPU"},
+    {4, Math::tensor_core, 256, Grid::large, 64, 16, 4, 2, false, 1, "shared memory; not yet measured on a GPU"},
 };
 
 /// The entry for tensors whose wider head dimension is `d`, at most 256. Not every bucket has one for small grids.
@@ -80,8 +82,10 @@ constexpr ForwardConfig default_forward_config(ForwardTensors const& t, Arch arc
           .num_warps = tile.num_warps,
           .blocks_per_sm = tile.blocks_per_sm,
           .math = math,
+          .stages = tile.stages,
           .copy_bytes = t.alignment,
-          .async_copy = t.alignment >= 4};
+          .async_copy = t.alignment >= 4,
+          .q_in_registers = tile.q_in_registers};
 }
 
 /// With work for the whole GPU.

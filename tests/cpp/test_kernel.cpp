@@ -3,6 +3,8 @@
 
 #include "kernel_problem.hpp"
 
+#include <numbers>
+
 namespace flashcute {
 namespace {
 
@@ -137,6 +139,35 @@ TEST(ForwardKernel, LargeScores) {
   Problem flat(small_full, {.sq = 10, .sk = 60, .d = 64});
   flat.scale = 0;
   check<small_full>(flat);
+}
+
+// Guards against a row that is rescaled although it kept its maximum, or kept it although others were rescaled: the
+// maxima of rows rise from block to block by less than the threshold, by just as much, and by more.
+template <ForwardKernelId Id>
+void check_rising_maxima() {
+  constexpr int blocks = 6;
+  Problem problem(Id, {.sq = 40, .sk = blocks * Id.config.block_n, .d = 64});
+  problem.scale = std::numbers::ln2;  // so that a score counts powers of 2
+  for (int i = 0; i < 40; ++i) {
+    problem.q.set_row(0, i, 0, 0);
+    problem.q.set(0, i, 0, 0, 0.25 * (1 << i % 5));  // a rise by 1, 2, 4, 8 or 16 a block
+  }
+  for (int j = 0; j < blocks * Id.config.block_n; ++j) {
+    int const later_blocks = blocks - 1 - j / Id.config.block_n;  // which come first
+    problem.k.set(0, j, 0, 0, 4 * later_blocks - j % 3);
+  }
+  check<Id>(problem);
+}
+
+TEST(ForwardKernel, RisingMaxima) {
+  constexpr auto with_threshold = [](int threshold) {
+    ForwardConfig config = small_full.config;
+    config.rescale_threshold = threshold;
+    return full(config);
+  };
+  check_rising_maxima<with_threshold(0)>();
+  check_rising_maxima<with_threshold(1)>();
+  check_rising_maxima<with_threshold(8)>();
 }
 
 }  // namespace

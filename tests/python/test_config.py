@@ -25,6 +25,7 @@ OPTIONS = {
     "num_warps": [1, 2, 4, 8],
     "blocks_per_sm": [1, 2, 3],
     "math": ["tensor_core", "cuda_core"],
+    "stages": [1, 2],
     "copy_bytes": [2, 4, 8, 16],
     "async_copy": [True, False],
     "eager_load_blocks": [True, False],
@@ -33,6 +34,7 @@ OPTIONS = {
     "k_tiles_per_load": [0, 1, 2],
     "mma_double_buffer": [True, False],
     "optimized_softmax": [True, False],
+    "rescale_threshold": [0, 1, 8],
 }
 any_config = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in OPTIONS.items()}).map(
     lambda options: fc.ForwardConfig(**options)
@@ -263,10 +265,10 @@ def test_name_is_canonical() -> None:
     cfg = cfg.replace(
         head_dim_v=64, blocks_per_sm=3, math="cuda_core", copy_bytes=4, async_copy=False, eager_load_blocks=False,
         swizzled=True, q_in_registers=False, k_tiles_per_load=2, mma_double_buffer=False,
-        optimized_softmax=False,
+        optimized_softmax=False, stages=2, rescale_threshold=0,
     )  # fmt: skip
     assert cfg.name == (
-        "fwd_f16_d128_dv64_m128_n64_w4_b3_cudacore_copy4_sync_lazy_k2_single_textbook"
+        "fwd_f16_d128_dv64_m128_n64_w4_b3_cudacore_st2_copy4_sync_lazy_k2_single_textbook_tau0"
     )
 
 

@@ -4,6 +4,7 @@ rule."""
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import flashcute as fc
 import numpy as np
@@ -64,7 +65,8 @@ def run_and_check(
     assert out.shape == (*q.shape[:3], v.shape[3])
     assert out.device == q.device
     assert lse.dtype == (torch.float64 if p.dtype == "float64" else torch.float32)
-    oracle.assert_accurate(p, bshd(out, layout), lse, tiny=tiny)
+    tf32 = cfg is not None and (p.dtype, cfg.math, where) == ("float32", "tensor_core", "cuda")
+    oracle.assert_accurate(p, bshd(out, layout), lse, tiny=tiny, tf32=tf32)
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -167,6 +169,17 @@ def test_very_negative_scores(
     )
     assert p.expected()[1].max() < -100
     run_and_check(p, where)
+
+
+@everywhere
+def test_rising_maxima(rng: np.random.Generator, where: str, dtype: str) -> None:
+    """Row maxima that rise from block to block by 2^1 to 2^16: a row whose correction is skipped or
+    applied once too often."""
+    p = oracle.make_problem(rng, dtype, seqlen_q=130, seqlen_k=1024, heads=2, d=64)
+    q, k = np.zeros_like(p.q), p.k.copy()
+    q[..., 0] = (0.25 * 2.0 ** (np.arange(130) % 5))[None, :, None]
+    k[..., 0] = (4 * (15 - np.arange(1024) // 64) - np.arange(1024) % 3)[None, :, None]
+    run_and_check(dataclasses.replace(p, q=q, k=k, scale=math.log(2)), where)
 
 
 # ---- configurations ------------------------------------------------------------------------------

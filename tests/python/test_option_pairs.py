@@ -55,7 +55,7 @@ def is_legal(cfg: fc.ForwardConfig) -> bool:
 
 def test_the_options_are_found() -> None:
     """The tests below would pass if they looked at nothing."""
-    assert len(OPTIONS) == 16
+    assert len(OPTIONS) == 18
     assert len(CONFIGURATIONS) > 10
     for cfg, _ in CONFIGURATIONS:
         assert is_legal(cfg), cfg

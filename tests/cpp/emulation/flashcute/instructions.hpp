@@ -260,6 +260,19 @@ FLASHCUTE_DEVICE float shuffle_xor(float x, int mask) {
   return emulation::exchange("shuffle_xor", x, thread_index() % 32 ^ mask);
 }
 
+FLASHCUTE_DEVICE bool warp_any(bool x) {
+  struct Lane {
+    bool value, any;
+  };
+  Lane own{x, false};
+  emulation::warp_instruction("warp_any", &own, [](void* const* lanes) {
+    bool any = false;
+    for (int i = 0; i < 32; ++i) any = any || static_cast<Lane*>(lanes[i])->value;
+    for (int i = 0; i < 32; ++i) static_cast<Lane*>(lanes[i])->any = any;
+  });
+  return own.any;
+}
+
 template <int Width>
 FLASHCUTE_DEVICE float shuffle(float x, int lane) {
   return emulation::exchange("shuffle", x, thread_index() % 32 / Width * Width + lane);
