@@ -65,12 +65,12 @@ nb::object option_to_python(int32_t value) { return nb::int_(value); }
 void option_from_python(char const*, nb::handle object, DType& value) { value = to_dtype(object); }
 
 void option_from_python(char const* option, nb::handle object, Math& value) {
-  for (Math m : {Math::tensor_core, Math::cuda_core}) {
+  for (Math m : {Math::tensor_core, Math::tf32x3, Math::cuda_core}) {
     if (!nb::isinstance<nb::str>(object) || nb::cast<std::string>(object) != name_of(m)) continue;
     value = m;
     return;
   }
-  throw ArgumentError(option, "'tensor_core' or 'cuda_core'", nb::cast<std::string>(nb::repr(object)));
+  throw ArgumentError(option, "'tensor_core', 'tf32x3' or 'cuda_core'", nb::cast<std::string>(nb::repr(object)));
 }
 
 void option_from_python(char const* option, nb::handle object, bool& value) {
@@ -221,7 +221,8 @@ void bind_configs(nb::module_& m) {
       "The other options have no effect on the CPU, where their rules hold too:\n\n"
       "num_warps: warps per thread block; each owns 16-row slices of the tile.\n"
       "blocks_per_sm: thread blocks that shall fit a multiprocessor at once, which limits their registers.\n"
-      "math: 'tensor_core' (mma.sync; of float32 in TF32, 10 bits of fraction) or 'cuda_core' (fp32).\n"
+      "math: 'tensor_core' (mma.sync; of float32 in TF32, 10 bits of fraction), 'tf32x3' (float32 on tensor cores, by "
+      "three products in TF32 for one) or 'cuda_core' (fp32).\n"
       "stages: K/V blocks that shared memory holds; with 2 one arrives while the other is multiplied.\n"
       "copy_bytes: 16, 8, 4 or 2: what a thread copies between global and shared memory at once; addresses and "
       "strides of all tensors must be multiples.\n"

@@ -24,8 +24,9 @@ MEANT = {
     "HMMA": ("LDGSTS", "LDSM", "HMMA"),  # cp.async, ldmatrix, mma.sync
     "FFMA": ("LDGSTS", "LDS", "FFMA"),  # CUDA cores
 }
-# Of a tile -> spills in one iteration of its main loop. It is faster than every tile without: docs/sm80_forward.md.
-SPILLS_ALLOWED = {"d128_m128_n64_w4": 13}
+# Of a tile -> spills in one iteration of its main loop, of 900 to 2,400 instructions. They are faster than the tiles
+# without (docs/sm80_forward.md).
+SPILLS_ALLOWED = {"d128_m128_n64_w4": 13, "d64_m128_n32_w4_tf32x3": 8, "d128_m64_n32_w4_tf32x3": 14}
 Resources = dict[str, int]
 
 
@@ -71,7 +72,9 @@ def check_family(unit: Path, archs: list[str]) -> tuple[list[str], dict[str, dic
             loops = function.loops(product)
             if not loops:
                 problems.append(f"{where}: no loop with {product} was found")
-            allowed = max((n for tile, n in SPILLS_ALLOWED.items() if f"_{tile}_" in kernel), default=0)
+            allowed = max(
+                (n for tile, n in SPILLS_ALLOWED.items() if f"_{tile}_" in kernel), default=0
+            )
             for loop in loops:
                 spills = loop.counts["LDL"] + loop.counts["STL"]
                 if spills > allowed:

@@ -8,8 +8,9 @@ namespace flashcute {
 
 enum class DType : uint8_t { float16, bfloat16, float32, float64, int32 };
 enum class MaskKind : uint8_t { full, causal };
-/// Who multiplies. With float32 the tensor cores compute in TF32: 10 bits of fraction.
-enum class Math : uint8_t { tensor_core, cuda_core };
+/// Who multiplies. With float32 the tensor cores compute in TF32, 10 bits of fraction; tf32x3 makes up for that by
+/// three products in place of one.
+enum class Math : uint8_t { tensor_core, tf32x3, cuda_core };
 
 constexpr int32_t size_of(DType t) {
   return t == DType::float64 ? 8 : t == DType::float32 || t == DType::int32 ? 4 : 2;
@@ -37,7 +38,14 @@ constexpr char const* short_name_of(DType t) {
   return "?";
 }
 
-constexpr char const* name_of(Math m) { return m == Math::tensor_core ? "tensor_core" : "cuda_core"; }
+constexpr char const* name_of(Math m) {
+  switch (m) {
+    case Math::tensor_core: return "tensor_core";
+    case Math::tf32x3: return "tf32x3";
+    case Math::cuda_core: return "cuda_core";
+  }
+  return "?";
+}
 
 constexpr char const* name_of(MaskKind m) { return m == MaskKind::causal ? "causal" : "full"; }
 
@@ -51,7 +59,7 @@ struct ForwardConfig {
   int32_t block_n = 64;           // B_c: keys per K/V block
   int32_t num_warps = 4;          // each warp owns 16-row slices of the tile
   int32_t blocks_per_sm = 2;      // thread blocks that shall fit a multiprocessor: limits registers
-  Math math = Math::tensor_core;  // mma.sync, or fused multiply-adds on the CUDA cores
+  Math math = Math::tensor_core;  // mma.sync; of float32 three for one; or fused multiply-adds on the CUDA cores
   int32_t stages = 1;             // K/V blocks in shared memory; 2: one arrives while the other is multiplied
   int32_t copy_bytes = 16;        // what a thread copies at once; addresses and strides must be multiples
   bool async_copy = true;         // global to shared memory by cp.async, not through registers
@@ -139,6 +147,7 @@ constexpr Name name(ForwardConfig const& c) {
   if (c.head_dim_v != c.head_dim) s << "_dv" << c.head_dim_v;
   s << "_m" << c.block_m << "_n" << c.block_n << "_w" << c.num_warps;
   if (c.blocks_per_sm != 2) s << "_b" << c.blocks_per_sm;
+  if (c.math == Math::tf32x3) s << "_tf32x3";
   if (c.math == Math::cuda_core) s << "_cudacore";
   if (c.stages != 1) s << "_st" << c.stages;
   if (c.copy_bytes != 16) s << "_copy" << c.copy_bytes;
@@ -192,6 +201,19 @@ constexpr int32_t max_smem_bytes(Arch arch) {
   }
 }
 
+/// Shared memory of a multiprocessor, less the 1 KB of each thread block that CUDA keeps for itself, were there two.
+constexpr int32_t max_smem_bytes_per_sm(Arch arch) {
+  switch (arch) {
+    case 80:
+    case 87: return 162 * 1024;
+    case 86:
+    case 89:
+    case 120:
+    case 121: return 98 * 1024;
+    default: return 226 * 1024;
+  }
+}
+
 constexpr int32_t num_threads(ForwardConfig const& c) { return 32 * c.num_warps; }
 
 /// How a tile of `width` columns lies in shared memory and is copied there. Its rows are cut into chunks of
@@ -235,6 +257,7 @@ constexpr int64_t smem_bytes(ForwardConfig const& c) {
   RULE(copy_bytes, "copy_bytes must be 16, 8, 4 or 2, and at least the bytes of an element")                           \
   RULE(async_copy, "async_copy needs copy_bytes of 4 or more: cp.async cannot copy less")                              \
   RULE(copy_rows, "block_m and block_n must be multiples of the rows that all threads copy at once")                   \
+  RULE(tf32x3, "math = tf32x3 needs dtype float32")                                                                    \
   RULE(fragments, "q_in_registers and k_tiles_per_load need math = tensor_core")                                       \
   RULE(k_tiles_per_load, "k_tiles_per_load must be 0, 1 or 2, and 2 needs head_dim and block_n to be multiples of 32") \
   RULE(rescale_threshold, "rescale_threshold must be between 0 and 8")                                                 \
@@ -284,7 +307,8 @@ constexpr ForwardConfigError check(ForwardConfig const& c, Arch arch) {
     int32_t const rows = CopyShape::of(c, d).rows_per_pass;
     if (c.block_m % rows != 0 || c.block_n % rows != 0) return copy_rows;
   }
-  if (c.math == Math::cuda_core && (c.q_in_registers || c.k_tiles_per_load != 0)) return fragments;
+  if (c.math == Math::tf32x3 && c.dtype != DType::float32) return tf32x3;
+  if (c.math != Math::tensor_core && (c.q_in_registers || c.k_tiles_per_load != 0)) return fragments;
   if (c.k_tiles_per_load < 0 || c.k_tiles_per_load > 2) return k_tiles_per_load;
   if (c.k_tiles_per_load == 2 && (c.head_dim % 32 != 0 || c.block_n % 32 != 0)) return k_tiles_per_load;
   if (smem_bytes(c) > max_smem_bytes(arch)) return smem;

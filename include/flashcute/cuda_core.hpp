@@ -12,6 +12,8 @@ struct Products<C, Math::cuda_core> {
   using L = ForwardLayout<C>;
   using Element = typename L::Element;
 
+  static constexpr bool wants_finite = false;
+
   /// A tile in shared memory, read where it lies. The addresses that CuTe would compute, taken apart by hand
   /// into what depends on the thread and what is constant: rows r and r + 8 i are swizzled alike, and the
   /// compiler does not see it.

@@ -34,7 +34,7 @@ struct ForwardPass {
       auto v = loader.value(n, partial);           // K(n - 1) loads while the softmax and P V compute
       if constexpr (decltype(partial)::value) apply_mask(s, tile, n, p);
       softmax.update(s, o);
-      if constexpr (decltype(partial)::value && Mask::rows_differ) loader.drop_nonfinite_values(n);
+      if constexpr (P::wants_finite || (decltype(partial)::value && Mask::rows_differ)) loader.drop_nonfinite_values(n);
       P::gemm(o, P::probabilities(s), v);  // O += P V
     });
 
@@ -42,7 +42,7 @@ struct ForwardPass {
     store_lse(softmax, p, tile);
     store_counts(counter, p, tile);
     stage_output<C>(o, smem);
-    if constexpr (Mask::rows_differ) {
+    if constexpr (P::wants_finite || Mask::rows_differ) {
       if (loader.dropped_values()) add_dropped_values(range, p, tile, smem);
     }
     store_output<C>(p, tile, smem);
@@ -66,18 +66,19 @@ struct ForwardPass {
   /// Tile row of the thread's i-th row.
   FLASHCUTE_DEVICE static int row_of(int i) { return cute::get<0>(coordinates<C.block_n>()(i, 0)); }
 
-  /// Adds to each element of the staged output what its row sees of the values that are not finite in the
-  /// partial blocks. Slow, and rare.
+  /// Adds to each element of the staged output what its row sees of the values that are not finite and were dropped.
+  /// Slow, and rare.
   FLASHCUTE_DEVICE static void add_dropped_values(KvRange const& range, ForwardParams const& p, QueryTile const& tile,
                                                   typename L::SharedStorage& smem) {
     using Element = typename L::Element;
     auto sO = cute::make_tensor(cute::make_smem_ptr(smem.q), typename L::SmemO::Layout{});  // (M, DV)
+    int const first_key = (P::wants_finite ? range.begin : range.full_end) * C.block_n;  // of those that were looked at
     int const last_key = min_of(range.end * C.block_n, p.seqlen_k);
     for (int i = thread_index(); i < tile.rows * p.head_dim_v; i += L::threads) {
       int const row = i / p.head_dim_v, column = i % p.head_dim_v;
       auto const* v = static_cast<Element const*>(p.v) + tile.v_offset(p) + column;
       float sum = 0;
-      for (int key = range.full_end * C.block_n; key < last_key; ++key) {
+      for (int key = first_key; key < last_key; ++key) {
         if (!Mask::visible(tile.row0 + row, key, p)) continue;
         auto const x = static_cast<float>(global_load<Element>(v + key * p.v_stride.row));
         if (!is_finite(x)) sum += x;

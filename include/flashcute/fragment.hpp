@@ -32,6 +32,15 @@ FLASHCUTE_DEVICE auto as_operand_a(Tensor&& acc) {
   }
 }
 
+/// A number as an operand of the tensor cores: in TF32, or whole, for products that take it apart.
+template <class To>
+FLASHCUTE_DEVICE To to_operand(float x) {
+  if constexpr (std_::is_same_v<To, float>)
+    return x;
+  else
+    return round_tf32(x);
+}
+
 /// An fp32 fragment in the type of an operand or of the output, rounded to nearest.
 template <class To, class Tensor>
 FLASHCUTE_DEVICE auto convert(Tensor const& from) {
@@ -44,10 +53,7 @@ FLASHCUTE_DEVICE auto convert(Tensor const& from) {
   } else {
     CUTE_UNROLL
     for (int i = 0; i < size(to); ++i) {
-      if constexpr (std_::is_same_v<To, float>)
-        to(i) = from(i);
-      else
-        to(i) = round_tf32(from(i));
+      to(i) = to_operand<To>(from(i));
     }
   }
   return to;

@@ -10,6 +10,15 @@ namespace flashcute {
 template <ForwardConfig C, Math = C.math>
 struct Products;
 
+/// A tile in shared memory that all threads may read.
+template <class Element>
+struct ArrivedTile {
+  Element const* tile;
+  bool finite;  // that all of it is; known if Products::wants_finite
+
+  FLASHCUTE_DEVICE operator Element const*() const { return tile; }
+};
+
 /// TF32 keeps 10 bits of fraction. What comes from memory has 23: rounds it, where the tensor cores would
 /// cut it off.
 template <class Fragment>
@@ -76,24 +85,39 @@ struct BlockOperand {
   }
 };
 
-/// Fragments of V in TF32. ldmatrix transposes 16-bit elements only, so each lane loads what it needs; the
-/// keys of a K-step are numbered as `as_operand_a` numbers them.
-template <class Fragment, class Tile>
-struct GatheredOperand {
-  Fragment fragment;  // (MMA, MMA_N, MMA_K)
-  Tile tile;          // V in shared memory (N, DV)
+/// Fragments of V in fp32. ldmatrix transposes 16-bit elements only, so each lane loads what it needs; the
+/// keys of a K-step are numbered as `as_operand_a` numbers them. As with `Pieces`, one register gives all addresses.
+template <class Fragment, class Smem>
+class GatheredOperand {
+  static constexpr int chunk = Smem::shape.chunk, chunk_bytes = chunk * sizeof(float);
 
+ public:
+  Fragment fragment;  // (MMA, MMA_N, MMA_K)
+
+  /// This lane takes keys 2 row and 2 row + 1 of eight, and `column` of eight.
+  FLASHCUTE_DEVICE GatheredOperand(Fragment const& f, void const* tile, int row, int column)
+      : fragment(f),
+        first_(shared_address(tile) + 2 * row * chunk_bytes + 16 * (column / 4 ^ Smem::mask(2 * row)) +
+               4 * (column % 4)) {}
+
+  /// Columns [16 i, 16 i + 16) of K-step k.
   FLASHCUTE_DEVICE void fetch(int k, int i) {
-    int const lane = thread_index() % 32;
     CUTE_UNROLL
     for (int n = 2 * i; n < 2 * i + 2; ++n) {
       CUTE_UNROLL
       for (int half = 0; half < 2; ++half) {
-        float const x = shared_load<float>(&tile(8 * k + lane % 4 * 2 + half, 8 * n + lane / 4));
-        fragment(half, n, k) = round_tf32(x);
+        fragment(half, n, k) = to_operand<typename Fragment::value_type>(shared_load_at(at(8 * k + half, 8 * n)));
       }
     }
   }
+
+ private:
+  FLASHCUTE_DEVICE SharedAddress at(int row, int column) const {
+    int const unit = column % chunk / 4 ^ Smem::mask(row);
+    return (computed_here(first_) ^ 16 * unit) + (column / chunk * Smem::rows + row) * chunk_bytes;
+  }
+
+  SharedAddress first_;
 };
 
 /// Fragments that are already in registers (or a view of them).
@@ -110,11 +134,14 @@ struct Products<C, Math::tensor_core> {
   using Mma = typename L::TiledMma;
   using Element = typename L::Element;
 
+  static constexpr bool wants_finite = false;
+
   /// Q as the A operand of S = Q K^T.
   FLASHCUTE_DEVICE static auto query(Element const* tile) {
-    auto fragment = Mma{}
-                        .get_thread_slice(thread_index())
-                        .partition_fragment_A(any<typename L::BlockM, typename L::HeadDim>());  // (MMA, MMA_M, MMA_D)
+    auto fragment = cute::make_fragment_like<typename L::Operand>(
+        Mma{}
+            .get_thread_slice(thread_index())
+            .partition_fragment_A(any<typename L::BlockM, typename L::HeadDim>()));  // (MMA, MMA_M, MMA_D)
     // The piece's tiles: rows 0-7 and 8-15, then the same of the next 16 bytes.
     Pieces<typename L::SmemQ> const pieces{tile, thread_index() / 32 * 16 + lane() % 16, lane() / 16};
     return QueryOperand<decltype(fragment), typename L::SmemQ, 16 * C.num_warps>{fragment, pieces};
@@ -151,8 +178,7 @@ struct Products<C, Math::tensor_core> {
       Pieces<typename L::SmemV> const pieces{tile, lane() % 16, lane() / 16};
       return BlockOperand<decltype(fragment), typename L::SmemV, true>{fragment, pieces};
     } else {
-      auto const sV = cute::make_tensor(cute::make_smem_ptr(tile), typename L::SmemV::Layout{});  // (N, DV)
-      return GatheredOperand<decltype(fragment), decltype(sV)>{fragment, sV};
+      return GatheredOperand<decltype(fragment), typename L::SmemV>{fragment, tile, lane() % 4, lane() / 4};
     }
   }
 
@@ -207,7 +233,8 @@ struct Products<C, Math::tensor_core> {
 
   template <class Columns, class Depth>
   FLASHCUTE_DEVICE static auto fragment_b() {  // (MMA, MMA_N, MMA_K)
-    return Mma{}.get_thread_slice(thread_index()).partition_fragment_B(any<Columns, Depth>());
+    return cute::make_fragment_like<typename L::Operand>(
+        Mma{}.get_thread_slice(thread_index()).partition_fragment_B(any<Columns, Depth>()));
   }
 };
 

@@ -72,6 +72,13 @@ FLASHCUTE_DEVICE void ldmatrix(SharedAddress row, uint32_t& d0, uint32_t& d1, ui
   }
 }
 
+/// A float from shared memory.
+FLASHCUTE_DEVICE float shared_load_at(SharedAddress from) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from));
+  return x;
+}
+
 /// One word from or to shared memory.
 template <class Word>
 FLASHCUTE_DEVICE Word shared_load(void const* from) {
@@ -174,6 +181,14 @@ FLASHCUTE_DEVICE cute::tfloat32_t round_tf32(float x) {
   if ((bits & 0x7fffffffu) == 0x7f800000u) bits = __float_as_uint(x);  // the tensor cores cut off the rest
   return cute::tfloat32_t::bitcast(bits);
 }
+
+/// The upper bits of x, which TF32 keeps.
+FLASHCUTE_DEVICE cute::tfloat32_t truncate_tf32(float x) {
+  return cute::tfloat32_t::bitcast(__float_as_uint(x) & 0xffffe000u);
+}
+
+/// x as an operand, of which the tensor cores read the upper bits.
+FLASHCUTE_DEVICE cute::tfloat32_t as_tf32(float x) { return cute::tfloat32_t::bitcast(__float_as_uint(x)); }
 
 /// sum + 0 * word, for each element in the word: a sum turns NaN at the first element that is not finite.
 template <class Element>

@@ -20,7 +20,7 @@ struct ForwardLayout {
 #undef FLASHCUTE_RULE
 
   using Element = typename TensorCore<C.dtype>::Element;
-  using Operand = typename TensorCore<C.dtype>::Operand;
+  using Operand = std_::conditional_t<C.math == Math::tf32x3, Element, typename TensorCore<C.dtype>::Operand>;
   using BlockM = cute::Int<C.block_m>;
   using BlockN = cute::Int<C.block_n>;
   using HeadDim = cute::Int<C.head_dim>;

@@ -5,6 +5,7 @@
 #include "flashcute/cuda_core.hpp"
 #include "flashcute/mask.hpp"
 #include "flashcute/nonfinite.hpp"
+#include "flashcute/tf32x3.hpp"
 
 namespace flashcute {
 
@@ -47,6 +48,18 @@ class TileCopy {
         for (int j = 0; j < column_passes; ++j) shared_store(&places(0, i, j), words[j]);
       }
     }
+  }
+
+  /// Whether the part of a tile that this thread copied to shared memory is finite.
+  FLASHCUTE_DEVICE static bool is_finite(Element* tile) {
+    auto const places = part(tile);  // (COPY, COPY_rows, COPY_columns)
+    FiniteCheck<Element> check;
+    CUTE_UNROLL
+    for (int i = 0; i < row_passes; ++i) {
+      CUTE_UNROLL
+      for (int j = 0; j < column_passes; ++j) check.template look_at<C.copy_bytes>(&places(0, i, j));
+    }
+    return check.all_finite();
   }
 
   /// Copies the elements of a tile that exist to global memory.
@@ -106,8 +119,10 @@ class ForwardLoader {
   /// Q as the left operand of S = Q K^T. Unless it is to stay in registers, each product reads it from shared
   /// memory, after `key` has waited for it.
   FLASHCUTE_DEVICE auto query() {
-    if constexpr (C.q_in_registers) {
-      arrive_and_sync();  // Q has arrived
+    if constexpr (P::wants_finite) {
+      return P::query({smem_.q, arrive_and_sync([&] { return CopyQ::is_finite(smem_.q); })});
+    } else if constexpr (C.q_in_registers) {
+      arrive_and_sync([] { return true; });  // Q has arrived
       return P::held_query(smem_.q);
     } else {
       return P::query(smem_.q);
@@ -121,8 +136,10 @@ class ForwardLoader {
     if constexpr (!C.eager_load_blocks) load_key(n, partial);
     // K(n) (and Q; with two stages also V(n)) have arrived, and all warps have finished reading V(n + 1) (with two
     // stages all of block n + 1): its place may be refilled.
-    arrive_and_sync();
+    bool const finite = arrive_and_sync(
+        [&] { return CopyK::is_finite(key_place(n)) && (C.stages == 1 || CopyV::is_finite(value_place(n))); });
     if constexpr (C.stages > 1) {
+      value_finite_ = finite;
       if (n > begin_) {
         load_key(n - 1, partial);
         load_value(n - 1, partial);
@@ -130,7 +147,7 @@ class ForwardLoader {
     } else if constexpr (C.eager_load_blocks) {
       load_value(n, partial);
     }
-    return P::key(key_place(n));
+    return P::key(ArrivedTile<Element>{key_place(n), finite});
   }
 
   /// V(n) as the right operand of O += P V.
@@ -140,16 +157,16 @@ class ForwardLoader {
       // Lazily: V's place is free since all warps have passed `key`.
       if constexpr (!C.eager_load_blocks) load_value(n, partial);
       // V(n) has arrived, and all warps have finished reading K(n): its place may be refilled.
-      arrive_and_sync();
+      value_finite_ = arrive_and_sync([&] { return CopyV::is_finite(value_place(n)); });
       if (C.eager_load_blocks && n > begin_) load_key(n - 1, partial);
     }
-    return P::value(value_place(n));
+    return P::value(ArrivedTile<Element>{value_place(n), value_finite_});
   }
 
   /// Replaces NaN and infinity in V(n) by 0. All threads of the block call it.
   FLASHCUTE_DEVICE void drop_nonfinite_values(int n) {
     constexpr int count = C.block_n * C.head_dim_v;
-    if (block_all_finite<L::threads>(value_place(n), count)) return;
+    if (P::wants_finite ? value_finite_ : block_all_finite<L::threads>(value_place(n), count)) return;
     dropped_ = true;
     block_sync();  // no thread reads the values any more
     zero_nonfinite<L::threads>(value_place(n), count);
@@ -160,9 +177,14 @@ class ForwardLoader {
   FLASHCUTE_DEVICE bool dropped_values() const { return dropped_; }
 
  private:
-  FLASHCUTE_DEVICE static void arrive_and_sync() {
+  /// This thread's copies have arrived; then all threads meet. If the products want to know, tells whether
+  /// `is_finite`, of what this thread copied, holds for all of them.
+  template <class IsFinite>
+  FLASHCUTE_DEVICE static bool arrive_and_sync(IsFinite const& is_finite) {
     copies_wait();
+    if constexpr (P::wants_finite) return !block_any(!is_finite());
     block_sync();
+    return true;
   }
 
   FLASHCUTE_DEVICE Element* key_place(int n) const { return smem_.k[n % C.stages]; }
@@ -187,6 +209,7 @@ class ForwardLoader {
   Element const* v_;
   int32_t begin_;
   bool dropped_ = false;
+  bool value_finite_ = true;  // V(n), once it has arrived
 };
 
 /// Puts the output into shared memory, in Q's place.

@@ -30,34 +30,50 @@ struct NonFinite {
 
 FLASHCUTE_DEVICE bool is_finite(float x) { return x - x == 0; }
 
-/// 16 bytes of shared memory.
-struct alignas(16) SharedWords {
-  uint32_t word[4];
+/// Some bytes of shared memory.
+template <int Bytes>
+struct alignas(Bytes) SharedWords {
+  uint32_t word[Bytes / 4];
+};
+
+/// Whether elements of shared memory are all finite: found out together, by adding up 0 times each.
+template <class Element>
+class FiniteCheck {
+ public:
+  template <int Bytes>
+  FLASHCUTE_DEVICE void look_at(Element const* place) {
+    auto const words = shared_load<SharedWords<Bytes>>(place);
+    for (uint32_t word : words.word) sum_ = add_zero_times<Element>(word, sum_);
+  }
+
+  FLASHCUTE_DEVICE bool all_finite() const {
+    return !NonFinite<Element>::in_low(sum_) && !NonFinite<Element>::in_high(sum_);
+  }
+
+ private:
+  uint32_t sum_ = 0;
 };
 
 /// Calls f(place) for each 16 bytes of `count` elements of shared memory that are this thread's part.
 template <int Threads, class Element, class F>
 FLASHCUTE_DEVICE void for_each_shared_words(Element* elements, int count, F const& f) {
-  constexpr int vector = sizeof(SharedWords) / sizeof(Element);
+  constexpr int vector = 16 / sizeof(Element);
   for (int i = vector * thread_index(); i < count; i += vector * Threads) f(elements + i);
 }
 
 /// Whether `count` elements of shared memory are all finite. All threads of the block call it.
 template <int Threads, class Element>
 FLASHCUTE_DEVICE bool block_all_finite(Element* elements, int count) {
-  uint32_t sum = 0;
-  for_each_shared_words<Threads>(elements, count, [&](Element* place) {
-    auto const words = shared_load<SharedWords>(place);
-    for (uint32_t word : words.word) sum = add_zero_times<Element>(word, sum);
-  });
-  return !block_any(NonFinite<Element>::in_low(sum) || NonFinite<Element>::in_high(sum));
+  FiniteCheck<Element> check;
+  for_each_shared_words<Threads>(elements, count, [&](Element* place) { check.template look_at<16>(place); });
+  return !block_any(!check.all_finite());
 }
 
 /// Replaces NaN and infinity among `count` elements of shared memory by 0. All threads of the block call it.
 template <int Threads, class Element>
 FLASHCUTE_DEVICE void zero_nonfinite(Element* elements, int count) {
   for_each_shared_words<Threads>(elements, count, [&](Element* place) {
-    auto words = shared_load<SharedWords>(place);
+    auto words = shared_load<SharedWords<16>>(place);
     for (uint32_t& word : words.word) word = NonFinite<Element>::dropped(word);
     shared_store(place, words);
   });

@@ -240,6 +240,7 @@ class Cache : public ::testing::Test {
   }
 
   Scratch scratch_;
+  ScopedVariable heard_{"FLASHCUTE_QUIET", std::nullopt};
 };
 
 // Guards against an image that differs from what was built, and against a cache that never hits.

@@ -18,7 +18,7 @@ namespace {
 std::vector<ForwardConfig> sample() {
   auto const values = []<class T>(T) -> std::vector<T> {
     if constexpr (std::is_same_v<T, DType>) return {DType::float16, DType::bfloat16, DType::float32, DType::float64};
-    if constexpr (std::is_same_v<T, Math>) return {Math::tensor_core, Math::cuda_core};
+    if constexpr (std::is_same_v<T, Math>) return {Math::tensor_core, Math::tf32x3, Math::cuda_core};
     if constexpr (std::is_same_v<T, bool>) return {false, true};
     if constexpr (std::is_same_v<T, int32_t>) return {1, 2, 12, 16, 112, 128};
   };
@@ -112,6 +112,10 @@ TEST(Config, EachRuleFires) {
   EXPECT_EQ(broken([](auto& c) { c.copy_bytes = 2, c.async_copy = false; }), none);
   EXPECT_EQ(broken([](auto& c) { c.head_dim_v = 16, c.block_n = 32; }), copy_rows);
   EXPECT_EQ(broken([](auto& c) { c.math = Math::cuda_core, c.q_in_registers = true; }), fragments);
+  EXPECT_EQ(broken([](auto& c) { c.math = Math::tf32x3; }), tf32x3);
+  EXPECT_EQ(broken([](auto& c) { c.stages = 3; }), stages);
+  EXPECT_EQ(broken([](auto& c) { c.stages = 2, c.eager_load_blocks = false; }), stages);
+  EXPECT_EQ(broken([](auto& c) { c.rescale_threshold = 9; }), rescale_threshold);
   EXPECT_EQ(broken([](auto& c) { c.k_tiles_per_load = 3; }), k_tiles_per_load);
   EXPECT_EQ(broken([](auto& c) { c.k_tiles_per_load = 2, c.block_n = 48; }), k_tiles_per_load);
   EXPECT_EQ(broken([](auto& c) { c.head_dim = 257; }, cpu_arch), cpu_head_dim);
@@ -173,14 +177,22 @@ TEST(Config, DefaultsAreCompiledAheadOfTime) {
 }
 
 // Guards against a row whose bits depend on how many others there are.
-TEST(Config, TheTilesOfABucketDifferInRowsOnly) {
-  for (auto const& tile : forward_tiles) {
-    auto const& large =
-        forward_tile(tile.element_bytes == 2 ? DType::float16 : DType::float32, tile.math, tile.head_dim, Grid::large);
+TEST(Config, TheTilesOfABucketHaveTheSameBits) {
+  for (auto const& [grid, tile, reason] : forward_tiles) {
+    auto const& large = forward_tile(tile.dtype, tile.math, tile.head_dim, Grid::large).config;
     EXPECT_EQ(large.head_dim, tile.head_dim);
     EXPECT_EQ(large.block_n, tile.block_n);
+    EXPECT_EQ(large.rescale_threshold, tile.rescale_threshold);
     EXPECT_LE(tile.block_m, large.block_m);
   }
+}
+
+// Guards against stages that cost a multiprocessor one of its thread blocks.
+TEST(Config, StagesFitTheMultiprocessor) {
+  EXPECT_EQ(default_forward_config(DType::bfloat16, 128, 80).stages, 1);
+  EXPECT_EQ(default_forward_config(DType::bfloat16, 128, 89).stages, 1);
+  EXPECT_EQ(default_forward_config(DType::bfloat16, 128, 90).stages, 2);
+  EXPECT_EQ(default_forward_config(DType::bfloat16, 64, 86).stages, 2);
 }
 
 // Guards against a tile that nobody remembers the reason of.

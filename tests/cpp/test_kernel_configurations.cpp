@@ -25,6 +25,41 @@ TEST(ForwardKernel, TensorFloat32) {
   check_configuration<full({.dtype = f32, .head_dim = 32, .block_m = 64, .block_n = 16, .q_in_registers = true})>();
 }
 
+// Guards against fp32 that is TF32 in truth, in the loop or in what is left of the numbers.
+TEST(ForwardKernel, ThreeProductsOfTensorFloat32) {
+  check_configuration<causal({.dtype = f32, .head_dim = 64, .block_m = 64, .block_n = 32, .math = Math::tf32x3})>();
+  check_configuration<full({.dtype = f32, .head_dim = 32, .head_dim_v = 48, .block_n = 32, .math = Math::tf32x3})>();
+  check_configuration<full({.dtype = f32,
+                            .head_dim = 16,
+                            .block_m = 32,
+                            .block_n = 32,
+                            .num_warps = 2,
+                            .math = Math::tf32x3,
+                            .stages = 2,
+                            .copy_bytes = 4})>();
+}
+
+// Guards against infinity - infinity where numbers are taken apart: scores of -inf, of Q or of K; values that are
+// infinite, in blocks that all rows see.
+TEST(ForwardKernel, ThreeProductsOfInfinity) {
+  constexpr ForwardKernelId id =
+      full({.dtype = f32, .head_dim = 32, .block_m = 64, .block_n = 16, .math = Math::tf32x3});
+  Problem keys(id, {.sq = 40, .sk = 50, .d = 32});
+  for (int i = 0; i < 40; ++i) keys.q.set(0, i, 0, 0, 1);
+  for (int j = 7; j < 30; ++j) keys.k.set(0, j, 0, 0, -inf);
+  check<id>(keys);
+  Problem queries(id, {.sq = 40, .sk = 50, .d = 32});
+  for (int j = 0; j < 50; ++j) queries.k.set(0, j, 0, 0, j % 3 == 0 ? 1 : -1);  // scores of both infinities: NaN
+  queries.q.set(0, 5, 0, 0, inf);
+  check<id>(queries);
+  Problem values(id, {.sq = 40, .sk = 50, .d = 32});
+  values.v.set(0, 20, 0, 3, inf);
+  values.v.set(0, 40, 0, 3, inf);
+  values.v.set(0, 21, 0, 4, -inf);
+  values.v.set(0, 21, 0, 5, nan);
+  check<id>(values);
+}
+
 /// Every multiple of 8 that the kernel's bucket serves.
 template <ForwardKernelId Id>
 void check_head_dims(int narrowest) {

@@ -474,6 +474,15 @@ RULES = {
     "fragments": [
         (GPU.replace(math="cuda_core", q_in_registers=True), "sm_80"),
         (GPU.replace(math="cuda_core", k_tiles_per_load=1), "sm_80"),
+        (GPU.replace(dtype="float32", math="tf32x3", q_in_registers=True), "sm_80"),
+    ],
+    "tf32x3": [(GPU.replace(math="tf32x3"), "sm_80")],
+    "stages": [
+        *((GPU.replace(stages=n), a) for n in (0, 3) for a in ("cpu", "sm_80")),
+        (GPU.replace(stages=2, eager_load_blocks=False), "sm_80"),
+    ],
+    "rescale_threshold": [
+        (GPU.replace(rescale_threshold=t), a) for t in (-1, 9) for a in ("cpu", "sm_80")
     ],
     "k_tiles_per_load": [
         (GPU.replace(k_tiles_per_load=-1), "sm_80"), (GPU.replace(k_tiles_per_load=3), "sm_80"),

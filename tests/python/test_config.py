@@ -24,7 +24,7 @@ OPTIONS = {
     "block_n": [16, 32, 128],
     "num_warps": [1, 2, 4, 8],
     "blocks_per_sm": [1, 2, 3],
-    "math": ["tensor_core", "cuda_core"],
+    "math": ["tensor_core", "tf32x3", "cuda_core"],
     "stages": [1, 2],
     "copy_bytes": [2, 4, 8, 16],
     "async_copy": [True, False],
@@ -167,7 +167,7 @@ def test_final() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
-        ("blockm", 64, r"^ForwardConfig: expected options among dtype, .*_softmax, got 'blockm'"),
+        ("blockm", 64, r"^ForwardConfig: expected options among dtype, .*_threshold, got 'blockm'"),
         ("head_dim", "64", r"^head_dim: expected an integer, got '64'"),
         ("head_dim", 64.0, r"^head_dim: expected an integer, got 64.0"),
         ("head_dim", True, r"^head_dim: expected an integer, got True"),
@@ -175,8 +175,8 @@ def test_final() -> None:
         ("block_m", 2**31, r"^block_m: expected an integer.*, got 2147483648"),
         ("num_warps", -(2**40), r"^num_warps: expected an integer.*, got -1099511627776"),
         ("swizzled", 1, r"^swizzled: expected True or False, got 1"),
-        ("math", "fast", r"^math: expected 'tensor_core' or 'cuda_core', got 'fast'"),
-        ("math", 1, r"^math: expected 'tensor_core' or 'cuda_core', got 1"),
+        ("math", "fast", r"^math: expected 'tensor_core', 'tf32x3' or 'cuda_core', got 'fast'"),
+        ("math", 1, r"^math: expected 'tensor_core', 'tf32x3' or 'cuda_core', got 1"),
         ("q_in_registers", "no", r"^q_in_registers: expected True or False, got 'no'"),
         ("dtype", "int8", r"^dtype: expected float16, bfloat16, float32 or float64, got 'int8'"),
         ("dtype", "half", r"^dtype: expected float16, .* got 'half'"),

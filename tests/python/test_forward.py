@@ -242,7 +242,7 @@ def test_tf32_only_on_request(rng: np.random.Generator, causal: bool, d: int) ->
     out, lse = fc.flash_attention(q, k, v, causal, allow_tf32=True, return_lse=True)
     oracle.assert_accurate(p, out, lse, tf32=True)
     assert not torch.equal(out, exact)
-    assert fc.explain(q, k, v).config.math == "cuda_core"
+    assert fc.explain(q, k, v).config.math == "tf32x3"
     assert fc.explain(q, k, v, allow_tf32=True).config.math == "tensor_core"
 
 

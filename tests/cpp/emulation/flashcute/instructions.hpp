@@ -195,6 +195,10 @@ FLASHCUTE_DEVICE Word shared_load(void const* from) {
   return word;
 }
 
+FLASHCUTE_DEVICE float shared_load_at(SharedAddress from) {
+  return shared_load<float>(reinterpret_cast<void const*>(from));
+}
+
 template <class Word>
 FLASHCUTE_DEVICE void shared_store(void* to, Word const& word) {
   emulation::store_shared(to, &word, sizeof(Word));
@@ -299,6 +303,12 @@ FLASHCUTE_DEVICE cute::tfloat32_t round_tf32(float x) {
   if ((rounded & 0x7fffffffu) == 0x7f800000u) rounded = bits;
   return cute::tfloat32_t::bitcast(rounded);
 }
+
+FLASHCUTE_DEVICE cute::tfloat32_t truncate_tf32(float x) {
+  return cute::tfloat32_t::bitcast(std::bit_cast<uint32_t>(x) & 0xffffe000u);
+}
+
+FLASHCUTE_DEVICE cute::tfloat32_t as_tf32(float x) { return cute::tfloat32_t::bitcast(std::bit_cast<uint32_t>(x)); }
 
 template <class Element>
 FLASHCUTE_DEVICE uint32_t add_zero_times(uint32_t word, uint32_t sum) {
