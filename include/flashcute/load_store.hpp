@@ -57,7 +57,7 @@ class TileCopy {
     CUTE_UNROLL
     for (int i = 0; i < row_passes; ++i) {
       CUTE_UNROLL
-      for (int j = 0; j < column_passes; ++j) check.template look_at<C.copy_bytes>(&places(0, i, j));
+      for (int j = 0; j < column_passes; ++j) check.template look_at<max_of(4, C.copy_bytes)>(&places(0, i, j));
     }
     return check.all_finite();
   }

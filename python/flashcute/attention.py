@@ -80,8 +80,9 @@ def flash_attention(
 
     The arguments, their shapes and the exceptions are those of `forward`; `explain` tells what was chosen
     and why. allow_tf32 lets a GPU round float32 inputs to TF32 (10 bits of fraction); else it makes up for
-    what TF32 cuts off by three products in place of one. On a GPU every head dimension and alignment runs; multiples of 16 bytes are fastest, and without
-    allow_tf32 they need no compilation at the first call.
+    what TF32 cuts off by three products in place of one. On a GPU every head dimension and alignment
+    runs; multiples of 16 bytes are fastest, and without allow_tf32 they need no compilation at the first
+    call.
 
     torch tensors on the CPU are differentiated, the LSE too if it is returned; once, not twice. Under
     torch.autocast they are cast as torch's own attention casts them. torch.compile and torch.export see

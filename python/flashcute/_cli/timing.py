@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 
 from .kits import Call, Kit
@@ -16,7 +17,8 @@ def interleaved_ms(
     """Samples of the milliseconds per call, for every call by its name.
 
     In each round every call has its turn of about `budget_ms`, at least two calls, cut into up to
-    SAMPLES_PER_ROUND samples. A sample is the mean over calls in a row.
+    SAMPLES_PER_ROUND samples. A sample is the mean over calls in a row. The order of turns is
+    another in every round: who follows the hungriest finds a hot machine and a low clock.
     """
     plans: dict[str, tuple[int, int]] = {}
     for name, call in calls.items():
@@ -26,6 +28,6 @@ def interleaved_ms(
         plans[name] = samples, count // samples
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, call in calls.items():
-            times[name] += kit.samples_ms(call, *plans[name])
+        for name in random.sample(list(calls), len(calls)):
+            times[name] += kit.samples_ms(calls[name], *plans[name])
     return times
