@@ -4,7 +4,8 @@
 # waited for, once its limit is up.
 #
 # usage: benchmarks/gpu_evidence.sh OUTPUT_FOLDER COMMIT [STEP...]
-# steps: build cpp python memcheck synccheck initcheck racecheck o1 forward fp32 naive options tiles overhead first_use
+# steps: build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn forward_float32 naive
+#        options tiles overhead first_use
 # (default: all)
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -12,8 +13,8 @@ out=$(realpath -m "${1:?usage: gpu_evidence.sh OUTPUT_FOLDER COMMIT [STEP...]}")
 commit=${2:?the commit that is measured}
 shift 2
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(build cpp python memcheck synccheck initcheck racecheck o1 forward fp32 naive options
-  tiles overhead first_use)
+[ ${#steps[@]} -gt 0 ] || steps=(build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn
+  forward_float32 naive options tiles overhead first_use)
 export PYTHONPATH=$PWD/build/system/stage${PYTHONPATH:+:$PYTHONPATH}
 logs=$(mktemp -d)
 mkdir -p "$out"
@@ -60,8 +61,10 @@ for step in "${steps[@]}"; do
         ${FLASHCUTE_CUTLASS_DIR:+-DFLASHCUTE_CUTLASS_DIR=$(realpath "$FLASHCUTE_CUTLASS_DIR")}
       run o1_build 300 cmake --build build/o1 --target test_gpu
       run o1 200 build/o1/tests/cpp/test_gpu ;;
-    forward) bench forward 300 --grid peers --head-dims 64,128,256 --impls flashcute,sdpa_flash,sdpa_cudnn ;;
-    fp32) bench fp32 200 --grid peers --dtype float32 --head-dims 64,128,256 --seqlens 1024,4096 \
+    forward) bench forward 300 --grid peers --rounds 8 --head-dims 64,128,256 --impls flashcute,sdpa_flash ;;
+    forward_cudnn) # Apart: cuDNN's WGMMA kernels heat the chip so that all others run at lower clocks.
+      bench forward_cudnn 300 --grid peers --head-dims 64,128,256 --impls flashcute,sdpa_flash,sdpa_cudnn ;;
+    forward_float32) bench forward_float32 200 --grid peers --dtype float32 --head-dims 64,128,256 --seqlens 1024,4096 \
       --impls flashcute,sdpa_efficient,sdpa_math ;;
     naive) bench naive 60 --batch 4 --heads 16 --head-dims 64 --seqlens 2048,4096,8192 --impls flashcute,naive ;;
     options)
