@@ -26,7 +26,7 @@ LEVELS = [
     ["gemm", "softmax", "nonfinite"],
     ["cuda_core", "tf32x3"],
     ["load_store"],
-    ["forward"],
+    ["forward", "backward"],
     ["entry"],
 ]
 PLAIN = ["std", "config", "error", "params", "tiles", "api", "mask", "block_counter"]
@@ -42,6 +42,7 @@ KERNEL = [
     "nonfinite",
     "load_store",
     "forward",
+    "backward",
 ]
 INCLUDE = re.compile(r'#include [<"](?:flashcute/(\w+)\.hpp|([^>"]+))[>"]')
 

@@ -5,6 +5,12 @@
 
 namespace flashcute {
 
+/// The backward takes two passes. What a pass computes:
+enum class BackwardPass : uint8_t {
+  queries,  // delta and dQ of a tile of query rows, past which the keys go
+  keys,     // dK and dV of a tile of keys, past which the queries go
+};
+
 /// How to compute gradients: the options a user may choose.
 struct BackwardConfig {
   DType dtype = DType::bfloat16;

@@ -137,15 +137,7 @@ struct Products<C, Math::tensor_core> {
   static constexpr bool wants_finite = false;
 
   /// Q as the A operand of S = Q K^T.
-  FLASHCUTE_DEVICE static auto query(Element const* tile) {
-    auto fragment = cute::make_fragment_like<typename L::Operand>(
-        Mma{}
-            .get_thread_slice(thread_index())
-            .partition_fragment_A(any<typename L::BlockM, typename L::HeadDim>()));  // (MMA, MMA_M, MMA_D)
-    // The piece's tiles: rows 0-7 and 8-15, then the same of the next 16 bytes.
-    Pieces<typename L::SmemQ> const pieces{tile, thread_index() / 32 * 16 + lane() % 16, lane() / 16};
-    return QueryOperand<decltype(fragment), typename L::SmemQ, 16 * C.num_warps>{fragment, pieces};
-  }
+  FLASHCUTE_DEVICE static auto query(Element const* tile) { return rows_as_a<typename L::SmemQ>(tile); }
 
   /// The same with all of it fetched, once and for all.
   FLASHCUTE_DEVICE static auto held_query(Element const* tile) {
@@ -156,12 +148,7 @@ struct Products<C, Math::tensor_core> {
   }
 
   /// K as the B operand of S = Q K^T.
-  FLASHCUTE_DEVICE static auto key(Element const* tile) {
-    auto fragment = fragment_b<typename L::BlockN, typename L::HeadDim>();
-    // The piece's tiles: 32 bytes of rows 0-7, then of rows 8-15.
-    Pieces<typename L::SmemK> const pieces{tile, lane() / 16 * 8 + lane() % 8, lane() / 8 % 2};
-    return BlockOperand<decltype(fragment), typename L::SmemK, false>{fragment, pieces};
-  }
+  FLASHCUTE_DEVICE static auto key(Element const* tile) { return rows_as_b<typename L::SmemK>(tile); }
 
   /// P as the A operand of O += P V.
   template <class Scores>
@@ -171,14 +158,39 @@ struct Products<C, Math::tensor_core> {
   }
 
   /// V as the B operand of O += P V.
-  FLASHCUTE_DEVICE static auto value(Element const* tile) {
-    auto fragment = fragment_b<typename L::HeadDimV, typename L::BlockN>();
+  FLASHCUTE_DEVICE static auto value(Element const* tile) { return columns_as_b<typename L::SmemV>(tile); }
+
+  /// A tile of BlockM rows as the A operand: its columns are summed over.
+  template <class Smem>
+  FLASHCUTE_DEVICE static auto rows_as_a(Element const* tile) {
+    auto fragment = cute::make_fragment_like<typename L::Operand>(
+        Mma{}
+            .get_thread_slice(thread_index())
+            .partition_fragment_A(any<typename L::BlockM, typename Smem::TileColumns>()));  // (MMA, MMA_M, MMA_K)
+    // The piece's tiles: rows 0-7 and 8-15, then the same of the next 16 bytes.
+    Pieces<Smem> const pieces{tile, thread_index() / 32 * 16 + lane() % 16, lane() / 16};
+    return QueryOperand<decltype(fragment), Smem, 16 * C.num_warps>{fragment, pieces};
+  }
+
+  /// A tile as the B operand whose columns are its rows: its columns are summed over.
+  template <class Smem>
+  FLASHCUTE_DEVICE static auto rows_as_b(Element const* tile) {
+    auto fragment = fragment_b<typename Smem::TileRows, typename Smem::TileColumns>();
+    // The piece's tiles: 32 bytes of rows 0-7, then of rows 8-15.
+    Pieces<Smem> const pieces{tile, lane() / 16 * 8 + lane() % 8, lane() / 8 % 2};
+    return BlockOperand<decltype(fragment), Smem, false>{fragment, pieces};
+  }
+
+  /// A tile as the B operand whose columns are its columns: its rows are summed over.
+  template <class Smem>
+  FLASHCUTE_DEVICE static auto columns_as_b(Element const* tile) {
+    auto fragment = fragment_b<typename Smem::TileColumns, typename Smem::TileRows>();
     if constexpr (sizeof(Element) == 2) {
-      // The piece's tiles: rows (keys) 0-7 and 8-15, then the same of the next 8 columns.
-      Pieces<typename L::SmemV> const pieces{tile, lane() % 16, lane() / 16};
-      return BlockOperand<decltype(fragment), typename L::SmemV, true>{fragment, pieces};
+      // The piece's tiles: rows 0-7 and 8-15, then the same of the next 8 columns.
+      Pieces<Smem> const pieces{tile, lane() % 16, lane() / 16};
+      return BlockOperand<decltype(fragment), Smem, true>{fragment, pieces};
     } else {
-      return GatheredOperand<decltype(fragment), typename L::SmemV>{fragment, tile, lane() % 4, lane() / 4};
+      return GatheredOperand<decltype(fragment), Smem>{fragment, tile, lane() % 4, lane() / 4};
     }
   }
 

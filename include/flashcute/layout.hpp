@@ -34,6 +34,8 @@ struct ForwardLayout {
   template <class Rows, class Columns>
   struct Smem {
     using Element = typename ForwardLayout::Element;
+    using TileRows = Rows;
+    using TileColumns = Columns;
     static constexpr int rows = Rows::value;
     static constexpr CopyShape shape = CopyShape::of(C, Columns::value);
     static constexpr int unit = 16 / sizeof(Element);  // 16 bytes of elements, which stay together

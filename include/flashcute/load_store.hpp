@@ -212,21 +212,26 @@ class ForwardLoader {
   bool value_finite_ = true;  // V(n), once it has arrived
 };
 
-/// Puts the output into shared memory, in Q's place.
-template <ForwardConfig C, class Fragment>
-FLASHCUTE_DEVICE void stage_output(Fragment const& o, typename ForwardLayout<C>::SharedStorage& smem) {
+/// Puts a tile of results into shared memory.
+template <ForwardConfig C, class Smem, class Fragment>
+FLASHCUTE_DEVICE void stage_tile(Fragment const& o, typename Smem::Element* tile) {
   using namespace cute;
   using L = ForwardLayout<C>;
-  // All warps have finished reading Q, and no copy into shared memory is under way.
-  copies_wait();
-  block_sync();
-
-  auto const rO = convert<typename L::Element>(o);                                  // (MMA, MMA_M, MMA_DV)
-  auto const sO = make_tensor(make_smem_ptr(smem.q), typename L::SmemO::Layout{});  // (M, DV)
+  auto const rO = convert<typename L::Element>(o);                            // (MMA, MMA_M, MMA_N)
+  auto const sO = make_tensor(make_smem_ptr(tile), typename Smem::Layout{});  // (M, N)
   auto const to_shared = make_tiled_copy_C(typename L::FragmentStoreAtom{}, typename L::TiledMma{});
   auto const slice = to_shared.get_thread_slice(thread_index());
   auto tOsO = slice.partition_D(sO);
   copy(to_shared, slice.retile_S(rO), tOsO);
+}
+
+/// Puts the output into shared memory, in Q's place.
+template <ForwardConfig C, class Fragment>
+FLASHCUTE_DEVICE void stage_output(Fragment const& o, typename ForwardLayout<C>::SharedStorage& smem) {
+  // All warps have finished reading Q, and no copy into shared memory is under way.
+  copies_wait();
+  block_sync();
+  stage_tile<C, typename ForwardLayout<C>::SmemO>(o, smem.q);
   block_sync();  // the whole tile is in shared memory
 }
 

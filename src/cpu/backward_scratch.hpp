@@ -7,12 +7,6 @@
 
 namespace flashcute::cpu {
 
-/// What a pass computes: its tiles lie in vector lanes, and blocks of the others come row by row.
-enum class BackwardPass : uint8_t {
-  queries,  // delta and dQ of a tile of query rows
-  keys,     // dK and dV of a tile of keys
-};
-
 /// Offsets in elements of the accumulation type. X is what meets in scores, Q or K; Y what meets in their
 /// gradients, dO or V.
 struct BackwardScratch {

@@ -1,0 +1,277 @@
+// The backward kernels, run on the host by emulated thread blocks: both passes of a call, against gradients in fp64.
+#include "flashcute/backward.hpp"
+#include "kernel_problem.hpp"
+
+namespace flashcute {
+namespace {
+
+/// One call of the backward, of the forward's problem.
+template <ForwardConfig Queries, ForwardConfig Keys, MaskKind Kind>
+class BackwardProblem {
+  static constexpr DType dtype = Queries.dtype;
+
+ public:
+  explicit BackwardProblem(Shape const& s, bool with_dlse = false)
+      : s_(s),
+        problem(ForwardKernelId{Queries, {Kind}}, s),
+        dout(dtype, s.batch, s.sq, s.heads, s.d_v, s.order, Queries.copy_bytes),
+        dq(dtype, s.batch, s.sq, s.heads, s.d, s.order, Queries.copy_bytes),
+        dk(dtype, s.batch, s.sk, s.kv_heads, s.d, s.order, Queries.copy_bytes),
+        dv(dtype, s.batch, s.sk, s.kv_heads, s.d_v, s.order, Queries.copy_bytes),
+        lse(static_cast<size_t>(s.batch * s.heads * s.sq)),
+        delta(lse.size(), std::numeric_limits<float>::quiet_NaN()),
+        dlse(with_dlse ? lse.size() : 0) {
+    std::mt19937_64 random(7);
+    dout.fill(random);
+    std::normal_distribution<float> normal;
+    for (float& x : dlse) x = normal(random);
+  }
+
+  Shape s_;
+  Problem problem;  // q, k, v; its output too
+  Tensor dout, dq, dk, dv;
+  std::vector<float> lse, delta, dlse;
+
+  /// The output and LSE of the inputs as they are, then both passes.
+  void run(uint64_t seed) {
+    compute_forward();
+    BackwardParams p = params();
+    run_pass<Queries, BackwardPass::queries>(p, seed);
+    run_pass<Keys, BackwardPass::keys>(p, seed + 1);
+  }
+
+  /// Compares with the definition, element by element.
+  void expect_right() {
+    double const unit = dtype == DType::float16 ? 0x1p-11 : 0x1p-8;
+    for (int b = 0; b < s_.batch; ++b) {
+      for (int kv = 0; kv < s_.kv_heads; ++kv) {
+        Sums want_dk(s_.sk * s_.d), want_dv(s_.sk * s_.d_v);
+        int const group = s_.heads / s_.kv_heads;
+        for (int h = kv * group; h < (kv + 1) * group; ++h) {
+          for (int i = 0; i < s_.sq; ++i) {
+            Sums want_dq(s_.d);
+            double const row_lse = lse[row(b, h, i)];
+            double d = dlse.empty() ? 0 : -dlse[row(b, h, i)];
+            for (int c = 0; c < s_.d_v; ++c) d += problem.out.at(b, i, h, c) * dout.at(b, i, h, c);
+            for (int j = 0; j < s_.sk; ++j) {
+              if (!problem.visible(i, j)) continue;
+              double score = 0, dp = 0;
+              for (int c = 0; c < s_.d; ++c) score += problem.q.at(b, i, h, c) * problem.k.at(b, j, kv, c);
+              for (int c = 0; c < s_.d_v; ++c) dp += dout.at(b, i, h, c) * problem.v.at(b, j, kv, c);
+              double const weight = std::exp(problem.scale * score - row_lse);
+              double const ds = weight * (dp - d), size = weight * (std::fabs(dp) + std::fabs(d));
+              for (int c = 0; c < s_.d; ++c) {
+                want_dq.add(c, problem.scale * problem.k.at(b, j, kv, c), ds, size);
+                want_dk.add(j * s_.d + c, problem.scale * problem.q.at(b, i, h, c), ds, size);
+              }
+              for (int c = 0; c < s_.d_v; ++c) want_dv.add(j * s_.d_v + c, dout.at(b, i, h, c), weight, weight);
+            }
+            for (int c = 0; c < s_.d; ++c) want_dq.expect(c, dq.at(b, i, h, c), unit, "dq");
+          }
+        }
+        for (int j = 0; j < s_.sk; ++j) {
+          for (int c = 0; c < s_.d; ++c) want_dk.expect(j * s_.d + c, dk.at(b, j, kv, c), unit, "dk");
+          for (int c = 0; c < s_.d_v; ++c) want_dv.expect(j * s_.d_v + c, dv.at(b, j, kv, c), unit, "dv");
+        }
+      }
+    }
+  }
+
+ private:
+  /// Sums of products, and of how large they were: a rounding of a factor is as large as what it was computed from.
+  struct Sums {
+    explicit Sums(int count) : value(static_cast<size_t>(count)), size(value.size()) {}
+
+    void add(int i, double x, double factor, double factor_size) {
+      value[static_cast<size_t>(i)] += x * factor;
+      size[static_cast<size_t>(i)] += std::fabs(x) * factor_size;
+    }
+
+    void expect(int i, double got, double unit, char const* what) const {
+      double const want = value[static_cast<size_t>(i)];
+      double const tolerance = (1.1 * unit + 1e-5) * (size[static_cast<size_t>(i)] + std::fabs(want)) + 1e-6;
+      bool const right = std::isnan(want) ? std::isnan(got) : got == want || std::fabs(got - want) <= tolerance;
+      if (!right) ADD_FAILURE() << what << " " << i << ": " << got << " is not " << want << " +- " << tolerance;
+    }
+
+    std::vector<double> value, size;
+  };
+
+  size_t row(int b, int h, int i) const { return static_cast<size_t>((b * s_.heads + h) * s_.sq + i); }
+
+  void compute_forward() {
+    for (int b = 0; b < s_.batch; ++b) {
+      for (int h = 0; h < s_.heads; ++h) {
+        int const kv = h / (s_.heads / s_.kv_heads);
+        for (int i = 0; i < s_.sq; ++i) {
+          std::vector<double> scores(static_cast<size_t>(s_.sk), -inf);
+          double top = -inf, sum = 0;
+          for (int j = 0; j < s_.sk; ++j) {
+            if (!problem.visible(i, j)) continue;
+            double score = 0;
+            for (int c = 0; c < s_.d; ++c) score += problem.q.at(b, i, h, c) * problem.k.at(b, j, kv, c);
+            scores[static_cast<size_t>(j)] = problem.scale * score;
+            top = std::fmax(top, problem.scale * score);
+          }
+          for (double& x : scores) sum += x = top == -inf && !std::isnan(x) ? 0 : std::exp(x - top);
+          lse[row(b, h, i)] = static_cast<float>(sum == 0 ? -inf : top + std::log(sum));
+          for (int c = 0; c < s_.d_v; ++c) {
+            double o = 0;
+            for (int j = 0; j < s_.sk; ++j) {
+              if (problem.visible(i, j)) o += scores[static_cast<size_t>(j)] * problem.v.at(b, j, kv, c);
+            }
+            problem.out.set(b, i, h, c, sum == 0 ? 0 : o / sum);
+          }
+        }
+      }
+    }
+  }
+
+  BackwardParams params() {
+    BackwardParams p{};
+    p.forward.q = problem.q.data(), p.forward.k = problem.k.data(), p.forward.v = problem.v.data();
+    p.forward.out = problem.out.data(), p.forward.lse = lse.data();
+    p.forward.q_stride = problem.q.stride(), p.forward.k_stride = problem.k.stride();
+    p.forward.v_stride = problem.v.stride(), p.forward.out_stride = problem.out.stride();
+    p.forward.scale = problem.scale;
+    p.forward.scale_log2 =
+        std::max(static_cast<float>(problem.scale * 1.4426950408889634), std::numeric_limits<float>::min());
+    p.forward.batch = s_.batch, p.forward.heads = s_.heads, p.forward.kv_heads = s_.kv_heads;
+    p.forward.seqlen_q = s_.sq, p.forward.seqlen_k = s_.sk, p.forward.head_dim = s_.d, p.forward.head_dim_v = s_.d_v;
+    p.forward.causal_offset = s_.causal_offset.value_or(s_.sk - s_.sq);
+    p.dout = dout.data(), p.dq = dq.data(), p.dk = dk.data(), p.dv = dv.data(), p.delta = delta.data();
+    p.dout_stride = dout.stride(), p.dq_stride = dq.stride(), p.dk_stride = dk.stride(), p.dv_stride = dv.stride();
+    if (!dlse.empty()) p.dlse = dlse.data();
+    p.dlse_stride = {s_.heads * s_.sq, 1, s_.sq};
+    return p;
+  }
+
+  template <ForwardConfig C, BackwardPass Pass>
+  void run_pass(BackwardParams const& p, uint64_t seed) {
+    using Kernel = BackwardKernel<C, Pass, Kind>;
+    bool const keys = Pass == BackwardPass::keys;
+    int64_t const blocks = keys ? KeyTile::count(p.forward, C.block_m) : QueryTile::count(p.forward, C.block_m);
+    for (uint32_t block = 0; block < blocks; ++block) {
+      GlobalMemory memory;
+      if (keys) {
+        auto const tile = KeyTile::at(p.forward, block, C.block_m);
+        int const group = s_.heads / s_.kv_heads, last = tile.row0 + tile.rows;
+        for (int h = tile.kv_head * group; h < (tile.kv_head + 1) * group; ++h) {
+          problem.q.allow(memory, tile.batch, h, 0, s_.sq, Use::input);
+          dout.allow(memory, tile.batch, h, 0, s_.sq, Use::input);
+          allow(memory, lse, row(tile.batch, h, 0), s_.sq, Use::input);
+          allow(memory, delta, row(tile.batch, h, 0), s_.sq, Use::input);
+        }
+        problem.k.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::input);
+        problem.v.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::input);
+        dk.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::output);
+        dv.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::output);
+      } else {
+        auto const tile = QueryTile::at(p.forward, block, C.block_m);
+        int const last = tile.row0 + tile.rows;
+        problem.q.allow(memory, tile.batch, tile.head, tile.row0, last, Use::input);
+        problem.out.allow(memory, tile.batch, tile.head, tile.row0, last, Use::input);
+        dout.allow(memory, tile.batch, tile.head, tile.row0, last, Use::input);
+        problem.k.allow(memory, tile.batch, tile.kv_head, 0, s_.sk, Use::input);
+        problem.v.allow(memory, tile.batch, tile.kv_head, 0, s_.sk, Use::input);
+        allow(memory, lse, row(tile.batch, tile.head, tile.row0), tile.rows, Use::input);
+        if (!dlse.empty()) allow(memory, dlse, row(tile.batch, tile.head, tile.row0), tile.rows, Use::input);
+        allow(memory, delta, row(tile.batch, tile.head, tile.row0), tile.rows, Use::output);
+        dq.allow(memory, tile.batch, tile.head, tile.row0, last, Use::output);
+      }
+      using Storage = typename Kernel::SharedStorage;
+      emulation::run_block(block, num_threads(C), sizeof(Storage), seed + block, memory,
+                           [&](void* shared) { Kernel::run(p, *static_cast<Storage*>(shared)); });
+      ASSERT_EQ(memory.count(Use::output), 0u) << "bytes of the gradients that were never stored";
+    }
+  }
+
+  static void allow(GlobalMemory& memory, std::vector<float>& items, size_t first, int count, Use use) {
+    if (count == 0) return;
+    memory.add(items.data(), items.size() * sizeof(float));
+    memory.allow(&items[first], static_cast<size_t>(count) * sizeof(float), use);
+  }
+};
+
+template <ForwardConfig Queries, ForwardConfig Keys, MaskKind Kind>
+void check_gradients(BackwardProblem<Queries, Keys, Kind>& problem) {
+  if (testing::Test::HasFailure()) return;
+  try {
+    ASSERT_NO_FATAL_FAILURE(problem.run(1));
+    problem.expect_right();
+  } catch (emulation::Violation const& e) {
+    FAIL() << name(Queries).text << ": " << e.what();
+  }
+}
+
+constexpr ForwardConfig small = {.dtype = bf16, .head_dim = 64, .block_m = 32, .block_n = 32, .num_warps = 2};
+
+template <ForwardConfig Queries, ForwardConfig Keys = Queries>
+void check_shapes() {
+  for (Shape const& s :
+       {Shape{.sq = Queries.block_m + 5, .sk = 2 * Queries.block_n + 7, .d = Queries.head_dim},
+        Shape{.sq = 2 * Queries.block_m, .sk = Queries.block_n, .d = Queries.head_dim - 8, .d_v = 8},
+        Shape{.sq = 3, .sk = 20, .d = 8, .d_v = Queries.head_dim_v, .heads = 2, .order = Order::padded},
+        Shape{.sq = 37, .sk = 41, .d = 16, .batch = 2, .heads = 4, .kv_heads = 2}}) {
+    BackwardProblem<Queries, Keys, MaskKind::causal> causal(s, true);
+    check_gradients(causal);
+    BackwardProblem<Queries, Keys, MaskKind::full> full(s);
+    check_gradients(full);
+  }
+}
+
+// Guards against gradients that are wrong at a tile's edge, on the diagonal, for narrow or grouped heads (T1, T4, T40).
+TEST(BackwardKernel, Shapes) { check_shapes<small>(); }
+
+TEST(BackwardKernel, Configurations) {
+  check_shapes<{.dtype = f16, .head_dim = 64, .block_m = 64, .block_n = 64}>();
+  check_shapes<{.dtype = bf16, .head_dim = 32, .head_dim_v = 64, .block_m = 64, .block_n = 32},
+               {.dtype = bf16, .head_dim = 32, .head_dim_v = 64, .block_m = 64, .block_n = 16, .num_warps = 2}>();
+}
+
+// Guards against rows that see no key, keys that no row sees, and lengths of 0: gradients of 0, not memory as it was.
+TEST(BackwardKernel, NothingToSee) {
+  for (auto [sq, sk] : {std::pair(40, 20), {0, 20}, {40, 0}, {20, 60}}) {
+    BackwardProblem<small, small, MaskKind::causal> problem({.sq = sq, .sk = sk, .d = 32});
+    check_gradients(problem);
+  }
+  BackwardProblem<small, small, MaskKind::causal> early({.sq = 40, .sk = 40, .d = 32, .causal_offset = -10});
+  check_gradients(early);
+}
+
+// Guards against NaN and infinity that reach gradients which do not see them, or are lost where they are seen (T13).
+// Query i sees keys up to i + 10.
+TEST(BackwardKernel, PoisonReachesWhatSeesIt) {
+  constexpr Shape s{.sq = 40, .sk = 50, .d = 32};
+  using Causal = BackwardProblem<small, small, MaskKind::causal>;
+  auto const is_poisoned = [](Tensor const& t, int row) {
+    for (int c = 0; c < s.d; ++c) {
+      if (!std::isfinite(t.at(0, row, 0, c))) return true;
+    }
+    return false;
+  };
+  for (double value : {nan, inf}) {
+    Causal query(s);
+    query.problem.q.set(0, 20, 0, 3, value);
+    ASSERT_NO_FATAL_FAILURE(query.run(1));
+    for (int i = 0; i < s.sq; ++i) EXPECT_EQ(is_poisoned(query.dq, i), i == 20) << i;
+    for (int j = 0; j < s.sk; ++j) EXPECT_EQ(is_poisoned(query.dk, j), j <= 30) << j;
+
+    Causal key(s);
+    key.problem.k.set(0, 30, 0, 3, value);
+    ASSERT_NO_FATAL_FAILURE(key.run(1));
+    for (int i = 0; i < s.sq; ++i) EXPECT_EQ(is_poisoned(key.dq, i), i >= 20) << i;
+
+    Causal gradient(s);
+    gradient.dout.set(0, 20, 0, 3, value);
+    ASSERT_NO_FATAL_FAILURE(gradient.run(1));
+    for (int i = 0; i < s.sq; ++i) EXPECT_EQ(is_poisoned(gradient.dq, i), i == 20) << i;
+    for (int j = 0; j < s.sk; ++j) {
+      EXPECT_EQ(is_poisoned(gradient.dk, j), j <= 30) << j;
+      EXPECT_EQ(is_poisoned(gradient.dv, j), j <= 30) << j;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flashcute
