@@ -11,6 +11,7 @@
 #include "nvrtc.hpp"
 #include "plan.hpp"
 #include "plan_backward.hpp"
+#include "source.hpp"
 
 namespace flashcute {
 
@@ -77,7 +78,8 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
     e.backend = here;
     e.config = chosen;
     e.kernel = gpu ? name(plan.kernel).text : std::string(cpu::isa());
-    e.image = gpu ? image_origin(plan.kernel, arch_of(q.device)) : "compiled into the library";
+    Arch const arch = arch_of(q.device);
+    e.image = gpu ? image_origin(code_of(plan.kernel, arch), arch) : "compiled into the library";
   } catch (Error const& error) {
     e.rejected.emplace_back(here, error.what());
   }
@@ -101,8 +103,8 @@ std::vector<std::pair<std::string, std::string>> prebuild(ForwardConfig const& c
   check_config(config, arch);
   std::vector<std::pair<std::string, std::string>> done;
   for (MaskKind mask : family_masks) {
-    ForwardKernelId const kernel{config, {mask}};
-    done.emplace_back(name(kernel).text, find_image(kernel, arch).origin);
+    KernelCode const kernel = code_of(ForwardKernelId{config, {mask}}, arch);
+    done.emplace_back(kernel.name, find_image(kernel, arch).origin);
   }
   return done;
 }

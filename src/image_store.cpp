@@ -27,7 +27,7 @@ struct EmbeddedImage {
   char const* end;
 };
 
-std::optional<EmbeddedImage> embedded_image([[maybe_unused]] ForwardKernelId const& kernel) {
+std::optional<EmbeddedImage> embedded_image([[maybe_unused]] KernelCode const& kernel) {
 #if FLASHCUTE_WITH_IMAGES
   static EmbeddedImage const images[] = {
 #define FLASHCUTE_FORWARD_FAMILY(name, config) {flashcute_image_##name, flashcute_image_##name##_end},
@@ -36,7 +36,7 @@ std::optional<EmbeddedImage> embedded_image([[maybe_unused]] ForwardKernelId con
   };
   for (std::size_t i = 0; i < std::size(images); ++i) {
     for (auto const& held : kernels_of(forward_families[i])) {
-      if (held == kernel) return images[i];
+      if (name(held).text == kernel.name) return images[i];
     }
   }
 #endif
@@ -71,7 +71,7 @@ std::string_view image_compiler() {
   return std::string_view(FLASHCUTE_NVCC_VERSION).empty() ? "" : "nvcc " FLASHCUTE_NVCC_VERSION;
 }
 
-Image find_image(ForwardKernelId const& kernel, Arch arch) {
+Image find_image(KernelCode const& kernel, Arch arch) {
   if (jit_mode() != JitMode::force && targets_serve(image_archs(), arch)) {
     if (auto const embedded = embedded_image(kernel)) {
       return {{embedded->begin, static_cast<std::size_t>(embedded->end - embedded->begin)},
@@ -87,7 +87,7 @@ Image find_image(ForwardKernelId const& kernel, Arch arch) {
           cuda_version_of(nvrtc_version())};
 }
 
-std::string image_origin(ForwardKernelId const& kernel, Arch arch) {
+std::string image_origin(KernelCode const& kernel, Arch arch) {
   bool const forced = jit_mode() == JitMode::force;
   if (!forced && targets_serve(image_archs(), arch) && embedded_image(kernel)) return "ahead of time";
   std::string const why = forced                    ? "FLASHCUTE_JIT=force"

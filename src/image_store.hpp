@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "flashcute/config.hpp"
+#include "kernel_code.hpp"
 
 namespace flashcute {
 
@@ -19,11 +20,11 @@ struct Image {
 
 /// The image that holds `kernel` for `arch`. Throws UnsupportedError or CompileError if there is none and
 /// none can be made.
-Image find_image(ForwardKernelId const& kernel, Arch arch);
+Image find_image(KernelCode const& kernel, Arch arch);
 
 /// Where find_image would take it from, without making it: "ahead of time", "run-time compilation (...)",
 /// or why there is none.
-std::string image_origin(ForwardKernelId const& kernel, Arch arch);
+std::string image_origin(KernelCode const& kernel, Arch arch);
 
 /// Whether an image assembled for `targets` ("80 90 80-ptx") runs on `arch`: machine code runs within its
 /// major version from its minor version on, PTX on everything from its version on.

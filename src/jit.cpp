@@ -16,7 +16,6 @@
 #include "header_hash.hpp"
 #include "nvrtc.hpp"
 #include "sha256.hpp"
-#include "source.hpp"
 
 namespace flashcute {
 namespace {
@@ -64,15 +63,11 @@ std::string toolkit_folder() {
       "\"flashcute[jit]\"`, or set FLASHCUTE_CUDA_INCLUDE to the folder that holds it");
 }
 
-CompileRequest request_for(ForwardKernelId const& kernel, Arch arch) {
-  if (arch == cpu_arch) throw ArgumentError("arch", "the compute capability of a GPU, such as 80", "0, the CPU");
-  if (ForwardConfigError const e = check(kernel.config, arch); e != ForwardConfigError::none) {
-    throw ConfigError(std::string(name(kernel.config).text) + " for sm_" + std::to_string(arch) + ": " + sentence(e));
-  }
+CompileRequest request_for(KernelCode const& kernel, Arch arch) {
   CompileRequest request;
-  request.name = name(kernel).text;
-  request.source = generated_source(std::span(&kernel, 1));
-  request.arch = "sm_" + std::to_string(arch);
+  request.name = kernel.name;
+  request.source = kernel.source;
+  request.arch = target_of(arch);
   request.include_folders = our_folders();
   request.include_folders.push_back(toolkit_folder());
   return request;
@@ -155,12 +150,11 @@ void set_include_folders(std::vector<std::string> folders) {
   h.contents.clear();
 }
 
-std::string jit_key(ForwardKernelId const& kernel, Arch arch) { return key_of(request_for(kernel, arch)); }
+std::string jit_key(KernelCode const& kernel, Arch arch) { return key_of(request_for(kernel, arch)); }
 
-JitImage jit_image(ForwardKernelId const& kernel, Arch arch) {
+JitImage jit_image(KernelCode const& kernel, Arch arch) {
   if (jit_mode() == JitMode::off) {
-    throw UnsupportedError(std::string("There is no ahead-of-time image of ") + name(kernel).text + " for sm_" +
-                           std::to_string(arch) +
+    throw UnsupportedError("There is no ahead-of-time image of " + kernel.name + " for sm_" + std::to_string(arch) +
                            ", and FLASHCUTE_JIT=off forbids compiling it now. Set "
                            "FLASHCUTE_JIT=on; to keep the wait out of the program, compile beforehand with "
                            "`python -m flashcute compile`");

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "flashcute/config.hpp"
+#include "kernel_code.hpp"
 
 namespace flashcute {
 
@@ -14,7 +15,7 @@ void set_include_folders(std::vector<std::string> folders);
 
 /// The image's name in the disk cache: the kernel's name, the target, and a hash of all that the image depends on: the
 /// headers, the source, the compiler's exact version and its options. No path and no size known at run time enters.
-std::string jit_key(ForwardKernelId const& kernel, Arch arch);
+std::string jit_key(KernelCode const& kernel, Arch arch);
 
 struct JitImage {
   std::string bytes;  // a cubin
@@ -22,7 +23,7 @@ struct JitImage {
 };
 
 /// The image of the kernel for `arch`. Throws an UnsupportedError if compiling is switched off or impossible
-/// here, a CompileError if it fails, a ConfigError if the kernel cannot run on `arch`.
-JitImage jit_image(ForwardKernelId const& kernel, Arch arch);
+/// here, a CompileError if it fails, an ArgumentError if `arch` is the CPU.
+JitImage jit_image(KernelCode const& kernel, Arch arch);
 
 }  // namespace flashcute

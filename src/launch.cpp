@@ -9,6 +9,7 @@
 
 #include "driver.hpp"
 #include "image_store.hpp"
+#include "source.hpp"
 
 namespace flashcute {
 namespace {
@@ -17,15 +18,18 @@ using namespace cuda;
 
 constexpr int attribute_max_dynamic_shared_bytes = 8;
 
+/// A kernel, by its id, on a device. Launches compare ids: to spell a name costs more than to find its kernel.
+template <class KernelId>
 struct Key {
-  ForwardKernelId kernel;
+  KernelId kernel;
   int device;
 
   bool operator==(Key const&) const = default;
 };
 
+template <class KernelId>
 struct KeyHash {
-  std::size_t operator()(Key const& key) const {
+  std::size_t operator()(Key<KernelId> const& key) const {
     std::size_t hash = static_cast<std::size_t>(key.device) * 31 +
                        static_cast<std::size_t>(key.kernel.features.mask) * 2 +
                        static_cast<std::size_t>(key.kernel.features.count_blocks);
@@ -43,9 +47,35 @@ struct Slot {
   Image image;  // the driver reads an image while it loads it
 };
 
+/// Loads the image of a kernel with `shared_bytes` of dynamic shared memory, and leaves nothing for the first launch.
+Function prepare(KernelCode const& code, int64_t shared_bytes, DeviceFacts const& device, Image& image) {
+  image = find_image(code, device.arch);
+  require_driver_for(image.cuda_version, driver().version);
+
+  // Loading synchronises, which a stream capture under way elsewhere in the process would forbid.
+  RelaxedCapture const relaxed;
+  ContextGuard const guard(device.primary_context);
+  Library library = nullptr;
+  check_result(driver().cuLibraryLoadData(&library, image.view().data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+               "cuLibraryLoadData(" + code.name + ", " + image.origin + ")");
+  Kernel kernel = nullptr;
+  check_result(driver().cuLibraryGetKernel(&kernel, library, code.name.c_str()),
+               "cuLibraryGetKernel(" + code.name + ")");
+  check_result(driver().cuKernelSetAttribute(attribute_max_dynamic_shared_bytes, static_cast<int>(shared_bytes), kernel,
+                                             device.handle),
+               "cuKernelSetAttribute(" + code.name + ", " + std::to_string(shared_bytes) + " bytes of shared memory)");
+  // Under lazy loading the first launch would load, and synchronise: do it now.
+  Function function = nullptr;
+  check_result(driver().cuKernelGetFunction(&function, kernel), "cuKernelGetFunction(" + code.name + ")");
+  return function;
+}
+
+/// The prepared kernels of one type of id: it has a `config`, with smem_bytes and num_threads, `features`, a name and
+/// a code_of.
+template <class KernelId>
 class KernelCache {
  public:
-  Function get(Key const& key) {
+  Function get(Key<KernelId> const& key) {
     {
       std::shared_lock const lock(mutex_);
       if (auto const found = ready_.find(key); found != ready_.end()) return found->second;
@@ -59,7 +89,9 @@ class KernelCache {
     }
     std::lock_guard const lock(slot->mutex);
     if (slot->function == nullptr) {
-      slot->function = prepare(key, slot->image);  // a throw leaves the slot for the next call to try again
+      DeviceFacts const& device = device_facts(key.device);
+      // A throw leaves the slot for the next call to try again.
+      slot->function = prepare(code_of(key.kernel, device.arch), smem_bytes(key.kernel.config), device, slot->image);
       std::unique_lock const ready_lock(mutex_);
       ready_.emplace(key, slot->function);
     }
@@ -67,54 +99,32 @@ class KernelCache {
   }
 
  private:
-  static Function prepare(Key const& key, Image& image) {
-    DeviceFacts const& device = device_facts(key.device);
-    std::string const kernel_name = name(key.kernel).text;
-    image = find_image(key.kernel, device.arch);
-    require_driver_for(image.cuda_version, driver().version);
-
-    // Loading synchronises, which a stream capture under way elsewhere in the process would forbid.
-    RelaxedCapture const relaxed;
-    ContextGuard const guard(device.primary_context);
-    Library library = nullptr;
-    check_result(driver().cuLibraryLoadData(&library, image.view().data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
-                 "cuLibraryLoadData(" + kernel_name + ", " + image.origin + ")");
-    Kernel kernel = nullptr;
-    check_result(driver().cuLibraryGetKernel(&kernel, library, kernel_name.c_str()),
-                 "cuLibraryGetKernel(" + kernel_name + ")");
-    check_result(driver().cuKernelSetAttribute(attribute_max_dynamic_shared_bytes,
-                                               static_cast<int>(smem_bytes(key.kernel.config)), kernel, device.handle),
-                 "cuKernelSetAttribute(" + kernel_name + ", " + std::to_string(smem_bytes(key.kernel.config)) +
-                     " bytes of shared memory)");
-    // Under lazy loading the first launch would load, and synchronise: do it now.
-    Function function = nullptr;
-    check_result(driver().cuKernelGetFunction(&function, kernel), "cuKernelGetFunction(" + kernel_name + ")");
-    return function;
-  }
-
   std::shared_mutex mutex_;
-  std::unordered_map<Key, Function, KeyHash> ready_;
-  std::unordered_map<Key, std::shared_ptr<Slot>, KeyHash> slots_;
+  std::unordered_map<Key<KernelId>, Function, KeyHash<KernelId>> ready_;
+  std::unordered_map<Key<KernelId>, std::shared_ptr<Slot>, KeyHash<KernelId>> slots_;
 };
 
-KernelCache& kernels() {
+template <class KernelId>
+KernelCache<KernelId>& kernels() {
   // Never destroyed: other threads may still launch while the process exits.
-  static auto* const cache = new KernelCache;
+  static auto* const cache = new KernelCache<KernelId>;
   return *cache;
 }
 
-}  // namespace
+/// `what` is the number of blocks as the user knows it: "q: batch * heads".
+void require_grid(int64_t blocks, char const* what) {
+  if (blocks <= std::numeric_limits<int32_t>::max()) return;
+  throw UnsupportedError(std::string(what) + " is " + std::to_string(blocks) +
+                         " tiles, more than a grid holds (2147483647); split the batch");
+}
 
-void launch(ForwardKernelId const& kernel, ForwardParams const& params, int device, void* stream) {
-  int64_t const blocks = QueryTile::count(params, kernel.config.block_m);
-  if (blocks > std::numeric_limits<int32_t>::max()) {
-    throw UnsupportedError("q: batch * heads * ceil(seqlen_q / block_m) is " + std::to_string(blocks) +
-                           " tiles, more than a grid holds (2147483647); split the batch");
-  }
+/// Launches as many blocks as a grid holds, or none, of a kernel whose only parameter is `params`.
+template <class KernelId, class Params>
+void launch_kernel(KernelId const& kernel, Params const& params, int64_t blocks, int device, void* stream) {
   if (blocks == 0) return;
-  Function const function = kernels().get({kernel, device});
+  Function const function = kernels<KernelId>().get({kernel, device});
   ContextGuard const guard(device_facts(device).primary_context);
-  void* arguments[] = {const_cast<ForwardParams*>(&params)};
+  void* arguments[] = {const_cast<Params*>(&params)};
   Result const result = driver().cuLaunchKernel(
       function, static_cast<unsigned>(blocks), 1, 1, static_cast<unsigned>(num_threads(kernel.config)), 1, 1,
       static_cast<unsigned>(smem_bytes(kernel.config)), stream, arguments, nullptr);
@@ -123,6 +133,14 @@ void launch(ForwardKernelId const& kernel, ForwardParams const& params, int devi
                              ", block " + std::to_string(num_threads(kernel.config)) + ", shared memory " +
                              std::to_string(smem_bytes(kernel.config)) + ")");
   }
+}
+
+}  // namespace
+
+void launch(ForwardKernelId const& kernel, ForwardParams const& params, int device, void* stream) {
+  int64_t const blocks = QueryTile::count(params, kernel.config.block_m);
+  require_grid(blocks, "q: batch * heads * ceil(seqlen_q / block_m)");
+  launch_kernel(kernel, params, blocks, device, stream);
 }
 
 }  // namespace flashcute

@@ -31,4 +31,12 @@ std::string generated_source(std::span<ForwardKernelId const> kernels) {
   return text;
 }
 
+KernelCode code_of(ForwardKernelId const& kernel, Arch arch) {
+  std::string const target = target_of(arch);
+  if (ForwardConfigError const e = check(kernel.config, arch); e != ForwardConfigError::none) {
+    throw ConfigError(std::string(name(kernel.config).text) + " for " + target + ": " + sentence(e));
+  }
+  return {name(kernel).text, generated_source(std::span(&kernel, 1))};
+}
+
 }  // namespace flashcute

@@ -6,10 +6,14 @@
 #include <string>
 
 #include "flashcute/config.hpp"
+#include "kernel_code.hpp"
 
 namespace flashcute {
 
 /// One entry point per kernel, called name(kernel).
 std::string generated_source(std::span<ForwardKernelId const> kernels);
+
+/// The kernel alone. Throws a ConfigError if it cannot run on `arch`, an ArgumentError if that is the CPU.
+KernelCode code_of(ForwardKernelId const& kernel, Arch arch);
 
 }  // namespace flashcute

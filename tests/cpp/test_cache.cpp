@@ -212,6 +212,19 @@ TEST(Source, SpellsEveryOption) {
                   [&](char const* option, auto) { EXPECT_TRUE(contains(text, "." + std::string(option) + " = ")); });
 }
 
+// Guards against code that lacks the kernel it is named after, and against code of a kernel that breaks a rule.
+TEST(Source, CodeOfOneKernel) {
+  ForwardKernelId kernel;
+  KernelCode const code = code_of(kernel, 80);
+  EXPECT_EQ(code.name, name(kernel).text);
+  EXPECT_EQ(code.source, generated_source(std::span(&kernel, 1)));
+  std::string const cpu = message_of<ArgumentError>([&] { code_of(kernel, cpu_arch); });
+  EXPECT_EQ(cpu, "arch: expected the compute capability of a GPU, such as 80, got 0, the CPU");
+  kernel.config.num_warps = 3;
+  EXPECT_EQ(message_of<ConfigError>([&] { code_of(kernel, 80); }),
+            std::string(name(kernel.config).text) + " for sm_80: num_warps must be 1, 2, 4 or 8");
+}
+
 // ---- the disk cache ------------------------------------------------------------------------------
 
 std::string const image =

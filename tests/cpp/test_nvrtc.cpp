@@ -18,6 +18,7 @@
 #include "nvrtc.hpp"
 #include "scratch.hpp"
 #include "shared_library.hpp"
+#include "source.hpp"
 
 namespace flashcute {
 namespace {
@@ -246,9 +247,8 @@ class Jit : public NvrtcTest {
   std::string entry_header() const { return scratch_ / "include/flashcute/entry.hpp"; }
   std::string cached(std::string const& key) const { return scratch_ / ("cache/" + key + ".image"); }
 
-  static ForwardKernelId kernel() {
-    return {default_forward_config(DType::bfloat16, 64, 80), {.mask = MaskKind::causal}};
-  }
+  static ForwardKernelId id() { return {default_forward_config(DType::bfloat16, 64, 80), {.mask = MaskKind::causal}}; }
+  static KernelCode kernel() { return code_of(id(), 80); }
 
   Scratch scratch_;
   ScopedVariable cuda_{"FLASHCUTE_CUDA_INCLUDE", scratch_ / "cuda"};
@@ -260,8 +260,8 @@ class Jit : public NvrtcTest {
 // Guards against compiling again what is cached, and against silence, or more than a line, while the user waits.
 TEST_F(Jit, CompilesOnceWithOneLine) {
   std::string const first = stderr_of([] { jit_image(kernel(), 80); });
-  EXPECT_TRUE(contains(first, std::string("flashcute: compiling ") + name(kernel()).text + " for sm_80 with NVRTC " +
-                                  nvrtc_version() + " (once; cached in " + (scratch_ / "cache").string() + ") ... "));
+  EXPECT_TRUE(contains(first, "flashcute: compiling " + kernel().name + " for sm_80 with NVRTC " + nvrtc_version() +
+                                  " (once; cached in " + (scratch_ / "cache").string() + ") ... "));
   EXPECT_TRUE(first.ends_with(" s\n")) << first;
   EXPECT_EQ(std::count(first.begin(), first.end(), '\n'), 1) << first;
   EXPECT_TRUE(fs::exists(cached(jit_key(kernel(), 80))));
@@ -271,11 +271,25 @@ TEST_F(Jit, CompilesOnceWithOneLine) {
   EXPECT_TRUE(
       image.bytes.starts_with("\x7f"
                               "ELF"));
-  EXPECT_TRUE(image.bytes.find(name(kernel()).text) != std::string::npos);
-  ForwardKernelId other = kernel();
+  EXPECT_TRUE(image.bytes.find(kernel().name) != std::string::npos);
+  ForwardKernelId other = id();
   other.config.swizzled = false;
   ScopedVariable const quiet("FLASHCUTE_QUIET", "1");
-  EXPECT_TRUE(jit_image(other, 80).compiled);
+  EXPECT_TRUE(jit_image(code_of(other, 80), 80).compiled);
+}
+
+// Guards against a store of images that serves forward kernels only, or takes the name alone for the kernel.
+TEST_F(Jit, AnyKernelByItsCode) {
+  ScopedVariable const quiet("FLASHCUTE_QUIET", "1");
+  KernelCode code{"some_kernel", NvrtcTest::kernel("some_kernel")};
+  JitImage const image = jit_image(code, 80);
+  EXPECT_TRUE(image.compiled);
+  EXPECT_TRUE(image.bytes.find("some_kernel") != std::string::npos);
+  std::string const key = jit_key(code, 80);
+  EXPECT_TRUE(key.starts_with("some_kernel.sm_80.")) << key;
+  EXPECT_TRUE(fs::exists(cached(key)));
+  code.source += "// another\n";
+  EXPECT_NE(jit_key(code, 80), key);
 }
 
 // Guards against messages of a program that asked for none.
@@ -287,17 +301,17 @@ TEST_F(Jit, Quiet) {
 // Guards against two images with one name: everything that changes the code changes the key, and paths do not.
 TEST_F(Jit, KeyNamesAllThatMatters) {
   std::string const key = jit_key(kernel(), 80);
-  EXPECT_TRUE(key.starts_with(std::string(name(kernel()).text) + ".sm_80.")) << key;
+  EXPECT_TRUE(key.starts_with(kernel().name + ".sm_80.")) << key;
   EXPECT_EQ(jit_key(kernel(), 80), key);
   EXPECT_NE(jit_key(kernel(), 90), key);
-  ForwardKernelId other = kernel();
+  ForwardKernelId other = id();
   other.config.swizzled = false;
-  EXPECT_NE(jit_key(other, 80), key);
+  EXPECT_NE(jit_key(code_of(other, 80), 80), key);
 
   // The hash alone must differ, not only the readable names before it.
   auto const hash = [](std::string const& k) { return k.substr(k.rfind('.')); };
   EXPECT_NE(hash(jit_key(kernel(), 90)), hash(key));
-  EXPECT_NE(hash(jit_key(other, 80)), hash(key));
+  EXPECT_NE(hash(jit_key(code_of(other, 80), 80)), hash(key));
 
   fs::rename(scratch_ / "include", scratch_ / "moved");
   set_include_folders({(scratch_ / "moved").string()});
@@ -321,16 +335,17 @@ TEST_F(Jit, OffMeansOff) {
   std::string const message = message_of<UnsupportedError>([] { jit_image(kernel(), 80); });
   EXPECT_TRUE(contains(message, "FLASHCUTE_JIT=off"));
   EXPECT_TRUE(contains(message, "python -m flashcute compile"));
-  EXPECT_TRUE(contains(message, name(kernel()).text));
+  EXPECT_TRUE(contains(message, kernel().name));
   EXPECT_FALSE(fs::exists(scratch_ / "cache"));
 }
 
 // Guards against handing the compiler a kernel that breaks a rule, or none for a GPU.
 TEST_F(Jit, RefusesWhatCannotRun) {
-  ForwardKernelId bad = kernel();
+  ForwardKernelId bad = id();
   bad.config.num_warps = 3;
-  EXPECT_TRUE(contains(message_of<ConfigError>([&] { jit_image(bad, 80); }), "num_warps must be"));
-  EXPECT_THROW(jit_image(kernel(), 75), ConfigError);
+  EXPECT_TRUE(contains(message_of<ConfigError>([&] { jit_image(code_of(bad, 80), 80); }), "num_warps must be"));
+  EXPECT_THROW(jit_image(code_of(id(), 75), 75), ConfigError);
+  EXPECT_THROW(jit_image(code_of(id(), cpu_arch), cpu_arch), ArgumentError);
   EXPECT_THROW(jit_image(kernel(), cpu_arch), ArgumentError);
   set_include_folders({});
   EXPECT_TRUE(contains(message_of<UnsupportedError>([] { jit_image(kernel(), 80); }), "set_include_folders"));
@@ -360,9 +375,9 @@ TEST_F(Jit, EditedHeadersAreNotPublishedUnderTheOldHash) {
 // Guards against two lines of progress that run into each other.
 TEST_F(Jit, TwoThreadsReportOnLinesOfTheirOwn) {
   std::string const report = stderr_of([] {
-    ForwardKernelId other = kernel();
+    ForwardKernelId other = id();
     other.features.mask = MaskKind::full;
-    std::thread thread([&] { jit_image(other, 80); });
+    std::thread thread([&] { jit_image(code_of(other, 80), 80); });
     jit_image(kernel(), 80);
     thread.join();
   });
