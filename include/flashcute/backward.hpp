@@ -152,10 +152,7 @@ struct BackwardKernel {
     P::gemm(s, P::template rows_as_a<SmemX>(smem_.x), P::template rows_as_b<SmemBlockX>(smem_.block_x));
     P::gemm(dp, P::template rows_as_a<SmemY>(smem_.y), P::template rows_as_b<SmemBlockY>(smem_.block_y));
     to_probabilities<Partial::value>(s, dp, block_row0);
-    if constexpr (Partial::value && Mask::rows_differ) {
-      block_sync();  // all warps have finished these products
-      drop_nonfinite();
-    }
+    if constexpr (Partial::value && Mask::rows_differ) drop_nonfinite();
     if constexpr (keys_stay) P::gemm(dy_, P::probabilities(s), P::template columns_as_b<SmemBlockY>(smem_.block_y));
     P::gemm(dx_, P::probabilities(dp), P::template columns_as_b<SmemBlockX>(smem_.block_x));
   }
@@ -192,7 +189,7 @@ struct BackwardKernel {
   }
 
   FLASHCUTE_DEVICE void drop_nonfinite(Element* block, int count) {
-    if (block_all_finite<L::threads>(block, count)) return;
+    if (block_all_finite<L::threads>(block, count)) return;  // all warps have finished S and dP
     dropped_ = true;
     zero_nonfinite<L::threads>(block, count);
     block_sync();  // the whole block is finite
