@@ -98,7 +98,7 @@ class OnlineSoftmax {
     auto s = by_row_and_column(scores);  // (row, column)
     auto o = by_row_and_column(output);  // (row, head dim)
     float correction[Rows];
-    bool raised = Threshold == 0;
+    bool raised = false;
     CUTE_UNROLL
     for (int i = 0; i < Rows; ++i) {
       // fmaxf passes over NaN; a NaN score still becomes a NaN probability below.

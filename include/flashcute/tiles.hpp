@@ -11,7 +11,8 @@ enum class Grid : uint8_t { large, small };
 /// A default configuration, with its bucket's width as head dimension: serves narrower ones too, other types of the
 /// same size, and lesser alignments. block_n and rescale_threshold change the bits of a result, the rest does not (but
 /// see docs/decisions/0003-tiles.md about infinity in V); so they are the same for large and small grids, and a row's
-/// result does not depend on its batch mates.
+/// result does not depend on its batch mates. All stay under the 99 KB of shared memory that compute capabilities 8.6,
+/// 8.9 and 12.0 allow.
 struct ForwardTile {
   Grid grid;
   ForwardConfig config;

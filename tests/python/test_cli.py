@@ -93,14 +93,28 @@ def test_compile(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.partition(": ")[2] for line in lines[1:]] == ["ahead of time"] * 2
     assert main(["compile", "--arch", "sm_80", "--all"]) == 0
     assert main(["compile", "--arch", "sm_80", "--dtype", "float32"]) == 0
-    assert "cudacore" in capsys.readouterr().out
+    assert "tf32x3" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not _core.build_info().image_archs, reason="built without images")
 def test_compile_several(capsys: pytest.CaptureFixture[str]) -> None:
     """Each in a process of its own, told in the order in which they were named."""
-    changes = ["block_m=64,blocks_per_sm=3", "block_m=128,blocks_per_sm=2"]  # both ahead of time
-    arguments = ["compile", "--arch", "sm_80", "--head-dim", "64", "--block-m", "64"]
-    arguments += ["--blocks-per-sm", "3", "--jobs", "2"]
+    changes = [  # to the tiles for small and for large grids, both ahead of time
+        "block_m=64,blocks_per_sm=3,stages=1,q_in_registers=0",
+        "block_m=128,blocks_per_sm=2,stages=2,q_in_registers=1",
+    ]
+    arguments = [
+        "compile",
+        "--arch",
+        "sm_80",
+        "--head-dim",
+        "64",
+        "--block-m",
+        "64",
+        "--stages",
+        "1",
+    ]
+    arguments += ["--blocks-per-sm", "3", "--q-in-registers", "0", "--jobs", "2"]
     assert main([*arguments, "--config", changes[1], "--config", changes[0]]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = [line.partition(" for ")[0] for line in lines if not line.startswith("  ")]
@@ -214,6 +228,26 @@ def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
         ["flashcute", "full"],
         ["flashcute", "causal"],
     ]
+
+
+@pytest.mark.gpu
+def test_demo_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """A demo that takes the CPU where there is a GPU, or breaks there."""
+    assert main(["demo", "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert "sm_" in out
+
+
+@pytest.mark.gpu
+def test_bench_on_the_gpu(tmp_path: Path) -> None:
+    """A benchmark that cannot capture, time or compare what it has to, on a GPU."""
+    out = tmp_path / "lines.jsonl"
+    sizes = ["--tokens", "1024", "--seqlens", "512", "--head-dims", "64", "--rounds", "1"]
+    command = ["bench", "--device", "cuda", "--impls", "flashcute,sdpa_flash,naive", *sizes]
+    assert main([*command, "--out", str(out)]) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["impl"] for line in lines} == {"flashcute", "sdpa_flash", "naive"}
+    assert all(line["status"] == "ok" and line["ms_p50"] > 0 for line in lines)
 
 
 def test_demo_without_torch() -> None:
