@@ -235,7 +235,7 @@ void bind_configs(nb::module_& m) {
       "mma_double_buffer: fetch the next fragments while the tensor cores work on these.\n"
       "optimized_softmax: one multiply-add and one exp2 a score, the row sum reduced in the end; False: as in a "
       "textbook.\n"
-      "rescale_threshold: t: a row's sums are rescaled once its maximum has grown 2^t fold; 0: in every block.");
+      "rescale_threshold: t: a row's sums are rescaled once an exponential would exceed 2^t; 0: in every block.");
   forward.def_prop_ro(
       "smem_bytes", [](ForwardConfig const& c) { return smem_bytes(c); },
       "Shared memory of a thread block, in bytes (GPU only).");

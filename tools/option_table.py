@@ -122,7 +122,7 @@ def read_times(files: list[Path]) -> dict[str, float]:
         for line in map(json.loads, file.read_text().splitlines()):
             if line.get("config") and not line["causal"] and line.get("tflops"):
                 length = line["seqlen_q"]
-                if length >= best.get(line["config"], (0, 0.0))[0]:
+                if length > best.get(line["config"], (0, 0.0))[0]:
                     best[line["config"]] = (length, line["tflops"])
     return {name: speed for name, (_, speed) in best.items()}
 

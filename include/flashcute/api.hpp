@@ -44,7 +44,7 @@ struct ForwardOptions {
   std::optional<double> scale;  // of the scores, finite and >= 0; default head_dim^-0.5
   Layout layout = Layout::bshd;
   void* stream = nullptr;   // CUstream of the tensors' device; the default stream if null
-  bool allow_tf32 = false;  // a default configuration for float32 may round to TF32, for the tensor cores
+  bool allow_tf32 = false;  // a default configuration for float32 may use one product of TF32, not three
   // If given: how each tile of query rows treated the K/V blocks, int32 (batch, heads, row blocks, 3), contiguous:
   // how many were visited whole, visited with a test of elements, skipped.
   TensorView const* block_counts = nullptr;

@@ -17,7 +17,8 @@
 
 namespace flashcute {
 
-/// C: the tile. head_dim and head_dim_v as ever, block_m rows that stay, block_n rows that pass by.
+/// C: the tile, of which it takes dtype, head_dim, head_dim_v, block_m rows that stay, block_n rows that pass by, the
+/// warps and how it copies.
 template <ForwardConfig C, BackwardPass Pass, MaskKind Kind>
 struct BackwardKernel {
   using L = ForwardLayout<C>;
@@ -44,6 +45,9 @@ struct BackwardKernel {
     alignas(16) float lse[queries];  // in units of log2
     alignas(16) float delta[queries];
   };
+
+  static_assert(C.math == Math::tensor_core, "the backward multiplies on tensor cores");
+  static_assert(sizeof(SharedStorage) <= max_smem_bytes(compiled_arch), "more shared memory than a thread block has");
 
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& smem) {
     if constexpr (keys_stay) {
@@ -166,6 +170,8 @@ struct BackwardKernel {
     auto s = by_row_and_column(scores);                                                    // (row, column)
     auto ds = by_row_and_column(score_gradients);                                          // (row, column)
     auto const c = by_row_and_column(L::template coordinates<C.block_n>(thread_index()));  // -> (row, column)
+    // Rows of zeros stand where there is no query. Their scores are NaN at a key that is infinite.
+    bool const has_end = keys_stay && block_row0 + C.block_n > f.seqlen_q;
     CUTE_UNROLL
     for (int j = 0; j < size<1>(s); ++j) {
       CUTE_UNROLL
@@ -176,8 +182,9 @@ struct BackwardKernel {
         float const p = exp2_approx(x > 0.f ? 0.f : x);
         bool const seen = !Partial || (keys_stay ? Mask::visible(block_row0 + column, row0_ + row, f)
                                                  : Mask::visible(row0_ + row, block_row0 + column, f));
-        s(i, j) = seen ? p : 0.f;
-        ds(i, j) = seen ? p * (ds(i, j) - shared_load<float>(&smem_.delta[query])) : 0.f;
+        bool const counts = seen && (!has_end || block_row0 + column < f.seqlen_q);
+        s(i, j) = counts ? p : 0.f;
+        ds(i, j) = counts ? p * (ds(i, j) - shared_load<float>(&smem_.delta[query])) : 0.f;
       }
     }
   }
@@ -226,7 +233,7 @@ struct BackwardKernel {
     }
   }
 
-  /// LSE and delta of a block's rows; 0 where there is no row: zeros that follow from it are multiplied by zeros.
+  /// LSE and delta of a block's rows; 0 where there is no row.
   FLASHCUTE_DEVICE static void load_per_query(BackwardParams const& p, int batch, int head, int row0,
                                               SharedStorage& smem) {
     ForwardParams const& f = p.forward;

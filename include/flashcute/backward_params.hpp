@@ -31,23 +31,23 @@ static_assert(offsetof(BackwardParams, dv_stride) == 336);
 struct KeyTile {
   int32_t batch, kv_head;
   int32_t row0;  // first key
-  int32_t rows;  // keys that exist: block_n, or fewer at the end of the sequence
+  int32_t rows;  // keys that exist: block_keys, or fewer at the end of the sequence
 
-  /// Tile `index` of `count(p, block_n)`. Within a head the first keys come first: under a causal mask most
+  /// Tile `index` of `count(p, block_keys)`. Within a head the first keys come first: under a causal mask most
   /// queries see them, and the long tasks should start early.
-  FLASHCUTE_HD static KeyTile at(ForwardParams const& p, int64_t index, int32_t block_n) {
-    int64_t const blocks = ceil_div<int64_t>(p.seqlen_k, block_n);
+  FLASHCUTE_HD static KeyTile at(ForwardParams const& p, int64_t index, int32_t block_keys) {
+    int64_t const blocks = ceil_div<int64_t>(p.seqlen_k, block_keys);
     int64_t const head_index = index / blocks;
     KeyTile t;
     t.batch = static_cast<int32_t>(head_index / p.kv_heads);
     t.kv_head = static_cast<int32_t>(head_index % p.kv_heads);
-    t.row0 = static_cast<int32_t>(index % blocks) * block_n;
-    t.rows = min_of(block_n, p.seqlen_k - t.row0);
+    t.row0 = static_cast<int32_t>(index % blocks) * block_keys;
+    t.rows = min_of(block_keys, p.seqlen_k - t.row0);
     return t;
   }
 
-  FLASHCUTE_HD static int64_t count(ForwardParams const& p, int32_t block_n) {
-    return static_cast<int64_t>(p.batch) * p.kv_heads * ceil_div<int64_t>(p.seqlen_k, block_n);
+  FLASHCUTE_HD static int64_t count(ForwardParams const& p, int32_t block_keys) {
+    return static_cast<int64_t>(p.batch) * p.kv_heads * ceil_div<int64_t>(p.seqlen_k, block_keys);
   }
 };
 

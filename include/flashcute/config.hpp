@@ -59,7 +59,7 @@ struct ForwardConfig {
   int32_t block_n = 64;           // B_c: keys per K/V block
   int32_t num_warps = 4;          // each warp owns 16-row slices of the tile
   int32_t blocks_per_sm = 2;      // thread blocks that shall fit a multiprocessor: limits registers
-  Math math = Math::tensor_core;  // mma.sync; of float32 three for one; or fused multiply-adds on the CUDA cores
+  Math math = Math::tensor_core;  // mma.sync; three for one, for float32; fused multiply-adds on the CUDA cores
   int32_t stages = 1;             // K/V blocks in shared memory; 2: one arrives while the other is multiplied
   int32_t copy_bytes = 16;        // what a thread copies at once; addresses and strides must be multiples
   bool async_copy = true;         // global to shared memory by cp.async, not through registers
@@ -69,7 +69,7 @@ struct ForwardConfig {
   int32_t k_tiles_per_load = 0;   // K-steps of K or V per fetch into registers; 0: pieces of 16 columns of one
   bool mma_double_buffer = true;  // fetch the next fragments while the tensor cores work on these
   bool optimized_softmax = true;  // one multiply-add and exp2 a score, one reduction of the row sum in the end
-  int32_t rescale_threshold = 8;  // rescale a row once its maximum has grown 2^this fold; 0: in every block
+  int32_t rescale_threshold = 8;  // rescale a row once an exponential would exceed 2^this; 0: in every block
 
   constexpr bool operator==(ForwardConfig const&) const = default;
 };
@@ -201,18 +201,9 @@ constexpr int32_t max_smem_bytes(Arch arch) {
   }
 }
 
-/// Shared memory of a multiprocessor, less the 1 KB of each thread block that CUDA keeps for itself, were there two.
-constexpr int32_t max_smem_bytes_per_sm(Arch arch) {
-  switch (arch) {
-    case 80:
-    case 87: return 162 * 1024;
-    case 86:
-    case 89:
-    case 120:
-    case 121: return 98 * 1024;
-    default: return 226 * 1024;
-  }
-}
+/// Shared memory of a multiprocessor, in bytes, of which CUDA keeps some for itself with each thread block.
+constexpr int32_t max_smem_bytes_per_sm(Arch arch) { return max_smem_bytes(arch) + 1024; }
+inline constexpr int32_t reserved_smem_bytes = 1024;
 
 constexpr int32_t num_threads(ForwardConfig const& c) { return 32 * c.num_warps; }
 

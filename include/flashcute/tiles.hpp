@@ -9,10 +9,10 @@ namespace flashcute {
 enum class Grid : uint8_t { large, small };
 
 /// A default configuration, with its bucket's width as head dimension: serves narrower ones too, other types of the
-/// same size, and lesser alignments. block_n and rescale_threshold change the bits of a result, the rest does not (but
-/// see docs/decisions/0003-tiles.md about infinity in V); so they are the same for large and small grids, and a row's
-/// result does not depend on its batch mates. All stay under the 99 KB of shared memory that compute capabilities 8.6,
-/// 8.9 and 12.0 allow.
+/// same size, and lesser alignments. block_n, math, optimized_softmax and rescale_threshold change the bits of a
+/// result, the rest does not (docs/decisions/0003-tiles.md, also about NaN and infinity); so they are the same for
+/// large and small grids, and a row's result does not depend on its batch mates. All stay under the 99 KB of shared
+/// memory that compute capabilities 8.6, 8.9 and 12.0 allow.
 struct ForwardTile {
   Grid grid;
   ForwardConfig config;
@@ -87,7 +87,8 @@ constexpr ForwardConfig default_forward_config(ForwardTensors const& t, Arch arc
   config.copy_bytes = t.alignment;
   config.async_copy = t.alignment >= 4;
   // Stages are worth less than thread blocks that share a multiprocessor.
-  if (config.blocks_per_sm * smem_bytes(config) > max_smem_bytes_per_sm(arch)) config.stages = 1;
+  if (config.blocks_per_sm * (smem_bytes(config) + reserved_smem_bytes) > max_smem_bytes_per_sm(arch))
+    config.stages = 1;
   return config;
 }
 

@@ -209,7 +209,8 @@ constexpr ForwardConfig small = {.dtype = bf16, .head_dim = 64, .block_m = 32, .
 template <ForwardConfig Queries, ForwardConfig Keys = Queries>
 void check_shapes() {
   for (Shape const& s :
-       {Shape{.sq = Queries.block_m + 5, .sk = 2 * Queries.block_n + 7, .d = Queries.head_dim},
+       {Shape{
+            .sq = Queries.block_m + 5, .sk = 2 * Queries.block_n + 7, .d = Queries.head_dim, .d_v = Queries.head_dim_v},
         Shape{.sq = 2 * Queries.block_m, .sk = Queries.block_n, .d = Queries.head_dim - 8, .d_v = 8},
         Shape{.sq = 3, .sk = 20, .d = 8, .d_v = Queries.head_dim_v, .heads = 2, .order = Order::padded},
         Shape{.sq = 37, .sk = 41, .d = 16, .batch = 2, .heads = 4, .kv_heads = 2}}) {
@@ -227,6 +228,15 @@ TEST(BackwardKernel, Configurations) {
   check_shapes<{.dtype = f16, .head_dim = 64, .block_m = 64, .block_n = 64}>();
   check_shapes<{.dtype = bf16, .head_dim = 32, .head_dim_v = 64, .block_m = 64, .block_n = 32},
                {.dtype = bf16, .head_dim = 32, .head_dim_v = 64, .block_m = 64, .block_n = 16, .num_warps = 2}>();
+  check_shapes<{.dtype = f16,
+                .head_dim = 64,
+                .head_dim_v = 32,
+                .block_m = 32,
+                .block_n = 32,
+                .num_warps = 2,
+                .copy_bytes = 2,
+                .async_copy = false,
+                .swizzled = false}>();
 }
 
 // Guards against rows that see no key, keys that no row sees, and lengths of 0: gradients of 0, not memory as it was.
@@ -261,6 +271,13 @@ TEST(BackwardKernel, PoisonReachesWhatSeesIt) {
     key.problem.k.set(0, 30, 0, 3, value);
     ASSERT_NO_FATAL_FAILURE(key.run(1));
     for (int i = 0; i < s.sq; ++i) EXPECT_EQ(is_poisoned(key.dq, i), i >= 20) << i;
+    // Queries that see it have no finite softmax, so all keys that they see are poisoned, and no other.
+    for (int j = 0; j < s.sk; ++j) EXPECT_TRUE(is_poisoned(key.dk, j)) << j;
+
+    Causal late(s);
+    late.problem.v.set(0, 45, 0, 3, value);
+    ASSERT_NO_FATAL_FAILURE(late.run(1));
+    for (int i = 0; i < s.sq; ++i) EXPECT_EQ(is_poisoned(late.dq, i), i >= 35) << i;
 
     Causal gradient(s);
     gradient.dout.set(0, 20, 0, 3, value);
@@ -271,6 +288,25 @@ TEST(BackwardKernel, PoisonReachesWhatSeesIt) {
       EXPECT_EQ(is_poisoned(gradient.dv, j), j <= 30) << j;
     }
   }
+}
+
+// Guards against NaN from the rows of zeros that stand where there is no query: a score of them with a key that is
+// -inf, whose weight is 0 everywhere.
+template <MaskKind Kind>
+void check_padding() {
+  BackwardProblem<small, small, Kind> problem({.sq = 40, .sk = 20, .d = 32, .causal_offset = 20});
+  for (int i = 0; i < 40; ++i) problem.problem.q.set(0, i, 0, 0, 1);
+  problem.problem.k.set(0, 7, 0, 0, -inf);
+  ASSERT_NO_FATAL_FAILURE(problem.run(1));
+  for (int c = 0; c < 32; ++c) {
+    EXPECT_EQ(problem.dv.at(0, 7, 0, c), 0) << c;
+    if (c > 0) EXPECT_EQ(problem.dk.at(0, 7, 0, c), 0) << c;
+  }
+}
+
+TEST(BackwardKernel, NoQueryIsNotAQueryOfZeros) {
+  check_padding<MaskKind::full>();
+  check_padding<MaskKind::causal>();
 }
 
 }  // namespace

@@ -183,6 +183,7 @@ TEST(Config, TheTilesOfABucketHaveTheSameBits) {
     EXPECT_EQ(large.head_dim, tile.head_dim);
     EXPECT_EQ(large.block_n, tile.block_n);
     EXPECT_EQ(large.rescale_threshold, tile.rescale_threshold);
+    EXPECT_EQ(large.optimized_softmax, tile.optimized_softmax);
     EXPECT_LE(tile.block_m, large.block_m);
   }
 }

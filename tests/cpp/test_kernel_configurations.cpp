@@ -39,25 +39,35 @@ TEST(ForwardKernel, ThreeProductsOfTensorFloat32) {
                             .copy_bytes = 4})>();
 }
 
-// Guards against infinity - infinity where numbers are taken apart: scores of -inf, of Q or of K; values that are
-// infinite, in blocks that all rows see.
-TEST(ForwardKernel, ThreeProductsOfInfinity) {
-  constexpr ForwardKernelId id =
-      full({.dtype = f32, .head_dim = 32, .block_m = 64, .block_n = 16, .math = Math::tf32x3});
-  Problem keys(id, {.sq = 40, .sk = 50, .d = 32});
+/// Scores of -inf, scores of both infinities, infinite and NaN values.
+template <ForwardKernelId Id>
+void check_infinity() {
+  Problem keys(Id, {.sq = 40, .sk = 50, .d = 32});
   for (int i = 0; i < 40; ++i) keys.q.set(0, i, 0, 0, 1);
   for (int j = 7; j < 30; ++j) keys.k.set(0, j, 0, 0, -inf);
-  check<id>(keys);
-  Problem queries(id, {.sq = 40, .sk = 50, .d = 32});
-  for (int j = 0; j < 50; ++j) queries.k.set(0, j, 0, 0, j % 3 == 0 ? 1 : -1);  // scores of both infinities: NaN
+  check<Id>(keys);
+  Problem queries(Id, {.sq = 40, .sk = 50, .d = 32});
+  for (int j = 0; j < 50; ++j) queries.k.set(0, j, 0, 0, j % 3 == 0 ? 1 : -1);
   queries.q.set(0, 5, 0, 0, inf);
-  check<id>(queries);
-  Problem values(id, {.sq = 40, .sk = 50, .d = 32});
+  check<Id>(queries);
+  Problem values(Id, {.sq = 40, .sk = 50, .d = 32});
   values.v.set(0, 20, 0, 3, inf);
   values.v.set(0, 40, 0, 3, inf);
   values.v.set(0, 21, 0, 4, -inf);
   values.v.set(0, 21, 0, 5, nan);
-  check<id>(values);
+  check<Id>(values);
+}
+
+// Guards against infinity - infinity where numbers are taken apart, in blocks that all rows see and others, and in K
+// and V that arrive apart or together.
+TEST(ForwardKernel, ThreeProductsOfInfinity) {
+  constexpr ForwardConfig one = {.dtype = f32, .head_dim = 32, .block_m = 64, .block_n = 16, .math = Math::tf32x3};
+  constexpr ForwardConfig two = {
+      .dtype = f32, .head_dim = 32, .block_m = 32, .block_n = 16, .num_warps = 2, .math = Math::tf32x3, .stages = 2};
+  check_infinity<full(one)>();
+  check_infinity<causal(one)>();
+  check_infinity<full(two)>();
+  check_infinity<causal(two)>();
 }
 
 /// Every multiple of 8 that the kernel's bucket serves.
