@@ -271,7 +271,7 @@ TEST(BackwardKernel, PoisonReachesWhatSeesIt) {
     key.problem.k.set(0, 30, 0, 3, value);
     ASSERT_NO_FATAL_FAILURE(key.run(1));
     for (int i = 0; i < s.sq; ++i) EXPECT_EQ(is_poisoned(key.dq, i), i >= 20) << i;
-    // Queries that see it have no finite softmax, so all keys that they see are poisoned, and no other.
+    // Queries that see it have no finite softmax, and between them see all keys.
     for (int j = 0; j < s.sk; ++j) EXPECT_TRUE(is_poisoned(key.dk, j)) << j;
 
     Causal late(s);
