@@ -34,8 +34,7 @@ struct BackwardKernel {
   static constexpr int queries = keys_stay ? C.block_n : C.block_m;
 
   template <class Columns>
-  using Accumulator =
-      decltype(cute::partition_fragment_C(typename L::TiledMma{}, cute::Shape<typename L::BlockM, Columns>{}));
+  using Accumulator = decltype(L::template accumulator<Columns>());
 
   struct SharedStorage {
     alignas(128) Element x[C.block_m * C.head_dim];
@@ -58,19 +57,7 @@ struct BackwardKernel {
   }
 
  private:
-  /// Rows of one head of a tensor.
-  struct Rows {
-    Element const* first;
-    int64_t stride;
-
-    FLASHCUTE_DEVICE static Rows of(void const* base, Strides const& stride, int batch, int head) {
-      return {static_cast<Element const*>(base) + row_offset(stride, batch, head, 0), stride.row};
-    }
-
-    FLASHCUTE_DEVICE Element at(int row, int column) const {
-      return global_load<Element>(first + row * stride + column);
-    }
-  };
+  using Rows = flashcute::Rows<Element>;
 
   /// delta and dQ.
   FLASHCUTE_DEVICE static void run_queries(BackwardParams const& p, SharedStorage& smem) {
@@ -91,7 +78,7 @@ struct BackwardKernel {
       pass.compute_block(n * C.block_n, partial);
     });
     pass.stage_results();
-    auto const partial_keys = Range{range.full_end * C.block_n, min_of(range.end * C.block_n, f.seqlen_k)};
+    auto const partial_keys = RowRange{range.full_end * C.block_n, min_of(range.end * C.block_n, f.seqlen_k)};
     pass.template add_dropped<SmemX>(k, partial_keys, tile.rows, f.head_dim, smem.x);
     block_sync();  // all elements are corrected
     store<SmemX>(smem.x, p.dq, p.dq_stride, tile.batch, tile.head, tile.row0, tile.rows, f.head_dim);
@@ -106,7 +93,7 @@ struct BackwardKernel {
 
     BackwardKernel pass{p, smem, tile.row0};
     auto const range = Mask::query_range(tile.row0, tile.rows, f, C.block_n);
-    auto const partial_queries = Range{range.begin * C.block_n, min_of(range.full_begin * C.block_n, f.seqlen_q)};
+    auto const partial_queries = RowRange{range.begin * C.block_n, min_of(range.full_begin * C.block_n, f.seqlen_q)};
     int const group = f.heads / f.kv_heads;
     auto const for_each_head = [&](auto const& body) {
       for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
@@ -133,10 +120,7 @@ struct BackwardKernel {
   // ---- a block ---------------------------------------------------------------------------------------
 
   FLASHCUTE_DEVICE BackwardKernel(BackwardParams const& p, SharedStorage& smem, int row0)
-      : p_(p), smem_(smem), row0_(row0) {
-    cute::clear(dx_);
-    cute::clear(dy_);
-  }
+      : p_(p), smem_(smem), row0_(row0) {}
 
   /// Starts loading the rows of a block that exist; the others become zeros, which add nothing.
   FLASHCUTE_DEVICE void load_block(Rows const& x, Rows const& y, int row0, int seqlen) const {
@@ -150,9 +134,8 @@ struct BackwardKernel {
   FLASHCUTE_DEVICE void compute_block(int block_row0, Partial) {
     copies_wait();
     block_sync();  // the block has arrived, what there is of each query too; at first also X and Y
-    Accumulator<typename L::BlockN> s, dp;  // (MMA, MMA_M, MMA_N)
-    cute::clear(s);
-    cute::clear(dp);
+    auto s = L::template accumulator<typename L::BlockN>();   // (MMA, MMA_M, MMA_N)
+    auto dp = L::template accumulator<typename L::BlockN>();  // (MMA, MMA_M, MMA_N)
     P::gemm(s, P::template rows_as_a<SmemX>(smem_.x), P::template rows_as_b<SmemBlockX>(smem_.block_x));
     P::gemm(dp, P::template rows_as_a<SmemY>(smem_.y), P::template rows_as_b<SmemBlockY>(smem_.block_y));
     to_probabilities<Partial::value>(s, dp, block_row0);
@@ -261,30 +244,13 @@ struct BackwardKernel {
     block_sync();  // the tiles are in shared memory
   }
 
-  struct Range {
-    int begin, end;
-  };
-
-  /// Adds to each element of a staged tile what its row sees of the elements that were taken out. Slow, and rare.
   template <class Smem>
-  FLASHCUTE_DEVICE void add_dropped(Rows const& from, Range const& rows, int tile_rows, int width,
+  FLASHCUTE_DEVICE void add_dropped(Rows const& from, RowRange const& others, int rows, int width,
                                     Element* tile) const {
     if (!Mask::rows_differ || !dropped_) return;
-    auto staged = cute::make_tensor(cute::make_smem_ptr(tile), typename Smem::Layout{});
-    for (int i = thread_index(); i < tile_rows * width; i += L::threads) {
-      int const row = i / width, column = i % width;
-      float sum = 0;
-      for (int other = rows.begin; other < rows.end; ++other) {
-        bool const seen =
-            keys_stay ? Mask::visible(other, row0_ + row, p_.forward) : Mask::visible(row0_ + row, other, p_.forward);
-        if (!seen) continue;
-        auto const x = static_cast<float>(from.at(other, column));
-        if (!is_finite(x)) sum += x;
-      }
-      if (sum == 0) continue;
-      auto const x = static_cast<float>(shared_load<Element>(&staged(row, column)));
-      shared_store(&staged(row, column), static_cast<Element>(x + sum));
-    }
+    flashcute::add_dropped<C, Smem>(from, others, rows, width, tile, [&](int row, int other) {
+      return keys_stay ? Mask::visible(other, row0_ + row, p_.forward) : Mask::visible(row0_ + row, other, p_.forward);
+    });
   }
 
   // ---- from and to the tensors -----------------------------------------------------------------------
@@ -308,10 +274,10 @@ struct BackwardKernel {
 
   BackwardParams const& p_;
   SharedStorage& smem_;
-  int const row0_;                        // of the tile
-  Accumulator<typename L::HeadDim> dx_;   // (MMA, MMA_M, MMA_D)
-  Accumulator<typename L::HeadDimV> dy_;  // (MMA, MMA_M, MMA_DV); only if keys stay
-  bool dropped_ = false;                  // whether anything was taken out; the same in all threads of the block
+  int const row0_;                                                                          // of the tile
+  Accumulator<typename L::HeadDim> dx_ = L::template accumulator<typename L::HeadDim>();    // (MMA, MMA_M, MMA_D)
+  Accumulator<typename L::HeadDimV> dy_ = L::template accumulator<typename L::HeadDimV>();  // only if keys stay
+  bool dropped_ = false;  // whether anything was taken out; the same in all threads of the block
 };
 
 }  // namespace flashcute

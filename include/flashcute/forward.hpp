@@ -26,12 +26,12 @@ struct ForwardPass {
     BlockCounter<Id.features.count_blocks> counter;
 
     auto q = loader.query();
-    auto o = accumulator<typename L::HeadDimV>();  // (MMA, MMA_M, MMA_DV)
+    auto o = L::template accumulator<typename L::HeadDimV>();  // (MMA, MMA_M, MMA_DV)
     range.for_each_backward([&](int n, auto partial) {
       counter.visit(decltype(partial)::value);
-      auto s = accumulator<typename L::BlockN>();  // (MMA, MMA_M, MMA_N)
-      P::gemm(s, q, loader.key(n, partial));       // S = Q K^T
-      auto v = loader.value(n, partial);           // K(n - 1) loads while the softmax and P V compute
+      auto s = L::template accumulator<typename L::BlockN>();  // (MMA, MMA_M, MMA_N)
+      P::gemm(s, q, loader.key(n, partial));                   // S = Q K^T
+      auto v = loader.value(n, partial);                       // K(n - 1) loads while the softmax and P V compute
       if constexpr (decltype(partial)::value) apply_mask(s, tile, n, p);
       softmax.update(s, o);
       if constexpr (P::wants_finite || (decltype(partial)::value && Mask::rows_differ)) loader.drop_nonfinite_values(n);
@@ -49,14 +49,6 @@ struct ForwardPass {
   }
 
  private:
-  /// A cleared BlockM x Columns accumulator.
-  template <class Columns>
-  FLASHCUTE_DEVICE static auto accumulator() {
-    auto acc = cute::partition_fragment_C(typename L::TiledMma{}, cute::Shape<typename L::BlockM, Columns>{});
-    cute::clear(acc);
-    return acc;
-  }
-
   /// (row, column) within the tile of every accumulator element this thread holds, by row and column.
   template <int Columns>
   FLASHCUTE_DEVICE static auto coordinates() {
@@ -66,27 +58,14 @@ struct ForwardPass {
   /// Tile row of the thread's i-th row.
   FLASHCUTE_DEVICE static int row_of(int i) { return cute::get<0>(coordinates<C.block_n>()(i, 0)); }
 
-  /// Adds to each element of the staged output what its row sees of the values that are not finite and were dropped.
-  /// Slow, and rare.
+  /// Adds to the staged output the values that are not finite and were dropped, where they are visible.
   FLASHCUTE_DEVICE static void add_dropped_values(KvRange const& range, ForwardParams const& p, QueryTile const& tile,
                                                   typename L::SharedStorage& smem) {
-    using Element = typename L::Element;
-    auto sO = cute::make_tensor(cute::make_smem_ptr(smem.q), typename L::SmemO::Layout{});  // (M, DV)
+    auto const v = Rows<typename L::Element>::of(p.v, p.v_stride, tile.batch, tile.kv_head);
     int const first_key = (P::wants_finite ? range.begin : range.full_end) * C.block_n;  // of those that were looked at
     int const last_key = min_of(range.end * C.block_n, p.seqlen_k);
-    for (int i = thread_index(); i < tile.rows * p.head_dim_v; i += L::threads) {
-      int const row = i / p.head_dim_v, column = i % p.head_dim_v;
-      auto const* v = static_cast<Element const*>(p.v) + tile.v_offset(p) + column;
-      float sum = 0;
-      for (int key = first_key; key < last_key; ++key) {
-        if (!Mask::visible(tile.row0 + row, key, p)) continue;
-        auto const x = static_cast<float>(global_load<Element>(v + key * p.v_stride.row));
-        if (!is_finite(x)) sum += x;
-      }
-      if (sum == 0) continue;
-      auto const x = static_cast<float>(shared_load<Element>(&sO(row, column)));
-      shared_store(&sO(row, column), static_cast<Element>(x + sum));
-    }
+    add_dropped<C, typename L::SmemO>(v, {first_key, last_key}, tile.rows, p.head_dim_v, smem.q,
+                                      [&](int row, int key) { return Mask::visible(tile.row0 + row, key, p); });
     block_sync();  // all elements are corrected
   }
 

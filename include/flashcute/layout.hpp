@@ -77,6 +77,14 @@ struct ForwardLayout {
   static constexpr int threads = num_threads(C);
   static constexpr int rows_per_thread = 2 * C.block_m / (16 * C.num_warps);
 
+  /// This thread's part of a BlockM x Columns accumulator, cleared.
+  template <class Columns>
+  FLASHCUTE_DEVICE static auto accumulator() {
+    auto acc = cute::partition_fragment_C(TiledMma{}, cute::Shape<BlockM, Columns>{});  // (MMA, MMA_M, MMA_N)
+    cute::clear(acc);
+    return acc;
+  }
+
   /// (row, column) of every element of a BlockM x Columns accumulator that a thread holds.
   template <int Columns>
   FLASHCUTE_DEVICE static auto coordinates(int thread) {

@@ -168,7 +168,6 @@ class ForwardLoader {
     constexpr int count = C.block_n * C.head_dim_v;
     if (P::wants_finite ? value_finite_ : block_all_finite<L::threads>(value_place(n), count)) return;
     dropped_ = true;
-    block_sync();  // no thread reads the values any more
     zero_nonfinite<L::threads>(value_place(n), count);
     block_sync();  // the whole block is finite
   }
@@ -223,6 +222,45 @@ FLASHCUTE_DEVICE void stage_tile(Fragment const& o, typename Smem::Element* tile
   auto const slice = to_shared.get_thread_slice(thread_index());
   auto tOsO = slice.partition_D(sO);
   copy(to_shared, slice.retile_S(rO), tOsO);
+}
+
+/// Rows of one head of a tensor.
+template <class Element>
+struct Rows {
+  Element const* first;
+  int64_t stride;
+
+  FLASHCUTE_DEVICE static Rows of(void const* base, Strides const& stride, int batch, int head) {
+    return {static_cast<Element const*>(base) + row_offset(stride, batch, head, 0), stride.row};
+  }
+
+  FLASHCUTE_DEVICE Element at(int row, int column) const { return global_load<Element>(first + row * stride + column); }
+};
+
+/// Half-open.
+struct RowRange {
+  int begin, end;
+};
+
+/// Adds to each element of a staged tile what its row sees, of the rows `others` of a tensor, that is not finite and
+/// was therefore dropped from its product. Slow, and rare.
+template <ForwardConfig C, class Smem, class Sees>
+FLASHCUTE_DEVICE void add_dropped(Rows<typename Smem::Element> const& from, RowRange const& others, int rows,
+                                  int columns, typename Smem::Element* tile, Sees const& sees) {
+  using Element = typename Smem::Element;
+  auto staged = cute::make_tensor(cute::make_smem_ptr(tile), typename Smem::Layout{});
+  for (int i = thread_index(); i < rows * columns; i += ForwardLayout<C>::threads) {
+    int const row = i / columns, column = i % columns;
+    float sum = 0;
+    for (int other = others.begin; other < others.end; ++other) {
+      if (!sees(row, other)) continue;
+      auto const x = static_cast<float>(from.at(other, column));
+      if (!is_finite(x)) sum += x;
+    }
+    if (sum == 0) continue;
+    auto const x = static_cast<float>(shared_load<Element>(&staged(row, column)));
+    shared_store(&staged(row, column), static_cast<Element>(x + sum));
+  }
 }
 
 /// Puts the output into shared memory, in Q's place.
