@@ -5,7 +5,7 @@
 #
 # usage: benchmarks/gpu_evidence.sh OUTPUT_FOLDER COMMIT [STEP...]
 # steps: build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn forward_float32 naive
-#        options tiles overhead first_use
+#        options tiles backward backward_gqa overhead first_use
 # (default: all)
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +14,7 @@ commit=${2:?the commit that is measured}
 shift 2
 steps=("$@")
 [ ${#steps[@]} -gt 0 ] || steps=(build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn
-  forward_float32 naive options tiles overhead first_use)
+  forward_float32 naive options tiles backward backward_gqa overhead first_use)
 export PYTHONPATH=$PWD/build/system/stage${PYTHONPATH:+:$PYTHONPATH}
 logs=$(mktemp -d)
 mkdir -p "$out"
@@ -51,7 +51,7 @@ declare -A tiles=(
 for step in "${steps[@]}"; do
   case $step in
     build) run build 300 make install SYSTEM=1 ;;
-    cpp) run cpp 120 ctest --test-dir build/system --output-on-failure --no-tests=error --parallel 8 ;;
+    cpp) run cpp 200 ctest --test-dir build/system --output-on-failure --no-tests=error --parallel 8 ;;
     python) run python 400 python3 -m pytest -q tests/python ;;
     memcheck | synccheck | initcheck | racecheck)
       run "$step" 150 compute-sanitizer --tool "$step" --error-exitcode 1 build/system/tests/cpp/test_gpu ;;
@@ -66,6 +66,10 @@ for step in "${steps[@]}"; do
       bench forward_cudnn 300 --grid peers --head-dims 64,128,256 --impls flashcute,sdpa_flash,sdpa_cudnn ;;
     forward_float32) bench forward_float32 200 --grid peers --dtype float32 --head-dims 64,128,256 --seqlens 1024,4096 \
       --impls flashcute,sdpa_efficient,sdpa_math ;;
+    backward) bench backward 300 --backward --grid peers --head-dims 64,128 \
+      --impls flashcute,sdpa_flash,flashcute_deterministic ;;
+    backward_gqa) bench backward_gqa 300 --backward --grid peers --head-dims 64,128 --kv-ratio 8 \
+      --impls flashcute,sdpa_flash,flashcute_deterministic ;;
     naive) bench naive 60 --batch 4 --heads 16 --head-dims 64 --seqlens 2048,4096,8192 --impls flashcute,naive ;;
     options)
       for d in 64 128; do

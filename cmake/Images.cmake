@@ -1,7 +1,7 @@
 # Compiles each family of src/kernels.def into one fatbin and embeds it into the library. One front-end
 # pass for compute_80 serves all targets: assembling for several costs what one costs.
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS src/kernels.def)
-file(STRINGS src/kernels.def lines REGEX "^FLASHCUTE_FORWARD_FAMILY")
+file(STRINGS src/kernels.def lines REGEX "^FLASHCUTE_(FORWARD|BACKWARD)_FAMILY")
 set(flashcute_families "")
 foreach(line ${lines})
   string(REGEX REPLACE "^[A-Z_]+\\(([a-z0-9_]+),.*" "\\1" family ${line})

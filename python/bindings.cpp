@@ -6,6 +6,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <tuple>
+
 #include "dlpack.hpp"
 #include "exceptions.hpp"
 #include "flashcute/api.hpp"
@@ -241,19 +243,46 @@ void bind_configs(nb::module_& m) {
       "Shared memory of a thread block, in bytes (GPU only).");
   static constexpr char backward_signature[] =
       "def __init__(self, *, dtype: object = 'bfloat16', head_dim: int = 128, head_dim_v: int = ..., "
-      "block_m: int = 64, block_n: int = 64, deterministic: bool = False) -> None";
-  bind_config<BackwardConfig>(m, backward_signature,
-                              "Static configuration of the backward: immutable, hashable. It runs on the CPU.\n\n"
-                              "dtype: 'float16', 'bfloat16', 'float32' or 'float64', or any library's dtype object.\n"
-                              "head_dim: width of q and k; runs every head dimension up to it.\n"
-                              "head_dim_v: the same of v and the output; as head_dim unless given.\n"
-                              "block_m: query rows per tile (B_r).  block_n: keys per tile (B_c).\n"
-                              "deterministic: the same bits in every run. The CPU backend always gives them.");
+      "block_m: int = 64, block_n: int = 64, num_warps: int = 4, column_warps: int = 1, blocks_per_sm: int = 2, "
+      "math: str = 'tensor_core', stages: int = 2, copy_bytes: int = 16, async_copy: bool = True, "
+      "swizzled: bool = True, k_tiles_per_load: int = 0, mma_double_buffer: bool = True, deterministic: bool = False) "
+      "-> None";
+  bind_config<BackwardConfig>(
+      m, backward_signature,
+      "Static configuration of the backward: immutable, hashable.\n\n"
+      "dtype: 'float16', 'bfloat16', on the CPU also 'float32' and 'float64', or any library's dtype object.\n"
+      "head_dim: compiled width of q and k; runs every head dimension up to it (GPU: multiples of 16 to 256).\n"
+      "head_dim_v: the same of v and the output; as head_dim unless given.\n"
+      "block_m: query rows per tile (B_r).  block_n: keys per tile (B_c).\n\n"
+      "The other options have no effect on the CPU, which gives the same bits in every run anyway:\n\n"
+      "num_warps: warps per thread block.\n"
+      "column_warps: of num_warps, those that share the columns of a tile of scores; the others share its rows; with "
+      "1, P and dS stay in registers.\n"
+      "blocks_per_sm: thread blocks that shall fit a multiprocessor at once, which limits their registers.\n"
+      "math: 'tensor_core' (mma.sync).\n"
+      "stages: blocks that pass by a tile and that shared memory holds; with 2 one arrives while the other is "
+      "multiplied.\n"
+      "copy_bytes: 16, 8, 4 or 2: what a thread copies between global and shared memory at once; addresses and "
+      "strides of all tensors must be multiples.\n"
+      "async_copy: by cp.async, not through registers.\n"
+      "swizzled: XOR-swizzled shared memory, free of bank conflicts.\n"
+      "k_tiles_per_load: how many K-steps of a product each fetch brings from shared memory into registers (1 or 2); "
+      "0: pieces of 16 columns of one step.\n"
+      "mma_double_buffer: fetch the next fragments while the tensor cores work on these.\n"
+      "deterministic: the same bits in every run, by two passes without atomics, which recompute the scores; False: "
+      "dq is summed by atomics in one.");
 }
 
 // ---- calls -----------------------------------------------------------------------------------------
 
-/// q's library says on which stream the call runs; the libraries of the other arrays are told.
+/// q's library says on which stream a call on a GPU runs, unless the caller does: sets `launch_stream`, and returns
+/// what the libraries of the other arrays are told.
+nb::object choose_stream(Tensor const& q, nb::handle stream, void*& launch_stream) {
+  if (q.view().device.type == DeviceType::cpu) return nb::borrow(stream);
+  launch_stream = stream.is_none() ? q.current_stream() : reinterpret_cast<void*>(nb::cast<std::uintptr_t>(stream));
+  return nb::int_(reinterpret_cast<std::uintptr_t>(launch_stream));
+}
+
 void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
                   nb::handle block_counts, bool causal, std::optional<double> scale, std::string const& layout,
                   nb::handle stream, bool allow_tf32) {
@@ -263,12 +292,7 @@ void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::h
   options.scale = scale;
   options.layout = to_layout(layout);
   Tensor const tq("q", q, stream);
-  bool const gpu = tq.view().device.type == DeviceType::cuda;
-  nb::object launch_stream = nb::borrow(stream);
-  if (gpu) {
-    options.stream = stream.is_none() ? tq.current_stream() : reinterpret_cast<void*>(nb::cast<std::uintptr_t>(stream));
-    launch_stream = nb::int_(reinterpret_cast<std::uintptr_t>(options.stream));
-  }
+  nb::object const launch_stream = choose_stream(tq, stream, options.stream);
   std::optional<Tensor> tk, tv, to, tl, tc;
   tk.emplace("k", k, launch_stream);
   tv.emplace("v", v, launch_stream);
@@ -289,23 +313,67 @@ void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::h
   forward(chosen, tq.view(), tk->view(), tv->view(), to->view(), tl ? &tl->view() : nullptr, options);
 }
 
-/// As call_forward.
+/// As call_forward. `deterministic` is what the default configuration is to be.
 void call_backward(BackwardConfig const* config, nb::handle dout, nb::handle q, nb::handle k, nb::handle v,
                    nb::handle out, nb::handle lse, nb::handle dlse, nb::handle dq, nb::handle dk, nb::handle dv,
-                   bool causal, std::optional<double> scale, std::string const& layout, nb::handle stream) {
+                   nb::handle workspace, bool causal, std::optional<double> scale, std::string const& layout,
+                   bool deterministic, nb::handle stream) {
   BackwardOptions options;
   options.causal = causal;
   options.scale = scale;
   options.layout = to_layout(layout);
+  options.deterministic = deterministic;
   Tensor const tq("q", q, stream);
-  Tensor const tdout("dout", dout, stream), tk("k", k, stream), tv("v", v, stream), to("out", out, stream),
-      tlse("lse", lse, stream), tdq("dq", dq, stream), tdk("dk", dk, stream), tdv("dv", dv, stream);
-  std::optional<Tensor> tdlse;
-  if (!dlse.is_none()) tdlse.emplace("dlse", dlse, stream);
+  nb::object const launch_stream = choose_stream(tq, stream, options.stream);
+  std::optional<Tensor> tdout, tk, tv, to, tlse, tdlse, tdq, tdk, tdv, tw;
+  for (auto const& [argument, t, array] :
+       {std::tuple{"dout", &tdout, dout}, std::tuple{"k", &tk, k}, std::tuple{"v", &tv, v}, std::tuple{"out", &to, out},
+        std::tuple{"lse", &tlse, lse}, std::tuple{"dlse", &tdlse, dlse}, std::tuple{"dq", &tdq, dq},
+        std::tuple{"dk", &tdk, dk}, std::tuple{"dv", &tdv, dv}, std::tuple{"workspace", &tw, workspace}}) {
+    bool const optional = t == &tdlse || t == &tw;
+    if (optional && array.is_none()) continue;
+    t->emplace(argument, array, launch_stream);
+    if (stream.is_none()) (*t)->require_stream(argument, options.stream);
+  }
+  if (tw) options.workspace = &tw->view();
   nb::gil_scoped_release const release;
-  BackwardConfig const chosen = config ? *config : backward_config_for(tq.view(), tv.view(), options);
-  backward(chosen, tdout.view(), tq.view(), tk.view(), tv.view(), to.view(), tlse.view(),
-           tdlse ? &tdlse->view() : nullptr, tdq.view(), tdk.view(), tdv.view(), options);
+  BackwardConfig const chosen = config ? *config
+                                       : backward_config_for(tq.view(), tk->view(), tv->view(),
+                                                             {{"out", &to->view()},
+                                                              {"dout", &tdout->view()},
+                                                              {"dq", &tdq->view()},
+                                                              {"dk", &tdk->view()},
+                                                              {"dv", &tdv->view()}},
+                                                             options);
+  backward(chosen, tdout->view(), tq.view(), tk->view(), tv->view(), to->view(), tlse->view(),
+           tdlse ? &tdlse->view() : nullptr, tdq->view(), tdk->view(), tdv->view(), options);
+}
+
+int64_t call_backward_workspace_size(BackwardConfig const* config, nb::handle q, nb::handle v,
+                                     std::string const& layout, bool deterministic) {
+  Tensor const tq("q", q, nb::none()), tv("v", v, nb::none());
+  BackwardOptions options;
+  options.layout = to_layout(layout);
+  options.deterministic = deterministic;
+  nb::gil_scoped_release const release;
+  return backward_workspace_size(config ? std::optional(*config) : std::nullopt, tq.view(), tv.view(), options);
+}
+
+BackwardConfig call_backward_config_for(nb::handle q, nb::handle k, nb::handle v, std::string const& layout,
+                                        bool deterministic) {
+  Tensor const tq("q", q, nb::none()), tk("k", k, nb::none()), tv("v", v, nb::none());
+  BackwardOptions options;
+  options.layout = to_layout(layout);
+  options.deterministic = deterministic;
+  nb::gil_scoped_release const release;
+  return backward_config_for(tq.view(), tk.view(), tv.view(), {}, options);
+}
+
+template <class Config>
+std::vector<std::pair<std::string, std::string>> call_prebuild(Config const& config, nb::handle arch) {
+  Arch const target = to_arch(arch);
+  nb::gil_scoped_release const release;
+  return prebuild(config, target);
 }
 
 Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, bool causal,
@@ -385,8 +453,12 @@ NB_MODULE(_core, m) {
         "lse"_a.none(), "block_counts"_a.none(), "causal"_a, "scale"_a.none(), "layout"_a, "stream"_a.none(),
         "allow_tf32"_a);
   m.def("backward", &call_backward, "config"_a.none(), "dout"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(),
-        "out"_a.none(), "lse"_a.none(), "dlse"_a.none(), "dq"_a.none(), "dk"_a.none(), "dv"_a.none(), "causal"_a,
-        "scale"_a.none(), "layout"_a, "stream"_a.none());
+        "out"_a.none(), "lse"_a.none(), "dlse"_a.none(), "dq"_a.none(), "dk"_a.none(), "dv"_a.none(),
+        "workspace"_a.none(), "causal"_a, "scale"_a.none(), "layout"_a, "deterministic"_a, "stream"_a.none());
+  m.def("backward_workspace_size", &call_backward_workspace_size, "config"_a.none(), "q"_a.none(), "v"_a.none(),
+        "layout"_a, "deterministic"_a);
+  m.def("backward_config_for", &call_backward_config_for, "q"_a.none(), "k"_a.none(), "v"_a.none(), "layout"_a,
+        "deterministic"_a);
   m.def(
       "check_problem",
       [](nb::handle q, nb::handle k, nb::handle v, std::optional<double> scale, std::string const& layout) {
@@ -404,19 +476,14 @@ NB_MODULE(_core, m) {
       "dtype"_a.none(), "head_dim"_a, "arch"_a.none(), "head_dim_v"_a.none());
   m.def(
       "default_backward_config",
-      [](nb::handle dtype, int64_t head_dim, nb::handle arch, std::optional<int64_t> head_dim_v) {
-        return default_backward_config(to_dtype(dtype), head_dim, to_arch(arch), head_dim_v);
+      [](nb::handle dtype, int64_t head_dim, nb::handle arch, std::optional<int64_t> head_dim_v, bool deterministic) {
+        return default_backward_config(to_dtype(dtype), head_dim, to_arch(arch), head_dim_v, deterministic);
       },
-      "dtype"_a.none(), "head_dim"_a, "arch"_a.none(), "head_dim_v"_a.none());
+      "dtype"_a.none(), "head_dim"_a, "arch"_a.none(), "head_dim_v"_a.none(), "deterministic"_a = false);
   m.def("configs", &configs);
-  m.def(
-      "prebuild",
-      [](ForwardConfig const& config, nb::handle arch) {
-        Arch const target = to_arch(arch);
-        nb::gil_scoped_release const release;
-        return prebuild(config, target);
-      },
-      "config"_a, "arch"_a.none());
+  m.def("backward_configs", &backward_configs);
+  m.def("prebuild", &call_prebuild<ForwardConfig>, "config"_a, "arch"_a.none());
+  m.def("prebuild", &call_prebuild<BackwardConfig>, "config"_a, "arch"_a.none());
   m.def("driver_info", &driver_info, nb::call_guard<nb::gil_scoped_release>());
   m.def("build_info", &build_info);
   m.def("build_version", &build_version);

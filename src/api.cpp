@@ -14,6 +14,30 @@
 #include "source.hpp"
 
 namespace flashcute {
+namespace {
+
+template <class Config, std::size_t n>
+std::vector<Config> configs_among(Family<Config> const (&families)[n]) {
+  std::vector<Config> all;
+  for (auto const& family : families) {
+    for (Config const& config : configs_of(family)) all.push_back(config);
+  }
+  return all;
+}
+
+template <class Config>
+std::vector<std::pair<std::string, std::string>> prebuild_kernels(Config const& config, Arch arch) {
+  if (arch == cpu_arch) throw ArgumentError("arch", "a GPU's compute capability such as sm_80", "the CPU");
+  check_config(config, arch);
+  std::vector<std::pair<std::string, std::string>> done;
+  for (auto const& kernel : kernels_of(config)) {
+    KernelCode const code = code_of(kernel, arch);
+    done.emplace_back(code.name, find_image(code, arch).origin);
+  }
+  return done;
+}
+
+}  // namespace
 
 void forward(ForwardConfig const& config, TensorView const& q, TensorView const& k, TensorView const& v,
              TensorView const& out, TensorView const* lse, ForwardOptions const& options) {
@@ -29,7 +53,11 @@ void backward(BackwardConfig const& config, TensorView const& dout, TensorView c
               TensorView const& v, TensorView const& out, TensorView const& lse, TensorView const* dlse,
               TensorView const& dq, TensorView const& dk, TensorView const& dv, BackwardOptions const& options) {
   BackwardPlan const plan = plan_backward(config, dout, q, k, v, out, lse, dlse, dq, dk, dv, options);
-  cpu::backward(plan.config, plan.features, plan.params);
+  if (plan.device.type == DeviceType::cuda) {
+    launch(plan.config, plan.features, plan.params, plan.device.index, options.stream);
+  } else {
+    cpu::backward(plan.config, plan.features, plan.params);
+  }
 }
 
 ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v) {
@@ -53,13 +81,9 @@ ForwardConfig config_for(TensorView const& q, TensorView const& k, TensorView co
                                 gpu ? cuda::device_facts(q.device.index).multiprocessors : 0);
 }
 
-std::vector<ForwardConfig> configs() {
-  std::vector<ForwardConfig> all;
-  for (auto const& family : forward_families) {
-    for (ForwardConfig const& config : configs_of(family)) all.push_back(config);
-  }
-  return all;
-}
+std::vector<ForwardConfig> configs() { return configs_among(forward_families); }
+
+std::vector<BackwardConfig> backward_configs() { return configs_among(backward_families); }
 
 Explanation explain(std::optional<ForwardConfig> const& config, TensorView const& q, TensorView const& k,
                     TensorView const& v, ForwardOptions const& options) {
@@ -99,14 +123,11 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
 }
 
 std::vector<std::pair<std::string, std::string>> prebuild(ForwardConfig const& config, Arch arch) {
-  if (arch == cpu_arch) throw ArgumentError("arch", "a GPU's compute capability such as sm_80", "the CPU");
-  check_config(config, arch);
-  std::vector<std::pair<std::string, std::string>> done;
-  for (MaskKind mask : family_masks) {
-    KernelCode const kernel = code_of(ForwardKernelId{config, {mask}}, arch);
-    done.emplace_back(kernel.name, find_image(kernel, arch).origin);
-  }
-  return done;
+  return prebuild_kernels(config, arch);
+}
+
+std::vector<std::pair<std::string, std::string>> prebuild(BackwardConfig const& config, Arch arch) {
+  return prebuild_kernels(config, arch);
 }
 
 DriverInfo driver_info() {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <numbers>
 
@@ -28,6 +29,8 @@ void require_length(char const* argument, char const* what, int64_t value) {
   throw ArgumentError(argument, std::string(what) + " at most " + std::to_string(limit), std::to_string(value));
 }
 
+std::string capability_text(Arch arch) { return std::to_string(arch / 10) + "." + std::to_string(arch % 10); }
+
 double checked_scale(std::optional<double> scale, int64_t d) {
   if (!scale) return d > 0 ? 1.0 / std::sqrt(static_cast<double>(d)) : 1.0;
   if (!std::isfinite(*scale) || *scale < 0) {
@@ -38,6 +41,25 @@ double checked_scale(std::optional<double> scale, int64_t d) {
     throw ArgumentError("scale", "at most 2e38", std::to_string(*scale));
   }
   return *scale;
+}
+
+/// Why nothing larger than `bytes` at a time can be copied from or to a tensor; "" if `bytes` can.
+std::string alignment_problem(Argument const& argument, Named const& n, int32_t bytes) {
+  if (n.batch * n.row * n.head * n.d == 0) return "";
+  TensorView const& t = *argument.tensor;
+  auto const problem = [&](std::string const& what) { return std::string(argument.name) + "'s " + what; };
+  if (auto const past = reinterpret_cast<std::uintptr_t>(t.data) % static_cast<unsigned>(bytes); past != 0) {
+    return problem("address is " + std::to_string(past) + " bytes past a multiple of " + std::to_string(bytes));
+  }
+  int64_t const elements = bytes / size_of(t.dtype);
+  for (auto const& [what, count] :
+       {std::pair{"head_dim", n.d}, std::pair{"batch stride", n.stride.batch}, std::pair{"seqlen stride", n.stride.row},
+        std::pair{"heads stride", n.stride.head}}) {
+    if (count % elements == 0) continue;
+    return problem(std::string(what) + " " + std::to_string(count) + " is no multiple of " + std::to_string(elements) +
+                   " elements (" + std::to_string(bytes) + " bytes)");
+  }
+  return "";
 }
 
 }  // namespace
@@ -67,6 +89,29 @@ Named named(char const* argument, TensorView const& t, Layout layout) {
   // A dimension of size 1 is never stepped over: its stride may be anything, so it is made harmless.
   auto const stride = [&](int i) { return t.shape[i] > 1 && !empty ? t.strides[i] : 0; };
   return {t.shape[0], t.shape[row], t.shape[head], t.shape[3], {stride(0), stride(row), stride(head)}};
+}
+
+void require_aligned(Argument const& argument, Named const& n, int32_t copy_bytes) {
+  std::string const problem = alignment_problem(argument, n, copy_bytes);
+  if (problem.empty()) return;
+  int32_t fitting = copy_bytes;
+  while (fitting > size_of(argument.tensor->dtype) && !alignment_problem(argument, n, fitting).empty()) fitting /= 2;
+  throw ConfigError("cfg: copy_bytes " + std::to_string(copy_bytes) + " does not fit the tensors: " + problem +
+                    ". Use copy_bytes=" + std::to_string(fitting) + (fitting < 4 ? " with async_copy=False" : "") +
+                    ", or flash_attention, which chooses by itself");
+}
+
+int32_t common_alignment(std::span<Argument const> arguments, Layout layout, std::string* misaligned) {
+  int32_t alignment = 16;
+  for (Argument const& argument : arguments) {
+    Named const n = named(argument.name, *argument.tensor, layout);
+    for (; alignment > size_of(argument.tensor->dtype); alignment /= 2) {
+      std::string const problem = alignment_problem(argument, n, alignment);
+      if (problem.empty()) break;
+      if (misaligned != nullptr && misaligned->empty()) *misaligned = problem;
+    }
+  }
+  return alignment;
 }
 
 void require_float(char const* argument, TensorView const& t) {
@@ -171,6 +216,19 @@ ForwardParams checked_problem(TensorView const& q, TensorView const& k, TensorVi
   p.head_dim_v = static_cast<int32_t>(nv.d);
   p.causal_offset = p.seqlen_k - p.seqlen_q;
   return p;
+}
+
+void throw_config_error(char const* sentence, std::string const& options, std::string const& details, Arch arch) {
+  std::string message = std::string("cfg: ") + sentence + " (got " + options;
+  if (!details.empty()) message += ": " + details;
+  if (arch != cpu_arch) message += "; GPU of compute capability " + capability_text(arch);
+  throw ConfigError(message + ")");
+}
+
+void require_capability(Arch arch, std::string const& whose) {
+  if (arch == cpu_arch || arch >= 80) return;
+  throw DeviceError(whose + "a GPU of compute capability " + capability_text(arch) +
+                    " is too old: the kernels need 8.0 or later. Use CPU tensors");
 }
 
 void check_problem(TensorView const& q, TensorView const& k, TensorView const& v, ForwardOptions const& options) {

@@ -2,6 +2,7 @@
 // ConfigError, with what came and what is allowed.
 #pragma once
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,13 @@ struct Named {
 
 /// A tensor of rank 4 with memory and unit last stride. The stride of a dimension that is never stepped over is 0.
 Named named(char const* argument, TensorView const& t, Layout layout);
+
+/// Throws unless a kernel that copies `copy_bytes` at a time can read or write the tensor.
+void require_aligned(Argument const& argument, Named const& n, int32_t copy_bytes);
+
+/// How many bytes, at most 16, can be copied at a time from and to all tensors. `misaligned`, if given and empty,
+/// becomes the reason why there are fewer, if so.
+int32_t common_alignment(std::span<Argument const> arguments, Layout layout, std::string* misaligned = nullptr);
 
 void require_float(char const* argument, TensorView const& t);
 void require_head_dim(char const* argument, int64_t d);
@@ -63,6 +71,13 @@ std::string describe(Config const& config) {
   });
   return text;
 }
+
+/// A rule that a configuration breaks: its sentence, the options, and what else there is to say of them.
+[[noreturn]] void throw_config_error(char const* sentence, std::string const& options, std::string const& details,
+                                     Arch arch);
+
+/// Throws DeviceError if a GPU is too old for all kernels. `whose` starts the message: "q: " or "".
+void require_capability(Arch arch, std::string const& whose);
 
 template <class Config>
 void require_dtype(Config const& config, TensorView const& q) {

@@ -8,22 +8,28 @@
 
 namespace flashcute {
 
-struct ForwardFamily {
+template <class Config>
+struct Family {
   std::string_view name;
-  ForwardConfig config;  // with any of the dtypes of its size
+  Config config;  // with any of the dtypes of its size
 };
 
 inline constexpr MaskKind family_masks[] = {MaskKind::full, MaskKind::causal};
 
-inline constexpr ForwardFamily forward_families[] = {
+inline constexpr Family<ForwardConfig> forward_families[] = {
 #define FLASHCUTE_FORWARD_FAMILY(name, config) {#name, config},
 #include "kernels.def"
-#undef FLASHCUTE_FORWARD_FAMILY
+};
+
+inline constexpr Family<BackwardConfig> backward_families[] = {
+#define FLASHCUTE_BACKWARD_FAMILY(name, config) {#name, config},
+#include "kernels.def"
 };
 
 /// The family's configurations: one for each dtype.
-inline std::vector<ForwardConfig> configs_of(ForwardFamily const& family) {
-  std::vector<ForwardConfig> all;
+template <class Config>
+std::vector<Config> configs_of(Family<Config> const& family) {
+  std::vector<Config> all;
   for (DType dtype : {DType::float16, DType::bfloat16, DType::float32}) {
     if (size_of(dtype) != size_of(family.config.dtype)) continue;
     all.push_back(family.config);
@@ -32,10 +38,29 @@ inline std::vector<ForwardConfig> configs_of(ForwardFamily const& family) {
   return all;
 }
 
-inline std::vector<ForwardKernelId> kernels_of(ForwardFamily const& family) {
+/// A configuration's kernels for all masks.
+inline std::vector<ForwardKernelId> kernels_of(ForwardConfig const& config) {
   std::vector<ForwardKernelId> kernels;
-  for (ForwardConfig const& config : configs_of(family)) {
-    for (MaskKind mask : family_masks) kernels.push_back({config, {mask}});
+  for (MaskKind mask : family_masks) kernels.push_back({config, {mask}});
+  return kernels;
+}
+
+inline std::vector<BackwardKernelId> kernels_of(BackwardConfig const& config) {
+  std::vector<BackwardKernelId> kernels;
+  for (BackwardPass const pass : passes_of(config)) {
+    for (MaskKind mask : family_masks) {
+      BackwardKernelId const kernel = kernel_of(config, pass, mask);
+      if (kernels.empty() || kernels.back() != kernel) kernels.push_back(kernel);  // some serve every mask
+    }
+  }
+  return kernels;
+}
+
+template <class Config>
+auto kernels_of(Family<Config> const& family) {
+  decltype(kernels_of(family.config)) kernels;
+  for (Config const& config : configs_of(family)) {
+    for (auto const& kernel : kernels_of(config)) kernels.push_back(kernel);
   }
   return kernels;
 }

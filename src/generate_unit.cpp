@@ -1,17 +1,28 @@
 // Build-time tool: prints the translation unit of one family of src/kernels.def.
 #include <cstdio>
-#include <cstring>
 
 #include "families.hpp"
 #include "source.hpp"
 
+namespace {
+
+/// Whether `name` is one of the families.
+template <class Families>
+bool print_unit(Families const& families, char const* name) {
+  for (auto const& family : families) {
+    if (family.name != name) continue;
+    std::fputs(flashcute::generated_source(flashcute::kernels_of(family)).c_str(), stdout);
+    return true;
+  }
+  return false;
+}
+
+}  // namespace
+
 int main(int argc, char** argv) {
-  for (auto const& family : flashcute::forward_families) {
-    if (argc == 2 && family.name == argv[1]) {
-      auto const kernels = flashcute::kernels_of(family);
-      std::fputs(flashcute::generated_source(kernels).c_str(), stdout);
-      return 0;
-    }
+  if (argc == 2 &&
+      (print_unit(flashcute::forward_families, argv[1]) || print_unit(flashcute::backward_families, argv[1]))) {
+    return 0;
   }
   std::fprintf(stderr, "usage: generate_unit FAMILY (a name from src/kernels.def)\n");
   return 1;

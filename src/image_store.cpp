@@ -10,10 +10,11 @@
 // The build defines FLASHCUTE_WITH_IMAGES, FLASHCUTE_IMAGE_ARCHS ("80 90 80-ptx") and
 // FLASHCUTE_NVCC_VERSION ("13.0.88"), and assembles each family's image between two symbols.
 #if FLASHCUTE_WITH_IMAGES
-#define FLASHCUTE_FORWARD_FAMILY(name, config) \
-  extern "C" char const flashcute_image_##name[], flashcute_image_##name##_end[];
+#define FLASHCUTE_DECLARE(name, config) extern "C" char const flashcute_image_##name[], flashcute_image_##name##_end[];
+#define FLASHCUTE_FORWARD_FAMILY FLASHCUTE_DECLARE
+#define FLASHCUTE_BACKWARD_FAMILY FLASHCUTE_DECLARE
 #include "kernels.def"
-#undef FLASHCUTE_FORWARD_FAMILY
+#undef FLASHCUTE_DECLARE
 #else
 #define FLASHCUTE_IMAGE_ARCHS ""
 #define FLASHCUTE_NVCC_VERSION ""
@@ -27,20 +28,38 @@ struct EmbeddedImage {
   char const* end;
 };
 
-std::optional<EmbeddedImage> embedded_image([[maybe_unused]] KernelCode const& kernel) {
 #if FLASHCUTE_WITH_IMAGES
-  static EmbeddedImage const images[] = {
-#define FLASHCUTE_FORWARD_FAMILY(name, config) {flashcute_image_##name, flashcute_image_##name##_end},
+#define FLASHCUTE_IMAGE(name, config) {flashcute_image_##name, flashcute_image_##name##_end},
+constexpr EmbeddedImage forward_images[] = {
+#define FLASHCUTE_FORWARD_FAMILY FLASHCUTE_IMAGE
 #include "kernels.def"
-#undef FLASHCUTE_FORWARD_FAMILY
-  };
-  for (std::size_t i = 0; i < std::size(images); ++i) {
-    for (auto const& held : kernels_of(forward_families[i])) {
-      if (name(held).text == kernel.name) return images[i];
+};
+constexpr EmbeddedImage backward_images[] = {
+#define FLASHCUTE_BACKWARD_FAMILY FLASHCUTE_IMAGE
+#include "kernels.def"
+};
+#undef FLASHCUTE_IMAGE
+
+/// The image of the first of the families that holds the kernel.
+template <class Families>
+std::optional<EmbeddedImage> image_among(Families const& families, EmbeddedImage const* images,
+                                         std::string const& kernel) {
+  for (auto const& family : families) {
+    for (auto const& held : kernels_of(family)) {
+      if (name(held).text == kernel) return images[&family - std::begin(families)];
     }
   }
-#endif
   return std::nullopt;
+}
+#endif
+
+std::optional<EmbeddedImage> embedded_image([[maybe_unused]] KernelCode const& kernel) {
+#if FLASHCUTE_WITH_IMAGES
+  if (auto const image = image_among(forward_families, forward_images, kernel.name)) return image;
+  return image_among(backward_families, backward_images, kernel.name);
+#else
+  return std::nullopt;
+#endif
 }
 
 /// "13.0.88" -> 13000

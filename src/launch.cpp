@@ -6,6 +6,7 @@
 #include <mutex>
 #include <shared_mutex>
 #include <unordered_map>
+#include <vector>
 
 #include "driver.hpp"
 #include "image_store.hpp"
@@ -17,6 +18,9 @@ namespace {
 using namespace cuda;
 
 constexpr int attribute_max_dynamic_shared_bytes = 8;
+
+int32_t num_threads(ForwardKernelId const& kernel) { return num_threads(kernel.config); }
+int64_t smem_bytes(ForwardKernelId const& kernel) { return smem_bytes(kernel.config); }
 
 /// A kernel, by its id, on a device. Launches compare ids: to spell a name costs more than to find its kernel.
 template <class KernelId>
@@ -33,6 +37,7 @@ struct KeyHash {
     std::size_t hash = static_cast<std::size_t>(key.device) * 31 +
                        static_cast<std::size_t>(key.kernel.features.mask) * 2 +
                        static_cast<std::size_t>(key.kernel.features.count_blocks);
+    if constexpr (requires { key.kernel.pass; }) hash = hash * 31 + static_cast<std::size_t>(key.kernel.pass);
     for_each_option(key.kernel.config,
                     [&](char const*, auto option) { hash = hash * 1000003 + static_cast<std::size_t>(option); });
     return hash;
@@ -70,8 +75,8 @@ Function prepare(KernelCode const& code, int64_t shared_bytes, DeviceFacts const
   return function;
 }
 
-/// The prepared kernels of one type of id: it has a `config`, with smem_bytes and num_threads, `features`, a name and
-/// a code_of.
+/// The prepared kernels of one type of id: it has a `config`, `features`, smem_bytes, num_threads, a name and a
+/// code_of.
 template <class KernelId>
 class KernelCache {
  public:
@@ -91,7 +96,7 @@ class KernelCache {
     if (slot->function == nullptr) {
       DeviceFacts const& device = device_facts(key.device);
       // A throw leaves the slot for the next call to try again.
-      slot->function = prepare(code_of(key.kernel, device.arch), smem_bytes(key.kernel.config), device, slot->image);
+      slot->function = prepare(code_of(key.kernel, device.arch), smem_bytes(key.kernel), device, slot->image);
       std::unique_lock const ready_lock(mutex_);
       ready_.emplace(key, slot->function);
     }
@@ -118,29 +123,53 @@ void require_grid(int64_t blocks, char const* what) {
                          " tiles, more than a grid holds (2147483647); split the batch");
 }
 
-/// Launches as many blocks as a grid holds, or none, of a kernel whose only parameter is `params`.
-template <class KernelId, class Params>
-void launch_kernel(KernelId const& kernel, Params const& params, int64_t blocks, int device, void* stream) {
-  if (blocks == 0) return;
-  Function const function = kernels<KernelId>().get({kernel, device});
-  ContextGuard const guard(device_facts(device).primary_context);
-  void* arguments[] = {const_cast<Params*>(&params)};
-  Result const result = driver().cuLaunchKernel(
-      function, static_cast<unsigned>(blocks), 1, 1, static_cast<unsigned>(num_threads(kernel.config)), 1, 1,
-      static_cast<unsigned>(smem_bytes(kernel.config)), stream, arguments, nullptr);
-  if (result != success) {
-    check_result(result, std::string("cuLaunchKernel(") + name(kernel).text + ", grid " + std::to_string(blocks) +
-                             ", block " + std::to_string(num_threads(kernel.config)) + ", shared memory " +
-                             std::to_string(smem_bytes(kernel.config)) + ")");
+/// A kernel that is ready to be launched.
+template <class KernelId>
+struct Launch {
+  KernelId kernel;
+  int64_t blocks;  // as many as a grid holds, or none
+  Function function = nullptr;
+
+  Launch(KernelId const& id, int64_t grid, int device) : kernel(id), blocks(grid) {
+    if (blocks > 0) function = kernels<KernelId>().get({kernel, device});
   }
-}
+
+  /// `params` is the kernel's only parameter.
+  template <class Params>
+  void run(Params const& params, int device, void* stream) const {
+    if (blocks == 0) return;
+    ContextGuard const guard(device_facts(device).primary_context);
+    void* arguments[] = {const_cast<Params*>(&params)};
+    Result const result = driver().cuLaunchKernel(
+        function, static_cast<unsigned>(blocks), 1, 1, static_cast<unsigned>(num_threads(kernel)), 1, 1,
+        static_cast<unsigned>(smem_bytes(kernel)), stream, arguments, nullptr);
+    if (result != success) {
+      check_result(result, std::string("cuLaunchKernel(") + name(kernel).text + ", grid " + std::to_string(blocks) +
+                               ", block " + std::to_string(num_threads(kernel)) + ", shared memory " +
+                               std::to_string(smem_bytes(kernel)) + ")");
+    }
+  }
+};
 
 }  // namespace
 
 void launch(ForwardKernelId const& kernel, ForwardParams const& params, int device, void* stream) {
   int64_t const blocks = QueryTile::count(params, kernel.config.block_m);
   require_grid(blocks, "q: batch * heads * ceil(seqlen_q / block_m)");
-  launch_kernel(kernel, params, blocks, device, stream);
+  Launch(kernel, blocks, device).run(params, device, stream);
+}
+
+void launch(BackwardConfig const& config, Features const& features, BackwardParams const& params, int device,
+            void* stream) {
+  int64_t const query_tiles = QueryTile::count(params.forward, config.block_m);
+  int64_t const key_tiles = KeyTile::count(params.forward, config.block_n);
+  require_grid(query_tiles, "q: batch * heads * ceil(seqlen_q / block_m)");
+  require_grid(key_tiles, "k: batch * kv_heads * ceil(seqlen_k / block_n)");
+  std::vector<Launch<BackwardKernelId>> launches;
+  for (BackwardPass const pass : passes_of(config)) {
+    launches.emplace_back(kernel_of(config, pass, features.mask), keys_stay(pass) ? key_tiles : query_tiles, device);
+  }
+  for (auto const& ready : launches) ready.run(params, device, stream);
 }
 
 }  // namespace flashcute

@@ -2,12 +2,16 @@
 // device, launches.
 #pragma once
 
-#include "flashcute/config.hpp"
-#include "flashcute/params.hpp"
+#include "flashcute/backward_config.hpp"
+#include "flashcute/backward_params.hpp"
 
 namespace flashcute {
 
 /// Launches on `stream` of the device. Throws DriverError if the driver refuses.
 void launch(ForwardKernelId const& kernel, ForwardParams const& params, int device, void* stream);
+
+/// The same of all passes, in order. Nothing is launched before the kernels of all are ready.
+void launch(BackwardConfig const& config, Features const& features, BackwardParams const& params, int device,
+            void* stream);
 
 }  // namespace flashcute

@@ -1,6 +1,6 @@
 #include "plan.hpp"
 
-#include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "checks.hpp"
@@ -8,24 +8,6 @@
 
 namespace flashcute {
 namespace {
-
-/// Why nothing larger than `bytes` at a time can be copied from or to a tensor; "" if `bytes` can.
-std::string alignment_problem(char const* argument, TensorView const& t, Named const& n, int32_t bytes) {
-  if (n.batch * n.row * n.head * n.d == 0) return "";
-  auto const problem = [&](std::string const& what) { return std::string(argument) + "'s " + what; };
-  if (auto const past = reinterpret_cast<std::uintptr_t>(t.data) % static_cast<unsigned>(bytes); past != 0) {
-    return problem("address is " + std::to_string(past) + " bytes past a multiple of " + std::to_string(bytes));
-  }
-  int64_t const elements = bytes / size_of(t.dtype);
-  for (auto const& [what, count] :
-       {std::pair{"head_dim", n.d}, std::pair{"batch stride", n.stride.batch}, std::pair{"seqlen stride", n.stride.row},
-        std::pair{"heads stride", n.stride.head}}) {
-    if (count % elements == 0) continue;
-    return problem(std::string(what) + " " + std::to_string(count) + " is no multiple of " + std::to_string(elements) +
-                   " elements (" + std::to_string(bytes) + " bytes)");
-  }
-  return "";
-}
 
 /// All tensors have q's dtype and device, and the dtype is one to compute with.
 void require_one_type(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out) {
@@ -35,17 +17,6 @@ void require_one_type(TensorView const& q, TensorView const& k, TensorView const
   }
 }
 
-/// The kernels copy `copy_bytes` at a time.
-void require_aligned(char const* argument, TensorView const& t, Named const& n, ForwardConfig const& config) {
-  std::string const problem = alignment_problem(argument, t, n, config.copy_bytes);
-  if (problem.empty()) return;
-  int32_t fitting = config.copy_bytes;
-  while (fitting > size_of(t.dtype) && !alignment_problem(argument, t, n, fitting).empty()) fitting /= 2;
-  throw ConfigError("cfg: copy_bytes " + std::to_string(config.copy_bytes) + " does not fit the tensors: " + problem +
-                    ". Use copy_bytes=" + std::to_string(fitting) + (fitting < 4 ? " with async_copy=False" : "") +
-                    ", or flash_attention, which chooses by itself");
-}
-
 }  // namespace
 
 Arch arch_of(Device device) {
@@ -53,12 +24,8 @@ Arch arch_of(Device device) {
 }
 
 void require_kernel(DType dtype, Arch arch, std::string const& whose) {
-  if (arch == cpu_arch) return;
-  if (arch < 80) {
-    throw DeviceError(whose + "a GPU of compute capability " + std::to_string(arch / 10) + "." +
-                      std::to_string(arch % 10) + " is too old: the kernels need 8.0 or later. Use CPU tensors");
-  }
-  if (dtype == DType::float64) {
+  require_capability(arch, whose);
+  if (arch != cpu_arch && dtype == DType::float64) {
     throw UnsupportedError(whose +
                            "dtype float64 has no GPU kernel. Cast to float32, or use "
                            "torch.nn.functional.scaled_dot_product_attention");
@@ -68,18 +35,16 @@ void require_kernel(DType dtype, Arch arch, std::string const& whose) {
 void check_config(ForwardConfig const& config, Arch arch) {
   ForwardConfigError const error = check(config, arch);
   if (error == ForwardConfigError::none) return;
-  std::string message = std::string("cfg: ") + sentence(error) + " (got " + describe(config);
+  std::string details;
   if (error == ForwardConfigError::smem) {
-    message += ": " + std::to_string(smem_bytes(config)) + " of " + std::to_string(max_smem_bytes(arch)) + " bytes";
+    details = std::to_string(smem_bytes(config)) + " of " + std::to_string(max_smem_bytes(arch)) + " bytes";
   }
   if (error == ForwardConfigError::copy_rows) {
     int32_t const rows[] = {CopyShape::of(config, config.head_dim).rows_per_pass,
                             CopyShape::of(config, config.head_dim_v).rows_per_pass};
-    message += ": " + std::to_string(max_of(rows[0], rows[1])) + " rows";
+    details = std::to_string(max_of(rows[0], rows[1])) + " rows";
   }
-  if (arch != cpu_arch)
-    message += "; GPU of compute capability " + std::to_string(arch / 10) + "." + std::to_string(arch % 10);
-  throw ConfigError(message + ")");
+  throw_config_error(sentence(error), describe(config), details, arch);
 }
 
 ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, TensorView const& k, TensorView const& v,
@@ -103,7 +68,7 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
     require_shape_of_out("out", *out, q, nv.d);
     Named const no = named("out", *out, options.layout);
     require_no_overlap("out", *out);
-    if (gpu) require_aligned("out", *out, no, config);
+    if (gpu) require_aligned({"out", out}, no, config.copy_bytes);
     require_separate("out", *out, "q", q);
     require_separate("out", *out, "k", k);
     require_separate("out", *out, "v", v);
@@ -132,9 +97,9 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
   }
 
   if (gpu) {
-    require_aligned("q", q, nq, config);
-    require_aligned("k", k, nk, config);
-    require_aligned("v", v, nv, config);
+    require_aligned({"q", &q}, nq, config.copy_bytes);
+    require_aligned({"k", &k}, nk, config.copy_bytes);
+    require_aligned({"v", &v}, nv, config.copy_bytes);
   }
 
   Features const features{.mask = options.causal ? MaskKind::causal : MaskKind::full,
@@ -153,16 +118,9 @@ ForwardTensors forward_tensors(TensorView const& q, TensorView const& k, TensorV
   t.allow_tf32 = options.allow_tf32;
   t.heads = nq.batch * nq.head;
   t.seqlen_q = static_cast<int32_t>(std::min<int64_t>(nq.row, std::numeric_limits<int32_t>::max() - 1024));
-  for (auto const& [argument, view] :
-       {std::pair{"q", &q}, std::pair{"k", &k}, std::pair{"v", &v}, std::pair{"out", out}}) {
-    if (view == nullptr) continue;
-    Named const n = named(argument, *view, options.layout);
-    for (; t.alignment > size_of(t.dtype); t.alignment /= 2) {
-      std::string const problem = alignment_problem(argument, *view, n, t.alignment);
-      if (problem.empty()) break;
-      if (misaligned != nullptr && misaligned->empty()) *misaligned = problem;
-    }
-  }
+  std::vector<Argument> arguments{{"q", &q}, {"k", &k}, {"v", &v}};
+  if (out != nullptr) arguments.push_back({"out", out});
+  t.alignment = common_alignment(arguments, options.layout, misaligned);
   return t;
 }
 

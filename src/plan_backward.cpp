@@ -1,14 +1,14 @@
 #include "plan_backward.hpp"
 
+#include <cstdint>
+#include <span>
+#include <vector>
+
 #include "checks.hpp"
+#include "flashcute/tiles.hpp"
 
 namespace flashcute {
 namespace {
-
-struct Argument {
-  char const* name;
-  TensorView const* tensor;
-};
 
 /// A gradient to write: shaped like its input, in memory of its own.
 Named checked_gradient(Argument const& gradient, Argument const& input, Layout layout) {
@@ -22,11 +22,74 @@ Named checked_gradient(Argument const& gradient, Argument const& input, Layout l
   return n;
 }
 
-void require_backend(Device device) {
-  if (device.type == DeviceType::cpu) return;
-  throw UnsupportedError("q: device " + to_string(device) +
-                         " has no backward kernel yet. Use CPU tensors, or train with "
+/// Says what to use instead where no configuration can serve a dtype on a GPU.
+void require_kernel(DType dtype, bool gpu, char const* whose) {
+  if (!gpu || size_of(dtype) == 2) return;
+  throw UnsupportedError(std::string(whose) + "dtype " + name_of(dtype) +
+                         " has no backward kernel on a GPU yet. Use float16, bfloat16 or CPU tensors, or train with "
                          "torch.nn.functional.scaled_dot_product_attention");
+}
+
+/// The default configuration, of tensors whose dtype has one.
+BackwardConfig default_config_of(BackwardTensors const& t, Arch arch, char const* whose) {
+  require_capability(arch, whose);
+  constexpr int32_t widest = max_backward_head_dim();
+  if (int32_t const d = max_of(t.head_dim, t.head_dim_v); arch != cpu_arch && d > widest) {
+    throw UnsupportedError(std::string(whose) + "head_dim " + std::to_string(d) +
+                           " has no backward kernel on a GPU yet. Use head_dim up to " + std::to_string(widest) +
+                           ", CPU tensors, or train with torch.nn.functional.scaled_dot_product_attention");
+  }
+  return default_backward_config(t, arch);
+}
+
+/// What the default configuration of a call depends on, but for alignment.
+BackwardTensors checked_tensors(TensorView const& q, TensorView const& v, BackwardOptions const& options) {
+  require_float("q", q);
+  require_same_type("v", v, q);
+  require_kernel(q.dtype, q.device.type == DeviceType::cuda, "q: ");
+  int64_t const d = named("q", q, options.layout).d, d_v = named("v", v, options.layout).d;
+  require_head_dim("q", d);
+  require_head_dim("v", d_v);
+  return {.dtype = q.dtype,
+          .head_dim = static_cast<int32_t>(d),
+          .head_dim_v = static_cast<int32_t>(d_v),
+          .deterministic = options.deterministic};
+}
+
+/// The workspace of a call on a GPU, in memory of its own: where it begins; null if none is needed.
+float* checked_workspace(TensorView const* workspace, int64_t elements, Device device,
+                         std::span<Argument const> others) {
+  if (elements == 0) return nullptr;
+  auto const refuse = [&](std::string const& got) {
+    throw ArgumentError("workspace", "a contiguous float32 tensor of " + std::to_string(elements) + " or more elements",
+                        got, "backward_workspace_size says how many");
+  };
+  if (workspace == nullptr) refuse("none");
+  TensorView const& t = *workspace;
+  if (t.dtype != DType::float32) throw ArgumentError("workspace", "dtype float32", name_of(t.dtype));
+  if (t.device != device) {
+    throw ArgumentError("workspace", "device " + to_string(device) + " as in q", to_string(t.device));
+  }
+  int64_t size = 1;
+  bool contiguous = t.rank >= 0 && t.rank <= 4;
+  for (int i = contiguous ? t.rank : 0; i-- > 0;) {
+    contiguous = contiguous && (t.shape[i] == 1 || t.strides[i] == size);
+    size *= t.shape[i];
+  }
+  if (!contiguous || size < elements) {
+    refuse("shape " + shape_text(t) + (contiguous ? "" : " with strides that leave gaps"));
+  }
+  require_writable("workspace", t);
+  if (auto const past = reinterpret_cast<std::uintptr_t>(t.data) % 16; t.data == nullptr || past != 0) {
+    throw ArgumentError("workspace", "an address that is a multiple of 16 bytes",
+                        t.data == nullptr ? "none" : "one " + std::to_string(past) + " bytes past it");
+  }
+  TensorView flat = t;
+  flat.rank = 1;
+  flat.shape = {size};
+  flat.strides = {1};
+  for (auto const& [name, other] : others) require_separate("workspace", flat, name, *other);
+  return static_cast<float*>(t.data);
 }
 
 }  // namespace
@@ -34,25 +97,58 @@ void require_backend(Device device) {
 void check_config(BackwardConfig const& config, Arch arch) {
   BackwardConfigError const error = check(config, arch);
   if (error == BackwardConfigError::none) return;
-  throw ConfigError(std::string("cfg: ") + sentence(error) + " (got " + describe(config) + ")");
+  std::string details;
+  if (error == BackwardConfigError::smem) {
+    int64_t bytes = 0;
+    for (BackwardPass const pass : passes_of(config)) {
+      bytes = max_of(bytes, smem_bytes(kernel_of(config, pass, MaskKind::full)));
+    }
+    details = std::to_string(bytes) + " of " + std::to_string(max_smem_bytes(arch)) + " bytes";
+  }
+  if (error == BackwardConfigError::copy_rows) {
+    ForwardConfig const tile = tile_of(config, BackwardPass::keys);
+    details = std::to_string(max_of(CopyShape::of(tile, config.head_dim).rows_per_pass,
+                                    CopyShape::of(tile, config.head_dim_v).rows_per_pass)) +
+              " rows";
+  }
+  throw_config_error(sentence(error), describe(config), details, arch);
 }
 
-BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v) {
+BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v,
+                                       bool deterministic) {
   int64_t const d_v = head_dim_v.value_or(head_dim);
   require_head_dim("head_dim", head_dim);
   require_head_dim("head_dim_v", d_v);
-  BackwardConfig const config = cpu_backward_config(dtype, static_cast<int32_t>(head_dim), static_cast<int32_t>(d_v));
+  require_kernel(dtype, arch != cpu_arch, "");
+  BackwardConfig const config = default_config_of({.dtype = dtype,
+                                                   .head_dim = static_cast<int32_t>(head_dim),
+                                                   .head_dim_v = static_cast<int32_t>(d_v),
+                                                   .deterministic = deterministic},
+                                                  arch, "");
   check_config(config, arch);
   return config;
 }
 
-BackwardConfig backward_config_for(TensorView const& q, TensorView const& v, BackwardOptions const& options) {
-  require_float("q", q);
-  require_backend(q.device);
-  int64_t const d = named("q", q, options.layout).d, d_v = named("v", v, options.layout).d;
-  require_head_dim("q", d);
-  require_head_dim("v", d_v);
-  return default_backward_config(q.dtype, d, arch_of(q.device), d_v);
+BackwardConfig backward_config_for(TensorView const& q, TensorView const& k, TensorView const& v,
+                                   std::initializer_list<Argument> others, BackwardOptions const& options) {
+  BackwardTensors t = checked_tensors(q, v, options);
+  if (q.device.type == DeviceType::cuda) {
+    std::vector<Argument> arguments{{"q", &q}, {"k", &k}, {"v", &v}};
+    arguments.insert(arguments.end(), others);
+    for (auto const& [name, tensor] : arguments) require_same_type(name, *tensor, q);
+    t.alignment = common_alignment(arguments, options.layout);
+  }
+  return default_config_of(t, arch_of(q.device), "q: ");
+}
+
+int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, TensorView const& q, TensorView const& v,
+                                BackwardOptions const& options) {
+  BackwardTensors const t = checked_tensors(q, v, options);
+  if (q.device.type == DeviceType::cpu) return 0;
+  Arch const arch = arch_of(q.device);
+  if (config) check_config(*config, arch);
+  Named const n = named("q", q, options.layout);
+  return workspace_of(config ? *config : default_config_of(t, arch, "q: "), n.batch * n.head, n.row).total();
 }
 
 BackwardPlan plan_backward(BackwardConfig const& config, TensorView const& dout, TensorView const& q,
@@ -71,16 +167,20 @@ BackwardPlan plan_backward(BackwardConfig const& config, TensorView const& dout,
   require_dtype(config, q);
   BackwardParams p{};
   p.forward = checked_problem(q, k, v, nq, nk, nv, options.scale);
-  require_backend(q.device);
-  check_config(config, arch_of(q.device));
+  bool const gpu = q.device.type == DeviceType::cuda;
+  require_kernel(q.dtype, gpu, "q: ");
+  Arch const arch = arch_of(q.device);
+  require_capability(arch, "q: ");
+  check_config(config, arch);
   require_width(config, p.forward);
 
   require_shape_of_out("out", out, q, nv.d);
   require_shape_of_out("dout", dout, q, nv.d);
   p.forward.out = out.data;
-  p.forward.out_stride = named("out", out, options.layout).stride;
+  Named const no = named("out", out, options.layout), ndout = named("dout", dout, options.layout);
+  p.forward.out_stride = no.stride;
   p.dout = dout.data;
-  p.dout_stride = named("dout", dout, options.layout).stride;
+  p.dout_stride = ndout.stride;
 
   std::vector<int64_t> const rows{nq.batch, nq.head, nq.row};
   require_shape("lse", lse, lse_dtype(q.dtype), q.device, rows, lse_dimensions, true);
@@ -92,9 +192,12 @@ BackwardPlan plan_backward(BackwardConfig const& config, TensorView const& dout,
   }
 
   Argument const gradients[] = {{"dq", &dq}, {"dk", &dk}, {"dv", &dv}};
-  p.dq_stride = checked_gradient(gradients[0], {"q", &q}, options.layout).stride;
-  p.dk_stride = checked_gradient(gradients[1], {"k", &k}, options.layout).stride;
-  p.dv_stride = checked_gradient(gradients[2], {"v", &v}, options.layout).stride;
+  Named const ndq = checked_gradient(gradients[0], {"q", &q}, options.layout);
+  Named const ndk = checked_gradient(gradients[1], {"k", &k}, options.layout);
+  Named const ndv = checked_gradient(gradients[2], {"v", &v}, options.layout);
+  p.dq_stride = ndq.stride;
+  p.dk_stride = ndk.stride;
+  p.dv_stride = ndv.stride;
   std::vector<Argument> others{{"q", &q}, {"k", &k}, {"v", &v}, {"out", &out}, {"lse", &lse}, {"dout", &dout}};
   if (dlse != nullptr) others.push_back({"dlse", dlse});
   for (Argument const& gradient : gradients) {
@@ -104,6 +207,17 @@ BackwardPlan plan_backward(BackwardConfig const& config, TensorView const& dout,
   p.dq = dq.data;
   p.dk = dk.data;
   p.dv = dv.data;
+
+  if (gpu) {
+    std::pair<Argument, Named> const copied[] = {{{"q", &q}, nq},     {{"k", &k}, nk},          {{"v", &v}, nv},
+                                                 {{"out", &out}, no}, {{"dout", &dout}, ndout}, {{"dq", &dq}, ndq},
+                                                 {{"dk", &dk}, ndk},  {{"dv", &dv}, ndv}};
+    for (auto const& [argument, n] : copied) require_aligned(argument, n, config.copy_bytes);
+    BackwardWorkspace const workspace = workspace_of(config, nq.batch * nq.head, nq.row);
+    float* const start = checked_workspace(options.workspace, workspace.total(), q.device, others);
+    p.delta = start;
+    if (workspace.dq_sums > 0) p.dq_sums = start + workspace.delta;
+  }
   return {config, {.mask = options.causal ? MaskKind::causal : MaskKind::full}, p, q.device};
 }
 

@@ -9,7 +9,7 @@ namespace flashcute {
 struct BackwardPlan {
   BackwardConfig config;
   Features features;
-  BackwardParams params;  // without the workspace `delta`
+  BackwardParams params;  // without the workspace on the CPU
   Device device;
 };
 

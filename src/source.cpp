@@ -9,34 +9,57 @@ std::string literal(int32_t value) { return std::to_string(value); }
 std::string literal(DType value) { return std::string("flashcute::DType::") + name_of(value); }
 std::string literal(Math value) { return std::string("flashcute::Math::") + name_of(value); }
 std::string literal(MaskKind value) { return std::string("flashcute::MaskKind::") + name_of(value); }
+std::string literal(BackwardPass value) { return std::string("flashcute::BackwardPass::") + name_of(value); }
 
-/// The kernel as a C++ expression. Every option is spelled, defaults too: the text alone says what is compiled.
-std::string expression(ForwardKernelId const& kernel) {
+/// A configuration as an initializer. Every option is spelled, defaults too: the text alone says what is compiled.
+template <class Config>
+std::string initializer(Config const& config) {
   std::string options;
-  for_each_option(kernel.config, [&](char const* option, auto value) {
+  for_each_option(config, [&](char const* option, auto value) {
     options += (options.empty() ? "." : ", .") + std::string(option) + " = " + literal(value);
   });
-  return "flashcute::ForwardKernelId{.config = {" + options +
-         "}, .features = {.mask = " + literal(kernel.features.mask) +
-         ", .count_blocks = " + literal(kernel.features.count_blocks) + "}}";
+  return "{" + options + "}";
+}
+
+std::string initializer(Features const& features) {
+  return "{.mask = " + literal(features.mask) + ", .count_blocks = " + literal(features.count_blocks) + "}";
+}
+
+/// The kernel as the C++ line that defines it.
+std::string definition(ForwardKernelId const& kernel) {
+  return std::string("FLASHCUTE_FORWARD_ENTRY(") + name(kernel).text +
+         ",\n    flashcute::ForwardKernelId{.config = " + initializer(kernel.config) +
+         ", .features = " + initializer(kernel.features) + "})\n";
+}
+
+std::string definition(BackwardKernelId const& kernel) {
+  return std::string("FLASHCUTE_BACKWARD_ENTRY(") + name(kernel).text +
+         ",\n    flashcute::BackwardKernelId{.config = " + initializer(kernel.config) +
+         ", .pass = " + literal(kernel.pass) + ", .features = " + initializer(kernel.features) + "})\n";
+}
+
+template <class KernelId>
+std::string source_of(std::span<KernelId const> kernels) {
+  std::string text = "#include \"flashcute/entry.hpp\"\n\n";
+  for (KernelId const& kernel : kernels) text += definition(kernel);
+  return text;
+}
+
+template <class KernelId>
+KernelCode checked_code_of(KernelId const& kernel, Arch arch) {
+  std::string const target = target_of(arch);
+  if (auto const e = check(kernel.config, arch); e != decltype(e){}) {
+    throw ConfigError(std::string(name(kernel.config).text) + " for " + target + ": " + sentence(e));
+  }
+  return {name(kernel).text, source_of(std::span(&kernel, 1))};
 }
 
 }  // namespace
 
-std::string generated_source(std::span<ForwardKernelId const> kernels) {
-  std::string text = "#include \"flashcute/entry.hpp\"\n\n";
-  for (ForwardKernelId const& kernel : kernels) {
-    text += std::string("FLASHCUTE_FORWARD_ENTRY(") + name(kernel).text + ",\n    " + expression(kernel) + ")\n";
-  }
-  return text;
-}
+std::string generated_source(std::span<ForwardKernelId const> kernels) { return source_of(kernels); }
+std::string generated_source(std::span<BackwardKernelId const> kernels) { return source_of(kernels); }
 
-KernelCode code_of(ForwardKernelId const& kernel, Arch arch) {
-  std::string const target = target_of(arch);
-  if (ForwardConfigError const e = check(kernel.config, arch); e != ForwardConfigError::none) {
-    throw ConfigError(std::string(name(kernel.config).text) + " for " + target + ": " + sentence(e));
-  }
-  return {name(kernel).text, generated_source(std::span(&kernel, 1))};
-}
+KernelCode code_of(ForwardKernelId const& kernel, Arch arch) { return checked_code_of(kernel, arch); }
+KernelCode code_of(BackwardKernelId const& kernel, Arch arch) { return checked_code_of(kernel, arch); }
 
 }  // namespace flashcute

@@ -5,15 +5,17 @@
 #include <span>
 #include <string>
 
-#include "flashcute/config.hpp"
+#include "flashcute/backward_config.hpp"
 #include "kernel_code.hpp"
 
 namespace flashcute {
 
 /// One entry point per kernel, called name(kernel).
 std::string generated_source(std::span<ForwardKernelId const> kernels);
+std::string generated_source(std::span<BackwardKernelId const> kernels);
 
 /// The kernel alone. Throws a ConfigError if it cannot run on `arch`, an ArgumentError if that is the CPU.
 KernelCode code_of(ForwardKernelId const& kernel, Arch arch);
+KernelCode code_of(BackwardKernelId const& kernel, Arch arch);
 
 }  // namespace flashcute

@@ -19,13 +19,14 @@ from pathlib import Path
 LEVELS = [
     ["std"],
     ["config", "error"],
-    ["params", "tiles", "backward_config"],
-    ["mask", "instructions", "backward_params", "api"],
+    ["params", "backward_config"],
+    ["mask", "instructions", "backward_params", "tiles", "api"],
     ["block_counter", "layout"],
     ["fragment"],
     ["gemm", "softmax", "nonfinite"],
     ["cuda_core", "tf32x3"],
     ["load_store"],
+    ["backward_delta", "backward_sums"],
     ["forward", "backward"],
     ["entry"],
 ]
@@ -41,6 +42,8 @@ KERNEL = [
     "softmax",
     "nonfinite",
     "load_store",
+    "backward_delta",
+    "backward_sums",
     "forward",
     "backward",
 ]

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <utility>
@@ -34,6 +35,12 @@ struct TensorView {
   std::array<int64_t, 4> shape{};
   std::array<int64_t, 4> strides{};
   bool read_only = false;
+};
+
+/// A tensor and the name by which the user of a call knows it.
+struct Argument {
+  char const* name;
+  TensorView const* tensor;
 };
 
 /// bshd: (batch, seqlen, heads, head_dim); bhsd: (batch, heads, seqlen, head_dim).
@@ -77,7 +84,11 @@ struct BackwardOptions {
   bool causal = false;          // as in the forward call
   std::optional<double> scale;  // as in the forward call
   Layout layout = Layout::bshd;
-  void* stream = nullptr;  // CUstream of the tensors' device; the default stream if null
+  void* stream = nullptr;      // CUstream of the tensors' device; the default stream if null
+  bool deterministic = false;  // what a default configuration is to be
+  // On a GPU: float32, contiguous, at least backward_workspace_size elements, at a multiple of 16 bytes. It is
+  // overwritten, and free for other work on the stream after the call. Not looked at on the CPU.
+  TensorView const* workspace = nullptr;
 };
 
 /// Computes the gradients dq, dk and dv of a forward call from those of its results.
@@ -89,18 +100,33 @@ struct BackwardOptions {
 ///     P = exp(scale q k^T - lse)    dS = P * (dout v^T - rowsum(dout * out) + dlse)
 ///     dq = scale dS k               dk = scale dS^T q               dv = P^T dout
 ///
-/// Rows that see no key, and keys that no row sees, get zeros. Runs on the CPU, where the result is the same bit
-/// for bit in every call; GPU tensors raise UnsupportedError for now. Throws before anything is written.
+/// Rows that see no key, and keys that no row sees, get zeros. On the CPU, and with config.deterministic on a GPU, the
+/// result is the same bit for bit in every call; otherwise dq is a sum in any order.
+///
+/// On a GPU, where q is of float16 or bfloat16, the kernels are launched on `options.stream` and the call returns; they
+/// need `options.workspace`. On the CPU it returns when the gradients are there. Throws, as `forward` does, before
+/// anything is launched or written.
 void backward(BackwardConfig const& config, TensorView const& dout, TensorView const& q, TensorView const& k,
               TensorView const& v, TensorView const& out, TensorView const& lse, TensorView const* dlse,
               TensorView const& dq, TensorView const& dk, TensorView const& dv, BackwardOptions const& options = {});
 
-/// The configuration of the backward for a head dimension (of v: head_dim_v).
-BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch,
-                                       std::optional<int64_t> head_dim_v = {});
+/// How many elements of float32 a call needs as its workspace, with the default configuration if none is given; 0 on
+/// the CPU.
+int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, TensorView const& q, TensorView const& v,
+                                BackwardOptions const& options = {});
 
-/// The same for these tensors.
-BackwardConfig backward_config_for(TensorView const& q, TensorView const& v, BackwardOptions const& options = {});
+/// The default configuration of the backward for a head dimension (of v: head_dim_v), where addresses and strides are
+/// multiples of 16 bytes. Throws UnsupportedError if there is none.
+BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v = {},
+                                       bool deterministic = false);
+
+/// The same for these tensors. `others` are those of the call's that are copied too, as far as they are there: out,
+/// dout, dq, dk and dv.
+BackwardConfig backward_config_for(TensorView const& q, TensorView const& k, TensorView const& v,
+                                   std::initializer_list<Argument> others = {}, BackwardOptions const& options = {});
+
+/// The configurations of the backward whose GPU kernels were compiled ahead of time.
+std::vector<BackwardConfig> backward_configs();
 
 /// Throws ConfigError with the first rule that the configuration breaks and the values that broke it.
 void check_config(BackwardConfig const& config, Arch arch);
@@ -133,6 +159,7 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
 /// them among the ahead-of-time images or in the disk cache, or compiles them. Needs no GPU.
 /// Returns where each came from, by kernel name.
 std::vector<std::pair<std::string, std::string>> prebuild(ForwardConfig const& config, Arch arch);
+std::vector<std::pair<std::string, std::string>> prebuild(BackwardConfig const& config, Arch arch);
 
 // ---- facts about this build and this machine -----------------------------------------------------
 

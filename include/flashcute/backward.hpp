@@ -1,52 +1,102 @@
-// The backward pass on tensor cores, in two launches: tiles of queries give delta and dQ, tiles of keys then dK and dV.
-// Each recomputes P from the LSE. Every element of a gradient is summed by one thread block in one order, so the result
-// has the same bits in every run.
+// The backward pass on tensor cores (cp.async, ldmatrix, mma.sync). Nothing of the size of the scores is stored: P is
+// recomputed from the LSE.
 //
 //     P = exp(scale Q K^T - LSE)     dS = P * (dO V^T - delta)     delta = rowsum(dO * O) - dLSE
 //     dQ = scale dS K                dK = scale dS^T Q             dV = P^T dO
 //
-// The passes mirror each other. A tile's rows of X (Q or K) and Y (dO or V) stay in shared memory; blocks of the other
-// side, B_X (K or Q) and B_Y (V or dO), pass by: S = X B_X^T, dP = Y B_Y^T, dX += dS B_X, dY += P B_Y. P and dS go from
-// product to product in registers.
-// Source: Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 2, with its loops exchanged for dQ.
+// A thread block owns a tile of rows: of keys, for dK and dV, or of queries, for dQ. Its rows of X (K, or Q) and Y (V,
+// or dO) stay in shared memory; blocks of the other side, B_X (Q, or K) and B_Y (dO, or V), pass by:
+//
+//     S = X B_X^T,   dP = Y B_Y^T,   dX += dS B_X,   dY += P B_Y (of keys only)
+//
+// P and dS go from product to product in registers, or through shared memory where several warps share the columns of
+// S. Two roads: `queries` and `keys`, seven products, in which every
+// element of a gradient is summed by one thread block in one order; or `gradients`, five, in which tiles of keys also
+// add dS X to the dQ of the queries that pass by. Source: Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 2, of
+// which `queries` exchanges the loops.
 #pragma once
 
-#include "flashcute/backward_config.hpp"
-#include "flashcute/backward_params.hpp"
-#include "flashcute/load_store.hpp"
+#include "flashcute/backward_delta.hpp"
+#include "flashcute/backward_sums.hpp"
 
 namespace flashcute {
 
-/// C: the tile, of which it takes dtype, head_dim, head_dim_v, block_m rows that stay, block_n rows that pass by, the
-/// warps and how it copies.
-template <ForwardConfig C, BackwardPass Pass, MaskKind Kind>
-struct BackwardKernel {
+/// Blocks [begin, end) of rows that pass by a tile, from the last to the first, one head's after the other's. Those in
+/// [full_begin, full_end) have nothing to test; in the others rows see different things, or are none. (All tiles of
+/// keys begin with the last queries, whatever the mask: those that run at the same time find them in the level 2
+/// cache.)
+struct PassingBlocks {
+  int begin, end, full_begin, full_end;
+  int head, block, left;  // from this one on
+
+  FLASHCUTE_DEVICE static PassingBlocks of(RowRange const& all, RowRange const& full, int first_head, int heads) {
+    return {all.begin, all.end, full.begin, full.end, first_head, all.begin, heads * max_of(0, all.end - all.begin)};
+  }
+
+  FLASHCUTE_DEVICE bool partial() const { return block < full_begin || block >= full_end; }
+
+  FLASHCUTE_DEVICE PassingBlocks after() const {
+    PassingBlocks next = *this;
+    next.left = left - 1;
+    next.block = block + 1;
+    if (next.block == end) next.block = begin, next.head = head + 1;
+    return next;
+  }
+};
+
+/// Tiles of scores that go through shared memory.
+template <class Element, int Count, int Size>
+struct ScoreTiles {
+  alignas(128) Element tile[Count][Size];
+};
+
+template <class Element, int Size>
+struct ScoreTiles<Element, 0, Size> {};
+
+template <BackwardKernelId Id>
+struct TileGradients {
+  static constexpr BackwardPass pass = Id.pass;
+  static constexpr ForwardConfig C = tile_of(Id.config, pass);
+  static constexpr bool keys_stay = flashcute::keys_stay(pass);
+  static constexpr bool adds_dq = pass == BackwardPass::gradients;
+  static constexpr bool stores_p = flashcute::stores_p(Id.config, pass);
+  static constexpr bool stores_ds = flashcute::stores_ds(Id.config, pass);
+  static constexpr int column_warps = Id.config.column_warps;
+  /// Whether the next block's copies are started between the products, not before them: their addresses then spill
+  /// nothing, unless P and dS are in registers too.
+  static constexpr bool loads_late = column_warps > 1;
   using L = ForwardLayout<C>;
-  using P = Products<C>;
-  using Mask = flashcute::Mask<Kind>;
+  using P = TensorCoreProducts<C, column_warps>;
+  using Mask = flashcute::Mask<Id.features.mask>;
+  using Sums = QueryGradientSums<Id.config>;
   using Element = typename L::Element;
+  using Rows = flashcute::Rows<Element>;
   using SmemX = typename L::SmemQ;
   using SmemY = typename L::SmemO;
   using SmemBlockX = typename L::SmemK;
   using SmemBlockY = typename L::SmemV;
-  static constexpr bool keys_stay = Pass == BackwardPass::keys;
-  /// Queries are the rows of a score tile if they stay, else its columns.
-  static constexpr int queries = keys_stay ? C.block_n : C.block_m;
+  using SmemScores = typename L::template Smem<typename L::BlockM, typename L::BlockN>;
 
-  template <class Columns>
-  using Accumulator = decltype(L::template accumulator<Columns>());
-
-  struct SharedStorage {
-    alignas(128) Element x[C.block_m * C.head_dim];
-    alignas(128) Element y[C.block_m * C.head_dim_v];
-    alignas(128) Element block_x[C.block_n * C.head_dim];
-    alignas(128) Element block_y[C.block_n * C.head_dim_v];
-    alignas(16) float lse[queries];  // in units of log2
-    alignas(16) float delta[queries];
+  /// What there is of each query: its LSE and delta.
+  template <int Queries>
+  struct Statistics {
+    alignas(16) float lse[Queries];
+    alignas(16) float delta[Queries];
   };
 
-  static_assert(C.math == Math::tensor_core, "the backward multiplies on tensor cores");
-  static_assert(sizeof(SharedStorage) <= max_smem_bytes(compiled_arch), "more shared memory than a thread block has");
+  struct SharedStorage : ScoreTiles<Element, stores_p + stores_ds, C.block_m * C.block_n> {
+    alignas(128) Element x[C.block_m * C.head_dim];
+    alignas(128) Element y[C.block_m * C.head_dim_v];
+    alignas(128) Element block_x[C.stages][C.block_n * C.head_dim];
+    alignas(128) Element block_y[C.stages][C.block_n * C.head_dim_v];
+    Statistics<keys_stay ? C.block_n : C.block_m> queries[keys_stay ? C.stages : 1];
+  };
+  static_assert(sizeof(SharedStorage) == smem_bytes(Id));
+  // (How much shared memory there is, the GPU that it will run on decides.)
+#define FLASHCUTE_RULE(id, sentence) \
+  static_assert(check(Id.config, max_of(compiled_arch, 90)) != BackwardConfigError::id, sentence);
+  FLASHCUTE_BACKWARD_CONFIG_RULES(FLASHCUTE_RULE)
+#undef FLASHCUTE_RULE
 
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& smem) {
     if constexpr (keys_stay) {
@@ -57,30 +107,20 @@ struct BackwardKernel {
   }
 
  private:
-  using Rows = flashcute::Rows<Element>;
-
   /// delta and dQ.
   FLASHCUTE_DEVICE static void run_queries(BackwardParams const& p, SharedStorage& smem) {
     ForwardParams const& f = p.forward;
     auto const tile = QueryTile::at(f, block_index(), C.block_m);
-    auto const q = Rows::of(f.q, f.q_stride, tile.batch, tile.head);
-    auto const dout = Rows::of(p.dout, p.dout_stride, tile.batch, tile.head);
-    auto const k = Rows::of(f.k, f.k_stride, tile.batch, tile.kv_head);
-    auto const v = Rows::of(f.v, f.v_stride, tile.batch, tile.kv_head);
-    load<SmemX>(q, tile.row0, tile.rows, f.head_dim, smem.x);
-    load<SmemY>(dout, tile.row0, tile.rows, f.head_dim_v, smem.y);
-    compute_delta(p, tile, smem);
+    load<SmemX>(Rows::of(f.q, f.q_stride, tile.batch, tile.head), tile.row0, tile.rows, f.head_dim, smem.x);
+    load<SmemY>(Rows::of(p.dout, p.dout_stride, tile.batch, tile.head), tile.row0, tile.rows, f.head_dim_v, smem.y);
+    prepare_statistics(p, tile, smem);
 
-    BackwardKernel pass{p, smem, tile.row0};
     auto const range = Mask::kv_range(tile, f, C.block_n);
-    range.for_each_backward([&](int n, auto partial) {
-      pass.load_block(k, v, n * C.block_n, f.seqlen_k);
-      pass.compute_block(n * C.block_n, partial);
-    });
-    pass.stage_results();
-    auto const partial_keys = RowRange{range.full_end * C.block_n, min_of(range.end * C.block_n, f.seqlen_k)};
-    pass.template add_dropped<SmemX>(k, partial_keys, tile.rows, f.head_dim, smem.x);
-    block_sync();  // all elements are corrected
+    TileGradients gradients{p, smem, tile.batch, tile.row0};
+    gradients.add_all(PassingBlocks::of({range.begin, range.end}, {range.begin, range.full_end}, tile.kv_head, 1));
+    gradients.stage_results();
+    gradients.add_dropped(tile.kv_head, 1, {range.full_end * C.block_n, min_of(range.end * C.block_n, f.seqlen_k)},
+                          tile.rows);
     store<SmemX>(smem.x, p.dq, p.dq_stride, tile.batch, tile.head, tile.row0, tile.rows, f.head_dim);
   }
 
@@ -91,142 +131,270 @@ struct BackwardKernel {
     load<SmemX>(Rows::of(f.k, f.k_stride, tile.batch, tile.kv_head), tile.row0, tile.rows, f.head_dim, smem.x);
     load<SmemY>(Rows::of(f.v, f.v_stride, tile.batch, tile.kv_head), tile.row0, tile.rows, f.head_dim_v, smem.y);
 
-    BackwardKernel pass{p, smem, tile.row0};
     auto const range = Mask::query_range(tile.row0, tile.rows, f, C.block_n);
-    auto const partial_queries = RowRange{range.begin * C.block_n, min_of(range.full_begin * C.block_n, f.seqlen_q)};
-    int const group = f.heads / f.kv_heads;
-    auto const for_each_head = [&](auto const& body) {
-      for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
-        body(head, Rows::of(f.q, f.q_stride, tile.batch, head), Rows::of(p.dout, p.dout_stride, tile.batch, head));
-      }
-    };
-    for_each_head([&](int head, Rows const& q, Rows const& dout) {
-      range.for_each([&](int m, auto partial) {
-        pass.load_block(q, dout, m * C.block_n, f.seqlen_q);
-        load_per_query(p, tile.batch, head, m * C.block_n, smem);
-        pass.compute_block(m * C.block_n, partial);
-      });
-    });
-    pass.stage_results();
-    for_each_head([&](int, Rows const& q, Rows const& dout) {
-      pass.template add_dropped<SmemX>(q, partial_queries, tile.rows, f.head_dim, smem.x);
-      pass.template add_dropped<SmemY>(dout, partial_queries, tile.rows, f.head_dim_v, smem.y);
-    });
-    block_sync();  // all elements are corrected
+    int const group = f.heads / f.kv_heads, first_head = tile.kv_head * group;
+    TileGradients gradients{p, smem, tile.batch, tile.row0};
+    gradients.add_all(
+        PassingBlocks::of({range.begin, range.end}, {range.full_begin, f.seqlen_q / C.block_n}, first_head, group));
+    gradients.stage_results();
+    gradients.add_dropped(first_head, group,
+                          {range.begin * C.block_n, min_of(range.full_begin * C.block_n, f.seqlen_q)}, tile.rows);
     store<SmemX>(smem.x, p.dk, p.dk_stride, tile.batch, tile.kv_head, tile.row0, tile.rows, f.head_dim);
     store<SmemY>(smem.y, p.dv, p.dv_stride, tile.batch, tile.kv_head, tile.row0, tile.rows, f.head_dim_v);
   }
 
-  // ---- a block ---------------------------------------------------------------------------------------
+  FLASHCUTE_DEVICE TileGradients(BackwardParams const& p, SharedStorage& smem, int batch, int row0)
+      : p_(p), smem_(smem), batch_(batch), row0_(row0) {}
 
-  FLASHCUTE_DEVICE BackwardKernel(BackwardParams const& p, SharedStorage& smem, int row0)
-      : p_(p), smem_(smem), row0_(row0) {}
+  // ---- the main loop ---------------------------------------------------------------------------------
 
-  /// Starts loading the rows of a block that exist; the others become zeros, which add nothing.
-  FLASHCUTE_DEVICE void load_block(Rows const& x, Rows const& y, int row0, int seqlen) const {
-    block_sync();  // all warps have finished reading the block before
-    load<SmemBlockX>(x, row0, seqlen - row0, p_.forward.head_dim, smem_.block_x);
-    load<SmemBlockY>(y, row0, seqlen - row0, p_.forward.head_dim_v, smem_.block_y);
-  }
-
-  /// dX and dY of the block whose first row is `block_row0`.
-  template <class Partial>
-  FLASHCUTE_DEVICE void compute_block(int block_row0, Partial) {
-    copies_wait();
-    block_sync();  // the block has arrived, what there is of each query too; at first also X and Y
-    auto s = L::template accumulator<typename L::BlockN>();   // (MMA, MMA_M, MMA_N)
-    auto dp = L::template accumulator<typename L::BlockN>();  // (MMA, MMA_M, MMA_N)
-    P::gemm(s, P::template rows_as_a<SmemX>(smem_.x), P::template rows_as_b<SmemBlockX>(smem_.block_x));
-    P::gemm(dp, P::template rows_as_a<SmemY>(smem_.y), P::template rows_as_b<SmemBlockY>(smem_.block_y));
-    to_probabilities<Partial::value>(s, dp, block_row0);
-    if constexpr (Partial::value && Mask::rows_differ) drop_nonfinite();
-    if constexpr (keys_stay) P::gemm(dy_, P::probabilities(s), P::template columns_as_b<SmemBlockY>(smem_.block_y));
-    P::gemm(dx_, P::probabilities(dp), P::template columns_as_b<SmemBlockX>(smem_.block_x));
-  }
-
-  /// From S and dP, in place, P and dS. What is not visible becomes 0 by selection: it may be NaN. P is at most 1:
-  /// where scores are so large that rounding says otherwise, it is held there.
-  template <bool Partial, class Scores>
-  FLASHCUTE_DEVICE void to_probabilities(Scores& scores, Scores& score_gradients, int block_row0) const {
-    using namespace cute;
-    ForwardParams const& f = p_.forward;
-    auto s = by_row_and_column(scores);                                                    // (row, column)
-    auto ds = by_row_and_column(score_gradients);                                          // (row, column)
-    auto const c = by_row_and_column(L::template coordinates<C.block_n>(thread_index()));  // -> (row, column)
-    // Rows of zeros stand where there is no query. Their scores are NaN at a key that is infinite.
-    bool const has_end = keys_stay && block_row0 + C.block_n > f.seqlen_q;
-    CUTE_UNROLL
-    for (int j = 0; j < size<1>(s); ++j) {
-      CUTE_UNROLL
-      for (int i = 0; i < size<0>(s); ++i) {
-        int const row = get<0>(c(i, 0)), column = get<1>(c(0, j));
-        int const query = keys_stay ? column : row;
-        float const x = s(i, j) * f.scale_log2 - shared_load<float>(&smem_.lse[query]);
-        float const p = exp2_approx(x > 0.f ? 0.f : x);
-        bool const seen = !Partial || (keys_stay ? Mask::visible(block_row0 + column, row0_ + row, f)
-                                                 : Mask::visible(row0_ + row, block_row0 + column, f));
-        bool const counts = seen && (!has_end || block_row0 + column < f.seqlen_q);
-        s(i, j) = counts ? p : 0.f;
-        ds(i, j) = counts ? p * (ds(i, j) - shared_load<float>(&smem_.delta[query])) : 0.f;
+  FLASHCUTE_DEVICE void add_all(PassingBlocks blocks) {
+    if (blocks.left > 0) load_block(blocks);
+    for (; blocks.left > 0; blocks = blocks.after()) {
+      copies_wait();
+      block_sync();  // the block has arrived, at first also X and Y; all warps have finished with the one before
+      if constexpr (C.stages > 1 && !loads_late) load_next(blocks);
+      if (blocks.partial()) {
+        add_block(blocks, std_::true_type{});
+      } else {
+        add_block(blocks, std_::false_type{});
       }
     }
   }
 
-  /// Takes NaN and infinity out of what the next products multiply by 0 for rows that do not see it.
-  FLASHCUTE_DEVICE void drop_nonfinite() {
-    drop_nonfinite(smem_.block_x, C.block_n * C.head_dim);
-    if constexpr (keys_stay) drop_nonfinite(smem_.block_y, C.block_n * C.head_dim_v);
+  FLASHCUTE_DEVICE void load_next(PassingBlocks const& blocks) {
+    if (blocks.left > 1) load_block(blocks.after());
   }
 
-  FLASHCUTE_DEVICE void drop_nonfinite(Element* block, int count) {
-    if (block_all_finite<L::threads>(block, count)) return;  // all warps have finished S and dP
+  /// Starts loading the rows of a block that exist; the others become zeros, which add nothing. Blocks are loaded in
+  /// order.
+  FLASHCUTE_DEVICE void load_block(PassingBlocks const& at) {
+    ForwardParams const& f = p_.forward;
+    int64_t const x_stride = keys_stay ? f.q_stride.row : f.k_stride.row;
+    int64_t const y_stride = keys_stay ? p_.dout_stride.row : f.v_stride.row;
+    int const row0 = at.block * C.block_n, rows = (keys_stay ? f.seqlen_q : f.seqlen_k) - row0;
+    if (at.block == at.begin) {
+      Rows const x =
+          keys_stay ? Rows::of(f.q, f.q_stride, batch_, at.head) : Rows::of(f.k, f.k_stride, batch_, at.head);
+      Rows const y =
+          keys_stay ? Rows::of(p_.dout, p_.dout_stride, batch_, at.head) : Rows::of(f.v, f.v_stride, batch_, at.head);
+      next_x_ = TileCopy<C, SmemBlockX>::first(x.first + row0 * x_stride, x_stride);
+      next_y_ = TileCopy<C, SmemBlockY>::first(y.first + row0 * y_stride, y_stride);
+    }
+    int const stage = stage_of(at);
+    auto const copy = [&](auto partial) {
+      TileCopy<C, SmemBlockX>::load(next_x_, x_stride, rows, f.head_dim, smem_.block_x[stage], partial);
+      TileCopy<C, SmemBlockY>::load(next_y_, y_stride, rows, f.head_dim_v, smem_.block_y[stage], partial);
+    };
+    if (rows < C.block_n) {
+      copy(std_::true_type{});
+    } else {
+      copy(std_::false_type{});
+    }
+    if constexpr (keys_stay) load_statistics(at.head, row0, rows, smem_.queries[stage]);
+    next_x_ += C.block_n * x_stride;
+    next_y_ += C.block_n * y_stride;
+  }
+
+  FLASHCUTE_DEVICE static int stage_of(PassingBlocks const& at) { return at.left % C.stages; }
+
+  /// dX and dY of a block, and its dQ.
+  template <class Partial>
+  FLASHCUTE_DEVICE void add_block(PassingBlocks const& at, Partial) {
+    int const stage = stage_of(at), block_row0 = at.block * C.block_n;
+    auto s = L::template accumulator<typename L::BlockM, typename L::BlockN, column_warps>();  // (MMA, MMA_M, MMA_N)
+    P::gemm(s, P::template rows_as_a<SmemX>(smem_.x), P::template rows_as_b<SmemBlockX>(smem_.block_x[stage]));
+    to_probabilities<Partial::value>(s, block_row0, stage);
+    auto probabilities = convert<typename L::Operand>(s);
+    hold_at_one(probabilities);
+    if constexpr (stores_p) stage_fragment<C, SmemScores, column_warps>(probabilities, p_tile());
+
+    auto ds = L::template accumulator<typename L::BlockM, typename L::BlockN, column_warps>();  // (MMA, MMA_M, MMA_N)
+    P::gemm(ds, P::template rows_as_a<SmemY>(smem_.y), P::template rows_as_b<SmemBlockY>(smem_.block_y[stage]));
+    if constexpr (C.stages > 1 && loads_late) load_next(at);
+    to_score_gradients<Partial::value>(ds, probabilities, block_row0, stage);
+    auto const score_gradients = convert<typename L::Operand>(ds);
+    if constexpr (stores_ds) stage_fragment<C, SmemScores, column_warps>(score_gradients, ds_tile());
+
+    // (All rows see the same where a block is partial because rows of queries are missing.)
+    bool const differ = Partial::value && Mask::rows_differ && (!keys_stay || at.block < at.full_begin);
+    bool const finite = !differ || drop_nonfinite(stage);
+    if constexpr (column_warps > 1) block_sync();  // P and dS are there
+    if constexpr (keys_stay) {
+      P::gemm(dy_, left_operand(probabilities, p_tile()), P::template columns_as_b<SmemBlockY>(smem_.block_y[stage]));
+    }
+    P::gemm(dx_, left_operand(score_gradients, ds_tile()), P::template columns_as_b<SmemBlockX>(smem_.block_x[stage]));
+    // dS is there, and all warps have finished with the block.
+    if constexpr ((adds_dq && column_warps == 1) || C.stages == 1) block_sync();
+    if constexpr (C.stages == 1) load_next(at);
+    if constexpr (adds_dq) add_dq(at, finite);
+  }
+
+  FLASHCUTE_DEVICE Element* p_tile() const {
+    if constexpr (stores_p) return smem_.tile[0];
+    return nullptr;
+  }
+  FLASHCUTE_DEVICE Element* ds_tile() const {
+    if constexpr (stores_ds) return smem_.tile[stores_p];
+    return nullptr;
+  }
+
+  /// P or dS as the A operand: this warp's own, or what all stored.
+  template <class Fragment>
+  FLASHCUTE_DEVICE static auto left_operand(Fragment const& own, Element const* stored) {
+    if constexpr (column_warps == 1) {
+      return P::operand_a(own);
+    } else {
+      return P::template rows_as_a<SmemScores>(stored);
+    }
+  }
+
+  /// From S, in place, P.
+  template <bool Partial, class Scores>
+  FLASHCUTE_DEVICE void to_probabilities(Scores& scores, int block_row0, int stage) const {
+    using namespace cute;
+    auto s = by_row_and_column(scores);  // (row, column)
+    auto const c =
+        by_row_and_column(L::template coordinates<C.block_n, column_warps>(thread_index()));  // -> (row, column)
+    auto const& queries = smem_.queries[keys_stay ? stage : 0];
+    CUTE_UNROLL
+    for (int j = 0; j < size<1>(s); ++j) {
+      CUTE_UNROLL
+      for (int i = 0; i < size<0>(s); ++i) {
+        int const query = keys_stay ? get<1>(c(0, j)) : get<0>(c(i, 0));
+        float const x = s(i, j) * p_.forward.scale_log2 - shared_load<float>(&queries.lse[query]) * log2_e;
+        float const probability = exp2_approx(x);
+        s(i, j) = !Partial || visible(i, j, c, block_row0) ? probability : 0.f;
+      }
+    }
+  }
+
+  /// Where scores are so large that rounding says that P is more than 1, it is 1.
+  template <class Probabilities>
+  FLASHCUTE_DEVICE static void hold_at_one(Probabilities& probabilities) {
+    auto pairs = cute::recast<uint32_t>(probabilities);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(pairs); ++i) pairs(i) = at_most_one<Element>(pairs(i));
+  }
+
+  /// From dP, in place, dS. What is not visible becomes 0 by selection: it may be NaN.
+  template <bool Partial, class Scores, class Probabilities>
+  FLASHCUTE_DEVICE void to_score_gradients(Scores& scores, Probabilities const& probabilities, int block_row0,
+                                           int stage) const {
+    using namespace cute;
+    auto ds = by_row_and_column(scores);              // (row, column)
+    auto const p = by_row_and_column(probabilities);  // (row, column)
+    auto const c =
+        by_row_and_column(L::template coordinates<C.block_n, column_warps>(thread_index()));  // -> (row, column)
+    auto const& queries = smem_.queries[keys_stay ? stage : 0];
+    CUTE_UNROLL
+    for (int j = 0; j < size<1>(ds); ++j) {
+      CUTE_UNROLL
+      for (int i = 0; i < size<0>(ds); ++i) {
+        int const query = keys_stay ? get<1>(c(0, j)) : get<0>(c(i, 0));
+        float const x = static_cast<float>(p(i, j)) * (ds(i, j) - shared_load<float>(&queries.delta[query]));
+        ds(i, j) = !Partial || visible(i, j, c, block_row0) ? x : 0.f;
+      }
+    }
+  }
+
+  /// Whether element (i, j) of this thread is of a query and a key that it sees. (Rows that stay and do not exist are
+  /// never stored, so they may see.)
+  template <class Coordinates>
+  FLASHCUTE_DEVICE bool visible(int i, int j, Coordinates const& c, int block_row0) const {
+    int const row = row0_ + cute::get<0>(c(0, 0)), column = block_row0 + cute::get<1>(c(0, 0));
+    int const down = L::template row_distance<column_warps>(i), across = L::template column_distance<column_warps>(j);
+    if constexpr (keys_stay) {
+      bool const exists = column + across < p_.forward.seqlen_q;
+      return exists & Mask::from(column + across, row, p_.forward).at(down);
+    } else {
+      return Mask::from(row + down, column, p_.forward).at(across);
+    }
+  }
+
+  /// Adds dS X to the sums of the queries that pass by.
+  FLASHCUTE_DEVICE void add_dq(PassingBlocks const& at, bool finite) const {
+    Sums const sums(p_, batch_, at.head, at.block);
+    if (finite) {
+      sums.add_product(Sums::Products::template columns_as_a<SmemScores>(ds_tile()),
+                       Sums::Products::template columns_as_b<SmemX>(smem_.x));
+    } else {
+      add_visible_dq(sums, at.block * C.block_n);
+    }
+  }
+
+  // ---- NaN and infinity: what the products would multiply by 0 for rows that do not see it ------------
+
+  /// Takes them out of a block, for dX and dY; add_dropped adds them where they are seen. For dQ tells whether all, and
+  /// all of X, is finite.
+  FLASHCUTE_DEVICE bool drop_nonfinite(int stage) {
+    FiniteCheck<Element> check;
+    auto const look_at = [&](Element* place) { check.template look_at<16>(place); };
+    for_each_word_of_block(stage, look_at);
+    if constexpr (adds_dq) for_each_shared_words<L::threads>(smem_.x, C.block_m * C.head_dim, look_at);
+    if (!block_any(!check.all_finite())) return true;  // all warps have finished S and dP
     dropped_ = true;
-    zero_nonfinite<L::threads>(block, count);
+    for_each_word_of_block(stage, [](Element* place) { zero_nonfinite(place); });
     block_sync();  // the whole block is finite
+    return false;
+  }
+
+  template <class F>
+  FLASHCUTE_DEVICE void for_each_word_of_block(int stage, F const& f) const {
+    for_each_shared_words<L::threads>(smem_.block_x[stage], C.block_n * C.head_dim, f);
+    if constexpr (keys_stay) for_each_shared_words<L::threads>(smem_.block_y[stage], C.block_n * C.head_dim_v, f);
+  }
+
+  /// dS X element by element. Slow, and rare.
+  FLASHCUTE_DEVICE void add_visible_dq(Sums const& sums, int block_row0) const {
+    using namespace cute;
+    auto const identity = make_identity_tensor(Shape<typename L::BlockN, typename L::HeadDim>{});
+    auto const c =
+        typename Sums::Products::Mma{}.get_thread_slice(thread_index()).partition_C(identity);  // -> (query, column)
+    auto const ds = make_tensor(make_smem_ptr(ds_tile()), typename SmemScores::Layout{});       // (key, query)
+    auto const x = make_tensor(make_smem_ptr(smem_.x), typename SmemX::Layout{});               // (key, column)
+    CUTE_NO_UNROLL
+    for (int i = 0; i < size(c); ++i) {
+      int const query = get<0>(c(i)), column = get<1>(c(i));
+      float sum = 0;
+      CUTE_NO_UNROLL
+      for (int key = 0; key < C.block_m; ++key) {
+        if (!Mask::visible(block_row0 + query, row0_ + key, p_.forward)) continue;
+        sum += static_cast<float>(shared_load<Element>(&ds(key, query))) *
+               static_cast<float>(shared_load<Element>(&x(key, column)));
+      }
+      sums.add(i, sum);
+    }
   }
 
   // ---- what there is of each query -------------------------------------------------------------------
 
   /// delta of the tile's rows, to shared and to global memory; their LSE to shared memory.
-  FLASHCUTE_DEVICE static void compute_delta(BackwardParams const& p, QueryTile const& tile, SharedStorage& smem) {
-    ForwardParams const& f = p.forward;
-    auto const out = Rows::of(f.out, f.out_stride, tile.batch, tile.head);
-    auto const dout = Rows::of(p.dout, p.dout_stride, tile.batch, tile.head);
-    int const lane = thread_index() % 32;
-    for (int row = thread_index() / 32; row < C.block_m; row += C.num_warps) {
-      float sum = 0;
-      if (row < tile.rows) {
-        for (int c = lane; c < f.head_dim_v; c += 32) {
-          sum += static_cast<float>(out.at(tile.row0 + row, c)) * static_cast<float>(dout.at(tile.row0 + row, c));
-        }
-      }
-      for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-      if (lane != 0) continue;
-      float lse = 0;
-      if (row < tile.rows) {
-        if (p.dlse != nullptr) {
-          sum -= global_load<float>(static_cast<float const*>(p.dlse) +
-                                    row_offset(p.dlse_stride, tile.batch, tile.head, tile.row0 + row));
-        }
-        lse = global_load<float>(static_cast<float const*>(f.lse) + tile.lse_offset(f) + row);
-        global_store(static_cast<float*>(p.delta) + tile.lse_offset(f) + row, sum);
-      }
-      shared_store(&smem.delta[row], sum);
-      shared_store(&smem.lse[row], lse * log2_e);
+  FLASHCUTE_DEVICE static void prepare_statistics(BackwardParams const& p, QueryTile const& tile, SharedStorage& smem) {
+    auto const first = tile.lse_offset(p.forward);
+    auto& queries = smem.queries[0];
+    for (int i = thread_index(); i < C.block_m; i += L::threads) {
+      bool const exists = i < tile.rows;
+      shared_store(&queries.lse[i],
+                   exists ? global_load<float>(static_cast<float const*>(p.forward.lse) + first + i) : 0.f);
+      if (!exists) shared_store(&queries.delta[i], 0.f);
     }
+    Delta<C, C.block_m>::compute(p, tile, [&](int row, float delta) {
+      global_store(static_cast<float*>(p.delta) + first + row, delta);
+      shared_store(&queries.delta[row], delta);
+    });
   }
 
-  /// LSE and delta of a block's rows; 0 where there is no row.
-  FLASHCUTE_DEVICE static void load_per_query(BackwardParams const& p, int batch, int head, int row0,
-                                              SharedStorage& smem) {
-    ForwardParams const& f = p.forward;
-    int64_t const first = (static_cast<int64_t>(batch) * f.heads + head) * f.seqlen_q + row0;
-    for (int i = thread_index(); i < C.block_n; i += L::threads) {
-      bool const exists = row0 + i < f.seqlen_q;
-      float const lse = exists ? global_load<float>(static_cast<float const*>(f.lse) + first + i) : 0.f;
-      float const delta = exists ? global_load<float>(static_cast<float const*>(p.delta) + first + i) : 0.f;
-      shared_store(&smem.lse[i], lse * log2_e);
-      shared_store(&smem.delta[i], delta);
+  /// Starts loading LSE and delta of a block's rows; 0 where there is no row.
+  FLASHCUTE_DEVICE void load_statistics(int head, int row0, int rows, Statistics<C.block_n>& to) const {
+    ForwardParams const& f = p_.forward;
+    int64_t const first = (static_cast<int64_t>(batch_) * f.heads + head) * f.seqlen_q + row0;
+    CUTE_UNROLL
+    for (int pass = 0; pass < ceil_div(C.block_n, L::threads); ++pass) {
+      int const i = pass * L::threads + thread_index();
+      if (i >= C.block_n) break;
+      copy_async<uint32_t>(static_cast<float const*>(f.lse) + first + i, &to.lse[i], i < rows);
+      copy_async<uint32_t>(static_cast<float const*>(p_.delta) + first + i, &to.delta[i], i < rows);
     }
   }
 
@@ -239,18 +407,27 @@ struct BackwardKernel {
     for (int i = 0; i < cute::size(dx_); ++i) dx_(i) *= scale;
     copies_wait();
     block_sync();  // all warps have finished reading X and Y, and no copy is under way
-    stage_tile<C, SmemX>(dx_, smem_.x);
-    if constexpr (keys_stay) stage_tile<C, SmemY>(dy_, smem_.y);
+    stage_tile<C, SmemX, column_warps>(dx_, smem_.x);
+    if constexpr (keys_stay) stage_tile<C, SmemY, column_warps>(dy_, smem_.y);
     block_sync();  // the tiles are in shared memory
   }
 
-  template <class Smem>
-  FLASHCUTE_DEVICE void add_dropped(Rows const& from, RowRange const& others, int rows, int width,
-                                    Element* tile) const {
+  /// Corrects the tiles there: to each of the `rows` rows what it sees of the rows `others` of some heads.
+  FLASHCUTE_DEVICE void add_dropped(int first_head, int heads, RowRange const& others, int rows) const {
     if (!Mask::rows_differ || !dropped_) return;
-    flashcute::add_dropped<C, Smem>(from, others, rows, width, tile, [&](int row, int other) {
-      return keys_stay ? Mask::visible(other, row0_ + row, p_.forward) : Mask::visible(row0_ + row, other, p_.forward);
-    });
+    ForwardParams const& f = p_.forward;
+    auto const sees = [&](int row, int other) {
+      return keys_stay ? Mask::visible(other, row0_ + row, f) : Mask::visible(row0_ + row, other, f);
+    };
+    for (int head = first_head; head < first_head + heads; ++head) {
+      Rows const x = keys_stay ? Rows::of(f.q, f.q_stride, batch_, head) : Rows::of(f.k, f.k_stride, batch_, head);
+      flashcute::add_dropped<C, SmemX>(x, others, rows, f.head_dim, smem_.x, sees);
+      if constexpr (keys_stay) {
+        Rows const y = Rows::of(p_.dout, p_.dout_stride, batch_, head);
+        flashcute::add_dropped<C, SmemY>(y, others, rows, f.head_dim_v, smem_.y, sees);
+      }
+    }
+    block_sync();  // all elements are corrected
   }
 
   // ---- from and to the tensors -----------------------------------------------------------------------
@@ -272,12 +449,75 @@ struct BackwardKernel {
 
   static constexpr float log2_e = 1.442695040888963407f;
 
+  using AccumulatorX = decltype(L::template accumulator<typename L::BlockM, typename L::HeadDim, column_warps>());
+  using AccumulatorY = decltype(L::template accumulator<typename L::BlockM, typename L::HeadDimV, column_warps>());
+
   BackwardParams const& p_;
   SharedStorage& smem_;
-  int const row0_;                                                                          // of the tile
-  Accumulator<typename L::HeadDim> dx_ = L::template accumulator<typename L::HeadDim>();    // (MMA, MMA_M, MMA_D)
-  Accumulator<typename L::HeadDimV> dy_ = L::template accumulator<typename L::HeadDimV>();  // only if keys stay
+  int const batch_;
+  Element const* next_x_ = nullptr;  // this thread's first element of the block to load next
+  Element const* next_y_ = nullptr;
+  int const row0_;  // of the tile
+  AccumulatorX dx_ =
+      L::template accumulator<typename L::BlockM, typename L::HeadDim, column_warps>();  // (MMA, MMA_M, MMA_D)
+  AccumulatorY dy_ =
+      L::template accumulator<typename L::BlockM, typename L::HeadDimV, column_warps>();  // only if keys stay
   bool dropped_ = false;  // whether anything was taken out; the same in all threads of the block
 };
+
+/// What comes before the tiles of keys that add to dQ: delta, and cleared sums.
+template <BackwardKernelId Id>
+struct PrepareGradients {
+  static constexpr ForwardConfig C = tile_of(Id.config, Id.pass);
+
+  struct SharedStorage {};
+
+  FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& /*smem*/) {
+    auto const tile = QueryTile::at(p.forward, block_index(), C.block_n);
+    QueryGradientSums<Id.config>(p, tile.batch, tile.head, tile.row0 / C.block_n).clear();
+    Delta<C, C.block_n>::compute(p, tile, [&](int row, float delta) {
+      global_store(static_cast<float*>(p.delta) + tile.lse_offset(p.forward) + row, delta);
+    });
+  }
+};
+
+/// What comes after them: dQ, from its sums.
+template <BackwardKernelId Id>
+struct FinishGradients {
+  static constexpr ForwardConfig C = tile_of(Id.config, Id.pass);
+  using L = ForwardLayout<C>;
+  using Sums = QueryGradientSums<Id.config>;
+
+  struct SharedStorage {
+    alignas(128) typename L::Element dq[C.block_n * C.head_dim];
+  };
+  static_assert(sizeof(SharedStorage) == smem_bytes(Id));
+
+  FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& smem) {
+    auto const tile = QueryTile::at(p.forward, block_index(), C.block_n);
+    auto dq = Sums::fragment();  // (MMA, MMA_M, MMA_D)
+    Sums(p, tile.batch, tile.head, tile.row0 / C.block_n).load(dq);
+    auto const scale = static_cast<float>(p.forward.scale);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(dq); ++i) dq(i) *= scale;
+    stage_tile<C, typename L::SmemK, Sums::warps_n>(dq, smem.dq);
+    block_sync();  // the tile is in shared memory
+    using Copy = TileCopy<C, typename L::SmemK>;
+    int64_t const first = row_offset(p.dq_stride, tile.batch, tile.head, tile.row0);
+    auto* const to = Copy::first(static_cast<typename L::Element*>(p.dq) + first, p.dq_stride.row);
+    Copy::store(smem.dq, to, p.dq_stride.row, tile.rows, p.forward.head_dim);
+  }
+};
+
+template <BackwardKernelId Id>
+struct BackwardKernel : TileGradients<Id> {};
+
+template <BackwardKernelId Id>
+  requires(Id.pass == BackwardPass::prepare)
+struct BackwardKernel<Id> : PrepareGradients<Id> {};
+
+template <BackwardKernelId Id>
+  requires(Id.pass == BackwardPass::finish)
+struct BackwardKernel<Id> : FinishGradients<Id> {};
 
 }  // namespace flashcute

@@ -5,20 +5,44 @@
 
 namespace flashcute {
 
-/// The backward takes two passes. What a pass computes:
+/// The backward takes a few passes, a launch each on a GPU. What a pass computes:
 enum class BackwardPass : uint8_t {
-  queries,  // delta and dQ of a tile of query rows, past which the keys go
-  keys,     // dK and dV of a tile of keys, past which the queries go
+  queries,    // delta and dQ of a tile of query rows, past which the keys go
+  keys,       // dK and dV of a tile of keys, past which the queries go
+  prepare,    // delta of a tile of query rows; clears the sums that become its dQ
+  gradients,  // dK and dV of a tile of keys, past which the queries go, and adds to their sums what it gives to dQ
+  finish,     // dQ of a tile of query rows, from its sums
 };
 
-/// How to compute gradients: the options a user may choose.
+constexpr char const* name_of(BackwardPass pass) {
+  switch (pass) {
+    case BackwardPass::queries: return "queries";
+    case BackwardPass::keys: return "keys";
+    case BackwardPass::prepare: return "prepare";
+    case BackwardPass::gradients: return "gradients";
+    case BackwardPass::finish: return "finish";
+  }
+  return "?";
+}
+
+/// How to compute gradients: the options a user may choose. What they say of a kernel, a ForwardConfig says too.
 struct BackwardConfig {
   DType dtype = DType::bfloat16;
   int32_t head_dim = 128;         // of q and k: compiled width, runs any d up to it
   int32_t head_dim_v = head_dim;  // of v and the output: the same
   int32_t block_m = 64;           // B_r: query rows per tile
-  int32_t block_n = 64;           // B_c: keys per block
-  bool deterministic = false;     // the same bits in every run; the CPU backend always gives them
+  int32_t block_n = 64;           // B_c: keys per tile
+  int32_t num_warps = 4;
+  int32_t column_warps = 1;  // of them share the columns of a score tile, the others its rows; 1: P and dS in registers
+  int32_t blocks_per_sm = 2;
+  Math math = Math::tensor_core;
+  int32_t stages = 2;  // blocks that pass by at once in shared memory: one is multiplied while the other arrives
+  int32_t copy_bytes = 16;
+  bool async_copy = true;
+  bool swizzled = true;
+  int32_t k_tiles_per_load = 0;
+  bool mma_double_buffer = true;
+  bool deterministic = false;  // the same bits in every run, by two passes without atomics; the CPU always gives them
 
   constexpr bool operator==(BackwardConfig const&) const = default;
 };
@@ -32,26 +56,164 @@ constexpr void for_each_option(Config& c, F&& f) {
   f("head_dim_v", c.head_dim_v);
   f("block_m", c.block_m);
   f("block_n", c.block_n);
+  f("num_warps", c.num_warps);
+  f("column_warps", c.column_warps);
+  f("blocks_per_sm", c.blocks_per_sm);
+  f("math", c.math);
+  f("stages", c.stages);
+  f("copy_bytes", c.copy_bytes);
+  f("async_copy", c.async_copy);
+  f("swizzled", c.swizzled);
+  f("k_tiles_per_load", c.k_tiles_per_load);
+  f("mma_double_buffer", c.mma_double_buffer);
   f("deterministic", c.deterministic);
 }
 
-/// Canonical name: "bwd_f32_d64_m64_n64" and a word for every option that differs from the defaults.
+/// One compiled kernel.
+struct BackwardKernelId {
+  BackwardConfig config;
+  BackwardPass pass = BackwardPass::gradients;
+  Features features;  // all that prepare and finish do is the same for every mask: theirs is `full`
+
+  constexpr bool operator==(BackwardKernelId const&) const = default;
+};
+
+/// Canonical name: "bwd_f32_d64_m64_n64_w4" and a word for every option that differs from the defaults.
 constexpr Name name(BackwardConfig const& c) {
   Name s;
   s << "bwd_" << short_name_of(c.dtype) << "_d" << c.head_dim;
   if (c.head_dim_v != c.head_dim) s << "_dv" << c.head_dim_v;
-  s << "_m" << c.block_m << "_n" << c.block_n;
+  s << "_m" << c.block_m << "_n" << c.block_n << "_w" << c.num_warps;
+  if (c.column_warps != 1) s << "_c" << c.column_warps;
+  if (c.blocks_per_sm != 2) s << "_b" << c.blocks_per_sm;
+  if (c.math == Math::tf32x3) s << "_tf32x3";
+  if (c.math == Math::cuda_core) s << "_cudacore";
+  if (c.stages != 2) s << "_st" << c.stages;
+  if (c.copy_bytes != 16) s << "_copy" << c.copy_bytes;
+  if (!c.async_copy) s << "_sync";
+  if (!c.swizzled) s << "_unswizzled";
+  if (c.k_tiles_per_load != 0) s << "_k" << c.k_tiles_per_load;
+  if (!c.mma_double_buffer) s << "_single";
   if (c.deterministic) s << "_deterministic";
   return s;
 }
 
+/// Name of the GPU kernel, which is also its entry point: "flashcute_sm80_bwd_..._gradients_causal".
+constexpr Name name(BackwardKernelId const& k) {
+  Name s;
+  s << "flashcute_sm80_" << name(k.config).text << "_" << name_of(k.pass);
+  if (k.pass != BackwardPass::prepare && k.pass != BackwardPass::finish) s << "_" << name_of(k.features.mask);
+  return s;
+}
+
+// ---- passes --------------------------------------------------------------------------------------
+
+/// The passes that a GPU takes, in order.
+struct BackwardPasses {
+  int32_t count;
+  BackwardPass pass[3];
+
+  constexpr BackwardPass const* begin() const { return pass; }
+  constexpr BackwardPass const* end() const { return pass + count; }
+};
+
+constexpr BackwardPasses passes_of(BackwardConfig const& c) {
+  using enum BackwardPass;
+  if (c.deterministic) return {2, {queries, keys}};
+  return {3, {prepare, gradients, finish}};
+}
+
+/// Whether the tiles of a pass are of keys, or of queries.
+constexpr bool keys_stay(BackwardPass pass) { return pass == BackwardPass::keys || pass == BackwardPass::gradients; }
+
+/// The kernel of the pass `id` where the mask is `mask`.
+constexpr BackwardKernelId kernel_of(BackwardConfig const& c, BackwardPass pass, MaskKind mask) {
+  bool const sees = pass != BackwardPass::prepare && pass != BackwardPass::finish;
+  return {c, pass, {sees ? mask : MaskKind::full}};
+}
+
+/// The tile of a pass as a forward kernel would have it: block_m rows that stay, block_n rows that pass by. prepare and
+/// finish take that of gradients.
+constexpr ForwardConfig tile_of(BackwardConfig const& c, BackwardPass pass) {
+  return {.dtype = c.dtype,
+          .head_dim = c.head_dim,
+          .head_dim_v = c.head_dim_v,
+          .block_m = pass == BackwardPass::queries ? c.block_m : c.block_n,
+          .block_n = pass == BackwardPass::queries ? c.block_n : c.block_m,
+          .num_warps = c.num_warps,
+          .blocks_per_sm = c.blocks_per_sm,
+          .math = c.math,
+          .stages = c.stages,
+          .copy_bytes = c.copy_bytes,
+          .async_copy = c.async_copy,
+          .swizzled = c.swizzled,
+          .k_tiles_per_load = c.k_tiles_per_load,
+          .mma_double_buffer = c.mma_double_buffer};
+}
+
+// ---- resources and rules -------------------------------------------------------------------------
+
+constexpr int32_t num_threads(BackwardKernelId const& k) { return 32 * k.config.num_warps; }
+
+/// The warps that share the columns of dQ = dS K in `gradients`: it has more columns than rows.
+constexpr int32_t dq_column_warps(BackwardConfig const& c) { return c.num_warps / 2; }
+
+/// Whether P, or dS, of a block goes through shared memory.
+constexpr bool stores_p(BackwardConfig const& c, BackwardPass pass) { return c.column_warps > 1 && keys_stay(pass); }
+constexpr bool stores_ds(BackwardConfig const& c, BackwardPass pass) {
+  return c.column_warps > 1 || pass == BackwardPass::gradients;
+}
+
+/// Dynamic shared memory of a kernel, in bytes: a tile of X and Y; `stages` blocks of the other side's; LSE and delta
+/// of the queries among them; tiles of P and dS where more than one warp reads them; for `finish` only a tile of dQ.
+constexpr int64_t smem_bytes(BackwardKernelId const& k) {
+  BackwardConfig const& c = k.config;
+  int64_t const size = size_of(c.dtype);
+  if (k.pass == BackwardPass::prepare) return 0;
+  if (k.pass == BackwardPass::finish) return c.block_m * c.head_dim * size;
+  ForwardConfig const t = tile_of(c, k.pass);
+  int64_t const stay = t.block_m, pass_by = int64_t{t.stages} * t.block_n;
+  int64_t bytes = (stay + pass_by) * (c.head_dim + c.head_dim_v) * size;
+  int64_t const score_tiles = (stores_p(c, k.pass) ? 1 : 0) + (stores_ds(c, k.pass) ? 1 : 0);
+  bytes += score_tiles * c.block_m * c.block_n * size;
+  bytes += 2 * (keys_stay(k.pass) ? pass_by : stay) * int64_t{sizeof(float)};
+  return ceil_div<int64_t>(bytes, 128) * 128;
+}
+
+/// Floats of workspace: delta, then (not if deterministic) the sums that become dQ, at a multiple of 16 bytes.
+struct BackwardWorkspace {
+  int64_t delta, dq_sums;
+
+  constexpr int64_t total() const { return delta + dq_sums; }
+};
+
+constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads, int64_t seqlen_q) {
+  int64_t const tiles = heads * ceil_div<int64_t>(seqlen_q, c.block_m);
+  return {ceil_div<int64_t>(heads * seqlen_q, 4) * 4, c.deterministic ? 0 : tiles * c.block_m * c.head_dim};
+}
+
 // Every rule: an identifier and the sentence that C++ and Python show.
-#define FLASHCUTE_BACKWARD_CONFIG_RULES(RULE)                                 \
-  RULE(gpu, "there is no GPU kernel of the backward yet: it runs on the CPU") \
-  RULE(dtype, "dtype must be float16, bfloat16, float32 or float64")          \
-  RULE(head_dim, "head_dim and head_dim_v must be between 1 and 256")         \
-  RULE(block_m, "block_m must be a positive multiple of 16, at most 256")     \
-  RULE(block_n, "block_n must be a positive multiple of 16, at most 256")
+#define FLASHCUTE_BACKWARD_CONFIG_RULES(RULE)                                                                        \
+  RULE(arch_too_old, "the mma.sync kernels need a GPU of compute capability 8.0 or later")                           \
+  RULE(gpu_dtype, "dtype must be float16 or bfloat16 on a GPU")                                                      \
+  RULE(gpu_head_dim, "head_dim and head_dim_v must be multiples of 16 between 16 and 256 on a GPU")                  \
+  RULE(dtype, "dtype must be float16, bfloat16, float32 or float64")                                                 \
+  RULE(head_dim, "head_dim and head_dim_v must be between 1 and 256")                                                \
+  RULE(num_warps, "num_warps must be 4 or 8")                                                                        \
+  RULE(column_warps, "column_warps must be 1, 2 or 4, and less than num_warps")                                      \
+  RULE(block_m, "block_m must be a positive multiple of 16, at most 256")                                            \
+  RULE(block_n, "block_n must be a positive multiple of 16, at most 256")                                            \
+  RULE(shares,                                                                                                       \
+       "the rows and columns of a score tile, and head_dim and head_dim_v, must be multiples of 16 times the warps " \
+       "that share them")                                                                                            \
+  RULE(blocks_per_sm, "blocks_per_sm must be between 1 and 16, and their threads must fit a multiprocessor")         \
+  RULE(math, "math must be tensor_core")                                                                             \
+  RULE(stages, "stages must be 1 or 2")                                                                              \
+  RULE(copy_bytes, "copy_bytes must be 16, 8, 4 or 2, and at least the bytes of an element")                         \
+  RULE(async_copy, "async_copy needs copy_bytes of 4 or more: cp.async cannot copy less")                            \
+  RULE(copy_rows, "block_m and block_n must be multiples of the rows that all threads copy at once")                 \
+  RULE(k_tiles_per_load, "k_tiles_per_load must be 0, 1 or 2, and 2 needs widths that are multiples of 32")          \
+  RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")
 
 enum class BackwardConfigError : uint8_t {
   none,
@@ -75,10 +237,42 @@ constexpr char const* sentence(BackwardConfigError e) {
 constexpr BackwardConfigError check(BackwardConfig const& c, Arch arch) {
   using enum BackwardConfigError;
   if (c.dtype == DType::int32) return dtype;
-  if (c.head_dim < 1 || c.head_dim > 256 || c.head_dim_v < 1 || c.head_dim_v > 256) return head_dim;
+  int32_t const widths[] = {c.head_dim, c.head_dim_v};
+  for (int32_t const d : widths) {
+    if (d < 1 || d > 256) return head_dim;
+  }
+  if (c.num_warps != 4 && c.num_warps != 8) return num_warps;
+  if (c.column_warps != 1 && c.column_warps != 2 && c.column_warps != 4) return column_warps;
+  if (c.column_warps >= c.num_warps) return column_warps;
   if (c.block_m <= 0 || c.block_m > 256 || c.block_m % 16 != 0) return block_m;
   if (c.block_n <= 0 || c.block_n > 256 || c.block_n % 16 != 0) return block_n;
-  return arch == cpu_arch ? none : gpu;
+  if (c.blocks_per_sm < 1 || c.blocks_per_sm > 16) return blocks_per_sm;
+  if (c.stages != 1 && c.stages != 2) return stages;
+  if (c.copy_bytes != 16 && c.copy_bytes != 8 && c.copy_bytes != 4 && c.copy_bytes != 2) return copy_bytes;
+  if (c.k_tiles_per_load < 0 || c.k_tiles_per_load > 2) return k_tiles_per_load;
+  if (arch == cpu_arch) return none;
+  if (arch < 80) return arch_too_old;
+  if (size_of(c.dtype) != 2) return gpu_dtype;
+  if (c.math != Math::tensor_core) return math;
+  if (32 * c.num_warps * c.blocks_per_sm > max_threads_per_sm(arch)) return blocks_per_sm;
+  if (c.async_copy && c.copy_bytes < 4) return async_copy;
+  for (int32_t const d : widths) {
+    if (d < 16 || d % 16 != 0) return gpu_head_dim;
+    int32_t const rows = CopyShape::of(tile_of(c, BackwardPass::keys), d).rows_per_pass;
+    if (c.block_m % rows != 0 || c.block_n % rows != 0) return copy_rows;
+    if (c.k_tiles_per_load == 2 && (d % 32 != 0 || c.block_m % 32 != 0)) return k_tiles_per_load;
+  }
+  for (BackwardPass const pass : passes_of(c)) {
+    ForwardConfig const t = tile_of(c, pass);
+    if (t.block_m % (16 * c.num_warps / c.column_warps) != 0 || t.block_n % (16 * c.column_warps) != 0) return shares;
+    if (c.head_dim % (16 * c.column_warps) != 0 || c.head_dim_v % (16 * c.column_warps) != 0) return shares;
+    if (pass == BackwardPass::gradients) {
+      if (c.block_m % (16 * c.num_warps / dq_column_warps(c)) != 0) return shares;
+      if (c.head_dim % (16 * dq_column_warps(c)) != 0) return shares;
+    }
+    if (smem_bytes(kernel_of(c, pass, MaskKind::full)) > max_smem_bytes(arch)) return smem;
+  }
+  return none;
 }
 
 /// The configuration of the CPU backend: a tile and a block that fit the level 2 cache at every head dim.

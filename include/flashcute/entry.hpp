@@ -1,7 +1,8 @@
-// The only __global__ function of the project. A generated translation unit has one such line per
+// The only __global__ functions of the project. A generated translation unit has one such line per
 // kernel; nvcc and NVRTC compile it unchanged.
 #pragma once
 
+#include "flashcute/backward.hpp"
 #include "flashcute/forward.hpp"
 
 /// Defines the kernel NAME for the ForwardKernelId that follows.
@@ -12,4 +13,14 @@
     using Pass = flashcute::ForwardPass<(__VA_ARGS__)>;                                      \
     extern __shared__ __align__(128) unsigned char smem[];                                   \
     Pass::run(params, *reinterpret_cast<typename Pass::L::SharedStorage*>(smem));            \
+  }
+
+/// Defines the kernel NAME for the BackwardKernelId that follows.
+#define FLASHCUTE_BACKWARD_ENTRY(NAME, ...)                                         \
+  extern "C" __global__ void __launch_bounds__(flashcute::num_threads(__VA_ARGS__), \
+                                               (__VA_ARGS__).config.blocks_per_sm)  \
+      NAME(__grid_constant__ flashcute::BackwardParams const params) {              \
+    using Kernel = flashcute::BackwardKernel<(__VA_ARGS__)>;                        \
+    extern __shared__ __align__(128) unsigned char smem[];                          \
+    Kernel::run(params, *reinterpret_cast<typename Kernel::SharedStorage*>(smem));  \
   }

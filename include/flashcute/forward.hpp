@@ -12,6 +12,10 @@ namespace flashcute {
 template <ForwardKernelId Id>
 struct ForwardPass {
   static constexpr ForwardConfig C = Id.config;
+#define FLASHCUTE_RULE(id, sentence) static_assert(check(C, compiled_arch) != ForwardConfigError::id, sentence);
+  FLASHCUTE_FORWARD_CONFIG_RULES(FLASHCUTE_RULE)
+#undef FLASHCUTE_RULE
+
   using L = ForwardLayout<C>;
   using P = Products<C>;
   using Mask = flashcute::Mask<Id.features.mask>;
@@ -26,12 +30,12 @@ struct ForwardPass {
     BlockCounter<Id.features.count_blocks> counter;
 
     auto q = loader.query();
-    auto o = L::template accumulator<typename L::HeadDimV>();  // (MMA, MMA_M, MMA_DV)
+    auto o = L::template accumulator<typename L::BlockM, typename L::HeadDimV>();  // (MMA, MMA_M, MMA_DV)
     range.for_each_backward([&](int n, auto partial) {
       counter.visit(decltype(partial)::value);
-      auto s = L::template accumulator<typename L::BlockN>();  // (MMA, MMA_M, MMA_N)
-      P::gemm(s, q, loader.key(n, partial));                   // S = Q K^T
-      auto v = loader.value(n, partial);                       // K(n - 1) loads while the softmax and P V compute
+      auto s = L::template accumulator<typename L::BlockM, typename L::BlockN>();  // (MMA, MMA_M, MMA_N)
+      P::gemm(s, q, loader.key(n, partial));                                       // S = Q K^T
+      auto v = loader.value(n, partial);  // K(n - 1) loads while the softmax and P V compute
       if constexpr (decltype(partial)::value) apply_mask(s, tile, n, p);
       softmax.update(s, o);
       if constexpr (P::wants_finite || (decltype(partial)::value && Mask::rows_differ)) loader.drop_nonfinite_values(n);

@@ -38,11 +38,14 @@ class Pieces {
   static constexpr int per_chunk = chunk_bytes / 32;
 
  public:
-  /// `tile` is at a multiple of 128 bytes. This lane gives row `row` (of the tile) and the 16 bytes `half` of it.
-  FLASHCUTE_DEVICE Pieces(void const* tile, int row, int half)
-      : first_(shared_address(tile) + row * chunk_bytes + 16 * (half ^ Smem::mask(row))) {}
+  /// `tile` is at a multiple of 128 bytes. This lane gives row `row` (of the tile) and the 16 bytes `half` of it, of
+  /// the piece that begins 32 * `column` bytes into it.
+  FLASHCUTE_DEVICE Pieces(void const* tile, int row, int half, int column = 0)
+      : first_(shared_address(tile) + (column / per_chunk * Smem::rows + row) * chunk_bytes +
+               16 * ((2 * (column % per_chunk) + half) ^ Smem::mask(row))) {}
 
-  /// The row of the piece that begins `rows` (a multiple of 16) rows and 32 * `column` bytes further.
+  /// The row of the piece that begins `rows` (a multiple of 16) rows and 32 * `column` bytes further: the first piece's
+  /// column is less than what `column` is a multiple of, a power of 2.
   FLASHCUTE_DEVICE SharedAddress at(int rows, int column) const {
     return (computed_here(first_) ^ 32 * (column % per_chunk)) + (column / per_chunk * Smem::rows + rows) * chunk_bytes;
   }
@@ -51,9 +54,9 @@ class Pieces {
   SharedAddress first_;
 };
 
-/// Q's fragments: rows of A are rows of the tile.
-template <class Fragment, class Smem, int RowStep>
-struct QueryOperand {
+/// Fragments of A, whose rows Warps warps share: they are rows of a tile or, transposed on the way, its columns.
+template <class Fragment, class Smem, bool Transposed, int Warps>
+struct OperandA {
   Fragment fragment;  // (MMA, MMA_M, MMA_K)
   Pieces<Smem> pieces;
 
@@ -63,23 +66,26 @@ struct QueryOperand {
     for (int m = 0; m < cute::size<1>(fragment); ++m) {
       auto a = fragment(cute::_, m, k);
       auto r = cute::recast<uint32_t>(a);
-      ldmatrix<false>(pieces.at(m * RowStep, k), r(0), r(1), r(2), r(3));
+      ldmatrix<Transposed>(Transposed ? pieces.at(16 * k, Warps * m) : pieces.at(16 * Warps * m, k), r(0), r(1), r(2),
+                           r(3));
       round_operand(a);
     }
   }
 };
 
-/// K's or V's fragments. Columns of B are rows of K; of V, which is transposed on the way, they are columns.
-template <class Fragment, class Smem, bool Transposed>
-struct BlockOperand {
+/// Fragments of B, whose columns Warps warps share: they are rows of a tile (K) or, transposed on the way, its columns
+/// (V).
+template <class Fragment, class Smem, bool Transposed, int Warps>
+struct OperandB {
   Fragment fragment;  // (MMA, MMA_N, MMA_K)
   Pieces<Smem> pieces;
 
-  /// Columns [16 i, 16 i + 16) of K-step k.
+  /// This warp's i-th 16 columns of K-step k.
   FLASHCUTE_DEVICE void fetch(int k, int i) {
     auto b = fragment(cute::_, 2 * i, k), next_b = fragment(cute::_, 2 * i + 1, k);
     auto r = cute::recast<uint32_t>(b), next_r = cute::recast<uint32_t>(next_b);
-    ldmatrix<Transposed>(Transposed ? pieces.at(16 * k, i) : pieces.at(16 * i, k), r(0), r(1), next_r(0), next_r(1));
+    ldmatrix<Transposed>(Transposed ? pieces.at(16 * k, Warps * i) : pieces.at(16 * Warps * i, k), r(0), r(1),
+                         next_r(0), next_r(1));
     round_operand(b);
     round_operand(next_b);
   }
@@ -128,11 +134,21 @@ struct RegisterOperand {
   FLASHCUTE_DEVICE void fetch(int) const {}
 };
 
-template <ForwardConfig C>
-struct Products<C, Math::tensor_core> {
+/// All of an A operand, fetched once and for all.
+template <class Operand>
+FLASHCUTE_DEVICE auto held(Operand a) {
+  CUTE_UNROLL
+  for (int k = 0; k < cute::size<2>(a.fragment); ++k) a.fetch(k);
+  return RegisterOperand<decltype(a.fragment)>{a.fragment};
+}
+
+/// Products by tensor cores. WarpsN warps share the columns of a result, the others its rows.
+template <ForwardConfig C, int WarpsN = 1>
+struct TensorCoreProducts {
   using L = ForwardLayout<C>;
-  using Mma = typename L::TiledMma;
+  using Mma = typename L::template TiledMmaOf<WarpsN>;
   using Element = typename L::Element;
+  static constexpr int warps_m = C.num_warps / WarpsN;
 
   static constexpr bool wants_finite = false;
 
@@ -140,12 +156,7 @@ struct Products<C, Math::tensor_core> {
   FLASHCUTE_DEVICE static auto query(Element const* tile) { return rows_as_a<typename L::SmemQ>(tile); }
 
   /// The same with all of it fetched, once and for all.
-  FLASHCUTE_DEVICE static auto held_query(Element const* tile) {
-    auto q = query(tile);
-    CUTE_UNROLL
-    for (int k = 0; k < cute::size<2>(q.fragment); ++k) q.fetch(k);
-    return RegisterOperand<decltype(q.fragment)>{q.fragment};
-  }
+  FLASHCUTE_DEVICE static auto held_query(Element const* tile) { return held(query(tile)); }
 
   /// K as the B operand of S = Q K^T.
   FLASHCUTE_DEVICE static auto key(Element const* tile) { return rows_as_b<typename L::SmemK>(tile); }
@@ -160,16 +171,29 @@ struct Products<C, Math::tensor_core> {
   /// V as the B operand of O += P V.
   FLASHCUTE_DEVICE static auto value(Element const* tile) { return columns_as_b<typename L::SmemV>(tile); }
 
-  /// A tile of BlockM rows as the A operand: its columns are summed over.
+  /// A rounded accumulator (MMA, MMA_M, MMA_N) as the A operand of the next product.
+  template <class Rounded>
+  FLASHCUTE_DEVICE static auto operand_a(Rounded const& rounded) {
+    auto view = as_operand_a<typename L::Operand>(rounded);
+    return RegisterOperand<decltype(view)>{view};
+  }
+
+  /// A tile as the A operand whose rows are its rows: its columns are summed over.
   template <class Smem>
   FLASHCUTE_DEVICE static auto rows_as_a(Element const* tile) {
-    auto fragment = cute::make_fragment_like<typename L::Operand>(
-        Mma{}
-            .get_thread_slice(thread_index())
-            .partition_fragment_A(any<typename L::BlockM, typename Smem::TileColumns>()));  // (MMA, MMA_M, MMA_K)
+    auto fragment = fragment_a<typename Smem::TileRows, typename Smem::TileColumns>();
     // The piece's tiles: rows 0-7 and 8-15, then the same of the next 16 bytes.
-    Pieces<Smem> const pieces{tile, thread_index() / 32 * 16 + lane() % 16, lane() / 16};
-    return QueryOperand<decltype(fragment), Smem, 16 * C.num_warps>{fragment, pieces};
+    Pieces<Smem> const pieces{tile, 16 * warp_m() + lane() % 16, lane() / 16};
+    return OperandA<decltype(fragment), Smem, false, warps_m>{fragment, pieces};
+  }
+
+  /// A tile as the A operand whose rows are its columns: its rows are summed over.
+  template <class Smem>
+  FLASHCUTE_DEVICE static auto columns_as_a(Element const* tile) {
+    auto fragment = fragment_a<typename Smem::TileColumns, typename Smem::TileRows>();
+    // The piece's tiles: columns 0-7 and 8-15, then the same of the next 8 rows.
+    Pieces<Smem> const pieces{tile, lane() / 16 * 8 + lane() % 8, lane() / 8 % 2, warp_m()};
+    return OperandA<decltype(fragment), Smem, true, warps_m>{fragment, pieces};
   }
 
   /// A tile as the B operand whose columns are its rows: its columns are summed over.
@@ -177,8 +201,8 @@ struct Products<C, Math::tensor_core> {
   FLASHCUTE_DEVICE static auto rows_as_b(Element const* tile) {
     auto fragment = fragment_b<typename Smem::TileRows, typename Smem::TileColumns>();
     // The piece's tiles: 32 bytes of rows 0-7, then of rows 8-15.
-    Pieces<Smem> const pieces{tile, lane() / 16 * 8 + lane() % 8, lane() / 8 % 2};
-    return BlockOperand<decltype(fragment), Smem, false>{fragment, pieces};
+    Pieces<Smem> const pieces{tile, 16 * warp_n() + lane() / 16 * 8 + lane() % 8, lane() / 8 % 2};
+    return OperandB<decltype(fragment), Smem, false, WarpsN>{fragment, pieces};
   }
 
   /// A tile as the B operand whose columns are its columns: its rows are summed over.
@@ -187,9 +211,10 @@ struct Products<C, Math::tensor_core> {
     auto fragment = fragment_b<typename Smem::TileColumns, typename Smem::TileRows>();
     if constexpr (sizeof(Element) == 2) {
       // The piece's tiles: rows 0-7 and 8-15, then the same of the next 8 columns.
-      Pieces<Smem> const pieces{tile, lane() % 16, lane() / 16};
-      return BlockOperand<decltype(fragment), Smem, true>{fragment, pieces};
+      Pieces<Smem> const pieces{tile, lane() % 16, lane() / 16, warp_n()};
+      return OperandB<decltype(fragment), Smem, true, WarpsN>{fragment, pieces};
     } else {
+      static_assert(WarpsN == 1);
       return GatheredOperand<decltype(fragment), Smem>{fragment, tile, lane() % 4, lane() / 4};
     }
   }
@@ -234,13 +259,54 @@ struct Products<C, Math::tensor_core> {
     }
   }
 
+  /// A B^T for results that nobody keeps: take(n, sums) gets 16 columns at a time, those of this warp's n-th piece. All
+  /// of A is in registers.
+  template <class A, class B, class Take>
+  FLASHCUTE_DEVICE static void gemm_by_columns(A const& a, B& b, Take const& take) {
+    using namespace cute;
+    constexpr int groups = decltype(size<1>(b.fragment))::value / 2;
+    constexpr int k_steps = decltype(size<2>(b.fragment))::value;
+    constexpr int ahead = C.mma_double_buffer ? 2 : 0;
+    auto const fetch = [&](int t) {
+      if (t < groups * k_steps) b.fetch(t % k_steps, t / k_steps);
+    };
+    CUTE_UNROLL
+    for (int t = 0; t < ahead; ++t) fetch(t);
+    CUTE_UNROLL
+    for (int group = 0; group < groups; ++group) {
+      auto sums = make_tensor<float>(make_shape(_4{}, size<1>(a.fragment), _2{}));  // (MMA, MMA_M, 2)
+      clear(sums);
+      CUTE_UNROLL
+      for (int k = 0; k < k_steps; ++k) {
+        fetch(group * k_steps + k + ahead);
+        CUTE_UNROLL
+        for (int n = 0; n < 2; ++n) {
+          CUTE_UNROLL
+          for (int m = 0; m < size<1>(a.fragment); ++m) {
+            cute::gemm(Mma{}, a.fragment(_, m, k), b.fragment(_, 2 * group + n, k), sums(_, m, n));
+          }
+        }
+      }
+      take(group, sums);
+    }
+  }
+
  private:
   FLASHCUTE_DEVICE static int lane() { return thread_index() % 32; }
+
+  FLASHCUTE_DEVICE static int warp_m() { return WarpsN == 1 ? thread_index() / 32 : thread_index() / 32 % warps_m; }
+  FLASHCUTE_DEVICE static int warp_n() { return WarpsN == 1 ? 0 : thread_index() / 32 / warps_m; }
 
   /// A tensor to take shapes from.
   template <class Rows, class Columns>
   FLASHCUTE_DEVICE static auto any() {
     return cute::make_tensor(static_cast<typename L::Operand*>(nullptr), cute::Shape<Rows, Columns>{});
+  }
+
+  template <class Rows, class Depth>
+  FLASHCUTE_DEVICE static auto fragment_a() {  // (MMA, MMA_M, MMA_K)
+    return cute::make_fragment_like<typename L::Operand>(
+        Mma{}.get_thread_slice(thread_index()).partition_fragment_A(any<Rows, Depth>()));
   }
 
   template <class Columns, class Depth>
@@ -249,5 +315,8 @@ struct Products<C, Math::tensor_core> {
         Mma{}.get_thread_slice(thread_index()).partition_fragment_B(any<Columns, Depth>()));
   }
 };
+
+template <ForwardConfig C>
+struct Products<C, Math::tensor_core> : TensorCoreProducts<C> {};
 
 }  // namespace flashcute

@@ -101,6 +101,26 @@ FLASHCUTE_DEVICE void global_store(void* to, Word const& word) {
   *static_cast<Word*>(to) = word;
 }
 
+/// Floats that one instruction adds to global memory at once.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+inline constexpr int reduction_width = 4;
+#else
+inline constexpr int reduction_width = 1;
+#endif
+
+/// Adds Width (reduction_width) floats to those at `to`, each atomically.
+template <int Width>
+FLASHCUTE_DEVICE void reduce_add(float* to, float const* x) {
+  if constexpr (Width == 4) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+                 "f"(x[3])
+                 : "memory");
+  } else {
+    static_assert(Width == 1);
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to), "f"(x[0]) : "memory");
+  }
+}
+
 /// Starts copying one word (4, 8 or 16 bytes) from global to shared memory; zeros if it does not exist.
 template <class Word>
 FLASHCUTE_DEVICE void copy_async(void const* from, void* to, bool exists) {
@@ -172,6 +192,19 @@ FLASHCUTE_DEVICE uint32_t round_pair(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   }
   return packed;
+}
+
+/// The lesser of each element and 1; NaN stays NaN.
+template <class Element>
+FLASHCUTE_DEVICE uint32_t at_most_one(uint32_t pair) {
+  uint32_t result;
+  if constexpr (std_::is_same_v<Element, cute::half_t>) {
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(0x3c003c00u));
+  } else {
+    static_assert(std_::is_same_v<Element, cute::bfloat16_t>);
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(0x3f803f80u));
+  }
+  return result;
 }
 
 /// x rounded to nearest in TF32, half away from zero; but not up to infinity: 0 * infinity would be NaN.

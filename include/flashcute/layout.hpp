@@ -15,17 +15,12 @@ inline constexpr Arch compiled_arch = 80;
 
 template <ForwardConfig C>
 struct ForwardLayout {
-#define FLASHCUTE_RULE(id, sentence) static_assert(check(C, compiled_arch) != ForwardConfigError::id, sentence);
-  FLASHCUTE_FORWARD_CONFIG_RULES(FLASHCUTE_RULE)
-#undef FLASHCUTE_RULE
-
   using Element = typename TensorCore<C.dtype>::Element;
   using Operand = std_::conditional_t<C.math == Math::tf32x3, Element, typename TensorCore<C.dtype>::Operand>;
   using BlockM = cute::Int<C.block_m>;
   using BlockN = cute::Int<C.block_n>;
   using HeadDim = cute::Int<C.head_dim>;
   using HeadDimV = cute::Int<C.head_dim_v>;
-  using NumWarps = cute::Int<C.num_warps>;
 
   // ---- shared memory ----
   /// A tile of Rows x Columns, cut into chunks whose rows are at most 128 bytes, all 32 banks. Without the
@@ -66,37 +61,51 @@ struct ForwardLayout {
   };
   static_assert(sizeof(SharedStorage) == smem_bytes(C));
 
-  // ---- tensor cores: warps along M only, so that a row of scores lives in one quad of lanes ----
+  // ---- tensor cores ----
   // (The CUDA cores compute the elements that the tensor cores would.)
   using MmaAtom = cute::MMA_Atom<typename TensorCore<C.dtype>::Mma>;
   static constexpr int k_step = cute::size<2>(typename MmaAtom::Shape_MNK{});
-  using TiledMma = cute::TiledMMA<MmaAtom, cute::Layout<cute::Shape<NumWarps, cute::_1, cute::_1>>,
-                                  cute::Tile<cute::Int<16 * C.num_warps>, cute::_16, cute::Int<k_step>>>;
+  /// A product whose columns WarpsN warps share, 16 at a time; the other warps share its rows.
+  template <int WarpsN>
+  using TiledMmaOf =
+      cute::TiledMMA<MmaAtom, cute::Layout<cute::Shape<cute::Int<C.num_warps / WarpsN>, cute::Int<WarpsN>, cute::_1>>,
+                     cute::Tile<cute::Int<16 * C.num_warps / WarpsN>,
+                                cute::Layout<cute::Shape<cute::_8, cute::Int<WarpsN>, cute::_2>,
+                                             cute::Stride<cute::_1, cute::_16, cute::_8>>,
+                                cute::Int<k_step>>>;
+  /// Warps along the rows only, so that a row of scores lives in one quad of lanes.
+  using TiledMma = TiledMmaOf<1>;
   using FragmentStoreAtom = cute::Copy_Atom<FragmentStore<cute::uint_bit_t<16 * sizeof(Element)>>, Element>;
 
   static constexpr int threads = num_threads(C);
   static constexpr int rows_per_thread = 2 * C.block_m / (16 * C.num_warps);
 
-  /// This thread's part of a BlockM x Columns accumulator, cleared.
-  template <class Columns>
+  /// This thread's part of a Rows x Columns accumulator, cleared.
+  template <class Rows, class Columns, int WarpsN = 1>
   FLASHCUTE_DEVICE static auto accumulator() {
-    auto acc = cute::partition_fragment_C(TiledMma{}, cute::Shape<BlockM, Columns>{});  // (MMA, MMA_M, MMA_N)
+    auto acc = cute::partition_fragment_C(TiledMmaOf<WarpsN>{}, cute::Shape<Rows, Columns>{});  // (MMA, MMA_M, MMA_N)
     cute::clear(acc);
     return acc;
   }
 
   /// (row, column) of every element of a BlockM x Columns accumulator that a thread holds.
-  template <int Columns>
+  template <int Columns, int WarpsN = 1>
   FLASHCUTE_DEVICE static auto coordinates(int thread) {
     using namespace cute;
     auto const identity = make_identity_tensor(Shape<BlockM, Int<Columns>>{});
-    return TiledMma{}.get_thread_slice(thread).partition_C(identity);  // (MMA, MMA_M, MMA_N) -> (row, column)
+    return TiledMmaOf<WarpsN>{}.get_thread_slice(thread).partition_C(identity);  // (MMA, MMA_M, MMA_N) -> (row, column)
   }
   // What of them does not depend on the thread, so that the compiler need not find out:
   /// Tile rows from a thread's first row to its i-th: 8 within an m16 slice, then on to the warps' next slices.
-  FLASHCUTE_DEVICE static constexpr int row_distance(int i) { return i % 2 * 8 + i / 2 * 16 * C.num_warps; }
-  /// Columns from a thread's first column to its j-th: pairs, 8 apart.
-  FLASHCUTE_DEVICE static constexpr int column_distance(int j) { return j % 2 + j / 2 * 8; }
+  template <int WarpsN = 1>
+  FLASHCUTE_DEVICE static constexpr int row_distance(int i) {
+    return i % 2 * 8 + i / 2 * 16 * C.num_warps / WarpsN;
+  }
+  /// Columns from a thread's first column to its j-th: pairs, 8 apart, then on to the warps' next 16.
+  template <int WarpsN = 1>
+  FLASHCUTE_DEVICE static constexpr int column_distance(int j) {
+    return j % 2 + j / 2 % 2 * 8 + j / 4 * 16 * WarpsN;
+  }
 };
 
 }  // namespace flashcute

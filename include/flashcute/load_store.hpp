@@ -211,17 +211,21 @@ class ForwardLoader {
   bool value_finite_ = true;  // V(n), once it has arrived
 };
 
-/// Puts a tile of results into shared memory.
-template <ForwardConfig C, class Smem, class Fragment>
-FLASHCUTE_DEVICE void stage_tile(Fragment const& o, typename Smem::Element* tile) {
+/// Puts a tile whose columns WarpsN warps share into shared memory: of elements,
+template <ForwardConfig C, class Smem, int WarpsN = 1, class Fragment>
+FLASHCUTE_DEVICE void stage_fragment(Fragment const& fragment, typename Smem::Element* tile) {
   using namespace cute;
   using L = ForwardLayout<C>;
-  auto const rO = convert<typename L::Element>(o);                            // (MMA, MMA_M, MMA_N)
-  auto const sO = make_tensor(make_smem_ptr(tile), typename Smem::Layout{});  // (M, N)
-  auto const to_shared = make_tiled_copy_C(typename L::FragmentStoreAtom{}, typename L::TiledMma{});
+  auto const to_shared = make_tiled_copy_C(typename L::FragmentStoreAtom{}, typename L::template TiledMmaOf<WarpsN>{});
   auto const slice = to_shared.get_thread_slice(thread_index());
-  auto tOsO = slice.partition_D(sO);
-  copy(to_shared, slice.retile_S(rO), tOsO);
+  auto places = slice.partition_D(make_tensor(make_smem_ptr(tile), typename Smem::Layout{}));  // of (M, N)
+  copy(to_shared, slice.retile_S(fragment), places);
+}
+
+/// and of sums, rounded.
+template <ForwardConfig C, class Smem, int WarpsN = 1, class Fragment>
+FLASHCUTE_DEVICE void stage_tile(Fragment const& sums, typename Smem::Element* tile) {
+  stage_fragment<C, Smem, WarpsN>(convert<typename Smem::Element>(sums), tile);
 }
 
 /// Rows of one head of a tensor.

@@ -69,14 +69,18 @@ FLASHCUTE_DEVICE bool block_all_finite(Element* elements, int count) {
   return !block_any(!check.all_finite());
 }
 
-/// Replaces NaN and infinity among `count` elements of shared memory by 0. All threads of the block call it.
+/// Replaces NaN and infinity in 16 bytes of shared memory by 0.
+template <class Element>
+FLASHCUTE_DEVICE void zero_nonfinite(Element* place) {
+  auto words = shared_load<SharedWords<16>>(place);
+  for (uint32_t& word : words.word) word = NonFinite<Element>::dropped(word);
+  shared_store(place, words);
+}
+
+/// The same for `count` elements. All threads of the block call it.
 template <int Threads, class Element>
 FLASHCUTE_DEVICE void zero_nonfinite(Element* elements, int count) {
-  for_each_shared_words<Threads>(elements, count, [&](Element* place) {
-    auto words = shared_load<SharedWords<16>>(place);
-    for (uint32_t& word : words.word) word = NonFinite<Element>::dropped(word);
-    shared_store(place, words);
-  });
+  for_each_shared_words<Threads>(elements, count, [](Element* place) { zero_nonfinite(place); });
 }
 
 }  // namespace flashcute

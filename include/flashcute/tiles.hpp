@@ -1,7 +1,7 @@
 // The default configurations: one table, in which every entry says what chose it.
 #pragma once
 
-#include "flashcute/config.hpp"
+#include "flashcute/backward_config.hpp"
 
 namespace flashcute {
 
@@ -100,6 +100,80 @@ constexpr ForwardConfig default_forward_config(DType dtype, int32_t d, Arch arch
 /// With work for a part of it.
 constexpr ForwardConfig small_grid_forward_config(DType dtype, int32_t d, Arch arch) {
   return default_forward_config({.dtype = dtype, .head_dim = d, .head_dim_v = d, .heads = 1, .seqlen_q = 1}, arch, 2);
+}
+
+// ---- the backward --------------------------------------------------------------------------------
+
+/// A default configuration of the backward on a GPU, as ForwardTile. block_m, block_n and deterministic change the
+/// bits of a result.
+struct BackwardTile {
+  BackwardConfig config;
+  char const* chosen_by;
+};
+
+inline constexpr BackwardTile backward_tiles[] = {
+    {{.head_dim = 64, .block_n = 128}, "times on an H200: docs/sm80_backward.md"},
+    {{.head_dim = 128, .column_warps = 2, .k_tiles_per_load = 1}, "times on an H200: docs/sm80_backward.md"},
+    {{.head_dim = 256, .num_warps = 8, .column_warps = 4, .blocks_per_sm = 1, .k_tiles_per_load = 1},
+     "times on an H200: docs/sm80_backward.md"},
+    {{.head_dim = 256, .block_m = 32, .block_n = 32, .column_warps = 2, .blocks_per_sm = 1},
+     "99 KB of shared memory; not yet measured on a GPU"},
+    {{.head_dim = 64, .deterministic = true}, "times on an H200: docs/sm80_backward.md"},
+    {{.head_dim = 128, .column_warps = 2, .deterministic = true}, "times on an H200: docs/sm80_backward.md"},
+    {{.head_dim = 256, .num_warps = 8, .column_warps = 4, .blocks_per_sm = 1, .deterministic = true},
+     "registers; not yet measured on a GPU"},
+    {{.head_dim = 256, .block_m = 32, .block_n = 32, .column_warps = 2, .blocks_per_sm = 1, .deterministic = true},
+     "99 KB of shared memory; not yet measured on a GPU"},
+};
+
+/// The widest head dimension that has an entry.
+constexpr int32_t max_backward_head_dim() {
+  int32_t width = 0;
+  for (auto const& tile : backward_tiles) width = max_of(width, tile.config.head_dim);
+  return width;
+}
+
+/// What a default configuration depends on.
+struct BackwardTensors {
+  DType dtype;
+  int32_t head_dim, head_dim_v;
+  int32_t alignment = 16;  // in bytes, of addresses, strides and rows: 16, 8, 4 or 2
+  bool deterministic = false;
+};
+
+/// How many thread blocks share a multiprocessor, at most the blocks_per_sm that are asked for.
+constexpr int64_t blocks_that_fit(BackwardConfig const& c, Arch arch) {
+  int64_t blocks = c.blocks_per_sm;
+  for (BackwardPass const pass : passes_of(c)) {
+    int64_t const bytes = smem_bytes(kernel_of(c, pass, MaskKind::full)) + reserved_smem_bytes;
+    blocks = min_of<int64_t>(blocks, max_smem_bytes_per_sm(arch) / bytes);
+  }
+  return blocks;
+}
+
+/// As in the forward, but stages that cost no block stay.
+constexpr BackwardConfig with_stages_that_fit(BackwardConfig const& c, Arch arch) {
+  BackwardConfig one_stage = c;
+  one_stage.stages = 1;
+  return blocks_that_fit(one_stage, arch) > blocks_that_fit(c, arch) ? one_stage : c;
+}
+
+/// For head dimensions of at most max_backward_head_dim() on a GPU.
+constexpr BackwardConfig default_backward_config(BackwardTensors const& t, Arch arch) {
+  BackwardConfig config = cpu_backward_config(t.dtype, t.head_dim, t.head_dim_v);
+  config.deterministic = t.deterministic;
+  if (arch == cpu_arch) return config;
+  for (auto const& tile : backward_tiles) {  // the buckets are in order
+    if (tile.config.head_dim < max_of(t.head_dim, t.head_dim_v) || tile.config.deterministic != t.deterministic) {
+      continue;
+    }
+    config = with_stages_that_fit(tile.config, arch);
+    config.dtype = t.dtype;
+    config.copy_bytes = t.alignment;
+    config.async_copy = t.alignment >= 4;
+    if (blocks_that_fit(config, arch) > 0) break;
+  }
+  return config;
 }
 
 }  // namespace flashcute

@@ -35,7 +35,7 @@ from .attention import (
     forward,
     prebuild,
 )
-from .gradients import backward, default_backward_config
+from .gradients import backward, backward_workspace_size, default_backward_config
 
 # Nothing is searched, opened or initialised yet: these are only told.
 _headers = _Path(_core.__file__).parent / "include"
@@ -60,6 +60,7 @@ __all__ = [
     "ForwardConfig",
     "UnsupportedError",
     "backward",
+    "backward_workspace_size",
     "configs",
     "count_blocks",
     "default_backward_config",

@@ -181,6 +181,12 @@ class CuPy(Library):
         with like.device:
             return cupy.empty(shape, dtype or like.dtype)
 
+    def with_unit_stride(self, array: Array) -> Array:
+        if array.strides[-1:] == (array.itemsize,):
+            return array
+        with array.device:
+            return array.copy(order="C")
+
 
 class Jax(Library):
     """JAX on the CPU. Its arrays are immutable, so NumPy memory is filled and handed over."""

@@ -13,8 +13,8 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from . import _core
-from ._arrays import library_of
-from ._core import ArgumentError, Explanation, UnsupportedError
+from ._arrays import library_of, stream_number
+from ._core import ArgumentError, ConfigError, Explanation, UnsupportedError
 from .attention import (
     SDPA,
     checked_window,
@@ -109,7 +109,7 @@ def attend(
         )
     if traced and (out is not None or stream is not None):
         raise ArgumentError("out, stream: expected None in a traced call: the tracer plans both")
-    missing = missing or missing_gradient(problem)
+    missing = missing or missing_gradient(problem, traced)
     if missing:
         if fallback == "error":
             raise UnsupportedError(missing)
@@ -179,10 +179,42 @@ def warn(text: str) -> None:
     warnings.warn(text, stacklevel=4)
 
 
-def missing_gradient(problem: Problem) -> str | None:
-    if not (problem.recording and problem.q.is_cuda):
+def missing_gradient(problem: Problem, traced: bool) -> str | None:
+    """Why no kernel computes the gradients that a call records."""
+    q, k, v = problem[:3]
+    if not (problem.recording and q.is_cuda):
         return None
-    return f"gradients (requires_grad=True) on a GPU are not supported yet: train with {SDPA}"
+    if traced:  # there are sizes, maybe symbolic, but no memory
+        widest = widest_gradient(q.dtype, q.device)
+        if q.shape[-1] <= widest and v.shape[-1] <= widest:
+            return None
+        what = f"of head dimensions over {widest}" if widest else f"of {q.dtype}"
+        return (
+            f"gradients (requires_grad=True) {what} on this GPU have no kernel: train with {SDPA}"
+        )
+    try:
+        _core.backward_config_for(q, k, v, problem.layout, deterministic())
+    except UnsupportedError as error:
+        return f"gradients (requires_grad=True): {error}"
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[misc]
+def widest_gradient(dtype: Any, device: Any) -> int:
+    """The largest head dimension whose gradients have a kernel on a GPU; 0: none."""
+    major, minor = torch.cuda.get_device_capability(device)
+    for head_dim in range(256, 0, -1):
+        try:
+            _core.default_backward_config(dtype, head_dim, 10 * major + minor, None, False)
+        except (ConfigError, UnsupportedError):
+            continue
+        return head_dim
+    return 0
+
+
+def deterministic() -> bool:
+    """Whether torch is told to give the same bits in every run."""
+    return bool(torch.are_deterministic_algorithms_enabled())
 
 
 # ---- gradients ---------------------------------------------------------------------------------
@@ -200,15 +232,50 @@ def gradients(
     scale: float | None,
     layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, in the memory order of q, k and v. The default configuration is deterministic on the CPU."""
+    """dq, dk, dv, in the memory order of q, k and v."""
     if dout is None:  # only the LSE was used
         dout = out.new_zeros(out.shape[-1:]).expand(out.shape)
     # A negated view is none to DLPack, and neighbours of an expanded gradient are not adjacent.
     dout = library_of(type(dout)).with_unit_stride(plain(dout))
     dlse = None if dlse is None else plain(dlse)
     dq, dk, dv = (gradient_like(x) for x in (q, k, v))
-    _core.backward(None, dout, q, k, v, out, lse, dlse, dq, dk, dv, causal, scale, layout, None)
+    same_bits, workspace = deterministic(), None
+    if q.is_cuda:
+        size = _core.backward_workspace_size(None, q, v, layout, same_bits)
+        workspace = torch.empty(size, dtype=torch.float32, device=q.device)
+    _core.backward(
+        None, dout, q, k, v, out, lse, dlse, dq, dk, dv, workspace, causal, scale, layout, same_bits, None
+    )  # fmt: skip
     return dq, dk, dv
+
+
+def gradients_on(
+    stream: object,
+    dout: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gradients` on the stream that the forward call was given, if any. Its order with the current stream, on which
+    autograd works, is kept in both directions."""
+    arguments = dout, q, k, v, out, lse, dlse, *options
+    address = stream_number(stream)
+    if address is None:
+        return gradients(*arguments)
+    current = torch.cuda.current_stream(q.device)
+    used = [x for x in arguments[:7] if x is not None]
+    with library_of(type(q)).use_stream(address, used):
+        other = torch.cuda.current_stream(q.device)
+        other.wait_stream(current)
+        found = gradients(*arguments)
+    current.wait_stream(other)
+    for x in found:
+        x.record_stream(current)
+    return found
 
 
 def plain(x: Tensor) -> Tensor:
@@ -235,13 +302,14 @@ class Gradients(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        return gradients(*arguments)
+        return gradients_on(*arguments)
 
     backward = staticmethod(no_second_derivative)
 
 
 class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
-    """The eager road, on the CPU, where allow_tf32 means nothing."""
+    """The eager road. allow_tf32 means nothing here: gradients of float32 have no GPU kernel, and without one the
+    call went to torch's own attention."""
 
     @staticmethod
     def forward(
@@ -257,6 +325,7 @@ class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
     ) -> Any:
         out, lse = run(None, q, k, v, causal, scale, layout, None, True, stream, False)
         ctx.save_for_backward(q, k, v, out, lse)
+        ctx.stream = stream
         ctx.options = causal, scale, layout
         ctx.set_materialize_grads(False)
         return (out, lse) if return_lse else out
@@ -265,8 +334,8 @@ class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
         found = (None, None, None)
         if dout is not None or dlse is not None:
-            compute: Any = Gradients.apply if torch.is_grad_enabled() else gradients
-            found = compute(dout, *ctx.saved_tensors, dlse, *ctx.options)
+            compute: Any = Gradients.apply if torch.is_grad_enabled() else gradients_on
+            found = compute(ctx.stream, dout, *ctx.saved_tensors, dlse, *ctx.options)
         return (*found, None, None, None, None, None)
 
 
@@ -477,7 +546,10 @@ def explained(
     )
     if problem.stranger and (missing or problem.recording):
         return unsupported(found, problem.stranger)
-    missing = missing or missing_gradient(problem)
+    try:
+        missing = missing or missing_gradient(problem, traced=False)
+    except ArgumentError:
+        return found  # which says what is wrong with the arguments
     if missing and fallback == "error":
         return unsupported(found, missing)
     if missing:
@@ -498,20 +570,28 @@ def explained(
         )
     if not problem.recording or not found.backend:
         return found
-    cfg = _core.default_backward_config(
-        problem.q.dtype, problem.q.shape[-1], "cpu", problem.v.shape[-1]
-    )
-    size = problem.q[..., 0].numel() * problem.v.shape[-1] * problem.q.element_size()
     return Explanation(
         backend=found.backend,
         config=found.config,
         kernel=found.kernel,
         image=found.image,
         rejected=found.rejected,
-        notes=[
-            f"gradients by {cfg.name}, the same bits in every run; a gradient of the output whose last stride "
-            f"is not 1 is copied first ({size} bytes)"
-        ],
+        notes=[*found.notes, how_gradients(problem)],
+    )
+
+
+def how_gradients(problem: Problem) -> str:
+    q, k, v, _, _, layout, *_ = problem
+    cfg = _core.backward_config_for(q, k, v, layout, deterministic())
+    parts = [f"gradients by {cfg.name}"]
+    if cfg.deterministic or not q.is_cuda:
+        parts.append("the same bits in every run")
+    if size := _core.backward_workspace_size(None, q, v, layout, deterministic()):
+        parts.append(f"with a workspace of {4 * size} bytes")
+    copied = q[..., 0].numel() * v.shape[-1] * q.element_size()
+    return (
+        f"{', '.join(parts)}; a gradient of the output whose last stride is not 1 is copied first "
+        f"({copied} bytes)"
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import _core
 from ._arrays import Array, Library, Torch, library_of, stream_number
-from ._core import ArgumentError, Explanation, ForwardConfig, UnsupportedError
+from ._core import ArgumentError, BackwardConfig, Explanation, ForwardConfig, UnsupportedError
 
 SDPA = "torch.nn.functional.scaled_dot_product_attention"
 
@@ -84,11 +84,13 @@ def flash_attention(
     runs; multiples of 16 bytes are fastest, and without allow_tf32 they need no compilation at the first
     call.
 
-    torch tensors on the CPU are differentiated, the LSE too if it is returned; once, not twice. Under
-    torch.autocast they are cast as torch's own attention casts them. torch.compile and torch.export see
-    the operators flashcute::flash_attention_forward and flashcute::flash_attention_backward.
+    torch tensors are differentiated, the LSE too if it is returned; once, not twice. On a GPU gradients of queries
+    are summed by atomics, so their last bits differ from run to run, except where
+    torch.use_deterministic_algorithms asks for the same. Under torch.autocast tensors are cast as torch's own
+    attention casts them. torch.compile and torch.export see the operators flashcute::flash_attention_forward and
+    flashcute::flash_attention_backward.
 
-    What no kernel covers yet: gradients on a GPU, and
+    What no kernel covers yet: on a GPU gradients of float32, and
     attn_mask: broadcastable to (batch, heads, seqlen_q, seqlen_k), bool (True: keep) or a float that is
         added to the scaled scores.
     dropout_p: probability with which a weight is dropped.
@@ -364,22 +366,29 @@ def optional_integer(name: str, value: object) -> int | None:
 
 
 def configs() -> list[ForwardConfig]:
-    """The configurations whose GPU kernels are compiled ahead of time."""
+    """The configurations of the forward whose GPU kernels are compiled ahead of time."""
     return list(_core.configs())
 
 
 def prebuild(
-    cfgs: ForwardConfig | list[ForwardConfig] | None = None, arch: str | int | None = None
+    cfgs: ForwardConfig | BackwardConfig | list[ForwardConfig | BackwardConfig] | None = None,
+    arch: str | int | None = None,
 ) -> dict[str, str]:
     """Makes kernels available before their first call, which would otherwise compile them (10 to 30 s each).
 
-    cfgs: one configuration or several; default `configs()`.
+    cfgs: one configuration or several, of the forward or the backward; default all whose kernels are compiled ahead
+        of time.
     arch: "sm_90" and the like; default the architecture of GPU 0. With `arch` no GPU is needed.
     Returns where each kernel came from: "ahead of time", "disk cache" or "compiled by NVRTC ...".
     """
-    chosen = configs() if cfgs is None else [cfgs] if isinstance(cfgs, ForwardConfig) else cfgs
-    if not isinstance(chosen, list) or not all(isinstance(cfg, ForwardConfig) for cfg in chosen):
-        raise ArgumentError(f"cfgs: expected a ForwardConfig or a list of them, got {cfgs!r}")
+    kinds = ForwardConfig, BackwardConfig
+    chosen = [cfgs] if isinstance(cfgs, kinds) else cfgs
+    if chosen is None:
+        chosen = [*_core.configs(), *_core.backward_configs()]
+    if not isinstance(chosen, list) or not all(isinstance(cfg, kinds) for cfg in chosen):
+        raise ArgumentError(
+            f"cfgs: expected a ForwardConfig, a BackwardConfig or a list of them, got {cfgs!r}"
+        )
     if arch is None:
         info = _core.driver_info()
         if not info.gpus:

@@ -28,64 +28,76 @@ def backward(
     dq: Array | None = None,
     dk: Array | None = None,
     dv: Array | None = None,
+    workspace: Array | None = None,
     stream: object = None,
 ) -> tuple[Any, Any, Any]:
-    """Gradients of `forward` with a configuration of your choice. Runs on the CPU; see `default_backward_config`.
+    """Gradients of `forward` with a configuration of your choice; see `default_backward_config`.
 
     dout: gradient of out, (batch, seqlen_q, heads, d_v). Copied if its last stride is not 1; no other array is.
     q, k, v, out, lse: what `forward` took and, with return_lse=True, gave; lse contiguous.
     dlse: gradient of lse, (batch, heads, seqlen_q), of lse's dtype, any strides; default none.
     causal, scale, layout: as in the forward call.
-    deterministic: the same bits in every run, whatever cfg.deterministic says; the CPU always gives them.
+    deterministic: the same bits in every run, whatever cfg.deterministic says; the CPU always gives them. On a GPU
+        that is two passes in place of one that adds to dq by atomics, and block_m must be a multiple of
+        16 * num_warps / column_warps.
     dq, dk, dv: where to write, shaped like q, k and v; default new arrays of q's library.
-    stream: CUDA stream; None for arrays on the CPU.
+    workspace: memory for a call on a GPU, float32, of at least `backward_workspace_size` elements, which it
+        overwrites; default a new array of q's library.
+    stream: CUDA stream to launch on; default the library's current one. Nothing is synchronised.
 
     Returns (dq, dk, dv): with P = exp(scale q kᵀ - lse) and dS = P * (dout vᵀ - rowsum(dout * out) + dlse)
 
         dq = scale dS k        dk = scale dSᵀ q        dv = Pᵀ dout
 
     summed over the query heads that share a key head. Sums are float32 (float64 for float64 arrays). A query
-    that sees no key and a key that no query sees have gradient 0.
+    that sees no key and a key that no query sees have gradient 0. On a GPU: float16 and bfloat16.
 
-    Raises ArgumentError (a ValueError), ConfigError (a ValueError), UnsupportedError (a NotImplementedError: GPU
-    arrays) or DeviceError before anything is written.
+    Raises ArgumentError (a ValueError), ConfigError (a ValueError), UnsupportedError (a NotImplementedError) or
+    DeviceError before anything is written.
 
     Source: Dao, FlashAttention-2, arXiv 2307.08691, algorithm 2.
     """
-    if not isinstance(cfg, BackwardConfig):
-        raise ArgumentError(f"cfg: expected a BackwardConfig, got {type(cfg).__qualname__}")
+    require_config(cfg)
     inputs = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse}
     if dlse is not None:
         inputs["dlse"] = dlse
-    gradients = {name: x for name, x in (("dq", dq), ("dk", dk), ("dv", dv)) if x is not None}
-    require_arrays(**inputs, **gradients)
+    outputs = {"dq": dq, "dk": dk, "dv": dv, "workspace": workspace}
+    given = {name: x for name, x in outputs.items() if x is not None}
+    require_arrays(**inputs, **given)
     require_options(causal, layout)
-    for name, array in {**inputs, **gradients}.items():
+    for name, array in {**inputs, **given}.items():
         library = library_of(type(array))
         if library.wants_gradient(array):
             raise ArgumentError(
                 f"{name}: expected a tensor without requires_grad, got requires_grad=True. backward records "
                 "no gradient: call it under torch.no_grad(), or detach the tensor"
             )
-        if name in gradients and library.immutable:
+        if name in given and library.immutable:
             raise ArgumentError(
                 f"{name}: expected a writable array, got an immutable one of JAX. Omit it"
             )
     library = library_of(type(q))
     for name in ("dq", "dk", "dv"):
-        if name not in gradients and type(library) is Library:
+        if name not in given and type(library) is Library:
             raise library.cannot_make(name, q)
+    chosen = cfg.replace(deterministic=True) if deterministic else cfg
     address = stream_number(stream)
-    arrays = [*inputs.values(), *gradients.values()]
+    arrays = [*inputs.values(), *given.values()]
     with nullcontext() if address is None else library.use_stream(address, arrays):
         dout = library_of(type(dout)).with_unit_stride(dout)
+        size = 0
+        if workspace is None:
+            size = _core.backward_workspace_size(chosen, q, v, layout, bool(deterministic))
+        if size and type(library) is Library:
+            raise library.cannot_make("workspace", q)
         to_dq, to_dk, to_dv = (
-            library.empty(like.shape, q) if given is None else given
-            for given, like in ((dq, q), (dk, k), (dv, v))
+            library.empty(like.shape, q) if x is None else x
+            for x, like in ((dq, q), (dk, k), (dv, v))
         )
-        chosen = cfg.replace(deterministic=True) if deterministic else cfg
+        work = library.empty((size,), q, "float32") if size else workspace
         _core.backward(
-            chosen, dout, q, k, v, out, lse, dlse, to_dq, to_dk, to_dv, bool(causal), number(scale), layout, address
+            chosen, dout, q, k, v, out, lse, dlse, to_dq, to_dk, to_dv, work, bool(causal), number(scale), layout,
+            bool(deterministic), address,
         )  # fmt: skip
     return (
         library.finish(to_dq, q) if dq is None else dq,
@@ -94,20 +106,39 @@ def backward(
     )
 
 
+def require_config(cfg: object) -> None:
+    if not isinstance(cfg, BackwardConfig):
+        raise ArgumentError(f"cfg: expected a BackwardConfig, got {type(cfg).__qualname__}")
+
+
+def backward_workspace_size(
+    cfg: BackwardConfig, q: Array, v: Array, *, layout: str = "bshd"
+) -> int:
+    """How many float32 elements the workspace of a `backward` call with `cfg` must have: 0 on the CPU."""
+    require_config(cfg)
+    require_arrays(q=q, v=v)
+    require_options(False, layout)
+    return int(_core.backward_workspace_size(cfg, q, v, layout, cfg.deterministic))
+
+
 def default_backward_config(
     head_dim: int,
     dtype: object = "bfloat16",
     arch: str | int = "cpu",
     *,
     head_dim_v: int | None = None,
+    deterministic: bool = False,
 ) -> BackwardConfig:
-    """The configuration that gradients of `flash_attention` take for a head dimension on `arch`.
+    """The configuration that gradients of `flash_attention` take for a head dimension on `arch` ("cpu", "sm_90",
+    ...), where addresses and strides are multiples of 16 bytes.
 
-    head_dim_v: of v, if it is another. Raises ConfigError for GPUs, which have no backward kernel yet.
+    head_dim_v: of v, if it is another. deterministic: of those that give the same bits in every run. Raises
+    UnsupportedError where no kernel computes gradients.
     """
     return _core.default_backward_config(
         dtype,
         integer("head_dim", head_dim),
         arch,
         optional_integer("head_dim_v", head_dim_v),
+        bool(deterministic),
     )

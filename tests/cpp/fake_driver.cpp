@@ -53,13 +53,14 @@ int cuLibraryLoadData(void** library, void const* code, int*, void**, unsigned, 
   state.capture_mode_at_load = state.capture_mode;
   ++state.loads;
   *library = const_cast<void*>(code);
-  return 0;
+  return state.loads <= state.loads_that_succeed ? 0 : 1;
 }
 
-int cuLibraryGetKernel(void** kernel, void* library, char const* name) {
+int cuLibraryGetKernel(void** kernel, void*, char const* name) {
   std::lock_guard const lock(state.mutex);
   state.kernel_name = name;
-  return *kernel = library, 0;
+  *kernel = const_cast<std::string*>(&*state.kernels.insert(name).first);
+  return 0;
 }
 
 int cuKernelGetFunction(void** function, void* kernel) { return *function = kernel, 0; }
@@ -69,11 +70,18 @@ int cuKernelSetAttribute(int attribute, int value, void*, int) {
   return 0;
 }
 
-int cuLaunchKernel(void*, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned, unsigned,
-                   unsigned shared_bytes, void* stream, void** parameters, void**) {
+int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned,
+                   unsigned, unsigned shared_bytes, void* stream, void** parameters, void**) {
   std::lock_guard const lock(state.mutex);
-  state.launches.push_back({grid_x, grid_y, grid_z, block_x, shared_bytes, stream, current_context,
-                            *static_cast<flashcute::ForwardParams const*>(parameters[0])});
+  auto const& kernel = *static_cast<std::string const*>(function);
+  FakeLaunch launch{kernel, grid_x, grid_y, grid_z, block_x, shared_bytes, stream, current_context, {}, {}};
+  if (kernel.find("_bwd_") != std::string::npos) {
+    launch.backward = *static_cast<flashcute::BackwardParams const*>(parameters[0]);
+    launch.params = launch.backward->forward;
+  } else {
+    launch.params = *static_cast<flashcute::ForwardParams const*>(parameters[0]);
+  }
+  state.launches.push_back(launch);
   return state.launch_result;
 }
 

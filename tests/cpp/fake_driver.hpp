@@ -3,17 +3,21 @@
 
 #include <cstdint>
 #include <mutex>
+#include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "flashcute/params.hpp"
+#include "flashcute/backward_params.hpp"
 
 struct FakeLaunch {
+  std::string kernel;
   unsigned grid_x, grid_y, grid_z, block_x, shared_bytes;
   void* stream;
   void* context;
   flashcute::ForwardParams params;
+  std::optional<flashcute::BackwardParams> backward;  // of its kernels
 };
 
 struct FakeDriver {
@@ -23,6 +27,7 @@ struct FakeDriver {
   int devices = 2;
   int arch = 90;
   int launch_result = 0;
+  int loads_that_succeed = 1 << 30;
   int capture_mode = 0;  // CU_STREAM_CAPTURE_MODE_GLOBAL
 
   // questions
@@ -32,6 +37,7 @@ struct FakeDriver {
   int capture_mode_at_load = -1;
   void* context_at_load = nullptr;
   std::string kernel_name;
+  std::set<std::string> kernels;  // by name, whose address is the kernel's handle
   std::vector<FakeLaunch> launches;
 };
 

@@ -1,4 +1,4 @@
-// The backward kernels, run on the host by emulated thread blocks: both passes of a call, against gradients in fp64.
+// The backward kernels, run on the host by emulated thread blocks: all passes of a call, against gradients in fp64.
 #include "flashcute/backward.hpp"
 #include "kernel_problem.hpp"
 
@@ -6,20 +6,23 @@ namespace flashcute {
 namespace {
 
 /// One call of the backward, of the forward's problem.
-template <ForwardConfig Queries, ForwardConfig Keys, MaskKind Kind>
+template <BackwardConfig B, MaskKind Kind>
 class BackwardProblem {
-  static constexpr DType dtype = Queries.dtype;
+  static constexpr DType dtype = B.dtype;
+  static constexpr ForwardConfig forward_config = tile_of(B, BackwardPass::queries);
 
  public:
   explicit BackwardProblem(Shape const& s, bool with_dlse = false)
       : s_(s),
-        problem(ForwardKernelId{Queries, {Kind}}, s),
-        dout(dtype, s.batch, s.sq, s.heads, s.d_v, s.order, Queries.copy_bytes),
-        dq(dtype, s.batch, s.sq, s.heads, s.d, s.order, Queries.copy_bytes),
-        dk(dtype, s.batch, s.sk, s.kv_heads, s.d, s.order, Queries.copy_bytes),
-        dv(dtype, s.batch, s.sk, s.kv_heads, s.d_v, s.order, Queries.copy_bytes),
+        problem(ForwardKernelId{forward_config, {Kind}}, s),
+        dout(dtype, s.batch, s.sq, s.heads, s.d_v, s.order, B.copy_bytes),
+        dq(dtype, s.batch, s.sq, s.heads, s.d, s.order, B.copy_bytes),
+        dk(dtype, s.batch, s.sk, s.kv_heads, s.d, s.order, B.copy_bytes),
+        dv(dtype, s.batch, s.sk, s.kv_heads, s.d_v, s.order, B.copy_bytes),
         lse(static_cast<size_t>(s.batch * s.heads * s.sq)),
         delta(lse.size(), std::numeric_limits<float>::quiet_NaN()),
+        dq_sums(static_cast<size_t>(workspace_of(B, s.batch * s.heads, s.sq).dq_sums),
+                std::numeric_limits<float>::quiet_NaN()),
         dlse(with_dlse ? lse.size() : 0) {
     std::mt19937_64 random(7);
     dout.fill(random);
@@ -30,14 +33,20 @@ class BackwardProblem {
   Shape s_;
   Problem problem;  // q, k, v; its output too
   Tensor dout, dq, dk, dv;
-  std::vector<float> lse, delta, dlse;
+  std::vector<float> lse, delta, dq_sums, dlse;
 
-  /// The output and LSE of the inputs as they are, then both passes.
+  /// The output and LSE of the inputs as they are, then all passes.
   void run(uint64_t seed) {
     compute_forward();
-    BackwardParams p = params();
-    run_pass<Queries, BackwardPass::queries>(p, seed);
-    run_pass<Keys, BackwardPass::keys>(p, seed + 1);
+    BackwardParams const p = params();
+    if constexpr (B.deterministic) {
+      run_pass<BackwardPass::queries>(p, seed);
+      run_pass<BackwardPass::keys>(p, seed + 1);
+    } else {
+      run_pass<BackwardPass::prepare>(p, seed);
+      run_pass<BackwardPass::gradients>(p, seed + 1);
+      run_pass<BackwardPass::finish>(p, seed + 2);
+    }
   }
 
   /// Compares with the definition, element by element.
@@ -140,50 +149,75 @@ class BackwardProblem {
     p.forward.seqlen_q = s_.sq, p.forward.seqlen_k = s_.sk, p.forward.head_dim = s_.d, p.forward.head_dim_v = s_.d_v;
     p.forward.causal_offset = s_.causal_offset.value_or(s_.sk - s_.sq);
     p.dout = dout.data(), p.dq = dq.data(), p.dk = dk.data(), p.dv = dv.data(), p.delta = delta.data();
+    if (!dq_sums.empty()) p.dq_sums = dq_sums.data();
     p.dout_stride = dout.stride(), p.dq_stride = dq.stride(), p.dk_stride = dk.stride(), p.dv_stride = dv.stride();
     if (!dlse.empty()) p.dlse = dlse.data();
     p.dlse_stride = {s_.heads * s_.sq, 1, s_.sq};
     return p;
   }
 
-  template <ForwardConfig C, BackwardPass Pass>
+  template <BackwardPass Pass>
   void run_pass(BackwardParams const& p, uint64_t seed) {
-    using Kernel = BackwardKernel<C, Pass, Kind>;
-    bool const keys = Pass == BackwardPass::keys;
-    int64_t const blocks = keys ? KeyTile::count(p.forward, C.block_m) : QueryTile::count(p.forward, C.block_m);
+    constexpr BackwardKernelId id = kernel_of(B, Pass, Kind);
+    using Kernel = BackwardKernel<id>;
+    int64_t const blocks =
+        keys_stay(Pass) ? KeyTile::count(p.forward, B.block_n) : QueryTile::count(p.forward, B.block_m);
     for (uint32_t block = 0; block < blocks; ++block) {
       GlobalMemory memory;
-      if (keys) {
-        auto const tile = KeyTile::at(p.forward, block, C.block_m);
-        int const group = s_.heads / s_.kv_heads, last = tile.row0 + tile.rows;
-        for (int h = tile.kv_head * group; h < (tile.kv_head + 1) * group; ++h) {
-          problem.q.allow(memory, tile.batch, h, 0, s_.sq, Use::input);
-          dout.allow(memory, tile.batch, h, 0, s_.sq, Use::input);
-          allow(memory, lse, row(tile.batch, h, 0), s_.sq, Use::input);
-          allow(memory, delta, row(tile.batch, h, 0), s_.sq, Use::input);
-        }
-        problem.k.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::input);
-        problem.v.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::input);
-        dk.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::output);
-        dv.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::output);
+      if (keys_stay(Pass)) {
+        allow_keys(memory, KeyTile::at(p.forward, block, B.block_n));
       } else {
-        auto const tile = QueryTile::at(p.forward, block, C.block_m);
-        int const last = tile.row0 + tile.rows;
-        problem.q.allow(memory, tile.batch, tile.head, tile.row0, last, Use::input);
-        problem.out.allow(memory, tile.batch, tile.head, tile.row0, last, Use::input);
-        dout.allow(memory, tile.batch, tile.head, tile.row0, last, Use::input);
-        problem.k.allow(memory, tile.batch, tile.kv_head, 0, s_.sk, Use::input);
-        problem.v.allow(memory, tile.batch, tile.kv_head, 0, s_.sk, Use::input);
-        allow(memory, lse, row(tile.batch, tile.head, tile.row0), tile.rows, Use::input);
-        if (!dlse.empty()) allow(memory, dlse, row(tile.batch, tile.head, tile.row0), tile.rows, Use::input);
-        allow(memory, delta, row(tile.batch, tile.head, tile.row0), tile.rows, Use::output);
-        dq.allow(memory, tile.batch, tile.head, tile.row0, last, Use::output);
+        allow_queries(memory, Pass, QueryTile::at(p.forward, block, B.block_m));
       }
       using Storage = typename Kernel::SharedStorage;
-      emulation::run_block(block, num_threads(C), sizeof(Storage), seed + block, memory,
+      emulation::run_block(block, num_threads(id), sizeof(Storage), seed + block, memory,
                            [&](void* shared) { Kernel::run(p, *static_cast<Storage*>(shared)); });
       ASSERT_EQ(memory.count(Use::output), 0u) << "bytes of the gradients that were never stored";
     }
+  }
+
+  void allow_keys(GlobalMemory& memory, KeyTile const& tile) {
+    int const group = s_.heads / s_.kv_heads, last = tile.row0 + tile.rows;
+    for (int h = tile.kv_head * group; h < (tile.kv_head + 1) * group; ++h) {
+      problem.q.allow(memory, tile.batch, h, 0, s_.sq, Use::input);
+      dout.allow(memory, tile.batch, h, 0, s_.sq, Use::input);
+      allow(memory, lse, row(tile.batch, h, 0), s_.sq, Use::input);
+      allow(memory, delta, row(tile.batch, h, 0), s_.sq, Use::input);
+      allow_sums(memory, tile.batch, h, 0, s_.sq, Use::sum);
+    }
+    problem.k.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::input);
+    problem.v.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::input);
+    dk.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::output);
+    dv.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::output);
+  }
+
+  void allow_queries(GlobalMemory& memory, BackwardPass pass, QueryTile const& tile) {
+    int const last = tile.row0 + tile.rows;
+    bool const is_finish = pass == BackwardPass::finish;
+    if (!is_finish) {
+      problem.out.allow(memory, tile.batch, tile.head, tile.row0, last, Use::input);
+      dout.allow(memory, tile.batch, tile.head, tile.row0, last, Use::input);
+      if (!dlse.empty()) allow(memory, dlse, row(tile.batch, tile.head, tile.row0), tile.rows, Use::input);
+      allow(memory, delta, row(tile.batch, tile.head, tile.row0), tile.rows, Use::output);
+    }
+    if (pass == BackwardPass::queries) {
+      problem.q.allow(memory, tile.batch, tile.head, tile.row0, last, Use::input);
+      problem.k.allow(memory, tile.batch, tile.kv_head, 0, s_.sk, Use::input);
+      problem.v.allow(memory, tile.batch, tile.kv_head, 0, s_.sk, Use::input);
+      allow(memory, lse, row(tile.batch, tile.head, tile.row0), tile.rows, Use::input);
+    } else {
+      allow_sums(memory, tile.batch, tile.head, tile.row0, last, is_finish ? Use::input : Use::output);
+    }
+    if (pass != BackwardPass::prepare) dq.allow(memory, tile.batch, tile.head, tile.row0, last, Use::output);
+  }
+
+  /// The sums of dQ of the tiles that have one of the rows [first, last).
+  void allow_sums(GlobalMemory& memory, int b, int h, int first, int last, Use use) {
+    if (dq_sums.empty()) return;
+    size_t const tiles = ceil_div(s_.sq, B.block_m), size = B.block_m * B.head_dim;
+    size_t const begin = first / B.block_m, end = ceil_div(last, B.block_m);
+    allow(memory, dq_sums, (static_cast<size_t>(b * s_.heads + h) * tiles + begin) * size,
+          static_cast<int>((end - begin) * size), use);
   }
 
   static void allow(GlobalMemory& memory, std::vector<float>& items, size_t first, int count, Use use) {
@@ -193,68 +227,100 @@ class BackwardProblem {
   }
 };
 
-template <ForwardConfig Queries, ForwardConfig Keys, MaskKind Kind>
-void check_gradients(BackwardProblem<Queries, Keys, Kind>& problem) {
+template <BackwardConfig B, MaskKind Kind>
+void check_gradients(BackwardProblem<B, Kind>& problem) {
   if (testing::Test::HasFailure()) return;
   try {
     ASSERT_NO_FATAL_FAILURE(problem.run(1));
     problem.expect_right();
   } catch (emulation::Violation const& e) {
-    FAIL() << name(Queries).text << ": " << e.what();
+    FAIL() << name(B).text << ": " << e.what();
   }
 }
 
-constexpr ForwardConfig small = {.dtype = bf16, .head_dim = 64, .block_m = 32, .block_n = 32, .num_warps = 2};
+constexpr BackwardConfig small = {.dtype = bf16, .head_dim = 64, .block_m = 32, .block_n = 64};
+constexpr BackwardConfig small_shared = {
+    .dtype = bf16, .head_dim = 64, .block_m = 32, .block_n = 64, .column_warps = 2, .stages = 1};
+constexpr BackwardConfig small_deterministic = {
+    .dtype = bf16, .head_dim = 64, .block_m = 64, .block_n = 64, .stages = 1, .deterministic = true};
 
-template <ForwardConfig Queries, ForwardConfig Keys = Queries>
+template <BackwardConfig B>
 void check_shapes() {
-  for (Shape const& s :
-       {Shape{
-            .sq = Queries.block_m + 5, .sk = 2 * Queries.block_n + 7, .d = Queries.head_dim, .d_v = Queries.head_dim_v},
-        Shape{.sq = 2 * Queries.block_m, .sk = Queries.block_n, .d = Queries.head_dim - 8, .d_v = 8},
-        Shape{.sq = 3, .sk = 20, .d = 8, .d_v = Queries.head_dim_v, .heads = 2, .order = Order::padded},
-        Shape{.sq = 37, .sk = 41, .d = 16, .batch = 2, .heads = 4, .kv_heads = 2}}) {
-    BackwardProblem<Queries, Keys, MaskKind::causal> causal(s, true);
+  for (Shape const& s : {Shape{.sq = B.block_m + 5, .sk = 2 * B.block_n + 7, .d = B.head_dim, .d_v = B.head_dim_v},
+                         Shape{.sq = 2 * B.block_m, .sk = B.block_n, .d = B.head_dim - 8, .d_v = 8},
+                         Shape{.sq = 3, .sk = 20, .d = 8, .d_v = B.head_dim_v, .heads = 2, .order = Order::padded},
+                         Shape{.sq = 37, .sk = 41, .d = 16, .batch = 2, .heads = 4, .kv_heads = 2}}) {
+    BackwardProblem<B, MaskKind::causal> causal(s, true);
     check_gradients(causal);
-    BackwardProblem<Queries, Keys, MaskKind::full> full(s);
+    BackwardProblem<B, MaskKind::full> full(s);
     check_gradients(full);
   }
 }
 
 // Guards against gradients that are wrong at a tile's edge, on the diagonal, for narrow or grouped heads (T1, T4, T40).
-TEST(BackwardKernel, Shapes) { check_shapes<small>(); }
+TEST(BackwardKernel, Shapes) {
+  check_shapes<small>();
+  check_shapes<small_shared>();
+  check_shapes<small_deterministic>();
+}
 
 TEST(BackwardKernel, Configurations) {
-  check_shapes<{.dtype = f16, .head_dim = 64, .block_m = 64, .block_n = 64}>();
-  check_shapes<{.dtype = bf16, .head_dim = 32, .head_dim_v = 64, .block_m = 64, .block_n = 32},
-               {.dtype = bf16, .head_dim = 32, .head_dim_v = 64, .block_m = 64, .block_n = 16, .num_warps = 2}>();
+  check_shapes<{.dtype = f16, .head_dim = 64, .block_m = 64, .block_n = 128}>();
+  check_shapes<{.dtype = bf16, .head_dim = 32, .head_dim_v = 64, .block_m = 64, .block_n = 64, .stages = 1}>();
+  check_shapes<{.dtype = bf16, .head_dim = 64, .block_m = 32, .block_n = 128, .num_warps = 8, .blocks_per_sm = 1}>();
+  check_shapes<{.dtype = bf16, .head_dim = 64, .block_m = 64, .block_n = 64, .column_warps = 2}>();
+  check_shapes<{.dtype = f16,
+                .head_dim = 128,
+                .head_dim_v = 64,
+                .block_m = 64,
+                .block_n = 64,
+                .num_warps = 8,
+                .column_warps = 4,
+                .blocks_per_sm = 1,
+                .stages = 1}>();
+  check_shapes<{.dtype = bf16,
+                .head_dim = 128,
+                .block_m = 64,
+                .block_n = 64,
+                .num_warps = 8,
+                .column_warps = 4,
+                .blocks_per_sm = 1,
+                .deterministic = true}>();
   check_shapes<{.dtype = f16,
                 .head_dim = 64,
                 .head_dim_v = 32,
-                .block_m = 32,
-                .block_n = 32,
-                .num_warps = 2,
+                .block_m = 64,
+                .block_n = 64,
                 .copy_bytes = 2,
                 .async_copy = false,
-                .swizzled = false}>();
+                .swizzled = false,
+                .deterministic = true}>();
 }
 
 // Guards against rows that see no key, keys that no row sees, and lengths of 0: gradients of 0, not memory as it was.
-TEST(BackwardKernel, NothingToSee) {
+template <BackwardConfig B>
+void check_nothing_to_see() {
   for (auto [sq, sk] : {std::pair(40, 20), {0, 20}, {40, 0}, {20, 60}}) {
-    BackwardProblem<small, small, MaskKind::causal> problem({.sq = sq, .sk = sk, .d = 32});
+    BackwardProblem<B, MaskKind::causal> problem(Shape{.sq = sq, .sk = sk, .d = 32});
     check_gradients(problem);
   }
-  BackwardProblem<small, small, MaskKind::causal> early({.sq = 40, .sk = 40, .d = 32, .causal_offset = -10});
+  BackwardProblem<B, MaskKind::causal> early(Shape{.sq = 40, .sk = 40, .d = 32, .causal_offset = -10});
   check_gradients(early);
+}
+
+TEST(BackwardKernel, NothingToSee) {
+  check_nothing_to_see<small>();
+  check_nothing_to_see<small_shared>();
+  check_nothing_to_see<small_deterministic>();
 }
 
 // Guards against NaN and infinity that reach gradients which do not see them, or are lost where they are seen (T13).
 // Query i sees keys up to i + 10.
-TEST(BackwardKernel, PoisonReachesWhatSeesIt) {
-  constexpr Shape s{.sq = 40, .sk = 50, .d = 32};
-  using Causal = BackwardProblem<small, small, MaskKind::causal>;
-  auto const is_poisoned = [](Tensor const& t, int row) {
+template <BackwardConfig B>
+void check_poison() {
+  Shape const s{.sq = 40, .sk = 50, .d = 32};
+  using Causal = BackwardProblem<B, MaskKind::causal>;
+  auto const is_poisoned = [&](Tensor const& t, int row) {
     for (int c = 0; c < s.d; ++c) {
       if (!std::isfinite(t.at(0, row, 0, c))) return true;
     }
@@ -290,23 +356,45 @@ TEST(BackwardKernel, PoisonReachesWhatSeesIt) {
   }
 }
 
+// The same in a block that is partial only because it has rows that do not exist.
+template <BackwardConfig B>
+void check_poison_at_the_end() {
+  Shape const s{.sq = B.block_m + 8, .sk = 20, .d = 32, .causal_offset = 100};
+  BackwardProblem<B, MaskKind::causal> problem(s);
+  problem.dout.set(0, B.block_m + 3, 0, 3, inf);
+  ASSERT_NO_FATAL_FAILURE(problem.run(1));
+  for (int j = 0; j < s.sk; ++j) EXPECT_EQ(problem.dv.at(0, j, 0, 3), inf) << j;
+}
+
+TEST(BackwardKernel, PoisonReachesWhatSeesIt) {
+  check_poison_at_the_end<small>();
+  check_poison_at_the_end<small_deterministic>();
+  check_poison<small>();
+  check_poison<small_shared>();
+  check_poison<small_deterministic>();
+}
+
 // Guards against NaN from the rows of zeros that stand where there is no query: a score of them with a key that is
 // -inf, whose weight is 0 everywhere.
-template <MaskKind Kind>
+template <BackwardConfig B, MaskKind Kind>
 void check_padding() {
-  BackwardProblem<small, small, Kind> problem({.sq = 40, .sk = 20, .d = 32, .causal_offset = 20});
+  BackwardProblem<B, Kind> problem(Shape{.sq = 40, .sk = 20, .d = 32, .causal_offset = 20});
   for (int i = 0; i < 40; ++i) problem.problem.q.set(0, i, 0, 0, 1);
   problem.problem.k.set(0, 7, 0, 0, -inf);
   ASSERT_NO_FATAL_FAILURE(problem.run(1));
   for (int c = 0; c < 32; ++c) {
     EXPECT_EQ(problem.dv.at(0, 7, 0, c), 0) << c;
-    if (c > 0) EXPECT_EQ(problem.dk.at(0, 7, 0, c), 0) << c;
+    if (c > 0) {
+      EXPECT_EQ(problem.dk.at(0, 7, 0, c), 0) << c;
+    }
   }
 }
 
 TEST(BackwardKernel, NoQueryIsNotAQueryOfZeros) {
-  check_padding<MaskKind::full>();
-  check_padding<MaskKind::causal>();
+  check_padding<small, MaskKind::full>();
+  check_padding<small, MaskKind::causal>();
+  check_padding<small_deterministic, MaskKind::full>();
+  check_padding<small_deterministic, MaskKind::causal>();
 }
 
 }  // namespace

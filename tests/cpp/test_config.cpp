@@ -199,6 +199,7 @@ TEST(Config, StagesFitTheMultiprocessor) {
 // Guards against a tile that nobody remembers the reason of.
 TEST(Config, EveryTileSaysWhatChoseIt) {
   for (auto const& tile : forward_tiles) EXPECT_GT(std::strlen(tile.chosen_by), 10u);
+  for (auto const& tile : backward_tiles) EXPECT_GT(std::strlen(tile.chosen_by), 10u);
 }
 
 // Guards against a generated unit that compiles another kernel than its name says.
@@ -211,6 +212,195 @@ TEST(Config, TheGeneratedUnitSpellsEveryOption) {
   for_each_option(kernels[0].config, [&](char const* option, auto) {
     EXPECT_NE(text.find(std::string(".") + option + " = "), std::string::npos) << option;
   });
+}
+
+// ---- the backward ----------------------------------------------------------------------------------
+
+// Guards against an option that is left out of for_each_option, and so out of names, hashes and repr.
+TEST(BackwardConfig, EveryByteOfTheConfigurationIsAnOption) {
+  size_t bytes = 0;
+  BackwardConfig const config;
+  for_each_option(config, [&](char const*, auto const& option) { bytes += sizeof option; });
+  // Padding: 3 bytes after dtype and after math, 2 after swizzled and in the end.
+  EXPECT_EQ(sizeof(BackwardConfig) - bytes, 10u);
+}
+
+// Guards against two kernels under one name.
+TEST(BackwardConfig, NamesAreUniqueAndAreIdentifiers) {
+  std::set<std::string> names;
+  size_t kernels = 0;
+  auto const add = [&](BackwardConfig const& config) {
+    for (bool const deterministic : {false, true}) {
+      BackwardConfig c = config;
+      c.deterministic = deterministic;
+      for (auto const& kernel : kernels_of(c)) {
+        std::string const text = name(kernel).text;
+        EXPECT_EQ(text.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_"), std::string::npos) << text;
+        names.insert(text);
+        ++kernels;
+      }
+    }
+  };
+  add({});
+  BackwardConfig const defaults;
+  for_each_option(defaults, [&](char const* option, auto value) {
+    using T = decltype(value);
+    std::vector<T> others;
+    if constexpr (std::is_same_v<T, bool>) others = {!value};
+    if constexpr (std::is_same_v<T, int32_t>) others = {value + 1, value + 16};
+    if constexpr (std::is_same_v<T, DType>) others = {DType::float16, DType::float32};
+    if constexpr (std::is_same_v<T, Math>) others = {Math::tf32x3, Math::cuda_core};
+    if (std::string_view(option) == "deterministic") return;
+    for (T const other : others) {
+      BackwardConfig config;
+      for_each_option(config, [&](char const* name, auto& member) {
+        if constexpr (std::is_same_v<T, std::remove_reference_t<decltype(member)>>) {
+          if (std::string_view(name) == option) member = other;
+        }
+      });
+      add(config);
+    }
+  });
+  EXPECT_EQ(names.size(), kernels);
+}
+
+// Guards against passes that are no kernels, and against two for one: `prepare` and `finish` know no mask.
+TEST(BackwardConfig, KernelsOfAConfiguration) {
+  auto const kernels = kernels_of(BackwardConfig{});
+  ASSERT_EQ(kernels.size(), 4u);
+  EXPECT_STREQ(name(kernels[0]).text, "flashcute_sm80_bwd_bf16_d128_m64_n64_w4_prepare");
+  EXPECT_STREQ(name(kernels[2]).text, "flashcute_sm80_bwd_bf16_d128_m64_n64_w4_gradients_causal");
+  EXPECT_STREQ(name(kernels[3]).text, "flashcute_sm80_bwd_bf16_d128_m64_n64_w4_finish");
+  EXPECT_EQ(kernels_of(BackwardConfig{.deterministic = true}).size(), 4u);
+}
+
+// Guards against a rule that cannot fire on a GPU, or fires with another rule's sentence.
+TEST(BackwardConfig, EachRuleOfTheGpuFires) {
+  BackwardConfig const good{.head_dim = 64, .block_n = 128};
+  EXPECT_EQ(check(good, 80), BackwardConfigError::none);
+  auto const broken = [&](auto change, Arch arch = 80) {
+    BackwardConfig c = good;
+    change(c);
+    return check(c, arch);
+  };
+  using enum BackwardConfigError;
+  EXPECT_EQ(check(good, 75), arch_too_old);
+  EXPECT_EQ(broken([](auto& c) { c.dtype = DType::float32; }), gpu_dtype);
+  EXPECT_EQ(broken([](auto& c) { c.head_dim = 72; }), gpu_head_dim);
+  EXPECT_EQ(broken([](auto& c) { c.num_warps = 2; }), num_warps);
+  for (int32_t const n : {0, 3, 8}) EXPECT_EQ(broken([&](auto& c) { c.column_warps = n; }), column_warps) << n;
+  EXPECT_EQ(broken([](auto& c) { c.column_warps = 4; }), column_warps);
+  EXPECT_EQ(broken([](auto& c) { c.num_warps = 8, c.column_warps = 4; }), none);
+  EXPECT_EQ(broken([](auto& c) { c.block_m = 24; }), block_m);
+  EXPECT_EQ(broken([](auto& c) { c.block_n = 272; }), block_n);
+  EXPECT_EQ(broken([](auto& c) { c.blocks_per_sm = 17; }), blocks_per_sm);
+  EXPECT_EQ(broken([](auto& c) { c.num_warps = 8, c.blocks_per_sm = 9; }), blocks_per_sm);
+  EXPECT_EQ(broken([](auto& c) { c.math = Math::cuda_core; }), math);
+  EXPECT_EQ(broken([](auto& c) { c.stages = 3; }), stages);
+  EXPECT_EQ(broken([](auto& c) { c.copy_bytes = 12; }), copy_bytes);
+  EXPECT_EQ(broken([](auto& c) { c.copy_bytes = 2; }), async_copy);
+  EXPECT_EQ(broken([](auto& c) { c.copy_bytes = 2, c.async_copy = false; }), none);
+  EXPECT_EQ(broken([](auto& c) { c.head_dim = 16, c.block_m = 32; }), copy_rows);
+  EXPECT_EQ(broken([](auto& c) { c.block_n = 32; }), shares);
+  EXPECT_EQ(broken([](auto& c) { c.block_n = 32, c.column_warps = 2; }), none);
+  EXPECT_EQ(broken([](auto& c) { c.block_m = 32, c.deterministic = true; }), shares);
+  EXPECT_EQ(broken([](auto& c) { c.block_m = 48, c.copy_bytes = 8, c.column_warps = 2; }), shares) << "rows of dQ";
+  EXPECT_EQ(broken([](auto& c) { c.head_dim = 48; }), shares) << "columns of dQ";
+  EXPECT_EQ(broken([](auto& c) { c.head_dim = 48, c.deterministic = true; }), none);
+  EXPECT_EQ(broken([](auto& c) { c.head_dim_v = 48; }), none);
+  EXPECT_EQ(broken([](auto& c) { c.head_dim_v = 48, c.column_warps = 2; }), shares);
+  EXPECT_EQ(broken([](auto& c) { c.k_tiles_per_load = 3; }), k_tiles_per_load);
+  EXPECT_EQ(broken([](auto& c) { c.k_tiles_per_load = 2, c.head_dim_v = 48; }), k_tiles_per_load);
+  EXPECT_EQ(broken([](auto& c) { c.block_n = 256, c.head_dim = 128; }), smem);
+  EXPECT_EQ(broken([](auto& c) { c.head_dim = c.head_dim_v = 128; }), none);
+  EXPECT_EQ(broken([](auto& c) { c.head_dim = c.head_dim_v = 128; }, 86), smem);
+}
+
+// Guards against an exception without the values that broke the rule.
+TEST(BackwardConfig, TheExceptionCarriesTheRulesSentenceAndTheValues) {
+  try {
+    check_config(BackwardConfig{.block_n = 256}, 80);
+    FAIL() << "no exception";
+  } catch (ConfigError const& e) {
+    for (char const* words : {sentence(BackwardConfigError::smem), "block_n=256", " of 166912 bytes", "capability 8.0"})
+      EXPECT_NE(std::string(e.what()).find(words), std::string::npos) << e.what();
+  }
+}
+
+// Guards against a default that its own device refuses, or that has to be compiled at run time: only deterministic ones
+// are, and those of wide heads where a thread block has but 99 KB of shared memory.
+TEST(BackwardConfig, DefaultsAreValidEverywhereAndCompiledAheadOfTime) {
+  auto const built = backward_configs();
+  for (Arch arch : {80, 86, 87, 89, 90, 100, 120}) {
+    for (DType dtype : {DType::float16, DType::bfloat16}) {
+      for (int32_t d = 1; d <= 256; ++d) {
+        for (bool const deterministic : {false, true}) {
+          for (int32_t alignment : {16, 8, 4, 2}) {
+            int32_t const d_v = 257 - d;
+            BackwardConfig const c = default_backward_config({dtype, d, d_v, alignment, deterministic}, arch);
+            EXPECT_EQ(check(c, arch), BackwardConfigError::none) << name(c).text << " on " << arch;
+            EXPECT_GE(c.head_dim, d);
+            EXPECT_GE(c.head_dim_v, d_v);
+            EXPECT_EQ(c.deterministic, deterministic);
+            EXPECT_EQ(c.copy_bytes, alignment);
+          }
+          BackwardConfig const aligned = default_backward_config(dtype, d, arch, d, deterministic);
+          bool const ahead = !deterministic && (d <= 128 || max_smem_bytes(arch) > 99 * 1024);
+          EXPECT_EQ(std::find(built.begin(), built.end(), aligned) != built.end(), ahead)
+              << name(aligned).text << " on " << arch;
+        }
+      }
+    }
+  }
+}
+
+// Guards against types and widths that get a kernel's promise and then none.
+TEST(BackwardConfig, WhatHasNoDefaultIsRefused) {
+  EXPECT_THROW(default_backward_config(DType::float32, 64, 80), UnsupportedError);
+  EXPECT_THROW(default_backward_config(DType::float64, 64, 80), UnsupportedError);
+  EXPECT_THROW(default_backward_config(DType::float16, 64, 75), DeviceError);
+  EXPECT_THROW(default_backward_config(DType::float16, 257, 80), ArgumentError);
+  EXPECT_THROW(default_backward_config(DType::float16, 257, cpu_arch), ArgumentError);
+  EXPECT_EQ(default_backward_config(DType::float64, 37, cpu_arch, 256).head_dim_v, 256);
+}
+
+// Guards against stages that cost a multiprocessor one of its thread blocks, or that are given up for none.
+TEST(BackwardConfig, StagesFitTheMultiprocessor) {
+  EXPECT_EQ(default_backward_config(DType::bfloat16, 128, 80).stages, 1);
+  EXPECT_EQ(default_backward_config(DType::bfloat16, 128, 89).stages, 1);
+  EXPECT_EQ(default_backward_config(DType::bfloat16, 128, 90).stages, 2);
+  EXPECT_EQ(default_backward_config(DType::bfloat16, 64, 80).stages, 2);
+  EXPECT_EQ(default_backward_config(DType::bfloat16, 64, 86).stages, 2);
+}
+
+// Guards against sums that lie across each other's places, or where 16 bytes cannot be added at once.
+TEST(BackwardConfig, TheWorkspace) {
+  BackwardConfig const c{.head_dim = 64};
+  BackwardWorkspace const w = workspace_of(c, 3, 65);
+  EXPECT_EQ(w.delta, 196);
+  EXPECT_EQ(w.dq_sums, 3 * 2 * 64 * 64);
+  EXPECT_EQ(w.total(), w.delta + w.dq_sums);
+  EXPECT_EQ(workspace_of({.head_dim = 64, .deterministic = true}, 3, 65).total(), 196);
+}
+
+// Guards against a generated unit that compiles another kernel than its name says.
+TEST(BackwardConfig, TheGeneratedUnitSpellsEveryOption) {
+  auto const kernels = kernels_of(backward_families[0]);
+  std::string const text = generated_source(kernels);
+  EXPECT_TRUE(text.starts_with("#include \"flashcute/entry.hpp\"\n")) << text;
+  for (auto const& kernel : kernels) {
+    EXPECT_NE(text.find(std::string("FLASHCUTE_BACKWARD_ENTRY(") + name(kernel).text + ","), std::string::npos);
+    EXPECT_NE(text.find(std::string(".pass = flashcute::BackwardPass::") + name_of(kernel.pass)), std::string::npos);
+  }
+  EXPECT_NE(text.find(".mask = flashcute::MaskKind::causal"), std::string::npos);
+  for_each_option(kernels[0].config, [&](char const* option, auto) {
+    EXPECT_NE(text.find(std::string(".") + option + " = "), std::string::npos) << option;
+  });
+  KernelCode const code = code_of(kernels[0], 80);
+  EXPECT_EQ(code.name, name(kernels[0]).text);
+  EXPECT_EQ(code.source, generated_source(std::span(&kernels[0], 1)));
+  EXPECT_THROW(code_of(kernels[0], 75), ConfigError);
+  EXPECT_THROW(code_of(kernels[0], cpu_arch), ArgumentError);
 }
 
 }  // namespace

@@ -2,14 +2,19 @@
 // fp64 over many more shapes.)
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "device_memory.hpp"
 #include "flashcute/api.hpp"
+#include "nvrtc.hpp"
 
 namespace flashcute {
 namespace {
@@ -55,6 +60,27 @@ struct Shape {
   bool causal;
 };
 
+std::string name_of_shape(::testing::TestParamInfo<Shape> const& info) {
+  Shape const& s = info.param;
+  return "b" + std::to_string(s.batch) + "_sq" + std::to_string(s.seqlen_q) + "_sk" + std::to_string(s.seqlen_k) +
+         "_h" + std::to_string(s.heads) + "_hk" + std::to_string(s.kv_heads) + "_d" + std::to_string(s.d) + "_dv" +
+         std::to_string(s.d_v) + (s.causal ? "_causal" : "_full");
+}
+
+/// |x - want| / |want|, over all elements, of which none may be NaN.
+template <class Element>
+void expect_close(std::vector<Element> const& got, std::vector<Element> const& expected, double tolerance) {
+  ASSERT_EQ(got.size(), expected.size());
+  double error = 0, norm = 0;
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    auto const x = static_cast<float>(got[i]), want = static_cast<float>(expected[i]);
+    ASSERT_FALSE(std::isnan(x)) << "element " << i;
+    error += std::pow(x - want, 2);
+    norm += std::pow(want, 2);
+  }
+  EXPECT_LE(std::sqrt(error), tolerance * std::sqrt(norm));
+}
+
 class Gpu : public ::testing::TestWithParam<Shape> {
  protected:
   void SetUp() override {
@@ -94,14 +120,7 @@ class Gpu : public ::testing::TestWithParam<Shape> {
 
     auto const got = out.template download<Element>();
     auto const got_lse = out_lse.download<float>();
-    double error = 0, norm = 0;
-    for (std::size_t i = 0; i < got.size(); ++i) {
-      auto const x = static_cast<float>(got[i]), want = static_cast<float>(expected[i]);
-      ASSERT_FALSE(std::isnan(x)) << "element " << i;
-      error += std::pow(x - want, 2);
-      norm += std::pow(want, 2);
-    }
-    EXPECT_LE(std::sqrt(error), tolerance * std::sqrt(norm));
+    expect_close(got, expected, tolerance);
     for (std::size_t i = 0; i < got_lse.size(); ++i) {
       if (std::isinf(expected_lse[i])) {
         ASSERT_EQ(got_lse[i], expected_lse[i]);
@@ -128,12 +147,123 @@ INSTANTIATE_TEST_SUITE_P(
                       Shape{1, 0, 64, 2, 2, 64, 64, false}, Shape{3, 1023, 1024, 2, 1, 72, 72, false},
                       Shape{1, 300, 333, 2, 1, 256, 256, true}, Shape{2, 65, 200, 2, 1, 136, 40, false},
                       Shape{200, 70, 90, 2, 1, 64, 64, true}, Shape{200, 70, 90, 2, 1, 128, 128, false}),
-    [](auto const& info) {
-      auto const& s = info.param;
-      return "b" + std::to_string(s.batch) + "_sq" + std::to_string(s.seqlen_q) + "_sk" + std::to_string(s.seqlen_k) +
-             "_h" + std::to_string(s.heads) + "_hk" + std::to_string(s.kv_heads) + "_d" + std::to_string(s.d) + "_dv" +
-             std::to_string(s.d_v) + (s.causal ? "_causal" : "_full");
-    });
+    name_of_shape);
+
+class GpuBackward : public ::testing::TestWithParam<Shape> {
+ protected:
+  void SetUp() override {
+    if (!has_gpu()) GTEST_SKIP() << "no GPU of compute capability 8.0 or later: " << driver_info().problem;
+  }
+
+  /// dq, dk and dv, each as (batch, seqlen, heads, d).
+  using Gradients = std::array<std::vector<BFloat16>, 3>;
+  static constexpr char const* gradient_names[] = {"dq", "dk", "dv"};
+
+  /// Any disagreement of the two backends, gradients that are not written or added to what was there, and writes past
+  /// the end. With `deterministic` also other bits in a second run.
+  void expect_what_the_cpu_computes(bool deterministic, double tolerance) {
+    auto const [batch, seqlen_q, seqlen_k, heads, kv_heads, d, d_v, causal] = GetParam();
+    using Sizes = std::array<int64_t, 4>;
+    Sizes const q_shape{batch, seqlen_q, heads, d}, k_shape{batch, seqlen_k, kv_heads, d},
+        v_shape{batch, seqlen_k, kv_heads, d_v}, out_shape{batch, seqlen_q, heads, d_v};
+    auto const count = [](Sizes const& s) { return static_cast<std::size_t>(s[0] * s[1] * s[2] * s[3]); };
+    auto const q = random_values<BFloat16>(count(q_shape), 1), k = random_values<BFloat16>(count(k_shape), 2),
+               v = random_values<BFloat16>(count(v_shape), 3), dout = random_values<BFloat16>(count(out_shape), 4);
+    auto const rows = static_cast<std::size_t>(batch * heads * seqlen_q);
+    std::vector<float> dlse(rows), lse(rows);
+    for (std::size_t i = 0; auto const& x : random_values<BFloat16>(rows, 5)) dlse[i++] = static_cast<float>(x);
+    std::vector<BFloat16> out(count(out_shape));
+
+    auto const view = [&](void const* data, Device device, Sizes const& shape) {
+      return dense_view(const_cast<void*>(data), DType::bfloat16, device, shape);
+    };
+    auto const rows_view = [&](void const* data, Device device) {
+      TensorView t = dense_view(const_cast<void*>(data), DType::float32, device, {batch, heads, seqlen_q, 1});
+      t.rank = 3;
+      return t;
+    };
+    // One forward, so that both backends begin with the same out and lse.
+    TensorView const hq = view(q.data(), {}, q_shape), hk = view(k.data(), {}, k_shape),
+                     hv = view(v.data(), {}, v_shape), ho = view(out.data(), {}, out_shape),
+                     hlse = rows_view(lse.data(), {});
+    ForwardOptions forward_options;
+    forward_options.causal = causal;
+    forward(config_for(hq, hk, hv, &ho), hq, hk, hv, ho, &hlse, forward_options);
+
+    auto const run = [&](Device device, void const* q_data, void const* k_data, void const* v_data,
+                         void const* out_data, void const* dout_data, void const* lse_data, void const* dlse_data,
+                         void* dq, void* dk, void* dv) {
+      BackwardOptions options;
+      options.causal = causal;
+      options.deterministic = deterministic;
+      TensorView const tq = view(q_data, device, q_shape), tk = view(k_data, device, k_shape),
+                       tv = view(v_data, device, v_shape), to = view(out_data, device, out_shape),
+                       tdout = view(dout_data, device, out_shape), tlse = rows_view(lse_data, device),
+                       tdlse = rows_view(dlse_data, device);
+      auto const size = backward_workspace_size({}, tq, tv, options);
+      std::optional<DeviceMemory> memory;
+      TensorView workspace;
+      if (size > 0) {
+        memory.emplace(static_cast<std::size_t>(size) * sizeof(float));
+        workspace = dense_view(memory->data(), DType::float32, device, {1, 1, 1, size});
+        options.workspace = &workspace;
+      }
+      backward(backward_config_for(tq, tk, tv, {}, options), tdout, tq, tk, tv, to, tlse, &tdlse,
+               view(dq, device, q_shape), view(dk, device, k_shape), view(dv, device, v_shape), options);
+      EXPECT_TRUE(!memory || memory->guard_is_intact()) << "workspace";
+    };
+    Gradients expected{q, k, v};
+    run({}, q.data(), k.data(), v.data(), out.data(), dout.data(), lse.data(), dlse.data(), expected[0].data(),
+        expected[1].data(), expected[2].data());
+
+    DeviceMemory const gq(q), gk(k), gv(v), go(out), gdout(dout), glse(lse), gdlse(dlse);
+    auto const run_on_gpu = [&] {
+      DeviceMemory const dq(q.size() * 2), dk(k.size() * 2), dv(v.size() * 2);  // 0xff: NaN
+      run({DeviceType::cuda, 0}, gq.data(), gk.data(), gv.data(), go.data(), gdout.data(), glse.data(), gdlse.data(),
+          dq.data(), dk.data(), dv.data());
+      Gradients got{dq.download<BFloat16>(), dk.download<BFloat16>(), dv.download<BFloat16>()};
+      for (DeviceMemory const* memory : {&dq, &dk, &dv}) EXPECT_TRUE(memory->guard_is_intact());
+      return got;
+    };
+    Gradients const got = run_on_gpu();
+    for (std::size_t i = 0; i < 3; ++i) {
+      SCOPED_TRACE(gradient_names[i]);
+      expect_close(got[i], expected[i], tolerance);
+    }
+    if (!deterministic) return;
+    Gradients const again = run_on_gpu();
+    for (std::size_t i = 0; i < 3; ++i) {
+      bool const same = std::equal(got[i].begin(), got[i].end(), again[i].begin(),
+                                   [](BFloat16 a, BFloat16 b) { return a.bits == b.bits; });
+      EXPECT_TRUE(same) << gradient_names[i];
+    }
+  }
+};
+
+// P and dS are rounded to bfloat16 on the GPU and not on the CPU, and both round what they write: 2^-9 relative an
+// element each, less in the mean.
+TEST_P(GpuBackward, AgreesWithTheCpu) { expect_what_the_cpu_computes(false, 4e-3); }
+
+// Its kernels are compiled at first use; sanitizers run this with a warm cache.
+TEST_P(GpuBackward, DeterministicAgreesWithTheCpu) {
+  set_search_paths({}, {FLASHCUTE_DEVICE_HEADERS, FLASHCUTE_DEVICE_HEADERS "/cccl"});
+  if (!nvrtc_available()) GTEST_SKIP() << nvrtc_problem();
+  expect_what_the_cpu_computes(true, 4e-3);
+}
+
+// Every family of images, partial tiles, grouped heads, rows that see no key, empty sides.
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, GpuBackward,
+    ::testing::Values(Shape{2, 203, 333, 4, 2, 64, 64, false}, Shape{2, 203, 203, 4, 1, 64, 64, true},
+                      Shape{1, 1024, 1024, 2, 2, 64, 64, true}, Shape{1, 1024, 1024, 2, 2, 128, 128, true},
+                      Shape{2, 113, 203, 3, 1, 128, 128, false}, Shape{1, 300, 129, 3, 1, 72, 72, true},
+                      Shape{2, 113, 64, 2, 1, 40, 40, true}, Shape{1, 1, 1000, 2, 1, 128, 128, true},
+                      Shape{1, 1000, 1, 2, 1, 64, 64, false}, Shape{1, 65, 200, 2, 1, 72, 40, false},
+                      Shape{1, 65, 200, 2, 1, 40, 128, true}, Shape{1, 1, 1, 1, 1, 64, 64, true},
+                      Shape{1, 64, 0, 2, 2, 64, 64, false}, Shape{1, 0, 64, 2, 2, 128, 128, false},
+                      Shape{100, 70, 90, 4, 2, 64, 64, true}, Shape{1, 300, 333, 2, 1, 256, 256, true},
+                      Shape{2, 65, 200, 2, 1, 136, 40, false}),
+    name_of_shape);
 
 // Guards against a device number that is not checked before the driver is asked for it.
 TEST_F(Gpu, ADeviceThatDoesNotExistIsRefused) {

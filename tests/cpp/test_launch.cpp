@@ -3,19 +3,26 @@
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 
+#include <optional>
+#include <string>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "device_memory.hpp"
 #include "fake_driver.hpp"
 #include "flashcute/api.hpp"
+#include "flashcute/tiles.hpp"
 #include "image_store.hpp"
+#include "jit.hpp"
+#include "scratch.hpp"
 
 namespace flashcute {
 namespace {
 
 using namespace testing;
 
-class Launch : public ::testing::Test {
+class FakeGpu : public ::testing::Test {
  protected:
   void SetUp() override {
     // The library opens libcuda.so.1 by name and so meets this one, which is already there.
@@ -24,7 +31,6 @@ class Launch : public ::testing::Test {
     auto const inside = reinterpret_cast<FakeDriver* (*)()>(dlsym(library, "fake_driver"));
     ASSERT_NE(inside, nullptr);
     driver_ = inside();
-    if (image_archs().empty()) GTEST_SKIP() << "built without images";
   }
 
   static TensorView tensor(std::array<int64_t, 4> shape, int device = 0) {
@@ -39,14 +45,22 @@ class Launch : public ::testing::Test {
     return t;
   }
 
+  FakeDriver* driver_ = nullptr;
+};
+
+class Launch : public FakeGpu {
+ protected:
+  void SetUp() override {
+    FakeGpu::SetUp();
+    if (image_archs().empty()) GTEST_SKIP() << "built without images";
+  }
+
   /// A call with one shape for all tensors.
   void run(std::array<int64_t, 4> shape, int device = 0, ForwardOptions const& options = {}) {
     TensorView const t = tensor(shape, device);
     forward(default_config(DType::bfloat16, shape[3], arch_of(t.device)), t, t, t, output(shape, device), nullptr,
             options);
   }
-
-  FakeDriver* driver_ = nullptr;
 };
 
 // Guards against a wrong grid, too little shared memory, a stream or context that is not the caller's, and a
@@ -197,6 +211,265 @@ TEST_F(Launch, ExplainLaunchesNothing) {
   EXPECT_EQ(e.image, "ahead of time");
   EXPECT_EQ(driver_->loads, 0);
   EXPECT_TRUE(driver_->launches.empty());
+}
+
+// ---- the backward ----------------------------------------------------------------------------------
+
+/// A call of `backward` whose tensors lie in places of their own.
+struct BackwardCall {
+  std::array<int64_t, 4> q_shape, k_shape;  // of v: k's
+  DType dtype;
+  Device device;
+  BackwardOptions options;
+  TensorView q = place(1, q_shape), k = place(2, k_shape), v = place(3, k_shape), out = place(4, q_shape),
+             dout = place(5, q_shape), dq = place(6, q_shape), dk = place(7, k_shape), dv = place(8, k_shape),
+             lse = rows(9), dlse = rows(10), workspace = place(11, {1, 1, 1, 1 << 30}, DType::float32);
+  bool with_workspace = true;
+
+  BackwardCall(std::array<int64_t, 4> shape_of_q, std::array<int64_t, 4> shape_of_k, DType type = DType::bfloat16,
+               int gpu = 0)
+      : q_shape(shape_of_q), k_shape(shape_of_k), dtype(type), device{DeviceType::cuda, gpu} {}
+
+  TensorView place(std::uintptr_t where, std::array<int64_t, 4> shape, std::optional<DType> of = {}) const {
+    return dense_view(reinterpret_cast<void*>(where << 40), of.value_or(dtype), device, shape);
+  }
+
+  TensorView rows(std::uintptr_t where) const {
+    TensorView t = place(where, {q_shape[0], q_shape[2], q_shape[1], 1}, DType::float32);
+    t.rank = 3;
+    return t;
+  }
+
+  void run(std::optional<BackwardConfig> const& config = {}) {
+    options.workspace = with_workspace ? &workspace : nullptr;
+    std::initializer_list<Argument> const others = {
+        {"out", &out}, {"dout", &dout}, {"dq", &dq}, {"dk", &dk}, {"dv", &dv}};
+    backward(config ? *config : backward_config_for(q, k, v, others, options), dout, q, k, v, out, lse, &dlse, dq, dk,
+             dv, options);
+  }
+
+  template <class Exception>
+  void refused(std::initializer_list<char const*> words, std::optional<BackwardConfig> const& config = {}) {
+    try {
+      run(config);
+      FAIL() << "no exception for " << *words.begin();
+    } catch (Exception const& e) {
+      for (char const* word : words) EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
+    }
+  }
+};
+
+/// Its deterministic kernels are compiled at run time, here by a compiler that compiles nothing (fake_nvrtc.cpp).
+class LaunchBackward : public FakeGpu {
+ protected:
+  void SetUp() override {
+    FakeGpu::SetUp();
+    write_file(scratch_ / "include/cuda_fp16.h", "");
+    set_include_folders({scratch_ / "include"});
+  }
+
+  std::vector<std::string> launched() const {
+    std::vector<std::string> names;
+    for (FakeLaunch const& launch : driver_->launches) names.push_back(launch.kernel);
+    return names;
+  }
+
+  /// The names of a configuration's kernels for these passes.
+  static std::vector<std::string> names(BackwardConfig const& config, std::initializer_list<BackwardPass> passes,
+                                        MaskKind mask = MaskKind::full) {
+    std::vector<std::string> all;
+    for (BackwardPass const pass : passes) all.emplace_back(name(kernel_of(config, pass, mask)).text);
+    return all;
+  }
+
+ private:
+  Scratch scratch_;
+  ScopedVariable nvrtc_{"FLASHCUTE_NVRTC", FLASHCUTE_FAKE_NVRTC};
+  ScopedVariable include_{"FLASHCUTE_CUDA_INCLUDE", scratch_ / "include"};
+  ScopedVariable cache_{"FLASHCUTE_CACHE_DIR", scratch_ / "cache"};
+  ScopedVariable quiet_{"FLASHCUTE_QUIET", "1"};
+};
+
+// Guards against passes in the wrong order, a grid of the other side's tiles, too little shared memory, and a workspace
+// that two parts share.
+TEST_F(LaunchBackward, AddsInThreePasses) {
+  BackwardCall call({3, 1000, 4, 64}, {3, 700, 2, 64}, DType::bfloat16, 1);
+  call.options.causal = true;
+  call.options.stream = reinterpret_cast<void*>(std::uintptr_t{0x77});
+  call.run();
+  call.run();
+  BackwardConfig const config = default_backward_config(DType::bfloat16, 64, 90);
+  using enum BackwardPass;
+  auto const once = names(config, {prepare, gradients, finish}, MaskKind::causal);
+  EXPECT_EQ(driver_->loads, 3);
+  ASSERT_EQ(driver_->launches.size(), 6u);
+  for (std::size_t i = 0; i < 6; ++i) {
+    FakeLaunch const& launch = driver_->launches[i];
+    BackwardKernelId const kernel = kernel_of(config, passes_of(config).pass[i % 3], MaskKind::causal);
+    EXPECT_EQ(launch.kernel, once[i % 3]);
+    unsigned const tiles = keys_stay(kernel.pass) ? 3u * 2 * ((700 + config.block_n - 1) / config.block_n)
+                                                  : 3u * 4 * ((1000 + config.block_m - 1) / config.block_m);
+    EXPECT_EQ(launch.grid_x, tiles) << launch.kernel;
+    EXPECT_EQ(launch.grid_y * launch.grid_z, 1u);
+    EXPECT_EQ(launch.block_x, 32u * config.num_warps);
+    EXPECT_EQ(launch.shared_bytes, static_cast<unsigned>(smem_bytes(kernel)));
+    EXPECT_EQ(launch.stream, call.options.stream);
+    EXPECT_EQ(launch.context, reinterpret_cast<void*>(std::uintptr_t{0x1001})) << "the primary context of device 1";
+    ASSERT_TRUE(launch.backward);
+    BackwardParams const& p = *launch.backward;
+    EXPECT_EQ(p.delta, call.workspace.data);
+    EXPECT_EQ(p.dq_sums, static_cast<float*>(call.workspace.data) + 3 * 4 * 1000);
+    EXPECT_EQ(p.dv, call.dv.data);
+    EXPECT_EQ(p.dlse, call.dlse.data);
+    EXPECT_EQ(p.dq_stride.row, 4 * 64);
+    EXPECT_EQ(p.forward.lse, call.lse.data);
+    EXPECT_EQ(p.forward.causal_offset, -300);
+    EXPECT_GT(p.forward.scale_log2, 0.f);
+  }
+  EXPECT_EQ(driver_->pushes, driver_->pops);
+  EXPECT_EQ(backward_workspace_size({}, call.q, call.v), workspace_of(config, 12, 1000).total());
+}
+
+TEST_F(LaunchBackward, IsDeterministicInTwoPasses) {
+  BackwardCall call({2, 300, 2, 128}, {2, 300, 2, 128});
+  call.options.deterministic = true;
+  call.run();
+  BackwardConfig const config = default_backward_config(DType::bfloat16, 128, 90, 128, true);
+  EXPECT_EQ(launched(), names(config, {BackwardPass::queries, BackwardPass::keys}));
+  for (FakeLaunch const& launch : driver_->launches) {
+    EXPECT_EQ(launch.backward->delta, call.workspace.data);
+    EXPECT_EQ(launch.backward->dq_sums, nullptr);
+  }
+  EXPECT_EQ(backward_workspace_size(config, call.q, call.v), 2 * 300 * 2);
+}
+
+// Guards against gradients that nobody writes where one side is empty.
+TEST_F(LaunchBackward, EmptySidesSkipOnlyTheirPasses) {
+  using enum BackwardPass;
+  BackwardConfig const adding = default_backward_config(DType::bfloat16, 64, 90);
+  BackwardConfig const deterministic = default_backward_config(DType::bfloat16, 64, 90, 64, true);
+  auto const run = [&](BackwardCall call, BackwardConfig const& config) {
+    driver_->launches.clear();
+    call.run(config);
+    return launched();
+  };
+  BackwardCall const no_keys({1, 64, 2, 64}, {1, 0, 2, 64});
+  EXPECT_EQ(run(no_keys, adding), names(adding, {prepare, finish}));
+  EXPECT_EQ(run(no_keys, deterministic), names(deterministic, {queries}));
+  BackwardCall no_queries({1, 0, 2, 64}, {1, 64, 2, 64});
+  no_queries.with_workspace = false;
+  EXPECT_EQ(backward_workspace_size(adding, no_queries.q, no_queries.v), 0);
+  EXPECT_EQ(run(no_queries, adding), names(adding, {gradients}));
+  EXPECT_EQ(run(no_queries, deterministic), names(deterministic, {keys}));
+  EXPECT_TRUE(run({{0, 64, 2, 64}, {0, 64, 2, 64}}, adding).empty());
+}
+
+// Guards against half of a backward: sums that no pass clears or finishes.
+TEST_F(LaunchBackward, NothingIsLaunchedUnlessAllKernelsAreReady) {
+  BackwardCall call({1, 64, 1, 64}, {1, 64, 1, 64});
+  driver_->loads_that_succeed = 2;
+  call.refused<DriverError>({"cuLibraryLoadData", "_finish", "CUDA_ERROR_FAKE"});
+  EXPECT_TRUE(driver_->launches.empty());
+  driver_->loads_that_succeed = 3;  // of which two are ready
+  EXPECT_THROW(call.run(), DriverError);
+  driver_->loads_that_succeed = 100;
+  call.run();
+  EXPECT_EQ(driver_->launches.size(), 3u);
+}
+
+TEST_F(LaunchBackward, AFailedLaunchRaisesAndNamesTheKernel) {
+  driver_->launch_result = 1;
+  BackwardCall call({1, 64, 1, 64}, {1, 64, 1, 64});
+  call.refused<DriverError>({"cuLaunchKernel", "bwd_bf16_d64", "_prepare", "grid 1", "CUDA_ERROR_FAKE"});
+  EXPECT_EQ(driver_->launches.size(), 1u);
+}
+
+class PlanBackwardOnGpu : public FakeGpu {
+ protected:
+  void TearDown() override {
+    EXPECT_TRUE(driver_->launches.empty());
+    EXPECT_EQ(driver_->loads, 0);
+  }
+
+  BackwardCall call_{{2, 64, 2, 64}, {2, 96, 1, 64}};
+};
+
+TEST_F(PlanBackwardOnGpu, ATooLargeGridIsRefused) {
+  BackwardCall queries({1 << 17, 1, 1 << 14, 8}, {1 << 17, 0, 1 << 14, 8});
+  queries.options.deterministic = true;
+  queries.workspace.shape[3] = int64_t{1} << 32;
+  queries.refused<UnsupportedError>({"q: batch * heads * ceil(seqlen_q / block_m)", "split the batch"});
+  BackwardCall keys({1 << 17, 0, 1 << 14, 8}, {1 << 17, 1, 1 << 14, 8});
+  keys.refused<UnsupportedError>({"k: batch * kv_heads * ceil(seqlen_k / block_n)", "split the batch"});
+}
+
+// Guards against sums that are written past the end of a workspace, or over what is still to be read.
+TEST_F(PlanBackwardOnGpu, WorkspacesAreChecked) {
+  std::string const needed = std::to_string(backward_workspace_size({}, call_.q, call_.v));
+  EXPECT_EQ(needed, std::to_string(2 * 2 * 64 + 2 * 2 * 64 * 64));
+  auto const refuse = [&](auto change, std::initializer_list<char const*> words) {
+    BackwardCall call = call_;
+    change(call);
+    call.refused<ArgumentError>(words);
+  };
+  refuse([](auto& c) { c.with_workspace = false; },
+         {"workspace: expected a contiguous float32 tensor of", needed.c_str(), "backward_workspace_size", "got none"});
+  refuse([](auto& c) { c.workspace.dtype = DType::bfloat16; }, {"workspace", "float32", "bfloat16"});
+  refuse([](auto& c) { c.workspace.device.index = 1; }, {"workspace", "cuda:0", "cuda:1"});
+  refuse([](auto& c) { c.workspace.shape[3] = 16639; }, {"workspace", needed.c_str(), "(1, 1, 1, 16639)"});
+  refuse([](auto& c) { c.workspace.strides[3] = 2; }, {"workspace", "contiguous", "gaps"});
+  refuse([](auto& c) { c.workspace.read_only = true; }, {"workspace", "writable"});
+  refuse([](auto& c) { c.workspace.data = static_cast<char*>(c.workspace.data) + 4; },
+         {"workspace", "multiple of 16 bytes", "4 bytes past"});
+  refuse([](auto& c) { c.workspace.data = static_cast<char*>(c.dv.data) + 16; }, {"workspace", "memory of dv"});
+  refuse([](auto& c) { c.workspace.data = static_cast<char*>(c.lse.data) + 16; }, {"workspace", "memory of lse"});
+}
+
+// Guards against silent misreads: copies of 16 bytes from or to where there are none.
+TEST_F(PlanBackwardOnGpu, WhatAConfigurationCannotCopyIsRefused) {
+  BackwardConfig const config = default_backward_config(DType::bfloat16, 64, 90);
+  for (auto const& [tensor, word] : {std::pair{&BackwardCall::q, "q's"}, std::pair{&BackwardCall::k, "k's"},
+                                     std::pair{&BackwardCall::v, "v's"}, std::pair{&BackwardCall::out, "out's"},
+                                     std::pair{&BackwardCall::dout, "dout's"}, std::pair{&BackwardCall::dq, "dq's"},
+                                     std::pair{&BackwardCall::dk, "dk's"}, std::pair{&BackwardCall::dv, "dv's"}}) {
+    BackwardCall call = call_;
+    TensorView& t = call.*tensor;
+    t.data = static_cast<char*>(t.data) + 2;
+    call.refused<ConfigError>({word, "address is 2 bytes past a multiple of 16", "copy_bytes=2"}, config);
+    BackwardConfig const chosen = backward_config_for(call.q, call.k, call.v, {{word, &t}});
+    EXPECT_EQ(chosen.copy_bytes, 2);
+    EXPECT_FALSE(chosen.async_copy);
+  }
+  BackwardCall narrow({1, 64, 1, 60}, {1, 64, 1, 60});
+  narrow.refused<ConfigError>({"head_dim 60 is no multiple of 8 elements"}, config);
+  EXPECT_EQ(backward_config_for(narrow.q, narrow.k, narrow.v).copy_bytes, 8);
+}
+
+// Guards against tensors that no kernel takes, and against a message without the way out.
+TEST_F(PlanBackwardOnGpu, WhatNoKernelTakesIsRefused) {
+  auto const way_out = "torch.nn.functional.scaled_dot_product_attention";
+  for (DType const dtype : {DType::float32, DType::float64}) {
+    BackwardCall call({1, 64, 1, 64}, {1, 64, 1, 64}, dtype);
+    call.refused<UnsupportedError>({"q: dtype", name_of(dtype), "float16, bfloat16", way_out});
+    call.refused<UnsupportedError>({"q: dtype", way_out}, BackwardConfig{.dtype = dtype, .head_dim = 64});
+  }
+  BackwardCall call = call_;
+  call.refused<ConfigError>({"cfg: the rows and columns of a score tile", "block_n=32", "compute capability 9.0"},
+                            BackwardConfig{.head_dim = 64, .block_n = 32});
+  call.refused<ConfigError>({"cfg: head_dim 32 is smaller"}, BackwardConfig{.head_dim = 32});
+  BackwardCall const widest({1, 64, 1, 256}, {1, 64, 1, 256});
+  EXPECT_EQ(backward_config_for(widest.q, widest.k, widest.v), default_backward_config(DType::bfloat16, 256, 90));
+  BackwardCall wide({1, 64, 1, 257}, {1, 64, 1, 257});
+  wide.refused<ArgumentError>({"q: expected head_dim between 1 and 256, got 257"});
+  EXPECT_THROW(backward_workspace_size(BackwardConfig{.block_m = 0}, call.q, call.v), ConfigError);
+  call.k.device.index = 1;
+  call.refused<ArgumentError>({"k", "cuda:0", "cuda:1"});
+}
+
+TEST_F(PlanBackwardOnGpu, TooOldAGpuIsRefused) {
+  driver_->arch = 75;
+  call_.refused<DeviceError>({"q: a GPU of compute capability 7.5 is too old"});
+  call_.refused<DeviceError>({"q: a GPU of compute capability 7.5 is too old"}, BackwardConfig{.head_dim = 64});
 }
 
 }  // namespace

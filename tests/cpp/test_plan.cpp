@@ -307,15 +307,25 @@ TEST(PlanBackward, WrongTensorsAreRefused) {
     for (TensorView* t : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.lse, &p.dlse, &p.dq, &p.dk, &p.dv}) {
       t->device = {DeviceType::cuda, 0};
     }
-    p.expect<UnsupportedError>({"q", "cuda:0", "scaled_dot_product_attention"});
+    p.expect<UnsupportedError>({"q: dtype float32", "GPU", "float16", "scaled_dot_product_attention"});
+    EXPECT_THROW(backward_config_for(p.q, p.k, p.v), UnsupportedError);
+    EXPECT_THROW(backward_workspace_size(p.config, p.q, p.v), UnsupportedError);
   }
 }
 
-// A rule that no configuration breaks, a GPU that is promised a kernel, names that collide.
+// The CPU makes its own.
+TEST(PlanBackward, TheCpuNeedsNoWorkspace) {
+  BackwardProblem p;
+  EXPECT_EQ(backward_workspace_size(std::nullopt, p.q, p.v), 0);
+  EXPECT_EQ(backward_config_for(p.q, p.k, p.v), p.config);
+  p.options.deterministic = true;
+  EXPECT_TRUE(backward_config_for(p.q, p.k, p.v, {}, p.options).deterministic);
+}
+
+// A rule that no configuration breaks on the CPU, names that collide.
 TEST(BackwardConfig, RulesAndNames) {
   BackwardConfig c;
   EXPECT_EQ(check(c, cpu_arch), BackwardConfigError::none);
-  EXPECT_EQ(check(c, 80), BackwardConfigError::gpu);
   auto const broken = [&](auto change) {
     BackwardConfig other = c;
     change(other);
@@ -326,10 +336,10 @@ TEST(BackwardConfig, RulesAndNames) {
   EXPECT_EQ(broken([](BackwardConfig& x) { x.head_dim_v = 0; }), BackwardConfigError::head_dim);
   EXPECT_EQ(broken([](BackwardConfig& x) { x.block_m = 24; }), BackwardConfigError::block_m);
   EXPECT_EQ(broken([](BackwardConfig& x) { x.block_n = 272; }), BackwardConfigError::block_n);
-  EXPECT_STREQ(name(c).text, "bwd_bf16_d128_m64_n64");
+  EXPECT_STREQ(name(c).text, "bwd_bf16_d128_m64_n64_w4");
   c.head_dim_v = 64;
   c.deterministic = true;
-  EXPECT_STREQ(name(c).text, "bwd_bf16_d128_dv64_m64_n64_deterministic");
+  EXPECT_STREQ(name(c).text, "bwd_bf16_d128_dv64_m64_n64_w4_deterministic");
 }
 
 // Guards against a crash deep in the driver where the images are too new for it.

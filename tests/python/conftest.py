@@ -145,7 +145,7 @@ def _start_compiling(cfg: object) -> None:
 
     arch = flashcute._core.driver_info().gpus[0].arch
     code = (
-        "import flashcute; from flashcute import ForwardConfig; "
+        "import flashcute; from flashcute import BackwardConfig, ForwardConfig; "
         f"flashcute.prebuild({cfg!r}, arch={arch})"
     )
     _compilations[cfg.name] = subprocess.Popen(  # type: ignore[attr-defined]
@@ -171,6 +171,21 @@ def _wait_for(cfg: object) -> None:
     process = _compilations[cfg.name]  # type: ignore[attr-defined]
     _, problem = process.communicate() if process.returncode is None else ("", "")
     assert process.returncode == 0, problem
+
+
+def deterministic_configurations() -> list[object]:
+    """Those of the backward on this machine's GPU: none is compiled ahead of time. Tests that use them wait in the
+    disk cache for what is being compiled."""
+    import flashcute
+
+    if why_no_gpu():
+        return []
+    arch = flashcute._core.driver_info().gpus[0].arch
+    return [
+        flashcute.default_backward_config(head_dim, dtype, arch, deterministic=True)
+        for head_dim in (64, 128, 256)
+        for dtype in ("float16", "bfloat16")
+    ]
 
 
 @pytest.fixture

@@ -94,6 +94,14 @@ def test_compile(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compile", "--arch", "sm_80", "--all"]) == 0
     assert main(["compile", "--arch", "sm_80", "--dtype", "float32"]) == 0
     assert "tf32x3" in capsys.readouterr().out
+    backward = ["compile", "--backward", "--arch", "sm_80", "--head-dim", "64"]
+    assert main([*backward, "--config", "deterministic=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.partition(" for ")[0] for line in lines if not line.startswith("  ")]
+    assert [name.startswith("bwd_bf16_d64_") for name in names] == [True, True]
+    assert [name.endswith("_deterministic") for name in names] == [False, True]
+    assert any("_gradients_causal" in line for line in lines)
+    assert any("_queries_causal" in line for line in lines)
 
 
 @pytest.mark.skipif(not _core.build_info().image_archs, reason="built without images")
@@ -140,6 +148,13 @@ def test_compile_several(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "--device", "cpu", "--kv-ratio", "3", "--heads", "2"], "--kv-ratio"),
         (["bench", "--device", "cpu", "--out", "no/such/folder/file"], "--out"),
         (["compile", "--all", "--block-m", "64"], "--all"),
+        (["compile", "--all", "--backward"], "--all"),
+        (["compile", "--arch", "sm_80", "--deterministic", "1"], "deterministic"),
+        (["compile", "--backward", "--arch", "sm_80", "--dtype", "float32"], "float32"),
+        (
+            ["compile", "--backward", "--arch", "sm_80", "--rescale-threshold", "0"],
+            "rescale_threshold",
+        ),
         (["compile", "--arch", "sm_8x"], "sm_8x"),
         (["compile", "--arch", "sm_80", "--num-warps", "3"], "num_warps"),
         (["explain", "--seqlen-q", "-1"], "at least 0"),
@@ -250,6 +265,31 @@ def test_bench_on_the_gpu(tmp_path: Path) -> None:
     assert all(line["status"] == "ok" and line["ms_p50"] > 0 for line in lines)
 
 
+@pytest.mark.gpu
+def test_bench_backward_on_the_gpu(tmp_path: Path) -> None:
+    """The same for gradients; a configuration of one's own."""
+    out = tmp_path / "lines.jsonl"
+    sizes = ["--tokens", "1024", "--seqlens", "512", "--head-dims", "64", "--rounds", "1"]
+    impls = "flashcute,flashcute_deterministic,sdpa_flash,naive"
+    command = [
+        "bench",
+        "--backward",
+        "--device",
+        "cuda",
+        "--impls",
+        impls,
+        "--kv-ratio",
+        "2",
+        *sizes,
+    ]
+    assert main([*command, "--config", "deterministic=1", "--out", str(out)]) == 0
+    lines = read_lines(out)
+    assert {line["impl"] for line in lines} == {*impls.split(","), "flashcute[deterministic=1]"}
+    assert all(line["status"] == "ok" and line["ms_p50"] > 0 for line in lines)
+    assert all(line["timing"] == "CUDA graph" for line in lines if "flash" in line["impl"])
+    assert all(line["peak_bytes"] > 0 for line in lines)
+
+
 def test_demo_without_torch() -> None:
     """A demo that needs torch."""
     code = (
@@ -311,6 +351,31 @@ def test_bench_backward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert max(line[f"{name}_rel_l2"] for name in ("dq", "dk", "dv")) < 1e-13
         flops = 10 * 2 * 64 * 64 * 16 / 2
         assert line["tflops"] == pytest.approx(flops / line["ms_p50"] / 1e9)
+
+
+def test_bench_backward_configurations(tmp_path: Path) -> None:
+    """Gradients of another configuration than the one that is named, or counted as the default's."""
+    file = tmp_path / "lines.jsonl"
+    impls = ["--impls", "flashcute,flashcute_deterministic"]
+    configs = ["--config", "block_n=32", "--config", "block_m=8", "--config", "q_in_registers=1"]
+    command = [*TINY, "--backward", "--causal", "1", *impls, *configs, "--out", str(file)]
+    assert main(command) == 0
+    lines = {line["impl"]: line for line in read_lines(file)}
+    default, deterministic = lines["flashcute"], lines["flashcute_deterministic"]
+    changed = lines["flashcute[block_n=32]"]
+    assert {line["status"] for line in (default, deterministic, changed)} == {"ok"}
+    assert default["config"].startswith("bwd_f32_d16_m64_n64")
+    assert deterministic["config"].endswith("_deterministic")
+    assert "_n32_" in changed["config"]
+    assert "block_m" in lines["flashcute[block_m=8]"]["reason"]
+    assert "q_in_registers" in lines["flashcute[q_in_registers=1]"]["reason"]
+
+
+def test_deterministic_gradients_are_no_forward(capsys: pytest.CaptureFixture[str]) -> None:
+    """Silently timed as something else."""
+    impls = ["--impls", "flashcute,flashcute_deterministic"]
+    assert main([*TINY, *impls, "--causal", "1"]) == 0
+    assert "flashcute_deterministic needs --backward" in capsys.readouterr().out
 
 
 def test_bench_backward_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -476,6 +476,24 @@ def test_every_family_compiles_at_run_time(tmp_path: Path) -> None:
         assert all("compiled by NVRTC" in origin for origin in origins.values())
 
 
+@pytest.mark.slow
+@needs_nvrtc
+def test_the_backward_compiles_at_run_time(tmp_path: Path) -> None:
+    """The same of the backward: its deterministic kernels are compiled in no other way."""
+    code = PREBUILD.replace("import ForwardConfig", "import BackwardConfig")
+    cfgs = [
+        fc.default_backward_config(head_dim, arch="sm_90", deterministic=deterministic)
+        for head_dim, deterministic in ((64, True), (64, False), (128, False))
+    ]
+    running = [
+        start(hidden_toolkit(tmp_path), code.replace(repr(CONFIG), repr(cfg))) for cfg in cfgs
+    ]
+    for process in running:
+        origins, _ = finish(process)
+        assert len(origins) == 4
+        assert all("compiled by NVRTC" in origin for origin in origins.values())
+
+
 def test_prebuild_of_nothing() -> None:
     """An empty list is not "all"."""
     assert fc.prebuild([], arch="sm_90") == {}

@@ -12,11 +12,12 @@ import flashcute as fc
 import numpy as np
 import pytest
 import torch
-from conftest import Runner
+from conftest import Runner, deterministic_configurations
 from flashcute import _torch
 from oracle_backward import assert_accurate, make_problem
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
+pytestmark = pytest.mark.compiles(deterministic_configurations())
 both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 
 
@@ -32,19 +33,26 @@ def qkv(
     layout: str = "bshd",
     dtype: torch.dtype = torch.float64,
     grad: bool = True,
+    device: str = "cpu",
 ) -> list[torch.Tensor]:
+    """Where there are no kernels for the dtype's gradients, on a GPU, in float16."""
+    if device == "cuda" and dtype in (torch.float32, torch.float64):
+        dtype = torch.float16
     d_v = d if d_v is None else d_v
     sizes = [(batch, sq, heads, d), (batch, sk, kv_heads, d), (batch, sk, kv_heads, d_v)]
     if layout == "bhsd":
         sizes = [(b, h, s, d) for b, s, h, d in sizes]
-    return [torch.randn(size, dtype=dtype).requires_grad_(grad) for size in sizes]
+    return [torch.randn(size, dtype=dtype, device=device).requires_grad_(grad) for size in sizes]
 
 
 def gradients(function: Callable[..., Any], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Of a sum with weights that differ from element to element."""
     out = function(*tensors)
     outs = out if isinstance(out, tuple) else (out,)
-    total = sum((x.double() * torch.linspace(-1, 2, x.numel()).view(x.shape)).sum() for x in outs)
+    total = sum(
+        (x.double() * torch.linspace(-1, 2, x.numel(), device=x.device).view(x.shape)).sum()
+        for x in outs
+    )
     return list(torch.autograd.grad(total, tensors))
 
 
@@ -88,9 +96,72 @@ def test_accuracy(rng: np.random.Generator, dtype: str) -> None:
     assert_accurate(p, torch.autograd.grad(fc.flash_attention(*tensors, True), tensors, dout))
 
 
-def test_forward_is_the_same_with_and_without_gradients() -> None:
+on_gpu_both_ways = pytest.mark.parametrize(
+    "deterministic", [False, True], ids=["atomics", "deterministic"]
+)
+
+
+@pytest.mark.gpu
+@on_gpu_both_ways
+@both_masks
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("d", "d_v"), [(64, 64), (128, 128), (256, 256), (40, 72), (96, 64), (136, 40), (128, 192)]
+)
+def test_accuracy_on_a_gpu(
+    rng: np.random.Generator,
+    d: int,
+    d_v: int,
+    dtype: str,
+    traced: bool,
+    causal: bool,
+    deterministic: bool,
+) -> None:
+    """Both ways of the kernels, by autograd and by the operators; the LSE is differentiated too."""
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)  # conftest.py resets it
+    p = make_problem(
+        rng, dtype, seqlen_q=150, seqlen_k=170, kv_heads=2, d=d, d_v=d_v, causal=causal, with_dlse=True
+    )  # fmt: skip
+    q, k, v, dout = (
+        torch.tensor(x, dtype=getattr(torch, dtype), device="cuda") for x in (p.q, p.k, p.v, p.dout)
+    )
+    dlse = torch.tensor(p.dlse, dtype=torch.float32, device="cuda")
+    tensors = [x.requires_grad_() for x in (q, k, v)]
+    if traced:
+        results = _torch.forward_operator(*tensors, causal, None, "bshd", False)
+    else:
+        results = fc.flash_attention(*tensors, causal, return_lse=True, on_unsupported="error")
+    assert_accurate(p, torch.autograd.grad(results, tensors, [dout, dlse]))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.compiles(
+    [
+        fc.default_backward_config(64, "float16", "sm_80", deterministic=deterministic).replace(
+            copy_bytes=copy_bytes, async_copy=copy_bytes >= 4
+        )
+        for copy_bytes in (8, 2)
+        for deterministic in (False, True)
+    ]
+)
+@on_gpu_both_ways
+@pytest.mark.parametrize("d", [20, 5])
+@pytest.mark.usefixtures("prebuilt")
+def test_misalignment_on_a_gpu(rng: np.random.Generator, d: int, deterministic: bool) -> None:
+    """Rows of 40 and of 10 bytes need kernels that copy fewer bytes at once (T5)."""
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    p = make_problem(rng, "float16", seqlen_q=150, seqlen_k=170, kv_heads=2, d=d, causal=True)
+    tensors = [torch.tensor(x, device="cuda").half().requires_grad_() for x in (p.q, p.k, p.v)]
+    out = fc.flash_attention(*tensors, True, on_unsupported="error")
+    dout = torch.tensor(p.dout, device="cuda").half()
+    assert_accurate(p, torch.autograd.grad(out, tensors, dout))
+
+
+def test_forward_is_the_same_with_and_without_gradients(device: str) -> None:
     """Two roads, one result, bit for bit."""
-    tensors = qkv(dtype=torch.float32)
+    tensors = qkv(dtype=torch.float32, device=device)
     recorded, lse = fc.flash_attention(*tensors, return_lse=True)
     assert recorded.requires_grad
     assert lse.requires_grad
@@ -139,11 +210,11 @@ def test_only_the_lse_is_used() -> None:
     ],
     ids=["all expanded", "last expanded", "batch expanded", "permuted", "every second", "negated view"],
 )  # fmt: skip
-def test_strides_of_dout(make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_strides_of_dout(device: str, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """An expanded or otherwise strided gradient read as if it were contiguous (T18)."""
-    tensors = qkv(dtype=torch.float32)
+    tensors = qkv(dtype=torch.float32, device=device)
     out = fc.flash_attention(*tensors)
-    dout = make(torch.randn(out.shape))
+    dout = make(torch.randn_like(out))
     found = torch.autograd.grad(out, tensors, dout, retain_graph=True)
     expected = torch.autograd.grad(out, tensors, dout.resolve_neg().contiguous())
     for a, b in zip(found, expected, strict=True):
@@ -155,11 +226,11 @@ def test_strides_of_dout(make: Callable[[torch.Tensor], torch.Tensor]) -> None:
     [lambda x: x[:1, :1, :1].expand(x.shape), torch._neg_view],
     ids=["expanded", "negated view"],
 )
-def test_strides_of_dlse(make: Callable[..., torch.Tensor]) -> None:
+def test_strides_of_dlse(device: str, make: Callable[..., torch.Tensor]) -> None:
     """lse.sum().backward() gives a gradient of stride 0; others may be negated views."""
-    tensors = qkv(dtype=torch.float32)
+    tensors = qkv(dtype=torch.float32, device=device)
     _, lse = fc.flash_attention(*tensors, return_lse=True)
-    dlse = make(torch.randn(lse.shape))
+    dlse = make(torch.randn_like(lse))
     found = torch.autograd.grad(lse, tensors, dlse, retain_graph=True)
     expected = torch.autograd.grad(lse, tensors, dlse.resolve_neg().contiguous())
     for a, b in zip(found, expected, strict=True):
@@ -196,10 +267,10 @@ def attend_by_operator(*tensors: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("attend", [fc.flash_attention, attend_by_operator])
-def test_second_derivative_raises(attend: Callable[..., torch.Tensor]) -> None:
+def test_second_derivative_raises(device: str, attend: Callable[..., torch.Tensor]) -> None:
     """Gradients taken for constants in a loss that depends on them: silently wrong (T31, pytorch 116350). A graph
     that is asked for and not used is no error."""
-    tensors = qkv()
+    tensors = qkv(device=device)
     first = torch.autograd.grad(attend(*tensors).sum(), tensors, create_graph=True)
     assert_same(list(first), list(torch.autograd.grad(attend(*tensors).sum(), tensors)))
     with pytest.raises(
@@ -208,10 +279,10 @@ def test_second_derivative_raises(attend: Callable[..., torch.Tensor]) -> None:
         (attend(*tensors).sum() + first[1].square().sum()).backward()
 
 
-def test_changed_inputs_are_noticed() -> None:
+def test_changed_inputs_are_noticed(device: str) -> None:
     """An input or output that is written between forward and backward would give wrong gradients."""
     for change in (0, 3):
-        tensors = [x.clone() for x in qkv()]
+        tensors = [x.clone() for x in qkv(device=device)]
         out = fc.flash_attention(*tensors)
         [*tensors, out][change].data.add_(0)  # .data: not noticed, and nothing changed
         [*tensors, out][change].detach().add_(1)
@@ -219,11 +290,12 @@ def test_changed_inputs_are_noticed() -> None:
             out.sum().backward()
 
 
-def test_20_runs_are_the_same_bits() -> None:
-    """Gradients that depend on the order in which threads finish (T21)."""
-    tensors = qkv(sq=200, sk=200, d=64, dtype=torch.bfloat16)
+def test_runs_are_the_same_bits(device: str) -> None:
+    """Gradients that depend on the order in which threads finish (T21), on a GPU where torch is told so."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    tensors = qkv(sq=200, sk=200, d=64, dtype=torch.bfloat16, device=device)
     first = gradients(fc.flash_attention, tensors)
-    for _ in range(20):
+    for _ in range(20 if device == "cpu" else 100):
         for a, b in zip(gradients(fc.flash_attention, tensors), first, strict=True):
             assert torch.equal(a, b)
 
@@ -264,15 +336,109 @@ def test_mixed_libraries_are_refused() -> None:
         fc.flash_attention(q, k, [1.0])
 
 
+# ---- streams and graphs --------------------------------------------------------------------------
+
+SPIN = 200_000_000  # clock cycles: about a tenth of a second
+
+
+@pytest.mark.gpu
+@on_gpu_both_ways
+@pytest.mark.parametrize("backward", [False, True], ids=["inference", "training"])
+def test_first_call_inside_a_capture(fresh: Runner, backward: bool, deterministic: bool) -> None:
+    """The kernels of the gradients are loaded while a graph is captured, in the strictest mode; a replay computes
+    with what the tensors hold then (T24)."""
+    fresh(f"""
+        import torch, flashcute as fc
+        torch.use_deterministic_algorithms({deterministic})
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        options = dict(dtype=torch.float16, device="cuda", requires_grad={backward})
+        q, k, v = (torch.randn(2, 200, 4, 64, **options) for _ in range(3))
+        dout = torch.randn_like(q, requires_grad=False)
+        x = torch.ones(1, device="cuda", requires_grad=True)
+        (2 * x).sum().backward()  # autograd's thread is there
+
+        def attend():
+            out = fc.flash_attention(q, k, v, causal=True, on_unsupported="error")
+            return [out, *torch.autograd.grad(out, (q, k, v), dout)] if {backward} else [out]
+
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="global"):
+            found = attend()
+        for _ in range(3):
+            with torch.no_grad():
+                for x in (q, k, v, dout):
+                    x.copy_(torch.randn_like(x))
+                for x in found:
+                    x.fill_(float("nan"))
+            graph.replay()
+            for a, b in zip(found, attend(), strict=True):
+                torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+                assert not {deterministic} or torch.equal(a, b)
+    """)
+
+
+@pytest.mark.gpu
+@on_gpu_both_ways
+@pytest.mark.parametrize("stream_of", ["current", "argument"])
+def test_gradients_run_on_the_stream_of_the_forward(stream_of: str, deterministic: bool) -> None:
+    """On another one they would read an output that is not there yet; and who reads them on the current stream waits
+    for them, though the host does not (T25)."""
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    tensors = qkv(sq=200, sk=300, d=64, device="cuda")
+    dout = torch.randn_like(tensors[0], requires_grad=False)
+    expected = torch.autograd.grad(fc.flash_attention(*tensors), tensors, dout)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(SPIN)
+        late = dout.clone() if stream_of == "current" else dout
+        if stream_of == "current":
+            out = fc.flash_attention(*tensors)
+            found = torch.autograd.grad(out, tensors, late)
+    if stream_of == "argument":
+        out = fc.flash_attention(*tensors, stream=side)
+        found = torch.autograd.grad(out, tensors, late)
+    else:
+        torch.cuda.current_stream().wait_stream(side)
+    assert not side.query(), "the call waited for the GPU, or the spin was too short"
+    copies = [x.clone() for x in found]  # on the current stream
+    del found
+    garbage = [torch.full_like(x, math.nan) for x in tensors]
+    for a, b in zip(copies, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+        assert not deterministic or torch.equal(a, b)
+    del garbage
+
+
+def test_stream_of_tensors_on_the_cpu() -> None:
+    """There is none."""
+    with pytest.raises(fc.ArgumentError, match=r"^stream: expected None for arrays on the CPU"):
+        fc.flash_attention(*qkv(), stream=7)
+
+
+@pytest.mark.gpu
+def test_memory_of_training_grows_with_the_length_only() -> None:
+    """A backward that stores seqlen_q x seqlen_k anything: 2 GiB here in float16 (T33)."""
+    q, k, v = qkv(batch=1, sq=32768, sk=32768, heads=1, kv_heads=1, d=64, device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fc.flash_attention(q, k, v, True, on_unsupported="error").sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 100 * 2**20
+
+
 # ---- autocast ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_autocast(grad: bool) -> None:
+def test_autocast(device: str, grad: bool) -> None:
     """Inputs are cast as custom_fwd casts them; gradients come back in the inputs' dtype."""
-    tensors = qkv(dtype=torch.float32, grad=grad)
+    tensors = [
+        x.detach().to(device).requires_grad_(grad) for x in qkv(dtype=torch.float32, grad=grad)
+    ]
     tensors[1] = tensors[1].detach().bfloat16().requires_grad_(grad)  # as a linear layer gives it
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         out = fc.flash_attention(*tensors)
         assert out.dtype == torch.bfloat16
         assert out.dtype == sdpa(*(x.transpose(1, 2) for x in tensors), enable_gqa=True).dtype
@@ -305,17 +471,19 @@ CASES = {
 }
 
 
-def case(name: str, grad: bool = True) -> tuple[list[torch.Tensor], str]:
+def case(name: str, device: str) -> tuple[list[torch.Tensor], str]:
     sizes = {"dtype": torch.float32, **CASES[name]}
-    return qkv(grad=grad, **sizes), sizes.get("layout", "bshd")
+    if device == "cuda" and "d_v" in sizes:
+        sizes |= {"d": 8, "d_v": 16}  # what is aligned otherwise has to be compiled
+    return qkv(device=device, **sizes), sizes.get("layout", "bshd")
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("strided", [False, True])
-def test_opcheck(name: str, strided: bool) -> None:
+def test_opcheck(device: str, name: str, strided: bool) -> None:
     """Fakes whose shapes, dtypes or strides differ from the real ones (T30); a wrong schema; autograd that is
     registered in the wrong place."""
-    tensors, layout = case(name)
+    tensors, layout = case(name, device)
     if strided:
         tensors = [
             x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
@@ -341,7 +509,9 @@ def compiled() -> Any:
 
 @both_masks
 @pytest.mark.parametrize("return_lse", [False, True])
-def test_compile_with_dynamic_shapes(compiled: Any, causal: bool, return_lse: bool) -> None:
+def test_compile_with_dynamic_shapes(
+    device: str, compiled: Any, causal: bool, return_lse: bool
+) -> None:
     """A graph break, or a recompilation for every length."""
     graphs = []
 
@@ -355,12 +525,25 @@ def test_compile_with_dynamic_shapes(compiled: Any, causal: bool, return_lse: bo
 
     fast = compiled(attend)
     for sq, sk in ((17, 23), (40, 41), (65, 129)):
-        tensors = qkv(sq=sq, sk=sk, layout="bhsd")
+        tensors = qkv(sq=sq, sk=sk, layout="bhsd", device=device)
         assert_same(gradients(fast, tensors), gradients(attend, tensors))
     counted = torch.compile(attend, fullgraph=True, dynamic=True, backend=count)
     for sq, sk in ((17, 23), (40, 41), (65, 129)):
-        counted(*qkv(sq=sq, sk=sk, layout="bhsd"))
+        counted(*qkv(sq=sq, sk=sk, layout="bhsd", device=device))
     assert len(graphs) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compile_where_a_gpu_has_no_gradients(compiled: Any, dtype: torch.dtype) -> None:
+    """torch's own attention in the graph, as in an eager call; without gradients the operator."""
+    tensors = [x.detach().cuda().requires_grad_() for x in qkv(dtype=dtype)]
+    with pytest.warns(UserWarning, match=r"gradients \(requires_grad=True\).*have no kernel"):
+        out = compiled(lambda *x: fc.flash_attention(*x) * 2)(*tensors)
+    with pytest.warns(
+        UserWarning, match=r"gradients \(requires_grad=True\).*has no backward kernel"
+    ):
+        torch.testing.assert_close(out, fc.flash_attention(*tensors) * 2)
 
 
 @pytest.mark.slow
@@ -545,9 +728,30 @@ def test_explain_tells_how_gradients_are_computed() -> None:
     told = fc.explain(*qkv(dtype=torch.float32))
     assert told.backend == "cpu"
     assert "bwd_f32_d8_m64_n64" in told.notes[0]
+    assert "the same bits in every run" in told.notes[0]
+    assert "workspace" not in told.notes[0]
     assert "last stride is not 1 is copied" in told.notes[0]
     with torch.no_grad():
         assert fc.explain(*qkv(dtype=torch.float32)).notes == []
+    assert fc.explain(qkv()[0][0], *qkv()[1:]).backend == ""
+
+
+@pytest.mark.gpu
+@on_gpu_both_ways
+def test_explain_tells_how_gradients_are_computed_on_a_gpu(deterministic: bool) -> None:
+    """The configuration that runs, and the memory that the call takes beside its results."""
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    tensors = qkv(sq=1000, sk=1000, d=64, dtype=torch.bfloat16, device="cuda")
+    told = fc.explain(*tensors)
+    assert told.backend == "sm80"
+    major, minor = torch.cuda.get_device_capability()
+    cfg = fc.default_backward_config(
+        64, "bfloat16", 10 * major + minor, deterministic=deterministic
+    )
+    assert f"gradients by {cfg.name}, " in told.notes[0]
+    assert ("the same bits in every run" in told.notes[0]) == deterministic
+    size = fc.backward_workspace_size(cfg, tensors[0].detach(), tensors[2].detach())
+    assert f"with a workspace of {4 * size} bytes" in told.notes[0]
 
 
 def test_fallback_writes_out() -> None:

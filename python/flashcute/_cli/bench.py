@@ -18,12 +18,13 @@ from .options import (
     positive_float,
     positive_int,
 )
-from .peers import NAMES
+from .peers import DETERMINISTIC, NAMES
 
 
 def implementation_name(text: str) -> str:
-    if text not in NAMES:
-        raise argparse.ArgumentTypeError(f"expected names among {', '.join(NAMES)}, got {text!r}")
+    known = (*NAMES, DETERMINISTIC)
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"expected names among {', '.join(known)}, got {text!r}")
     return text
 
 
@@ -38,7 +39,9 @@ def add_command(commands: Commands) -> None:
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
-        "--backward", action="store_true", help="time gradients, by torch's autograd, instead"
+        "--backward",
+        action="store_true",
+        help="time gradients, by torch's autograd (with --config by flashcute.backward), instead",
     )
     mode.add_argument(
         "--overhead", action="store_true", help="time what a call costs the host instead"
@@ -76,8 +79,8 @@ def add_command(commands: Commands) -> None:
         "--impls",
         type=list_of(implementation_name),
         metavar="NAME,...",
-        help=f"among {', '.join(NAMES)}; default: all but sdpa and fa3, on the CPU "
-        "flashcute, sdpa, naive",
+        help=f"among {', '.join(NAMES)}, with --backward {DETERMINISTIC}; default: all but sdpa "
+        f"and fa3 and {DETERMINISTIC}, on the CPU flashcute, sdpa, naive",
     )
     compared.add_argument(
         "--config",

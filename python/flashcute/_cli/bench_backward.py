@@ -1,4 +1,5 @@
-"""The backward benchmark: gradients of the output alone, with the forward done beforehand; by torch's autograd."""
+"""The backward benchmark: gradients of the output alone, with the forward done beforehand; by torch's autograd, or
+with a configuration by flashcute.backward."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from .. import reference
 from .bench_forward import Line, Verifier, run_with
 from .kits import Array, Call, Inputs, Kit, in_layout
 from .options import UsageError
-from .peers import Implementation, Naive
+from .peers import DETERMINISTIC, FlashcuteGradients, Implementation, Naive
 from .problem import Case, Result, complaint, errors
 
 NAMES = ("dq", "dk", "dv")
@@ -34,6 +35,16 @@ class BackwardVerifier(Verifier):
             )
         super().__init__(kit)
         self.checked: dict[tuple[str, Case], tuple[str | None, Line]] = {}
+
+    def implementation(self, name: str) -> Implementation:
+        if name == "flashcute":
+            return FlashcuteGradients(self.kit)
+        if name == DETERMINISTIC:
+            return FlashcuteGradients(self.kit, {"deterministic": True}, name)
+        return super().implementation(name)
+
+    def changed(self, changes: dict[str, Any]) -> Implementation:
+        return FlashcuteGradients(self.kit, changes)
 
     def check(self, one: Implementation, case: Case, inputs: Inputs) -> tuple[str | None, Line]:
         small = self.small(case)
@@ -74,7 +85,10 @@ class BackwardVerifier(Verifier):
 
     def call_with(self, one: Implementation, inputs: Inputs, causal: bool, dout: Array) -> Call:
         """The gradients for `dout`, which is in the implementation's layout too."""
+        if isinstance(one, FlashcuteGradients) and one.changes:
+            return one.gradients(inputs, causal, dout)
         torch: Any = self.kit.torch  # type: ignore[attr-defined]
         q, k, v = leaves = [x.detach().requires_grad_() for x in inputs]
-        out = one.call(q, k, v, causal)
+        with self.kit.on_capture_stream():  # autograd works on the stream of the forward
+            out = one.call(q, k, v, causal)
         return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)

@@ -59,9 +59,9 @@ def run_with(
     kit = choose_kit(options.device, options.dtype, options.seed)
     common = provenance(kit, options.commit)
     print(f"{common['device']}; {common['library']}; {common['commit']}; seed {options.seed}")
-    implementations = make_implementations(kit, options)
-    cases = list(make_cases(kit, options))
     verifier = make_verifier(kit)
+    implementations = make_implementations(verifier, options)
+    cases = list(make_cases(kit, options))
     lines: list[Line] = []
     for i, case in enumerate(cases):
         if options.deadline_s is not None and time.monotonic() - start > options.deadline_s:
@@ -84,17 +84,18 @@ def run_with(
 # ---- what to run -------------------------------------------------------------------------------
 
 
-def make_implementations(kit: Kit, options: argparse.Namespace) -> list[Implementation]:
+def make_implementations(verifier: Verifier, options: argparse.Namespace) -> list[Implementation]:
     names = options.impls
     if names is None:
-        names = GPU_IMPLEMENTATIONS if kit.device == "cuda" else CPU_IMPLEMENTATIONS
+        gpu = verifier.kit.device == "cuda"
+        names = GPU_IMPLEMENTATIONS if gpu else CPU_IMPLEMENTATIONS
     found: list[Implementation] = []
     for name in dict.fromkeys(names):
         try:
-            found.append(peers.make(name, kit))
+            found.append(verifier.implementation(name))
         except UsageError as problem:
             print(f"without {name}: {problem}")
-    found += [Flashcute(kit, changes) for changes in options.config]
+    found += [verifier.changed(changes) for changes in options.config]
     if not found:
         raise UsageError("--impls: none of these is here")
     return found
@@ -152,8 +153,8 @@ class Verdict(NamedTuple):
 
 
 class Verifier:
-    """Checks implementations against fp64, on a whole small problem and on rows of the real one, and knows what
-    to time."""
+    """Makes implementations, checks them against fp64, on a whole small problem and on rows of the real one, and
+    knows what to time."""
 
     kind = "forward"
     products = 2  # matrix products of the algorithm, by which FLOP/s are counted
@@ -161,6 +162,14 @@ class Verifier:
     def __init__(self, kit: Kit) -> None:
         self.kit = kit
         self.verdicts: dict[tuple[str, Case], Verdict] = {}
+
+    def implementation(self, name: str) -> Implementation:
+        """Raises UsageError if what it needs is not here."""
+        return peers.make(name, self.kit)
+
+    def changed(self, changes: dict[str, Any]) -> Implementation:
+        """flashcute with changes to its default configuration."""
+        return Flashcute(self.kit, changes)
 
     def check(self, one: Implementation, case: Case, inputs: Inputs) -> tuple[str | None, Line]:
         """Why the results are not accepted, and what was found."""

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from .. import ForwardConfig, _core, configs, prebuild
+from .. import BackwardConfig, ForwardConfig, _core, prebuild
 from .options import (
     GPU_DTYPES,
     Commands,
+    Config,
     UsageError,
     add_config_arguments,
+    changed_backward_config,
     changed_config,
     config_changes,
     given_changes,
@@ -31,7 +33,16 @@ def add_command(commands: Commands) -> None:
         "not given is what flash_attention would take for the head dimension. Needs no GPU if "
         "--arch is given.",
     )
-    parser.add_argument("--all", action="store_true", help="every ahead-of-time configuration")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="every ahead-of-time configuration, of the forward and the backward",
+    )
+    parser.add_argument(
+        "--backward",
+        action="store_true",
+        help="the kernels of gradients: options and --config are then those of BackwardConfig",
+    )
     parser.add_argument("--arch", help="sm_80, sm_90, ... (default: that of GPU 0)")
     parser.add_argument("--head-dim", type=positive_int, metavar="N", help="default: 128")
     parser.add_argument("--dtype", choices=GPU_DTYPES, help="default: bfloat16")
@@ -50,17 +61,19 @@ def add_command(commands: Commands) -> None:
         metavar="N",
         help="configurations to compile at the same time (default: one per core)",
     )
-    add_config_arguments(parser)
+    add_config_arguments(parser, ForwardConfig, BackwardConfig)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     changes = given_changes(options)
-    if options.all and (changes or options.config or options.head_dim or options.dtype):
+    named = changes or options.config or options.head_dim or options.dtype or options.backward
+    if options.all and named:
         raise UsageError("--all takes no option of a configuration")
     arch = options.arch or default_arch()
+    chosen: list[Config]
     if options.all:
-        chosen = configs()
+        chosen = [*_core.configs(), *_core.backward_configs()]
         if not chosen:
             raise UsageError("--all: this build has no ahead-of-time configurations; name one")
     else:
@@ -74,16 +87,16 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-Built = tuple[ForwardConfig, float, dict[str, str]]  # with seconds, and where each kernel came from
+Built = tuple[Config, float, dict[str, str]]  # with seconds, and where each kernel came from
 
 
-def build(cfg: ForwardConfig, arch: str) -> Built:
+def build(cfg: Config, arch: str) -> Built:
     start = time.perf_counter()
     kernels = prebuild(cfg, arch)
     return cfg, time.perf_counter() - start, kernels
 
 
-def built(chosen: list[ForwardConfig], arch: str, jobs: int) -> Iterator[Built]:
+def built(chosen: list[Config], arch: str, jobs: int) -> Iterator[Built]:
     if len(chosen) == 1 or jobs == 1:
         yield from (build(cfg, arch) for cfg in chosen)
         return
@@ -92,8 +105,9 @@ def built(chosen: list[ForwardConfig], arch: str, jobs: int) -> Iterator[Built]:
         yield from pool.map(build, chosen, [arch] * len(chosen))
 
 
-def one_config(options: argparse.Namespace, arch: str, changes: dict[str, object]) -> ForwardConfig:
-    return changed_config(options.head_dim or 128, options.dtype or "bfloat16", arch, changes)
+def one_config(options: argparse.Namespace, arch: str, changes: dict[str, object]) -> Config:
+    changed = changed_backward_config if options.backward else changed_config
+    return changed(options.head_dim or 128, options.dtype or "bfloat16", arch, changes)
 
 
 def default_arch() -> str:

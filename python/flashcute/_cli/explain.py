@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .. import explain
+from .. import ForwardConfig, explain
 from .kits import add_device_argument, choose_kit
 from .options import DTYPES, Commands, add_config_arguments, changed_config, given_changes, natural
 
@@ -28,7 +28,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--layout", choices=("bshd", "bhsd"), default="bshd")
     add_device_argument(parser)
-    add_config_arguments(parser)
+    add_config_arguments(parser, ForwardConfig)
     parser.set_defaults(run=run)
 
 

@@ -13,7 +13,7 @@ import gc
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
@@ -101,6 +101,10 @@ class Kit(ABC):
         for _ in range(2):
             call()
         return call, "calls"
+
+    def on_capture_stream(self) -> contextlib.AbstractContextManager[object]:
+        """Where `repeatable` may capture: for what a call does on a stream that was current before."""
+        return contextlib.nullcontext()
 
 
 class _CpuKit(Kit):
@@ -232,6 +236,18 @@ class TorchCudaKit(_Torch):
     device = "cuda"
     memory_meter = "peak of torch's CUDA allocator"
 
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.side = self.torch.cuda.Stream()
+
+    @contextlib.contextmanager
+    def on_capture_stream(self) -> Iterator[None]:
+        cuda = self.torch.cuda
+        self.side.wait_stream(cuda.current_stream())
+        with cuda.stream(self.side):
+            yield
+        cuda.current_stream().wait_stream(self.side)
+
     def synchronize(self) -> None:
         self.torch.cuda.synchronize()
 
@@ -263,16 +279,13 @@ class TorchCudaKit(_Torch):
     def repeatable(self, call: Call) -> tuple[Call, str]:
         """A CUDA graph of the call, if it can be captured: a replay costs the host little."""
         cuda = self.torch.cuda
-        side = cuda.Stream()
-        side.wait_stream(cuda.current_stream())
-        with cuda.stream(side):
+        with self.on_capture_stream():
             for _ in range(3):
                 call()
-        cuda.current_stream().wait_stream(side)
         cuda.synchronize()
         graph = cuda.CUDAGraph()
         try:
-            with cuda.graph(graph):
+            with cuda.graph(graph, stream=self.side):
                 result = call()
             graph.replay()
             cuda.synchronize()

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from .. import ForwardConfig, default_config
+from .. import BackwardConfig, ForwardConfig, default_backward_config, default_config
 
 # What `commands` of argparse is; the class is generic in the type checker's eyes only.
 Commands = Any
@@ -57,23 +57,25 @@ def list_of(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return parse
 
 
-# ---- ForwardConfig -----------------------------------------------------------------------------
+# ---- configurations ----------------------------------------------------------------------------
+
+Config = ForwardConfig | BackwardConfig
 
 
-def config_options() -> dict[str, Callable[[str], Any]]:
-    """The options of ForwardConfig beside dtype and head_dim, and the types of their arguments."""
-    example = ForwardConfig()
+def config_options(kind: type[Config]) -> dict[str, Callable[[str], Any]]:
+    """The options of a class beside dtype and head_dim, and the types of their arguments."""
+    example = kind()
     parsers: dict[type, Callable[[str], Any]] = {bool: boolean, int: int, str: str}
     return {
         name: parsers[type(getattr(example, name))]
-        for name, member in vars(ForwardConfig).items()
+        for name, member in vars(kind).items()
         if isinstance(member, property) and name not in ("name", "smem_bytes", "dtype", "head_dim")
     }
 
 
 def config_changes(text: str) -> dict[str, Any]:
     """Type of an argument like "block_m=64,swizzled=0": changes to the default configuration."""
-    known = config_options()
+    known = config_options(ForwardConfig) | config_options(BackwardConfig)
     changes: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
@@ -88,21 +90,28 @@ def config_changes(text: str) -> dict[str, Any]:
     return changes
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """One argument per option of ForwardConfig; those not given are absent from the namespace."""
-    for name, kind in config_options().items():
+def add_config_arguments(parser: argparse.ArgumentParser, *kinds: type[Config]) -> None:
+    """One argument per option of these classes; those not given are absent from the namespace."""
+    classes: dict[str, list[str]] = {}
+    parsers: dict[str, Callable[[str], Any]] = {}
+    for kind in kinds:
+        for name, parse in config_options(kind).items():
+            classes.setdefault(name, []).append(kind.__name__)
+            parsers[name] = parse
+    for name, parse in parsers.items():
         parser.add_argument(
             f"--{name.replace('_', '-')}",
-            type=kind,
+            type=parse,
             default=argparse.SUPPRESS,
-            metavar="0|1" if kind is boolean else "N" if kind is int else "NAME",
-            help=f"ForwardConfig.{name}",
+            metavar="0|1" if parse is boolean else "N" if parse is int else "NAME",
+            help=", ".join(f"{kind}.{name}" for kind in classes[name]),
         )
 
 
 def given_changes(options: argparse.Namespace) -> dict[str, Any]:
     """What add_config_arguments's arguments were set to."""
-    return {name: value for name, value in vars(options).items() if name in config_options()}
+    known = config_options(ForwardConfig) | config_options(BackwardConfig)
+    return {name: value for name, value in vars(options).items() if name in known}
 
 
 def changed_config(
@@ -110,3 +119,12 @@ def changed_config(
 ) -> ForwardConfig:
     """The default configuration with changes."""
     return default_config(head_dim, dtype, arch).replace(**changes)
+
+
+def changed_backward_config(
+    head_dim: int, dtype: str, arch: str | int, changes: dict[str, Any]
+) -> BackwardConfig:
+    """The same of the backward; `deterministic` has a default configuration of its own."""
+    deterministic = bool(changes.get("deterministic", False))
+    default = default_backward_config(head_dim, dtype, arch, deterministic=deterministic)
+    return default.replace(**changes)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from .. import __version__, explain, flash_attention, forward, reference
-from .kits import Array, Kit, in_layout
-from .options import UsageError, changed_config
+from .. import (
+    BackwardConfig,
+    __version__,
+    _core,
+    backward,
+    explain,
+    flash_attention,
+    forward,
+    reference,
+)
+from .kits import Array, Call, Inputs, Kit, in_layout
+from .options import UsageError, changed_backward_config, changed_config
 from .problem import ITEM_BYTES, Case, Result
 
 SDPA_BACKENDS = {
@@ -19,6 +29,7 @@ SDPA_BACKENDS = {
     "sdpa_math": "MATH",
 }
 NAMES = ("flashcute", "sdpa", *SDPA_BACKENDS, "fa3", "naive")
+DETERMINISTIC = "flashcute_deterministic"  # gradients only
 
 
 class Implementation:
@@ -64,11 +75,7 @@ class Flashcute(Implementation):
     def __init__(self, kit: Kit, changes: dict[str, Any] | None = None) -> None:
         self.changes = changes or {}
         self.arch = kit.arch
-        text = ",".join(
-            f"{name}={value if isinstance(value, str) else int(value)}"
-            for name, value in self.changes.items()
-        )
-        super().__init__(f"flashcute[{text}]" if text else "flashcute", __version__, self._run)
+        super().__init__(changed_name(self.changes), __version__, self._run)
 
     def config(self, head_dim: int, dtype: str) -> Any:
         return changed_config(head_dim, dtype, self.arch, self.changes)
@@ -93,6 +100,40 @@ class Flashcute(Implementation):
             cfg = self.config(q.shape[-1], str(q.dtype).rpartition(".")[2])
             return forward(cfg, q, k, v, causal=causal, **more)
         return flash_attention(q, k, v, causal, **more)
+
+
+def changed_name(changes: dict[str, Any]) -> str:
+    text = ",".join(
+        f"{name}={value if isinstance(value, str) else int(value)}"
+        for name, value in changes.items()
+    )
+    return f"flashcute[{text}]" if text else "flashcute"
+
+
+class FlashcuteGradients(Implementation):
+    """With changes to the default configuration by a call of `backward`; without, `call` is differentiated."""
+
+    def __init__(self, kit: Kit, changes: dict[str, Any] | None = None, name: str = "") -> None:
+        self.changes = changes or {}
+        self.arch = kit.arch
+        super().__init__(name or changed_name(self.changes), __version__, flash_attention)
+
+    def config(self, head_dim: int, dtype: str) -> BackwardConfig:
+        return changed_backward_config(head_dim, dtype, self.arch, self.changes)
+
+    def config_name(self, kit: Kit, case: Case) -> str | None:
+        if self.changes:
+            return str(self.config(case.head_dim, case.dtype).name)
+        q = kit.empty((case.batch, case.seqlen_q, case.heads, case.head_dim), case.dtype)
+        k = kit.empty((case.batch, case.seqlen_k, case.kv_heads, case.head_dim), case.dtype)
+        return str(_core.backward_config_for(q, k, k, "bshd", False).name)
+
+    def gradients(self, inputs: Inputs, causal: bool, dout: Array) -> Call:
+        """A call of `backward`, for changes."""
+        q, k, v = inputs
+        out, lse = flash_attention(q, k, v, causal, return_lse=True)
+        cfg = self.config(q.shape[-1], str(q.dtype).rpartition(".")[2])
+        return functools.partial(backward, cfg, dout, q, k, v, out, lse, causal=causal)
 
 
 class Naive(Implementation):
@@ -174,6 +215,8 @@ def make(name: str, kit: Kit) -> Implementation:
     """Raises UsageError if what the implementation needs is not here."""
     if name == "flashcute":
         return Flashcute(kit)
+    if name == DETERMINISTIC:
+        raise UsageError(f"{name} needs --backward")
     if name == "naive":
         return Naive(kit)
     if kit.library != "torch":

@@ -356,6 +356,8 @@ class Block {
 
   void store_global(void* to, void const* from, size_t bytes) { memory_.write(to, from, bytes); }
 
+  void add_global(float* to, float x) { memory_.add_to(to, x); }
+
   void load_global(void* to, void const* from, size_t bytes) {
     memory_.check_read(from, bytes);
     std::memcpy(to, from, bytes);
@@ -513,6 +515,14 @@ void GlobalMemory::write(void* to, void const* from, size_t bytes) {
   std::memcpy(to, from, bytes);
 }
 
+void GlobalMemory::add_to(float* to, float x) {
+  Use const* const u = find(to, sizeof(float));
+  for (size_t i = 0; i < sizeof(float); ++i) {
+    if (u[i] != Use::sum) violate("addition to global memory that is no element of a sum, at " + hex(to));
+  }
+  *to += x;
+}
+
 size_t GlobalMemory::count(Use use) const {
   size_t n = 0;
   for (Region const& r : regions_) {
@@ -560,6 +570,8 @@ void load_shared_by_warp(void* to, void const* from, size_t bytes) {
 }
 
 void store_global(void* to, void const* from, size_t bytes) { Block::running->store_global(to, from, bytes); }
+
+void add_global(float* to, float x) { Block::running->add_global(to, x); }
 
 void load_global(void* to, void const* from, size_t bytes) { Block::running->load_global(to, from, bytes); }
 

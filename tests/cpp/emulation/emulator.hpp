@@ -19,7 +19,7 @@ struct Violation : std::runtime_error {
 /// What each byte of global memory may be used for. A kernel may not touch what is not registered.
 class GlobalMemory {
  public:
-  enum class Use : uint8_t { none, input, output, written };
+  enum class Use : uint8_t { none, input, output, written, sum };
 
   /// Registers memory, none of which may be used until `allow` says so.
   void add(void const* base, size_t bytes);
@@ -27,6 +27,7 @@ class GlobalMemory {
   void check_read(void const* address, size_t bytes);
   /// Stores; a second store to the same byte is a violation.
   void write(void* to, void const* from, size_t bytes);
+  void add_to(float* to, float x);
   /// Bytes that may be used so, of all memory.
   size_t count(Use use) const;
 
@@ -72,6 +73,7 @@ void load_shared(void* to, void const* from, size_t bytes);
 /// A load that several lanes of the current warp take part in, so that no lane's own order protects it.
 void load_shared_by_warp(void* to, void const* from, size_t bytes);
 void store_global(void* to, void const* from, size_t bytes);
+void add_global(float* to, float x);
 void load_global(void* to, void const* from, size_t bytes);
 
 }  // namespace flashcute::emulation

@@ -216,6 +216,13 @@ FLASHCUTE_DEVICE void global_store(void* to, Word const& word) {
   emulation::store_global(to, &word, sizeof(Word));
 }
 
+inline constexpr int reduction_width = 1;
+
+template <int Width>
+FLASHCUTE_DEVICE void reduce_add(float* to, float const* x) {
+  for (int i = 0; i < Width; ++i) emulation::add_global(to + i, x[i]);
+}
+
 template <class Word>
 FLASHCUTE_DEVICE void copy_async(void const* from, void* to, bool exists) {
   static_assert(sizeof(Word) == 4 || sizeof(Word) == 8 || sizeof(Word) == 16);
@@ -294,6 +301,15 @@ FLASHCUTE_DEVICE float reciprocal_approx(float x) { return flush(1.f / flush(x))
 template <class To>
 FLASHCUTE_DEVICE uint32_t round_pair(float low, float high) {
   return static_cast<uint32_t>(To(low).raw()) | static_cast<uint32_t>(To(high).raw()) << 16;
+}
+
+template <class Element>
+FLASHCUTE_DEVICE uint32_t at_most_one(uint32_t pair) {
+  auto const least = [](uint32_t bits) {
+    auto const x = static_cast<float>(Element::bitcast(static_cast<uint16_t>(bits)));
+    return uint32_t{Element(x > 1 ? 1.f : x).raw()};
+  };
+  return least(pair & 0xffff) | least(pair >> 16) << 16;
 }
 
 FLASHCUTE_DEVICE cute::tfloat32_t round_tf32(float x) {
