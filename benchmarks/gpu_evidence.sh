@@ -66,9 +66,9 @@ for step in "${steps[@]}"; do
       bench forward_cudnn 300 --grid peers --head-dims 64,128,256 --impls flashcute,sdpa_flash,sdpa_cudnn ;;
     forward_float32) bench forward_float32 200 --grid peers --dtype float32 --head-dims 64,128,256 --seqlens 1024,4096 \
       --impls flashcute,sdpa_efficient,sdpa_math ;;
-    backward) bench backward 300 --backward --grid peers --head-dims 64,128 \
+    backward) bench backward 300 --backward --grid peers --head-dims 64,128,256 --rounds 8 \
       --impls flashcute,sdpa_flash,flashcute_deterministic ;;
-    backward_gqa) bench backward_gqa 300 --backward --grid peers --head-dims 64,128 --kv-ratio 8 \
+    backward_gqa) bench backward_gqa 300 --backward --grid peers --head-dims 64,128,256 --kv-ratio 8 \
       --impls flashcute,sdpa_flash,flashcute_deterministic ;;
     naive) bench naive 60 --batch 4 --heads 16 --head-dims 64 --seqlens 2048,4096,8192 --impls flashcute,naive ;;
     options)

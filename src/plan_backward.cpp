@@ -33,12 +33,6 @@ void require_kernel(DType dtype, bool gpu, char const* whose) {
 /// The default configuration, of tensors whose dtype has one.
 BackwardConfig default_config_of(BackwardTensors const& t, Arch arch, char const* whose) {
   require_capability(arch, whose);
-  constexpr int32_t widest = max_backward_head_dim();
-  if (int32_t const d = max_of(t.head_dim, t.head_dim_v); arch != cpu_arch && d > widest) {
-    throw UnsupportedError(std::string(whose) + "head_dim " + std::to_string(d) +
-                           " has no backward kernel on a GPU yet. Use head_dim up to " + std::to_string(widest) +
-                           ", CPU tensors, or train with torch.nn.functional.scaled_dot_product_attention");
-  }
   return default_backward_config(t, arch);
 }
 

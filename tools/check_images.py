@@ -33,10 +33,10 @@ SPILLS_ALLOWED = {
     "d64_m128_n32_w4_tf32x3": 8,
     "d128_m64_n32_w4_tf32x3": 14,
     "bwd_d64_m64_n128_w4_gradients": 268,
-    "bwd_d128_m64_n64_w4_c2_gradients": 69,
-    "bwd_d128_m64_n64_w4_c2_st1_gradients": 86,
-    "bwd_d256_m64_n64_w8_c4_b1_gradients": 41,
-    "bwd_d256_m64_n64_w8_c4_b1_st1_gradients": 37,
+    "bwd_d128_m64_n64_w4_c2_k1_gradients": 69,
+    "bwd_d128_m64_n64_w4_c2_st1_k1_gradients": 111,
+    "bwd_d256_m64_n64_w8_c4_b1_k1_gradients": 41,
+    "bwd_d256_m64_n64_w8_c4_b1_st1_k1_gradients": 47,
 }
 WITHOUT_PRODUCTS = ("_prepare", "_finish")  # passes of the backward
 Resources = dict[str, int]

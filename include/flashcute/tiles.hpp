@@ -126,13 +126,6 @@ inline constexpr BackwardTile backward_tiles[] = {
      "99 KB of shared memory; not yet measured on a GPU"},
 };
 
-/// The widest head dimension that has an entry.
-constexpr int32_t max_backward_head_dim() {
-  int32_t width = 0;
-  for (auto const& tile : backward_tiles) width = max_of(width, tile.config.head_dim);
-  return width;
-}
-
 /// What a default configuration depends on.
 struct BackwardTensors {
   DType dtype;
@@ -158,7 +151,7 @@ constexpr BackwardConfig with_stages_that_fit(BackwardConfig const& c, Arch arch
   return blocks_that_fit(one_stage, arch) > blocks_that_fit(c, arch) ? one_stage : c;
 }
 
-/// For head dimensions of at most max_backward_head_dim() on a GPU.
+/// The entry that serves the tensors and fits the GPU.
 constexpr BackwardConfig default_backward_config(BackwardTensors const& t, Arch arch) {
   BackwardConfig config = cpu_backward_config(t.dtype, t.head_dim, t.head_dim_v);
   config.deterministic = t.deterministic;

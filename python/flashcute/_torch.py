@@ -68,7 +68,7 @@ class Problem(NamedTuple):
     def autocast(self) -> Problem:
         """With inputs as torch.amp.custom_fwd casts them: all but float64, to autocast's dtype."""
         kind = self.q.device.type
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        if not has_autocast(kind) or not torch.is_autocast_enabled(kind):
             return self
         dtype = torch.get_autocast_dtype(kind)
 
@@ -179,19 +179,21 @@ def warn(text: str) -> None:
     warnings.warn(text, stacklevel=4)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[misc]
+def has_autocast(kind: str) -> bool:
+    """torch's own question, which Dynamo does not trace in every version."""
+    return bool(torch.amp.is_autocast_available(kind))
+
+
 def missing_gradient(problem: Problem, traced: bool) -> str | None:
     """Why no kernel computes the gradients that a call records."""
     q, k, v = problem[:3]
     if not (problem.recording and q.is_cuda):
         return None
-    if traced:  # there are sizes, maybe symbolic, but no memory
-        widest = widest_gradient(q.dtype, q.device)
-        if q.shape[-1] <= widest and v.shape[-1] <= widest:
+    if traced:  # there is no memory to look at
+        if has_gradients(q.dtype, q.device):
             return None
-        what = f"of head dimensions over {widest}" if widest else f"of {q.dtype}"
-        return (
-            f"gradients (requires_grad=True) {what} on this GPU have no kernel: train with {SDPA}"
-        )
+        return f"gradients (requires_grad=True) of {q.dtype} on this GPU have no kernel: train with {SDPA}"
     try:
         _core.backward_config_for(q, k, v, problem.layout, deterministic())
     except UnsupportedError as error:
@@ -200,16 +202,14 @@ def missing_gradient(problem: Problem, traced: bool) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[misc]
-def widest_gradient(dtype: Any, device: Any) -> int:
-    """The largest head dimension whose gradients have a kernel on a GPU; 0: none."""
+def has_gradients(dtype: Any, device: Any) -> bool:
+    """Whether a GPU has kernels for the gradients of a dtype."""
     major, minor = torch.cuda.get_device_capability(device)
-    for head_dim in range(256, 0, -1):
-        try:
-            _core.default_backward_config(dtype, head_dim, 10 * major + minor, None, False)
-        except (ConfigError, UnsupportedError):
-            continue
-        return head_dim
-    return 0
+    try:
+        _core.default_backward_config(dtype, 64, 10 * major + minor, None, False)
+    except (ConfigError, UnsupportedError):
+        return False
+    return True
 
 
 def deterministic() -> bool:
