@@ -28,6 +28,7 @@ STYLES = {
     "sdpa": ("torch", "#0072B2", "s"),
     "fa3": ("FlashAttention-3", "#CC79A7", "v"),
     "naive": ("naive", "#000000", "+"),
+    "flashcute_deterministic": ("flashcute, deterministic", "#E69F00", "P"),
 }
 OTHER_STYLES = (("#E69F00", "P"), ("#F0E442", "*"), ("#CC79A7", "h"), ("#56B4E9", "X"))
 
@@ -84,12 +85,12 @@ def main() -> int:
 
 
 def read(files: list[Path]) -> list[Line]:
-    """The successful forward measurements of self-attention, in the order of the files."""
+    """The successful measurements of self-attention, of calls or of gradients, in the order of the files."""
     lines = [json.loads(text) for file in files for text in file.read_text().splitlines() if text]
     return [
         x
         for x in lines
-        if x["kind"] == "forward"
+        if x["kind"] in ("forward", "backward")
         and x["status"] == "ok"
         and x["seqlen_q"] == x["seqlen_k"]
         and x["heads"] == x["kv_heads"]
