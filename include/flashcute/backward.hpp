@@ -21,10 +21,8 @@
 
 namespace flashcute {
 
-/// Blocks [begin, end) of rows that pass by a tile, from the last to the first, one head's after the other's. Those in
-/// [full_begin, full_end) have nothing to test; in the others rows see different things, or are none. (All tiles of
-/// keys begin with the last queries, whatever the mask: those that run at the same time find them in the level 2
-/// cache.)
+/// Blocks [begin, end) of rows that pass by a tile, one head's after the other's. Those in [full_begin, full_end) have
+/// nothing to test; in the others rows see different things, or are none.
 struct PassingBlocks {
   int begin, end, full_begin, full_end;
   int head, block, left;  // from this one on
