@@ -7,7 +7,14 @@ from typing import Any
 
 from . import _core
 from ._arrays import Array, Library, Torch, library_of, stream_number
-from ._core import ArgumentError, BackwardConfig, Explanation, ForwardConfig, UnsupportedError
+from ._core import (
+    ArgumentError,
+    BackwardConfig,
+    ConfigError,
+    Explanation,
+    ForwardConfig,
+    UnsupportedError,
+)
 
 SDPA = "torch.nn.functional.scaled_dot_product_attention"
 
@@ -370,6 +377,19 @@ def configs() -> list[ForwardConfig]:
     return list(_core.configs())
 
 
+def configs_ahead_of_time(arch: str | int) -> list[ForwardConfig | BackwardConfig]:
+    """The configurations whose kernels are compiled ahead of time and that `arch` can run."""
+
+    def runs(cfg: ForwardConfig | BackwardConfig) -> bool:
+        try:
+            cfg.check(arch)
+        except ConfigError:
+            return False
+        return True
+
+    return [cfg for cfg in (*_core.configs(), *_core.backward_configs()) if runs(cfg)]
+
+
 def prebuild(
     cfgs: ForwardConfig | BackwardConfig | list[ForwardConfig | BackwardConfig] | None = None,
     arch: str | int | None = None,
@@ -377,15 +397,16 @@ def prebuild(
     """Makes kernels available before their first call, which would otherwise compile them (10 to 30 s each).
 
     cfgs: one configuration or several, of the forward or the backward; default all whose kernels are compiled ahead
-        of time.
+        of time and that `arch` can run.
     arch: "sm_90" and the like; default the architecture of GPU 0. With `arch` no GPU is needed.
     Returns where each kernel came from: "ahead of time", "disk cache" or "compiled by NVRTC ...".
     """
     kinds = ForwardConfig, BackwardConfig
     chosen = [cfgs] if isinstance(cfgs, kinds) else cfgs
-    if chosen is None:
-        chosen = [*_core.configs(), *_core.backward_configs()]
-    if not isinstance(chosen, list) or not all(isinstance(cfg, kinds) for cfg in chosen):
+    fits = chosen is None or (
+        isinstance(chosen, list) and all(isinstance(c, kinds) for c in chosen)
+    )
+    if not fits:
         raise ArgumentError(
             f"cfgs: expected a ForwardConfig, a BackwardConfig or a list of them, got {cfgs!r}"
         )
@@ -397,6 +418,6 @@ def prebuild(
             )
         arch = info.gpus[0].arch
     built: dict[str, str] = {}
-    for cfg in chosen:
+    for cfg in configs_ahead_of_time(arch) if chosen is None else chosen:
         built.update(_core.prebuild(cfg, arch))
     return built

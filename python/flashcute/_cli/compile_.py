@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from .. import BackwardConfig, ForwardConfig, _core, prebuild
+from ..attention import configs_ahead_of_time
 from .options import (
     GPU_DTYPES,
     Commands,
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     arch = options.arch or default_arch()
     chosen: list[Config]
     if options.all:
-        chosen = [*_core.configs(), *_core.backward_configs()]
+        chosen = configs_ahead_of_time(arch)
         if not chosen:
             raise UsageError("--all: this build has no ahead-of-time configurations; name one")
     else:
