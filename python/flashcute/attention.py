@@ -387,7 +387,8 @@ def configs_ahead_of_time(arch: str | int) -> list[ForwardConfig | BackwardConfi
             return False
         return True
 
-    return [cfg for cfg in (*_core.configs(), *_core.backward_configs()) if runs(cfg)]
+    every: list[ForwardConfig | BackwardConfig] = [*_core.configs(), *_core.backward_configs()]
+    return [cfg for cfg in every if runs(cfg)]
 
 
 def prebuild(
