@@ -126,7 +126,7 @@ constexpr BackwardPasses passes_of(BackwardConfig const& c) {
 /// Whether the tiles of a pass are of keys, or of queries.
 constexpr bool keys_stay(BackwardPass pass) { return pass == BackwardPass::keys || pass == BackwardPass::gradients; }
 
-/// The kernel of the pass `id` where the mask is `mask`.
+/// The kernel of a pass where the mask is `mask`.
 constexpr BackwardKernelId kernel_of(BackwardConfig const& c, BackwardPass pass, MaskKind mask) {
   bool const sees = pass != BackwardPass::prepare && pass != BackwardPass::finish;
   return {c, pass, {sees ? mask : MaskKind::full}};

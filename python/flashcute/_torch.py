@@ -249,25 +249,15 @@ def gradients(
     return dq, dk, dv
 
 
-def gradients_on(
-    stream: object,
-    dout: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def gradients_on(stream: object, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`gradients` on the stream that the forward call was given, if any. Its order with the current stream, on which
     autograd works, is kept in both directions."""
-    arguments = dout, q, k, v, out, lse, dlse, *options
     address = stream_number(stream)
     if address is None:
         return gradients(*arguments)
+    q = arguments[1]
     current = torch.cuda.current_stream(q.device)
-    used = [x for x in arguments[:7] if x is not None]
+    used = [x for x in arguments if isinstance(x, torch.Tensor)]
     with library_of(type(q)).use_stream(address, used):
         other = torch.cuda.current_stream(q.device)
         other.wait_stream(current)
