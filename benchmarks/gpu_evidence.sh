@@ -5,7 +5,7 @@
 #
 # usage: benchmarks/gpu_evidence.sh OUTPUT_FOLDER COMMIT [STEP...]
 # steps: build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn forward_float32 naive
-#        options tiles backward backward_gqa overhead first_use
+#        options tiles backward backward_gqa backward_float32 overhead first_use
 # (default: all)
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +14,7 @@ commit=${2:?the commit that is measured}
 shift 2
 steps=("$@")
 [ ${#steps[@]} -gt 0 ] || steps=(build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn
-  forward_float32 naive options tiles backward backward_gqa overhead first_use)
+  forward_float32 naive options tiles backward backward_gqa backward_float32 overhead first_use)
 export PYTHONPATH=$PWD/build/system/stage${PYTHONPATH:+:$PYTHONPATH}
 logs=$(mktemp -d)
 mkdir -p "$out"
@@ -70,6 +70,8 @@ for step in "${steps[@]}"; do
       --impls flashcute,sdpa_flash,flashcute_deterministic ;;
     backward_gqa) bench backward_gqa 300 --backward --grid peers --head-dims 64,128,256 --kv-ratio 8 \
       --impls flashcute,sdpa_flash,flashcute_deterministic ;;
+    backward_float32) bench backward_float32 300 --backward --grid peers --dtype float32 --head-dims 64,128,256 \
+      --seqlens 1024,4096,16384 --impls flashcute,sdpa_efficient,flashcute_deterministic ;;
     naive) bench naive 60 --batch 4 --heads 16 --head-dims 64 --seqlens 2048,4096,8192 --impls flashcute,naive ;;
     options)
       for d in 64 128; do

@@ -6,6 +6,7 @@
 
 #include "checks.hpp"
 #include "flashcute/tiles.hpp"
+#include "plan.hpp"
 
 namespace flashcute {
 namespace {
@@ -22,25 +23,23 @@ Named checked_gradient(Argument const& gradient, Argument const& input, Layout l
   return n;
 }
 
-/// Says what to use instead where no configuration can serve a dtype on a GPU.
-void require_kernel(DType dtype, bool gpu, char const* whose) {
-  if (!gpu || size_of(dtype) == 2) return;
-  throw UnsupportedError(std::string(whose) + "dtype " + name_of(dtype) +
-                         " has no backward kernel on a GPU yet. Use float16, bfloat16 or CPU tensors, or train with "
-                         "torch.nn.functional.scaled_dot_product_attention");
-}
-
-/// The default configuration, of tensors whose dtype has one.
-BackwardConfig default_config_of(BackwardTensors const& t, Arch arch, char const* whose) {
-  require_capability(arch, whose);
-  return default_backward_config(t, arch);
+/// The default configuration, of tensors that have a kernel.
+BackwardConfig default_config_of(BackwardTensors const& t, Arch arch, std::string const& whose) {
+  BackwardConfig const config = default_backward_config(t, arch);
+  if (arch != cpu_arch && blocks_that_fit(config, arch) == 0) {
+    throw UnsupportedError(whose + "the gradients of dtype " + name_of(t.dtype) + " with head_dim " +
+                           std::to_string(max_of(t.head_dim, t.head_dim_v)) +
+                           " need more shared memory than this GPU has. Use float16 or bfloat16, or train with "
+                           "torch.nn.functional.scaled_dot_product_attention");
+  }
+  return config;
 }
 
 /// What the default configuration of a call depends on, but for alignment.
 BackwardTensors checked_tensors(TensorView const& q, TensorView const& v, BackwardOptions const& options) {
   require_float("q", q);
   require_same_type("v", v, q);
-  require_kernel(q.dtype, q.device.type == DeviceType::cuda, "q: ");
+  require_kernel(q.dtype, arch_of(q.device), "q: ");
   int64_t const d = named("q", q, options.layout).d, d_v = named("v", v, options.layout).d;
   require_head_dim("q", d);
   require_head_dim("v", d_v);
@@ -113,7 +112,7 @@ BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch,
   int64_t const d_v = head_dim_v.value_or(head_dim);
   require_head_dim("head_dim", head_dim);
   require_head_dim("head_dim_v", d_v);
-  require_kernel(dtype, arch != cpu_arch, "");
+  require_kernel(dtype, arch, "");
   BackwardConfig const config = default_config_of({.dtype = dtype,
                                                    .head_dim = static_cast<int32_t>(head_dim),
                                                    .head_dim_v = static_cast<int32_t>(d_v),
@@ -162,9 +161,8 @@ BackwardPlan plan_backward(BackwardConfig const& config, TensorView const& dout,
   BackwardParams p{};
   p.forward = checked_problem(q, k, v, nq, nk, nv, options.scale);
   bool const gpu = q.device.type == DeviceType::cuda;
-  require_kernel(q.dtype, gpu, "q: ");
   Arch const arch = arch_of(q.device);
-  require_capability(arch, "q: ");
+  require_kernel(q.dtype, arch, "q: ");
   check_config(config, arch);
   require_width(config, p.forward);
 

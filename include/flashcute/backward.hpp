@@ -64,7 +64,7 @@ struct TileGradients {
   /// nothing, unless P and dS are in registers too.
   static constexpr bool loads_late = column_warps > 1;
   using L = ForwardLayout<C>;
-  using P = TensorCoreProducts<C, column_warps>;
+  using P = TileProducts<C, column_warps>;
   using Mask = flashcute::Mask<Id.features.mask>;
   using Sums = QueryGradientSums<Id.config>;
   using Element = typename L::Element;
@@ -117,7 +117,8 @@ struct TileGradients {
     TileGradients gradients{p, smem, tile.batch, tile.row0};
     gradients.add_all(PassingBlocks::of({range.begin, range.end}, {range.begin, range.full_end}, tile.kv_head, 1));
     gradients.stage_results();
-    gradients.add_dropped(tile.kv_head, 1, {range.full_end * C.block_n, min_of(range.end * C.block_n, f.seqlen_k)},
+    int const first_block = P::wants_finite ? range.begin : range.full_end;  // of those that were looked at
+    gradients.add_dropped(tile.kv_head, 1, {first_block * C.block_n, min_of(range.end * C.block_n, f.seqlen_k)},
                           tile.rows);
     store<SmemX>(smem.x, p.dq, p.dq_stride, tile.batch, tile.head, tile.row0, tile.rows, f.head_dim);
   }
@@ -135,8 +136,9 @@ struct TileGradients {
     gradients.add_all(
         PassingBlocks::of({range.begin, range.end}, {range.full_begin, f.seqlen_q / C.block_n}, first_head, group));
     gradients.stage_results();
-    gradients.add_dropped(first_head, group,
-                          {range.begin * C.block_n, min_of(range.full_begin * C.block_n, f.seqlen_q)}, tile.rows);
+    int const end_block = P::wants_finite ? range.end : range.full_begin;  // of those that were looked at
+    gradients.add_dropped(first_head, group, {range.begin * C.block_n, min_of(end_block * C.block_n, f.seqlen_q)},
+                          tile.rows);
     store<SmemX>(smem.x, p.dk, p.dk_stride, tile.batch, tile.kv_head, tile.row0, tile.rows, f.head_dim);
     store<SmemY>(smem.y, p.dv, p.dv_stride, tile.batch, tile.kv_head, tile.row0, tile.rows, f.head_dim_v);
   }
@@ -148,16 +150,29 @@ struct TileGradients {
 
   FLASHCUTE_DEVICE void add_all(PassingBlocks blocks) {
     if (blocks.left > 0) load_block(blocks);
-    for (; blocks.left > 0; blocks = blocks.after()) {
-      copies_wait();
-      block_sync();  // the block has arrived, at first also X and Y; all warps have finished with the one before
+    for (bool first = true; blocks.left > 0; blocks = blocks.after(), first = false) {
+      bool const finite = arrive_and_sync(stage_of(blocks), first);
       if constexpr (C.stages > 1 && !loads_late) load_next(blocks);
       if (blocks.partial()) {
-        add_block(blocks, std_::true_type{});
+        add_block(blocks, finite, std_::true_type{});
       } else {
-        add_block(blocks, std_::false_type{});
+        add_block(blocks, finite, std_::false_type{});
       }
     }
+  }
+
+  /// A block has arrived, and before the first one X and Y; all warps have finished with the one before. If the
+  /// products want to know, tells whether all that is there is finite.
+  FLASHCUTE_DEVICE bool arrive_and_sync(int stage, bool first) {
+    copies_wait();
+    if constexpr (P::wants_finite) {
+      if (first) tile_finite_ = TileCopy<C, SmemX>::is_finite(smem_.x) && TileCopy<C, SmemY>::is_finite(smem_.y);
+      bool const finite = TileCopy<C, SmemBlockX>::is_finite(smem_.block_x[stage]) &&
+                          TileCopy<C, SmemBlockY>::is_finite(smem_.block_y[stage]);
+      return !block_any(!(finite && tile_finite_));
+    }
+    block_sync();
+    return true;
   }
 
   FLASHCUTE_DEVICE void load_next(PassingBlocks const& blocks) {
@@ -198,17 +213,17 @@ struct TileGradients {
 
   /// dX and dY of a block, and its dQ.
   template <class Partial>
-  FLASHCUTE_DEVICE void add_block(PassingBlocks const& at, Partial) {
+  FLASHCUTE_DEVICE void add_block(PassingBlocks const& at, bool arrived_finite, Partial) {
     int const stage = stage_of(at), block_row0 = at.block * C.block_n;
     auto s = L::template accumulator<typename L::BlockM, typename L::BlockN, column_warps>();  // (MMA, MMA_M, MMA_N)
-    P::gemm(s, P::template rows_as_a<SmemX>(smem_.x), P::template rows_as_b<SmemBlockX>(smem_.block_x[stage]));
+    multiply_rows<SmemX, SmemBlockX>(s, smem_.x, smem_.block_x[stage], arrived_finite);
     to_probabilities<Partial::value>(s, block_row0, stage);
     auto probabilities = convert<typename L::Operand>(s);
     hold_at_one(probabilities);
     if constexpr (stores_p) stage_fragment<C, SmemScores, column_warps>(probabilities, p_tile());
 
     auto ds = L::template accumulator<typename L::BlockM, typename L::BlockN, column_warps>();  // (MMA, MMA_M, MMA_N)
-    P::gemm(ds, P::template rows_as_a<SmemY>(smem_.y), P::template rows_as_b<SmemBlockY>(smem_.block_y[stage]));
+    multiply_rows<SmemY, SmemBlockY>(ds, smem_.y, smem_.block_y[stage], arrived_finite);
     if constexpr (C.stages > 1 && loads_late) load_next(at);
     to_score_gradients<Partial::value>(ds, probabilities, block_row0, stage);
     auto const score_gradients = convert<typename L::Operand>(ds);
@@ -216,12 +231,12 @@ struct TileGradients {
 
     // (All rows see the same where a block is partial because rows of queries are missing.)
     bool const differ = Partial::value && Mask::rows_differ && (!keys_stay || at.block < at.full_begin);
-    bool const finite = !differ || drop_nonfinite(stage);
+    bool const finite = (P::wants_finite ? arrived_finite : !differ) || drop_nonfinite(stage);
     if constexpr (column_warps > 1) block_sync();  // P and dS are there
     if constexpr (keys_stay) {
-      P::gemm(dy_, left_operand(probabilities, p_tile()), P::template columns_as_b<SmemBlockY>(smem_.block_y[stage]));
+      P::gemm(dy_, left_operand(probabilities, p_tile()), right_operand<SmemBlockY>(smem_.block_y[stage]));
     }
-    P::gemm(dx_, left_operand(score_gradients, ds_tile()), P::template columns_as_b<SmemBlockX>(smem_.block_x[stage]));
+    P::gemm(dx_, left_operand(score_gradients, ds_tile()), right_operand<SmemBlockX>(smem_.block_x[stage]));
     // dS is there, and all warps have finished with the block.
     if constexpr ((adds_dq && column_warps == 1) || C.stages == 1) block_sync();
     if constexpr (C.stages == 1) load_next(at);
@@ -237,6 +252,15 @@ struct TileGradients {
     return nullptr;
   }
 
+  /// acc += A B^T of the rows of two tiles.
+  template <class SmemA, class SmemB, class Accumulator>
+  FLASHCUTE_DEVICE static void multiply_rows(Accumulator& acc, Element const* a, Element const* b, bool finite) {
+    if constexpr (P::wants_finite) {
+      if (!finite) return P::template gemm_of_rows<SmemA, SmemB>(acc, a, b);
+    }
+    P::gemm(acc, P::template rows_as_a<SmemA>(a), P::template rows_as_b<SmemB>(b));
+  }
+
   /// P or dS as the A operand: this warp's own, or what all stored.
   template <class Fragment>
   FLASHCUTE_DEVICE static auto left_operand(Fragment const& own, Element const* stored) {
@@ -245,6 +269,12 @@ struct TileGradients {
     } else {
       return P::template rows_as_a<SmemScores>(stored);
     }
+  }
+
+  /// The rows of a block as the B operand to it.
+  template <class Smem>
+  FLASHCUTE_DEVICE static auto right_operand(Element const* block) {
+    return P::template columns_as_b<Smem, column_warps == 1 ? KOrder::registers : KOrder::memory>(block);
   }
 
   /// From S, in place, P.
@@ -270,9 +300,9 @@ struct TileGradients {
   /// Where scores are so large that rounding says that P is more than 1, it is 1.
   template <class Probabilities>
   FLASHCUTE_DEVICE static void hold_at_one(Probabilities& probabilities) {
-    auto pairs = cute::recast<uint32_t>(probabilities);
+    auto words = cute::recast<uint32_t>(probabilities);
     CUTE_UNROLL
-    for (int i = 0; i < cute::size(pairs); ++i) pairs(i) = at_most_one<Element>(pairs(i));
+    for (int i = 0; i < cute::size(words); ++i) words(i) = at_most_one<Element>(words(i));
   }
 
   /// From dP, in place, dS. What is not visible becomes 0 by selection: it may be NaN.
@@ -412,7 +442,7 @@ struct TileGradients {
 
   /// Corrects the tiles there: to each of the `rows` rows what it sees of the rows `others` of some heads.
   FLASHCUTE_DEVICE void add_dropped(int first_head, int heads, RowRange const& others, int rows) const {
-    if (!Mask::rows_differ || !dropped_) return;
+    if (!(P::wants_finite || Mask::rows_differ) || !dropped_) return;
     ForwardParams const& f = p_.forward;
     auto const sees = [&](int row, int other) {
       return keys_stay ? Mask::visible(other, row0_ + row, f) : Mask::visible(row0_ + row, other, f);
@@ -460,7 +490,8 @@ struct TileGradients {
       L::template accumulator<typename L::BlockM, typename L::HeadDim, column_warps>();  // (MMA, MMA_M, MMA_D)
   AccumulatorY dy_ =
       L::template accumulator<typename L::BlockM, typename L::HeadDimV, column_warps>();  // only if keys stay
-  bool dropped_ = false;  // whether anything was taken out; the same in all threads of the block
+  bool dropped_ = false;     // whether anything was taken out; the same in all threads of the block
+  bool tile_finite_ = true;  // what this thread copied of X and Y
 };
 
 /// What comes before the tiles of keys that add to dQ: delta, and cleared sums.

@@ -195,7 +195,7 @@ constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads,
 // Every rule: an identifier and the sentence that C++ and Python show.
 #define FLASHCUTE_BACKWARD_CONFIG_RULES(RULE)                                                                        \
   RULE(arch_too_old, "the mma.sync kernels need a GPU of compute capability 8.0 or later")                           \
-  RULE(gpu_dtype, "dtype must be float16 or bfloat16 on a GPU")                                                      \
+  RULE(gpu_dtype, "dtype must be float16, bfloat16 or float32 on a GPU")                                             \
   RULE(gpu_head_dim, "head_dim and head_dim_v must be multiples of 16 between 16 and 256 on a GPU")                  \
   RULE(dtype, "dtype must be float16, bfloat16, float32 or float64")                                                 \
   RULE(head_dim, "head_dim and head_dim_v must be between 1 and 256")                                                \
@@ -207,12 +207,13 @@ constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads,
        "the rows and columns of a score tile, and head_dim and head_dim_v, must be multiples of 16 times the warps " \
        "that share them")                                                                                            \
   RULE(blocks_per_sm, "blocks_per_sm must be between 1 and 16, and their threads must fit a multiprocessor")         \
-  RULE(math, "math must be tensor_core")                                                                             \
+  RULE(math, "math must be tensor_core, and tf32x3 for float32")                                                     \
   RULE(stages, "stages must be 1 or 2")                                                                              \
   RULE(copy_bytes, "copy_bytes must be 16, 8, 4 or 2, and at least the bytes of an element")                         \
   RULE(async_copy, "async_copy needs copy_bytes of 4 or more: cp.async cannot copy less")                            \
   RULE(copy_rows, "block_m and block_n must be multiples of the rows that all threads copy at once")                 \
-  RULE(k_tiles_per_load, "k_tiles_per_load must be 0, 1 or 2, and 2 needs widths that are multiples of 32")          \
+  RULE(k_tiles_per_load,                                                                                             \
+       "k_tiles_per_load must be 0, 1 or 2 (tf32x3: 0), and 2 needs widths that are multiples of 32")                \
   RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")
 
 enum class BackwardConfigError : uint8_t {
@@ -252,8 +253,10 @@ constexpr BackwardConfigError check(BackwardConfig const& c, Arch arch) {
   if (c.k_tiles_per_load < 0 || c.k_tiles_per_load > 2) return k_tiles_per_load;
   if (arch == cpu_arch) return none;
   if (arch < 80) return arch_too_old;
-  if (size_of(c.dtype) != 2) return gpu_dtype;
-  if (c.math != Math::tensor_core) return math;
+  if (c.dtype == DType::float64) return gpu_dtype;
+  if (c.math != (c.dtype == DType::float32 ? Math::tf32x3 : Math::tensor_core)) return math;
+  if (c.copy_bytes < size_of(c.dtype)) return copy_bytes;
+  if (c.math != Math::tensor_core && c.k_tiles_per_load != 0) return k_tiles_per_load;
   if (32 * c.num_warps * c.blocks_per_sm > max_threads_per_sm(arch)) return blocks_per_sm;
   if (c.async_copy && c.copy_bytes < 4) return async_copy;
   for (int32_t const d : widths) {

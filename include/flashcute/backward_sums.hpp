@@ -17,7 +17,7 @@ class QueryGradientSums {
 
  public:
   static constexpr int warps_n = dq_column_warps(B);
-  using Products = TensorCoreProducts<C, warps_n>;
+  using Products = TileProducts<C, warps_n>;
 
   /// A cleared tile: this thread's part.
   FLASHCUTE_DEVICE static auto fragment() {
@@ -36,13 +36,17 @@ class QueryGradientSums {
     for (int i = 0; i < words; ++i) global_store(at(i), Word{});
   }
 
-  /// Adds the product of two operands. In registers is all of the left one or all of the results, whichever is less.
+  /// Adds the product of two operands. In registers is all of the left one or all of the results, whichever is less;
+  /// neither where a product fetches its left operand again for every 16 columns anyway.
   template <class OperandA, class OperandB>
   FLASHCUTE_DEVICE void add_product(OperandA a, OperandB b) const {
     constexpr int depth = decltype(cute::size<2>(a.fragment))::value;    // in K-steps
     constexpr int columns = decltype(cute::size<1>(b.fragment))::value;  // in n8
-    if constexpr (depth + 2 < columns) {
-      Products::gemm_by_columns(held(a), b, [&](int n, auto const& sums) { add(n * cute::size(sums), sums); });
+    auto const add_columns = [&](int n, auto const& sums) { add(n * cute::size(sums), sums); };
+    if constexpr (B.math == Math::tf32x3) {
+      Products::gemm_by_columns(a, b, add_columns);
+    } else if constexpr (depth + 2 < columns) {
+      Products::gemm_by_columns(held(a), b, add_columns);
     } else {
       auto sums = fragment();
       Products::gemm(sums, a, b);

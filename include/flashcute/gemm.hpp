@@ -91,39 +91,72 @@ struct OperandB {
   }
 };
 
-/// Fragments of V in fp32. ldmatrix transposes 16-bit elements only, so each lane loads what it needs; the
-/// keys of a K-step are numbered as `as_operand_a` numbers them. As with `Pieces`, one register gives all addresses.
-template <class Fragment, class Smem>
-class GatheredOperand {
+/// The order in which a K-step takes 8 rows of a tile of fp32: the fragments of both operands have to agree.
+enum class KOrder {
+  registers,  // as `as_operand_a` numbers the columns of an accumulator; no bank conflicts
+  memory,     // as they lie there, and as ldmatrix fetches the columns of the other operand
+};
+
+/// The elements of fp32 fragments whose K-steps are rows of a tile. ldmatrix transposes 16-bit elements only, so each
+/// lane loads what it needs. As with `Pieces`, one register gives all addresses.
+template <class Smem, KOrder Order>
+class GatheredElements {
   static constexpr int chunk = Smem::shape.chunk, chunk_bytes = chunk * sizeof(float);
+  static constexpr int row_step = Order == KOrder::registers ? 2 : 1;   // from lane to lane
+  static constexpr int half_step = Order == KOrder::registers ? 1 : 4;  // from the first half of a K-step to the other
 
  public:
-  Fragment fragment;  // (MMA, MMA_N, MMA_K)
+  /// Of the lanes that share a column, this one takes the `lane`-th of each half.
+  FLASHCUTE_DEVICE GatheredElements(void const* tile, int lane, int column)
+      : first_(shared_address(tile) + (column / chunk * Smem::rows + row_step * lane) * chunk_bytes +
+               16 * (column % chunk / 4 ^ Smem::mask(row_step * lane)) + 4 * (column % 4)) {}
 
-  /// This lane takes keys 2 row and 2 row + 1 of eight, and `column` of eight.
-  FLASHCUTE_DEVICE GatheredOperand(Fragment const& f, void const* tile, int row, int column)
-      : fragment(f),
-        first_(shared_address(tile) + 2 * row * chunk_bytes + 16 * (column / 4 ^ Smem::mask(2 * row)) +
-               4 * (column % 4)) {}
-
-  /// Columns [16 i, 16 i + 16) of K-step k.
-  FLASHCUTE_DEVICE void fetch(int k, int i) {
-    CUTE_UNROLL
-    for (int n = 2 * i; n < 2 * i + 2; ++n) {
-      CUTE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        fragment(half, n, k) = to_operand<typename Fragment::value_type>(shared_load_at(at(8 * k + half, 8 * n)));
-      }
-    }
+  /// Of half `half` of K-step k, and `column` columns further, in which no bit is set that the first column has.
+  FLASHCUTE_DEVICE float at(int k, int half, int column) const {
+    int const row = 8 * k + half_step * half, unit = column % chunk / 4 ^ Smem::mask(row);
+    return shared_load_at((computed_here(first_) ^ 16 * unit) + (column / chunk * Smem::rows + row) * chunk_bytes);
   }
 
  private:
-  FLASHCUTE_DEVICE SharedAddress at(int row, int column) const {
-    int const unit = column % chunk / 4 ^ Smem::mask(row);
-    return (computed_here(first_) ^ 16 * unit) + (column / chunk * Smem::rows + row) * chunk_bytes;
-  }
-
   SharedAddress first_;
+};
+
+/// Fragments of A in fp32 whose rows are columns of a tile.
+template <class Fragment, class Elements, int Warps>
+struct GatheredOperandA {
+  Fragment fragment;  // (MMA, MMA_M, MMA_K)
+  Elements elements;
+
+  /// All rows of K-step k.
+  FLASHCUTE_DEVICE void fetch(int k) {
+    CUTE_UNROLL
+    for (int m = 0; m < cute::size<1>(fragment); ++m) {
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        float const x = elements.at(k, i / 2, 16 * Warps * m + 8 * (i % 2));
+        fragment(i, m, k) = to_operand<typename Fragment::value_type>(x);
+      }
+    }
+  }
+};
+
+/// Fragments of B in fp32 whose columns are columns of a tile.
+template <class Fragment, class Elements, int Warps>
+struct GatheredOperandB {
+  Fragment fragment;  // (MMA, MMA_N, MMA_K)
+  Elements elements;
+
+  /// This warp's i-th 16 columns of K-step k.
+  FLASHCUTE_DEVICE void fetch(int k, int i) {
+    CUTE_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      CUTE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        float const x = elements.at(k, half, 16 * Warps * i + 8 * n);
+        fragment(half, 2 * i + n, k) = to_operand<typename Fragment::value_type>(x);
+      }
+    }
+  }
 };
 
 /// Fragments that are already in registers (or a view of them).
@@ -191,9 +224,15 @@ struct TensorCoreProducts {
   template <class Smem>
   FLASHCUTE_DEVICE static auto columns_as_a(Element const* tile) {
     auto fragment = fragment_a<typename Smem::TileColumns, typename Smem::TileRows>();
-    // The piece's tiles: columns 0-7 and 8-15, then the same of the next 8 rows.
-    Pieces<Smem> const pieces{tile, lane() / 16 * 8 + lane() % 8, lane() / 8 % 2, warp_m()};
-    return OperandA<decltype(fragment), Smem, true, warps_m>{fragment, pieces};
+    if constexpr (sizeof(Element) == 2) {
+      // The piece's tiles: columns 0-7 and 8-15, then the same of the next 8 rows.
+      Pieces<Smem> const pieces{tile, lane() / 16 * 8 + lane() % 8, lane() / 8 % 2, warp_m()};
+      return OperandA<decltype(fragment), Smem, true, warps_m>{fragment, pieces};
+    } else {
+      using Elements = GatheredElements<Smem, KOrder::registers>;
+      Elements const elements{tile, lane() % 4, 16 * warp_m() + lane() / 4};
+      return GatheredOperandA<decltype(fragment), Elements, warps_m>{fragment, elements};
+    }
   }
 
   /// A tile as the B operand whose columns are its rows: its columns are summed over.
@@ -205,8 +244,8 @@ struct TensorCoreProducts {
     return OperandB<decltype(fragment), Smem, false, WarpsN>{fragment, pieces};
   }
 
-  /// A tile as the B operand whose columns are its columns: its rows are summed over.
-  template <class Smem>
+  /// A tile as the B operand whose columns are its columns: its rows are summed over, in `Order`.
+  template <class Smem, KOrder Order = KOrder::registers>
   FLASHCUTE_DEVICE static auto columns_as_b(Element const* tile) {
     auto fragment = fragment_b<typename Smem::TileColumns, typename Smem::TileRows>();
     if constexpr (sizeof(Element) == 2) {
@@ -214,8 +253,9 @@ struct TensorCoreProducts {
       Pieces<Smem> const pieces{tile, lane() % 16, lane() / 16, warp_n()};
       return OperandB<decltype(fragment), Smem, true, WarpsN>{fragment, pieces};
     } else {
-      static_assert(WarpsN == 1);
-      return GatheredOperand<decltype(fragment), Smem>{fragment, tile, lane() % 4, lane() / 4};
+      using Elements = GatheredElements<Smem, Order>;
+      Elements const elements{tile, lane() % 4, 16 * warp_n() + lane() / 4};
+      return GatheredOperandB<decltype(fragment), Elements, WarpsN>{fragment, elements};
     }
   }
 

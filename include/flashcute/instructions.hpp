@@ -194,15 +194,17 @@ FLASHCUTE_DEVICE uint32_t round_pair(float low, float high) {
   return packed;
 }
 
-/// The lesser of each element and 1; NaN stays NaN.
+/// The lesser of each element in the word and 1; NaN stays NaN.
 template <class Element>
-FLASHCUTE_DEVICE uint32_t at_most_one(uint32_t pair) {
+FLASHCUTE_DEVICE uint32_t at_most_one(uint32_t word) {
   uint32_t result;
-  if constexpr (std_::is_same_v<Element, cute::half_t>) {
-    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(0x3c003c00u));
+  if constexpr (std_::is_same_v<Element, float>) {
+    asm("min.NaN.f32 %0, %1, %2;" : "=r"(result) : "r"(word), "r"(0x3f800000u));
+  } else if constexpr (std_::is_same_v<Element, cute::half_t>) {
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(word), "r"(0x3c003c00u));
   } else {
     static_assert(std_::is_same_v<Element, cute::bfloat16_t>);
-    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(0x3f803f80u));
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(word), "r"(0x3f803f80u));
   }
   return result;
 }

@@ -23,119 +23,91 @@ struct Tf32Pair {
   }
 };
 
-template <ForwardConfig C>
-struct Products<C, Math::tf32x3> {
+/// Products of finite numbers, as TensorCoreProducts.
+template <ForwardConfig C, int WarpsN = 1>
+struct Tf32x3Products : TensorCoreProducts<C, WarpsN> {
   using L = ForwardLayout<C>;
-  using TensorCores = Products<C, Math::tensor_core>;
-  using Mma = typename L::TiledMma;
-  using Tile = ArrivedTile<typename L::Element>;
+  using Mma = typename L::template TiledMmaOf<WarpsN>;
+  using Element = typename L::Element;
 
   static constexpr bool wants_finite = true;
 
-  /// Q or K: the operand of the tensor cores, not rounded, and where it comes from.
-  template <class Fragments>
-  struct Operand {
-    Fragments fragments;
-    Tile tile;
-  };
-
-  FLASHCUTE_DEVICE static auto query(Tile q) { return operand(TensorCores::query(q.tile), q); }
-  FLASHCUTE_DEVICE static auto key(Tile k) { return operand(TensorCores::key(k.tile), k); }
-
-  template <class Scores>
-  FLASHCUTE_DEVICE static auto probabilities(Scores const& p) {
-    return TensorCores::probabilities(p);
-  }
-
-  FLASHCUTE_DEVICE static auto value(Tile v) { return TensorCores::value(v.tile); }
-
-  /// S += Q K^T.
-  template <class Accumulator, class Q, class K>
-  FLASHCUTE_DEVICE static void gemm(Accumulator& s, Operand<Q>& q, Operand<K>&& k) {
-    split_gemm(s, q.fragments, k.fragments);
-    if (!q.tile.finite || !k.tile.finite) compute_scores(s, q.tile, k.tile);
-  }
-
-  /// O += P V, V being finite.
-  template <class Accumulator, class P, class V>
-  FLASHCUTE_DEVICE static void gemm(Accumulator& o, P&& p, V& v) {
-    split_gemm(o, p, v);
-  }
-
- private:
-  template <class Fragments>
-  FLASHCUTE_DEVICE static auto operand(Fragments const& fragments, Tile tile) {
-    return Operand<Fragments>{fragments, tile};
-  }
-
-  /// S = Q K^T as it is written, for operands that cannot be taken apart. Slow, and rare.
-  template <class Accumulator>
-  FLASHCUTE_DEVICE static void compute_scores(Accumulator& acc, Tile q, Tile k) {
-    using namespace cute;
-    auto s = by_row_and_column(acc);  // (row, column)
-    // (Nothing of this is to be computed before the main loop.)
-    int const thread = static_cast<int>(computed_here(static_cast<SharedAddress>(thread_index())));
-    auto const c = by_row_and_column(L::template coordinates<C.block_n>(thread));     // -> (row, column)
-    auto const sQ = make_tensor(make_smem_ptr(q.tile), typename L::SmemQ::Layout{});  // (M, D)
-    auto const sK = make_tensor(make_smem_ptr(k.tile), typename L::SmemK::Layout{});  // (N, D)
-    clear(acc);
-    CUTE_NO_UNROLL
-    for (int x = 0; x < C.head_dim; ++x) {
-      CUTE_UNROLL
-      for (int i = 0; i < size<0>(s); ++i) {
-        float const a = shared_load<float>(&sQ(get<0>(c(i, 0)), x));
-        CUTE_UNROLL
-        for (int j = 0; j < size<1>(s); ++j) s(i, j) += a * shared_load<float>(&sK(get<1>(c(0, j)), x));
-      }
-    }
-  }
-
-  /// acc += A B^T over all K-steps, a group of columns at a time, each into sums of its own: tensor cores cut off what
-  /// they add up, and over the many blocks of a long row that would be a bias. Large and small products go to sums
-  /// apart, so that more of them are under way at once.
+  /// acc += A B^T over all K-steps.
   template <class Accumulator, class A, class B>
-  FLASHCUTE_DEVICE static void split_gemm(Accumulator& acc, A& a, B& b) {
+  FLASHCUTE_DEVICE static void gemm(Accumulator& acc, A&& a, B&& b) {
+    gemm_by_columns(a, b, [&](int group, auto const& sums) {
+      for_each_part(sums, [&](int m, int n) {
+        CUTE_UNROLL
+        for (int i = 0; i < cute::size<0>(acc); ++i) acc(i, m, 2 * group + n) += sums(i, m, n);
+      });
+    });
+  }
+
+  /// A B^T, 16 columns at a time, each into sums of its own: tensor cores cut off what they add up, and over the many
+  /// blocks of a long row that would be a bias. take(n, sums) gets those of this warp's n-th piece. Large and small
+  /// products go to sums apart, so that more of them are under way at once.
+  template <class A, class B, class Take>
+  FLASHCUTE_DEVICE static void gemm_by_columns(A&& a, B&& b, Take const& take) {
     using namespace cute;
     using PairA = Tf32Pair<decltype(make_fragment_like(a.fragment(_, 0, 0)))>;
     using PairB = Tf32Pair<decltype(make_fragment_like(b.fragment(_, 0, 0)))>;
-    constexpr int rows = decltype(size<1>(acc))::value;
-    constexpr int columns = decltype(size<1>(b.fragment))::value;
-    constexpr int group = 2;  // n8 columns of sums at once
+    constexpr int rows = decltype(size<1>(a.fragment))::value;
+    constexpr int groups = decltype(size<1>(b.fragment))::value / 2;
     constexpr int k_steps = decltype(size<2>(b.fragment))::value;
     constexpr int ahead = C.mma_double_buffer ? 1 : 0;  // K-steps of a group
     auto const fetch = [&](int step) {
-      if (step >= columns / group * k_steps) return;
+      if (step >= groups * k_steps) return;
       a.fetch(step % k_steps);
-      CUTE_UNROLL
-      for (int n = 0; n < group; n += 2) b.fetch(step % k_steps, (step / k_steps * group + n) / 2);
+      b.fetch(step % k_steps, step / k_steps);
     };
     if constexpr (ahead > 0) fetch(0);
     CUTE_UNROLL
-    for (int first = 0; first < columns; first += group) {
-      auto large = make_tensor<float>(make_shape(shape<0>(acc), shape<1>(acc), Int<group>{}));  // (MMA, MMA_M, group)
+    for (int group = 0; group < groups; ++group) {
+      auto large = make_tensor<float>(make_shape(_4{}, size<1>(a.fragment), _2{}));  // (MMA, MMA_M, 2)
       auto small = make_fragment_like(large);
       clear(large);
       clear(small);
       CUTE_UNROLL
       for (int k = 0; k < k_steps; ++k) {
-        fetch(first / group * k_steps + k + ahead);
+        fetch(group * k_steps + k + ahead);
         PairA pair_a[rows];
-        PairB pair_b[group];
+        PairB pair_b[2];
         CUTE_UNROLL
         for (int m = 0; m < rows; ++m) pair_a[m].assign(a.fragment(_, m, k));
         CUTE_UNROLL
-        for (int n = 0; n < group; ++n) pair_b[n].assign(b.fragment(_, first + n, k));
+        for (int n = 0; n < 2; ++n) pair_b[n].assign(b.fragment(_, 2 * group + n, k));
         for_each_part(large, [&](int m, int n) { cute::gemm(Mma{}, pair_a[m].low, pair_b[n].high, small(_, m, n)); });
         for_each_part(large, [&](int m, int n) { cute::gemm(Mma{}, pair_a[m].high, pair_b[n].high, large(_, m, n)); });
         for_each_part(large, [&](int m, int n) { cute::gemm(Mma{}, pair_a[m].high, pair_b[n].low, small(_, m, n)); });
       }
-      for_each_part(large, [&](int m, int n) {
-        CUTE_UNROLL
-        for (int i = 0; i < size<0>(acc); ++i) acc(i, m, first + n) += large(i, m, n) + small(i, m, n);
-      });
+      CUTE_UNROLL
+      for (int i = 0; i < size(large); ++i) large(i) += small(i);
+      take(group, large);
     }
   }
 
+  /// acc += A B^T of the rows of two tiles as it is written, for numbers that cannot be taken apart. Slow, and rare.
+  template <class SmemA, class SmemB, class Accumulator>
+  FLASHCUTE_DEVICE static void gemm_of_rows(Accumulator& acc, Element const* a, Element const* b) {
+    using namespace cute;
+    auto sums = by_row_and_column(acc);  // (row, column)
+    // (Nothing of this is to be computed before the main loop.)
+    int const thread = static_cast<int>(computed_here(static_cast<SharedAddress>(thread_index())));
+    auto const c = by_row_and_column(L::template coordinates<SmemB::rows, WarpsN>(thread));  // -> (row, column)
+    auto const sA = make_tensor(make_smem_ptr(a), typename SmemA::Layout{});                 // (M, K)
+    auto const sB = make_tensor(make_smem_ptr(b), typename SmemB::Layout{});                 // (N, K)
+    CUTE_NO_UNROLL
+    for (int k = 0; k < SmemA::TileColumns::value; ++k) {
+      CUTE_UNROLL
+      for (int i = 0; i < size<0>(sums); ++i) {
+        float const x = shared_load<float>(&sA(get<0>(c(i, 0)), k));
+        CUTE_UNROLL
+        for (int j = 0; j < size<1>(sums); ++j) sums(i, j) += x * shared_load<float>(&sB(get<1>(c(0, j)), k));
+      }
+    }
+  }
+
+ private:
   /// Calls f(m, n) for each tensor-core instruction of sums (MMA, MMA_M, MMA_N).
   template <class Sums, class F>
   FLASHCUTE_DEVICE static void for_each_part(Sums const& sums, F const& f) {
@@ -144,6 +116,58 @@ struct Products<C, Math::tf32x3> {
       CUTE_UNROLL
       for (int m = 0; m < cute::size<1>(sums); ++m) f(m, n);
     }
+  }
+};
+
+/// Products whose columns WarpsN warps share, as C.math computes them.
+template <ForwardConfig C, int WarpsN>
+using TileProducts =
+    std_::conditional_t<C.math == Math::tf32x3, Tf32x3Products<C, WarpsN>, TensorCoreProducts<C, WarpsN>>;
+
+template <ForwardConfig C>
+struct Products<C, Math::tf32x3> {
+  using L = ForwardLayout<C>;
+  using Tf32x3 = Tf32x3Products<C>;
+  using Tile = ArrivedTile<typename L::Element>;
+
+  static constexpr bool wants_finite = true;
+
+  /// Q or K: the operand, and where it comes from.
+  template <class Fragments>
+  struct Operand {
+    Fragments fragments;
+    Tile tile;
+  };
+
+  FLASHCUTE_DEVICE static auto query(Tile q) { return operand(Tf32x3::query(q.tile), q); }
+  FLASHCUTE_DEVICE static auto key(Tile k) { return operand(Tf32x3::key(k.tile), k); }
+
+  template <class Scores>
+  FLASHCUTE_DEVICE static auto probabilities(Scores const& p) {
+    return Tf32x3::probabilities(p);
+  }
+
+  FLASHCUTE_DEVICE static auto value(Tile v) { return Tf32x3::value(v.tile); }
+
+  /// S = Q K^T, S being 0.
+  template <class Accumulator, class Q, class K>
+  FLASHCUTE_DEVICE static void gemm(Accumulator& s, Operand<Q>& q, Operand<K>&& k) {
+    Tf32x3::gemm(s, q.fragments, k.fragments);
+    if (q.tile.finite && k.tile.finite) return;
+    clear(s);
+    Tf32x3::template gemm_of_rows<typename L::SmemQ, typename L::SmemK>(s, q.tile, k.tile);
+  }
+
+  /// O += P V, V being finite.
+  template <class Accumulator, class P, class V>
+  FLASHCUTE_DEVICE static void gemm(Accumulator& o, P&& p, V& v) {
+    Tf32x3::gemm(o, p, v);
+  }
+
+ private:
+  template <class Fragments>
+  FLASHCUTE_DEVICE static auto operand(Fragments const& fragments, Tile tile) {
+    return Operand<Fragments>{fragments, tile};
   }
 };
 

@@ -124,6 +124,45 @@ inline constexpr BackwardTile backward_tiles[] = {
      "registers; not yet measured on a GPU"},
     {{.head_dim = 256, .block_m = 32, .block_n = 32, .column_warps = 2, .blocks_per_sm = 1, .deterministic = true},
      "99 KB of shared memory; not yet measured on a GPU"},
+    {{.dtype = DType::float32, .head_dim = 64, .column_warps = 2, .math = Math::tf32x3},
+     "times on an H200: docs/sm80_backward.md"},
+    {{.dtype = DType::float32, .head_dim = 128, .block_m = 32, .block_n = 32, .column_warps = 2, .math = Math::tf32x3},
+     "times on an H200: docs/sm80_backward.md"},
+    {{.dtype = DType::float32,
+      .head_dim = 256,
+      .block_m = 32,
+      .num_warps = 8,
+      .column_warps = 2,
+      .blocks_per_sm = 1,
+      .math = Math::tf32x3},
+     "times on an H200: docs/sm80_backward.md"},
+    {{.dtype = DType::float32,
+      .head_dim = 256,
+      .block_m = 32,
+      .block_n = 32,
+      .column_warps = 2,
+      .blocks_per_sm = 1,
+      .math = Math::tf32x3},
+     "163 KB of shared memory; not yet measured on a GPU"},
+    {{.dtype = DType::float32, .head_dim = 64, .column_warps = 2, .math = Math::tf32x3, .deterministic = true},
+     "registers; not yet measured on a GPU"},
+    {{.dtype = DType::float32,
+      .head_dim = 128,
+      .block_m = 32,
+      .block_n = 32,
+      .column_warps = 2,
+      .math = Math::tf32x3,
+      .deterministic = true},
+     "registers; not yet measured on a GPU"},
+    {{.dtype = DType::float32,
+      .head_dim = 256,
+      .block_m = 32,
+      .block_n = 32,
+      .column_warps = 2,
+      .blocks_per_sm = 1,
+      .math = Math::tf32x3,
+      .deterministic = true},
+     "shared memory; not yet measured on a GPU"},
 };
 
 /// What a default configuration depends on.
@@ -151,16 +190,17 @@ constexpr BackwardConfig with_stages_that_fit(BackwardConfig const& c, Arch arch
   return blocks_that_fit(one_stage, arch) > blocks_that_fit(c, arch) ? one_stage : c;
 }
 
-/// The entry that serves the tensors and fits the GPU.
+/// The entry that serves the tensors and fits the GPU; if none fits, the last that serves them, which `check` will
+/// refuse.
 constexpr BackwardConfig default_backward_config(BackwardTensors const& t, Arch arch) {
   BackwardConfig config = cpu_backward_config(t.dtype, t.head_dim, t.head_dim_v);
   config.deterministic = t.deterministic;
   if (arch == cpu_arch) return config;
   for (auto const& tile : backward_tiles) {  // the buckets are in order
-    if (tile.config.head_dim < max_of(t.head_dim, t.head_dim_v) || tile.config.deterministic != t.deterministic) {
-      continue;
-    }
-    config = with_stages_that_fit(tile.config, arch);
+    BackwardConfig const& c = tile.config;
+    if (size_of(c.dtype) != size_of(t.dtype) || c.deterministic != t.deterministic) continue;
+    if (c.head_dim < max_of(t.head_dim, t.head_dim_v)) continue;
+    config = with_stages_that_fit(c, arch);
     config.dtype = t.dtype;
     config.copy_bytes = t.alignment;
     config.async_copy = t.alignment >= 4;

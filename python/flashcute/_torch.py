@@ -127,7 +127,7 @@ def attend(
         out, lse = forward_operator(q, k, v, causal, scale, layout, allow_tf32)
         return (out, lse) if return_lse else out
     if problem.recording:
-        return FlashAttention.apply(q, k, v, causal, scale, layout, return_lse, stream)
+        return FlashAttention.apply(q, k, v, causal, scale, layout, return_lse, stream, allow_tf32)
     return run(None, q, k, v, causal, scale, layout, out, return_lse, stream, allow_tf32)
 
 
@@ -298,8 +298,7 @@ class Gradients(torch.autograd.Function):  # type: ignore[misc]
 
 
 class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
-    """The eager road. allow_tf32 means nothing here: gradients of float32 have no GPU kernel, and without one the
-    call went to torch's own attention."""
+    """The eager road."""
 
     @staticmethod
     def forward(
@@ -312,8 +311,9 @@ class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
         layout: str,
         return_lse: bool,
         stream: object,
+        allow_tf32: bool,
     ) -> Any:
-        out, lse = run(None, q, k, v, causal, scale, layout, None, True, stream, False)
+        out, lse = run(None, q, k, v, causal, scale, layout, None, True, stream, allow_tf32)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.stream = stream
         ctx.options = causal, scale, layout
@@ -326,7 +326,7 @@ class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
         if dout is not None or dlse is not None:
             compute: Any = Gradients.apply if torch.is_grad_enabled() else gradients_on
             found = compute(ctx.stream, dout, *ctx.saved_tensors, dlse, *ctx.options)
-        return (*found, None, None, None, None, None)
+        return (*found, None, None, None, None, None, None)
 
 
 # ---- operators, for what traces ----------------------------------------------------------------

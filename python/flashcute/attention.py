@@ -86,8 +86,8 @@ def flash_attention(
     """softmax(scale * q kᵀ) v, with the configuration that suits the tensors.
 
     The arguments, their shapes and the exceptions are those of `forward`; `explain` tells what was chosen
-    and why. allow_tf32 lets a GPU round float32 inputs to TF32 (10 bits of fraction); else it makes up for
-    what TF32 cuts off by three products in place of one. On a GPU every head dimension and alignment
+    and why. allow_tf32 lets a GPU round float32 inputs to TF32 (10 bits of fraction); else, and always for
+    gradients, it makes up for what TF32 cuts off by three products in place of one. On a GPU every head dimension and alignment
     runs; multiples of 16 bytes are fastest, and without allow_tf32 they need no compilation at the first
     call.
 
@@ -97,7 +97,8 @@ def flash_attention(
     attention casts them. torch.compile and torch.export see the operators flashcute::flash_attention_forward and
     flashcute::flash_attention_backward.
 
-    What no kernel covers yet: on a GPU gradients of float32, and
+    What no kernel covers yet: on a GPU gradients of float64, and of float32 with head dimensions above 128 where a
+    thread block has no more than 99 KB of shared memory; and
     attn_mask: broadcastable to (batch, heads, seqlen_q, seqlen_k), bool (True: keep) or a float that is
         added to the scaled scores.
     dropout_p: probability with which a weight is dropped.

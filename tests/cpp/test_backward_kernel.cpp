@@ -51,7 +51,7 @@ class BackwardProblem {
 
   /// Compares with the definition, element by element.
   void expect_right() {
-    double const unit = dtype == DType::float16 ? 0x1p-11 : 0x1p-8;
+    double const unit = dtype == DType::float32 ? 0 : dtype == DType::float16 ? 0x1p-11 : 0x1p-8;
     for (int b = 0; b < s_.batch; ++b) {
       for (int kv = 0; kv < s_.kv_heads; ++kv) {
         Sums want_dk(s_.sk * s_.d), want_dv(s_.sk * s_.d_v);
@@ -243,6 +243,17 @@ constexpr BackwardConfig small_shared = {
     .dtype = bf16, .head_dim = 64, .block_m = 32, .block_n = 64, .column_warps = 2, .stages = 1};
 constexpr BackwardConfig small_deterministic = {
     .dtype = bf16, .head_dim = 64, .block_m = 64, .block_n = 64, .stages = 1, .deterministic = true};
+constexpr BackwardConfig small_f32 = {
+    .dtype = f32, .head_dim = 64, .block_m = 32, .block_n = 64, .math = Math::tf32x3, .stages = 1};
+constexpr BackwardConfig small_f32_shared = {
+    .dtype = f32, .head_dim = 64, .block_m = 32, .block_n = 64, .column_warps = 2, .math = Math::tf32x3};
+constexpr BackwardConfig small_f32_deterministic = {.dtype = f32,
+                                                    .head_dim = 64,
+                                                    .block_m = 64,
+                                                    .block_n = 64,
+                                                    .math = Math::tf32x3,
+                                                    .stages = 1,
+                                                    .deterministic = true};
 
 template <BackwardConfig B>
 void check_shapes() {
@@ -262,6 +273,9 @@ TEST(BackwardKernel, Shapes) {
   check_shapes<small>();
   check_shapes<small_shared>();
   check_shapes<small_deterministic>();
+  check_shapes<small_f32>();
+  check_shapes<small_f32_shared>();
+  check_shapes<small_f32_deterministic>();
 }
 
 TEST(BackwardKernel, Configurations) {
@@ -295,6 +309,35 @@ TEST(BackwardKernel, Configurations) {
                 .async_copy = false,
                 .swizzled = false,
                 .deterministic = true}>();
+  check_shapes<{.dtype = f32,
+                .head_dim = 128,
+                .head_dim_v = 64,
+                .block_m = 64,
+                .block_n = 64,
+                .num_warps = 8,
+                .column_warps = 2,
+                .blocks_per_sm = 1,
+                .math = Math::tf32x3,
+                .stages = 1,
+                .copy_bytes = 4,
+                .mma_double_buffer = false}>();
+  check_shapes<{.dtype = f32,
+                .head_dim = 128,
+                .block_m = 32,
+                .block_n = 32,
+                .column_warps = 2,
+                .blocks_per_sm = 1,
+                .math = Math::tf32x3,
+                .stages = 1,
+                .swizzled = false,
+                .deterministic = true}>();
+  check_shapes<{.dtype = f32,
+                .head_dim = 128,
+                .block_m = 32,
+                .block_n = 32,
+                .column_warps = 2,
+                .blocks_per_sm = 1,
+                .math = Math::tf32x3}>();
 }
 
 // Guards against rows that see no key, keys that no row sees, and lengths of 0: gradients of 0, not memory as it was.
@@ -312,6 +355,9 @@ TEST(BackwardKernel, NothingToSee) {
   check_nothing_to_see<small>();
   check_nothing_to_see<small_shared>();
   check_nothing_to_see<small_deterministic>();
+  check_nothing_to_see<small_f32>();
+  check_nothing_to_see<small_f32_shared>();
+  check_nothing_to_see<small_f32_deterministic>();
 }
 
 // Guards against NaN and infinity that reach gradients which do not see them, or are lost where they are seen (T13).
@@ -369,9 +415,14 @@ void check_poison_at_the_end() {
 TEST(BackwardKernel, PoisonReachesWhatSeesIt) {
   check_poison_at_the_end<small>();
   check_poison_at_the_end<small_deterministic>();
+  check_poison_at_the_end<small_f32>();
+  check_poison_at_the_end<small_f32_deterministic>();
   check_poison<small>();
   check_poison<small_shared>();
   check_poison<small_deterministic>();
+  check_poison<small_f32>();
+  check_poison<small_f32_shared>();
+  check_poison<small_f32_deterministic>();
 }
 
 // Guards against NaN from the rows of zeros that stand where there is no query: a score of them with a key that is
@@ -395,6 +446,9 @@ TEST(BackwardKernel, NoQueryIsNotAQueryOfZeros) {
   check_padding<small, MaskKind::causal>();
   check_padding<small_deterministic, MaskKind::full>();
   check_padding<small_deterministic, MaskKind::causal>();
+  check_padding<small_f32, MaskKind::full>();
+  check_padding<small_f32, MaskKind::causal>();
+  check_padding<small_f32_deterministic, MaskKind::causal>();
 }
 
 }  // namespace

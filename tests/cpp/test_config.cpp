@@ -356,12 +356,27 @@ TEST(BackwardConfig, DefaultsAreValidEverywhereAndCompiledAheadOfTime) {
 
 // Guards against types and widths that get a kernel's promise and then none.
 TEST(BackwardConfig, WhatHasNoDefaultIsRefused) {
-  EXPECT_THROW(default_backward_config(DType::float32, 64, 80), UnsupportedError);
   EXPECT_THROW(default_backward_config(DType::float64, 64, 80), UnsupportedError);
+  EXPECT_THROW(default_backward_config(DType::float32, 136, 86), UnsupportedError);
   EXPECT_THROW(default_backward_config(DType::float16, 64, 75), DeviceError);
   EXPECT_THROW(default_backward_config(DType::float16, 257, 80), ArgumentError);
   EXPECT_THROW(default_backward_config(DType::float16, 257, cpu_arch), ArgumentError);
   EXPECT_EQ(default_backward_config(DType::float64, 37, cpu_arch, 256).head_dim_v, 256);
+}
+
+// Guards against a default for float32 that its own device refuses. All are compiled at first use.
+TEST(BackwardConfig, DefaultsOfFloat32AreValidWhereTheyFit) {
+  for (Arch arch : {80, 86, 87, 89, 90, 100, 120}) {
+    for (int32_t d = 1; d <= (max_smem_bytes(arch) > 99 * 1024 ? 256 : 128); ++d) {
+      for (bool const deterministic : {false, true}) {
+        BackwardConfig const c = default_backward_config({DType::float32, d, 1, 4, deterministic}, arch);
+        EXPECT_EQ(check(c, arch), BackwardConfigError::none) << name(c).text << " on " << arch;
+        EXPECT_GE(c.head_dim, d);
+        EXPECT_EQ(c.math, Math::tf32x3);
+        EXPECT_EQ(c.deterministic, deterministic);
+      }
+    }
+  }
 }
 
 // Guards against stages that cost a multiprocessor one of its thread blocks, or that are given up for none.

@@ -155,27 +155,33 @@ class GpuBackward : public ::testing::TestWithParam<Shape> {
     if (!has_gpu()) GTEST_SKIP() << "no GPU of compute capability 8.0 or later: " << driver_info().problem;
   }
 
-  /// dq, dk and dv, each as (batch, seqlen, heads, d).
-  using Gradients = std::array<std::vector<BFloat16>, 3>;
+  /// Has kernels compiled at first use; sanitizers come with a warm cache.
+  static void set_up_compiler() {
+    set_search_paths({}, {FLASHCUTE_DEVICE_HEADERS, FLASHCUTE_DEVICE_HEADERS "/cccl"});
+    if (!nvrtc_available()) GTEST_SKIP() << nvrtc_problem();
+  }
+
   static constexpr char const* gradient_names[] = {"dq", "dk", "dv"};
 
   /// Any disagreement of the two backends, gradients that are not written or added to what was there, and writes past
   /// the end. With `deterministic` also other bits in a second run.
+  template <class Element>
   void expect_what_the_cpu_computes(bool deterministic, double tolerance) {
+    using Gradients = std::array<std::vector<Element>, 3>;  // dq, dk and dv, each as (batch, seqlen, heads, d)
     auto const [batch, seqlen_q, seqlen_k, heads, kv_heads, d, d_v, causal] = GetParam();
     using Sizes = std::array<int64_t, 4>;
     Sizes const q_shape{batch, seqlen_q, heads, d}, k_shape{batch, seqlen_k, kv_heads, d},
         v_shape{batch, seqlen_k, kv_heads, d_v}, out_shape{batch, seqlen_q, heads, d_v};
     auto const count = [](Sizes const& s) { return static_cast<std::size_t>(s[0] * s[1] * s[2] * s[3]); };
-    auto const q = random_values<BFloat16>(count(q_shape), 1), k = random_values<BFloat16>(count(k_shape), 2),
-               v = random_values<BFloat16>(count(v_shape), 3), dout = random_values<BFloat16>(count(out_shape), 4);
+    auto const q = random_values<Element>(count(q_shape), 1), k = random_values<Element>(count(k_shape), 2),
+               v = random_values<Element>(count(v_shape), 3), dout = random_values<Element>(count(out_shape), 4);
     auto const rows = static_cast<std::size_t>(batch * heads * seqlen_q);
     std::vector<float> dlse(rows), lse(rows);
-    for (std::size_t i = 0; auto const& x : random_values<BFloat16>(rows, 5)) dlse[i++] = static_cast<float>(x);
-    std::vector<BFloat16> out(count(out_shape));
+    for (std::size_t i = 0; auto const& x : random_values<Element>(rows, 5)) dlse[i++] = static_cast<float>(x);
+    std::vector<Element> out(count(out_shape));
 
     auto const view = [&](void const* data, Device device, Sizes const& shape) {
-      return dense_view(const_cast<void*>(data), DType::bfloat16, device, shape);
+      return dense_view(const_cast<void*>(data), Element::dtype, device, shape);
     };
     auto const rows_view = [&](void const* data, Device device) {
       TensorView t = dense_view(const_cast<void*>(data), DType::float32, device, {batch, heads, seqlen_q, 1});
@@ -218,10 +224,11 @@ class GpuBackward : public ::testing::TestWithParam<Shape> {
 
     DeviceMemory const gq(q), gk(k), gv(v), go(out), gdout(dout), glse(lse), gdlse(dlse);
     auto const run_on_gpu = [&] {
-      DeviceMemory const dq(q.size() * 2), dk(k.size() * 2), dv(v.size() * 2);  // 0xff: NaN
+      DeviceMemory const dq(q.size() * sizeof(Element)), dk(k.size() * sizeof(Element)),
+          dv(v.size() * sizeof(Element));  // 0xff: NaN
       run({DeviceType::cuda, 0}, gq.data(), gk.data(), gv.data(), go.data(), gdout.data(), glse.data(), gdlse.data(),
           dq.data(), dk.data(), dv.data());
-      Gradients got{dq.download<BFloat16>(), dk.download<BFloat16>(), dv.download<BFloat16>()};
+      Gradients got{dq.download<Element>(), dk.download<Element>(), dv.download<Element>()};
       for (DeviceMemory const* memory : {&dq, &dk, &dv}) EXPECT_TRUE(memory->guard_is_intact());
       return got;
     };
@@ -233,22 +240,29 @@ class GpuBackward : public ::testing::TestWithParam<Shape> {
     if (!deterministic) return;
     Gradients const again = run_on_gpu();
     for (std::size_t i = 0; i < 3; ++i) {
-      bool const same = std::equal(got[i].begin(), got[i].end(), again[i].begin(),
-                                   [](BFloat16 a, BFloat16 b) { return a.bits == b.bits; });
-      EXPECT_TRUE(same) << gradient_names[i];
+      EXPECT_EQ(std::memcmp(got[i].data(), again[i].data(), got[i].size() * sizeof(Element)), 0) << gradient_names[i];
     }
   }
 };
 
 // P and dS are rounded to bfloat16 on the GPU and not on the CPU, and both round what they write: 2^-9 relative an
 // element each, less in the mean.
-TEST_P(GpuBackward, AgreesWithTheCpu) { expect_what_the_cpu_computes(false, 4e-3); }
+TEST_P(GpuBackward, AgreesWithTheCpu) { expect_what_the_cpu_computes<BFloat16>(false, 4e-3); }
 
-// Its kernels are compiled at first use; sanitizers run this with a warm cache.
 TEST_P(GpuBackward, DeterministicAgreesWithTheCpu) {
-  set_search_paths({}, {FLASHCUTE_DEVICE_HEADERS, FLASHCUTE_DEVICE_HEADERS "/cccl"});
-  if (!nvrtc_available()) GTEST_SKIP() << nvrtc_problem();
-  expect_what_the_cpu_computes(true, 4e-3);
+  ASSERT_NO_FATAL_FAILURE(set_up_compiler());
+  if (!IsSkipped()) expect_what_the_cpu_computes<BFloat16>(true, 4e-3);
+}
+
+// Operands are taken apart up to 2^-21.
+TEST_P(GpuBackward, Float32AgreesWithTheCpu) {
+  ASSERT_NO_FATAL_FAILURE(set_up_compiler());
+  if (!IsSkipped()) expect_what_the_cpu_computes<Float32>(false, 1e-5);
+}
+
+TEST_P(GpuBackward, DeterministicFloat32AgreesWithTheCpu) {
+  ASSERT_NO_FATAL_FAILURE(set_up_compiler());
+  if (!IsSkipped()) expect_what_the_cpu_computes<Float32>(true, 1e-5);
 }
 
 // Every family of images, partial tiles, grouped heads, rows that see no key, empty sides.

@@ -173,8 +173,8 @@ def _wait_for(cfg: object) -> None:
     assert process.returncode == 0, problem
 
 
-def deterministic_configurations() -> list[object]:
-    """Those of the backward on this machine's GPU: none is compiled ahead of time. Tests that use them wait in the
+def backward_configurations_of_first_use() -> list[object]:
+    """Those of the backward on this machine's GPU that are not compiled ahead of time. Tests that use them wait in the
     disk cache for what is being compiled."""
     import flashcute
 
@@ -182,9 +182,11 @@ def deterministic_configurations() -> list[object]:
         return []
     arch = flashcute._core.driver_info().gpus[0].arch
     return [
-        flashcute.default_backward_config(head_dim, dtype, arch, deterministic=True)
+        flashcute.default_backward_config(head_dim, dtype, arch, deterministic=deterministic)
         for head_dim in (64, 128, 256)
-        for dtype in ("float16", "bfloat16")
+        for dtype in ("float16", "bfloat16", "float32")
+        for deterministic in (True, False)
+        if deterministic or dtype == "float32"
     ]
 
 

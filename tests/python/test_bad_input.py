@@ -308,12 +308,12 @@ def test_gradients_are_not_dropped(device: str, which: str) -> None:
 
 
 @pytest.mark.gpu
-def test_gradients_of_float32_on_a_gpu_have_no_kernel() -> None:
+def test_gradients_of_float64_on_a_gpu_have_no_kernel() -> None:
     """Raises where that is asked for, else torch computes; explain says so beforehand (T33)."""
     a = good_arguments("cuda")
-    q, k, v = (x.float().requires_grad_() for x in (a.q, a.k, a.v))
+    q, k, v = (x.double().requires_grad_() for x in (a.q, a.k, a.v))
     with pytest.raises(
-        fc.UnsupportedError, match=r"gradients.* float32 has no .*scaled_dot_product_attention"
+        fc.UnsupportedError, match=r"gradients.* float64 has no .*scaled_dot_product_attention"
     ):
         fc.flash_attention(q, k, v, on_unsupported="error")
     with pytest.warns(UserWarning, match="gradients"):

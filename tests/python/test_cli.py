@@ -150,7 +150,7 @@ def test_compile_several(capsys: pytest.CaptureFixture[str]) -> None:
         (["compile", "--all", "--block-m", "64"], "--all"),
         (["compile", "--all", "--backward"], "--all"),
         (["compile", "--arch", "sm_80", "--deterministic", "1"], "deterministic"),
-        (["compile", "--backward", "--arch", "sm_80", "--dtype", "float32"], "float32"),
+        (["compile", "--backward", "--arch", "sm_80", "--dtype", "float64"], "float64"),
         (
             ["compile", "--backward", "--arch", "sm_80", "--rescale-threshold", "0"],
             "rescale_threshold",

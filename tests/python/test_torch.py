@@ -6,18 +6,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flashcute as fc
 import numpy as np
 import pytest
 import torch
-from conftest import Runner, deterministic_configurations
+from conftest import Runner, backward_configurations_of_first_use
 from flashcute import _torch
 from oracle_backward import assert_accurate, make_problem
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
-pytestmark = pytest.mark.compiles(deterministic_configurations())
+pytestmark = pytest.mark.compiles(backward_configurations_of_first_use())
 both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 
 
@@ -35,7 +36,7 @@ def qkv(
     grad: bool = True,
     device: str = "cpu",
 ) -> list[torch.Tensor]:
-    """Where there are no kernels for the dtype's gradients, on a GPU, in float16."""
+    """On a GPU in float16, whose kernels are compiled ahead of time."""
     if device == "cuda" and dtype in (torch.float32, torch.float64):
         dtype = torch.float16
     d_v = d if d_v is None else d_v
@@ -105,7 +106,7 @@ on_gpu_both_ways = pytest.mark.parametrize(
 @on_gpu_both_ways
 @both_masks
 @pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize(
     ("d", "d_v"), [(64, 64), (128, 128), (256, 256), (40, 72), (96, 64), (136, 40), (128, 192)]
 )
@@ -219,6 +220,17 @@ def test_strides_of_dout(device: str, make: Callable[[torch.Tensor], torch.Tenso
     expected = torch.autograd.grad(out, tensors, dout.resolve_neg().contiguous())
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_allow_tf32_is_the_forwards(compiled: Any) -> None:
+    """Gradients are recorded of the output that was allowed to be rounded, not of another."""
+    tensors = [x.detach().cuda().requires_grad_() for x in qkv(dtype=torch.float32)]
+    with torch.no_grad():
+        rounded, exact = (fc.flash_attention(*tensors, allow_tf32=x) for x in (True, False))
+    assert not torch.equal(rounded, exact)
+    assert torch.equal(fc.flash_attention(*tensors, allow_tf32=True), rounded)
+    assert torch.equal(compiled(partial(fc.flash_attention, allow_tf32=True))(*tensors), rounded)
 
 
 @pytest.mark.parametrize(
@@ -534,14 +546,13 @@ def test_compile_with_dynamic_shapes(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_compile_where_a_gpu_has_no_gradients(compiled: Any, dtype: torch.dtype) -> None:
+def test_compile_where_a_gpu_has_no_gradients(compiled: Any) -> None:
     """torch's own attention in the graph, as in an eager call; without gradients the operator."""
-    tensors = [x.detach().cuda().requires_grad_() for x in qkv(dtype=dtype)]
+    tensors = [x.detach().cuda().requires_grad_() for x in qkv(dtype=torch.float64)]
     with pytest.warns(UserWarning, match=r"gradients \(requires_grad=True\).*have no kernel"):
         out = compiled(lambda *x: fc.flash_attention(*x) * 2)(*tensors)
     with pytest.warns(
-        UserWarning, match=r"gradients \(requires_grad=True\).*has no backward kernel"
+        UserWarning, match=r"gradients \(requires_grad=True\).*float64 has no GPU kernel"
     ):
         torch.testing.assert_close(out, fc.flash_attention(*tensors) * 2)
 

@@ -304,12 +304,16 @@ FLASHCUTE_DEVICE uint32_t round_pair(float low, float high) {
 }
 
 template <class Element>
-FLASHCUTE_DEVICE uint32_t at_most_one(uint32_t pair) {
-  auto const least = [](uint32_t bits) {
-    auto const x = static_cast<float>(Element::bitcast(static_cast<uint16_t>(bits)));
-    return uint32_t{Element(x > 1 ? 1.f : x).raw()};
-  };
-  return least(pair & 0xffff) | least(pair >> 16) << 16;
+FLASHCUTE_DEVICE uint32_t at_most_one(uint32_t word) {
+  if constexpr (std::is_same_v<Element, float>) {
+    return std::bit_cast<float>(word) > 1 ? std::bit_cast<uint32_t>(1.f) : word;
+  } else {
+    auto const least = [](uint32_t bits) {
+      auto const x = static_cast<float>(Element::bitcast(static_cast<uint16_t>(bits)));
+      return uint32_t{Element(x > 1 ? 1.f : x).raw()};
+    };
+    return least(word & 0xffff) | least(word >> 16) << 16;
+  }
 }
 
 FLASHCUTE_DEVICE cute::tfloat32_t round_tf32(float x) {
