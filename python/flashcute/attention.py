@@ -87,9 +87,9 @@ def flash_attention(
 
     The arguments, their shapes and the exceptions are those of `forward`; `explain` tells what was chosen
     and why. allow_tf32 lets a GPU round float32 inputs to TF32 (10 bits of fraction); else, and always for
-    gradients, it makes up for what TF32 cuts off by three products in place of one. On a GPU every head dimension and alignment
-    runs; multiples of 16 bytes are fastest, and without allow_tf32 they need no compilation at the first
-    call.
+    gradients, it makes up for what TF32 cuts off by three products in place of one. On a GPU every head
+    dimension and alignment runs; multiples of 16 bytes are fastest. They need no compilation at the first
+    call, but for allow_tf32, gradients of float32 and deterministic gradients.
 
     torch tensors are differentiated, the LSE too if it is returned; once, not twice. On a GPU gradients of queries
     are summed by atomics, so their last bits differ from run to run, except where

@@ -285,7 +285,13 @@ TEST(BackwardConfig, EachRuleOfTheGpuFires) {
   };
   using enum BackwardConfigError;
   EXPECT_EQ(check(good, 75), arch_too_old);
-  EXPECT_EQ(broken([](auto& c) { c.dtype = DType::float32; }), gpu_dtype);
+  EXPECT_EQ(broken([](auto& c) { c.dtype = DType::float64; }), gpu_dtype);
+  EXPECT_EQ(broken([](auto& c) { c.dtype = DType::float32; }), math);
+  auto const split = [](auto& c) { c.dtype = DType::float32, c.math = Math::tf32x3, c.block_n = 64, c.stages = 1; };
+  EXPECT_EQ(broken(split), none);
+  EXPECT_EQ(broken([&](auto& c) { split(c), c.copy_bytes = 2, c.async_copy = false; }), copy_bytes);
+  EXPECT_EQ(broken([&](auto& c) { split(c), c.k_tiles_per_load = 1; }), k_tiles_per_load);
+  EXPECT_EQ(broken([](auto& c) { c.math = Math::tf32x3; }), math);
   EXPECT_EQ(broken([](auto& c) { c.head_dim = 72; }), gpu_head_dim);
   EXPECT_EQ(broken([](auto& c) { c.num_warps = 2; }), num_warps);
   for (int32_t const n : {0, 3, 8}) EXPECT_EQ(broken([&](auto& c) { c.column_warps = n; }), column_warps) << n;

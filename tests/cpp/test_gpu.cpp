@@ -67,18 +67,25 @@ std::string name_of_shape(::testing::TestParamInfo<Shape> const& info) {
          std::to_string(s.d_v) + (s.causal ? "_causal" : "_full");
 }
 
-/// |x - want| / |want|, over all elements, of which none may be NaN.
 template <class Element>
-void expect_close(std::vector<Element> const& got, std::vector<Element> const& expected, double tolerance) {
+double norm_of(std::vector<Element> const& values) {
+  double sum = 0;
+  for (Element const& x : values) sum += std::pow(static_cast<float>(x), 2);
+  return std::sqrt(sum);
+}
+
+/// No element is NaN, and |got - expected| is at most `tolerance` times |expected|, or `norm` if that is larger.
+template <class Element>
+void expect_close(std::vector<Element> const& got, std::vector<Element> const& expected, double tolerance,
+                  double norm = 0) {
   ASSERT_EQ(got.size(), expected.size());
-  double error = 0, norm = 0;
+  double error = 0;
   for (std::size_t i = 0; i < got.size(); ++i) {
     auto const x = static_cast<float>(got[i]), want = static_cast<float>(expected[i]);
     ASSERT_FALSE(std::isnan(x)) << "element " << i;
     error += std::pow(x - want, 2);
-    norm += std::pow(want, 2);
   }
-  EXPECT_LE(std::sqrt(error), tolerance * std::sqrt(norm));
+  EXPECT_LE(std::sqrt(error), tolerance * std::max(norm, norm_of(expected)));
 }
 
 class Gpu : public ::testing::TestWithParam<Shape> {
@@ -235,7 +242,9 @@ class GpuBackward : public ::testing::TestWithParam<Shape> {
     Gradients const got = run_on_gpu();
     for (std::size_t i = 0; i < 3; ++i) {
       SCOPED_TRACE(gradient_names[i]);
-      expect_close(got[i], expected[i], tolerance);
+      // dS = P (dP - delta) cancels where few keys are seen: dq and dk are small then, their errors are not.
+      bool const cancels = seqlen_k < 8;
+      expect_close(got[i], expected[i], tolerance, cancels ? norm_of(expected[2]) : 0);
     }
     if (!deterministic) return;
     Gradients const again = run_on_gpu();

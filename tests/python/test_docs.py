@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import flashcute as fc
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,17 +40,24 @@ def test_architecture_names_files_that_exist() -> None:
         assert any((ROOT / folder / path).exists() for folder in folders), path
 
 
-def test_gradient_error_is_what_the_tool_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("device", "page"),
+    [
+        ("cpu", "gradient_error.md"),
+        pytest.param("cuda", "gradient_error_gpu.md", marks=pytest.mark.gpu),
+    ],
+)
+def test_gradient_error_is_what_the_tool_writes(tmp_path: Path, device: str, page: str) -> None:
     """A table of an older tool, or of other head dims: same lines and columns, and errors of the same size."""
-    file = tmp_path / "gradient_error.md"
-    tool = [sys.executable, ROOT / "tools" / "gradient_error.py", "--shapes", "1", "--out", file]
-    subprocess.run(tool, check=True, capture_output=True)
+    file = tmp_path / page
+    tool = [sys.executable, ROOT / "tools" / "gradient_error.py", "--device", device]
+    subprocess.run([*tool, "--shapes", "1", "--out", file], check=True, capture_output=True)
 
     def cells(path: Path) -> list[list[str]]:
         lines = path.read_text().splitlines()
         return [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
 
-    written, kept = cells(file), cells(ROOT / "docs" / "gradient_error.md")
+    written, kept = cells(file), cells(ROOT / "docs" / page)
     assert [line[:3] for line in written] == [line[:3] for line in kept]
     assert written[0] == kept[0]
     for new, old in zip(written[1:], kept[1:], strict=True):
