@@ -451,6 +451,8 @@ TEST_F(PlanBackwardOnGpu, WhatNoKernelTakesIsRefused) {
   BackwardCall twice({1, 64, 1, 64}, {1, 64, 1, 64}, DType::float64);
   twice.refused<UnsupportedError>({"q: dtype float64", "float32", way_out});
   twice.refused<UnsupportedError>({"q: dtype", way_out}, BackwardConfig{.dtype = DType::float64, .head_dim = 64});
+  EXPECT_THROW(backward_config_for(twice.q, twice.k, twice.v), UnsupportedError);
+  EXPECT_THROW(backward_workspace_size({}, twice.q, twice.v), UnsupportedError);
   BackwardCall call = call_;
   call.refused<ConfigError>({"cfg: the rows and columns of a score tile", "block_n=32", "compute capability 9.0"},
                             BackwardConfig{.head_dim = 64, .block_n = 32});

@@ -302,15 +302,6 @@ TEST(PlanBackward, WrongTensorsAreRefused) {
     p.config.block_n = 24;
     p.expect<ConfigError>({"cfg", "block_n", "block_n=24"});
   }
-  {
-    BackwardProblem p;
-    for (TensorView* t : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.lse, &p.dlse, &p.dq, &p.dk, &p.dv}) {
-      t->device = {DeviceType::cuda, 0};
-    }
-    p.expect<UnsupportedError>({"q: dtype float32", "GPU", "float16", "scaled_dot_product_attention"});
-    EXPECT_THROW(backward_config_for(p.q, p.k, p.v), UnsupportedError);
-    EXPECT_THROW(backward_workspace_size(p.config, p.q, p.v), UnsupportedError);
-  }
 }
 
 // The CPU makes its own.
