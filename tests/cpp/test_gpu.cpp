@@ -242,8 +242,8 @@ class GpuBackward : public ::testing::TestWithParam<Shape> {
     Gradients const got = run_on_gpu();
     for (std::size_t i = 0; i < 3; ++i) {
       SCOPED_TRACE(gradient_names[i]);
-      // dS = P (dP - delta) cancels where few keys are seen: dq and dk are small then, their errors are not.
-      bool const cancels = seqlen_k < 8;
+      // Of one key dS = P (dP - delta) is what fp32 leaves of a difference of equals, plus dLSE.
+      bool const cancels = Element::dtype == DType::float32 && seqlen_k == 1;
       expect_close(got[i], expected[i], tolerance, cancels ? norm_of(expected[2]) : 0);
     }
     if (!deterministic) return;

@@ -737,21 +737,20 @@ def test_configuration_is_a_value() -> None:
 def test_default_configurations(d: int, dtype: str, deterministic: bool, arch: str) -> None:
     """They keep the rules of every architecture, and are what was asked for. float32 has none for wide heads where
     shared memory is scarce."""
-    if dtype == "float32" and d > 128 and arch in ("sm_86", "sm_120"):
-        with pytest.raises(
-            fc.UnsupportedError, match=rf"float32 with head_dim {d} need more shared"
-        ):
-            fc.default_backward_config(d, dtype, arch, deterministic=deterministic)
-        return
-    cfg = fc.default_backward_config(d, dtype, arch, deterministic=deterministic)
-    cfg.check(arch)
-    assert (cfg.dtype, cfg.deterministic) == (dtype, deterministic)
-    assert cfg.head_dim >= d
-    if dtype == "float32" and arch in ("sm_86", "sm_120"):
-        return
-    wide = fc.default_backward_config(d, dtype, arch, head_dim_v=256, deterministic=deterministic)
-    wide.check(arch)
-    assert wide.head_dim_v == 256
+    for d_v in (d, 256):
+        options = {"head_dim_v": d_v, "deterministic": deterministic}
+        widest = max(d, d_v)
+        if dtype == "float32" and widest > 128 and arch in ("sm_86", "sm_120"):
+            with pytest.raises(
+                fc.UnsupportedError, match=rf"float32 with head_dim {widest} need more shared"
+            ):
+                fc.default_backward_config(d, dtype, arch, **options)
+            continue
+        cfg = fc.default_backward_config(d, dtype, arch, **options)
+        cfg.check(arch)
+        assert (cfg.dtype, cfg.deterministic) == (dtype, deterministic)
+        assert cfg.head_dim >= d
+        assert cfg.head_dim_v >= d_v
 
 
 def test_default_configuration_that_no_gpu_has() -> None:

@@ -45,11 +45,18 @@ def test_architecture_names_files_that_exist() -> None:
     ("device", "page"),
     [
         ("cpu", "gradient_error.md"),
-        pytest.param("cuda", "gradient_error_gpu.md", marks=[pytest.mark.gpu, pytest.mark.slow]),
+        pytest.param(
+            "cuda",
+            "gradient_error_gpu.md",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.slow,
+                pytest.mark.compiles(backward_configurations_of_first_use()),
+            ],
+        ),
     ],
 )
 @pytest.mark.usefixtures("prebuilt")
-@pytest.mark.compiles(backward_configurations_of_first_use())
 def test_gradient_error_is_what_the_tool_writes(tmp_path: Path, device: str, page: str) -> None:
     """A table of an older tool, or of other head dims: same lines and columns, and errors of the same size."""
     file = tmp_path / page

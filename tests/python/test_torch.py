@@ -223,7 +223,7 @@ def test_strides_of_dout(device: str, make: Callable[[torch.Tensor], torch.Tenso
 
 
 @pytest.mark.gpu
-def test_allow_tf32_is_the_forwards(compiled: Any) -> None:
+def test_allow_tf32_with_gradients(compiled: Any) -> None:
     """Gradients are recorded of the output that was allowed to be rounded, not of another."""
     tensors = [x.detach().cuda().requires_grad_() for x in qkv(dtype=torch.float32)]
     with torch.no_grad():
