@@ -1,5 +1,6 @@
 # Compiles each family of src/kernels.def into one fatbin and embeds it into the library. One front-end
-# pass for compute_80 serves all targets: assembling for several costs what one costs.
+# pass for compute_80 serves all targets: assembling for several costs what one costs. The families of sm90 use
+# instructions that exist for sm_90a alone; without architecture 90 their images are empty.
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS src/kernels.def)
 file(STRINGS src/kernels.def lines REGEX "^FLASHCUTE_(FORWARD|BACKWARD)_FAMILY")
 set(flashcute_families "")
@@ -59,6 +60,10 @@ target_include_directories(flashcute_generate_unit PRIVATE include src)
 set(flashcute_images_dir ${PROJECT_BINARY_DIR}/images)
 file(MAKE_DIRECTORY ${flashcute_images_dir})
 foreach(family ${flashcute_families})
+  set(gencode "arch=compute_80,code=[${targets}]")
+  if(family MATCHES "_sm90_")
+    set(gencode "arch=compute_90a,code=sm_90a")
+  endif()
   set(unit ${flashcute_images_dir}/${family}.cu)
   set(image ${flashcute_images_dir}/${family}.fatbin)
   # Rewritten only when its text changes, so that rebuilding the tool does not recompile the images.
@@ -71,14 +76,19 @@ foreach(family ${flashcute_families})
     VERBATIM)
   add_custom_command(
     OUTPUT ${image}
-    COMMAND ${FLASHCUTE_NVCC} -fatbin -std=c++20 -O3 -Xptxas -O${FLASHCUTE_PTXAS_LEVEL} -DNDEBUG "-gencode=arch=compute_80,code=[${targets}]"
+    COMMAND ${CMAKE_COMMAND} -P ${PROJECT_SOURCE_DIR}/cmake/compile_image.cmake --
+            ${FLASHCUTE_NVCC} -fatbin -std=c++20 -O3 -Xptxas -O${FLASHCUTE_PTXAS_LEVEL} -DNDEBUG "-gencode=${gencode}"
             -I${PROJECT_SOURCE_DIR}/include -I${flashcute_cutlass_dir} -MD -MF ${image}.d -MT ${image}
             -o ${image} ${unit}
-    DEPENDS ${unit}
+    DEPENDS ${unit} ${PROJECT_SOURCE_DIR}/cmake/compile_image.cmake
     DEPFILE ${image}.d
     COMMENT "Compiling images of ${family}"
     VERBATIM)
   set(embedding ${flashcute_images_dir}/${family}_image.cpp)
+  set(content ".incbin \"${image}\"")
+  if(family MATCHES "_sm90_" AND NOT "90" IN_LIST FLASHCUTE_ARCHS)
+    set(content "")
+  endif()
   file(CONFIGURE OUTPUT ${embedding} CONTENT [=[
 // Generated. The image of family @family@ between two symbols.
 asm(R"(
@@ -89,12 +99,14 @@ asm(R"(
     .hidden flashcute_image_@family@
     .hidden flashcute_image_@family@_end
 flashcute_image_@family@:
-    .incbin "@image@"
+    @content@
 flashcute_image_@family@_end:
     .previous
 )");
 ]=] @ONLY)
-  set_source_files_properties(${embedding} PROPERTIES OBJECT_DEPENDS ${image})
+  if(content)
+    set_source_files_properties(${embedding} PROPERTIES OBJECT_DEPENDS ${image})
+  endif()
   target_sources(flashcute PRIVATE ${embedding})
 endforeach()
 target_compile_definitions(flashcute PRIVATE

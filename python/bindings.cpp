@@ -67,12 +67,13 @@ nb::object option_to_python(int32_t value) { return nb::int_(value); }
 void option_from_python(char const*, nb::handle object, DType& value) { value = to_dtype(object); }
 
 void option_from_python(char const* option, nb::handle object, Math& value) {
-  for (Math m : {Math::tensor_core, Math::tf32x3, Math::cuda_core}) {
+  for (Math m : {Math::tensor_core, Math::tf32x3, Math::cuda_core, Math::wgmma}) {
     if (!nb::isinstance<nb::str>(object) || nb::cast<std::string>(object) != name_of(m)) continue;
     value = m;
     return;
   }
-  throw ArgumentError(option, "'tensor_core', 'tf32x3' or 'cuda_core'", nb::cast<std::string>(nb::repr(object)));
+  throw ArgumentError(option, "'tensor_core', 'tf32x3', 'cuda_core' or 'wgmma'",
+                      nb::cast<std::string>(nb::repr(object)));
 }
 
 void option_from_python(char const* option, nb::handle object, bool& value) {
@@ -212,7 +213,7 @@ void bind_configs(nb::module_& m) {
       "stages: int = 1, copy_bytes: int = 16, "
       "async_copy: bool = True, eager_load_blocks: bool = True, swizzled: bool = True, q_in_registers: bool = False, "
       "k_tiles_per_load: int = 0, mma_double_buffer: bool = True, optimized_softmax: bool = True, "
-      "rescale_threshold: int = 8) -> None";
+      "rescale_threshold: int = 8, pingpong: bool = True, overlap: bool = True, stale_max: bool = True) -> None";
   auto forward = bind_config<ForwardConfig>(
       m, forward_signature,
       "Static configuration of a forward kernel: immutable, hashable.\n\n"
@@ -224,7 +225,9 @@ void bind_configs(nb::module_& m) {
       "num_warps: warps per thread block; each owns 16-row slices of the tile.\n"
       "blocks_per_sm: thread blocks that shall fit a multiprocessor at once, which limits their registers.\n"
       "math: 'tensor_core' (mma.sync; of float32 in TF32, 10 bits of fraction), 'tf32x3' (float32 on tensor cores, by "
-      "three products in TF32 for one) or 'cuda_core' (fp32).\n"
+      "three products in TF32 for one), 'cuda_core' (fp32) or 'wgmma' (Hopper's kernel: loads by TMA, products by "
+      "WGMMA, "
+      "specialised warps; num_warps is that of the warps that compute, block_m / 16).\n"
       "stages: K/V blocks that shared memory holds; with 2 one arrives while the other is multiplied.\n"
       "copy_bytes: 16, 8, 4 or 2: what a thread copies between global and shared memory at once; addresses and "
       "strides of all tensors must be multiples.\n"
@@ -237,7 +240,11 @@ void bind_configs(nb::module_& m) {
       "mma_double_buffer: fetch the next fragments while the tensor cores work on these.\n"
       "optimized_softmax: one multiply-add and one exp2 a score, the row sum reduced in the end; False: as in a "
       "textbook.\n"
-      "rescale_threshold: t: a row's sums are rescaled once an exponential would exceed 2^t; 0: in every block.");
+      "rescale_threshold: t: a row's sums are rescaled once an exponential would exceed 2^t; 0: in every block.\n\n"
+      "Of math='wgmma' alone, which has none of the options from copy_bytes to mma_double_buffer:\n\n"
+      "pingpong: warpgroups take turns in beginning their products.\n"
+      "overlap: the softmax of a block runs while P V of the block before is multiplied.\n"
+      "stale_max: exponentials are taken relative to the maximum so far, and again if they turn out too large.");
   forward.def_prop_ro(
       "smem_bytes", [](ForwardConfig const& c) { return smem_bytes(c); },
       "Shared memory of a thread block, in bytes (GPU only).");

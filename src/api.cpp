@@ -89,15 +89,20 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
                     TensorView const& v, ForwardOptions const& options) {
   Explanation e;
   bool const gpu = q.device.type == DeviceType::cuda;
-  char const* const here = gpu ? "sm80" : "cpu";
+  auto const backend_of = [&](Math math) { return !gpu ? "cpu" : math == Math::wgmma ? "sm90" : "sm80"; };
+  char const* here = backend_of(config ? config->math : Math::tensor_core);
   e.rejected.emplace_back(gpu ? "cpu" : "sm80", gpu ? "the tensors are on " + to_string(q.device)
                                                     : std::string("the tensors are on the CPU"));
   ForwardConfig chosen;
   try {
     chosen = config ? *config : config_for(q, k, v, nullptr, options);
     std::string misaligned;
-    forward_tensors(q, k, v, nullptr, options, &misaligned);
-    if (gpu && !config && !misaligned.empty()) e.rejected.emplace_back("copy_bytes=16", misaligned);
+    ForwardTensors const tensors = forward_tensors(q, k, v, nullptr, options, &misaligned);
+    here = backend_of(chosen.math);
+    if (gpu && !config && !misaligned.empty()) {
+      if (arch_of(q.device) == 90 && size_of(q.dtype) == 2) e.rejected.emplace_back("sm90", misaligned);
+      if (tensors.alignment < 16) e.rejected.emplace_back("copy_bytes=16", misaligned);
+    }
     ForwardPlan const plan = plan_forward(chosen, q, k, v, nullptr, nullptr, options);
     e.backend = here;
     e.config = chosen;

@@ -22,28 +22,31 @@ using Function = struct FunctionTag*;
 inline constexpr Result success = 0;
 
 /// The driver entry points that flashcute uses. Field names are the API's names.
-#define FLASHCUTE_DRIVER_FUNCTIONS(F)                                                                          \
-  F(cuInit, 2000, (unsigned flags))                                                                            \
-  F(cuDriverGetVersion, 2020, (int* version))                                                                  \
-  F(cuDeviceGetCount, 2000, (int* count))                                                                      \
-  F(cuDeviceGet, 2000, (DeviceHandle * device, int ordinal))                                                   \
-  F(cuDeviceGetName, 2000, (char* name, int length, DeviceHandle device))                                      \
-  F(cuDeviceGetAttribute, 2000, (int* value, int attribute, DeviceHandle device))                              \
-  F(cuDevicePrimaryCtxRetain, 7000, (Context * context, DeviceHandle device))                                  \
-  F(cuCtxGetCurrent, 4000, (Context * context))                                                                \
-  F(cuCtxPushCurrent, 4000, (Context context))                                                                 \
-  F(cuCtxPopCurrent, 4000, (Context * context))                                                                \
-  F(cuLibraryLoadData, 12000,                                                                                  \
-    (Library * library, void const* code, int* jit_options, void** jit_values, unsigned jit_count,             \
-     int* library_options, void** library_values, unsigned library_count))                                     \
-  F(cuLibraryGetKernel, 12000, (Kernel * kernel, Library library, char const* name))                           \
-  F(cuKernelGetFunction, 12000, (Function * function, Kernel kernel))                                          \
-  F(cuKernelSetAttribute, 12000, (int attribute, int value, Kernel kernel, DeviceHandle device))               \
-  F(cuLaunchKernel, 4000,                                                                                      \
-    (Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y, \
-     unsigned block_z, unsigned shared_bytes, Stream stream, void** parameters, void** extra))                 \
-  F(cuThreadExchangeStreamCaptureMode, 10010, (int* mode))                                                     \
-  F(cuGetErrorName, 6000, (Result error, char const** name))                                                   \
+#define FLASHCUTE_DRIVER_FUNCTIONS(F)                                                                                \
+  F(cuInit, 2000, (unsigned flags))                                                                                  \
+  F(cuDriverGetVersion, 2020, (int* version))                                                                        \
+  F(cuDeviceGetCount, 2000, (int* count))                                                                            \
+  F(cuDeviceGet, 2000, (DeviceHandle * device, int ordinal))                                                         \
+  F(cuDeviceGetName, 2000, (char* name, int length, DeviceHandle device))                                            \
+  F(cuDeviceGetAttribute, 2000, (int* value, int attribute, DeviceHandle device))                                    \
+  F(cuDevicePrimaryCtxRetain, 7000, (Context * context, DeviceHandle device))                                        \
+  F(cuCtxGetCurrent, 4000, (Context * context))                                                                      \
+  F(cuCtxPushCurrent, 4000, (Context context))                                                                       \
+  F(cuCtxPopCurrent, 4000, (Context * context))                                                                      \
+  F(cuLibraryLoadData, 12000,                                                                                        \
+    (Library * library, void const* code, int* jit_options, void** jit_values, unsigned jit_count,                   \
+     int* library_options, void** library_values, unsigned library_count))                                           \
+  F(cuLibraryGetKernel, 12000, (Kernel * kernel, Library library, char const* name))                                 \
+  F(cuKernelGetFunction, 12000, (Function * function, Kernel kernel))                                                \
+  F(cuKernelSetAttribute, 12000, (int attribute, int value, Kernel kernel, DeviceHandle device))                     \
+  F(cuLaunchKernel, 4000,                                                                                            \
+    (Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,       \
+     unsigned block_z, unsigned shared_bytes, Stream stream, void** parameters, void** extra))                       \
+  F(cuTensorMapEncodeTiled, 12000,                                                                                   \
+    (void* map, int type, unsigned rank, void* address, std::uint64_t const* sizes, std::uint64_t const* strides,    \
+     unsigned const* box, unsigned const* element_strides, int interleave, int swizzle, int l2_promotion, int fill)) \
+  F(cuThreadExchangeStreamCaptureMode, 10010, (int* mode))                                                           \
+  F(cuGetErrorName, 6000, (Result error, char const** name))                                                         \
   F(cuGetErrorString, 6000, (Result error, char const** text))
 
 struct Driver {

@@ -46,7 +46,9 @@ std::optional<EmbeddedImage> image_among(Families const& families, EmbeddedImage
                                          std::string const& kernel) {
   for (auto const& family : families) {
     for (auto const& held : kernels_of(family)) {
-      if (name(held).text == kernel) return images[&family - std::begin(families)];
+      if (name(held).text != kernel) continue;
+      EmbeddedImage const& image = images[&family - std::begin(families)];
+      if (image.begin != image.end) return image;  // else none of its targets was built for
     }
   }
   return std::nullopt;

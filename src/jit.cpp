@@ -67,7 +67,7 @@ CompileRequest request_for(KernelCode const& kernel, Arch arch) {
   CompileRequest request;
   request.name = kernel.name;
   request.source = kernel.source;
-  request.arch = target_of(arch);
+  request.arch = target_of(kernel, arch);
   request.include_folders = our_folders();
   request.include_folders.push_back(toolkit_folder());
   return request;
@@ -154,7 +154,7 @@ std::string jit_key(KernelCode const& kernel, Arch arch) { return key_of(request
 
 JitImage jit_image(KernelCode const& kernel, Arch arch) {
   if (jit_mode() == JitMode::off) {
-    throw UnsupportedError("There is no ahead-of-time image of " + kernel.name + " for sm_" + std::to_string(arch) +
+    throw UnsupportedError("There is no ahead-of-time image of " + kernel.name + " for " + target_of(kernel, arch) +
                            ", and FLASHCUTE_JIT=off forbids compiling it now. Set "
                            "FLASHCUTE_JIT=on; to keep the wait out of the program, compile beforehand with "
                            "`python -m flashcute compile`");

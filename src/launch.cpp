@@ -1,5 +1,6 @@
 #include "launch.hpp"
 
+#include <algorithm>
 #include <limits>
 #include <map>
 #include <memory>
@@ -11,6 +12,7 @@
 #include "driver.hpp"
 #include "image_store.hpp"
 #include "source.hpp"
+#include "tensor_map.hpp"
 
 namespace flashcute {
 namespace {
@@ -156,7 +158,13 @@ struct Launch {
 void launch(ForwardKernelId const& kernel, ForwardParams const& params, int device, void* stream) {
   int64_t const blocks = QueryTile::count(params, kernel.config.block_m);
   require_grid(blocks, "q: batch * heads * ceil(seqlen_q / block_m)");
-  Launch(kernel, blocks, device).run(params, device, stream);
+  if (kernel.config.math == Math::wgmma) {
+    // As many blocks as run at once: each takes one tile after another.
+    Launch const ready(kernel, std::min<int64_t>(blocks, device_facts(device).multiprocessors), device);
+    if (blocks > 0) ready.run(hopper_params(kernel.config, params), device, stream);
+  } else {
+    Launch(kernel, blocks, device).run(params, device, stream);
+  }
 }
 
 void launch(BackwardConfig const& config, Features const& features, BackwardParams const& params, int device,

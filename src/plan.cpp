@@ -101,6 +101,15 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
     require_aligned({"k", &k}, nk, config.copy_bytes);
     require_aligned({"v", &v}, nv, config.copy_bytes);
   }
+  if (config.math == Math::wgmma) {
+    for (Argument const& argument : {Argument{"q", &q}, Argument{"k", &k}, Argument{"v", &v}}) {
+      std::string const problem = bulk_copy_problem(argument, options.layout);
+      if (!problem.empty()) {
+        throw ConfigError("cfg: math wgmma does not fit the tensors: " + problem +
+                          ". Use math='tensor_core', or flash_attention, which chooses by itself");
+      }
+    }
+  }
 
   Features const features{.mask = options.causal ? MaskKind::causal : MaskKind::full,
                           .count_blocks = options.block_counts != nullptr};
@@ -121,6 +130,12 @@ ForwardTensors forward_tensors(TensorView const& q, TensorView const& k, TensorV
   std::vector<Argument> arguments{{"q", &q}, {"k", &k}, {"v", &v}};
   if (out != nullptr) arguments.push_back({"out", out});
   t.alignment = common_alignment(arguments, options.layout, misaligned);
+  for (Argument const& argument : {Argument{"q", &q}, Argument{"k", &k}, Argument{"v", &v}}) {
+    std::string const problem = bulk_copy_problem(argument, options.layout);
+    if (problem.empty()) continue;
+    t.bulk_copies = false;
+    if (misaligned != nullptr && misaligned->empty()) *misaligned = problem;
+  }
   return t;
 }
 

@@ -27,7 +27,8 @@ std::string initializer(Features const& features) {
 
 /// The kernel as the C++ line that defines it.
 std::string definition(ForwardKernelId const& kernel) {
-  return std::string("FLASHCUTE_FORWARD_ENTRY(") + name(kernel).text +
+  bool const hopper = kernel.config.math == Math::wgmma;
+  return std::string(hopper ? "FLASHCUTE_HOPPER_FORWARD_ENTRY(" : "FLASHCUTE_FORWARD_ENTRY(") + name(kernel).text +
          ",\n    flashcute::ForwardKernelId{.config = " + initializer(kernel.config) +
          ", .features = " + initializer(kernel.features) + "})\n";
 }
@@ -40,7 +41,8 @@ std::string definition(BackwardKernelId const& kernel) {
 
 template <class KernelId>
 std::string source_of(std::span<KernelId const> kernels) {
-  std::string text = "#include \"flashcute/entry.hpp\"\n\n";
+  bool const hopper = !kernels.empty() && kernels[0].config.math == Math::wgmma;
+  std::string text = hopper ? "#include \"flashcute/sm90/entry.hpp\"\n\n" : "#include \"flashcute/entry.hpp\"\n\n";
   for (KernelId const& kernel : kernels) text += definition(kernel);
   return text;
 }
@@ -51,7 +53,7 @@ KernelCode checked_code_of(KernelId const& kernel, Arch arch) {
   if (auto const e = check(kernel.config, arch); e != decltype(e){}) {
     throw ConfigError(std::string(name(kernel.config).text) + " for " + target + ": " + sentence(e));
   }
-  return {name(kernel).text, source_of(std::span(&kernel, 1))};
+  return {name(kernel).text, source_of(std::span(&kernel, 1)), kernel.config.math == Math::wgmma};
 }
 
 }  // namespace

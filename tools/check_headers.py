@@ -20,7 +20,7 @@ LEVELS = [
     ["std"],
     ["config", "error"],
     ["params", "backward_config"],
-    ["mask", "instructions", "backward_params", "tiles", "api"],
+    ["mask", "instructions", "backward_params", "tiles", "api", "tensor_map"],
     ["block_counter", "layout"],
     ["fragment"],
     ["gemm", "softmax", "nonfinite"],
@@ -31,7 +31,7 @@ LEVELS = [
     ["entry"],
 ]
 PLAIN = ["std", "config", "error", "params", "tiles", "api", "mask", "block_counter"]
-PLAIN += ["backward_config", "backward_params"]
+PLAIN += ["backward_config", "backward_params", "tensor_map"]
 # Above the instructions, which tests/cpp/emulation replaces; entry.hpp needs a CUDA compiler.
 KERNEL = [
     "layout",

@@ -2,8 +2,8 @@
 
 For every kernel of every family and every target architecture: it is there; its main loops, or all
 of it where it multiplies nothing, hold no memory spill (LDL, STL), or no more than what was measured
-to pay; the instructions meant are present; registers, stack and shared memory are no worse than in
-the checked table tests/images.json.
+to pay; the instructions meant are present (of Hopper's products with their width); registers, stack
+and shared memory are no worse than in the checked table tests/images.json.
 ``--update`` rewrites the table.
 
 usage: python tools/check_images.py --images build/*/images [--update]
@@ -24,6 +24,7 @@ TABLE = Path(__file__).parent.parent / "tests" / "images.json"
 MEANT = {
     "HMMA": ("LDGSTS", "LDSM", "HMMA"),  # cp.async, ldmatrix, mma.sync
     "FFMA": ("LDGSTS", "LDS", "FFMA"),  # CUDA cores
+    "HGMMA": ("UTMALDG", "SYNCS", "HGMMA", "USETMAXREG"),  # TMA, mbarrier, WGMMA, setmaxnreg
 }
 # Of a tile -> spills in one iteration of its main loop, of 900 to 4,300 instructions. They are faster than the tiles
 # without (docs/sm80_forward.md, docs/sm80_backward.md).
@@ -44,7 +45,7 @@ Resources = dict[str, int]
 
 def tile_of(kernel: str) -> str:
     """What SPILLS_ALLOWED calls a kernel: "d128_m128_n64_w4" or "bwd_d64_m64_n128_w4_gradients"."""
-    match = re.fullmatch(r"flashcute_sm80_(fwd|bwd)_[a-z0-9]+_(.*?)(_full|_causal)?", kernel)
+    match = re.fullmatch(r"flashcute_sm[89]0_(fwd|bwd)_[a-z0-9]+_(.*?)(_full|_causal)?", kernel)
     assert match, kernel
     return match[2] if match[1] == "fwd" else f"bwd_{match[2]}"
 
@@ -71,6 +72,15 @@ def kernels_of(unit: Path) -> list[str]:
     return re.findall(r"^FLASHCUTE_\w+_ENTRY\((\w+),", unit.read_text(), re.MULTILINE)
 
 
+def products_meant(kernel: str) -> list[str]:
+    """Of a Hopper kernel: the instructions of S = Q K^T and O += P V, each with its whole width."""
+    match = re.search(r"_sm90_fwd_[a-z0-9]+_d(\d+)(?:_dv(\d+))?_m\d+_n(\d+)_", kernel)
+    if not match:
+        return []
+    d, d_v, n = match.groups()
+    return [f"HGMMA.64x{n}x16", f"HGMMA.64x{d_v or d}x16"]
+
+
 def check_family(unit: Path, archs: list[str]) -> tuple[list[str], dict[str, dict[str, Resources]]]:
     """Problems, and kernel -> arch -> resources."""
     image = unit.with_suffix(".fatbin")
@@ -79,7 +89,8 @@ def check_family(unit: Path, archs: list[str]) -> tuple[list[str], dict[str, dic
     problems: list[str] = []
     table: dict[str, dict[str, Resources]] = {}
     for kernel in kernels_of(unit):
-        for arch in archs:
+        # Built for plain sm_90, Hopper's instructions would be a trap.
+        for arch in ["sm_90a"] if "_sm90_" in kernel else archs:
             where = f"{kernel} for {arch}"
             function = functions.get((kernel, arch))
             if function is None:
@@ -91,6 +102,10 @@ def check_family(unit: Path, archs: list[str]) -> tuple[list[str], dict[str, dic
             else:
                 product = product_opcode(kernel)
                 problems += [f"{where}: no {op} in it" for op in MEANT[product] if not counts[op]]
+                text = " ".join(instruction for _, instruction in function.instructions)
+                problems += [
+                    f"{where}: no {op} in it" for op in products_meant(kernel) if op not in text
+                ]
                 loops = function.loops(product)
                 if not loops:
                     problems.append(f"{where}: no loop with {product} was found")

@@ -35,7 +35,9 @@ def find_tool(name: str) -> str:
 
 
 def product_opcode(kernel: str) -> str:
-    """What the products of a kernel are made of: tensor cores or fused multiply-adds."""
+    """What the products of a kernel are made of: tensor cores (HGMMA: Hopper's) or fused multiply-adds."""
+    if "_sm90_" in kernel:
+        return "HGMMA"
     return "FFMA" if "cudacore" in kernel else "HMMA"
 
 

@@ -59,7 +59,7 @@ struct ForwardOptions {
 
 /// Why a call takes the road it takes.
 struct Explanation {
-  std::string backend;  // "sm80" or "cpu"; empty if nothing can run the call
+  std::string backend;  // "sm90" (Hopper's kernel), "sm80" or "cpu"; empty if nothing can run the call
   std::optional<ForwardConfig> config;
   std::string kernel;  // name of the entry point, or of the CPU instruction set
   std::string image;   // where the kernel comes from: "ahead of time", "run-time compilation ...", "none: ..."

@@ -9,8 +9,8 @@ namespace flashcute {
 enum class DType : uint8_t { float16, bfloat16, float32, float64, int32 };
 enum class MaskKind : uint8_t { full, causal };
 /// Who multiplies. With float32 the tensor cores compute in TF32, 10 bits of fraction; tf32x3 makes up for that by
-/// three products in place of one.
-enum class Math : uint8_t { tensor_core, tf32x3, cuda_core };
+/// three products in place of one. wgmma is Hopper's kernel, with its own instructions to load and multiply.
+enum class Math : uint8_t { tensor_core, tf32x3, cuda_core, wgmma };
 
 constexpr int32_t size_of(DType t) {
   return t == DType::float64 ? 8 : t == DType::float32 || t == DType::int32 ? 4 : 2;
@@ -43,6 +43,7 @@ constexpr char const* name_of(Math m) {
     case Math::tensor_core: return "tensor_core";
     case Math::tf32x3: return "tf32x3";
     case Math::cuda_core: return "cuda_core";
+    case Math::wgmma: return "wgmma";
   }
   return "?";
 }
@@ -70,6 +71,9 @@ struct ForwardConfig {
   bool mma_double_buffer = true;  // fetch the next fragments while the tensor cores work on these
   bool optimized_softmax = true;  // one multiply-add and exp2 a score, one reduction of the row sum in the end
   int32_t rescale_threshold = 8;  // rescale a row once an exponential would exceed 2^this; 0: in every block
+  bool pingpong = true;           // wgmma: warpgroups take turns in multiplying, softmax under each other's products
+  bool overlap = true;            // wgmma: softmax of a block under the product P V of the block before
+  bool stale_max = true;          // wgmma: exponentials do not wait for the maximum, and are checked afterwards
 
   constexpr bool operator==(ForwardConfig const&) const = default;
 };
@@ -96,6 +100,9 @@ constexpr void for_each_option(Config& c, F&& f) {
   f("mma_double_buffer", c.mma_double_buffer);
   f("optimized_softmax", c.optimized_softmax);
   f("rescale_threshold", c.rescale_threshold);
+  f("pingpong", c.pingpong);
+  f("overlap", c.overlap);
+  f("stale_max", c.stale_max);
 }
 
 /// What to compute, as far as it changes the code: taken from the arguments of a call, not chosen.
@@ -149,6 +156,7 @@ constexpr Name name(ForwardConfig const& c) {
   if (c.blocks_per_sm != 2) s << "_b" << c.blocks_per_sm;
   if (c.math == Math::tf32x3) s << "_tf32x3";
   if (c.math == Math::cuda_core) s << "_cudacore";
+  if (c.math == Math::wgmma) s << "_wgmma";
   if (c.stages != 1) s << "_st" << c.stages;
   if (c.copy_bytes != 16) s << "_copy" << c.copy_bytes;
   if (!c.async_copy) s << "_sync";
@@ -159,13 +167,17 @@ constexpr Name name(ForwardConfig const& c) {
   if (!c.mma_double_buffer) s << "_single";
   if (!c.optimized_softmax) s << "_textbook";
   if (c.rescale_threshold != 8) s << "_tau" << c.rescale_threshold;
+  if (!c.pingpong) s << "_noturns";
+  if (!c.overlap) s << "_serial";
+  if (!c.stale_max) s << "_freshmax";
   return s;
 }
 
 /// Name of the GPU kernel, which is also its entry point: "flashcute_sm80_fwd_..._causal".
 constexpr Name name(ForwardKernelId const& k) {
   Name s;
-  s << "flashcute_sm80_" << name(k.config).text << "_" << name_of(k.features.mask);
+  s << (k.config.math == Math::wgmma ? "flashcute_sm90_" : "flashcute_sm80_") << name(k.config).text << "_"
+    << name_of(k.features.mask);
   if (k.features.count_blocks) s << "_counting";
   return s;
 }
@@ -205,7 +217,19 @@ constexpr int32_t max_smem_bytes(Arch arch) {
 constexpr int32_t max_smem_bytes_per_sm(Arch arch) { return max_smem_bytes(arch) + 1024; }
 inline constexpr int32_t reserved_smem_bytes = 1024;
 
-constexpr int32_t num_threads(ForwardConfig const& c) { return 32 * c.num_warps; }
+// Hopper's kernel computes with warpgroups of four warps and 64 query rows each, and loads with one more.
+inline constexpr int32_t warpgroup_rows = 64;
+constexpr int32_t consumer_warpgroups(ForwardConfig const& c) { return c.num_warps / 4; }
+
+constexpr int32_t num_threads(ForwardConfig const& c) { return 32 * c.num_warps + (c.math == Math::wgmma ? 128 : 0); }
+
+/// Registers of a thread of the warpgroup that loads, and of those that compute: of the 65536 of a multiprocessor.
+struct WarpgroupRegisters {
+  int32_t loader, consumer;
+};
+constexpr WarpgroupRegisters registers_of(ForwardConfig const& c) {
+  return consumer_warpgroups(c) == 3 ? WarpgroupRegisters{32, 160} : WarpgroupRegisters{24, 240};
+}
 
 /// How a tile of `width` columns lies in shared memory and is copied there. Its rows are cut into chunks of
 /// at most 128 bytes, all 32 banks; neighbouring threads copy neighbouring pieces of a chunk's row.
@@ -226,10 +250,18 @@ struct CopyShape {
   }
 };
 
+/// How many rounds of tiles Hopper's kernel takes heads for at once: K and V of 264 tiles of 128 rows are 17 MB for
+/// head_dim 128.
+constexpr int32_t rounds_per_section(ForwardConfig const& c) { return c.head_dim > 128 ? 2 : 4; }
+
+/// For the barriers of Hopper's kernel.
+inline constexpr int32_t barrier_bytes = 1024;
+
 /// Dynamic shared memory of the kernel: one Q tile, and `stages` blocks each of K and V. The output tile
 /// reuses Q's place.
 constexpr int64_t smem_bytes(ForwardConfig const& c) {
   int64_t const m = c.block_m, n = c.block_n, d = c.head_dim, d_v = c.head_dim_v;
+  if (c.math == Math::wgmma) return (m * d + c.stages * n * (d + d_v)) * size_of(c.dtype) + barrier_bytes;
   return (m * max_of(d, d_v) + c.stages * n * (d + d_v)) * size_of(c.dtype);
 }
 
@@ -252,6 +284,14 @@ constexpr int64_t smem_bytes(ForwardConfig const& c) {
   RULE(fragments, "q_in_registers and k_tiles_per_load need math = tensor_core")                                       \
   RULE(k_tiles_per_load, "k_tiles_per_load must be 0, 1 or 2, and 2 needs head_dim and block_n to be multiples of 32") \
   RULE(rescale_threshold, "rescale_threshold must be between 0 and 8")                                                 \
+  RULE(wgmma_arch, "math = wgmma needs a GPU of compute capability 9.0: it is Hopper's kernel")                        \
+  RULE(wgmma_dtype, "math = wgmma needs dtype float16 or bfloat16")                                                    \
+  RULE(wgmma_head_dim, "math = wgmma needs head_dim and head_dim_v to be 64, 128, 192 or 256")                         \
+  RULE(wgmma_block_m, "math = wgmma needs block_m of 64, 128 or 192 and num_warps = block_m / 16")                     \
+  RULE(wgmma_stages, "math = wgmma needs stages between 2 and 8")                                                      \
+  RULE(wgmma_options, "math = wgmma has none of the options that say how mma.sync's fragments are loaded")             \
+  RULE(wgmma_only, "pingpong, overlap and stale_max are options of math = wgmma")                                      \
+  RULE(stale_max, "stale_max needs overlap, optimized_softmax and a rescale_threshold above 0")                        \
   RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")
 
 enum class ForwardConfigError : uint8_t {
@@ -272,9 +312,35 @@ constexpr char const* sentence(ForwardConfigError e) {
   return "?";
 }
 
+/// The first rule of Hopper's kernel that `c` breaks on `arch`.
+constexpr ForwardConfigError check_wgmma(ForwardConfig const& c, Arch arch) {
+  using enum ForwardConfigError;
+  if (arch != 90) return wgmma_arch;
+  if (c.dtype != DType::float16 && c.dtype != DType::bfloat16) return wgmma_dtype;
+  int32_t const widths[] = {c.head_dim, c.head_dim_v};
+  for (int32_t const d : widths) {
+    if (d < 64 || d > 256 || d % 64 != 0) return wgmma_head_dim;
+  }
+  if (c.block_m < 64 || c.block_m > 192 || c.block_m % 64 != 0 || c.num_warps != c.block_m / 16) return wgmma_block_m;
+  if (c.block_n <= 0 || c.block_n > 256 || c.block_n % 16 != 0) return block_n;
+  if (c.stages < 2 || c.stages > 8) return wgmma_stages;
+  if (c.rescale_threshold < 0 || c.rescale_threshold > 8) return rescale_threshold;
+  if (c.stale_max && (!c.overlap || !c.optimized_softmax || c.rescale_threshold == 0)) return stale_max;
+  ForwardConfig const d;
+  if (c.blocks_per_sm != 1 || c.copy_bytes != d.copy_bytes || c.async_copy != d.async_copy ||
+      c.eager_load_blocks != d.eager_load_blocks || c.swizzled != d.swizzled || c.q_in_registers != d.q_in_registers ||
+      c.k_tiles_per_load != d.k_tiles_per_load || c.mma_double_buffer != d.mma_double_buffer) {
+    return wgmma_options;
+  }
+  if (smem_bytes(c) > max_smem_bytes(arch)) return smem;
+  return none;
+}
+
 /// The first rule that `c` breaks on `arch`.
 constexpr ForwardConfigError check(ForwardConfig const& c, Arch arch) {
   using enum ForwardConfigError;
+  if (c.math == Math::wgmma) return check_wgmma(c, arch);
+  if (!c.pingpong || !c.overlap || !c.stale_max) return wgmma_only;
   if (c.num_warps != 1 && c.num_warps != 2 && c.num_warps != 4 && c.num_warps != 8) return num_warps;
   if (c.block_m <= 0 || c.block_m > 256 || c.block_m % (16 * c.num_warps) != 0) return block_m;
   if (c.block_n <= 0 || c.block_n > 256 || c.block_n % 16 != 0) return block_n;

@@ -174,6 +174,13 @@ FLASHCUTE_DEVICE float exp2_approx(float x) {
   return y;
 }
 
+/// The greater; NaN if one is.
+FLASHCUTE_DEVICE float max_or_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 /// 1 / x by the special-function unit; 1 / 0 = inf.
 FLASHCUTE_DEVICE float reciprocal_approx(float x) {
   float y;

@@ -66,9 +66,13 @@ struct QueryTile {
   template <class Index>
   FLASHCUTE_HD static QueryTile at(ForwardParams const& p, Index index, int32_t block_m) {
     auto const row_blocks = static_cast<Index>(ceil_div(p.seqlen_q, block_m));
+    return of(p, index / row_blocks, static_cast<int32_t>(row_blocks - 1 - index % row_blocks), block_m);
+  }
+
+  /// Of the `head_index`-th head of all batches, the `block`-th tile.
+  template <class Index>
+  FLASHCUTE_HD static QueryTile of(ForwardParams const& p, Index head_index, int32_t block, int32_t block_m) {
     auto const heads = static_cast<Index>(p.heads);
-    auto const head_index = index / row_blocks;
-    auto const block = static_cast<int32_t>(row_blocks - 1 - index % row_blocks);
     QueryTile t;
     t.batch = static_cast<int32_t>(head_index / heads);
     t.head = static_cast<int32_t>(head_index % heads);

@@ -36,6 +36,9 @@ class Exponential {
     f([&](float x) { return exp2_approx(x * scale_log2_ - base); });
   }
 
+  FLASHCUTE_DEVICE float base_of(float y) const { return y * scale_log2_; }
+  FLASHCUTE_DEVICE float exponent(float x, float base) const { return x * scale_log2_ - base; }
+
   /// scale * x
   FLASHCUTE_DEVICE float scaled(float x) const { return x * scale_log2_ * ln2; }
 
@@ -89,51 +92,78 @@ class OnlineSoftmax {
     }
   }
 
+  /// What the sums and the output so far have to be multiplied by, row by row, to be relative to new maxima.
+  struct Correction {
+    float factor[Rows];
+    bool any;  // whether a row of the warp has a new maximum; else all factors are 1
+  };
+
   /// Turns the scores of one block into unnormalised probabilities, in place, and rescales the output
   /// accumulated so far to the new row maximum.
   template <class Scores, class Output>
   FLASHCUTE_DEVICE void update(Scores&& scores, Output&& output) {
-    using namespace cute;
     exponential_.prepare(scores);
-    auto s = by_row_and_column(scores);  // (row, column)
-    auto o = by_row_and_column(output);  // (row, head dim)
-    float correction[Rows];
-    bool raised = false;
-    CUTE_UNROLL
-    for (int i = 0; i < Rows; ++i) {
-      // fmaxf passes over NaN; a NaN score still becomes a NaN probability below.
-      float new_max = row_max_[i];
-      CUTE_UNROLL
-      for (int j = 0; j < size<1>(s); ++j) new_max = fmaxf(new_max, s(i, j));
-      new_max = quad_reduce(new_max, [](float a, float b) { return fmaxf(a, b); });
-      if constexpr (Threshold > 0) {
-        bool const row_raised = exponential_.log2_ratio(new_max, row_max_[i]) > Threshold;
-        new_max = row_raised ? new_max : row_max_[i];
-        raised = raised || row_raised;
-      }
-      correction[i] = exponential_.ratio(row_max_[i], shift_of(new_max));
-      row_max_[i] = new_max;
+    auto const correction = raise_max(scores);
+    if (correction.any) {
+      rescale(output, correction);
+      rescale_sums(correction);
     }
-    if (Threshold == 0 || warp_any(raised)) {
+    exponentiate(scores);
+  }
+
+  /// The same for an output that is being added to meanwhile, which the caller rescales later: tells by what. The
+  /// scores stay; the probabilities go to `p`, a fragment of their operand type.
+  template <class Scores, class Probabilities>
+  FLASHCUTE_DEVICE Correction update_into(Probabilities& p, Scores const& scores) {
+    auto const correction = raise_max(scores);
+    rescale_sums(correction);
+    float added[Rows];
+    exponentiate_into<true>(p, scores, added);
+    return correction;
+  }
+
+  template <class Scores>
+  FLASHCUTE_DEVICE Correction update(Scores&& scores) {
+    auto const correction = raise_max(scores);
+    rescale_sums(correction);
+    exponentiate(scores);
+    return correction;
+  }
+
+  /// The same, but in the hope that no row needs a new maximum: the exponentials do not wait for one. If a row does
+  /// need one, they are done again.
+  template <class Scores, class Probabilities>
+  FLASHCUTE_DEVICE Correction update_into_hoping(Probabilities& p, Scores const& scores) {
+    float const limit = static_cast<float>(1 << Threshold);
+    float sums[Rows], added[Rows];
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) sums[i] = row_sum_[i];
+    exponentiate_into<false>(p, scores, added);
+    bool over = false;
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) over = over || !(added[i] <= limit);
+    Correction correction;
+    correction.any = warp_any(over);
+    if (correction.any) {
       CUTE_UNROLL
       for (int i = 0; i < Rows; ++i) {
-        CUTE_UNROLL
-        for (int j = 0; j < size<1>(o); ++j) o(i, j) *= correction[i];
-        row_sum_[i] *= correction[i];
+        row_sum_[i] = sums[i];
+        added[i] = quad_reduce(added[i], [](float a, float b) { return max_or_nan(a, b); });
       }
+      correction = raise_max_where(scores, [&](int i, float) { return !(added[i] <= limit); });
+      rescale_sums(correction);
+      exponentiate_into<true>(p, scores, added);
     }
+    return correction;
+  }
+
+  template <class Output>
+  FLASHCUTE_DEVICE static void rescale(Output&& output, Correction const& correction) {
+    auto o = by_row_and_column(output);  // (row, head dim)
     CUTE_UNROLL
     for (int i = 0; i < Rows; ++i) {
-      // Optimized: each lane keeps the sum of its own columns until `finish`.
-      float sum = Optimized ? row_sum_[i] : 0.f;
-      exponential_.relative_to(shift_of(row_max_[i]), [&](auto const& exponential) {
-        CUTE_UNROLL
-        for (int j = 0; j < size<1>(s); ++j) {
-          s(i, j) = exponential(s(i, j));
-          sum += s(i, j);
-        }
-      });
-      row_sum_[i] = Optimized ? sum : row_sum_[i] + quad_sum(sum);
+      CUTE_UNROLL
+      for (int j = 0; j < cute::size<1>(o); ++j) o(i, j) *= correction.factor[i];
     }
   }
 
@@ -158,6 +188,98 @@ class OnlineSoftmax {
   }
 
  private:
+  /// Raises maxima by a threshold: only where an exponential would exceed 2^Threshold.
+  template <class Scores>
+  FLASHCUTE_DEVICE Correction raise_max(Scores const& scores) {
+    return raise_max_where(scores, [&](int i, float new_max) {
+      return Threshold == 0 || exponential_.log2_ratio(new_max, row_max_[i]) > Threshold;
+    });
+  }
+
+  /// Sets row i's maximum to the latest one if `raised(i, latest)`.
+  template <class Scores, class Raised>
+  FLASHCUTE_DEVICE Correction raise_max_where(Scores const& scores, Raised const& raised) {
+    using namespace cute;
+    auto s = by_row_and_column(scores);  // (row, column)
+    Correction correction;
+    bool any = false;
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      // fmaxf passes over NaN; a NaN score still becomes a NaN probability below.
+      float new_max = row_max_[i];
+      CUTE_UNROLL
+      for (int j = 0; j < size<1>(s); ++j) new_max = fmaxf(new_max, s(i, j));
+      new_max = quad_reduce(new_max, [](float a, float b) { return fmaxf(a, b); });
+      bool const row_raised = raised(i, new_max);
+      new_max = row_raised ? new_max : row_max_[i];
+      any = any || row_raised;
+      correction.factor[i] = exponential_.ratio(row_max_[i], shift_of(new_max));
+      row_max_[i] = new_max;
+    }
+    correction.any = Threshold == 0 || warp_any(any);
+    return correction;
+  }
+
+  FLASHCUTE_DEVICE void rescale_sums(Correction const& correction) {
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) row_sum_[i] *= correction.factor[i];
+  }
+
+  /// Adds exponentials to the sums, and puts them, rounded, into `p`. Tells what this thread added to each.
+  template <bool Shift, class Probabilities, class Scores>
+  FLASHCUTE_DEVICE void exponentiate_into(Probabilities& p, Scores const& scores, float (&added)[Rows]) {
+    using namespace cute;
+    using Element = typename Probabilities::value_type;
+    auto s = by_row_and_column(scores);  // (row, column)
+    auto pairs = recast<uint32_t>(p);
+    float sum[2 * Rows];
+    float base[Rows];
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      base[i] = exponential_.base_of(Shift ? shift_of(row_max_[i]) : row_max_[i]);
+      sum[2 * i] = 0.f;
+      sum[2 * i + 1] = 0.f;
+    }
+    // In the accumulator's own order: pairs of columns, rows within.
+    CUTE_UNROLL
+    for (int j = 0; j < size<1>(s) / 2; ++j) {
+      CUTE_UNROLL
+      for (int i = 0; i < Rows; ++i) {
+        float x[2];
+        CUTE_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          x[c] = exp2_approx(exponential_.exponent(s(i, 2 * j + c), base[i]));
+          sum[2 * i + c] += x[c];
+        }
+        pairs(j * Rows + i) = round_pair<Element>(x[0], x[1]);
+      }
+    }
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      added[i] = sum[2 * i] + sum[2 * i + 1];
+      row_sum_[i] += added[i];
+    }
+  }
+
+  template <class Scores>
+  FLASHCUTE_DEVICE void exponentiate(Scores& scores) {
+    using namespace cute;
+    auto s = by_row_and_column(scores);  // (row, column)
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      // Optimized: each lane keeps the sum of its own columns until `finish`.
+      float sum = Optimized ? row_sum_[i] : 0.f;
+      exponential_.relative_to(shift_of(row_max_[i]), [&](auto const& exponential) {
+        CUTE_UNROLL
+        for (int j = 0; j < size<1>(s); ++j) {
+          s(i, j) = exponential(s(i, j));
+          sum += s(i, j);
+        }
+      });
+      row_sum_[i] = Optimized ? sum : row_sum_[i] + quad_sum(sum);
+    }
+  }
+
   /// What is subtracted from a row's scores. A row that has seen no key keeps -inf as its maximum: 0 then, because
   /// -inf - -inf is NaN.
   FLASHCUTE_DEVICE static float shift_of(float row_max) { return row_max == -infinity ? 0.f : row_max; }

@@ -12,7 +12,7 @@ enum class Grid : uint8_t { large, small };
 /// same size, and lesser alignments. block_n, math, optimized_softmax and rescale_threshold change the bits of a
 /// result, the rest does not (docs/decisions/0003-tiles.md, also about NaN and infinity); so they are the same for
 /// large and small grids, and a row's result does not depend on its batch mates. All stay under the 99 KB of shared
-/// memory that compute capabilities 8.6, 8.9 and 12.0 allow.
+/// memory that compute capabilities 8.6, 8.9 and 12.0 allow, but those of Hopper's kernel.
 struct ForwardTile {
   Grid grid;
   ForwardConfig config;
@@ -27,6 +27,27 @@ inline constexpr ForwardTile forward_tiles[] = {
      {.head_dim = 128, .block_m = 32, .num_warps = 2, .blocks_per_sm = 4},
      "four times the blocks; not yet measured on a GPU"},
     {Grid::large, {.head_dim = 256, .block_m = 64, .rescale_threshold = 0}, "times on an H200: docs/sm80_forward.md"},
+    {Grid::large,
+     {.head_dim = 64,
+      .block_m = 192,
+      .block_n = 96,
+      .num_warps = 12,
+      .blocks_per_sm = 1,
+      .math = Math::wgmma,
+      .stages = 3},
+     "times on an H200: docs/sm90_forward.md"},
+    {Grid::large,
+     {.head_dim = 128, .block_n = 128, .num_warps = 8, .blocks_per_sm = 1, .math = Math::wgmma, .stages = 3},
+     "times on an H200: docs/sm90_forward.md"},
+    {Grid::large,
+     {.head_dim = 256,
+      .block_n = 80,
+      .num_warps = 8,
+      .blocks_per_sm = 1,
+      .math = Math::wgmma,
+      .stages = 2,
+      .stale_max = false},
+     "times on an H200: docs/sm90_forward.md"},
     {Grid::large,
      {.dtype = DType::float32, .head_dim = 64, .block_n = 32, .math = Math::tf32x3},
      "times on an H200: docs/sm80_forward.md"},
@@ -67,7 +88,15 @@ struct ForwardTensors {
   bool allow_tf32 = false;  // float32 in one product of TF32, not three
   int64_t heads = 0;        // of all batches; 0: very many
   int32_t seqlen_q = 0;
+  bool bulk_copies = true;  // Hopper's copy engine can walk the strides
 };
+
+/// Who multiplies. Rows that are no multiples of 16 bytes, and strides that the copy engine cannot walk, take the road
+/// of mma.sync on a Hopper GPU too.
+constexpr Math math_for(ForwardTensors const& t, Arch arch) {
+  if (size_of(t.dtype) != 2) return t.allow_tf32 ? Math::tensor_core : Math::tf32x3;
+  return arch == 90 && t.alignment == 16 && t.bulk_copies ? Math::wgmma : Math::tensor_core;
+}
 
 constexpr Grid grid_of(ForwardTensors const& t, ForwardTile const& tile, int32_t multiprocessors) {
   bool const small = t.heads > 0 && t.heads * ceil_div(t.seqlen_q, tile.config.block_m) < multiprocessors;
@@ -79,7 +108,7 @@ constexpr ForwardConfig default_forward_config(ForwardTensors const& t, Arch arc
   if (arch == cpu_arch) {
     return {.dtype = t.dtype, .head_dim = t.head_dim, .head_dim_v = t.head_dim_v, .block_m = 64, .block_n = 128};
   }
-  Math const math = size_of(t.dtype) == 2 || t.allow_tf32 ? Math::tensor_core : Math::tf32x3;
+  Math const math = math_for(t, arch);
   int32_t const d = max_of(t.head_dim, t.head_dim_v);
   Grid const grid = grid_of(t, forward_tile(t.dtype, math, d, Grid::large), multiprocessors);
   ForwardConfig config = forward_tile(t.dtype, math, d, grid).config;

@@ -22,11 +22,12 @@ int cuDeviceGetCount(int* count) { return *count = state.devices, 0; }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
 int cuDeviceGetName(char* name, int length, int) { return std::strncpy(name, "fake GPU", length), 0; }
 
-int cuDeviceGetAttribute(int* value, int attribute, int) {
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  int const arch = device == 2 ? 90 : state.arch;
   switch (attribute) {
-    case 16: *value = 132; return 0;              // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-    case 75: *value = state.arch / 10; return 0;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-    case 76: *value = state.arch % 10; return 0;  // ..._MINOR
+    case 16: *value = 132; return 0;        // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+    case 75: *value = arch / 10; return 0;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+    case 76: *value = arch % 10; return 0;  // ..._MINOR
     default: return 1;
   }
 }
@@ -78,11 +79,22 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
   if (kernel.find("_bwd_") != std::string::npos) {
     launch.backward = *static_cast<flashcute::BackwardParams const*>(parameters[0]);
     launch.params = launch.backward->forward;
+  } else if (kernel.find("_sm90_") != std::string::npos) {
+    launch.params = static_cast<flashcute::HopperForwardParams const*>(parameters[0])->forward;
   } else {
     launch.params = *static_cast<flashcute::ForwardParams const*>(parameters[0]);
   }
   state.launches.push_back(launch);
   return state.launch_result;
+}
+
+int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address, std::uint64_t const* sizes,
+                           std::uint64_t const* strides, unsigned const* box, unsigned const*, int, int, int, int) {
+  std::lock_guard const lock(state.mutex);
+  FakeTensorMap made{type, address, {sizes, sizes + rank}, {strides, strides + rank - 1}, {box, box + rank}};
+  state.tensor_maps.push_back(made);
+  std::memset(map, 0, 128);
+  return state.tensor_map_result;
 }
 
 int cuThreadExchangeStreamCaptureMode(int* mode) { return std::swap(*mode, state.capture_mode), 0; }
@@ -119,6 +131,7 @@ int cuGetProcAddress_v2(char const* symbol, void** function, int, std::uint64_t,
                                   ENTRY(cuKernelGetFunction),
                                   ENTRY(cuKernelSetAttribute),
                                   ENTRY(cuLaunchKernel),
+                                  ENTRY(cuTensorMapEncodeTiled),
                                   ENTRY(cuThreadExchangeStreamCaptureMode),
                                   ENTRY(cuGetErrorName),
                                   ENTRY(cuGetErrorString)};

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "flashcute/backward_params.hpp"
+#include "flashcute/tensor_map.hpp"
 
 struct FakeLaunch {
   std::string kernel;
@@ -20,13 +21,21 @@ struct FakeLaunch {
   std::optional<flashcute::BackwardParams> backward;  // of its kernels
 };
 
+struct FakeTensorMap {
+  int type;
+  void* address;
+  std::vector<std::uint64_t> sizes, strides;
+  std::vector<unsigned> box;
+};
+
 struct FakeDriver {
   // answers
   int init_result = 0;
   int version = 13000;
-  int devices = 2;
-  int arch = 90;
+  int devices = 3;
+  int arch = 100;  // of all but the last, which is 90
   int launch_result = 0;
+  int tensor_map_result = 0;
   int loads_that_succeed = 1 << 30;
   int capture_mode = 0;  // CU_STREAM_CAPTURE_MODE_GLOBAL
 
@@ -39,6 +48,7 @@ struct FakeDriver {
   std::string kernel_name;
   std::set<std::string> kernels;  // by name, whose address is the kernel's handle
   std::vector<FakeLaunch> launches;
+  std::vector<FakeTensorMap> tensor_maps;
 };
 
 extern "C" FakeDriver* fake_driver();

@@ -18,7 +18,7 @@ namespace {
 std::vector<ForwardConfig> sample() {
   auto const values = []<class T>(T) -> std::vector<T> {
     if constexpr (std::is_same_v<T, DType>) return {DType::float16, DType::bfloat16, DType::float32, DType::float64};
-    if constexpr (std::is_same_v<T, Math>) return {Math::tensor_core, Math::tf32x3, Math::cuda_core};
+    if constexpr (std::is_same_v<T, Math>) return {Math::tensor_core, Math::tf32x3, Math::cuda_core, Math::wgmma};
     if constexpr (std::is_same_v<T, bool>) return {false, true};
     if constexpr (std::is_same_v<T, int32_t>) return {1, 2, 12, 16, 112, 128};
   };
@@ -83,8 +83,9 @@ TEST(Config, EveryByteOfTheConfigurationIsAnOption) {
   size_t bytes = 0;
   ForwardConfig const config;
   for_each_option(config, [&](char const*, auto const& option) { bytes += sizeof option; });
-  // Padding: 3 bytes after dtype and after math, 2 in the end. A new member would change it.
-  EXPECT_EQ(sizeof(ForwardConfig) - bytes, 8u);
+  // Padding: 3 bytes after dtype and after math, 2 before rescale_threshold, 1 in the end. A new member would change
+  // it.
+  EXPECT_EQ(sizeof(ForwardConfig) - bytes, 9u);
 }
 
 // Guards against a rule that cannot fire, or fires with another rule's sentence.
@@ -128,6 +129,30 @@ TEST(Config, EachRuleFires) {
   EXPECT_EQ(broken([](auto& c) { c.block_m = 256, c.block_n = 256; }), smem);
   EXPECT_EQ(broken([](auto& c) { c.block_n = 128; }, 89), none);
   EXPECT_EQ(broken([](auto& c) { c.block_n = 144; }, 89), smem);
+  EXPECT_EQ(broken([](auto& c) { c.pingpong = false; }), wgmma_only);
+  EXPECT_EQ(broken([](auto& c) { c.overlap = false; }), wgmma_only);
+  EXPECT_EQ(broken([](auto& c) { c.stale_max = false; }), wgmma_only);
+
+  auto const broken_hopper = [&](auto change, Arch arch = 90) {
+    ForwardConfig c = default_forward_config(DType::bfloat16, 128, 90);
+    change(c);
+    return check(c, arch);
+  };
+  EXPECT_EQ(broken_hopper([](auto&) {}), none);
+  EXPECT_EQ(broken_hopper([](auto&) {}, 100), wgmma_arch);
+  EXPECT_EQ(broken_hopper([](auto&) {}, cpu_arch), wgmma_arch);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.dtype = DType::float32; }), wgmma_dtype);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.head_dim_v = 96; }), wgmma_head_dim);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.num_warps = 4; }), wgmma_block_m);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.block_m = 256, c.num_warps = 16; }), wgmma_block_m);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.block_n = 72; }), block_n);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.stages = 1; }), wgmma_stages);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.swizzled = false; }), wgmma_options);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.blocks_per_sm = 2; }), wgmma_options);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.overlap = false; }), stale_max);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.overlap = c.stale_max = false; }), none);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.rescale_threshold = 0; }), stale_max);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.stages = 4; }), smem);
   EXPECT_EQ(broken([](auto& c) { c.dtype = DType::float64, c.head_dim = 37; }, cpu_arch), none);
 }
 
@@ -170,8 +195,10 @@ TEST(Config, DefaultsAreCompiledAheadOfTime) {
   auto const built = configs();
   for (DType dtype : {DType::float16, DType::bfloat16, DType::float32}) {
     for (int32_t d : {8, 64, 72, 128, 136, 256}) {
-      EXPECT_NE(std::find(built.begin(), built.end(), default_forward_config(dtype, d, 90)), built.end());
-      EXPECT_NE(std::find(built.begin(), built.end(), small_grid_forward_config(dtype, d, 90)), built.end());
+      for (Arch arch : {80, 90, 100}) {
+        EXPECT_NE(std::find(built.begin(), built.end(), default_forward_config(dtype, d, arch)), built.end());
+        EXPECT_NE(std::find(built.begin(), built.end(), small_grid_forward_config(dtype, d, arch)), built.end());
+      }
     }
   }
 }
@@ -192,7 +219,7 @@ TEST(Config, TheTilesOfABucketHaveTheSameBits) {
 TEST(Config, StagesFitTheMultiprocessor) {
   EXPECT_EQ(default_forward_config(DType::bfloat16, 128, 80).stages, 1);
   EXPECT_EQ(default_forward_config(DType::bfloat16, 128, 89).stages, 1);
-  EXPECT_EQ(default_forward_config(DType::bfloat16, 128, 90).stages, 2);
+  EXPECT_EQ(default_forward_config(DType::bfloat16, 128, 100).stages, 2);
   EXPECT_EQ(default_forward_config(DType::bfloat16, 64, 86).stages, 2);
 }
 

@@ -94,9 +94,10 @@ class Gpu : public ::testing::TestWithParam<Shape> {
     if (!has_gpu()) GTEST_SKIP() << "no GPU of compute capability 8.0 or later: " << driver_info().problem;
   }
 
-  /// Any disagreement of the two backends, unwritten outputs, and writes past the end.
-  template <class Element>
-  void expect_what_the_cpu_computes(double tolerance) {
+  /// Any disagreement of the two backends, unwritten outputs, and writes past the end. `chosen` turns the default
+  /// configuration on the GPU into the one to test.
+  template <class Element, class Chosen>
+  void expect_what_the_cpu_computes(double tolerance, Chosen const& chosen) {
     auto const [batch, seqlen_q, seqlen_k, heads, kv_heads, d, d_v, causal] = GetParam();
     using Sizes = std::array<int64_t, 4>;
     Sizes const q_shape{batch, seqlen_q, heads, d}, k_shape{batch, seqlen_k, kv_heads, d},
@@ -118,7 +119,8 @@ class Gpu : public ::testing::TestWithParam<Shape> {
       lse.rank = 3;
       TensorView const tq = view(q_data, q_shape), tk = view(k_data, k_shape), tv = view(v_data, v_shape),
                        to = view(out, out_shape);
-      forward(config_for(tq, tk, tv, &to), tq, tk, tv, to, &lse, options);
+      ForwardConfig const config = config_for(tq, tk, tv, &to);
+      forward(device.type == DeviceType::cpu ? config : chosen(config), tq, tk, tv, to, &lse, options);
     };
     run({}, q.data(), k.data(), v.data(), expected.data(), expected_lse.data());
     DeviceMemory const gq(q), gk(k), gv(v), out(count(out_shape) * sizeof(Element)),
@@ -141,9 +143,20 @@ class Gpu : public ::testing::TestWithParam<Shape> {
 };
 
 // P is rounded to bfloat16 on the GPU and not on the CPU: 2^-9 relative an element, less in the mean.
-TEST_P(Gpu, BFloat16AgreesWithTheCpu) { expect_what_the_cpu_computes<BFloat16>(4e-3); }
+TEST_P(Gpu, BFloat16AgreesWithTheCpu) {
+  expect_what_the_cpu_computes<BFloat16>(4e-3, [](ForwardConfig const& config) { return config; });
+}
 
-TEST_P(Gpu, Float32AgreesWithTheCpu) { expect_what_the_cpu_computes<Float32>(1e-5); }
+TEST_P(Gpu, Float32AgreesWithTheCpu) {
+  expect_what_the_cpu_computes<Float32>(1e-5, [](ForwardConfig const& config) { return config; });
+}
+
+// On a Hopper GPU: what it takes where its own kernel cannot serve, and what newer GPUs take.
+TEST_P(Gpu, BFloat16ByMmaSyncAgreesWithTheCpu) {
+  if (arch_of({DeviceType::cuda, 0}) != 90) GTEST_SKIP() << "it is what BFloat16AgreesWithTheCpu runs";
+  expect_what_the_cpu_computes<BFloat16>(
+      4e-3, [](ForwardConfig const& config) { return default_config(DType::bfloat16, config.head_dim, 100); });
+}
 
 // Every family of images, partial tiles, small grids and large ones. Only what needs no compiler: sanitizers run this.
 INSTANTIATE_TEST_SUITE_P(

@@ -45,6 +45,8 @@ class FakeGpu : public ::testing::Test {
     return t;
   }
 
+  static constexpr int hopper = 2;  // the device of compute capability 9.0; the others have 10.0
+
   FakeDriver* driver_ = nullptr;
 };
 
@@ -72,7 +74,7 @@ TEST_F(Launch, PreparesOnceAndLaunchesOnTheCallersStream) {
   run({3, 1000, 4, 128}, 1, options);
   run({3, 1000, 4, 128}, 1, options);
 
-  ForwardConfig const config = default_config(DType::bfloat16, 128, 90);
+  ForwardConfig const config = default_config(DType::bfloat16, 128, 100);
   EXPECT_EQ(driver_->kernel_name, name(ForwardKernelId{config, {MaskKind::causal}}).text);
   EXPECT_EQ(driver_->loads, 1);
   EXPECT_EQ(driver_->max_dynamic_shared_bytes, smem_bytes(config));
@@ -91,6 +93,75 @@ TEST_F(Launch, PreparesOnceAndLaunchesOnTheCallersStream) {
   EXPECT_EQ(launch.params.seqlen_q, 1000);
   EXPECT_EQ(launch.params.q_stride.row, 4 * 128);
   EXPECT_EQ(launch.params.causal_offset, 0);
+}
+
+// Guards against a launch of Hopper's kernel with more blocks than run at once, without its maps or with wrong ones:
+// the copy engine would read other rows than those of the tensors, or stop the GPU.
+TEST_F(Launch, HopperTilesAreDealtToAsManyBlocksAsRun) {
+  TensorView q = tensor({3, 1000, 8, 128}, hopper), k = tensor({3, 700, 2, 128}, hopper);
+  ForwardConfig const config = config_for(q, k, k, nullptr);
+  ASSERT_EQ(config.math, Math::wgmma);
+  forward(config, q, k, k, output({3, 1000, 8, 128}, hopper), nullptr);
+  forward(config, tensor({1, 64, 1, 128}, hopper), tensor({1, 0, 1, 128}, hopper), tensor({1, 0, 1, 128}, hopper),
+          output({1, 64, 1, 128}, hopper), nullptr);
+  ASSERT_EQ(driver_->launches.size(), 2u);
+  FakeLaunch const& launch = driver_->launches[0];
+  EXPECT_EQ(launch.kernel, name(ForwardKernelId{config, {MaskKind::full}}).text);
+  EXPECT_EQ(launch.grid_x, 132u);
+  EXPECT_EQ(driver_->launches[1].grid_x, 1u);
+  EXPECT_EQ(launch.block_x, 32u * config.num_warps + 128u);
+  EXPECT_EQ(launch.shared_bytes, static_cast<unsigned>(smem_bytes(config)));
+  EXPECT_EQ(launch.params.seqlen_k, 700);
+  ASSERT_EQ(driver_->tensor_maps.size(), 6u);
+  FakeTensorMap const& q_map = driver_->tensor_maps[0];
+  FakeTensorMap const& k_map = driver_->tensor_maps[1];
+  EXPECT_EQ(q_map.address, q.data);
+  EXPECT_EQ(q_map.sizes, (std::vector<std::uint64_t>{128, 1000, 8, 3}));
+  EXPECT_EQ(q_map.strides, (std::vector<std::uint64_t>{8 * 128 * 2, 128 * 2, 1000 * 8 * 128 * 2}));
+  EXPECT_EQ(q_map.box, (std::vector<unsigned>{64, 64, 1, 1}));
+  EXPECT_EQ(k_map.sizes, (std::vector<std::uint64_t>{128, 700, 2, 3}));
+  EXPECT_EQ(k_map.box, (std::vector<unsigned>{64, static_cast<unsigned>(config.block_n), 1, 1}));
+  for (FakeTensorMap const& map : driver_->tensor_maps) {
+    for (std::uint64_t const size : map.sizes) EXPECT_GT(size, 0u) << "the engine refuses empty dimensions";
+    for (std::uint64_t const stride : map.strides) EXPECT_EQ(stride % 16, 0u);
+  }
+}
+
+// Guards against a refusal of the driver that goes unnoticed.
+TEST_F(Launch, ARefusedTensorMapRaisesAndNamesTheTensor) {
+  TensorView const t = tensor({1, 64, 1, 64}, hopper);
+  driver_->tensor_map_result = 1;
+  try {
+    forward(config_for(t, t, t, nullptr), t, t, t, output({1, 64, 1, 64}, hopper), nullptr);
+    FAIL() << "no exception";
+  } catch (DriverError const& e) {
+    EXPECT_NE(std::string(e.what()).find("cuTensorMapEncodeTiled(q)"), std::string::npos) << e.what();
+  }
+  EXPECT_TRUE(driver_->launches.empty());
+}
+
+// Guards against tensors that the copy engine cannot walk: they take the road of mma.sync, and explain says why.
+TEST_F(Launch, WhatTheCopyEngineCannotWalkTakesTheOtherRoad) {
+  TensorView const t = tensor({2, 64, 2, 64}, hopper);
+  ForwardConfig const hoppers = config_for(t, t, t, nullptr);
+  EXPECT_EQ(explain(std::nullopt, t, t, t).backend, "sm90");
+  auto const refuse = [&](TensorView const& k, char const* why) {
+    EXPECT_THROW(forward(hoppers, t, k, t, output({2, 64, 2, 64}, hopper), nullptr), ConfigError);
+    EXPECT_EQ(config_for(t, k, t, nullptr).math, Math::tensor_core);
+    Explanation const e = explain(std::nullopt, t, k, t);
+    EXPECT_EQ(e.backend, "sm80");
+    EXPECT_EQ(e.rejected[1].first, "sm90");
+    EXPECT_NE(e.rejected[1].second.find(why), std::string::npos) << e.rejected[1].second;
+  };
+  TensorView shifted = t;
+  shifted.data = static_cast<char*>(shifted.data) + 8;
+  refuse(shifted, "k's address is 8 bytes past a multiple of 16");
+  TensorView backwards = t;
+  backwards.strides[1] = -backwards.strides[1];
+  refuse(backwards, "k's seqlen stride -128");
+  TensorView far = t;
+  far.strides[0] = int64_t{1} << 39;
+  refuse(far, "k's batch stride");
 }
 
 // Guards against T5: a failed launch that goes unnoticed.
@@ -162,7 +233,7 @@ TEST_F(Launch, ADriverThatDoesNotInitialiseIsReported) {
 // Guards against silent misreads: copies of 16 bytes from where there are none are refused before anything is loaded.
 TEST_F(Launch, WhatAConfigurationCannotCopyIsRefused) {
   TensorView const t = tensor({1, 64, 2, 64});
-  ForwardConfig const config = default_config(DType::bfloat16, 64, 90);
+  ForwardConfig const config = default_config(DType::bfloat16, 64, 100);
   auto const refuse = [&](TensorView const& k, std::initializer_list<char const*> words, int fitting) {
     try {
       forward(config, t, k, t, output({1, 64, 2, 64}), nullptr);
@@ -173,7 +244,7 @@ TEST_F(Launch, WhatAConfigurationCannotCopyIsRefused) {
     ForwardConfig const chosen = config_for(t, k, t, nullptr);
     EXPECT_EQ(chosen.copy_bytes, fitting);
     EXPECT_EQ(chosen.async_copy, fitting >= 4);
-    EXPECT_EQ(check(chosen, 90), ForwardConfigError::none);
+    EXPECT_EQ(check(chosen, 100), ForwardConfigError::none);
     EXPECT_EQ(explain(std::nullopt, t, k, t).rejected[1].first, "copy_bytes=16");
   };
   TensorView shifted = t;
@@ -192,7 +263,7 @@ TEST_F(Launch, SmallGridsTakeSmallerTiles) {
     TensorView const t = tensor(shape);
     return config_for(t, t, t, nullptr);
   };
-  ForwardConfig const large = default_config(DType::bfloat16, 64, 90);
+  ForwardConfig const large = default_config(DType::bfloat16, 64, 100);
   EXPECT_EQ(chosen({1, 128 * 132, 1, 64}), large);
   EXPECT_EQ(chosen({132, 1, 1, 64}), large);
   ForwardConfig const small = chosen({1, 128 * 131, 1, 64});
@@ -298,7 +369,7 @@ TEST_F(LaunchBackward, AddsInThreePasses) {
   call.options.stream = reinterpret_cast<void*>(std::uintptr_t{0x77});
   call.run();
   call.run();
-  BackwardConfig const config = default_backward_config(DType::bfloat16, 64, 90);
+  BackwardConfig const config = default_backward_config(DType::bfloat16, 64, 100);
   using enum BackwardPass;
   auto const once = names(config, {prepare, gradients, finish}, MaskKind::causal);
   EXPECT_EQ(driver_->loads, 3);
@@ -346,7 +417,7 @@ TEST_F(LaunchBackward, IsDeterministicInTwoPasses) {
 // Guards against gradients that nobody writes where one side is empty.
 TEST_F(LaunchBackward, EmptySidesSkipOnlyTheirPasses) {
   using enum BackwardPass;
-  BackwardConfig const adding = default_backward_config(DType::bfloat16, 64, 90);
+  BackwardConfig const adding = default_backward_config(DType::bfloat16, 64, 100);
   BackwardConfig const deterministic = default_backward_config(DType::bfloat16, 64, 90, 64, true);
   auto const run = [&](BackwardCall call, BackwardConfig const& config) {
     driver_->launches.clear();
@@ -427,7 +498,7 @@ TEST_F(PlanBackwardOnGpu, WorkspacesAreChecked) {
 
 // Guards against silent misreads: copies of 16 bytes from or to where there are none.
 TEST_F(PlanBackwardOnGpu, WhatAConfigurationCannotCopyIsRefused) {
-  BackwardConfig const config = default_backward_config(DType::bfloat16, 64, 90);
+  BackwardConfig const config = default_backward_config(DType::bfloat16, 64, 100);
   for (auto const& [tensor, word] : {std::pair{&BackwardCall::q, "q's"}, std::pair{&BackwardCall::k, "k's"},
                                      std::pair{&BackwardCall::v, "v's"}, std::pair{&BackwardCall::out, "out's"},
                                      std::pair{&BackwardCall::dout, "dout's"}, std::pair{&BackwardCall::dq, "dq's"},
@@ -458,7 +529,7 @@ TEST_F(PlanBackwardOnGpu, WhatNoKernelTakesIsRefused) {
                             BackwardConfig{.head_dim = 64, .block_n = 32});
   call.refused<ConfigError>({"cfg: head_dim 32 is smaller"}, BackwardConfig{.head_dim = 32});
   BackwardCall const widest({1, 64, 1, 256}, {1, 64, 1, 256});
-  EXPECT_EQ(backward_config_for(widest.q, widest.k, widest.v), default_backward_config(DType::bfloat16, 256, 90));
+  EXPECT_EQ(backward_config_for(widest.q, widest.k, widest.v), default_backward_config(DType::bfloat16, 256, 100));
   BackwardCall wide({1, 64, 1, 257}, {1, 64, 1, 257});
   wide.refused<ArgumentError>({"q: expected head_dim between 1 and 256, got 257"});
   EXPECT_THROW(backward_workspace_size(BackwardConfig{.block_m = 0}, call.q, call.v), ConfigError);

@@ -445,6 +445,7 @@ def test_configuration_of_the_wrong_type(cfg: object) -> None:
 # ---- the rules of configurations -----------------------------------------------------------------
 
 GPU = fc.ForwardConfig(dtype="float16", head_dim=64, block_m=128, block_n=128)
+HOPPER = fc.default_config(128, "float16", "sm_90")
 RULES = {
     "arch_too_old": [(GPU, "sm_75"), (GPU, "sm_70")],
     "gpu_dtype": [(GPU.replace(dtype="float64"), "sm_90")],
@@ -491,7 +492,33 @@ RULES = {
         (GPU.replace(k_tiles_per_load=2, block_n=48), "sm_80"),
         (GPU.replace(k_tiles_per_load=2, head_dim=80), "sm_80"),
     ],
+    "wgmma_arch": [(HOPPER, arch) for arch in ("sm_80", "sm_100", "cpu")],
+    "wgmma_dtype": [(HOPPER.replace(dtype=t), "sm_90") for t in ("float32", "float64")],
+    "wgmma_head_dim": [
+        (HOPPER.replace(**{option: d}), "sm_90")
+        for option in ("head_dim", "head_dim_v") for d in (0, 32, 72, 320)
+    ],
+    "wgmma_block_m": [
+        (HOPPER.replace(block_m=m, num_warps=w), "sm_90") for m, w in ((128, 4), (96, 6), (256, 16), (0, 0))
+    ],
+    "wgmma_stages": [(HOPPER.replace(stages=n), "sm_90") for n in (0, 1, 9)],
+    "wgmma_options": [
+        (HOPPER.replace(**change), "sm_90")
+        for change in (
+            {"blocks_per_sm": 2}, {"copy_bytes": 8}, {"async_copy": False}, {"eager_load_blocks": False},
+            {"swizzled": False}, {"q_in_registers": True}, {"k_tiles_per_load": 1}, {"mma_double_buffer": False},
+        )
+    ],
+    "wgmma_only": [
+        (GPU.replace(**{option: False}), arch)
+        for option in ("pingpong", "overlap", "stale_max") for arch in ("cpu", "sm_80", "sm_90")
+    ],
+    "stale_max": [
+        (HOPPER.replace(**change), "sm_90")
+        for change in ({"overlap": False}, {"optimized_softmax": False}, {"rescale_threshold": 0})
+    ],
     "smem": [
+        (HOPPER.replace(stages=4), "sm_90"),
         (GPU.replace(head_dim=128, block_m=256, block_n=256), "sm_80"),
         (GPU.replace(head_dim=128, block_m=256, block_n=256), "sm_86"),
         (GPU.replace(head_dim=128, block_m=256, block_n=128), "sm_89"),

@@ -24,7 +24,7 @@ OPTIONS = {
     "block_n": [16, 32, 128],
     "num_warps": [1, 2, 4, 8],
     "blocks_per_sm": [1, 2, 3],
-    "math": ["tensor_core", "tf32x3", "cuda_core"],
+    "math": ["tensor_core", "tf32x3", "cuda_core", "wgmma"],
     "stages": [1, 2],
     "copy_bytes": [2, 4, 8, 16],
     "async_copy": [True, False],
@@ -35,6 +35,9 @@ OPTIONS = {
     "mma_double_buffer": [True, False],
     "optimized_softmax": [True, False],
     "rescale_threshold": [0, 1, 8],
+    "pingpong": [True, False],
+    "overlap": [True, False],
+    "stale_max": [True, False],
 }
 any_config = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in OPTIONS.items()}).map(
     lambda options: fc.ForwardConfig(**options)
@@ -270,6 +273,10 @@ def test_name_is_canonical() -> None:
     assert cfg.name == (
         "fwd_f16_d128_dv64_m128_n64_w4_b3_cudacore_st2_copy4_sync_lazy_k2_single_textbook_tau0"
     )
+    hoppers = fc.default_config(128, "bfloat16", "sm_90")
+    assert hoppers.name == "fwd_bf16_d128_m128_n128_w8_b1_wgmma_st3"
+    hoppers = hoppers.replace(pingpong=False, overlap=False, stale_max=False)
+    assert hoppers.name == "fwd_bf16_d128_m128_n128_w8_b1_wgmma_st3_noturns_serial_freshmax"
 
 
 @given(st.integers(-(2**31), 2**31 - 1))

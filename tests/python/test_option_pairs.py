@@ -35,7 +35,9 @@ CONFIGURATIONS = configurations()
 OPTIONS = [
     name
     for name, member in vars(fc.ForwardConfig).items()
-    if isinstance(member, property) and name not in ("name", "smem_bytes")
+    if isinstance(member, property)
+    # Hopper's kernel has options of its own: test_hopper.py
+    and name not in ("name", "smem_bytes", "pingpong", "overlap", "stale_max")
 ]
 Pair = frozenset[tuple[str, object]]
 

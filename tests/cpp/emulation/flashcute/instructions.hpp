@@ -296,6 +296,8 @@ FLASHCUTE_DEVICE float flush(float x) { return std::fpclassify(x) == FP_SUBNORMA
 
 FLASHCUTE_DEVICE float exp2_approx(float x) { return flush(std::exp2(flush(x))); }
 
+FLASHCUTE_DEVICE float max_or_nan(float x, float y) { return x != x ? x : y != y ? y : std::max(x, y); }
+
 FLASHCUTE_DEVICE float reciprocal_approx(float x) { return flush(1.f / flush(x)); }
 
 template <class To>

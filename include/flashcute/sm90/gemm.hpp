@@ -1,0 +1,87 @@
+// Products of a warpgroup (WGMMA): they are begun, and waited for later.
+#pragma once
+
+#include "flashcute/sm90/layout.hpp"
+
+namespace flashcute::sm90 {
+
+/// The accumulator as the warpgroup's instruction holds it.
+template <class Accumulator>
+FLASHCUTE_DEVICE auto as_warpgroup_accumulator(Accumulator& acc) {
+  using namespace cute;
+  constexpr int blocks = decltype(size<2>(acc.layout()))::value;
+  return make_tensor(acc.data(), Layout<Shape<Shape<_2, _2, Int<blocks>>, _1, _1>>{});
+}
+
+template <ForwardConfig C>
+struct Products {
+  using L = ForwardLayout<C>;
+  using Element = typename L::Element;
+
+  /// Begins S = Q K^T.
+  template <class Scores>
+  FLASHCUTE_DEVICE static void begin_scores(Scores& scores, Element* q, Element* k) {
+    using namespace cute;
+    typename L::MmaS mma;
+    mma.accumulate_ = GMMA::ScaleOut::Zero;
+    auto const slice = mma.get_slice(thread_of_warpgroup());
+    auto const tSrQ = slice.make_fragment_A(
+        slice.partition_A(make_tensor(make_smem_ptr(q), typename L::SmemQ{})));  // (MMA, MMA_M, MMA_D)
+    auto const tSrK = slice.make_fragment_B(
+        slice.partition_B(make_tensor(make_smem_ptr(k), typename L::SmemK{})));  // (MMA, MMA_N, MMA_D)
+    auto tSrS = as_warpgroup_accumulator(scores);
+    warpgroup_fence_operand(tSrS);
+    warpgroup_arrive();
+    CUTE_UNROLL
+    for (int i = 0; i < size<2>(tSrQ); ++i) {
+      gemm(mma, tSrQ(_, _, i), tSrK(_, _, i), tSrS);
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+    warpgroup_fence_operand(tSrS);
+  }
+
+  /// Begins O += P V, with P in registers, which stay untouched until it is done.
+  template <class Output, class Probabilities>
+  FLASHCUTE_DEVICE static void begin_output(Output& output, Probabilities& p, Element* v) {
+    using namespace cute;
+    typename L::MmaO mma;
+    auto const slice = mma.get_slice(thread_of_warpgroup());
+    auto const tOrV = slice.make_fragment_B(
+        slice.partition_B(make_tensor(make_smem_ptr(v), typename L::SmemVt{})));  // (MMA, MMA_DV, MMA_N)
+    auto tOrO = as_warpgroup_accumulator(output);
+    auto const tOrP = as_operand_a<Element>(p);  // ((2, 2, 2), 1, N / 16)
+    warpgroup_fence_operand(p);
+    warpgroup_fence_operand(tOrO);
+    warpgroup_arrive();
+    CUTE_UNROLL
+    for (int i = 0; i < size<2>(tOrP); ++i) gemm(mma, tOrP(_, _, i), tOrV(_, _, i), tOrO);
+    warpgroup_commit_batch();
+    warpgroup_fence_operand(tOrO);
+  }
+
+  /// Waits until at most `Pending` of the products begun are not done.
+  template <int Pending, class Accumulator>
+  FLASHCUTE_DEVICE static void finish(Accumulator& acc) {
+    cute::warpgroup_wait<Pending>();
+    cute::warpgroup_fence_operand(acc);
+  }
+
+  /// Probabilities as P V's operand.
+  template <class Scores>
+  FLASHCUTE_DEVICE static auto probabilities(Scores const& scores) {
+    return convert<Element>(scores);
+  }
+
+  /// Between registers, now: an operand must not change while products that read it may be under way, and the compiler
+  /// would rather not have the copy.
+  template <class Probabilities>
+  FLASHCUTE_DEVICE static void move(Probabilities const& from, Probabilities& to) {
+    auto const source = cute::recast<uint32_t const>(from);
+    auto const target = cute::recast<uint32_t>(to);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(target); ++i) target(i) = moved(source(i));
+  }
+};
+
+}  // namespace flashcute::sm90

@@ -1,0 +1,149 @@
+// What Hopper's hardware does for us (compute capability 9.0a): bulk tensor copies (TMA), barriers in shared memory
+// that count bytes, barriers between some of the warps, registers that change hands. All inline PTX of the Hopper
+// kernels is here; their products (WGMMA) are CuTe's atoms.
+#pragma once
+
+// Products of any multiple of 8 columns, not only of powers of two.
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
+
+#include "flashcute/instructions.hpp"
+#include "flashcute/tensor_map.hpp"
+
+namespace flashcute::sm90 {
+
+inline constexpr int warpgroup_size = 128;
+
+/// What is the same in all lanes of a warp, as the compiler then knows: it goes to registers that a warp shares, and
+/// what depends on it does not diverge.
+FLASHCUTE_DEVICE int uniform(int x) {
+  return static_cast<int>(__reduce_or_sync(0xffffffffu, static_cast<unsigned>(x)));
+}
+
+/// The lanes of the warp meet.
+FLASHCUTE_DEVICE void reconverge() { __syncwarp(); }
+
+FLASHCUTE_DEVICE int warpgroup_index() { return uniform(thread_index() / warpgroup_size); }
+FLASHCUTE_DEVICE int warp_of_warpgroup() { return uniform(thread_index() / 32 % (warpgroup_size / 32)); }
+FLASHCUTE_DEVICE int thread_of_warpgroup() { return thread_index() % warpgroup_size; }
+
+FLASHCUTE_DEVICE uint32_t block_count() { return gridDim.x; }
+
+/// True in one lane of a converged warp.
+FLASHCUTE_DEVICE bool elected_lane() { return cute::elect_one_sync(); }
+
+// ---- registers -----------------------------------------------------------------------------------
+
+/// The warpgroup gives back all but `Count` registers a thread.
+template <int Count>
+FLASHCUTE_DEVICE void release_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
+}
+
+/// The warpgroup waits until it has `Count` registers a thread.
+template <int Count>
+FLASHCUTE_DEVICE void claim_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
+}
+
+/// The word in another register.
+FLASHCUTE_DEVICE uint32_t moved(uint32_t word) {
+  uint32_t result;
+  asm volatile("mov.b32 %0, %1;" : "=r"(result) : "r"(word));
+  return result;
+}
+
+// ---- barriers in shared memory -------------------------------------------------------------------
+
+/// A phase of a barrier ends when all arrivals that it was made for have come, and all bytes that they announced.
+using Barrier = uint64_t;
+
+FLASHCUTE_DEVICE void barrier_init(Barrier& barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals));
+}
+
+/// Makes barriers known to the copy engine. The threads of the block have yet to meet.
+FLASHCUTE_DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+FLASHCUTE_DEVICE void barrier_arrive(Barrier& barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+
+FLASHCUTE_DEVICE void barrier_arrive_expecting(Barrier& barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+               : "memory");
+}
+
+/// Waits for the end of the phase of this parity.
+FLASHCUTE_DEVICE void barrier_wait(Barrier& barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra over;\n"
+      "bra again;\n"
+      "over:\n"
+      "}" ::"r"(shared_address(&barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- barriers between warps ----------------------------------------------------------------------
+
+/// Barrier `id` (1 to 15) of `Threads` threads: this warp's arrive, and wait for the others.
+template <int Threads>
+FLASHCUTE_DEVICE void named_sync(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(Threads) : "memory");
+}
+
+/// This warp's arrive, and go on.
+template <int Threads>
+FLASHCUTE_DEVICE void named_arrive(int id) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(Threads) : "memory");
+}
+
+/// named_sync that also tells whether any thread passed true.
+template <int Threads>
+FLASHCUTE_DEVICE bool named_any(int id, bool x) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, any;\n"
+      "setp.ne.s32 mine, %1, 0;\n"
+      "barrier.cta.red.or.pred any, %2, %3, mine;\n"
+      "selp.s32 %0, 1, 0, any;\n"
+      "}"
+      : "=r"(any)
+      : "r"(static_cast<int>(x)), "r"(id), "n"(Threads)
+      : "memory");
+  return any != 0;
+}
+
+/// What this thread wrote to shared memory comes before what it writes later, for the other threads.
+FLASHCUTE_DEVICE void order_writes() { __threadfence_block(); }
+
+/// What this thread wrote to shared memory is seen by products that begin later.
+FLASHCUTE_DEVICE void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- bulk copies ---------------------------------------------------------------------------------
+
+/// How long a copied tile is to stay in the L2 cache: the copy engine's encoding.
+enum class L2Hint : uint64_t { evict_first = 0x12F0000000000000, evict_last = 0x14F0000000000000 };
+
+FLASHCUTE_DEVICE void prefetch(TensorMap const& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+/// Starts copying the box at (column, row, head, batch) of a tensor to shared memory; what lies outside the tensor
+/// arrives as 0. Counts its bytes, those outside too, at the barrier.
+FLASHCUTE_DEVICE void copy_box(TensorMap const& map, int column, int row, int head, int batch, void* to,
+                               Barrier& barrier, L2Hint hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(row), "r"(head), "r"(batch),
+      "l"(static_cast<uint64_t>(hint))
+      : "memory");
+}
+
+}  // namespace flashcute::sm90

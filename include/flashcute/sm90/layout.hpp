@@ -1,0 +1,85 @@
+// From a configuration to CuTe types, as flashcute/layout.hpp: where tiles live in shared memory, how warpgroups
+// multiply them.
+#pragma once
+
+#include "flashcute/sm90/instructions.hpp"
+// Its atoms are made for the instructions.
+#include "flashcute/fragment.hpp"
+#include "flashcute/mask.hpp"
+
+namespace flashcute::sm90 {
+
+/// A tile to compute, as the warp that loads tells those that compute.
+struct Work {
+  QueryTile tile;
+  KvRange range;
+  bool exists;           // false: there is no more
+  bool dropped = false;  // a warpgroup found V not finite where rows see different keys
+};
+
+template <ForwardConfig C>
+struct ForwardLayout {
+  using Element = typename TensorCore<C.dtype>::Element;
+  using BlockN = cute::Int<C.block_n>;
+  using HeadDim = cute::Int<C.head_dim>;
+  using HeadDimV = cute::Int<C.head_dim_v>;
+  using WarpgroupM = cute::Int<warpgroup_rows>;
+
+  static constexpr int warpgroups = consumer_warpgroups(C);
+
+  // ---- shared memory ----
+  // A tile is cut into pages of 128 bytes a row, one box of the copy engine each, swizzled as engine and tensor
+  // cores agree.
+  static constexpr int page = box_row_bytes / sizeof(Element);  // columns
+  template <class Rows, class Columns>
+  using Tile = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<Element>{}, cute::Shape<Rows, Columns>{}));
+  using SmemQ = Tile<WarpgroupM, HeadDim>;  // (64, D), a warpgroup's rows
+  using SmemK = Tile<BlockN, HeadDim>;      // (N, D)
+  // V^T (DV, N): the same places as V (N, DV).
+  using SmemVt = decltype(cute::tile_to_shape(cute::GMMA::Layout_MN_SW128_Atom<Element>{},
+                                              cute::Shape<HeadDimV, BlockN>{}, cute::Step<cute::_2, cute::_1>{}));
+
+  // Barriers between warps: 0 is the block's; one a warpgroup to take turns at, one a warpgroup of its own.
+  static constexpr int first_turn_barrier = 1;
+  static constexpr int first_own_barrier = first_turn_barrier + warpgroups;
+
+  /// When a tile's Q is loaded, a warpgroup may be at the one before and not have stored the one before that, and
+  /// another may be a tile ahead.
+  static constexpr int works = 4;
+
+  struct SharedStorage {
+    alignas(1024) Element q[warpgroups][cute::cosize_v<SmemQ>];
+    alignas(1024) Element k[C.stages][cute::cosize_v<SmemK>];
+    alignas(1024) Element v[C.stages][cute::cosize_v<SmemVt>];
+    Work work[works];
+    Barrier q_full[warpgroups], q_empty[warpgroups];
+    Barrier k_full[C.stages], k_empty[C.stages];
+    Barrier v_full[C.stages], v_empty[C.stages];
+  };
+  static_assert(sizeof(SharedStorage) <= smem_bytes(C));
+
+  // ---- tensor cores: each warpgroup multiplies its own 64 rows ----
+  using MmaS = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<WarpgroupM, BlockN, cute::_16>>()));
+  using MmaO = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<WarpgroupM, HeadDimV, cute::_16>,
+                                 cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+
+  static constexpr int rows_per_thread = 2;
+
+  /// This thread's part of a warpgroup's 64 x Columns accumulator, as mma.sync would hold it: what reads it by row and
+  /// column serves both.
+  template <class Columns>
+  FLASHCUTE_DEVICE static auto accumulator() {
+    using namespace cute;
+    return make_tensor<float>(Layout<Shape<Shape<_2, _2>, _1, Int<Columns::value / 8>>>{});  // (MMA, MMA_M, MMA_N)
+  }
+
+  /// Of the thread's i-th row, from the warpgroup's first.
+  FLASHCUTE_DEVICE static int row(int i) { return thread_of_warpgroup() / 32 * 16 + thread_index() % 32 / 4 + 8 * i; }
+  FLASHCUTE_DEVICE static int first_column() { return 2 * (thread_index() % 4); }
+  /// Columns from the thread's first to its j-th.
+  FLASHCUTE_DEVICE static constexpr int column_distance(int j) { return j % 2 + j / 2 * 8; }
+};
+
+}  // namespace flashcute::sm90

@@ -1,0 +1,54 @@
+#include "tensor_map.hpp"
+
+#include <algorithm>
+
+#include "driver.hpp"
+
+namespace flashcute {
+namespace {
+
+using namespace cuda;
+
+// The driver API's values.
+constexpr int map_float16 = 6, map_bfloat16 = 9;
+constexpr int interleave_none = 0, swizzle_128_bytes = 3, promote_to_256_bytes = 3, fill_with_zeros = 0;
+
+struct Tensor {
+  char const* name;
+  void const* data;
+  Strides strides;
+  int64_t batch, rows, heads, columns;
+  int32_t box_rows;
+};
+
+TensorMap encode(DType dtype, Tensor const& t) {
+  auto const bytes = static_cast<std::uint64_t>(size_of(dtype));
+  // A dimension of size 1 may have any stride, one of size 0 is never read: the engine wants neither.
+  auto const size = [](int64_t n) { return static_cast<std::uint64_t>(std::max<int64_t>(n, 1)); };
+  auto const stride = [&](int64_t n, int64_t elements) {
+    return n > 1 ? static_cast<std::uint64_t>(elements) * bytes : box_row_bytes;
+  };
+  std::uint64_t const sizes[] = {size(t.columns), size(t.rows), size(t.heads), size(t.batch)};
+  std::uint64_t const strides[] = {stride(t.rows, t.strides.row), stride(t.heads, t.strides.head),
+                                   stride(t.batch, t.strides.batch)};
+  unsigned const box[] = {static_cast<unsigned>(box_row_bytes / bytes), static_cast<unsigned>(t.box_rows), 1, 1};
+  unsigned const dense[] = {1, 1, 1, 1};
+  TensorMap map;
+  check_result(driver().cuTensorMapEncodeTiled(&map, dtype == DType::float16 ? map_float16 : map_bfloat16, 4,
+                                               const_cast<void*>(t.data), sizes, strides, box, dense, interleave_none,
+                                               swizzle_128_bytes, promote_to_256_bytes, fill_with_zeros),
+               std::string("cuTensorMapEncodeTiled(") + t.name + ")");
+  return map;
+}
+
+}  // namespace
+
+HopperForwardParams hopper_params(ForwardConfig const& config, ForwardParams const& p) {
+  HopperForwardParams all{.forward = p};
+  all.q = encode(config.dtype, {"q", p.q, p.q_stride, p.batch, p.seqlen_q, p.heads, p.head_dim, warpgroup_rows});
+  all.k = encode(config.dtype, {"k", p.k, p.k_stride, p.batch, p.seqlen_k, p.kv_heads, p.head_dim, config.block_n});
+  all.v = encode(config.dtype, {"v", p.v, p.v_stride, p.batch, p.seqlen_k, p.kv_heads, p.head_dim_v, config.block_n});
+  return all;
+}
+
+}  // namespace flashcute

@@ -1,0 +1,156 @@
+"""Hopper's kernel: its options, and what only it can get wrong. (test_forward.py and test_semantics.py run its default
+configurations on a Hopper GPU.)"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flashcute as fc
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import why_no_gpu
+from test_forward import run_and_check
+
+
+def is_hopper() -> bool:
+    return not why_no_gpu() and fc._core.driver_info().gpus[0].arch == 90
+
+
+on_hopper = pytest.mark.skipif(not is_hopper(), reason="needs a GPU of compute capability 9.0")
+
+
+def variants() -> list[fc.ForwardConfig]:
+    """Every option at another value than the default's, alone and with those that it needs; every head dim."""
+    changes: dict[int, list[dict[str, Any]]] = {
+        64: [
+            {"stages": 2},
+            {"stages": 8, "pingpong": False},
+            {"block_m": 128, "num_warps": 8, "block_n": 160},
+            {"block_m": 64, "num_warps": 4, "stages": 4},
+            {"stale_max": False, "block_n": 128},
+        ],
+        128: [
+            {"pingpong": False},
+            {"stale_max": False},
+            {"stale_max": False, "rescale_threshold": 0, "block_n": 176, "stages": 2},
+            {"stale_max": False, "optimized_softmax": False},
+            {"stale_max": False, "overlap": False},
+            {"stale_max": False, "overlap": False, "pingpong": False, "block_n": 16},
+            {"rescale_threshold": 1},
+            {"head_dim_v": 64},
+        ],
+        256: [{"pingpong": False, "block_n": 64}, {"head_dim": 192, "block_n": 96}],
+    }
+    return [
+        fc.default_config(d, dtype, "sm_90").replace(**change)
+        for d, listed in changes.items()
+        for change in listed
+        for dtype in (["float16"] if change.get("stages") == 2 else ["bfloat16"])
+    ]
+
+
+def test_every_variant_is_legal() -> None:
+    """Where there is no Hopper GPU, nothing else would look at them."""
+    for cfg in variants():
+        cfg.check("sm_90")
+        assert cfg.math == "wgmma"
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@on_hopper
+@pytest.mark.parametrize("compiled", variants(), indirect=True, ids=lambda c: c.name)
+def test_against_fp64(rng: np.random.Generator, compiled: fc.ForwardConfig) -> None:
+    """One tile or many a block, lengths that fill no tile, rows that see nothing, groups of heads."""
+    cfg = compiled
+    for sq, sk, narrower in [(300, 450, 0), (129, 65, 8), (1, 257, 24), (65, 1, 0), (400, 100, 0)]:
+        for causal in (False, True):
+            p = oracle.make_problem(
+                rng, cfg.dtype, seqlen_q=sq, seqlen_k=sk, heads=4, kv_heads=2, causal=causal,
+                d=cfg.head_dim - narrower, d_v=cfg.head_dim_v - narrower,
+            )  # fmt: skip
+            run_and_check(p, "cuda", cfg=cfg, tiny=sk == 1)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rising_maxima(rng: np.random.Generator, d: int, dtype: str, causal: bool) -> None:
+    """Blocks are visited from the last to the first. Scores that rise by hundreds on the way make stale maxima
+    wrong in every block, for some rows of a warp and not for others; those that fall make all later
+    ones 0."""
+    sk = 1500
+    slope = np.linspace(1, 0, sk)[None, :, None, None]
+    for steepness in (4.0, 60.0, 400.0):
+        for rising in (True, False):
+            p = oracle.make_problem(
+                rng, dtype, seqlen_q=700, seqlen_k=sk, heads=2, d=d, causal=causal
+            )
+            k = p.k + steepness * (slope if rising else slope[:, ::-1]) * p.q[:, :1].mean(
+                1, keepdims=True
+            )
+            run_and_check(dataclasses.replace(p, k=oracle.rounded(k, dtype)), "cuda")
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_very_negative_scores(rng: np.random.Generator, d: int, causal: bool) -> None:
+    """A row's first maximum is far below 0: exponentials relative to 0 would all be 0. (T10)"""
+    p = oracle.make_problem(
+        rng, "bfloat16", seqlen_q=300, seqlen_k=900, heads=2, d=d, causal=causal
+    )
+    q, k = (oracle.rounded(sign * (np.abs(x) + 4), "bfloat16") for sign, x in ((1, p.q), (-1, p.k)))
+    run_and_check(dataclasses.replace(p, q=q, k=k), "cuda")
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_more_tiles_than_blocks(d: int) -> None:
+    """A thread block computes one tile after another, and the softmax of a tile begins while the output of the one
+    before is added to: every tile against the same one computed alone, many times."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(24, 777, 8, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    for causal in (False, True):
+        alone = torch.cat(
+            [
+                fc.flash_attention(*(x[i : i + 1] for x in (q, k, v)), causal=causal)
+                for i in range(24)
+            ]
+        )
+        for _ in range(20):
+            together = fc.flash_attention(
+                q, k, v, causal=causal, out=torch.full_like(q, float("nan"))
+            )
+            assert torch.equal(together, alone)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_expanded_keys(rng: np.random.Generator) -> None:
+    """Stride 0 over heads and batch, as torch's expand makes it."""
+    q = torch.randn(3, 200, 4, 64, device="cuda", dtype=torch.float16)
+    k, v = (torch.randn(1, 300, 1, 64, device="cuda", dtype=torch.float16) for _ in range(2))
+    expected = fc.flash_attention(q, *(x.repeat(3, 1, 4, 1) for x in (k, v)), causal=True)
+    found = fc.flash_attention(q, *(x.expand(3, 300, 4, 64) for x in (k, v)), causal=True)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_explain_names_the_kernel() -> None:
+    q = torch.zeros(1, 64, 1, 128, device="cuda", dtype=torch.bfloat16)
+    told = fc.explain(q, q, q)
+    assert (told.backend, told.config.math) == ("sm90", "wgmma")
+    assert told.image == "ahead of time" or not fc._core.build_info().image_archs
+    narrow = torch.zeros(1, 64, 1, 36, device="cuda", dtype=torch.bfloat16)
+    told = fc.explain(narrow, narrow, narrow)
+    assert told.backend == "sm80"
+    assert "head_dim 36 is no multiple of 8" in dict(told.rejected)["sm90"]
