@@ -69,6 +69,13 @@ CompileRequest request_for(KernelCode const& kernel, Arch arch) {
   request.source = kernel.source;
   request.arch = target_of(kernel, arch);
   request.include_folders = our_folders();
+  if (kernel.arch_specific) {
+    // CuTe names the files with Hopper's products of any width relative to its own, where NVRTC shall not look.
+    std::string const root = request.include_folders.at(0);
+    for (char const* folder : {"/cute/arch", "/cute/atom"}) {
+      if (std::filesystem::exists(root + folder)) request.include_folders.push_back(root + folder);
+    }
+  }
   request.include_folders.push_back(toolkit_folder());
   return request;
 }
