@@ -111,8 +111,19 @@ class OnlineSoftmax {
     exponentiate(scores);
   }
 
-  /// The same for an output that is being added to meanwhile, which the caller rescales later: tells by what. The
-  /// scores stay; the probabilities go to `p`, a fragment of their operand type.
+  // For an output that is being added to meanwhile: the caller rescales it later.
+
+  /// As `update`; tells by what to rescale the output.
+  template <class Scores>
+  FLASHCUTE_DEVICE Correction update(Scores&& scores) {
+    exponential_.prepare(scores);
+    auto const correction = raise_max(scores);
+    rescale_sums(correction);
+    exponentiate(scores);
+    return correction;
+  }
+
+  /// The same, but the scores stay; the probabilities go to `p`, a fragment of their operand type.
   template <class Scores, class Probabilities>
   FLASHCUTE_DEVICE Correction update_into(Probabilities& p, Scores const& scores) {
     auto const correction = raise_max(scores);
@@ -122,18 +133,11 @@ class OnlineSoftmax {
     return correction;
   }
 
-  template <class Scores>
-  FLASHCUTE_DEVICE Correction update(Scores&& scores) {
-    auto const correction = raise_max(scores);
-    rescale_sums(correction);
-    exponentiate(scores);
-    return correction;
-  }
-
-  /// The same, but in the hope that no row needs a new maximum: the exponentials do not wait for one. If a row does
-  /// need one, they are done again.
+  /// The same relative to the maxima so far, without a look at the scores: no exponential can exceed 2^Threshold unless
+  /// what a thread adds to a row's sum does. Where it does, the maximum is raised and all is done again. A row that has
+  /// no maximum yet adds infinity or NaN.
   template <class Scores, class Probabilities>
-  FLASHCUTE_DEVICE Correction update_into_hoping(Probabilities& p, Scores const& scores) {
+  FLASHCUTE_DEVICE Correction update_by_stale_max(Probabilities& p, Scores const& scores) {
     float const limit = static_cast<float>(1 << Threshold);
     float sums[Rows], added[Rows];
     CUTE_UNROLL
@@ -150,6 +154,7 @@ class OnlineSoftmax {
         row_sum_[i] = sums[i];
         added[i] = quad_reduce(added[i], [](float a, float b) { return max_or_nan(a, b); });
       }
+      // Of the other rows nothing changes, not even by rounding: a row does not depend on its neighbours.
       correction = raise_max_where(scores, [&](int i, float) { return !(added[i] <= limit); });
       rescale_sums(correction);
       exponentiate_into<true>(p, scores, added);

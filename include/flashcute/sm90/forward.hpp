@@ -139,15 +139,11 @@ struct ForwardPass {
       while (true) {
         cute::clear(o_);
         replace(probabilities, next);
-        for (int n = range_.end - 2; n >= range_.begin; --n) {
-          begin_products(probabilities);
-          release_operands(n);
-          if (Mask::rows_differ) apply_mask(n);
-          auto const correction = next_softmax(next);
-          finish_output(n);
-          if (correction.any) Softmax::rescale(o_, correction);
-          replace(probabilities, next);
+        int n = range_.end - 2;
+        if constexpr (Mask::rows_differ) {
+          for (; n >= max_of(range_.full_end, range_.begin); --n) attend<true>(n, probabilities, next);
         }
+        for (; n >= range_.begin; --n) attend<false>(n, probabilities, next);
         Sums finished = sums_;
         if (!next_tile()) break;
         sums_ = Sums{p_};
@@ -155,13 +151,25 @@ struct ForwardPass {
         release_operands(range_.end - 1);
         apply_mask(range_.end - 1);
         first_softmax(next);
-        finish_output(range_.end - 1);
+        finish_output<Mask::rows_differ>(range_.end - 1);
         store(1, finished);
       }
       P::begin_output(o_, probabilities, tiles_.arrived_value());
       P::template finish<0>(o_);
       tiles_.release_value();
       store(1, sums_);
+    }
+
+    /// The next block of a tile. Only some of a tile's last blocks are partial.
+    template <bool Partial, class Probabilities>
+    FLASHCUTE_DEVICE void attend(int n, Probabilities& probabilities, Probabilities& next) {
+      begin_products(probabilities);
+      release_operands(n);
+      if constexpr (Partial) apply_mask(n);
+      auto const correction = next_softmax(next);
+      finish_output<Partial>(n);
+      if (correction.any) Softmax::rescale(o_, correction);
+      replace(probabilities, next);
     }
 
     FLASHCUTE_DEVICE void begin_first_scores() {
@@ -188,7 +196,7 @@ struct ForwardPass {
     template <class Probabilities>
     FLASHCUTE_DEVICE auto next_softmax(Probabilities& next) {
       if constexpr (C.stale_max) {
-        return sums_.softmax.update_into_hoping(next, s_);
+        return sums_.softmax.update_by_stale_max(next, s_);
       } else {
         return sums_.softmax.update(s_);
       }
@@ -216,11 +224,12 @@ struct ForwardPass {
     }
 
     /// While S(n) became probabilities, O += P V of the block before was multiplied; now it is done.
+    template <bool Partial>
     FLASHCUTE_DEVICE void finish_output(int n) {
       // Waiting here, for V(n), which has arrived long ago, keeps the compiler from moving exponentials behind the
       // product.
       tiles_.await_value_after();
-      drop_nonfinite(n, true);
+      if constexpr (Partial) drop_nonfinite(n, true);
       P::template finish<0>(o_);
       tiles_.release_value();
     }
