@@ -170,7 +170,7 @@ def test_final() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
-        ("blockm", 64, r"^ForwardConfig: expected options among dtype, .*_threshold, got 'blockm'"),
+        ("blockm", 64, r"^ForwardConfig: expected options among dtype, .*stale_max, got 'blockm'"),
         ("head_dim", "64", r"^head_dim: expected an integer, got '64'"),
         ("head_dim", 64.0, r"^head_dim: expected an integer, got 64.0"),
         ("head_dim", True, r"^head_dim: expected an integer, got True"),
@@ -178,8 +178,8 @@ def test_final() -> None:
         ("block_m", 2**31, r"^block_m: expected an integer.*, got 2147483648"),
         ("num_warps", -(2**40), r"^num_warps: expected an integer.*, got -1099511627776"),
         ("swizzled", 1, r"^swizzled: expected True or False, got 1"),
-        ("math", "fast", r"^math: expected 'tensor_core', 'tf32x3' or 'cuda_core', got 'fast'"),
-        ("math", 1, r"^math: expected 'tensor_core', 'tf32x3' or 'cuda_core', got 1"),
+        ("math", "fast", r"^math: expected 'tensor_core', 'tf32x3', 'cuda_core' or 'wgmma', got 'fast'"),
+        ("math", 1, r"^math: expected 'tensor_core', 'tf32x3', 'cuda_core' or 'wgmma', got 1"),
         ("q_in_registers", "no", r"^q_in_registers: expected True or False, got 'no'"),
         ("dtype", "int8", r"^dtype: expected float16, bfloat16, float32 or float64, got 'int8'"),
         ("dtype", "half", r"^dtype: expected float16, .* got 'half'"),
@@ -291,11 +291,12 @@ def test_any_integer_has_a_name(number: int) -> None:
 
 
 def test_configs() -> None:
-    """Each is of its own, keeps the rules on every GPU, and the caller's list is the caller's."""
+    """Each is of its own, keeps the rules on every GPU that it is for, and the caller's list is the caller's."""
     found = fc.configs()
     assert len(set(found)) == len(found) > 0
     for cfg in found:
-        for arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"):
+        every = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+        for arch in ("sm_90",) if cfg.math == "wgmma" else every:
             cfg.check(arch)
     assert {(c.dtype, c.head_dim) for c in found} >= {
         (dtype, d) for dtype in ("float16", "bfloat16", "float32") for d in (64, 128, 256)
