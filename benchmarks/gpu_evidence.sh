@@ -4,7 +4,7 @@
 # waited for, once its limit is up.
 #
 # usage: benchmarks/gpu_evidence.sh OUTPUT_FOLDER COMMIT [STEP...]
-# steps: build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn forward_float32 naive
+# steps: build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn forward_hopper forward_float32 naive
 #        options tiles backward backward_gqa backward_float32 overhead first_use
 # (default: all)
 set -uo pipefail
@@ -14,7 +14,7 @@ commit=${2:?the commit that is measured}
 shift 2
 steps=("$@")
 [ ${#steps[@]} -gt 0 ] || steps=(build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn
-  forward_float32 naive options tiles backward backward_gqa backward_float32 overhead first_use)
+  forward_hopper forward_float32 naive options tiles backward backward_gqa backward_float32 overhead first_use)
 export PYTHONPATH=$PWD/build/system/stage${PYTHONPATH:+:$PYTHONPATH}
 logs=$(mktemp -d)
 mkdir -p "$out"
@@ -61,9 +61,12 @@ for step in "${steps[@]}"; do
         ${FLASHCUTE_CUTLASS_DIR:+-DFLASHCUTE_CUTLASS_DIR=$(realpath "$FLASHCUTE_CUTLASS_DIR")}
       run o1_build 300 cmake --build build/o1 --target test_gpu
       run o1 200 build/o1/tests/cpp/test_gpu ;;
-    forward) bench forward 300 --grid peers --rounds 8 --head-dims 64,128,256 --impls flashcute,sdpa_flash ;;
+    # The mma.sync kernels, also where Hopper's are the default.
+    forward) bench forward 300 --grid peers --rounds 8 --head-dims 64,128,256 --config math=tensor_core --impls sdpa_flash ;;
     forward_cudnn) # Apart: cuDNN's WGMMA kernels heat the chip so that all others run at lower clocks.
       bench forward_cudnn 300 --grid peers --head-dims 64,128,256 --impls flashcute,sdpa_flash,sdpa_cudnn ;;
+    forward_hopper) # Needs the package fa3-fwd.
+      bench forward_hopper 300 --grid peers --head-dims 64,128,256 --impls flashcute,fa3,sdpa_cudnn ;;
     forward_float32) bench forward_float32 200 --grid peers --dtype float32 --head-dims 64,128,256 --seqlens 1024,4096 \
       --impls flashcute,sdpa_efficient,sdpa_math ;;
     backward) bench backward 300 --backward --grid peers --head-dims 64,128,256 --rounds 8 \
@@ -84,7 +87,7 @@ for step in "${steps[@]}"; do
         for tile in ${tiles[$d]}; do
           IFS=x read -r m n w b <<< "$tile"
           for q in 0 1; do
-            arguments+=(--config "block_m=$m,block_n=$n,num_warps=$w,blocks_per_sm=$b,q_in_registers=$q")
+            arguments+=(--config "math=tensor_core,block_m=$m,block_n=$n,num_warps=$w,blocks_per_sm=$b,q_in_registers=$q")
           done
         done
         variants "tiles_$d" $d "${arguments[@]}"

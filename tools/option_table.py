@@ -139,9 +139,8 @@ def main() -> None:
     if options.bench_arguments:
         for head_dim in head_dims:
             for change in list(variations(head_dim, options.arch))[1:]:
-                print(
-                    "--config", change.replace(" ", "").replace("True", "1").replace("False", "0")
-                )
+                change = change.replace(" ", "").replace("True", "1").replace("False", "0")
+                print("--config", change if "math=" in change else f"math=tensor_core,{change}")
         return
     times = read_times(options.times)
     speed = "Speed in TFLOP/s." if times else "Not yet timed on a GPU."

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import flashcute as fc
 import numpy as np
 import pytest
 from flashcute import _core
 from flashcute.__main__ import main
-from flashcute._cli import peers
+from flashcute._cli import options, peers
 from flashcute._cli.kits import NumPyKit
 from flashcute._cli.problem import (
     Case,
@@ -459,3 +460,15 @@ def test_plot_table(tmp_path: Path) -> None:
     rows = [line for line in done.stdout.splitlines() if line.startswith("| 16 ")]
     assert len(rows) == 2
     assert all(row.count("**") == 2 for row in rows)
+
+
+def test_changes_of_mma_sync_where_hopper_has_its_own() -> None:
+    """A variant of the mma.sync kernel could not be timed on a Hopper GPU: its options are none of the default's."""
+    changed = options.changed_config(
+        128, "bfloat16", "sm_90", {"math": "tensor_core", "block_m": 64}
+    )
+    assert changed == fc.default_config(128, "bfloat16", "sm_100").replace(block_m=64)
+    assert options.changed_config(128, "bfloat16", "sm_90", {"stages": 2}).math == "wgmma"
+    assert (
+        options.changed_config(128, "float32", "sm_90", {"math": "cuda_core"}).math == "cuda_core"
+    )

@@ -145,7 +145,7 @@ class Tiles {
   /// All products with Q are done.
   FLASHCUTE_DEVICE void release_query() { release(smem_.q_empty[warpgroup_]); }
 
-  /// The V that has arrived after the next: what is not finite becomes 0, and is remembered with the tile.
+  /// In the next V, or the one after it: what is not finite becomes 0, and is remembered with the tile.
   FLASHCUTE_DEVICE void drop_nonfinite(bool after) {
     auto position = v_;
     if (after) position.advance();
@@ -174,18 +174,13 @@ class Tiles {
     k_.advance();
   }
 
-  /// The next V.
-  FLASHCUTE_DEVICE Element* value() {
-    await_value();
-    return smem_.v[v_.place];
-  }
+  /// The next V, and the one after it: they are waited for before they are needed.
   FLASHCUTE_DEVICE Element* arrived_value() { return smem_.v[v_.place]; }
   FLASHCUTE_DEVICE void release_value() {
     release(smem_.v_empty[v_.place]);
     v_.advance();
   }
   FLASHCUTE_DEVICE void await_value() { barrier_wait(smem_.v_full[v_.place], v_.parity); }
-  /// The V after the next.
   FLASHCUTE_DEVICE void await_value_after() {
     auto after = v_;
     after.advance();

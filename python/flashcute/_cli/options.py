@@ -117,8 +117,11 @@ def given_changes(options: argparse.Namespace) -> dict[str, Any]:
 def changed_config(
     head_dim: int, dtype: str, arch: str | int, changes: dict[str, Any]
 ) -> ForwardConfig:
-    """The default configuration with changes."""
-    return default_config(head_dim, dtype, arch).replace(**changes)
+    """The default configuration with changes; with another `math` than Hopper's, of what other GPUs take."""
+    base = default_config(head_dim, dtype, arch)
+    if base.math == "wgmma" and changes.get("math", base.math) != base.math:
+        base = default_config(head_dim, dtype, "sm_100")
+    return base.replace(**changes)
 
 
 def changed_backward_config(
