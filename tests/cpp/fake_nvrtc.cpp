@@ -15,8 +15,8 @@ extern "C" {
 
 int nvrtcVersion(int* major, int* minor) { return *major = 13, *minor = 0; }
 char const* nvrtcGetErrorString(int) { return "a fake failure"; }
-int nvrtcGetNumSupportedArchs(int* count) { return *count = 2, 0; }
-int nvrtcGetSupportedArchs(int* archs) { return archs[0] = 80, archs[1] = 90, 0; }
+int nvrtcGetNumSupportedArchs(int* count) { return *count = 3, 0; }
+int nvrtcGetSupportedArchs(int* archs) { return archs[0] = 80, archs[1] = 90, archs[2] = 100, 0; }
 
 int nvrtcCreateProgram(void** program, char const*, char const*, int, char const* const*, char const* const*) {
   return *program = nullptr, 0;

@@ -525,7 +525,7 @@ TEST_F(PlanBackwardOnGpu, WhatNoKernelTakesIsRefused) {
   EXPECT_THROW(backward_config_for(twice.q, twice.k, twice.v), UnsupportedError);
   EXPECT_THROW(backward_workspace_size({}, twice.q, twice.v), UnsupportedError);
   BackwardCall call = call_;
-  call.refused<ConfigError>({"cfg: the rows and columns of a score tile", "block_n=32", "compute capability 9.0"},
+  call.refused<ConfigError>({"cfg: the rows and columns of a score tile", "block_n=32", "compute capability 10.0"},
                             BackwardConfig{.head_dim = 64, .block_n = 32});
   call.refused<ConfigError>({"cfg: head_dim 32 is smaller"}, BackwardConfig{.head_dim = 32});
   BackwardCall const widest({1, 64, 1, 256}, {1, 64, 1, 256});
