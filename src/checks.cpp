@@ -101,14 +101,16 @@ void require_aligned(Argument const& argument, Named const& n, int32_t copy_byte
                     ", or flash_attention, which chooses by itself");
 }
 
-std::string bulk_copy_problem(Argument const& argument, Layout layout) {
+std::string bulk_copy_problem(std::span<Argument const> arguments, Layout layout) {
   constexpr int64_t limit = int64_t{1} << 40;  // of a stride in bytes
-  Named const n = named(argument.name, *argument.tensor, layout);
-  for (auto const& [what, stride] :
-       {std::pair{"batch", n.stride.batch}, std::pair{"seqlen", n.stride.row}, std::pair{"heads", n.stride.head}}) {
-    if (stride >= 0 && stride < limit / size_of(argument.tensor->dtype)) continue;
-    return std::string(argument.name) + "'s " + what + " stride " + std::to_string(stride) +
-           " is not one that the copy engine (TMA) can walk";
+  for (Argument const& argument : arguments) {
+    Named const n = named(argument.name, *argument.tensor, layout);
+    for (auto const& [what, stride] :
+         {std::pair{"batch", n.stride.batch}, std::pair{"seqlen", n.stride.row}, std::pair{"heads", n.stride.head}}) {
+      if (stride >= 0 && stride < limit / size_of(argument.tensor->dtype)) continue;
+      return std::string(argument.name) + "'s " + what + " stride " + std::to_string(stride) +
+             " is not one that the copy engine (TMA) can walk";
+    }
   }
   return "";
 }

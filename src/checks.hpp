@@ -26,8 +26,9 @@ Named named(char const* argument, TensorView const& t, Layout layout);
 /// Throws unless a kernel that copies `copy_bytes` at a time can read or write the tensor.
 void require_aligned(Argument const& argument, Named const& n, int32_t copy_bytes);
 
-/// Why Hopper's copy engine cannot read the tensor, whose rows and strides are multiples of 16 bytes; "" if it can.
-std::string bulk_copy_problem(Argument const& argument, Layout layout);
+/// Why Hopper's copy engine cannot read one of the tensors, whose rows and strides are multiples of 16 bytes; "" if it
+/// can read all.
+std::string bulk_copy_problem(std::span<Argument const> arguments, Layout layout);
 
 /// How many bytes, at most 16, can be copied at a time from and to all tensors. `misaligned`, if given and empty,
 /// becomes the reason why there are fewer, if so.

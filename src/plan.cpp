@@ -1,6 +1,7 @@
 #include "plan.hpp"
 
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "checks.hpp"
@@ -102,12 +103,10 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
     require_aligned({"v", &v}, nv, config.copy_bytes);
   }
   if (config.math == Math::wgmma) {
-    for (Argument const& argument : {Argument{"q", &q}, Argument{"k", &k}, Argument{"v", &v}}) {
-      std::string const problem = bulk_copy_problem(argument, options.layout);
-      if (!problem.empty()) {
-        throw ConfigError("cfg: math wgmma does not fit the tensors: " + problem +
-                          ". Use math='tensor_core', or flash_attention, which chooses by itself");
-      }
+    Argument const arguments[] = {{"q", &q}, {"k", &k}, {"v", &v}};
+    if (std::string const problem = bulk_copy_problem(arguments, options.layout); !problem.empty()) {
+      throw ConfigError("cfg: math wgmma does not fit the tensors: " + problem +
+                        ". Use math='tensor_core', or flash_attention, which chooses by itself");
     }
   }
 
@@ -130,12 +129,9 @@ ForwardTensors forward_tensors(TensorView const& q, TensorView const& k, TensorV
   std::vector<Argument> arguments{{"q", &q}, {"k", &k}, {"v", &v}};
   if (out != nullptr) arguments.push_back({"out", out});
   t.alignment = common_alignment(arguments, options.layout, misaligned);
-  for (Argument const& argument : {Argument{"q", &q}, Argument{"k", &k}, Argument{"v", &v}}) {
-    std::string const problem = bulk_copy_problem(argument, options.layout);
-    if (problem.empty()) continue;
-    t.bulk_copies = false;
-    if (misaligned != nullptr && misaligned->empty()) *misaligned = problem;
-  }
+  std::string const problem = bulk_copy_problem(std::span(arguments).first(3), options.layout);  // out is not loaded
+  t.bulk_copies = problem.empty();
+  if (misaligned != nullptr && misaligned->empty()) *misaligned = problem;
   return t;
 }
 
