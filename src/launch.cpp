@@ -13,6 +13,7 @@
 #include "image_store.hpp"
 #include "source.hpp"
 #include "tensor_map.hpp"
+#include "tile_deal.hpp"
 
 namespace flashcute {
 namespace {
@@ -159,9 +160,13 @@ void launch(ForwardKernelId const& kernel, ForwardParams const& params, int devi
   int64_t const blocks = QueryTile::count(params, kernel.config.block_m);
   require_grid(blocks, "q: batch * heads * ceil(seqlen_q / block_m)");
   if (kernel.config.math == Math::wgmma) {
-    // As many blocks as run at once: each takes one tile after another.
-    Launch const ready(kernel, std::min<int64_t>(blocks, device_facts(device).multiprocessors), device);
-    if (blocks > 0) ready.run(hopper_params(kernel.config, params), device, stream);
+    int32_t const persistent = persistent_blocks(blocks, device_facts(device).multiprocessors);
+    Launch const ready(kernel, persistent, device);
+    if (blocks == 0) return;
+    HopperForwardParams all{
+        .q = {}, .k = {}, .v = {}, .forward = params, .deal = deal_tiles(kernel, params, persistent)};
+    set_tensor_maps(kernel.config, all);
+    ready.run(all, device, stream);
   } else {
     Launch(kernel, blocks, device).run(params, device, stream);
   }

@@ -44,12 +44,12 @@ TensorMap encode(DType dtype, Tensor const& t) {
 
 }  // namespace
 
-HopperForwardParams hopper_params(ForwardConfig const& config, ForwardParams const& p) {
-  HopperForwardParams all{.forward = p};
-  all.q = encode(config.dtype, {"q", p.q, p.q_stride, p.batch, p.seqlen_q, p.heads, p.head_dim, warpgroup_rows});
-  all.k = encode(config.dtype, {"k", p.k, p.k_stride, p.batch, p.seqlen_k, p.kv_heads, p.head_dim, config.block_n});
-  all.v = encode(config.dtype, {"v", p.v, p.v_stride, p.batch, p.seqlen_k, p.kv_heads, p.head_dim_v, config.block_n});
-  return all;
+void set_tensor_maps(ForwardConfig const& config, HopperForwardParams& params) {
+  ForwardParams const& p = params.forward;
+  DType const dtype = config.dtype;
+  params.q = encode(dtype, {"q", p.q, p.q_stride, p.batch, p.seqlen_q, p.heads, p.head_dim, warpgroup_rows});
+  params.k = encode(dtype, {"k", p.k, p.k_stride, p.batch, p.seqlen_k, p.kv_heads, p.head_dim, config.block_n});
+  params.v = encode(dtype, {"v", p.v, p.v_stride, p.batch, p.seqlen_k, p.kv_heads, p.head_dim_v, config.block_n});
 }
 
 }  // namespace flashcute

@@ -2,12 +2,12 @@
 #pragma once
 
 #include "flashcute/api.hpp"
-#include "flashcute/tensor_map.hpp"
+#include "flashcute/hopper_params.hpp"
 
 namespace flashcute {
 
-/// The maps that a launch of the Hopper forward adds to its parameters. Throws DriverError, with the tensor's name, if
-/// the driver refuses one.
-HopperForwardParams hopper_params(ForwardConfig const& config, ForwardParams const& params);
+/// Sets the maps of a launch of the Hopper forward, of the tensors in its other parameters. Throws DriverError, with
+/// the tensor's name, if the driver refuses one.
+void set_tensor_maps(ForwardConfig const& config, HopperForwardParams& params);
 
 }  // namespace flashcute

@@ -20,8 +20,8 @@ LEVELS = [
     ["std"],
     ["config", "error"],
     ["params", "backward_config"],
-    ["mask", "instructions", "backward_params", "tiles", "api", "tensor_map"],
-    ["block_counter", "layout"],
+    ["mask", "instructions", "backward_params", "tiles", "api", "tensor_map", "tile_rounds"],
+    ["block_counter", "layout", "hopper_params"],
     ["fragment"],
     ["gemm", "softmax", "nonfinite"],
     ["cuda_core", "tf32x3"],
@@ -31,7 +31,7 @@ LEVELS = [
     ["entry"],
 ]
 PLAIN = ["std", "config", "error", "params", "tiles", "api", "mask", "block_counter"]
-PLAIN += ["backward_config", "backward_params", "tensor_map"]
+PLAIN += ["backward_config", "backward_params", "tensor_map", "tile_rounds", "hopper_params"]
 # Above the instructions, which tests/cpp/emulation replaces; entry.hpp needs a CUDA compiler.
 KERNEL = [
     "layout",

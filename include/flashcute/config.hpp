@@ -228,7 +228,8 @@ struct WarpgroupRegisters {
   int32_t loader, consumer;
 };
 constexpr WarpgroupRegisters registers_of(ForwardConfig const& c) {
-  return consumer_warpgroups(c) == 3 ? WarpgroupRegisters{32, 160} : WarpgroupRegisters{24, 240};
+  if (consumer_warpgroups(c) == 3) return {32, 160};
+  return c.head_dim_v > 128 ? WarpgroupRegisters{24, 240} : WarpgroupRegisters{40, 232};
 }
 
 /// How a tile of `width` columns lies in shared memory and is copied there. Its rows are cut into chunks of

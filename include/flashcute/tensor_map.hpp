@@ -1,7 +1,7 @@
 // How Hopper's copy engine sees a tensor: written by the host's driver, read by the engine, opaque to both sides' code.
 #pragma once
 
-#include "flashcute/params.hpp"
+#include "flashcute/std.hpp"
 
 namespace flashcute {
 
@@ -12,12 +12,5 @@ static_assert(sizeof(TensorMap) == 128);
 
 /// Of one row of a box, in bytes: the widest that the engine swizzles.
 inline constexpr int32_t box_row_bytes = 128;
-
-/// What a launch of the Hopper forward needs to know. The maps see tensors as (columns, rows, heads, batch).
-struct HopperForwardParams {
-  TensorMap q, k, v;
-  ForwardParams forward;
-};
-static_assert(sizeof(HopperForwardParams) == 640);
 
 }  // namespace flashcute

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "flashcute/backward_params.hpp"
-#include "flashcute/tensor_map.hpp"
+#include "flashcute/hopper_params.hpp"
 
 struct FakeLaunch {
   std::string kernel;

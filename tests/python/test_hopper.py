@@ -42,7 +42,11 @@ def variants() -> list[fc.ForwardConfig]:
             {"rescale_threshold": 1},
             {"head_dim_v": 64},
         ],
-        256: [{"pingpong": False, "block_n": 64}, {"head_dim": 192, "block_n": 96}],
+        256: [
+            {"pingpong": True},
+            {"stale_max": False, "block_n": 80},
+            {"head_dim": 192, "block_n": 96},
+        ],
     }
     return [
         fc.default_config(d, dtype, "sm_90").replace(**change)
@@ -130,6 +134,46 @@ def test_more_tiles_than_blocks(d: int) -> None:
                 q, k, v, causal=causal, out=torch.full_like(q, float("nan"))
             )
             assert torch.equal(together, alone)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_warpgroups_with_less_to_do(rng: np.random.Generator, d: int) -> None:
+    """Warpgroups pass over the blocks of keys that only others of the tile see, and over tiles of which no row is
+    theirs: every offset of the diagonal within a tile, and tiles of few rows, each of which would hang or read
+    another place if a warpgroup gave one back too often or too early."""
+    for sq, sk in [
+        (1, 700),
+        (64, 500),
+        (65, 1300),
+        (129, 400),
+        (193, 193),
+        (200, 1000),
+        (900, 901),
+    ]:
+        for shift in (0, 17, 100):
+            p = oracle.make_problem(
+                rng, "bfloat16", seqlen_q=sq, seqlen_k=sk + shift, heads=2, d=d, causal=True
+            )
+            run_and_check(p, "cuda")
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_nan_in_a_value(d: int) -> None:
+    """Rows that see it have it, the others do not, whichever warpgroup's they are: other warps look at V before it is
+    multiplied."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 600, 4, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    for key in (599, 575, 448, 301, 64, 0):
+        bad = v.clone()
+        bad[:, key, :, 5] = float("nan")
+        nan = fc.flash_attention(q, k, bad, causal=True).isnan()
+        expected = torch.zeros_like(nan)
+        expected[:, key:, :, 5] = True
+        assert torch.equal(nan, expected), key
 
 
 @pytest.mark.gpu

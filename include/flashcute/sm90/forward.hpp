@@ -29,7 +29,7 @@ struct ForwardPass {
 
   FLASHCUTE_DEVICE static void run(HopperForwardParams const& p, Storage& smem_symbol) {
     Storage& smem = hidden(smem_symbol);
-    if (thread_index() == 0) Tiles<C>::init(smem);
+    if (thread_index() == 0) Tiles<C>::init(smem, Mask::rows_differ);
     block_sync();  // the barriers are there
 
     // Before the registers change hands: it needs more than the loading warpgroup will have.
@@ -39,7 +39,11 @@ struct ForwardPass {
     int const warpgroup = warpgroup_index();
     if (warpgroup == 0) {
       release_registers<registers.loader>();
-      if (warp_of_warpgroup() == 0 && elected_lane()) load(p, smem);
+      if (warp_of_warpgroup() != 0) {
+        if (Mask::rows_differ) Inspector<C>::run(smem);
+      } else if (elected_lane()) {
+        load(p, smem);
+      }
     } else {
       claim_registers<registers.consumer>();
       Consumer{p.forward, smem, warpgroup - 1}.run();
@@ -48,8 +52,8 @@ struct ForwardPass {
 
  private:
   FLASHCUTE_DEVICE static void load(HopperForwardParams const& p, Storage& smem) {
-    Loader<C> loader{p, smem};
-    TileSchedule<C> schedule{p.forward};
+    Loader<C, Mask> loader{p, smem};
+    TileSchedule<C> schedule{p};
     for (QueryTile tile; schedule.next(tile);) {
       auto const range = Mask::kv_range(tile, p.forward, C.block_n);
       if (!range.empty()) loader.load(tile, range);
@@ -59,8 +63,9 @@ struct ForwardPass {
 
   /// Tiles that see no key are not announced. If the first row sees one, there are none.
   FLASHCUTE_DEVICE static void store_empty_tiles(ForwardParams const& p) {
-    TileSchedule<C> schedule{p};
-    for (QueryTile tile; schedule.next(tile);) {
+    int64_t const count = QueryTile::count(p, C.block_m);
+    for (int64_t i = block_index(); i < count; i += block_count()) {
+      auto const tile = QueryTile::at(p, i, C.block_m);
       if (!Mask::kv_range(tile, p, C.block_n).empty()) continue;
       store_empty<C>(p, tile);
       store_counts(Counter{}, p, tile);
@@ -98,25 +103,34 @@ struct ForwardPass {
     }
 
    private:
+    // What times chose (docs/sm90_forward.md). Two warpgroups leave the tensor cores idle while one writes its output,
+    // three do not. Two blocks at once spare moving probabilities, and are more code: for tiles of that many blocks.
+    static constexpr bool stores_under_scores = L::warpgroups < 3;
+    static constexpr int pairs_from = L::warpgroups < 3 ? 4 : 12;
+
+    using Scores = decltype(L::template accumulator<typename L::BlockN>());
+    using Output = decltype(L::template accumulator<typename L::HeadDimV>());
+    using Probabilities = decltype(P::probabilities(Scores{}));
+
     /// One block of keys after the other.
     FLASHCUTE_DEVICE void run_serially() {
       while (next_tile()) {
+        if (absent_) {
+          skip_tile();
+          continue;
+        }
         sums_ = Sums{p_};
-        cute::clear(o_);
+        skip_keys();
+        skip_values();
         for (int n = range_.end - 1; n >= range_.begin; --n) {
-          auto* const q = tiles_.query();
-          auto* const k = tiles_.key();
-          turns_.wait();
-          P::begin_scores(s_, q, k);  // S = Q K^T
+          begin_scores();
           P::template finish<0>(s_);
-          turns_.pass();
           release_operands(n);
           apply_mask(n);
           sums_.softmax.update(s_, o_);
-          auto probabilities = P::probabilities(s_);
+          auto p = P::probabilities(s_);
           tiles_.await_value();
-          drop_nonfinite(n, false);
-          P::begin_output(o_, probabilities, tiles_.arrived_value());  // O += P V
+          P::begin_output(o_, p, tiles_.arrived_value(), n == range_.end - 1);  // O += P V
           P::template finish<0>(o_);
           tiles_.release_value();
         }
@@ -127,65 +141,89 @@ struct ForwardPass {
     /// The softmax of a block runs while P V of the block before is multiplied, also when that was the last of another
     /// tile.
     FLASHCUTE_DEVICE void run_overlapped() {
-      if (!next_tile()) return;
-      begin_first_scores();
-      release_operands(range_.end - 1);
-      apply_mask(range_.end - 1);
-      auto probabilities = P::probabilities(s_);  // (MMA, MMA_M, MMA_N), of the operand's type
-      auto next = cute::make_fragment_like(probabilities);
-      first_softmax(next);
-      tiles_.await_value();
-      drop_nonfinite(range_.end - 1, false);
-      while (true) {
-        cute::clear(o_);
-        replace(probabilities, next);
-        int n = range_.end - 2;
-        if constexpr (Mask::rows_differ) {
-          for (; n >= max_of(range_.full_end, range_.begin); --n) attend<true>(n, probabilities, next);
+      Probabilities p, next;
+      bool any = next_tile();
+      while (uniform(any)) {
+        if (uniform(absent_)) {
+          skip_tile();
+          any = next_tile();
+          continue;
         }
-        for (; n >= range_.begin; --n) attend<false>(n, probabilities, next);
-        Sums finished = sums_;
-        if (!next_tile()) break;
+        // The first of some tiles: there is no product to do meanwhile, and no output to write.
         sums_ = Sums{p_};
-        begin_products(probabilities);
-        release_operands(range_.end - 1);
-        apply_mask(range_.end - 1);
+        skip_keys();
+        begin_scores();
+        P::template finish<0>(s_);
         first_softmax(next);
-        finish_output<Mask::rows_differ>(range_.end - 1);
+        Sums finished = sums_;
+        int others = opaque(0);  // whether there was one before, whose output is to be written
+        while (true) {
+          skip_values();
+          tiles_.await_value();
+          fresh_ = true;
+          replace(p, next);
+          auto const store_others = [&] {
+            if (others == 0) return;
+            store(1, finished);
+            others = opaque(0);
+          };
+          if constexpr (!stores_under_scores) store_others();
+          for (int n = range_.end - 2; n >= range_.begin; --n) {
+            if (C.stale_max && others == 0 && n < range_.full_end && n - range_.begin >= pairs_from) {
+              do {
+                attend<false>(n, p, next, [] {});
+                attend<false>(n - 1, next, p, [] {});
+                n -= 2;
+              } while (n > range_.begin);
+              if (n < range_.begin) break;
+            }
+            attend<Mask::rows_differ>(n, p, next, [&] {
+              if constexpr (stores_under_scores) store_others();
+            });
+            replace(p, next);
+          }
+          if constexpr (stores_under_scores) store_others();
+          finished = sums_;
+          any = next_tile();
+          if (!uniform(any) || uniform(absent_)) break;
+          sums_ = Sums{p_};
+          skip_keys();
+          begin_products(p, [] {});
+          first_softmax(next);
+          finish_output();
+          others = opaque(1);
+        }
+        P::begin_output(o_, p, tiles_.arrived_value(), fresh_);
+        P::template finish<0>(o_);
+        tiles_.release_value();
         store(1, finished);
       }
-      P::begin_output(o_, probabilities, tiles_.arrived_value());
-      P::template finish<0>(o_);
-      tiles_.release_value();
-      store(1, sums_);
     }
 
-    /// The next block of a tile. Only some of a tile's last blocks are partial.
-    template <bool Partial, class Probabilities>
-    FLASHCUTE_DEVICE void attend(int n, Probabilities& probabilities, Probabilities& next) {
-      begin_products(probabilities);
+    /// The next block of a tile: O += P V of the block before, whose probabilities are `p`, and this block's become
+    /// `next`.
+    template <bool Partial, class Meanwhile>
+    FLASHCUTE_DEVICE void attend(int n, Probabilities& p, Probabilities& next, Meanwhile const& meanwhile) {
+      begin_products(p, meanwhile);
       release_operands(n);
       if constexpr (Partial) apply_mask(n);
-      auto const correction = next_softmax(next);
-      finish_output<Partial>(n);
-      if (correction.any) Softmax::rescale(o_, correction);
-      replace(probabilities, next);
-    }
-
-    FLASHCUTE_DEVICE void begin_first_scores() {
-      auto* const q = tiles_.query();
-      auto* const k = tiles_.key();
-      turns_.wait();
-      P::begin_scores(s_, q, k);
-      turns_.pass();
-      P::template finish<0>(s_);
+      if constexpr (C.stale_max) {
+        auto const correction = sums_.softmax.update_by_stale_max(next, s_);
+        finish_output();
+        if (correction.any) Softmax::rescale(o_, correction);
+      } else {
+        auto const correction = sums_.softmax.update(s_);
+        finish_output();
+        if (correction.any) Softmax::rescale(o_, correction);
+      }
     }
 
     // With stale maxima the scores stay, in case that their exponentials have to be done again, and probabilities are
     // made beside them; else in their place.
 
-    template <class Probabilities>
     FLASHCUTE_DEVICE void first_softmax(Probabilities& next) {
+      release_operands(range_.end - 1);
+      apply_mask(range_.end - 1);
       if constexpr (C.stale_max) {
         sums_.softmax.update_into(next, s_);
       } else {
@@ -193,63 +231,98 @@ struct ForwardPass {
       }
     }
 
-    template <class Probabilities>
-    FLASHCUTE_DEVICE auto next_softmax(Probabilities& next) {
+    /// The next product's probabilities are those that were made last.
+    FLASHCUTE_DEVICE void replace(Probabilities& p, Probabilities const& next) {
       if constexpr (C.stale_max) {
-        return sums_.softmax.update_by_stale_max(next, s_);
+        P::move(next, p);
       } else {
-        return sums_.softmax.update(s_);
+        p = P::probabilities(s_);
       }
     }
 
-    template <class Probabilities>
-    FLASHCUTE_DEVICE void replace(Probabilities& probabilities, Probabilities const& next) {
-      if constexpr (C.stale_max) {
-        P::move(next, probabilities);
-      } else {
-        probabilities = P::probabilities(s_);
-      }
-    }
-
-    /// Begins S(n) = Q K(n)^T and O += P V of the block before, and waits for S.
-    template <class Probabilities>
-    FLASHCUTE_DEVICE void begin_products(Probabilities& probabilities) {
+    /// Begins S = Q K^T with the next K.
+    FLASHCUTE_DEVICE void begin_scores() {
       auto* const q = tiles_.query();
       auto* const k = tiles_.key();
       turns_.wait();
       P::begin_scores(s_, q, k);
-      P::begin_output(o_, probabilities, tiles_.arrived_value());
+      turns_.pass();
+    }
+
+    /// Begins S(n) = Q K(n)^T and O += P V of the block before, and waits for S.
+    template <class Meanwhile>
+    FLASHCUTE_DEVICE void begin_products(Probabilities& p, Meanwhile const& meanwhile) {
+      auto* const q = tiles_.query();
+      auto* const k = tiles_.key();
+      turns_.wait();
+      P::begin_scores(s_, q, k);
+      meanwhile();
+      P::begin_output(o_, p, tiles_.arrived_value(), fresh_);
+      fresh_ = false;
       turns_.pass();
       P::template finish<1>(s_);
     }
 
     /// While S(n) became probabilities, O += P V of the block before was multiplied; now it is done.
-    template <bool Partial>
-    FLASHCUTE_DEVICE void finish_output(int n) {
-      // Waiting here, for V(n), which has arrived long ago, keeps the compiler from moving exponentials behind the
-      // product.
+    FLASHCUTE_DEVICE void finish_output() {
+      // Waiting here, for the next V, which has arrived long ago, keeps the compiler from moving exponentials behind
+      // the product.
       tiles_.await_value_after();
-      if constexpr (Partial) drop_nonfinite(n, true);
       P::template finish<0>(o_);
       tiles_.release_value();
     }
 
-    /// Before O += P V(n): a row that does not see a key multiplies its value by 0, and 0 * NaN is NaN.
-    FLASHCUTE_DEVICE void drop_nonfinite(int n, bool after) {
-      if (Mask::rows_differ && n >= range_.full_end) tiles_.drop_nonfinite(after);
-    }
-
     /// S(n) is done: nobody reads K(n) any more, and Q if there are no more keys.
     FLASHCUTE_DEVICE void release_operands(int n) {
-      sums_.counter.visit(n >= range_.full_end);
+      count_block(n);
       tiles_.release_key();
       if (n == range_.begin) tiles_.release_query();
     }
+
+    // Blocks of keys that only other warpgroups' rows see. The barrier that takes a place back is not in the right
+    // phase before what it held was there.
+
+    FLASHCUTE_DEVICE void skip_keys() {
+      for (int i = 1; i <= skipped_; ++i) skip_key(range_.end + skipped_ - i);
+    }
+
+    FLASHCUTE_DEVICE void skip_values() {
+      for (int i = 0; i < skipped_; ++i) skip_value();
+    }
+
+    /// None of the tile's rows are this warpgroup's.
+    FLASHCUTE_DEVICE void skip_tile() {
+      sums_ = Sums{p_};
+      for (int n = range_.end - 1; n >= range_.begin; --n) {
+        skip_key(n);
+        skip_value();
+      }
+      tiles_.release_query();
+      if (warpgroup_ == 0) store_counts(sums_.counter, p_, tiles_.work(0).rows);
+    }
+
+    FLASHCUTE_DEVICE void skip_key(int n) {
+      tiles_.key();
+      turns_.wait();
+      turns_.pass();
+      count_block(n);
+      tiles_.pass_key();
+    }
+
+    FLASHCUTE_DEVICE void skip_value() {
+      tiles_.await_value();
+      tiles_.pass_value();
+    }
+
+    /// As the tile sees it.
+    FLASHCUTE_DEVICE void count_block(int n) { sums_.counter.visit(n >= tiles_.work(0).loaded.full_end); }
 
     /// Goes on to the next tile. False if there are no more.
     FLASHCUTE_DEVICE bool next_tile() {
       Work const& work = tiles_.next();
       range_ = {uniform(work.range.begin), uniform(work.range.full_end), uniform(work.range.end)};
+      skipped_ = uniform(work.loaded.end) - range_.end;
+      absent_ = uniform(work.rows.rows <= 0);
       return uniform(work.exists);
     }
 
@@ -258,13 +331,19 @@ struct ForwardPass {
       if (n < range_.full_end) return;
       auto s = by_row_and_column(s_);  // (row, column)
       int const key = n * C.block_n + L::first_column();
-      int const row0 = tiles_.work(0).tile.row0;
+      int const row0 = tiles_.work(0).rows.row0;
       CUTE_UNROLL
       for (int i = 0; i < cute::size<0>(s); ++i) {
-        auto const seen = Mask::from(row0 + row(i), key, p_);
+        auto const seen = Mask::from(row0 + L::row(i), key, p_);
+        // As bits, of which an instruction turns several into predicates.
+        int const columns = L::columns_before(seen.count);
         CUTE_UNROLL
-        for (int j = 0; j < cute::size<1>(s); ++j) {
-          if (!seen.at(L::column_distance(j))) s(i, j) = -infinity;
+        for (int first = 0; first < cute::size<1>(s); first += 32) {
+          uint32_t const bits = low_bits(columns - first);
+          CUTE_UNROLL
+          for (int j = first; j < min_of<int>(first + 32, cute::size<1>(s)); ++j) {
+            if (!(bits & 1u << (j - first))) s(i, j) = -infinity;
+          }
         }
       }
     }
@@ -272,41 +351,39 @@ struct ForwardPass {
     /// Writes the output of the tile, or of one `before`.
     FLASHCUTE_DEVICE void store(uint32_t before, Sums& sums) {
       Work const& work = tiles_.work(before);
-      QueryTile const tile = work.tile;
+      QueryTile const tile = work.rows;
       Softmax& softmax = sums.softmax;
-      softmax.finish(o_, [&](int i) { return Mask::empty_row(tile.row0 + row(i), p_); });
+      softmax.finish(o_, [&](int i) { return Mask::empty_row(tile.row0 + L::row(i), p_); });
       if (warpgroup_ == 0) store_counts(sums.counter, p_, tile);
-      if (p_.lse != nullptr && thread_index() % 4 == 0) {  // one lane of the quad that shares a row
+      if (p_.lse != nullptr) {
         float* const lse = static_cast<float*>(p_.lse) + tile.lse_offset(p_);
+        bool const writes = thread_index() % 4 == 0;  // one lane of the quad that shares a row
         CUTE_UNROLL
         for (int i = 0; i < L::rows_per_thread; ++i) {
-          if (row(i) < tile.rows) global_store(lse + row(i), softmax.lse(i));
+          global_store_if(writes && L::row(i) < tile.rows, lse + L::row(i), softmax.lse(i));
         }
       }
-      store_output<C>(o_, p_, tile, warpgroup_);
-      if (Mask::rows_differ && work.dropped) {
-        int const end = min_of(work.range.end * C.block_n, p_.seqlen_k);
-        add_dropped<C, Mask>(work.range.full_end * C.block_n, end, p_, tile, warpgroup_);
+      store_output<C>(o_, p_, tile);
+      if (Mask::rows_differ && tiles_.dropped(before)) {
+        int const end = min_of(work.loaded.end * C.block_n, p_.seqlen_k);
+        add_dropped<C, Mask>(work.loaded.full_end * C.block_n, end, p_, tile);
       }
       // Lanes whose rows do not exist were left behind. The compiler would take all that follows for code that lanes go
       // through apart, with addresses in registers of each.
       reconverge();
     }
 
-    /// Tile row of the thread's i-th row.
-    FLASHCUTE_DEVICE int row(int i) const { return warpgroup_ * warpgroup_rows + L::row(i); }
-
-    using Scores = decltype(L::template accumulator<typename L::BlockN>());
-    using Output = decltype(L::template accumulator<typename L::HeadDimV>());
-
     ForwardParams const& p_;
     int const warpgroup_;
     Tiles<C> tiles_;
     Turns<L::first_turn_barrier, L::warpgroups, C.pingpong> const turns_;
-    KvRange range_;
+    KvRange range_;  // of the warpgroup's rows
+    int skipped_;    // blocks of keys that only others of the tile see
+    bool absent_;    // none of the tile's rows are its own
     Sums sums_;
-    Scores s_;  // (MMA, MMA_M, MMA_N)
-    Output o_;  // (MMA, MMA_M, MMA_DV)
+    Scores s_;    // (MMA, MMA_M, MMA_N)
+    Output o_;    // (MMA, MMA_M, MMA_DV)
+    bool fresh_;  // nothing has been added to the output yet
   };
 
   /// The same place, found in a way that the compiler does not see through: else it computes the address of every

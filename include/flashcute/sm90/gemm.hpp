@@ -41,11 +41,12 @@ struct Products {
     warpgroup_fence_operand(tSrS);
   }
 
-  /// Begins O += P V, with P in registers, which stay untouched until it is done.
+  /// Begins O += P V, with P in registers, which stay untouched until it is done; O = P V if it is `fresh`.
   template <class Output, class Probabilities>
-  FLASHCUTE_DEVICE static void begin_output(Output& output, Probabilities& p, Element* v) {
+  FLASHCUTE_DEVICE static void begin_output(Output& output, Probabilities& p, Element* v, bool fresh) {
     using namespace cute;
     typename L::MmaO mma;
+    mma.accumulate_ = fresh ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
     auto const slice = mma.get_slice(thread_of_warpgroup());
     auto const tOrV = slice.make_fragment_B(
         slice.partition_B(make_tensor(make_smem_ptr(v), typename L::SmemVt{})));  // (MMA, MMA_DV, MMA_N)
@@ -55,7 +56,10 @@ struct Products {
     warpgroup_fence_operand(tOrO);
     warpgroup_arrive();
     CUTE_UNROLL
-    for (int i = 0; i < size<2>(tOrP); ++i) gemm(mma, tOrP(_, _, i), tOrV(_, _, i), tOrO);
+    for (int i = 0; i < size<2>(tOrP); ++i) {
+      gemm(mma, tOrP(_, _, i), tOrV(_, _, i), tOrO);
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
     warpgroup_commit_batch();
     warpgroup_fence_operand(tOrO);
   }

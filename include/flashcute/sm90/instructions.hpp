@@ -6,18 +6,34 @@
 // Products of any multiple of 8 columns, not only of powers of two.
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
 
+#include "flashcute/hopper_params.hpp"
 #include "flashcute/instructions.hpp"
-#include "flashcute/tensor_map.hpp"
 
 namespace flashcute::sm90 {
 
 inline constexpr int warpgroup_size = 128;
+/// Those of the loading warpgroup that do not load.
+inline constexpr int inspecting_warps = warpgroup_size / 32 - 1;
 
 /// What is the same in all lanes of a warp, as the compiler then knows: it goes to registers that a warp shares, and
 /// what depends on it does not diverge.
 FLASHCUTE_DEVICE int uniform(int x) {
   return static_cast<int>(__reduce_or_sync(0xffffffffu, static_cast<unsigned>(x)));
 }
+
+/// The word in another register.
+FLASHCUTE_DEVICE uint32_t moved(uint32_t word) {
+  uint32_t result;
+  asm volatile("mov.b32 %0, %1;" : "=r"(result) : "r"(word));
+  return result;
+}
+
+/// The same number, which the compiler takes for any: what it knows of a loop's flag it would use to split the loop,
+/// and then hold its parts for code that lanes go through apart.
+FLASHCUTE_DEVICE int opaque(int x) { return uniform(static_cast<int>(moved(static_cast<uint32_t>(x)))); }
+
+/// The lowest `count` bits, of 0 to 32; others count as the nearest.
+FLASHCUTE_DEVICE uint32_t low_bits(int count) { return count >= 32 ? ~0u : (1u << max_of(count, 0)) - 1; }
 
 /// The lanes of the warp meet.
 FLASHCUTE_DEVICE void reconverge() { __syncwarp(); }
@@ -30,6 +46,28 @@ FLASHCUTE_DEVICE uint32_t block_count() { return gridDim.x; }
 
 /// True in one lane of a converged warp.
 FLASHCUTE_DEVICE bool elected_lane() { return cute::elect_one_sync(); }
+
+// Stores to global memory where `exists`, without a branch: others go on side by side.
+FLASHCUTE_DEVICE void global_store_if(bool exists, float* to, float x) {
+  asm volatile(
+      "{\n"
+      ".reg .pred exists;\n"
+      "setp.ne.s32 exists, %0, 0;\n"
+      "@exists st.global.f32 [%1], %2;\n"
+      "}" ::"r"(static_cast<int>(exists)),
+      "l"(to), "f"(x)
+      : "memory");
+}
+FLASHCUTE_DEVICE void global_store_if(bool exists, void* to, uint4 const& words) {
+  asm volatile(
+      "{\n"
+      ".reg .pred exists;\n"
+      "setp.ne.s32 exists, %0, 0;\n"
+      "@exists st.global.v4.b32 [%1], {%2, %3, %4, %5};\n"
+      "}" ::"r"(static_cast<int>(exists)),
+      "l"(to), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+      : "memory");
+}
 
 // ---- registers -----------------------------------------------------------------------------------
 
@@ -45,13 +83,6 @@ FLASHCUTE_DEVICE void claim_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
 }
 
-/// The word in another register.
-FLASHCUTE_DEVICE uint32_t moved(uint32_t word) {
-  uint32_t result;
-  asm volatile("mov.b32 %0, %1;" : "=r"(result) : "r"(word));
-  return result;
-}
-
 // ---- barriers in shared memory -------------------------------------------------------------------
 
 /// A phase of a barrier ends when all arrivals that it was made for have come, and all bytes that they announced.
@@ -64,8 +95,8 @@ FLASHCUTE_DEVICE void barrier_init(Barrier& barrier, int arrivals) {
 /// Makes barriers known to the copy engine. The threads of the block have yet to meet.
 FLASHCUTE_DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-FLASHCUTE_DEVICE void barrier_arrive(Barrier& barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+FLASHCUTE_DEVICE void barrier_arrive(Barrier& barrier, int times = 1) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(times) : "memory");
 }
 
 FLASHCUTE_DEVICE void barrier_arrive_expecting(Barrier& barrier, int bytes) {
@@ -102,26 +133,6 @@ FLASHCUTE_DEVICE void named_arrive(int id) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(Threads) : "memory");
 }
 
-/// named_sync that also tells whether any thread passed true.
-template <int Threads>
-FLASHCUTE_DEVICE bool named_any(int id, bool x) {
-  int any;
-  asm volatile(
-      "{\n"
-      ".reg .pred mine, any;\n"
-      "setp.ne.s32 mine, %1, 0;\n"
-      "barrier.cta.red.or.pred any, %2, %3, mine;\n"
-      "selp.s32 %0, 1, 0, any;\n"
-      "}"
-      : "=r"(any)
-      : "r"(static_cast<int>(x)), "r"(id), "n"(Threads)
-      : "memory");
-  return any != 0;
-}
-
-/// What this thread wrote to shared memory comes before what it writes later, for the other threads.
-FLASHCUTE_DEVICE void order_writes() { __threadfence_block(); }
-
 /// What this thread wrote to shared memory is seen by products that begin later.
 FLASHCUTE_DEVICE void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -132,6 +143,13 @@ enum class L2Hint : uint64_t { evict_first = 0x12F0000000000000, evict_last = 0x
 
 FLASHCUTE_DEVICE void prefetch(TensorMap const& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+/// Starts copying the box at (column, row, head, batch) of a tensor to the L2 cache.
+FLASHCUTE_DEVICE void prefetch_box(TensorMap const& map, int column, int row, int head, int batch) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(column), "r"(row),
+               "r"(head), "r"(batch)
+               : "memory");
 }
 
 /// Starts copying the box at (column, row, head, batch) of a tensor to shared memory; what lies outside the tensor

@@ -9,12 +9,18 @@
 
 namespace flashcute::sm90 {
 
-/// A tile to compute, as the warp that loads tells those that compute.
+/// What a warpgroup has to do next, as the warp that loads tells it.
 struct Work {
-  QueryTile tile;
-  KvRange range;
-  bool exists;           // false: there is no more
-  bool dropped = false;  // a warpgroup found V not finite where rows see different keys
+  QueryTile rows;  // its part of a tile; it may have none
+  KvRange range;   // of keys that its rows see
+  KvRange loaded;  // of keys that any of the tile's rows sees
+  bool exists;     // false: there is no more
+};
+
+/// A block of V to look at before it is multiplied.
+struct Inspection {
+  int place;  // where V is; below 0: there is no more
+  int tile;   // whose V it is
 };
 
 template <ForwardConfig C>
@@ -43,15 +49,18 @@ struct ForwardLayout {
   static constexpr int first_turn_barrier = 1;
   static constexpr int first_own_barrier = first_turn_barrier + warpgroups;
 
-  /// When a tile's Q is loaded, a warpgroup may be at the one before and not have stored the one before that, and
+  /// When a tile is announced, a warpgroup may be at the one before and not have stored the one before that, and
   /// another may be a tile ahead.
-  static constexpr int works = 4;
+  static constexpr int tiles = 4;
 
   struct SharedStorage {
     alignas(1024) Element q[warpgroups][cute::cosize_v<SmemQ>];
     alignas(1024) Element k[C.stages][cute::cosize_v<SmemK>];
     alignas(1024) Element v[C.stages][cute::cosize_v<SmemVt>];
-    Work work[works];
+    Work work[tiles][warpgroups];
+    bool dropped[tiles];  // V was not finite where rows see different keys
+    Inspection inspections[C.stages];
+    Barrier v_landed[C.stages];  // an inspection may begin
     Barrier q_full[warpgroups], q_empty[warpgroups];
     Barrier k_full[C.stages], k_empty[C.stages];
     Barrier v_full[C.stages], v_empty[C.stages];
@@ -80,6 +89,11 @@ struct ForwardLayout {
   FLASHCUTE_DEVICE static int first_column() { return 2 * (thread_index() % 4); }
   /// Columns from the thread's first to its j-th.
   FLASHCUTE_DEVICE static constexpr int column_distance(int j) { return j % 2 + j / 2 * 8; }
+  /// How many of the thread's columns are less than `distance` from its first.
+  FLASHCUTE_DEVICE static int columns_before(int distance) {
+    int const d = max_of(distance, 0);
+    return d / 8 * 2 + min_of(d % 8, 2);
+  }
 };
 
 }  // namespace flashcute::sm90

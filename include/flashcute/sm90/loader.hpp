@@ -1,5 +1,5 @@
-// Moves tiles from global to shared memory and owns all synchronisation between the warp that loads and the
-// warpgroups that compute: both name a tile, and each waits only for the other.
+// Moves tiles from global to shared memory and owns all synchronisation between the warp that loads, the warps that
+// look at what came, and the warpgroups that compute.
 #pragma once
 
 #include "flashcute/nonfinite.hpp"
@@ -22,10 +22,11 @@ struct RingPosition {
 };
 
 /// The loading warp's side. One lane of it calls.
-template <ForwardConfig C>
+template <ForwardConfig C, class Mask>
 class Loader {
   using L = ForwardLayout<C>;
   using Storage = typename L::SharedStorage;
+  static constexpr bool inspected = Mask::rows_differ;
 
  public:
   FLASHCUTE_DEVICE Loader(HopperForwardParams const& p, Storage& smem) : p_(p), smem_(smem) {
@@ -37,38 +38,68 @@ class Loader {
   /// A tile's Q, K and V, in the order in which they are needed: V(n) after the K that comes after K(n), which may be
   /// the next tile's first.
   FLASHCUTE_DEVICE void load(QueryTile const& tile, KvRange const& range) {
+    for (int w = 0; w < L::warpgroups; ++w) {  // long before there is a place for it
+      for_each_page<C.head_dim>(
+          [&](int column) { prefetch_box(p_.q, column, tile.row0 + w * warpgroup_rows, tile.head, tile.batch); });
+    }
     for (int n = range.end - 1; n >= range.begin; --n) {
       load_key(tile, n);
       load_value_left();
-      if (n == range.end - 1) announce({tile, range, true, false});
-      left_ = {tile, n, true};
+      if (n == range.end - 1) announce(tile, range);
+      left_ = {tile, n, n >= range.full_end, true};
     }
   }
 
   /// The last V, and that there are no more tiles.
   FLASHCUTE_DEVICE void finish() {
     load_value_left();
-    announce({{}, {}, false, false});
+    for (int w = 0; w < L::warpgroups; ++w) {
+      await_place_for_query(w);
+      work(w).exists = false;
+      barrier_arrive(smem_.q_full[w]);
+    }
+    if constexpr (inspected) {
+      await_place_for_value();  // so that there is one for the inspection too
+      smem_.inspections[inspection_.place].place = -1;
+      barrier_arrive(smem_.v_landed[inspection_.place]);
+    }
   }
 
  private:
   /// Tells the warpgroups what comes next, and loads its Q.
-  FLASHCUTE_DEVICE void announce(Work const& work) {
-    smem_.work[tile_ % L::works] = work;
+  FLASHCUTE_DEVICE void announce(QueryTile const& tile, KvRange const& range) {
+    smem_.dropped[tile_ % L::tiles] = false;
     for (int w = 0; w < L::warpgroups; ++w) {
-      barrier_wait(smem_.q_empty[w], tile_ % 2 ^ 1);
-      if (work.exists) {
-        load_tile<warpgroup_rows, C.head_dim>(p_.q, work.tile.row0 + w * warpgroup_rows, work.tile.head,
-                                              work.tile.batch, smem_.q[w], smem_.q_full[w], L2Hint::evict_first);
-      } else {
-        barrier_arrive(smem_.q_full[w]);
-      }
+      Work& next = work(w);
+      next = part(tile, range, w);
+      await_place_for_query(w);
+      load_tile<warpgroup_rows, C.head_dim>(p_.q, next.rows.row0, tile.head, tile.batch, smem_.q[w], smem_.q_full[w],
+                                            L2Hint::evict_first);
     }
     ++tile_;
   }
 
+  FLASHCUTE_DEVICE Work& work(int warpgroup) { return smem_.work[tile_ % L::tiles][warpgroup]; }
+
+  FLASHCUTE_DEVICE void await_place_for_query(int warpgroup) { barrier_wait(smem_.q_empty[warpgroup], tile_ % 2 ^ 1); }
+
+  /// A warpgroup's part of a tile. Under a mask some have less to do: each gets all of them in turn.
+  FLASHCUTE_DEVICE Work part(QueryTile const& tile, KvRange const& range, int warpgroup) const {
+    int const first = static_cast<int>((static_cast<uint32_t>(warpgroup) + tile_) % L::warpgroups) * warpgroup_rows;
+    Work part{tile, range, range, true};
+    part.rows.row0 += first;
+    part.rows.rows = min_of(tile.rows - first, warpgroup_rows);
+    if (inspected && part.rows.rows > 0) {
+      part.range = Mask::kv_range(part.rows, p_.forward, C.block_n);
+      // A block at least, so that there is one loop for all. And no more keys are passed over than have a place while
+      // the last V of the tile before keeps its own.
+      part.range.end = max_of(max_of(part.range.end, range.begin + 1), range.end - (C.stages - 1));
+    }
+    return part;
+  }
+
   FLASHCUTE_DEVICE void load_value_left() {
-    if (left_.any) load_value(left_.tile, left_.n);
+    if (left_.any) load_value(left_.tile, left_.n, left_.partial);
   }
 
   FLASHCUTE_DEVICE void load_key(QueryTile const& tile, int n) {
@@ -78,32 +109,88 @@ class Loader {
     k_.advance();
   }
 
-  FLASHCUTE_DEVICE void load_value(QueryTile const& tile, int n) {
-    barrier_wait(smem_.v_empty[v_.place], v_.parity ^ 1);
-    load_tile<C.block_n, C.head_dim_v>(p_.v, n * C.block_n, tile.kv_head, tile.batch, smem_.v[v_.place],
-                                       smem_.v_full[v_.place], L2Hint::evict_last);
+  FLASHCUTE_DEVICE void load_value(QueryTile const& tile, int n, bool partial) {
+    await_place_for_value();
+    Barrier* landed = &smem_.v_full[v_.place];
+    if constexpr (inspected) {
+      if (partial) {
+        smem_.inspections[inspection_.place] = {v_.place, static_cast<int>((tile_ - 1) % L::tiles)};
+        landed = &smem_.v_landed[inspection_.place];
+        inspection_.advance();
+      } else {
+        barrier_arrive(*landed, inspecting_warps - 1);  // in place of those who would have looked
+      }
+    }
+    load_tile<C.block_n, C.head_dim_v>(p_.v, n * C.block_n, tile.kv_head, tile.batch, smem_.v[v_.place], *landed,
+                                       L2Hint::evict_last);
     v_.advance();
   }
+
+  FLASHCUTE_DEVICE void await_place_for_value() { barrier_wait(smem_.v_empty[v_.place], v_.parity ^ 1); }
 
   template <int Rows, int Columns>
   FLASHCUTE_DEVICE static void load_tile(TensorMap const& map, int row, int head, int batch, typename L::Element* place,
                                          Barrier& full, L2Hint hint) {
     barrier_arrive_expecting(full, Rows * Columns * static_cast<int>(sizeof(typename L::Element)));
+    for_each_page<Columns>(
+        [&](int column) { copy_box(map, column, row, head, batch, place + Rows * column, full, hint); });
+  }
+
+  template <int Columns, class F>
+  FLASHCUTE_DEVICE static void for_each_page(F const& f) {
     CUTE_UNROLL
-    for (int column = 0; column < Columns; column += L::page) {
-      copy_box(map, column, row, head, batch, place + Rows * column, full, hint);
-    }
+    for (int column = 0; column < Columns; column += L::page) f(column);
   }
 
   HopperForwardParams const& p_;
   Storage& smem_;
   RingPosition<C.stages> k_, v_;
+  RingPosition<C.stages> inspection_;  // as many as V has places: when one of those is free, so is one of these
   uint32_t tile_ = 0;
   struct {
     QueryTile tile;
     int n;
-    bool any;
-  } left_ = {{}, 0, false};  // the V to load next
+    bool partial, any;
+  } left_ = {{}, 0, false, false};  // the V to load next
+};
+
+/// The side of the loading warpgroup's other warps. A row that does not see a key multiplies its value by 0, and 0 *
+/// NaN is NaN: what is not finite in a partial block of V becomes 0 before it is multiplied, and is remembered with the
+/// tile.
+template <ForwardConfig C>
+class Inspector {
+  using L = ForwardLayout<C>;
+  using Storage = typename L::SharedStorage;
+  using Element = typename L::Element;
+
+ public:
+  FLASHCUTE_DEVICE static void run(Storage& smem) {
+    for (RingPosition<C.stages> position;; position.advance()) {
+      barrier_wait(smem.v_landed[position.place], position.parity);
+      auto const [place, tile] = smem.inspections[position.place];
+      if (place < 0) return;
+      Element* const v = smem.v[place];
+      FiniteCheck<Element> check;
+      for_each_part(v, [&](Element* words) { check.template look_at<16>(words); });
+      if (warp_any(!check.all_finite())) {
+        smem.dropped[tile] = true;
+        for_each_part(v, [](Element* words) { zero_nonfinite(words); });
+        publish_to_products();
+        reconverge();
+      }
+      if (thread_index() % 32 == 0) barrier_arrive(smem.v_full[place]);
+    }
+  }
+
+ private:
+  /// Calls f(place) for each 16 bytes of a V that are this thread's part.
+  template <class F>
+  FLASHCUTE_DEVICE static void for_each_part(Element* v, F const& f) {
+    constexpr int vector = 16 / sizeof(Element);
+    int const thread = thread_of_warpgroup() - 32;  // of those that inspect
+#pragma unroll 2
+    for (int i = vector * thread; i < C.block_n * C.head_dim_v; i += vector * 32 * inspecting_warps) f(v + i);
+  }
 };
 
 /// A computing warpgroup's side: waits for tiles, and gives their places back.
@@ -117,52 +204,37 @@ class Tiles {
   FLASHCUTE_DEVICE Tiles(Storage& smem, int warpgroup) : smem_(smem), warpgroup_(warpgroup) {}
 
   /// The block's barriers, before anyone waits at them. One thread calls.
-  FLASHCUTE_DEVICE static void init(Storage& smem) {
+  FLASHCUTE_DEVICE static void init(Storage& smem, bool inspected) {
     for (int w = 0; w < L::warpgroups; ++w) {
       barrier_init(smem.q_full[w], 1);
       barrier_init(smem.q_empty[w], 1);
     }
     for (int i = 0; i < C.stages; ++i) {
       barrier_init(smem.k_full[i], 1);
-      barrier_init(smem.v_full[i], 1);
+      barrier_init(smem.v_landed[i], 1);
+      barrier_init(smem.v_full[i], inspected ? inspecting_warps : 1);
       barrier_init(smem.k_empty[i], L::warpgroups);
       barrier_init(smem.v_empty[i], L::warpgroups);
     }
     publish_barriers();
   }
 
-  /// What the next tile is, once its Q has arrived.
+  /// What comes next, once its Q has arrived.
   FLASHCUTE_DEVICE Work const& next() {
     ++tile_;
     barrier_wait(smem_.q_full[warpgroup_], tile_ % 2);
     return work(0);
   }
 
-  /// The tile, or one of those before.
-  FLASHCUTE_DEVICE Work& work(uint32_t before) const { return smem_.work[(tile_ - before) % L::works]; }
+  /// Of the tile, or of one of those before.
+  FLASHCUTE_DEVICE Work const& work(uint32_t before) const {
+    return smem_.work[(tile_ - before) % L::tiles][warpgroup_];
+  }
+  FLASHCUTE_DEVICE bool dropped(uint32_t before) const { return smem_.dropped[(tile_ - before) % L::tiles]; }
 
   FLASHCUTE_DEVICE Element* query() const { return smem_.q[warpgroup_]; }
   /// All products with Q are done.
   FLASHCUTE_DEVICE void release_query() { release(smem_.q_empty[warpgroup_]); }
-
-  /// In the next V, or the one after it: what is not finite becomes 0, and is remembered with the tile.
-  FLASHCUTE_DEVICE void drop_nonfinite(bool after) {
-    auto position = v_;
-    if (after) position.advance();
-    Element* const v = smem_.v[position.place];
-    int const barrier = L::first_own_barrier + warpgroup_;
-    FiniteCheck<Element> check;
-    for_each_part(v, [&](Element* place) { check.template look_at<16>(place); });
-    if (named_any<warpgroup_size>(barrier, !check.all_finite())) {
-      // Another warpgroup may look at the place at any time: who finds it finite after this shall find the mark too.
-      work(0).dropped = true;
-      order_writes();
-      for_each_part(v, [](Element* place) { zero_nonfinite(place); });
-      publish_to_products();
-      named_sync<warpgroup_size>(barrier);  // the whole tile is finite
-    }
-    reconverge();
-  }
 
   /// The next K.
   FLASHCUTE_DEVICE Element* key() {
@@ -174,11 +246,22 @@ class Tiles {
     k_.advance();
   }
 
+  /// Gives it back unused. No warp may lag behind: the barrier goes on without it, and nothing else keeps warps
+  /// together that multiply nothing.
+  FLASHCUTE_DEVICE void pass_key() {
+    meet();
+    release_key();
+  }
+
   /// The next V, and the one after it: they are waited for before they are needed.
   FLASHCUTE_DEVICE Element* arrived_value() { return smem_.v[v_.place]; }
   FLASHCUTE_DEVICE void release_value() {
     release(smem_.v_empty[v_.place]);
     v_.advance();
+  }
+  FLASHCUTE_DEVICE void pass_value() {
+    meet();
+    release_value();
   }
   FLASHCUTE_DEVICE void await_value() { barrier_wait(smem_.v_full[v_.place], v_.parity); }
   FLASHCUTE_DEVICE void await_value_after() {
@@ -188,12 +271,8 @@ class Tiles {
   }
 
  private:
-  /// Calls f(place) for each 16 bytes of a V that are this thread's part.
-  template <class F>
-  FLASHCUTE_DEVICE static void for_each_part(Element* v, F const& f) {
-    constexpr int vector = 16 / sizeof(Element);
-    for (int i = vector * thread_of_warpgroup(); i < C.block_n * C.head_dim_v; i += vector * warpgroup_size) f(v + i);
-  }
+  /// The warpgroup's warps.
+  FLASHCUTE_DEVICE void meet() const { named_sync<warpgroup_size>(L::first_own_barrier + warpgroup_); }
 
   FLASHCUTE_DEVICE static void release(Barrier& empty) {
     if (thread_of_warpgroup() == 0) barrier_arrive(empty);

@@ -27,28 +27,28 @@ FLASHCUTE_DEVICE void transpose_in_quad(uint32_t (&word)[4]) {
   }
 }
 
-/// Rounds, and writes 16 bytes a lane: no shared memory, so the next tile's loads need not wait.
+/// Rounds, and writes 16 bytes a lane: no shared memory, so the next tile's loads need not wait. `tile` are the
+/// warpgroup's rows.
 template <ForwardConfig C, class Output>
-FLASHCUTE_DEVICE void store_output(Output const& output, ForwardParams const& p, QueryTile const& tile, int warpgroup) {
+FLASHCUTE_DEVICE void store_output(Output const& output, ForwardParams const& p, QueryTile const& tile) {
   using namespace cute;
   using L = ForwardLayout<C>;
   using Element = typename L::Element;
   auto const o = by_row_and_column(output);  // (row, column)
   int const lane = thread_index() % 4;
+  auto* const to = static_cast<Element*>(p.out) + tile.out_offset(p) + 8 * lane;
   CUTE_UNROLL
   for (int i = 0; i < L::rows_per_thread; ++i) {
-    int const row = warpgroup * warpgroup_rows + L::row(i);
-    auto* const to = static_cast<Element*>(p.out) + tile.out_offset(p) + row * p.out_stride.row;
+    bool const exists = L::row(i) < tile.rows;
+    auto* const row = to + L::row(i) * p.out_stride.row;
     CUTE_UNROLL
     for (int block = 0; block < C.head_dim_v; block += 32) {  // columns; a lane has 8 of them in 4 pairs
       uint32_t word[4];
       CUTE_UNROLL
       for (int j = 0; j < 4; ++j) word[j] = round_pair<Element>(o(i, block / 4 + 2 * j), o(i, block / 4 + 2 * j + 1));
       transpose_in_quad(word);
-      int const column = block + 8 * lane;
-      if (row < tile.rows && column < p.head_dim_v) {
-        global_store(to + column, uint4{word[0], word[1], word[2], word[3]});
-      }
+      global_store_if(exists && block + 8 * lane < p.head_dim_v, row + block,
+                      uint4{word[0], word[1], word[2], word[3]});
     }
   }
 }
@@ -56,13 +56,13 @@ FLASHCUTE_DEVICE void store_output(Output const& output, ForwardParams const& p,
 /// Adds to the output, where this thread has written it, the values that are not finite and were dropped, as far as
 /// they are visible: of the keys [first, end). Slow, and rare.
 template <ForwardConfig C, class Mask>
-FLASHCUTE_DEVICE void add_dropped(int first, int end, ForwardParams const& p, QueryTile const& tile, int warpgroup) {
+FLASHCUTE_DEVICE void add_dropped(int first, int end, ForwardParams const& p, QueryTile const& tile) {
   using L = ForwardLayout<C>;
   using Element = typename L::Element;
   auto const* const values = static_cast<Element const*>(p.v) + tile.v_offset(p);
 #pragma unroll 1
   for (int i = 0; i < L::rows_per_thread; ++i) {
-    int const row = warpgroup * warpgroup_rows + L::row(i);
+    int const row = L::row(i);
     if (row >= tile.rows) continue;
     auto* const out = static_cast<Element*>(p.out) + tile.out_offset(p) + row * p.out_stride.row;
 #pragma unroll 1

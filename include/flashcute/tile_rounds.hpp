@@ -1,0 +1,92 @@
+// How Hopper's kernel deals tiles of query rows to its thread blocks, each of which computes one after the other. No
+// counter in memory deals them out, so nothing has to be cleared, and every launch is the same. The host decides who
+// gets which tile (src/tile_deal.cpp), and each block walks the same rounds to find its own.
+#pragma once
+
+#include "flashcute/params.hpp"
+
+namespace flashcute {
+
+inline constexpr int32_t max_multiprocessors = 144;  // of a Hopper GPU: all that the chip has
+
+/// One tile for each thread block, or for some of them, by turn; the longest come first.
+struct TileRound {
+  uint32_t head0;  // first head of the section, of all batches
+  int32_t heads;   // in the section
+  int32_t first;   // tile of the section that the round begins with
+  int32_t count;   // of tiles
+  int32_t start;   // the block whose turn is the first
+  bool backwards;  // blocks take their turns from the last to the first
+
+  /// The turn of a block, if nothing else is known of it; `count` or more: it gets none.
+  FLASHCUTE_HD int32_t turn(int32_t block, int32_t blocks) const {
+    int32_t const turn = (block + blocks - start) % blocks;
+    return backwards && turn < count ? count - 1 - turn : turn;
+  }
+
+  /// In a section the long tiles come first: the last rows of all its heads, then the rows before.
+  FLASHCUTE_HD QueryTile tile(ForwardParams const& p, int32_t turn, int32_t block_m) const {
+    int32_t const index = first + turn;
+    return QueryTile::of(p, head0 + static_cast<uint32_t>(index % heads),
+                         ceil_div(p.seqlen_q, block_m) - 1 - index / heads, block_m);
+  }
+};
+
+/// Heads are taken in sections, whose K and V shall stay in the L2 cache, and the tiles of a section are dealt in
+/// rounds, every other one backwards, so that who got a long tile gets a short one next. The next section goes on with
+/// the block after the last that got one.
+class TileRounds {
+ public:
+  FLASHCUTE_HD TileRounds(ForwardParams const& p, int32_t block_m, int32_t blocks, int32_t rounds_per_section)
+      : blocks_(blocks),
+        row_blocks_(ceil_div(p.seqlen_q, block_m)),
+        section_(max_of(1, (rounds_per_section * blocks + row_blocks_ / 2) / row_blocks_)),
+        heads_left_(static_cast<uint32_t>(p.batch) * static_cast<uint32_t>(p.heads)) {
+    round_.heads = first_heads();
+  }
+
+  /// Sets `round` to the next one; false if there is none.
+  FLASHCUTE_HD bool next(TileRound& round) {
+    int32_t const tiles = round_.heads * row_blocks_;
+    if (tiles == 0) return false;
+    round_.count = min_of(blocks_, tiles - round_.first);
+    round = round_;
+    round_.first += round_.count;
+    round_.backwards = !round_.backwards;
+    if (round_.first == tiles) {
+      heads_left_ -= static_cast<uint32_t>(round_.heads);
+      round_ = {round_.head0 + static_cast<uint32_t>(round_.heads),
+                first_heads(),
+                0,
+                0,
+                (round_.start + round_.count) % blocks_,
+                false};
+    }
+    return true;
+  }
+
+ private:
+  FLASHCUTE_HD int32_t first_heads() const {
+    return static_cast<int32_t>(min_of(heads_left_, static_cast<uint32_t>(section_)));
+  }
+
+  int32_t blocks_, row_blocks_;
+  int32_t section_;  // heads
+  uint32_t heads_left_;
+  TileRound round_ = {};
+};
+
+/// Whose turn it is, round by round, where it pays to look closely: each tile to the block that has the least to do.
+/// The rounds from `first_round` on are here, those before follow TileRound::turn.
+struct TileDeal {
+  static constexpr int32_t rounds = 16;
+
+  int32_t first_round;
+  uint8_t turns[rounds][max_multiprocessors];
+
+  FLASHCUTE_HD int32_t turn(int32_t index, TileRound const& round, int32_t block, int32_t blocks) const {
+    return index < first_round ? round.turn(block, blocks) : turns[index - first_round][block];
+  }
+};
+
+}  // namespace flashcute
