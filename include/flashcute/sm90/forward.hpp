@@ -128,9 +128,9 @@ struct ForwardPass {
           release_operands(n);
           apply_mask(n);
           sums_.softmax.update(s_, o_);
-          auto p = P::probabilities(s_);
+          auto probabilities = P::probabilities(s_);
           tiles_.await_value();
-          P::begin_output(o_, p, tiles_.arrived_value(), n == range_.end - 1);  // O += P V
+          P::begin_output(o_, probabilities, tiles_.arrived_value(), n == range_.end - 1);  // O += P V
           P::template finish<0>(o_);
           tiles_.release_value();
         }
@@ -141,7 +141,7 @@ struct ForwardPass {
     /// The softmax of a block runs while P V of the block before is multiplied, also when that was the last of another
     /// tile.
     FLASHCUTE_DEVICE void run_overlapped() {
-      Probabilities p, next;
+      Probabilities probabilities, next;
       bool any = next_tile();
       while (uniform(any)) {
         if (uniform(absent_)) {
@@ -161,7 +161,7 @@ struct ForwardPass {
           skip_values();
           tiles_.await_value();
           fresh_ = true;
-          replace(p, next);
+          replace(probabilities, next);
           auto const store_others = [&] {
             if (others == 0) return;
             store(1, finished);
@@ -171,16 +171,16 @@ struct ForwardPass {
           for (int n = range_.end - 2; n >= range_.begin; --n) {
             if (C.stale_max && others == 0 && n < range_.full_end && n - range_.begin >= pairs_from) {
               do {
-                attend<false>(n, p, next, [] {});
-                attend<false>(n - 1, next, p, [] {});
+                attend<false>(n, probabilities, next, [] {});
+                attend<false>(n - 1, next, probabilities, [] {});
                 n -= 2;
               } while (n > range_.begin);
               if (n < range_.begin) break;
             }
-            attend<Mask::rows_differ>(n, p, next, [&] {
+            attend<Mask::rows_differ>(n, probabilities, next, [&] {
               if constexpr (stores_under_scores) store_others();
             });
-            replace(p, next);
+            replace(probabilities, next);
           }
           if constexpr (stores_under_scores) store_others();
           finished = sums_;
@@ -188,34 +188,27 @@ struct ForwardPass {
           if (!uniform(any) || uniform(absent_)) break;
           sums_ = Sums{p_};
           skip_keys();
-          begin_products(p, [] {});
+          begin_products(probabilities, [] {});
           first_softmax(next);
           finish_output();
           others = opaque(1);
         }
-        P::begin_output(o_, p, tiles_.arrived_value(), fresh_);
+        P::begin_output(o_, probabilities, tiles_.arrived_value(), fresh_);
         P::template finish<0>(o_);
         tiles_.release_value();
         store(1, finished);
       }
     }
 
-    /// The next block of a tile: O += P V of the block before, whose probabilities are `p`, and this block's become
-    /// `next`.
+    /// The next block of a tile: O += P V with the probabilities of the block before, while this one's become `next`.
     template <bool Partial, class Meanwhile>
-    FLASHCUTE_DEVICE void attend(int n, Probabilities& p, Probabilities& next, Meanwhile const& meanwhile) {
-      begin_products(p, meanwhile);
+    FLASHCUTE_DEVICE void attend(int n, Probabilities& probabilities, Probabilities& next, Meanwhile const& meanwhile) {
+      begin_products(probabilities, meanwhile);
       release_operands(n);
       if constexpr (Partial) apply_mask(n);
-      if constexpr (C.stale_max) {
-        auto const correction = sums_.softmax.update_by_stale_max(next, s_);
-        finish_output();
-        if (correction.any) Softmax::rescale(o_, correction);
-      } else {
-        auto const correction = sums_.softmax.update(s_);
-        finish_output();
-        if (correction.any) Softmax::rescale(o_, correction);
-      }
+      auto const correction = next_softmax(next);
+      finish_output();
+      if (correction.any) Softmax::rescale(o_, correction);
     }
 
     // With stale maxima the scores stay, in case that their exponentials have to be done again, and probabilities are
@@ -231,12 +224,20 @@ struct ForwardPass {
       }
     }
 
-    /// The next product's probabilities are those that were made last.
-    FLASHCUTE_DEVICE void replace(Probabilities& p, Probabilities const& next) {
+    FLASHCUTE_DEVICE auto next_softmax(Probabilities& next) {
       if constexpr (C.stale_max) {
-        P::move(next, p);
+        return sums_.softmax.update_by_stale_max(next, s_);
       } else {
-        p = P::probabilities(s_);
+        return sums_.softmax.update(s_);
+      }
+    }
+
+    /// The next product's probabilities are those that were made last.
+    FLASHCUTE_DEVICE void replace(Probabilities& probabilities, Probabilities const& next) {
+      if constexpr (C.stale_max) {
+        P::move(next, probabilities);
+      } else {
+        probabilities = P::probabilities(s_);
       }
     }
 
@@ -249,15 +250,15 @@ struct ForwardPass {
       turns_.pass();
     }
 
-    /// Begins S(n) = Q K(n)^T and O += P V of the block before, and waits for S.
+    /// Begins S(n) = Q K(n)^T and, after what is to be done meanwhile, O += P V of the block before, and waits for S.
     template <class Meanwhile>
-    FLASHCUTE_DEVICE void begin_products(Probabilities& p, Meanwhile const& meanwhile) {
+    FLASHCUTE_DEVICE void begin_products(Probabilities& probabilities, Meanwhile const& meanwhile) {
       auto* const q = tiles_.query();
       auto* const k = tiles_.key();
       turns_.wait();
       P::begin_scores(s_, q, k);
       meanwhile();
-      P::begin_output(o_, p, tiles_.arrived_value(), fresh_);
+      P::begin_output(o_, probabilities, tiles_.arrived_value(), fresh_);
       fresh_ = false;
       turns_.pass();
       P::template finish<1>(s_);
