@@ -4,9 +4,9 @@
 # waited for, once its limit is up.
 #
 # usage: benchmarks/gpu_evidence.sh OUTPUT_FOLDER COMMIT [STEP...]
-# steps: build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn forward_hopper forward_float32 naive
-#        options tiles backward backward_gqa backward_float32 overhead first_use
-# (default: all)
+# steps: build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn forward_hopper
+#        forward_hopper_short forward_float32 naive options tiles backward backward_gqa backward_float32 overhead first_use
+# (default: all); package: in place of build, without the C++ tests and for compute capability 9.0 alone
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:?usage: gpu_evidence.sh OUTPUT_FOLDER COMMIT [STEP...]}")
@@ -14,7 +14,7 @@ commit=${2:?the commit that is measured}
 shift 2
 steps=("$@")
 [ ${#steps[@]} -gt 0 ] || steps=(build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn
-  forward_hopper forward_float32 naive options tiles backward backward_gqa backward_float32 overhead first_use)
+  forward_hopper forward_hopper_short forward_float32 naive options tiles backward backward_gqa backward_float32 overhead first_use)
 export PYTHONPATH=$PWD/build/system/stage${PYTHONPATH:+:$PYTHONPATH}
 logs=$(mktemp -d)
 mkdir -p "$out"
@@ -51,6 +51,13 @@ declare -A tiles=(
 for step in "${steps[@]}"; do
   case $step in
     build) run build 300 make install SYSTEM=1 ;;
+    package)
+      run package_configure 60 cmake -S . -B build/system -G Ninja -DCMAKE_BUILD_TYPE=Release -DFLASHCUTE_BUILD_TESTS=OFF \
+        -DFLASHCUTE_BUILD_PYTHON=ON -DFLASHCUTE_FETCH=OFF -DFLASHCUTE_ARCHS=90 \
+        -DPython_EXECUTABLE="$(command -v python3)" \
+        ${FLASHCUTE_CUTLASS_DIR:+-DFLASHCUTE_CUTLASS_DIR=$(realpath "$FLASHCUTE_CUTLASS_DIR")}
+      run package_build 300 cmake --build build/system
+      run package_install 30 cmake --install build/system --prefix build/system/stage ;;
     cpp) run cpp 200 ctest --test-dir build/system --output-on-failure --no-tests=error --parallel 8 ;;
     python) run python 400 python3 -m pytest -q tests/python ;;
     memcheck | synccheck | initcheck | racecheck)
@@ -67,6 +74,8 @@ for step in "${steps[@]}"; do
       bench forward_cudnn 300 --grid peers --head-dims 64,128,256 --impls flashcute,sdpa_flash,sdpa_cudnn ;;
     forward_hopper) # Needs the package fa3-fwd.
       bench forward_hopper 300 --grid peers --head-dims 64,128,256 --impls flashcute,fa3,sdpa_cudnn ;;
+    forward_hopper_short) # The same: few tokens, or several query heads to a key head.
+      bench forward_hopper_short 120 --grid benchmarks/short_and_grouped.jsonl --impls flashcute,fa3,sdpa_cudnn ;;
     forward_float32) bench forward_float32 200 --grid peers --dtype float32 --head-dims 64,128,256 --seqlens 1024,4096 \
       --impls flashcute,sdpa_efficient,sdpa_math ;;
     backward) bench backward 300 --backward --grid peers --head-dims 64,128,256 --rounds 8 \
