@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <limits>
 #include <random>
 #include <set>
 #include <tuple>
@@ -32,9 +33,8 @@ struct Problem {
   }
 
   /// As the kernel's TileSchedule: the tiles of each block, in its order.
-  std::vector<std::vector<QueryTile>> tiles() const {
+  std::vector<std::vector<QueryTile>> tiles(TileDeal const& deal) const {
     ForwardConfig const& c = kernel.config;
-    TileDeal const& deal = deal_tiles(kernel, params, blocks);
     std::vector<std::vector<QueryTile>> all(static_cast<std::size_t>(blocks));
     for (int32_t block = 0; block < blocks; ++block) {
       TileRounds rounds(params, c.block_m, blocks, rounds_per_section(c));
@@ -50,7 +50,7 @@ struct Problem {
 
 void expect_each_tile_once(Problem const& problem) {
   std::set<std::tuple<int32_t, int32_t, int32_t>> seen;
-  for (auto const& tiles : problem.tiles()) {
+  for (auto const& tiles : problem.tiles(deal_tiles(problem.kernel, problem.params, problem.blocks))) {
     for (QueryTile const& t : tiles) {
       EXPECT_TRUE(t.batch >= 0 && t.batch < problem.params.batch && t.head >= 0 && t.head < problem.params.heads);
       EXPECT_TRUE(t.row0 >= 0 && t.rows > 0 && t.row0 + t.rows <= problem.params.seqlen_q);
@@ -79,10 +79,10 @@ TEST(TileDeal, MoreRoundsThanTheTableHas) {
   expect_each_tile_once(problem);
 }
 
-/// The blocks of keys that a thread block visits, at most and on average.
-std::pair<double, double> most_and_mean(Problem const& problem) {
+/// What the busiest thread block has to do, in shares of the average: blocks of keys, and half of one a tile.
+double busiest(Problem const& problem, TileDeal const& deal) {
   double most = 0, sum = 0;
-  for (auto const& tiles : problem.tiles()) {
+  for (auto const& tiles : problem.tiles(deal)) {
     double own = 0;
     for (QueryTile const& t : tiles) {
       auto const range = Mask<MaskKind::causal>::kv_range(t, problem.params, problem.kernel.config.block_n);
@@ -91,18 +91,24 @@ std::pair<double, double> most_and_mean(Problem const& problem) {
     most = std::max(most, own);
     sum += own;
   }
-  return {most, sum / problem.blocks};
+  return most / (sum / problem.blocks);
 }
 
 TEST(TileDeal, NobodyHasMuchMoreToDo) {
-  // The grid of the benchmarks. Dealt in order, the worst of these leaves 7 % idle.
+  // The grid of the benchmarks. The rounds' own order fails at head_dim 256, 2k, and in the last line.
+  double by_load = 0, in_order = 0;
   for (int32_t const head_dim : {64, 128, 256}) {
     for (int32_t seqlen = 1024; seqlen <= 16384; seqlen *= 2) {
       Problem const problem(MaskKind::causal, head_dim, 132, 16384 / seqlen, 2048 / head_dim, seqlen, seqlen);
-      auto const [most, mean] = most_and_mean(problem);
-      EXPECT_LT(most, 1.035 * mean) << "head_dim " << head_dim << ", seqlen " << seqlen;
+      TileDeal deal = deal_tiles(problem.kernel, problem.params, problem.blocks);
+      double const share = busiest(problem, deal);
+      EXPECT_LT(share, 1.035) << "head_dim " << head_dim << ", seqlen " << seqlen;
+      by_load += share - 1;
+      deal.first_round = std::numeric_limits<int32_t>::max();
+      in_order += busiest(problem, deal) - 1;
     }
   }
+  EXPECT_LT(by_load, 0.5 * in_order);
 }
 
 TEST(TileDeal, FollowsTheSizesOfTheCall) {

@@ -103,8 +103,9 @@ struct ForwardPass {
     }
 
    private:
-    // What times chose (docs/sm90_forward.md). Two warpgroups leave the tensor cores idle while one writes its output,
-    // three do not. Two blocks at once spare moving probabilities, and are more code: for tiles of that many blocks.
+    // Two warpgroups leave the tensor cores idle while one writes its output, three do not: times and cycles in
+    // docs/sm90_forward.md. Two blocks at once spare moving probabilities, and are more code: for tiles of that many
+    // blocks, numbers near those that were timed.
     static constexpr bool stores_under_scores = L::warpgroups < 3;
     static constexpr int pairs_from = L::warpgroups < 3 ? 4 : 12;
 
