@@ -213,7 +213,8 @@ void bind_configs(nb::module_& m) {
       "stages: int = 1, copy_bytes: int = 16, "
       "async_copy: bool = True, eager_load_blocks: bool = True, swizzled: bool = True, q_in_registers: bool = False, "
       "k_tiles_per_load: int = 0, mma_double_buffer: bool = True, optimized_softmax: bool = True, "
-      "rescale_threshold: int = 8, pingpong: bool = True, overlap: bool = True, stale_max: bool = True) -> None";
+      "rescale_threshold: int = 8, pingpong: bool = True, overlap: bool = True, stale_max: bool = True, "
+      "cluster: int = 1) -> None";
   auto forward = bind_config<ForwardConfig>(
       m, forward_signature,
       "Static configuration of a forward kernel: immutable, hashable.\n\n"
@@ -243,7 +244,9 @@ void bind_configs(nb::module_& m) {
       "Of math='wgmma' alone, which has none of the options from copy_bytes to mma_double_buffer:\n\n"
       "pingpong: warpgroups take turns in beginning their products.\n"
       "overlap: the softmax of a block runs while P V of the block before is multiplied.\n"
-      "stale_max: exponentials are taken relative to the maximum so far, and again if they turn out too large.");
+      "stale_max: exponentials are taken relative to the maximum so far, and again if they turn out too large.\n"
+      "cluster: 2: pairs of thread blocks compute a tile of 2 * block_m query rows; each loads half of K and V, for "
+      "both.");
   forward.def_prop_ro(
       "smem_bytes", [](ForwardConfig const& c) { return smem_bytes(c); },
       "Shared memory of a thread block, in bytes (GPU only).");

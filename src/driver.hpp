@@ -19,6 +19,21 @@ using Library = struct LibraryTag*;
 using Kernel = struct KernelTag*;
 using Function = struct FunctionTag*;
 
+/// CUlaunchAttribute and CUlaunchConfig, as far as they are used here.
+struct LaunchAttribute {
+  int id;
+  char padding[4];
+  unsigned value[16];
+};
+inline constexpr int attribute_cluster_dimension = 4;
+struct LaunchConfig {
+  unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
+  Stream stream;
+  LaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56);
+
 inline constexpr Result success = 0;
 
 /// The driver entry points that flashcute uses. Field names are the API's names.
@@ -39,9 +54,7 @@ inline constexpr Result success = 0;
   F(cuLibraryGetKernel, 12000, (Kernel * kernel, Library library, char const* name))                                 \
   F(cuKernelGetFunction, 12000, (Function * function, Kernel kernel))                                                \
   F(cuKernelSetAttribute, 12000, (int attribute, int value, Kernel kernel, DeviceHandle device))                     \
-  F(cuLaunchKernel, 4000,                                                                                            \
-    (Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,       \
-     unsigned block_z, unsigned shared_bytes, Stream stream, void** parameters, void** extra))                       \
+  F(cuLaunchKernelEx, 11060, (LaunchConfig const* config, Function function, void** parameters, void** extra))       \
   F(cuTensorMapEncodeTiled, 12000,                                                                                   \
     (void* map, int type, unsigned rank, void* address, std::uint64_t const* sizes, std::uint64_t const* strides,    \
      unsigned const* box, unsigned const* element_strides, int interleave, int swizzle, int l2_promotion, int fill)) \

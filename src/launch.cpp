@@ -24,6 +24,8 @@ constexpr int attribute_max_dynamic_shared_bytes = 8;
 
 int32_t num_threads(ForwardKernelId const& kernel) { return num_threads(kernel.config); }
 int64_t smem_bytes(ForwardKernelId const& kernel) { return smem_bytes(kernel.config); }
+int32_t blocks_per_cluster(ForwardKernelId const& kernel) { return kernel.config.cluster; }
+int32_t blocks_per_cluster(BackwardKernelId const&) { return 1; }
 
 /// A kernel, by its id, on a device. Launches compare ids: to spell a name costs more than to find its kernel.
 template <class KernelId>
@@ -78,8 +80,8 @@ Function prepare(KernelCode const& code, int64_t shared_bytes, DeviceFacts const
   return function;
 }
 
-/// The prepared kernels of one type of id: it has a `config`, `features`, smem_bytes, num_threads, a name and a
-/// code_of.
+/// The prepared kernels of one type of id: it has a `config`, `features`, smem_bytes, num_threads, blocks_per_cluster,
+/// a name and a code_of.
 template <class KernelId>
 class KernelCache {
  public:
@@ -143,11 +145,22 @@ struct Launch {
     if (blocks == 0) return;
     ContextGuard const guard(device_facts(device).primary_context);
     void* arguments[] = {const_cast<Params*>(&params)};
-    Result const result = driver().cuLaunchKernel(
-        function, static_cast<unsigned>(blocks), 1, 1, static_cast<unsigned>(num_threads(kernel)), 1, 1,
-        static_cast<unsigned>(smem_bytes(kernel)), stream, arguments, nullptr);
+    LaunchAttribute cluster{attribute_cluster_dimension, {}, {static_cast<unsigned>(blocks_per_cluster(kernel)), 1, 1}};
+    LaunchConfig const config{
+        .grid_x = static_cast<unsigned>(blocks),
+        .grid_y = 1,
+        .grid_z = 1,
+        .block_x = static_cast<unsigned>(num_threads(kernel)),
+        .block_y = 1,
+        .block_z = 1,
+        .shared_bytes = static_cast<unsigned>(smem_bytes(kernel)),
+        .stream = stream,
+        .attributes = &cluster,
+        .attribute_count = blocks_per_cluster(kernel) > 1 ? 1u : 0u,
+    };
+    Result const result = driver().cuLaunchKernelEx(&config, function, arguments, nullptr);
     if (result != success) {
-      check_result(result, std::string("cuLaunchKernel(") + name(kernel).text + ", grid " + std::to_string(blocks) +
+      check_result(result, std::string("cuLaunchKernelEx(") + name(kernel).text + ", grid " + std::to_string(blocks) +
                                ", block " + std::to_string(num_threads(kernel)) + ", shared memory " +
                                std::to_string(smem_bytes(kernel)) + ")");
     }
@@ -157,18 +170,18 @@ struct Launch {
 }  // namespace
 
 void launch(ForwardKernelId const& kernel, ForwardParams const& params, int device, void* stream) {
-  int64_t const blocks = QueryTile::count(params, kernel.config.block_m);
-  require_grid(blocks, "q: batch * heads * ceil(seqlen_q / block_m)");
-  if (kernel.config.math == Math::wgmma) {
-    int32_t const persistent = persistent_blocks(blocks, device_facts(device).multiprocessors);
-    Launch const ready(kernel, persistent, device);
-    if (blocks == 0) return;
-    HopperForwardParams all{
-        .q = {}, .k = {}, .v = {}, .forward = params, .deal = deal_tiles(kernel, params, persistent)};
-    set_tensor_maps(kernel.config, all);
+  ForwardConfig const& c = kernel.config;
+  int64_t const tiles = QueryTile::count(params, tile_rows(c));
+  require_grid(tiles * c.cluster, "q: batch * heads * ceil(seqlen_q / block_m)");
+  if (c.math == Math::wgmma) {
+    int32_t const clusters = persistent_clusters(c, tiles, device_facts(device).multiprocessors);
+    Launch const ready(kernel, clusters * c.cluster, device);
+    if (tiles == 0) return;
+    HopperForwardParams all{.q = {}, .k = {}, .v = {}, .forward = params, .deal = deal_tiles(kernel, params, clusters)};
+    set_tensor_maps(c, all);
     ready.run(all, device, stream);
   } else {
-    Launch(kernel, blocks, device).run(params, device, stream);
+    Launch(kernel, tiles, device).run(params, device, stream);
   }
 }
 

@@ -92,7 +92,8 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
   }
   if (TensorView const* const counts = options.block_counts; counts != nullptr) {
     require_result("block_counts", *counts, DType::int32,
-                   {nq.batch, nq.head, ceil_div<int64_t>(nq.row, config.block_m), 3}, "(batch, heads, row blocks, 3)");
+                   {nq.batch, nq.head, ceil_div<int64_t>(nq.row, tile_rows(config)), 3},
+                   "(batch, heads, row blocks, 3)");
     if (lse != nullptr) require_separate("block_counts", *counts, "lse", *lse);
     p.block_counts = static_cast<BlockCounts*>(counts->data);
   }

@@ -48,8 +48,9 @@ void set_tensor_maps(ForwardConfig const& config, HopperForwardParams& params) {
   ForwardParams const& p = params.forward;
   DType const dtype = config.dtype;
   params.q = encode(dtype, {"q", p.q, p.q_stride, p.batch, p.seqlen_q, p.heads, p.head_dim, warpgroup_rows});
-  params.k = encode(dtype, {"k", p.k, p.k_stride, p.batch, p.seqlen_k, p.kv_heads, p.head_dim, config.block_n});
-  params.v = encode(dtype, {"v", p.v, p.v_stride, p.batch, p.seqlen_k, p.kv_heads, p.head_dim_v, config.block_n});
+  params.k = encode(dtype, {"k", p.k, p.k_stride, p.batch, p.seqlen_k, p.kv_heads, p.head_dim, keys_per_load(config)});
+  params.v =
+      encode(dtype, {"v", p.v, p.v_stride, p.batch, p.seqlen_k, p.kv_heads, p.head_dim_v, keys_per_load(config)});
 }
 
 }  // namespace flashcute

@@ -12,7 +12,7 @@ namespace {
 
 /// All that a deal depends on.
 struct Sizes {
-  int32_t block_m, block_n, rounds_per_section, blocks;
+  int32_t tile_rows, block_n, rounds_per_section, blocks;
   int32_t batch, heads, seqlen_q, seqlen_k, causal_offset;
 
   bool operator==(Sizes const&) const = default;
@@ -26,14 +26,14 @@ int64_t cost(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {
 
 TileDeal deal_by_load(Sizes const& s, ForwardParams const& p) {
   std::vector<TileRound> all;
-  TileRounds rounds(p, s.block_m, s.blocks, s.rounds_per_section);
+  TileRounds rounds(p, s.tile_rows, s.blocks, s.rounds_per_section);
   for (TileRound round; rounds.next(round);) all.push_back(round);
 
   TileDeal deal{};
   deal.first_round = std::max<int32_t>(0, static_cast<int32_t>(all.size()) - TileDeal::rounds);
   std::vector<int64_t> load(static_cast<std::size_t>(s.blocks), 0);
   auto const add = [&](int32_t block, TileRound const& round, int32_t turn) {
-    load[static_cast<std::size_t>(block)] += cost(round.tile(p, turn, s.block_m), p, s.block_n);
+    load[static_cast<std::size_t>(block)] += cost(round.tile(p, turn, s.tile_rows), p, s.block_n);
   };
 
   // Of the rounds before, those that may still be felt.
@@ -64,8 +64,9 @@ TileDeal deal_by_load(Sizes const& s, ForwardParams const& p) {
 
 }  // namespace
 
-int32_t persistent_blocks(int64_t tiles, int32_t multiprocessors) {
-  return static_cast<int32_t>(std::min<int64_t>(tiles, std::min(multiprocessors, max_multiprocessors)));
+int32_t persistent_clusters(ForwardConfig const& config, int64_t tiles, int32_t multiprocessors) {
+  int32_t const at_once = std::min(multiprocessors, max_multiprocessors) / config.cluster;
+  return static_cast<int32_t>(std::min<int64_t>(tiles, std::max(at_once, 1)));
 }
 
 TileDeal const& deal_tiles(ForwardKernelId const& kernel, ForwardParams const& p, int32_t blocks) {
@@ -73,8 +74,8 @@ TileDeal const& deal_tiles(ForwardKernelId const& kernel, ForwardParams const& p
   static TileDeal const in_order{.first_round = std::numeric_limits<int32_t>::max(), .turns = {}};
   if (kernel.features.mask == MaskKind::full) return in_order;
   ForwardConfig const& c = kernel.config;
-  Sizes const sizes{c.block_m,  c.block_n,  rounds_per_section(c), blocks, p.batch, p.heads,
-                    p.seqlen_q, p.seqlen_k, p.causal_offset};
+  Sizes const sizes{tile_rows(c), c.block_n,  rounds_per_section(c), blocks, p.batch, p.heads,
+                    p.seqlen_q,   p.seqlen_k, p.causal_offset};
   // The layers of a model call with the same sizes, one after the other.
   thread_local struct {
     Sizes sizes;

@@ -74,6 +74,7 @@ struct ForwardConfig {
   bool pingpong = true;           // wgmma: warpgroups take turns in multiplying, softmax under each other's products
   bool overlap = true;            // wgmma: softmax of a block under the product P V of the block before
   bool stale_max = true;          // wgmma: exponentials do not wait for the maximum, and are checked afterwards
+  int32_t cluster = 1;            // wgmma: thread blocks that share K and V; 2: each loads half, for both
 
   constexpr bool operator==(ForwardConfig const&) const = default;
 };
@@ -103,6 +104,7 @@ constexpr void for_each_option(Config& c, F&& f) {
   f("pingpong", c.pingpong);
   f("overlap", c.overlap);
   f("stale_max", c.stale_max);
+  f("cluster", c.cluster);
 }
 
 /// What to compute, as far as it changes the code: taken from the arguments of a call, not chosen.
@@ -170,6 +172,7 @@ constexpr Name name(ForwardConfig const& c) {
   if (!c.pingpong) s << "_noturns";
   if (!c.overlap) s << "_serial";
   if (!c.stale_max) s << "_freshmax";
+  if (c.cluster != 1) s << "_cluster" << c.cluster;
   return s;
 }
 
@@ -220,6 +223,12 @@ inline constexpr int32_t reserved_smem_bytes = 1024;
 // Hopper's kernel computes with warpgroups of four warps and 64 query rows each, and loads with one more.
 inline constexpr int32_t warpgroup_rows = 64;
 constexpr int32_t consumer_warpgroups(ForwardConfig const& c) { return c.num_warps / 4; }
+
+/// Query rows that share the blocks of keys that are loaded for them.
+constexpr int32_t tile_rows(ForwardConfig const& c) { return c.block_m * c.cluster; }
+
+/// Keys of a block that one thread block of a cluster loads.
+constexpr int32_t keys_per_load(ForwardConfig const& c) { return c.block_n / c.cluster; }
 
 constexpr int32_t num_threads(ForwardConfig const& c) { return 32 * c.num_warps + (c.math == Math::wgmma ? 128 : 0); }
 
@@ -291,7 +300,8 @@ constexpr int64_t smem_bytes(ForwardConfig const& c) {
   RULE(wgmma_block_m, "math = wgmma needs block_m of 64, 128 or 192 and num_warps = block_m / 16")                     \
   RULE(wgmma_stages, "math = wgmma needs stages between 2 and 8")                                                      \
   RULE(wgmma_options, "math = wgmma has none of the options that say how mma.sync's fragments are loaded")             \
-  RULE(wgmma_only, "pingpong, overlap and stale_max are options of math = wgmma")                                      \
+  RULE(wgmma_cluster, "cluster must be 1 or 2")                                                                        \
+  RULE(wgmma_only, "pingpong, overlap, stale_max and cluster are options of math = wgmma")                             \
   RULE(stale_max, "stale_max needs overlap, optimized_softmax and a rescale_threshold above 0")                        \
   RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")
 
@@ -325,6 +335,7 @@ constexpr ForwardConfigError check_wgmma(ForwardConfig const& c, Arch arch) {
   if (c.block_m < 64 || c.block_m > 192 || c.block_m % 64 != 0 || c.num_warps != c.block_m / 16) return wgmma_block_m;
   if (c.block_n <= 0 || c.block_n > 256 || c.block_n % 16 != 0) return block_n;
   if (c.stages < 2 || c.stages > 8) return wgmma_stages;
+  if (c.cluster != 1 && c.cluster != 2) return wgmma_cluster;
   if (c.rescale_threshold < 0 || c.rescale_threshold > 8) return rescale_threshold;
   if (c.stale_max && (!c.overlap || !c.optimized_softmax || c.rescale_threshold == 0)) return stale_max;
   ForwardConfig const d;
@@ -341,7 +352,7 @@ constexpr ForwardConfigError check_wgmma(ForwardConfig const& c, Arch arch) {
 constexpr ForwardConfigError check(ForwardConfig const& c, Arch arch) {
   using enum ForwardConfigError;
   if (c.math == Math::wgmma) return check_wgmma(c, arch);
-  if (!c.pingpong || !c.overlap || !c.stale_max) return wgmma_only;
+  if (!c.pingpong || !c.overlap || !c.stale_max || c.cluster != 1) return wgmma_only;
   if (c.num_warps != 1 && c.num_warps != 2 && c.num_warps != 4 && c.num_warps != 8) return num_warps;
   if (c.block_m <= 0 || c.block_m > 256 || c.block_m % (16 * c.num_warps) != 0) return block_m;
   if (c.block_n <= 0 || c.block_n > 256 || c.block_n % 16 != 0) return block_n;

@@ -9,7 +9,14 @@ namespace flashcute {
 
 inline constexpr int32_t max_multiprocessors = 144;  // of a Hopper GPU: all that the chip has
 
-/// One tile for each thread block, or for some of them, by turn; the longest come first.
+/// The `i`-th tile of a head from its last rows on. The tile that has fewer rows than others is the first rows': under
+/// a causal mask it sees the fewest keys, and warpgroups without a row have the least to wait for.
+FLASHCUTE_HD QueryTile hopper_tile(ForwardParams const& p, uint32_t head_index, int32_t i, int32_t tile_rows) {
+  return QueryTile::whole_head(p, head_index).part_from_end(i, tile_rows);
+}
+
+/// One tile for each thread block, or for some of them, by turn; the longest come first. Thread blocks of a cluster
+/// compute one tile together: here they are one.
 struct TileRound {
   uint32_t head0;  // first head of the section, of all batches
   int32_t heads;   // in the section
@@ -25,10 +32,9 @@ struct TileRound {
   }
 
   /// In a section the long tiles come first: the last rows of all its heads, then the rows before.
-  FLASHCUTE_HD QueryTile tile(ForwardParams const& p, int32_t turn, int32_t block_m) const {
+  FLASHCUTE_HD QueryTile tile(ForwardParams const& p, int32_t turn, int32_t tile_rows) const {
     int32_t const index = first + turn;
-    return QueryTile::of(p, head0 + static_cast<uint32_t>(index % heads),
-                         ceil_div(p.seqlen_q, block_m) - 1 - index / heads, block_m);
+    return hopper_tile(p, head0 + static_cast<uint32_t>(index % heads), index / heads, tile_rows);
   }
 };
 
@@ -37,9 +43,9 @@ struct TileRound {
 /// the block after the last that got one.
 class TileRounds {
  public:
-  FLASHCUTE_HD TileRounds(ForwardParams const& p, int32_t block_m, int32_t blocks, int32_t rounds_per_section)
+  FLASHCUTE_HD TileRounds(ForwardParams const& p, int32_t tile_rows, int32_t blocks, int32_t rounds_per_section)
       : blocks_(blocks),
-        row_blocks_(ceil_div(p.seqlen_q, block_m)),
+        row_blocks_(ceil_div(p.seqlen_q, tile_rows)),
         section_(max_of(1, (rounds_per_section * blocks + row_blocks_ / 2) / row_blocks_)),
         heads_left_(static_cast<uint32_t>(p.batch) * static_cast<uint32_t>(p.heads)) {
     round_.heads = first_heads();

@@ -330,8 +330,10 @@ def count_blocks(
 
     Runs the kernel of `cfg`, compiled to count as it goes (on a GPU at the first call, by NVRTC).
 
-    Returns int32 (batch, heads, ceil(seqlen_q / cfg.block_m), 3), of q's library and device: how many blocks
-    of cfg.block_n keys were visited with all elements visible, visited with a test of each element, skipped.
+    Returns int32 (batch, heads, tiles, 3), of q's library and device: how many blocks of cfg.block_n keys were
+    visited with all elements visible, visited with a test of each element, skipped. A tile is
+    cfg.block_m * cfg.cluster query rows, and the incomplete one, if any, is the last; with math='wgmma' it is the
+    first.
     """
     if not isinstance(cfg, ForwardConfig):
         raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
@@ -343,7 +345,7 @@ def count_blocks(
     if layout == "bhsd":
         rows, heads = heads, rows
     out = library.empty((*q.shape[:-1], v.shape[-1]), q)
-    counts = library.empty((batch, heads, -(-rows // max(cfg.block_m, 1)), 3), q, "int32")
+    counts = library.empty((batch, heads, -(-rows // max(cfg.block_m * cfg.cluster, 1)), 3), q, "int32")
     _core.forward(cfg, q, k, v, out, None, counts, bool(causal), None, layout, None, False)
     return library.finish(counts, q)
 

@@ -71,11 +71,21 @@ int cuKernelSetAttribute(int attribute, int value, void*, int) {
   return 0;
 }
 
-int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned,
-                   unsigned, unsigned shared_bytes, void* stream, void** parameters, void**) {
+struct LaunchConfig {  // CUlaunchConfig
+  unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
+  void* stream;
+  unsigned const* attributes;
+  unsigned attribute_count;
+};
+
+int cuLaunchKernelEx(LaunchConfig const* c, void* function, void** parameters, void**) {
   std::lock_guard const lock(state.mutex);
   auto const& kernel = *static_cast<std::string const*>(function);
-  FakeLaunch launch{kernel, grid_x, grid_y, grid_z, block_x, shared_bytes, stream, current_context, {}, {}};
+  FakeLaunch launch{kernel, c->grid_x, c->grid_y,       c->grid_z, c->block_x, c->shared_bytes,
+                    1,      c->stream, current_context, {},        {}};
+  if (c->attribute_count == 1 && c->attributes[0] == 4) {  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    launch.cluster_x = c->attributes[2];                   // after 8 bytes
+  }
   if (kernel.find("_bwd_") != std::string::npos) {
     launch.backward = *static_cast<flashcute::BackwardParams const*>(parameters[0]);
     launch.params = launch.backward->forward;
@@ -130,7 +140,7 @@ int cuGetProcAddress_v2(char const* symbol, void** function, int, std::uint64_t,
                                   ENTRY(cuLibraryGetKernel),
                                   ENTRY(cuKernelGetFunction),
                                   ENTRY(cuKernelSetAttribute),
-                                  ENTRY(cuLaunchKernel),
+                                  ENTRY(cuLaunchKernelEx),
                                   ENTRY(cuTensorMapEncodeTiled),
                                   ENTRY(cuThreadExchangeStreamCaptureMode),
                                   ENTRY(cuGetErrorName),

@@ -14,7 +14,7 @@
 
 struct FakeLaunch {
   std::string kernel;
-  unsigned grid_x, grid_y, grid_z, block_x, shared_bytes;
+  unsigned grid_x, grid_y, grid_z, block_x, shared_bytes, cluster_x;
   void* stream;
   void* context;
   flashcute::ForwardParams params;

@@ -132,6 +132,7 @@ TEST(Config, EachRuleFires) {
   EXPECT_EQ(broken([](auto& c) { c.pingpong = false; }), wgmma_only);
   EXPECT_EQ(broken([](auto& c) { c.overlap = false; }), wgmma_only);
   EXPECT_EQ(broken([](auto& c) { c.stale_max = false; }), wgmma_only);
+  EXPECT_EQ(broken([](auto& c) { c.cluster = 2; }), wgmma_only);
 
   auto const broken_hopper = [&](auto change, Arch arch = 90) {
     ForwardConfig c = default_forward_config(DType::bfloat16, 128, 90);
@@ -147,6 +148,8 @@ TEST(Config, EachRuleFires) {
   EXPECT_EQ(broken_hopper([](auto& c) { c.block_m = 256, c.num_warps = 16; }), wgmma_block_m);
   EXPECT_EQ(broken_hopper([](auto& c) { c.block_n = 72; }), block_n);
   EXPECT_EQ(broken_hopper([](auto& c) { c.stages = 1; }), wgmma_stages);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.cluster = 4; }), wgmma_cluster);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.cluster = 2; }), none);
   EXPECT_EQ(broken_hopper([](auto& c) { c.swizzled = false; }), wgmma_options);
   EXPECT_EQ(broken_hopper([](auto& c) { c.blocks_per_sm = 2; }), wgmma_options);
   EXPECT_EQ(broken_hopper([](auto& c) { c.overlap = false; }), stale_max);

@@ -109,6 +109,7 @@ TEST_F(Launch, HopperTilesAreDealtToAsManyBlocksAsRun) {
   EXPECT_EQ(launch.kernel, name(ForwardKernelId{config, {MaskKind::full}}).text);
   EXPECT_EQ(launch.grid_x, 132u);
   EXPECT_EQ(driver_->launches[1].grid_x, 1u);
+  EXPECT_EQ(launch.cluster_x, 1u);
   EXPECT_EQ(launch.block_x, 32u * config.num_warps + 128u);
   EXPECT_EQ(launch.shared_bytes, static_cast<unsigned>(smem_bytes(config)));
   EXPECT_EQ(launch.params.seqlen_k, 700);
@@ -125,6 +126,21 @@ TEST_F(Launch, HopperTilesAreDealtToAsManyBlocksAsRun) {
     for (std::uint64_t const size : map.sizes) EXPECT_GT(size, 0u) << "the engine refuses empty dimensions";
     for (std::uint64_t const stride : map.strides) EXPECT_EQ(stride % 16, 0u);
   }
+}
+
+// Guards against thread blocks that load half of K and V, without others that load the rest.
+TEST_F(Launch, ThreadBlocksOfAClusterAreLaunchedTogether) {
+  TensorView const q = tensor({3, 1000, 8, 128}, hopper), k = tensor({3, 700, 2, 128}, hopper);
+  ForwardConfig config = config_for(q, k, k, nullptr);
+  config.cluster = 2;
+  forward(config, q, k, k, output({3, 1000, 8, 128}, hopper), nullptr);
+  FakeLaunch const& launch = driver_->launches.at(0);
+  EXPECT_EQ(launch.cluster_x, 2u);
+  EXPECT_EQ(launch.grid_x, 2u * std::min(3 * 8 * 4, 132 / 2)) << "tiles of 256 rows";
+  auto const half = static_cast<unsigned>(config.block_n / 2);
+  EXPECT_EQ(driver_->tensor_maps.at(0).box, (std::vector<unsigned>{64, 64, 1, 1})) << "q";
+  EXPECT_EQ(driver_->tensor_maps.at(1).box, (std::vector<unsigned>{64, half, 1, 1})) << "k";
+  EXPECT_EQ(driver_->tensor_maps.at(2).box, (std::vector<unsigned>{64, half, 1, 1})) << "v";
 }
 
 // Guards against a refusal of the driver that goes unnoticed.
@@ -171,7 +187,7 @@ TEST_F(Launch, AFailedLaunchRaisesAndNamesTheKernel) {
     run({1, 64, 1, 64});
     FAIL() << "no exception";
   } catch (DriverError const& e) {
-    for (char const* word : {"cuLaunchKernel", "fwd_bf16_d64", "grid 1", "CUDA_ERROR_FAKE"}) {
+    for (char const* word : {"cuLaunchKernelEx", "fwd_bf16_d64", "grid 1", "CUDA_ERROR_FAKE"}) {
       EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
     }
   }
@@ -451,7 +467,7 @@ TEST_F(LaunchBackward, NothingIsLaunchedUnlessAllKernelsAreReady) {
 TEST_F(LaunchBackward, AFailedLaunchRaisesAndNamesTheKernel) {
   driver_->launch_result = 1;
   BackwardCall call({1, 64, 1, 64}, {1, 64, 1, 64});
-  call.refused<DriverError>({"cuLaunchKernel", "bwd_bf16_d64", "_prepare", "grid 1", "CUDA_ERROR_FAKE"});
+  call.refused<DriverError>({"cuLaunchKernelEx", "bwd_bf16_d64", "_prepare", "grid 1", "CUDA_ERROR_FAKE"});
   EXPECT_EQ(driver_->launches.size(), 1u);
 }
 

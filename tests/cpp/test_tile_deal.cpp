@@ -7,6 +7,7 @@
 #include <random>
 #include <set>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "flashcute/mask.hpp"
@@ -22,14 +23,15 @@ struct Problem {
   int32_t blocks;
 
   Problem(MaskKind mask, int32_t head_dim, int32_t multiprocessors, int32_t batch, int32_t heads, int32_t seqlen_q,
-          int32_t seqlen_k)
+          int32_t seqlen_k, int32_t cluster = 1)
       : kernel{default_forward_config(DType::bfloat16, head_dim, 90), {.mask = mask}} {
+    kernel.config.cluster = cluster;
     params.batch = batch;
     params.heads = params.kv_heads = heads;
     params.seqlen_q = seqlen_q;
     params.seqlen_k = seqlen_k;
     params.causal_offset = seqlen_k - seqlen_q;
-    blocks = persistent_blocks(QueryTile::count(params, kernel.config.block_m), multiprocessors);
+    blocks = persistent_clusters(kernel.config, QueryTile::count(params, tile_rows(kernel.config)), multiprocessors);
   }
 
   /// As the kernel's TileSchedule: the tiles of each block, in its order.
@@ -37,11 +39,11 @@ struct Problem {
     ForwardConfig const& c = kernel.config;
     std::vector<std::vector<QueryTile>> all(static_cast<std::size_t>(blocks));
     for (int32_t block = 0; block < blocks; ++block) {
-      TileRounds rounds(params, c.block_m, blocks, rounds_per_section(c));
+      TileRounds rounds(params, tile_rows(c), blocks, rounds_per_section(c));
       int32_t index = 0;
       for (TileRound round; rounds.next(round); ++index) {
         int32_t const turn = deal.turn(index, round, block, blocks);
-        if (turn < round.count) all[static_cast<std::size_t>(block)].push_back(round.tile(params, turn, c.block_m));
+        if (turn < round.count) all[static_cast<std::size_t>(block)].push_back(round.tile(params, turn, tile_rows(c)));
       }
     }
     return all;
@@ -57,7 +59,7 @@ void expect_each_tile_once(Problem const& problem) {
       EXPECT_TRUE(seen.emplace(t.batch, t.head, t.row0).second) << "twice: head " << t.head << ", row " << t.row0;
     }
   }
-  EXPECT_EQ(static_cast<int64_t>(seen.size()), QueryTile::count(problem.params, problem.kernel.config.block_m));
+  EXPECT_EQ(static_cast<int64_t>(seen.size()), QueryTile::count(problem.params, tile_rows(problem.kernel.config)));
 }
 
 TEST(TileDeal, EveryTileIsDealtOnce) {
@@ -65,7 +67,7 @@ TEST(TileDeal, EveryTileIsDealtOnce) {
   auto const from_to = [&](int32_t low, int32_t high) { return std::uniform_int_distribution(low, high)(random); };
   for (int i = 0; i < 300; ++i) {
     Problem const problem(i % 2 == 0 ? MaskKind::causal : MaskKind::full, 64 << i % 3, from_to(1, 200), from_to(1, 5),
-                          from_to(1, 40), from_to(1, 3000), from_to(1, 3000));
+                          from_to(1, 40), from_to(1, 3000), from_to(1, 3000), from_to(1, 2));
     SCOPED_TRACE(testing::Message() << "blocks " << problem.blocks << " batch " << problem.params.batch << " heads "
                                     << problem.params.heads << " seqlen_q " << problem.params.seqlen_q << " seqlen_k "
                                     << problem.params.seqlen_k);
@@ -121,9 +123,27 @@ TEST(TileDeal, FollowsTheSizesOfTheCall) {
 }
 
 TEST(TileDeal, NoMoreBlocksThanTilesOrTheTableHolds) {
-  EXPECT_EQ(persistent_blocks(7, 132), 7);
-  EXPECT_EQ(persistent_blocks(int64_t{1} << 40, 132), 132);
-  EXPECT_EQ(persistent_blocks(1000, 500), max_multiprocessors);
+  ForwardConfig config = default_forward_config(DType::bfloat16, 128, 90);
+  EXPECT_EQ(persistent_clusters(config, 7, 132), 7);
+  EXPECT_EQ(persistent_clusters(config, int64_t{1} << 40, 132), 132);
+  EXPECT_EQ(persistent_clusters(config, 1000, 500), max_multiprocessors);
+  config.cluster = 2;
+  EXPECT_EQ(persistent_clusters(config, 7, 132), 7);
+  EXPECT_EQ(persistent_clusters(config, 1000, 132), 66);
+  EXPECT_EQ(persistent_clusters(config, 1000, 1), 1) << "the driver says why there is no room";
+}
+
+TEST(TileDeal, TheTileThatLacksRowsIsTheFirstRows) {
+  // Under a causal mask the last rows' tile is the longest: there, warpgroups without rows would wait longest.
+  Problem const problem(MaskKind::causal, 64, 132, 1, 1, 1000, 1000);
+  std::vector<std::pair<int32_t, int32_t>> rows;
+  for (auto const& tiles : problem.tiles(deal_tiles(problem.kernel, problem.params, problem.blocks))) {
+    for (QueryTile const& t : tiles) rows.emplace_back(t.row0, t.rows);
+  }
+  std::sort(rows.begin(), rows.end());
+  ASSERT_EQ(tile_rows(problem.kernel.config), 192);
+  EXPECT_EQ(rows, (std::vector<std::pair<int32_t, int32_t>>{
+                      {0, 40}, {40, 192}, {232, 192}, {424, 192}, {616, 192}, {808, 192}}));
 }
 
 }  // namespace

@@ -502,6 +502,7 @@ RULES = {
         (HOPPER.replace(block_m=m, num_warps=w), "sm_90") for m, w in ((128, 4), (96, 6), (256, 16), (0, 0))
     ],
     "wgmma_stages": [(HOPPER.replace(stages=n), "sm_90") for n in (0, 1, 9)],
+    "wgmma_cluster": [(HOPPER.replace(cluster=n), "sm_90") for n in (0, 3, 4)],
     "wgmma_options": [
         (HOPPER.replace(**change), "sm_90")
         for change in (
@@ -510,8 +511,9 @@ RULES = {
         )
     ],
     "wgmma_only": [
-        (GPU.replace(**{option: False}), arch)
-        for option in ("pingpong", "overlap", "stale_max") for arch in ("cpu", "sm_80", "sm_90")
+        (GPU.replace(**{option: value}), arch)
+        for option, value in (("pingpong", False), ("overlap", False), ("stale_max", False), ("cluster", 2))
+        for arch in ("cpu", "sm_80", "sm_90")
     ],
     "stale_max": [
         (HOPPER.replace(**change), "sm_90")

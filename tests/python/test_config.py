@@ -38,6 +38,7 @@ OPTIONS = {
     "pingpong": [True, False],
     "overlap": [True, False],
     "stale_max": [True, False],
+    "cluster": [1, 2],
 }
 any_config = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in OPTIONS.items()}).map(
     lambda options: fc.ForwardConfig(**options)
@@ -170,7 +171,7 @@ def test_final() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
-        ("blockm", 64, r"^ForwardConfig: expected options among dtype, .*stale_max, got 'blockm'"),
+        ("blockm", 64, r"^ForwardConfig: expected options among dtype, .*cluster, got 'blockm'"),
         ("head_dim", "64", r"^head_dim: expected an integer, got '64'"),
         ("head_dim", 64.0, r"^head_dim: expected an integer, got 64.0"),
         ("head_dim", True, r"^head_dim: expected an integer, got True"),
@@ -275,8 +276,8 @@ def test_name_is_canonical() -> None:
     )
     hoppers = fc.default_config(128, "bfloat16", "sm_90")
     assert hoppers.name == "fwd_bf16_d128_m128_n128_w8_b1_wgmma_st3"
-    hoppers = hoppers.replace(pingpong=False, overlap=False, stale_max=False)
-    assert hoppers.name == "fwd_bf16_d128_m128_n128_w8_b1_wgmma_st3_noturns_serial_freshmax"
+    hoppers = hoppers.replace(pingpong=False, overlap=False, stale_max=False, cluster=2)
+    assert hoppers.name == "fwd_bf16_d128_m128_n128_w8_b1_wgmma_st3_noturns_serial_freshmax_cluster2"
 
 
 @given(st.integers(-(2**31), 2**31 - 1))

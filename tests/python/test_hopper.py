@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import why_no_gpu
 from test_forward import run_and_check
+from test_semantics import expected_block_counts
 
 
 def is_hopper() -> bool:
@@ -30,6 +31,8 @@ def variants() -> list[fc.ForwardConfig]:
             {"stages": 8, "pingpong": False},
             {"block_m": 128, "num_warps": 8, "block_n": 160},
             {"block_m": 64, "num_warps": 4, "stages": 4},
+            {"cluster": 2},
+            {"cluster": 2, "block_m": 64, "num_warps": 4, "stages": 2},
             {"stale_max": False, "block_n": 128},
         ],
         128: [
@@ -41,11 +44,14 @@ def variants() -> list[fc.ForwardConfig]:
             {"stale_max": False, "overlap": False, "pingpong": False, "block_n": 16},
             {"rescale_threshold": 1},
             {"head_dim_v": 64},
+            {"cluster": 2},
+            {"cluster": 2, "stale_max": False, "overlap": False, "block_n": 16},
         ],
         256: [
             {"pingpong": True},
             {"stale_max": False, "block_n": 80},
             {"head_dim": 192, "block_n": 96},
+            {"cluster": 2},
         ],
     }
     return [
@@ -114,32 +120,40 @@ def test_very_negative_scores(rng: np.random.Generator, d: int, causal: bool) ->
     run_and_check(dataclasses.replace(p, q=q, k=k), "cuda")
 
 
+def alone_and_paired() -> list[Any]:
+    """The default configurations, and the same for clusters, which nobody compiles ahead of time."""
+    defaults = [fc.default_config(d, "bfloat16", "sm_90") for d in (64, 128, 256)]
+    clusters = [cfg.replace(cluster=2) for cfg in defaults]
+    return defaults + [pytest.param(cfg, marks=pytest.mark.slow) for cfg in clusters]
+
+
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("d", [64, 128, 256])
-def test_more_tiles_than_blocks(d: int) -> None:
+@pytest.mark.parametrize("compiled", alone_and_paired(), indirect=True, ids=lambda c: c.name)
+def test_more_tiles_than_blocks(compiled: fc.ForwardConfig) -> None:
     """A thread block computes one tile after another, and the softmax of a tile begins while the output of the one
     before is added to: every tile against the same one computed alone, many times."""
     torch.manual_seed(0)
+    d = compiled.head_dim
     q, k, v = (torch.randn(24, 777, 8, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     for causal in (False, True):
         alone = torch.cat(
             [
-                fc.flash_attention(*(x[i : i + 1] for x in (q, k, v)), causal=causal)
+                fc.forward(compiled, *(x[i : i + 1] for x in (q, k, v)), causal=causal)
                 for i in range(24)
             ]
         )
         for _ in range(20):
-            together = fc.flash_attention(
-                q, k, v, causal=causal, out=torch.full_like(q, float("nan"))
+            together = fc.forward(
+                compiled, q, k, v, causal=causal, out=torch.full_like(q, float("nan"))
             )
             assert torch.equal(together, alone)
 
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("d", [64, 128, 256])
-def test_warpgroups_with_less_to_do(rng: np.random.Generator, d: int) -> None:
+@pytest.mark.parametrize("compiled", alone_and_paired(), indirect=True, ids=lambda c: c.name)
+def test_warpgroups_with_less_to_do(rng: np.random.Generator, compiled: fc.ForwardConfig) -> None:
     """Warpgroups pass over the blocks of keys that only others of the tile see, and over tiles of which no row is
     theirs: every offset of the diagonal within a tile, and tiles of few rows, each of which would hang or read
     another place if a warpgroup gave one back too often or too early."""
@@ -154,26 +168,39 @@ def test_warpgroups_with_less_to_do(rng: np.random.Generator, d: int) -> None:
     ]:
         for shift in (0, 17, 100):
             p = oracle.make_problem(
-                rng, "bfloat16", seqlen_q=sq, seqlen_k=sk + shift, heads=2, d=d, causal=True
-            )
-            run_and_check(p, "cuda")
+                rng, "bfloat16", seqlen_q=sq, seqlen_k=sk + shift, heads=2, d=compiled.head_dim, causal=True
+            )  # fmt: skip
+            run_and_check(p, "cuda", cfg=compiled)
 
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("d", [64, 128, 256])
-def test_nan_in_a_value(d: int) -> None:
+@pytest.mark.parametrize("compiled", alone_and_paired(), indirect=True, ids=lambda c: c.name)
+def test_nan_in_a_value(compiled: fc.ForwardConfig) -> None:
     """Rows that see it have it, the others do not, whichever warpgroup's they are: other warps look at V before it is
     multiplied."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 600, 4, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    shape = (2, 600, 4, compiled.head_dim)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     for key in (599, 575, 448, 301, 64, 0):
         bad = v.clone()
         bad[:, key, :, 5] = float("nan")
-        nan = fc.flash_attention(q, k, bad, causal=True).isnan()
+        nan = fc.forward(compiled, q, k, bad, causal=True).isnan()
         expected = torch.zeros_like(nan)
         expected[:, key:, :, 5] = True
         assert torch.equal(nan, expected), key
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@on_hopper
+def test_a_cluster_counts_its_tiles_together() -> None:
+    """Tiles of both thread blocks' rows, from the last row on."""
+    cfg = fc.default_config(64, "float16", "sm_90").replace(cluster=2)
+    for sq, sk in [(1000, 1000), (77, 500), (500, 77)]:
+        q, k, v = (torch.randn(2, n, 4, 64, device="cuda").half() for n in (sq, sk, sk))
+        expected = expected_block_counts(cfg, sq, sk, True).expand(2, 4, -1, 3)
+        assert torch.equal(fc.count_blocks(cfg, q, k, v, causal=True).cpu(), expected)
 
 
 @pytest.mark.gpu

@@ -30,7 +30,11 @@ struct ForwardPass {
   FLASHCUTE_DEVICE static void run(HopperForwardParams const& p, Storage& smem_symbol) {
     Storage& smem = hidden(smem_symbol);
     if (thread_index() == 0) Tiles<C>::init(smem, Mask::rows_differ);
-    block_sync();  // the barriers are there
+    if constexpr (C.cluster > 1) {
+      cluster_sync();  // the barriers are there, and those of the others
+    } else {
+      block_sync();
+    }
 
     // Before the registers change hands: it needs more than the loading warpgroup will have.
     if (Mask::empty_row(0, p.forward) && thread_index() < 32) store_empty_tiles(p.forward);
@@ -47,6 +51,7 @@ struct ForwardPass {
     } else {
       claim_registers<registers.consumer>();
       Consumer{p.forward, smem, warpgroup - 1}.run();
+      if constexpr (C.cluster > 1) cluster_sync();  // the others write here until they are done
     }
   }
 
@@ -63,20 +68,20 @@ struct ForwardPass {
 
   /// Tiles that see no key are not announced. If the first row sees one, there are none.
   FLASHCUTE_DEVICE static void store_empty_tiles(ForwardParams const& p) {
-    int64_t const count = QueryTile::count(p, C.block_m);
+    int64_t const count = QueryTile::count(p, L::tile_rows);
+    auto const per_head = static_cast<uint32_t>(ceil_div(p.seqlen_q, L::tile_rows));
     for (int64_t i = block_index(); i < count; i += block_count()) {
-      auto const tile = QueryTile::at(p, i, C.block_m);
+      auto const index = static_cast<uint32_t>(i);
+      auto const tile = hopper_tile(p, index / per_head, static_cast<int>(index % per_head), L::tile_rows);
       if (!Mask::kv_range(tile, p, C.block_n).empty()) continue;
       store_empty<C>(p, tile);
-      store_counts(Counter{}, p, tile);
+      if (thread_index() == 0) store_counts(Counter{}, p, tile);
     }
   }
 
-  /// By the first thread of those that call.
   FLASHCUTE_DEVICE static void store_counts(Counter const& counter, ForwardParams const& p, QueryTile const& tile) {
     if constexpr (Id.features.count_blocks) {
-      if (thread_of_warpgroup() != 0) return;
-      global_store(p.block_counts + tile.block_counts_offset(p, C.block_m), counter.counts(p, C.block_n));
+      global_store(p.block_counts + tile.block_counts_offset(p, L::tile_rows), counter.counts(p, C.block_n));
     }
   }
 
@@ -300,7 +305,7 @@ struct ForwardPass {
         skip_value();
       }
       tiles_.release_query();
-      if (warpgroup_ == 0) store_counts(sums_.counter, p_, tiles_.work(0).rows);
+      if (counts()) store_counts(sums_.counter, p_, tiles_.work(0).rows);
     }
 
     FLASHCUTE_DEVICE void skip_key(int n) {
@@ -314,6 +319,11 @@ struct ForwardPass {
     FLASHCUTE_DEVICE void skip_value() {
       tiles_.await_value();
       tiles_.pass_value();
+    }
+
+    /// One thread does for the tile.
+    FLASHCUTE_DEVICE bool counts() const {
+      return Id.features.count_blocks && warpgroup_ == 0 && thread_of_warpgroup() == 0 && rank_in_cluster() == 0;
     }
 
     /// As the tile sees it.
@@ -356,7 +366,7 @@ struct ForwardPass {
       QueryTile const tile = work.rows;
       Softmax& softmax = sums.softmax;
       softmax.finish(o_, [&](int i) { return Mask::empty_row(tile.row0 + L::row(i), p_); });
-      if (warpgroup_ == 0) store_counts(sums.counter, p_, tile);
+      if (counts()) store_counts(sums.counter, p_, tile);
       if (p_.lse != nullptr) {
         float* const lse = static_cast<float*>(p_.lse) + tile.lse_offset(p_);
         bool const writes = thread_index() % 4 == 0;  // one lane of the quad that shares a row

@@ -44,6 +44,15 @@ FLASHCUTE_DEVICE int thread_of_warpgroup() { return thread_index() % warpgroup_s
 
 FLASHCUTE_DEVICE uint32_t block_count() { return gridDim.x; }
 
+/// Of this thread block in its cluster.
+FLASHCUTE_DEVICE int rank_in_cluster() { return uniform(static_cast<int>(cute::block_rank_in_cluster())); }
+
+/// This thread has arrived, and waits for all others of the cluster that have not ended.
+FLASHCUTE_DEVICE void cluster_sync() {
+  cute::cluster_arrive();
+  cute::cluster_wait();
+}
+
 /// True in one lane of a converged warp.
 FLASHCUTE_DEVICE bool elected_lane() { return cute::elect_one_sync(); }
 
@@ -99,12 +108,25 @@ FLASHCUTE_DEVICE void barrier_arrive(Barrier& barrier, int times = 1) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(times) : "memory");
 }
 
+/// At the barrier in the same place of another thread block of the cluster, or of this one. Orders products and bulk
+/// copies, which are done: to order other writes for the cluster would take a fence of the whole GPU each time.
+FLASHCUTE_DEVICE void barrier_arrive_at(Barrier& barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(shared_address(&barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 FLASHCUTE_DEVICE void barrier_arrive_expecting(Barrier& barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
                : "memory");
 }
 
-/// Waits for the end of the phase of this parity.
+/// Waits for the end of the phase of this parity. Asks again and again: to let the warp sleep meanwhile is slower.
 FLASHCUTE_DEVICE void barrier_wait(Barrier& barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -161,6 +183,18 @@ FLASHCUTE_DEVICE void copy_box(TensorMap const& map, int column, int row, int he
       "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
       "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(row), "r"(head), "r"(batch),
       "l"(static_cast<uint64_t>(hint))
+      : "memory");
+}
+
+/// The same to the same place of each of the `blocks` thread blocks of the cluster, whose barriers in the same place
+/// count the bytes.
+FLASHCUTE_DEVICE void copy_box_to_all(TensorMap const& map, int column, int row, int head, int batch, void* to,
+                                      Barrier& barrier, L2Hint hint, int blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %8, %7;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(row), "r"(head), "r"(batch),
+      "l"(static_cast<uint64_t>(hint)), "h"(static_cast<uint16_t>((1 << blocks) - 1))
       : "memory");
 }
 

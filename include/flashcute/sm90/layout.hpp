@@ -32,6 +32,8 @@ struct ForwardLayout {
   using WarpgroupM = cute::Int<warpgroup_rows>;
 
   static constexpr int warpgroups = consumer_warpgroups(C);
+  static constexpr int tile_rows = flashcute::tile_rows(C);
+  static constexpr int keys_per_load = flashcute::keys_per_load(C);
 
   // ---- shared memory ----
   // A tile is cut into pages of 128 bytes a row, one box of the copy engine each, swizzled as engine and tensor

@@ -29,7 +29,8 @@ class Loader {
   static constexpr bool inspected = Mask::rows_differ;
 
  public:
-  FLASHCUTE_DEVICE Loader(HopperForwardParams const& p, Storage& smem) : p_(p), smem_(smem) {
+  FLASHCUTE_DEVICE Loader(HopperForwardParams const& p, Storage& smem)
+      : p_(p), smem_(smem), rank_(C.cluster > 1 ? rank_in_cluster() : 0) {
     prefetch(p.q);
     prefetch(p.k);
     prefetch(p.v);
@@ -39,8 +40,8 @@ class Loader {
   /// the next tile's first.
   FLASHCUTE_DEVICE void load(QueryTile const& tile, KvRange const& range) {
     for (int w = 0; w < L::warpgroups; ++w) {  // long before there is a place for it
-      for_each_page<C.head_dim>(
-          [&](int column) { prefetch_box(p_.q, column, tile.row0 + w * warpgroup_rows, tile.head, tile.batch); });
+      int const row = rows_of(tile, w).row0;
+      for_each_page<C.head_dim>([&](int column) { prefetch_box(p_.q, column, row, tile.head, tile.batch); });
     }
     for (int n = range.end - 1; n >= range.begin; --n) {
       load_key(tile, n);
@@ -73,8 +74,13 @@ class Loader {
       Work& next = work(w);
       next = part(tile, range, w);
       await_place_for_query(w);
-      load_tile<warpgroup_rows, C.head_dim>(p_.q, next.rows.row0, tile.head, tile.batch, smem_.q[w], smem_.q_full[w],
-                                            L2Hint::evict_first);
+      auto* const q = smem_.q[w];
+      Barrier& full = smem_.q_full[w];
+      expect_tile<warpgroup_rows, C.head_dim>(full);
+      for_each_page<C.head_dim>([&](int column) {
+        copy_box(p_.q, column, next.rows.row0, tile.head, tile.batch, q + warpgroup_rows * column, full,
+                 L2Hint::evict_first);
+      });
     }
     ++tile_;
   }
@@ -83,12 +89,14 @@ class Loader {
 
   FLASHCUTE_DEVICE void await_place_for_query(int warpgroup) { barrier_wait(smem_.q_empty[warpgroup], tile_ % 2 ^ 1); }
 
-  /// A warpgroup's part of a tile. Under a mask some have less to do: each gets all of them in turn.
+  /// A warpgroup's rows of a tile. Under a mask some have less to do: each gets all of them in turn.
+  FLASHCUTE_DEVICE QueryTile rows_of(QueryTile const& tile, int warpgroup) const {
+    auto const turn = static_cast<uint32_t>(rank_ * L::warpgroups + warpgroup) + tile_;
+    return tile.part_from_end(static_cast<int>(turn % (L::warpgroups * C.cluster)), warpgroup_rows);
+  }
+
   FLASHCUTE_DEVICE Work part(QueryTile const& tile, KvRange const& range, int warpgroup) const {
-    int const first = static_cast<int>((static_cast<uint32_t>(warpgroup) + tile_) % L::warpgroups) * warpgroup_rows;
-    Work part{tile, range, range, true};
-    part.rows.row0 += first;
-    part.rows.rows = min_of(tile.rows - first, warpgroup_rows);
+    Work part{rows_of(tile, warpgroup), range, range, true};
     if (inspected && part.rows.rows > 0) {
       part.range = Mask::kv_range(part.rows, p_.forward, C.block_n);
       // A block at least, so that there is one loop for all. And no more keys are passed over than have a place while
@@ -104,8 +112,7 @@ class Loader {
 
   FLASHCUTE_DEVICE void load_key(QueryTile const& tile, int n) {
     barrier_wait(smem_.k_empty[k_.place], k_.parity ^ 1);
-    load_tile<C.block_n, C.head_dim>(p_.k, n * C.block_n, tile.kv_head, tile.batch, smem_.k[k_.place],
-                                     smem_.k_full[k_.place], L2Hint::evict_last);
+    load_block<C.head_dim>(p_.k, n, tile, smem_.k[k_.place], smem_.k_full[k_.place]);
     k_.advance();
   }
 
@@ -121,19 +128,32 @@ class Loader {
         barrier_arrive(*landed, inspecting_warps - 1);  // in place of those who would have looked
       }
     }
-    load_tile<C.block_n, C.head_dim_v>(p_.v, n * C.block_n, tile.kv_head, tile.batch, smem_.v[v_.place], *landed,
-                                       L2Hint::evict_last);
+    load_block<C.head_dim_v>(p_.v, n, tile, smem_.v[v_.place], *landed);
     v_.advance();
   }
 
   FLASHCUTE_DEVICE void await_place_for_value() { barrier_wait(smem_.v_empty[v_.place], v_.parity ^ 1); }
 
+  /// Block `n` of K or V. Of a cluster, each thread block loads its share of the keys, for all.
+  template <int Columns>
+  FLASHCUTE_DEVICE void load_block(TensorMap const& map, int n, QueryTile const& tile, typename L::Element* place,
+                                   Barrier& full) {
+    expect_tile<C.block_n, Columns>(full);
+    int const first = rank_ * L::keys_per_load;
+    for_each_page<Columns>([&](int column) {
+      auto* const to = place + C.block_n * column + first * L::page;
+      int const key = n * C.block_n + first;
+      if constexpr (C.cluster > 1) {
+        copy_box_to_all(map, column, key, tile.kv_head, tile.batch, to, full, L2Hint::evict_last, C.cluster);
+      } else {
+        copy_box(map, column, key, tile.kv_head, tile.batch, to, full, L2Hint::evict_last);
+      }
+    });
+  }
+
   template <int Rows, int Columns>
-  FLASHCUTE_DEVICE static void load_tile(TensorMap const& map, int row, int head, int batch, typename L::Element* place,
-                                         Barrier& full, L2Hint hint) {
+  FLASHCUTE_DEVICE static void expect_tile(Barrier& full) {
     barrier_arrive_expecting(full, Rows * Columns * static_cast<int>(sizeof(typename L::Element)));
-    for_each_page<Columns>(
-        [&](int column) { copy_box(map, column, row, head, batch, place + Rows * column, full, hint); });
   }
 
   template <int Columns, class F>
@@ -144,6 +164,7 @@ class Loader {
 
   HopperForwardParams const& p_;
   Storage& smem_;
+  int const rank_;  // of the thread block in its cluster
   RingPosition<C.stages> k_, v_;
   RingPosition<C.stages> inspection_;  // as many as V has places: when one of those is free, so is one of these
   uint32_t tile_ = 0;
@@ -213,8 +234,8 @@ class Tiles {
       barrier_init(smem.k_full[i], 1);
       barrier_init(smem.v_landed[i], 1);
       barrier_init(smem.v_full[i], inspected ? inspecting_warps : 1);
-      barrier_init(smem.k_empty[i], L::warpgroups);
-      barrier_init(smem.v_empty[i], L::warpgroups);
+      barrier_init(smem.k_empty[i], L::warpgroups * C.cluster);
+      barrier_init(smem.v_empty[i], L::warpgroups * C.cluster);
     }
     publish_barriers();
   }
@@ -234,7 +255,9 @@ class Tiles {
 
   FLASHCUTE_DEVICE Element* query() const { return smem_.q[warpgroup_]; }
   /// All products with Q are done.
-  FLASHCUTE_DEVICE void release_query() { release(smem_.q_empty[warpgroup_]); }
+  FLASHCUTE_DEVICE void release_query() {
+    if (thread_of_warpgroup() == 0) barrier_arrive(smem_.q_empty[warpgroup_]);
+  }
 
   /// The next K.
   FLASHCUTE_DEVICE Element* key() {
@@ -274,8 +297,13 @@ class Tiles {
   /// The warpgroup's warps.
   FLASHCUTE_DEVICE void meet() const { named_sync<warpgroup_size>(L::first_own_barrier + warpgroup_); }
 
+  /// The place is given back to all who load into it.
   FLASHCUTE_DEVICE static void release(Barrier& empty) {
-    if (thread_of_warpgroup() == 0) barrier_arrive(empty);
+    if constexpr (C.cluster > 1) {
+      if (thread_of_warpgroup() < C.cluster) barrier_arrive_at(empty, thread_of_warpgroup());
+    } else {
+      if (thread_of_warpgroup() == 0) barrier_arrive(empty);
+    }
   }
 
   Storage& smem_;

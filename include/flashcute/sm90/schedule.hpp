@@ -1,4 +1,4 @@
-// Which tiles a thread block computes, one after the other.
+// Which tiles a thread block, or a cluster of them, computes, one after the other.
 #pragma once
 
 #include "flashcute/sm90/instructions.hpp"
@@ -9,24 +9,25 @@ template <ForwardConfig C>
 class TileSchedule {
  public:
   FLASHCUTE_DEVICE explicit TileSchedule(HopperForwardParams const& p)
-      : p_(p), blocks_(static_cast<int>(block_count())), rounds_(p.forward, C.block_m, blocks_, per_section) {}
+      : p_(p), blocks_(static_cast<int>(block_count()) / C.cluster), rounds_(p.forward, rows, blocks_, per_section) {}
 
-  /// Sets `tile` to this block's next one; false if there is none.
+  /// Sets `tile` to the next one; false if there is none.
   FLASHCUTE_DEVICE bool next(QueryTile& tile) {
     for (TileRound round; rounds_.next(round);) {
-      int const turn = p_.deal.turn(index_++, round, static_cast<int>(block_index()), blocks_);
+      int const turn = p_.deal.turn(index_++, round, static_cast<int>(block_index()) / C.cluster, blocks_);
       if (turn >= round.count) continue;
-      tile = round.tile(p_.forward, turn, C.block_m);
+      tile = round.tile(p_.forward, turn, rows);
       return true;
     }
     return false;
   }
 
  private:
+  static constexpr int rows = tile_rows(C);
   static constexpr int per_section = rounds_per_section(C);
 
   HopperForwardParams const& p_;
-  int blocks_;
+  int blocks_;  // or clusters
   TileRounds rounds_;
   int index_ = 0;  // of the next round
 };
