@@ -108,10 +108,8 @@ struct ForwardPass {
     }
 
    private:
-    // Two warpgroups leave the tensor cores idle while one writes its output, three do not: times and cycles in
-    // docs/sm90_forward.md. Two blocks at once spare moving probabilities, and are more code: for tiles of that many
-    // blocks, numbers near those that were timed.
-    static constexpr bool stores_under_scores = L::warpgroups < 3;
+    // Two blocks at once spare moving probabilities, and are more code: for tiles of that many blocks, numbers near those
+    // that were timed (docs/sm90_forward.md).
     static constexpr int pairs_from = L::warpgroups < 3 ? 4 : 12;
 
     using Scores = decltype(L::template accumulator<typename L::BlockN>());
@@ -155,61 +153,57 @@ struct ForwardPass {
           any = next_tile();
           continue;
         }
-        // The first of some tiles: there is no product to do meanwhile, and no output to write.
         sums_ = Sums{p_};
         skip_keys();
         begin_scores();
         P::template finish<0>(s_);
-        first_softmax(next);
         Sums finished = sums_;
-        int others = opaque(0);  // whether there was one before, whose output is to be written
         while (true) {
+          first_softmax(next);
           skip_values();
           tiles_.await_value();
           fresh_ = true;
           replace(probabilities, next);
-          auto const store_others = [&] {
-            if (others == 0) return;
-            store(1, finished);
-            others = opaque(0);
-          };
-          if constexpr (!stores_under_scores) store_others();
           for (int n = range_.end - 2; n >= range_.begin; --n) {
-            if (C.stale_max && others == 0 && n < range_.full_end && n - range_.begin >= pairs_from) {
+            if (C.stale_max && n < range_.full_end && n - range_.begin >= pairs_from) {
               do {
-                attend<false>(n, probabilities, next, [] {});
-                attend<false>(n - 1, next, probabilities, [] {});
+                attend<false>(n, probabilities, next);
+                attend<false>(n - 1, next, probabilities);
                 n -= 2;
               } while (n > range_.begin);
               if (n < range_.begin) break;
             }
-            attend<Mask::rows_differ>(n, probabilities, next, [&] {
-              if constexpr (stores_under_scores) store_others();
-            });
+            attend<Mask::rows_differ>(n, probabilities, next);
             replace(probabilities, next);
           }
-          if constexpr (stores_under_scores) store_others();
+          // The last product needs no Q: the next tile's arrives meanwhile. And its first scores are multiplied while
+          // the output is written; if there are none to come, of what lies there, for nothing: with a branch around
+          // them, the compiler would let all products of the loop wait for each other.
           finished = sums_;
+          P::begin_output(o_, probabilities, tiles_.arrived_value(), fresh_);
           any = next_tile();
-          if (!uniform(any) || uniform(absent_)) break;
+          int const goes_on = opaque(uniform(any) && !uniform(absent_));
           sums_ = Sums{p_};
-          skip_keys();
-          begin_products(probabilities, [] {});
-          first_softmax(next);
-          finish_output();
-          others = opaque(1);
+          if (goes_on != 0) {
+            skip_keys();
+            tiles_.await_key();
+            turns_.wait();
+          }
+          P::begin_scores(s_, tiles_.query(), tiles_.arrived_key());
+          if (goes_on != 0) turns_.pass();
+          P::template finish<1>(o_);
+          tiles_.release_value();
+          store(1, finished);
+          P::template finish<0>(s_);
+          if (goes_on == 0) break;
         }
-        P::begin_output(o_, probabilities, tiles_.arrived_value(), fresh_);
-        P::template finish<0>(o_);
-        tiles_.release_value();
-        store(1, finished);
       }
     }
 
     /// The next block of a tile: O += P V with the probabilities of the block before, while this one's become `next`.
-    template <bool Partial, class Meanwhile>
-    FLASHCUTE_DEVICE void attend(int n, Probabilities& probabilities, Probabilities& next, Meanwhile const& meanwhile) {
-      begin_products(probabilities, meanwhile);
+    template <bool Partial>
+    FLASHCUTE_DEVICE void attend(int n, Probabilities& probabilities, Probabilities& next) {
+      begin_products(probabilities);
       release_operands(n);
       if constexpr (Partial) apply_mask(n);
       auto const correction = next_softmax(next);
@@ -249,21 +243,17 @@ struct ForwardPass {
 
     /// Begins S = Q K^T with the next K.
     FLASHCUTE_DEVICE void begin_scores() {
-      auto* const q = tiles_.query();
-      auto* const k = tiles_.key();
+      tiles_.await_key();
       turns_.wait();
-      P::begin_scores(s_, q, k);
+      P::begin_scores(s_, tiles_.query(), tiles_.arrived_key());
       turns_.pass();
     }
 
-    /// Begins S(n) = Q K(n)^T and, after what is to be done meanwhile, O += P V of the block before, and waits for S.
-    template <class Meanwhile>
-    FLASHCUTE_DEVICE void begin_products(Probabilities& probabilities, Meanwhile const& meanwhile) {
-      auto* const q = tiles_.query();
-      auto* const k = tiles_.key();
+    /// Begins S(n) = Q K(n)^T and O += P V of the block before, and waits for S.
+    FLASHCUTE_DEVICE void begin_products(Probabilities& probabilities) {
+      tiles_.await_key();
       turns_.wait();
-      P::begin_scores(s_, q, k);
-      meanwhile();
+      P::begin_scores(s_, tiles_.query(), tiles_.arrived_key());
       P::begin_output(o_, probabilities, tiles_.arrived_value(), fresh_);
       fresh_ = false;
       turns_.pass();
@@ -290,16 +280,19 @@ struct ForwardPass {
     // phase before what it held was there.
 
     FLASHCUTE_DEVICE void skip_keys() {
+#pragma unroll 1
       for (int i = 1; i <= skipped_; ++i) skip_key(range_.end + skipped_ - i);
     }
 
     FLASHCUTE_DEVICE void skip_values() {
+#pragma unroll 1
       for (int i = 0; i < skipped_; ++i) skip_value();
     }
 
     /// None of the tile's rows are this warpgroup's.
     FLASHCUTE_DEVICE void skip_tile() {
       sums_ = Sums{p_};
+#pragma unroll 1
       for (int n = range_.end - 1; n >= range_.begin; --n) {
         skip_key(n);
         skip_value();
@@ -309,7 +302,7 @@ struct ForwardPass {
     }
 
     FLASHCUTE_DEVICE void skip_key(int n) {
-      tiles_.key();
+      tiles_.await_key();
       turns_.wait();
       turns_.pass();
       count_block(n);
@@ -333,7 +326,7 @@ struct ForwardPass {
     FLASHCUTE_DEVICE bool next_tile() {
       Work const& work = tiles_.next();
       range_ = {uniform(work.range.begin), uniform(work.range.full_end), uniform(work.range.end)};
-      skipped_ = uniform(work.loaded.end) - range_.end;
+      skipped_ = Mask::rows_differ ? uniform(work.loaded.end) - range_.end : 0;
       absent_ = uniform(work.rows.rows <= 0);
       return uniform(work.exists);
     }

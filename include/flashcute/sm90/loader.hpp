@@ -260,10 +260,8 @@ class Tiles {
   }
 
   /// The next K.
-  FLASHCUTE_DEVICE Element* key() {
-    barrier_wait(smem_.k_full[k_.place], k_.parity);
-    return smem_.k[k_.place];
-  }
+  FLASHCUTE_DEVICE void await_key() { barrier_wait(smem_.k_full[k_.place], k_.parity); }
+  FLASHCUTE_DEVICE Element* arrived_key() { return smem_.k[k_.place]; }
   FLASHCUTE_DEVICE void release_key() {
     release(smem_.k_empty[k_.place]);
     k_.advance();
