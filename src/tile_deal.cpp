@@ -12,7 +12,8 @@ namespace {
 
 /// All that a deal depends on.
 struct Sizes {
-  int32_t tile_rows, block_n, rounds_per_section, blocks;
+  int32_t tile_rows, block_n, blocks;
+  SectionRounds section_rounds;
   int32_t batch, heads, seqlen_q, seqlen_k, causal_offset;
 
   bool operator==(Sizes const&) const = default;
@@ -26,7 +27,7 @@ int64_t cost(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {
 
 TileDeal deal_by_load(Sizes const& s, ForwardParams const& p) {
   std::vector<TileRound> all;
-  TileRounds rounds(p, s.tile_rows, s.blocks, s.rounds_per_section);
+  TileRounds rounds(p, s.tile_rows, s.blocks, s.section_rounds);
   for (TileRound round; rounds.next(round);) all.push_back(round);
 
   TileDeal deal{};
@@ -74,8 +75,8 @@ TileDeal const& deal_tiles(ForwardKernelId const& kernel, ForwardParams const& p
   static TileDeal const in_order{.first_round = std::numeric_limits<int32_t>::max(), .turns = {}};
   if (kernel.features.mask == MaskKind::full) return in_order;
   ForwardConfig const& c = kernel.config;
-  Sizes const sizes{tile_rows(c), c.block_n,  rounds_per_section(c), blocks, p.batch, p.heads,
-                    p.seqlen_q,   p.seqlen_k, p.causal_offset};
+  Sizes const sizes{tile_rows(c), c.block_n,  blocks,     section_rounds(kernel), p.batch,
+                    p.heads,      p.seqlen_q, p.seqlen_k, p.causal_offset};
   // The layers of a model call with the same sizes, one after the other.
   thread_local struct {
     Sizes sizes;

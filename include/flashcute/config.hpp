@@ -260,9 +260,18 @@ struct CopyShape {
   }
 };
 
-/// How many rounds of tiles Hopper's kernel takes heads for at once: K and V of 264 tiles of 128 rows are 17 MB for
-/// head_dim 128.
-constexpr int32_t rounds_per_section(ForwardConfig const& c) { return c.head_dim > 128 ? 2 : 4; }
+/// How many rounds of tiles Hopper's kernel takes heads for at once, and in the end: their K and V shall stay in the L2
+/// cache (132 tiles of 128 rows have 9 MB at head_dim 128), but to the end there must be short tiles for those who have
+/// less to do so far. 0: tiles are equally long, and go by heads.
+struct SectionRounds {
+  int32_t usual, last;
+
+  constexpr bool operator==(SectionRounds const&) const = default;
+};
+constexpr SectionRounds section_rounds(ForwardKernelId const& k) {
+  if (k.features.mask == MaskKind::full) return {0, 0};
+  return {1, k.config.head_dim > 128 ? 2 : 4};
+}
 
 /// For the barriers of Hopper's kernel.
 inline constexpr int32_t barrier_bytes = 1024;

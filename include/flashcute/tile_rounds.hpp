@@ -23,6 +23,7 @@ struct TileRound {
   int32_t first;   // tile of the section that the round begins with
   int32_t count;   // of tiles
   int32_t start;   // the block whose turn is the first
+  bool by_head;    // all tiles of a head follow each other
   bool backwards;  // blocks take their turns from the last to the first
 
   /// The turn of a block, if nothing else is known of it; `count` or more: it gets none.
@@ -31,24 +32,33 @@ struct TileRound {
     return backwards && turn < count ? count - 1 - turn : turn;
   }
 
-  /// In a section the long tiles come first: the last rows of all its heads, then the rows before.
+  /// In a section the long tiles come first: the last rows of all its heads, then the rows before. But where all are
+  /// equally long, those of a head do, which read the same keys at about the same time.
   FLASHCUTE_HD QueryTile tile(ForwardParams const& p, int32_t turn, int32_t tile_rows) const {
     int32_t const index = first + turn;
+    if (by_head) {
+      int32_t const per_head = ceil_div(p.seqlen_q, tile_rows);
+      return hopper_tile(p, head0 + static_cast<uint32_t>(index / per_head), index % per_head, tile_rows);
+    }
     return hopper_tile(p, head0 + static_cast<uint32_t>(index % heads), index / heads, tile_rows);
   }
 };
 
 /// Heads are taken in sections, whose K and V shall stay in the L2 cache, and the tiles of a section are dealt in
 /// rounds, every other one backwards, so that who got a long tile gets a short one next. The next section goes on with
-/// the block after the last that got one.
+/// the block after the last that got one. The last section is larger: there are to be short tiles in the end, for those
+/// who have less to do so far. If all tiles are equally long (`per_section` 0), there is one section.
 class TileRounds {
  public:
-  FLASHCUTE_HD TileRounds(ForwardParams const& p, int32_t tile_rows, int32_t blocks, int32_t rounds_per_section)
+  FLASHCUTE_HD TileRounds(ForwardParams const& p, int32_t tile_rows, int32_t blocks, SectionRounds per_section)
       : blocks_(blocks),
         row_blocks_(ceil_div(p.seqlen_q, tile_rows)),
-        section_(max_of(1, (rounds_per_section * blocks + row_blocks_ / 2) / row_blocks_)),
+        last_rounds_(per_section.last),
         heads_left_(static_cast<uint32_t>(p.batch) * static_cast<uint32_t>(p.heads)) {
+    bool const by_head = per_section.usual == 0;
+    section_ = by_head ? static_cast<int32_t>(heads_left_) : max_of(1, per_section.usual * blocks / row_blocks_);
     round_.heads = first_heads();
+    round_.by_head = by_head;
   }
 
   /// Sets `round` to the next one; false if there is none.
@@ -58,7 +68,12 @@ class TileRounds {
     round_.count = min_of(blocks_, tiles - round_.first);
     round = round_;
     round_.first += round_.count;
-    round_.backwards = !round_.backwards;
+    if (round_.by_head) {
+      // A head's incomplete tile shall not always be the same blocks'.
+      round_.start = (round_.start + 1) % blocks_;
+    } else {
+      round_.backwards = !round_.backwards;
+    }
     if (round_.first == tiles) {
       heads_left_ -= static_cast<uint32_t>(round_.heads);
       round_ = {round_.head0 + static_cast<uint32_t>(round_.heads),
@@ -66,18 +81,21 @@ class TileRounds {
                 0,
                 0,
                 (round_.start + round_.count) % blocks_,
-                false};
+                round_.by_head,
+                round_.backwards};
     }
     return true;
   }
 
  private:
   FLASHCUTE_HD int32_t first_heads() const {
-    return static_cast<int32_t>(min_of(heads_left_, static_cast<uint32_t>(section_)));
+    bool const last = static_cast<int64_t>(heads_left_) * row_blocks_ <= static_cast<int64_t>(last_rounds_) * blocks_;
+    return static_cast<int32_t>(last ? heads_left_ : min_of(heads_left_, static_cast<uint32_t>(section_)));
   }
 
   int32_t blocks_, row_blocks_;
   int32_t section_;  // heads
+  int32_t last_rounds_;
   uint32_t heads_left_;
   TileRound round_ = {};
 };

@@ -58,7 +58,7 @@ struct ForwardPass {
  private:
   FLASHCUTE_DEVICE static void load(HopperForwardParams const& p, Storage& smem) {
     Loader<C, Mask> loader{p, smem};
-    TileSchedule<C> schedule{p};
+    TileSchedule<Id> schedule{p};
     for (QueryTile tile; schedule.next(tile);) {
       auto const range = Mask::kv_range(tile, p.forward, C.block_n);
       if (!range.empty()) loader.load(tile, range);
@@ -108,8 +108,8 @@ struct ForwardPass {
     }
 
    private:
-    // Two blocks at once spare moving probabilities, and are more code: for tiles of that many blocks, numbers near those
-    // that were timed (docs/sm90_forward.md).
+    // Two blocks at once spare moving probabilities, and are more code: for tiles of that many blocks, numbers near
+    // those that were timed (docs/sm90_forward.md).
     static constexpr int pairs_from = L::warpgroups < 3 ? 4 : 12;
 
     using Scores = decltype(L::template accumulator<typename L::BlockN>());

@@ -5,8 +5,10 @@
 
 namespace flashcute::sm90 {
 
-template <ForwardConfig C>
+template <ForwardKernelId Id>
 class TileSchedule {
+  static constexpr ForwardConfig C = Id.config;
+
  public:
   FLASHCUTE_DEVICE explicit TileSchedule(HopperForwardParams const& p)
       : p_(p), blocks_(static_cast<int>(block_count()) / C.cluster), rounds_(p.forward, rows, blocks_, per_section) {}
@@ -24,7 +26,7 @@ class TileSchedule {
 
  private:
   static constexpr int rows = tile_rows(C);
-  static constexpr int per_section = rounds_per_section(C);
+  static constexpr SectionRounds per_section = section_rounds(Id);
 
   HopperForwardParams const& p_;
   int blocks_;  // or clusters
