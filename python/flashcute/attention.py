@@ -345,7 +345,9 @@ def count_blocks(
     if layout == "bhsd":
         rows, heads = heads, rows
     out = library.empty((*q.shape[:-1], v.shape[-1]), q)
-    counts = library.empty((batch, heads, -(-rows // max(cfg.block_m * cfg.cluster, 1)), 3), q, "int32")
+    counts = library.empty(
+        (batch, heads, -(-rows // max(cfg.block_m * cfg.cluster, 1)), 3), q, "int32"
+    )
     _core.forward(cfg, q, k, v, out, None, counts, bool(causal), None, layout, None, False)
     return library.finish(counts, q)
 

@@ -277,7 +277,9 @@ def test_name_is_canonical() -> None:
     hoppers = fc.default_config(128, "bfloat16", "sm_90")
     assert hoppers.name == "fwd_bf16_d128_m128_n128_w8_b1_wgmma_st3"
     hoppers = hoppers.replace(pingpong=False, overlap=False, stale_max=False, cluster=2)
-    assert hoppers.name == "fwd_bf16_d128_m128_n128_w8_b1_wgmma_st3_noturns_serial_freshmax_cluster2"
+    assert (
+        hoppers.name == "fwd_bf16_d128_m128_n128_w8_b1_wgmma_st3_noturns_serial_freshmax_cluster2"
+    )
 
 
 @given(st.integers(-(2**31), 2**31 - 1))
