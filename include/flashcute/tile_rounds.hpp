@@ -3,6 +3,7 @@
 // gets which tile (src/tile_deal.cpp), and each block walks the same rounds to find its own.
 #pragma once
 
+#include "flashcute/config.hpp"
 #include "flashcute/params.hpp"
 
 namespace flashcute {
