@@ -127,7 +127,7 @@ struct ForwardKernelId {
 
 /// A short string that constant expressions can build.
 struct Name {
-  char text[256] = {};  // enough for any values of the options
+  char text[288] = {};  // enough for any values of the options
   int32_t length = 0;
 
   constexpr Name& operator<<(char const* s) {

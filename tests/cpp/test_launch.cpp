@@ -128,21 +128,6 @@ TEST_F(Launch, HopperTilesAreDealtToAsManyBlocksAsRun) {
   }
 }
 
-// Guards against thread blocks that load half of K and V, without others that load the rest.
-TEST_F(Launch, ThreadBlocksOfAClusterAreLaunchedTogether) {
-  TensorView const q = tensor({3, 1000, 8, 128}, hopper), k = tensor({3, 700, 2, 128}, hopper);
-  ForwardConfig config = config_for(q, k, k, nullptr);
-  config.cluster = 2;
-  forward(config, q, k, k, output({3, 1000, 8, 128}, hopper), nullptr);
-  FakeLaunch const& launch = driver_->launches.at(0);
-  EXPECT_EQ(launch.cluster_x, 2u);
-  EXPECT_EQ(launch.grid_x, 2u * std::min(3 * 8 * 4, 132 / 2)) << "tiles of 256 rows";
-  auto const half = static_cast<unsigned>(config.block_n / 2);
-  EXPECT_EQ(driver_->tensor_maps.at(0).box, (std::vector<unsigned>{64, 64, 1, 1})) << "q";
-  EXPECT_EQ(driver_->tensor_maps.at(1).box, (std::vector<unsigned>{64, half, 1, 1})) << "k";
-  EXPECT_EQ(driver_->tensor_maps.at(2).box, (std::vector<unsigned>{64, half, 1, 1})) << "v";
-}
-
 // Guards against a refusal of the driver that goes unnoticed.
 TEST_F(Launch, ARefusedTensorMapRaisesAndNamesTheTensor) {
   TensorView const t = tensor({1, 64, 1, 64}, hopper);
@@ -346,8 +331,8 @@ struct BackwardCall {
   }
 };
 
-/// Its deterministic kernels are compiled at run time, here by a compiler that compiles nothing (fake_nvrtc.cpp).
-class LaunchBackward : public FakeGpu {
+/// Kernels without an image are compiled at run time, here by a compiler that compiles nothing (fake_nvrtc.cpp).
+class FakeGpuAndCompiler : public FakeGpu {
  protected:
   void SetUp() override {
     FakeGpu::SetUp();
@@ -355,6 +340,34 @@ class LaunchBackward : public FakeGpu {
     set_include_folders({scratch_ / "include"});
   }
 
+ private:
+  Scratch scratch_;
+  ScopedVariable nvrtc_{"FLASHCUTE_NVRTC", FLASHCUTE_FAKE_NVRTC};
+  ScopedVariable include_{"FLASHCUTE_CUDA_INCLUDE", scratch_ / "include"};
+  ScopedVariable cache_{"FLASHCUTE_CACHE_DIR", scratch_ / "cache"};
+  ScopedVariable quiet_{"FLASHCUTE_QUIET", "1"};
+};
+
+class LaunchCompiled : public FakeGpuAndCompiler {};
+
+// Guards against thread blocks that load half of K and V, without others that load the rest.
+TEST_F(LaunchCompiled, ThreadBlocksOfAClusterAreLaunchedTogether) {
+  TensorView const q = tensor({3, 1000, 8, 128}, hopper), k = tensor({3, 700, 2, 128}, hopper);
+  ForwardConfig config = config_for(q, k, k, nullptr);
+  config.cluster = 2;
+  forward(config, q, k, k, output({3, 1000, 8, 128}, hopper), nullptr);
+  FakeLaunch const& launch = driver_->launches.at(0);
+  EXPECT_EQ(launch.cluster_x, 2u);
+  EXPECT_EQ(launch.grid_x, 2u * std::min(3 * 8 * 4, 132 / 2)) << "tiles of 256 rows";
+  auto const half = static_cast<unsigned>(config.block_n / 2);
+  EXPECT_EQ(driver_->tensor_maps.at(0).box, (std::vector<unsigned>{64, 64, 1, 1})) << "q";
+  EXPECT_EQ(driver_->tensor_maps.at(1).box, (std::vector<unsigned>{64, half, 1, 1})) << "k";
+  EXPECT_EQ(driver_->tensor_maps.at(2).box, (std::vector<unsigned>{64, half, 1, 1})) << "v";
+}
+
+/// Its deterministic kernels have no image.
+class LaunchBackward : public FakeGpuAndCompiler {
+ protected:
   std::vector<std::string> launched() const {
     std::vector<std::string> names;
     for (FakeLaunch const& launch : driver_->launches) names.push_back(launch.kernel);
@@ -368,13 +381,6 @@ class LaunchBackward : public FakeGpu {
     for (BackwardPass const pass : passes) all.emplace_back(name(kernel_of(config, pass, mask)).text);
     return all;
   }
-
- private:
-  Scratch scratch_;
-  ScopedVariable nvrtc_{"FLASHCUTE_NVRTC", FLASHCUTE_FAKE_NVRTC};
-  ScopedVariable include_{"FLASHCUTE_CUDA_INCLUDE", scratch_ / "include"};
-  ScopedVariable cache_{"FLASHCUTE_CACHE_DIR", scratch_ / "cache"};
-  ScopedVariable quiet_{"FLASHCUTE_QUIET", "1"};
 };
 
 // Guards against passes in the wrong order, a grid of the other side's tiles, too little shared memory, and a workspace
