@@ -314,10 +314,10 @@ struct ForwardPass {
       tiles_.pass_value();
     }
 
-    /// One thread does for the tile. The thread block's rank is asked for by whole warps.
+    /// One thread does for the tile.
     FLASHCUTE_DEVICE bool counts() const {
-      return Id.features.count_blocks && warpgroup_ == 0 && (C.cluster == 1 || rank_in_cluster() == 0) &&
-             thread_of_warpgroup() == 0;
+      return Id.features.count_blocks && warpgroup_ == 0 && thread_of_warpgroup() == 0 &&
+             (C.cluster == 1 || rank_in_cluster() == 0);
     }
 
     /// As the tile sees it.

@@ -45,7 +45,7 @@ FLASHCUTE_DEVICE int thread_of_warpgroup() { return thread_index() % warpgroup_s
 FLASHCUTE_DEVICE uint32_t block_count() { return gridDim.x; }
 
 /// Of this thread block in its cluster.
-FLASHCUTE_DEVICE int rank_in_cluster() { return uniform(static_cast<int>(cute::block_rank_in_cluster())); }
+FLASHCUTE_DEVICE int rank_in_cluster() { return static_cast<int>(cute::block_rank_in_cluster()); }
 
 /// This thread has arrived, and waits for all others of the cluster that have not ended.
 FLASHCUTE_DEVICE void cluster_sync() {
