@@ -214,7 +214,7 @@ void bind_configs(nb::module_& m) {
       "async_copy: bool = True, eager_load_blocks: bool = True, swizzled: bool = True, q_in_registers: bool = False, "
       "k_tiles_per_load: int = 0, mma_double_buffer: bool = True, optimized_softmax: bool = True, "
       "rescale_threshold: int = 8, pingpong: bool = True, overlap: bool = True, stale_max: bool = True, "
-      "cluster: int = 1) -> None";
+      "scores_ahead: bool = False, cluster: int = 1) -> None";
   auto forward = bind_config<ForwardConfig>(
       m, forward_signature,
       "Static configuration of a forward kernel: immutable, hashable.\n\n"
@@ -245,6 +245,7 @@ void bind_configs(nb::module_& m) {
       "pingpong: warpgroups take turns in beginning their products.\n"
       "overlap: the softmax of a block runs while P V of the block before is multiplied.\n"
       "stale_max: exponentials are taken relative to the maximum so far, and again if they turn out too large.\n"
+      "scores_ahead: scores of the next block are multiplied as well, into registers of their own.\n"
       "cluster: 2: pairs of thread blocks compute a tile of 2 * block_m query rows; each loads half of K and V, for "
       "both.");
   forward.def_prop_ro(

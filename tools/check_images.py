@@ -27,14 +27,12 @@ MEANT = {
     "HGMMA": ("UTMALDG", "SYNCS", "HGMMA", "USETMAXREG"),  # TMA, mbarrier, WGMMA, setmaxnreg
 }
 # Of a tile -> spills in one iteration of its main loop, of 900 to 4,300 instructions. They are faster than the tiles
-# without (docs/sm80_forward.md, docs/sm80_backward.md, docs/sm90_forward.md). Hopper's loop over tiles is of 5,000: its
-# loop over pairs of blocks has none.
+# without (docs/sm80_forward.md, docs/sm80_backward.md).
 SPILLS_ALLOWED = {
     "d128_m128_n64_w4": 13,
     "d128_m128_n64_w4_st2": 7,
     "d64_m128_n32_w4_tf32x3": 8,
     "d128_m64_n32_w4_tf32x3": 14,
-    "d256_m128_n64_w8_b1_wgmma_st2_noturns": 14,
     "bwd_d64_m64_n128_w4_gradients": 268,
     "bwd_d128_m64_n64_w4_c2_k1_gradients": 69,
     "bwd_d128_m64_n64_w4_c2_st1_k1_gradients": 111,

@@ -74,6 +74,7 @@ struct ForwardConfig {
   bool pingpong = true;           // wgmma: warpgroups take turns in multiplying, softmax under each other's products
   bool overlap = true;            // wgmma: softmax of a block under the product P V of the block before
   bool stale_max = true;          // wgmma: exponentials do not wait for the maximum, and are checked afterwards
+  bool scores_ahead = false;      // wgmma: the next block's scores are multiplied under this one's softmax too
   int32_t cluster = 1;            // wgmma: thread blocks that share K and V; 2: each loads half, for both
 
   constexpr bool operator==(ForwardConfig const&) const = default;
@@ -104,6 +105,7 @@ constexpr void for_each_option(Config& c, F&& f) {
   f("pingpong", c.pingpong);
   f("overlap", c.overlap);
   f("stale_max", c.stale_max);
+  f("scores_ahead", c.scores_ahead);
   f("cluster", c.cluster);
 }
 
@@ -172,6 +174,7 @@ constexpr Name name(ForwardConfig const& c) {
   if (!c.pingpong) s << "_noturns";
   if (!c.overlap) s << "_serial";
   if (!c.stale_max) s << "_freshmax";
+  if (c.scores_ahead) s << "_ahead";
   if (c.cluster != 1) s << "_cluster" << c.cluster;
   return s;
 }
@@ -310,8 +313,9 @@ constexpr int64_t smem_bytes(ForwardConfig const& c) {
   RULE(wgmma_stages, "math = wgmma needs stages between 2 and 8")                                                      \
   RULE(wgmma_options, "math = wgmma has none of the options that say how mma.sync's fragments are loaded")             \
   RULE(wgmma_cluster, "cluster must be 1 or 2")                                                                        \
-  RULE(wgmma_only, "pingpong, overlap, stale_max and cluster are options of math = wgmma")                             \
+  RULE(wgmma_only, "pingpong, overlap, stale_max, scores_ahead and cluster are options of math = wgmma")               \
   RULE(stale_max, "stale_max needs overlap, optimized_softmax and a rescale_threshold above 0")                        \
+  RULE(scores_ahead, "scores_ahead needs stale_max")                                                                   \
   RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")
 
 enum class ForwardConfigError : uint8_t {
@@ -347,6 +351,7 @@ constexpr ForwardConfigError check_wgmma(ForwardConfig const& c, Arch arch) {
   if (c.cluster != 1 && c.cluster != 2) return wgmma_cluster;
   if (c.rescale_threshold < 0 || c.rescale_threshold > 8) return rescale_threshold;
   if (c.stale_max && (!c.overlap || !c.optimized_softmax || c.rescale_threshold == 0)) return stale_max;
+  if (c.scores_ahead && !c.stale_max) return scores_ahead;
   ForwardConfig const d;
   if (c.blocks_per_sm != 1 || c.copy_bytes != d.copy_bytes || c.async_copy != d.async_copy ||
       c.eager_load_blocks != d.eager_load_blocks || c.swizzled != d.swizzled || c.q_in_registers != d.q_in_registers ||
@@ -361,7 +366,7 @@ constexpr ForwardConfigError check_wgmma(ForwardConfig const& c, Arch arch) {
 constexpr ForwardConfigError check(ForwardConfig const& c, Arch arch) {
   using enum ForwardConfigError;
   if (c.math == Math::wgmma) return check_wgmma(c, arch);
-  if (!c.pingpong || !c.overlap || !c.stale_max || c.cluster != 1) return wgmma_only;
+  if (!c.pingpong || !c.overlap || !c.stale_max || c.scores_ahead || c.cluster != 1) return wgmma_only;
   if (c.num_warps != 1 && c.num_warps != 2 && c.num_warps != 4 && c.num_warps != 8) return num_warps;
   if (c.block_m <= 0 || c.block_m > 256 || c.block_m % (16 * c.num_warps) != 0) return block_m;
   if (c.block_n <= 0 || c.block_n > 256 || c.block_n % 16 != 0) return block_n;

@@ -113,6 +113,12 @@ class OnlineSoftmax {
 
   // For an output that is being added to meanwhile: the caller rescales it later.
 
+  /// Calls wait(maxima), which may wait: what comes then depends on the numbers, and is not computed before.
+  template <class F>
+  FLASHCUTE_DEVICE void hold_until(F const& wait) {
+    wait(row_max_);
+  }
+
   /// As `update`; tells by what to rescale the output.
   template <class Scores>
   FLASHCUTE_DEVICE Correction update(Scores&& scores) {

@@ -132,6 +132,7 @@ TEST(Config, EachRuleFires) {
   EXPECT_EQ(broken([](auto& c) { c.pingpong = false; }), wgmma_only);
   EXPECT_EQ(broken([](auto& c) { c.overlap = false; }), wgmma_only);
   EXPECT_EQ(broken([](auto& c) { c.stale_max = false; }), wgmma_only);
+  EXPECT_EQ(broken([](auto& c) { c.scores_ahead = true; }), wgmma_only);
   EXPECT_EQ(broken([](auto& c) { c.cluster = 2; }), wgmma_only);
 
   auto const broken_hopper = [&](auto change, Arch arch = 90) {
@@ -155,6 +156,8 @@ TEST(Config, EachRuleFires) {
   EXPECT_EQ(broken_hopper([](auto& c) { c.overlap = false; }), stale_max);
   EXPECT_EQ(broken_hopper([](auto& c) { c.overlap = c.stale_max = false; }), none);
   EXPECT_EQ(broken_hopper([](auto& c) { c.rescale_threshold = 0; }), stale_max);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.scores_ahead = true, c.stale_max = false; }), scores_ahead);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.scores_ahead = true; }), none);
   EXPECT_EQ(broken_hopper([](auto& c) { c.stages = 4; }), smem);
   EXPECT_EQ(broken([](auto& c) { c.dtype = DType::float64, c.head_dim = 37; }, cpu_arch), none);
 }

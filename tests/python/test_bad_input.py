@@ -512,13 +512,14 @@ RULES = {
     ],
     "wgmma_only": [
         (GPU.replace(**{option: value}), arch)
-        for option, value in (("pingpong", False), ("overlap", False), ("stale_max", False), ("cluster", 2))
+        for option, value in (("pingpong", False), ("overlap", False), ("stale_max", False), ("scores_ahead", True), ("cluster", 2))
         for arch in ("cpu", "sm_80", "sm_90")
     ],
     "stale_max": [
         (HOPPER.replace(**change), "sm_90")
         for change in ({"overlap": False}, {"optimized_softmax": False}, {"rescale_threshold": 0})
     ],
+    "scores_ahead": [(HOPPER.replace(scores_ahead=True, stale_max=False), "sm_90")],
     "smem": [
         (HOPPER.replace(stages=4), "sm_90"),
         (GPU.replace(head_dim=128, block_m=256, block_n=256), "sm_80"),

@@ -38,6 +38,7 @@ OPTIONS = {
     "pingpong": [True, False],
     "overlap": [True, False],
     "stale_max": [True, False],
+    "scores_ahead": [True, False],
     "cluster": [1, 2],
 }
 any_config = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in OPTIONS.items()}).map(
@@ -280,6 +281,8 @@ def test_name_is_canonical() -> None:
     assert (
         hoppers.name == "fwd_bf16_d128_m128_n128_w8_b1_wgmma_st3_noturns_serial_freshmax_cluster2"
     )
+    ahead = fc.default_config(64, "bfloat16", "sm_90")
+    assert ahead.name == "fwd_bf16_d64_m192_n64_w12_b1_wgmma_st4_noturns_ahead"
 
 
 @given(st.integers(-(2**31), 2**31 - 1))

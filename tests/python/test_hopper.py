@@ -28,12 +28,15 @@ def variants() -> list[fc.ForwardConfig]:
     changes: dict[int, list[dict[str, Any]]] = {
         64: [
             {"stages": 2},
-            {"stages": 8, "pingpong": False},
-            {"block_m": 128, "num_warps": 8, "block_n": 160},
-            {"block_m": 64, "num_warps": 4, "stages": 4},
+            {"stages": 8, "pingpong": True},
+            {"block_m": 128, "num_warps": 8, "block_n": 112},
+            {"block_m": 64, "num_warps": 4},
             {"cluster": 2},
             {"cluster": 2, "block_m": 64, "num_warps": 4, "stages": 2},
-            {"stale_max": False, "block_n": 128},
+            {"scores_ahead": False},
+            {"scores_ahead": False, "pingpong": True, "block_n": 96, "stages": 3},
+            {"scores_ahead": False, "block_m": 128, "num_warps": 8, "block_n": 160},
+            {"scores_ahead": False, "stale_max": False, "block_n": 128},
         ],
         128: [
             {"pingpong": False},
@@ -43,6 +46,7 @@ def variants() -> list[fc.ForwardConfig]:
             {"stale_max": False, "overlap": False},
             {"stale_max": False, "overlap": False, "pingpong": False, "block_n": 16},
             {"rescale_threshold": 1},
+            {"scores_ahead": True, "block_n": 80, "stages": 4},
             {"head_dim_v": 64},
             {"cluster": 2},
             {"cluster": 2, "stale_max": False, "overlap": False, "block_n": 16},

@@ -37,7 +37,8 @@ OPTIONS = [
     for name, member in vars(fc.ForwardConfig).items()
     if isinstance(member, property)
     # Hopper's kernel has options of its own: test_hopper.py
-    and name not in ("name", "smem_bytes", "pingpong", "overlap", "stale_max", "cluster")
+    and name
+    not in ("name", "smem_bytes", "pingpong", "overlap", "stale_max", "scores_ahead", "cluster")
 ]
 Pair = frozenset[tuple[str, object]]
 

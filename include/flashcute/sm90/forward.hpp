@@ -110,7 +110,7 @@ struct ForwardPass {
    private:
     // Two blocks at once spare moving probabilities, and are more code: for tiles of that many blocks, numbers near
     // those that were timed (docs/sm90_forward.md).
-    static constexpr int pairs_from = L::warpgroups < 3 ? 4 : 12;
+    static constexpr int pairs_from = L::warpgroups < 3 || C.scores_ahead ? 4 : 12;
 
     using Scores = decltype(L::template accumulator<typename L::BlockN>());
     using Output = decltype(L::template accumulator<typename L::HeadDimV>());
@@ -127,10 +127,10 @@ struct ForwardPass {
         skip_keys();
         skip_values();
         for (int n = range_.end - 1; n >= range_.begin; --n) {
-          begin_scores();
+          begin_scores(s_);
           P::template finish<0>(s_);
           release_operands(n);
-          apply_mask(n);
+          apply_mask(n, s_);
           sums_.softmax.update(s_, o_);
           auto probabilities = P::probabilities(s_);
           tiles_.await_value();
@@ -155,7 +155,7 @@ struct ForwardPass {
         }
         sums_ = Sums{p_};
         skip_keys();
-        begin_scores();
+        begin_scores(s_);
         P::template finish<0>(s_);
         Sums finished = sums_;
         while (true) {
@@ -166,11 +166,7 @@ struct ForwardPass {
           replace(probabilities, next);
           for (int n = range_.end - 2; n >= range_.begin; --n) {
             if (C.stale_max && n < range_.full_end && n - range_.begin >= pairs_from) {
-              do {
-                attend<false>(n, probabilities, next);
-                attend<false>(n - 1, next, probabilities);
-                n -= 2;
-              } while (n > range_.begin);
+              n = attend_pairs(n, probabilities, next);
               if (n < range_.begin) break;
             }
             attend<Mask::rows_differ>(n, probabilities, next);
@@ -205,10 +201,57 @@ struct ForwardPass {
     FLASHCUTE_DEVICE void attend(int n, Probabilities& probabilities, Probabilities& next) {
       begin_products(probabilities);
       release_operands(n);
-      if constexpr (Partial) apply_mask(n);
+      if constexpr (Partial) apply_mask(n, s_);
       auto const correction = next_softmax(next);
-      finish_output();
-      if (correction.any) Softmax::rescale(o_, correction);
+      // Waiting here, for the next V, which has arrived long ago, keeps the compiler from moving exponentials behind
+      // the product.
+      tiles_.await_value_after();
+      finish_block(correction);
+    }
+
+    /// Two and two blocks from n on, until at most one is left, which it tells.
+    FLASHCUTE_DEVICE int attend_pairs(int n, Probabilities& probabilities, Probabilities& next) {
+      if constexpr (C.scores_ahead) {
+        Scores even, odd;
+        begin_scores(even);
+        P::template finish<0>(even);
+        release_operands(n);
+        do {
+          attend_ahead(n, even, odd, probabilities, next);
+          attend_ahead(n - 1, odd, even, next, probabilities);
+          n -= 2;
+        } while (n > range_.begin + 1);
+        begin_output(probabilities);
+        auto const correction = sums_.softmax.update_by_stale_max(next, even);
+        tiles_.await_value_after();
+        finish_block(correction);
+        P::move(next, probabilities);
+        return n - 1;
+      } else {
+        do {
+          attend<false>(n, probabilities, next);
+          attend<false>(n - 1, next, probabilities);
+          n -= 2;
+        } while (n > range_.begin);
+        return n;
+      }
+    }
+
+    /// The same with this block's scores there before: meanwhile those of the block after are multiplied too.
+    FLASHCUTE_DEVICE void attend_ahead(int n, Scores const& scores, Scores& after, Probabilities& probabilities,
+                                       Probabilities& next) {
+      tiles_.await_key();
+      tiles_.look_for_value_after();
+      turns_.wait();
+      P::begin_scores(after, tiles_.query(), tiles_.arrived_key());
+      begin_output(probabilities);
+      turns_.pass();
+      // Held: else the compiler computes exponentials first, and begins the products when they are done.
+      sums_.softmax.hold_until([&](auto& maxima) { tiles_.await_value_after(maxima); });
+      tiles_.look_for_key_after();
+      auto const correction = sums_.softmax.update_by_stale_max(next, scores);
+      finish_block(correction, after);
+      release_operands(n - 1);
     }
 
     // With stale maxima the scores stay, in case that their exponentials have to be done again, and probabilities are
@@ -216,7 +259,7 @@ struct ForwardPass {
 
     FLASHCUTE_DEVICE void first_softmax(Probabilities& next) {
       release_operands(range_.end - 1);
-      apply_mask(range_.end - 1);
+      apply_mask(range_.end - 1, s_);
       if constexpr (C.stale_max) {
         sums_.softmax.update_into(next, s_);
       } else {
@@ -242,10 +285,10 @@ struct ForwardPass {
     }
 
     /// Begins S = Q K^T with the next K.
-    FLASHCUTE_DEVICE void begin_scores() {
+    FLASHCUTE_DEVICE void begin_scores(Scores& s) {
       tiles_.await_key();
       turns_.wait();
-      P::begin_scores(s_, tiles_.query(), tiles_.arrived_key());
+      P::begin_scores(s, tiles_.query(), tiles_.arrived_key());
       turns_.pass();
     }
 
@@ -254,19 +297,24 @@ struct ForwardPass {
       tiles_.await_key();
       turns_.wait();
       P::begin_scores(s_, tiles_.query(), tiles_.arrived_key());
-      P::begin_output(o_, probabilities, tiles_.arrived_value(), fresh_);
-      fresh_ = false;
+      begin_output(probabilities);
       turns_.pass();
+      tiles_.look_for_value_after();
+      tiles_.look_for_key_after();
       P::template finish<1>(s_);
     }
 
+    FLASHCUTE_DEVICE void begin_output(Probabilities& probabilities) {
+      P::begin_output(o_, probabilities, tiles_.arrived_value(), fresh_);
+      fresh_ = false;
+    }
+
     /// While S(n) became probabilities, O += P V of the block before was multiplied; now it is done.
-    FLASHCUTE_DEVICE void finish_output() {
-      // Waiting here, for the next V, which has arrived long ago, keeps the compiler from moving exponentials behind
-      // the product.
-      tiles_.await_value_after();
-      P::template finish<0>(o_);
+    template <class... Ahead>
+    FLASHCUTE_DEVICE void finish_block(typename Softmax::Correction const& correction, Ahead&... ahead) {
+      P::template finish<0>(o_, ahead...);
       tiles_.release_value();
+      if (correction.any) Softmax::rescale(o_, correction);
     }
 
     /// S(n) is done: nobody reads K(n) any more, and Q if there are no more keys.
@@ -333,9 +381,9 @@ struct ForwardPass {
     }
 
     /// Scores of keys that a query does not see become -inf, by selection: what they were does not matter.
-    FLASHCUTE_DEVICE void apply_mask(int n) {
+    FLASHCUTE_DEVICE void apply_mask(int n, Scores& scores) {
       if (n < range_.full_end) return;
-      auto s = by_row_and_column(s_);  // (row, column)
+      auto s = by_row_and_column(scores);  // (row, column)
       int const key = n * C.block_n + L::first_column();
       int const row0 = tiles_.work(0).rows.row0;
       CUTE_UNROLL

@@ -13,6 +13,12 @@ FLASHCUTE_DEVICE auto as_warpgroup_accumulator(Accumulator& acc) {
   return make_tensor(acc.data(), Layout<Shape<Shape<_2, _2, Int<blocks>>, _1, _1>>{});
 }
 
+/// The same description of an operand in shared memory, unknown to the compiler: what depends on it is computed anew.
+template <class Operand>
+FLASHCUTE_DEVICE void described_anew(Operand& operand) {
+  asm volatile("" : "+r"(operand.data().desc_.reg32_[0]));
+}
+
 template <ForwardConfig C>
 struct Products {
   using L = ForwardLayout<C>;
@@ -20,21 +26,23 @@ struct Products {
 
   /// Begins S = Q K^T.
   template <class Scores>
-  FLASHCUTE_DEVICE static void begin_scores(Scores& scores, Element* q, Element* k) {
+  FLASHCUTE_DEVICE static void begin_scores(Scores& scores, Element* q, InRing<Element> k) {
     using namespace cute;
     typename L::MmaS mma;
     mma.accumulate_ = GMMA::ScaleOut::Zero;
     auto const slice = mma.get_slice(thread_of_warpgroup());
-    auto const tSrQ = slice.make_fragment_A(
+    auto tSrQ = slice.make_fragment_A(
         slice.partition_A(make_tensor(make_smem_ptr(q), typename L::SmemQ{})));  // (MMA, MMA_M, MMA_D)
     auto const tSrK = slice.make_fragment_B(
-        slice.partition_B(make_tensor(make_smem_ptr(k), typename L::SmemK{})));  // (MMA, MMA_N, MMA_D)
+        slice.partition_B(make_tensor(make_smem_ptr(k.ring), typename L::SmemKRing{})));  // (MMA, MMA_N, MMA_D, STAGE)
+    // Else the descriptions of so many operands are kept over the loop, in registers that there are not.
+    if constexpr (size<2>(tSrQ) > 8) described_anew(tSrQ);
     auto tSrS = as_warpgroup_accumulator(scores);
     warpgroup_fence_operand(tSrS);
     warpgroup_arrive();
     CUTE_UNROLL
     for (int i = 0; i < size<2>(tSrQ); ++i) {
-      gemm(mma, tSrQ(_, _, i), tSrK(_, _, i), tSrS);
+      gemm(mma, tSrQ(_, _, i), tSrK(_, _, i, k.place), tSrS);
       mma.accumulate_ = GMMA::ScaleOut::One;
     }
     warpgroup_commit_batch();
@@ -43,13 +51,13 @@ struct Products {
 
   /// Begins O += P V, with P in registers, which stay untouched until it is done; O = P V if it is `fresh`.
   template <class Output, class Probabilities>
-  FLASHCUTE_DEVICE static void begin_output(Output& output, Probabilities& p, Element* v, bool fresh) {
+  FLASHCUTE_DEVICE static void begin_output(Output& output, Probabilities& p, InRing<Element> v, bool fresh) {
     using namespace cute;
     typename L::MmaO mma;
     mma.accumulate_ = fresh ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
     auto const slice = mma.get_slice(thread_of_warpgroup());
-    auto const tOrV = slice.make_fragment_B(
-        slice.partition_B(make_tensor(make_smem_ptr(v), typename L::SmemVt{})));  // (MMA, MMA_DV, MMA_N)
+    auto const tOrV = slice.make_fragment_B(slice.partition_B(
+        make_tensor(make_smem_ptr(v.ring), typename L::SmemVtRing{})));  // (MMA, MMA_DV, MMA_N, STAGE)
     auto tOrO = as_warpgroup_accumulator(output);
     auto const tOrP = as_operand_a<Element>(p);  // ((2, 2, 2), 1, N / 16)
     warpgroup_fence_operand(p);
@@ -57,7 +65,7 @@ struct Products {
     warpgroup_arrive();
     CUTE_UNROLL
     for (int i = 0; i < size<2>(tOrP); ++i) {
-      gemm(mma, tOrP(_, _, i), tOrV(_, _, i), tOrO);
+      gemm(mma, tOrP(_, _, i), tOrV(_, _, i, v.place), tOrO);
       mma.accumulate_ = GMMA::ScaleOut::One;
     }
     warpgroup_commit_batch();
@@ -65,10 +73,10 @@ struct Products {
   }
 
   /// Waits until at most `Pending` of the products begun are not done.
-  template <int Pending, class Accumulator>
-  FLASHCUTE_DEVICE static void finish(Accumulator& acc) {
+  template <int Pending, class... Accumulators>
+  FLASHCUTE_DEVICE static void finish(Accumulators&... done) {
     cute::warpgroup_wait<Pending>();
-    cute::warpgroup_fence_operand(acc);
+    (cute::warpgroup_fence_operand(done), ...);
   }
 
   /// Probabilities as P V's operand.

@@ -141,6 +141,58 @@ FLASHCUTE_DEVICE void barrier_wait(Barrier& barrier, uint32_t parity) {
       : "memory");
 }
 
+/// Whether the phase of this parity is over: 1 or 0. The answer takes a while: asked early, it is there when it
+/// matters.
+FLASHCUTE_DEVICE uint32_t barrier_passed(Barrier& barrier, uint32_t parity) {
+  uint32_t passed;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}"
+      : "=r"(passed)
+      : "r"(shared_address(&barrier)), "r"(parity)
+      : "memory");
+  return passed;
+}
+
+/// Waits, unless that it has `passed` is known.
+FLASHCUTE_DEVICE void barrier_wait_unless(uint32_t passed, Barrier& barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "setp.ne.u32 done, %2, 0;\n"
+      "@done bra over;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "over:\n"
+      "}" ::"r"(shared_address(&barrier)),
+      "r"(parity), "r"(passed)
+      : "memory");
+}
+
+/// The same; nothing that depends on the numbers is computed before. They stay as they are, but who waits has them from
+/// a shuffle, through which the compiler does not see.
+FLASHCUTE_DEVICE void barrier_wait_unless(uint32_t passed, Barrier& barrier, uint32_t parity, float (&held)[2]) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "setp.ne.u32 done, %4, 0;\n"
+      "@done bra over;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%2], %3;\n"
+      "@!done bra again;\n"
+      "shfl.sync.bfly.b32 %0, %0, 0, 31, -1;\n"
+      "shfl.sync.bfly.b32 %1, %1, 0, 31, -1;\n"
+      "over:\n"
+      "}"
+      : "+f"(held[0]), "+f"(held[1])
+      : "r"(shared_address(&barrier)), "r"(parity), "r"(passed)
+      : "memory");
+}
+
 // ---- barriers between warps ----------------------------------------------------------------------
 
 /// Barrier `id` (1 to 15) of `Threads` threads: this warp's arrive, and wait for the others.

@@ -23,6 +23,13 @@ struct Inspection {
   int tile;   // whose V it is
 };
 
+/// A block in a ring of places. The tensor cores' description of the first place is made once, and the place added.
+template <class Element>
+struct InRing {
+  Element* ring;
+  int place;
+};
+
 template <ForwardConfig C>
 struct ForwardLayout {
   using Element = typename TensorCore<C.dtype>::Element;
@@ -43,9 +50,11 @@ struct ForwardLayout {
   using Tile = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<Element>{}, cute::Shape<Rows, Columns>{}));
   using SmemQ = Tile<WarpgroupM, HeadDim>;  // (64, D), a warpgroup's rows
   using SmemK = Tile<BlockN, HeadDim>;      // (N, D)
+  using SmemKRing = decltype(cute::tile_to_shape(SmemK{}, cute::Shape<BlockN, HeadDim, cute::Int<C.stages>>{}));
   // V^T (DV, N): the same places as V (N, DV).
   using SmemVt = decltype(cute::tile_to_shape(cute::GMMA::Layout_MN_SW128_Atom<Element>{},
                                               cute::Shape<HeadDimV, BlockN>{}, cute::Step<cute::_2, cute::_1>{}));
+  using SmemVtRing = decltype(cute::tile_to_shape(SmemVt{}, cute::Shape<HeadDimV, BlockN, cute::Int<C.stages>>{}));
 
   // Barriers between warps: 0 is the block's; one a warpgroup to take turns at, one a warpgroup of its own.
   static constexpr int first_turn_barrier = 1;

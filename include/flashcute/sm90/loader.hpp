@@ -19,6 +19,12 @@ struct RingPosition {
       parity ^= 1;
     }
   }
+
+  FLASHCUTE_DEVICE RingPosition next() const {
+    RingPosition after = *this;
+    after.advance();
+    return after;
+  }
 };
 
 /// The loading warp's side. One lane of it calls.
@@ -260,8 +266,16 @@ class Tiles {
   }
 
   /// The next K.
-  FLASHCUTE_DEVICE void await_key() { barrier_wait(smem_.k_full[k_.place], k_.parity); }
-  FLASHCUTE_DEVICE Element* arrived_key() { return smem_.k[k_.place]; }
+  FLASHCUTE_DEVICE void await_key() {
+    barrier_wait_unless(key_passed_, smem_.k_full[k_.place], k_.parity);
+    key_passed_ = 0;
+  }
+  FLASHCUTE_DEVICE InRing<Element> arrived_key() const { return {smem_.k[0], k_.place}; }
+  /// Asks about the K after it, for the time when that is the next.
+  FLASHCUTE_DEVICE void look_for_key_after() {
+    auto const after = k_.next();
+    key_passed_ = barrier_passed(smem_.k_full[after.place], after.parity);
+  }
   FLASHCUTE_DEVICE void release_key() {
     release(smem_.k_empty[k_.place]);
     k_.advance();
@@ -275,7 +289,7 @@ class Tiles {
   }
 
   /// The next V, and the one after it: they are waited for before they are needed.
-  FLASHCUTE_DEVICE Element* arrived_value() { return smem_.v[v_.place]; }
+  FLASHCUTE_DEVICE InRing<Element> arrived_value() const { return {smem_.v[0], v_.place}; }
   FLASHCUTE_DEVICE void release_value() {
     release(smem_.v_empty[v_.place]);
     v_.advance();
@@ -285,10 +299,16 @@ class Tiles {
     release_value();
   }
   FLASHCUTE_DEVICE void await_value() { barrier_wait(smem_.v_full[v_.place], v_.parity); }
-  FLASHCUTE_DEVICE void await_value_after() {
-    auto after = v_;
-    after.advance();
-    barrier_wait(smem_.v_full[after.place], after.parity);
+  FLASHCUTE_DEVICE void look_for_value_after() {
+    auto const after = v_.next();
+    value_passed_ = barrier_passed(smem_.v_full[after.place], after.parity);
+  }
+  /// `held`: numbers, of which nothing is computed before.
+  template <class... Held>
+  FLASHCUTE_DEVICE void await_value_after(Held&... held) {
+    auto const after = v_.next();
+    barrier_wait_unless(value_passed_, smem_.v_full[after.place], after.parity, held...);
+    value_passed_ = 0;
   }
 
  private:
@@ -307,7 +327,8 @@ class Tiles {
   Storage& smem_;
   int warpgroup_;
   RingPosition<C.stages> k_, v_;
-  uint32_t tile_ = ~uint32_t{0};  // before the first
+  uint32_t tile_ = ~uint32_t{0};                // before the first
+  uint32_t key_passed_ = 0, value_passed_ = 0;  // answers about barriers that come next
 };
 
 /// Warpgroups take turns in beginning their products, so that while one computes its softmax, another has the tensor
