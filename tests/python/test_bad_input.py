@@ -512,7 +512,9 @@ RULES = {
     ],
     "wgmma_only": [
         (GPU.replace(**{option: value}), arch)
-        for option, value in (("pingpong", False), ("overlap", False), ("stale_max", False), ("scores_ahead", True), ("cluster", 2))
+        for option, value in (
+            ("pingpong", False), ("overlap", False), ("stale_max", False), ("scores_ahead", True), ("cluster", 2),
+        )
         for arch in ("cpu", "sm_80", "sm_90")
     ],
     "stale_max": [
