@@ -203,8 +203,8 @@ class Inspector {
         smem.dropped[tile] = true;
         for_each_part(v, [](Element* words) { zero_nonfinite(words); });
         publish_to_products();
-        reconverge();
       }
+      reconverge();  // one lane speaks for all: they have read what to look at, and written
       if (thread_index() % 32 == 0) barrier_arrive(smem.v_full[place]);
     }
   }
