@@ -42,7 +42,7 @@ inline constexpr ForwardTile forward_tiles[] = {
      "times on an H200: docs/sm90_forward.md"},
     {Grid::large,
      {.head_dim = 256, .num_warps = 8, .blocks_per_sm = 1, .math = Math::wgmma, .stages = 2, .pingpong = false},
-     "times on an H100: docs/sm90_forward.md"},
+     "times on an H200: docs/sm90_forward.md"},
     {Grid::large,
      {.dtype = DType::float32, .head_dim = 64, .block_n = 32, .math = Math::tf32x3},
      "times on an H200: docs/sm80_forward.md"},
