@@ -5,7 +5,8 @@
 #
 # usage: benchmarks/gpu_evidence.sh OUTPUT_FOLDER COMMIT [STEP...]
 # steps: build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn forward_hopper
-#        forward_hopper_short forward_float32 naive options tiles backward backward_gqa backward_float32 overhead first_use
+#        forward_hopper_short forward_float32 naive options options_hopper tiles backward backward_gqa
+#        backward_float32 overhead first_use
 # (default: all); package: in place of build, without the C++ tests and for compute capability 9.0 alone
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +15,8 @@ commit=${2:?the commit that is measured}
 shift 2
 steps=("$@")
 [ ${#steps[@]} -gt 0 ] || steps=(build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn
-  forward_hopper forward_hopper_short forward_float32 naive options tiles backward backward_gqa backward_float32 overhead first_use)
+  forward_hopper forward_hopper_short forward_float32 naive options options_hopper tiles backward backward_gqa
+  backward_float32 overhead first_use)
 export PYTHONPATH=$PWD/build/system/stage${PYTHONPATH:+:$PYTHONPATH}
 logs=$(mktemp -d)
 mkdir -p "$out"
@@ -90,6 +92,11 @@ for step in "${steps[@]}"; do
       for d in 64 128; do
         # shellcheck disable=SC2046 # one argument a word
         variants "options_$d" $d $(python3 tools/option_table.py --bench-arguments --head-dims $d)
+      done ;;
+    options_hopper)
+      for d in 64 128 256; do
+        # shellcheck disable=SC2046 # one argument a word
+        variants "options_hopper_$d" $d $(python3 tools/option_table.py --math wgmma --bench-arguments --head-dims $d)
       done ;;
     tiles)
       for d in 64 128 256; do
