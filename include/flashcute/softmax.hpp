@@ -111,13 +111,13 @@ class OnlineSoftmax {
     exponentiate(scores);
   }
 
-  // For an output that is being added to meanwhile: the caller rescales it later.
-
-  /// Calls wait(maxima), which may wait: what comes then depends on the numbers, and is not computed before.
+  /// Calls wait(maxima): the next exponentials depend on what comes out of it, so none of them is computed before.
   template <class F>
   FLASHCUTE_DEVICE void hold_until(F const& wait) {
     wait(row_max_);
   }
+
+  // For an output that is being added to meanwhile: the caller rescales it later.
 
   /// As `update`; tells by what to rescale the output.
   template <class Scores>

@@ -209,7 +209,7 @@ struct ForwardPass {
       finish_block(correction);
     }
 
-    /// Two and two blocks from n on, until at most one is left, which it tells.
+    /// Blocks n, n - 1, ..., two at a time, until at most one is left: returns the number of the next.
     FLASHCUTE_DEVICE int attend_pairs(int n, Probabilities& probabilities, Probabilities& next) {
       if constexpr (C.scores_ahead) {
         Scores even, odd;
@@ -237,7 +237,7 @@ struct ForwardPass {
       }
     }
 
-    /// The same with this block's scores there before: meanwhile those of the block after are multiplied too.
+    /// As `attend`, but this block's scores are there already, and those of the block after are multiplied meanwhile.
     FLASHCUTE_DEVICE void attend_ahead(int n, Scores const& scores, Scores& after, Probabilities& probabilities,
                                        Probabilities& next) {
       tiles_.await_key();
