@@ -245,7 +245,7 @@ void bind_configs(nb::module_& m) {
       "pingpong: warpgroups take turns in beginning their products.\n"
       "overlap: the softmax of a block runs while P V of the block before is multiplied.\n"
       "stale_max: exponentials are taken relative to the maximum so far, and again if they turn out too large.\n"
-      "scores_ahead: scores of the next block are multiplied as well, into registers of their own.\n"
+      "scores_ahead: under a block's softmax the next block's scores are multiplied too, into registers of their own.\n"
       "cluster: 2: pairs of thread blocks compute a tile of 2 * block_m query rows; each loads half of K and V, for "
       "both.");
   forward.def_prop_ro(

@@ -80,7 +80,9 @@ def test_every_variant_is_legal() -> None:
 def test_against_fp64(rng: np.random.Generator, compiled: fc.ForwardConfig) -> None:
     """One tile or many a block, lengths that fill no tile, rows that see nothing, groups of heads."""
     cfg = compiled
-    for sq, sk, narrower in [(300, 450, 0), (129, 65, 8), (1, 257, 24), (65, 1, 0), (400, 100, 0)]:
+    long = 15 * cfg.block_n  # more blocks than any loop over pairs begins with
+    sizes = [(300, 450, 0), (129, 65, 8), (1, 257, 24), (65, 1, 0), (400, 100, 0)]
+    for sq, sk, narrower in [*sizes, (65, long, 0), (129, long + cfg.block_n + 7, 0)]:
         for causal in (False, True):
             p = oracle.make_problem(
                 rng, cfg.dtype, seqlen_q=sq, seqlen_k=sk, heads=4, kv_heads=2, causal=causal,
@@ -182,15 +184,44 @@ def test_warpgroups_with_less_to_do(rng: np.random.Generator, compiled: fc.Forwa
 @pytest.mark.parametrize("compiled", alone_and_paired(), indirect=True, ids=lambda c: c.name)
 def test_every_count_of_blocks(rng: np.random.Generator, compiled: fc.ForwardConfig) -> None:
     """Blocks go in pairs from some count on, with scores ahead or not, and one may be left: a loop that ends too
-    early or too late loses a block, or takes one of the next tile."""
-    for blocks in range(1, 11):
-        for more in (0, 1):
-            for causal in (False, True):
-                p = oracle.make_problem(
-                    rng, "bfloat16", seqlen_q=200, seqlen_k=blocks * compiled.block_n + more,
-                    heads=2, d=compiled.head_dim, causal=causal,
-                )  # fmt: skip
-                run_and_check(p, "cuda", cfg=compiled)
+    early or too late loses a block, or takes one of the next tile. Few rows against fp64, and tiles one after the
+    other against the same computed alone."""
+    torch.manual_seed(0)
+    shape = (72, 200, 2, compiled.head_dim)  # more tiles than a GPU has multiprocessors, twice
+    q = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    for sk in [blocks * compiled.block_n + more for blocks in range(1, 11) for more in (0, 1)]:
+        k, v = (torch.randn(72, sk, 2, shape[3], device="cuda", dtype=q.dtype) for _ in range(2))
+        for causal in (False, True):
+            p = oracle.make_problem(
+                rng, "bfloat16", seqlen_q=70, seqlen_k=sk, heads=2, d=shape[3], causal=causal
+            )
+            run_and_check(p, "cuda", cfg=compiled)
+            alone = [
+                fc.forward(compiled, *(x[i : i + 1] for x in (q, k, v)), causal=causal)
+                for i in range(72)
+            ]
+            together = fc.forward(
+                compiled, q, k, v, causal=causal, out=torch.full_like(q, float("nan"))
+            )
+            assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@on_hopper
+def test_scores_ahead_change_no_bit() -> None:
+    """When scores are multiplied is no business of the results."""
+    ahead = fc.default_config(64, "bfloat16", "sm_90")
+    assert ahead.scores_ahead
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 1500, 3, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    for causal in (False, True):
+        results = [
+            fc.forward(cfg, q, k, v, causal=causal, return_lse=True)
+            for cfg in (ahead, ahead.replace(scores_ahead=False))
+        ]
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.gpu

@@ -108,8 +108,8 @@ struct ForwardPass {
     }
 
    private:
-    // Two blocks at once spare moving probabilities, and are more code: for tiles of that many blocks, numbers near
-    // those that were timed (docs/sm90_forward.md).
+    // Two blocks at once spare moving probabilities, and are more code: for tiles of that many blocks
+    // (docs/sm90_forward.md).
     static constexpr int pairs_from = L::warpgroups < 3 || C.scores_ahead ? 4 : 12;
 
     using Scores = decltype(L::template accumulator<typename L::BlockN>());

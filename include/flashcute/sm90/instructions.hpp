@@ -174,7 +174,8 @@ FLASHCUTE_DEVICE void barrier_wait_unless(uint32_t passed, Barrier& barrier, uin
 }
 
 /// The same; nothing that depends on the numbers is computed before. They stay as they are, but who waits has them from
-/// a shuffle, through which the compiler does not see.
+/// a shuffle, through which the assembler, which moves code last, does not see. All lanes of the warp have the same
+/// `passed`.
 FLASHCUTE_DEVICE void barrier_wait_unless(uint32_t passed, Barrier& barrier, uint32_t parity, float (&held)[2]) {
   asm volatile(
       "{\n"

@@ -20,10 +20,10 @@ struct RingPosition {
     }
   }
 
-  FLASHCUTE_DEVICE RingPosition next() const {
-    RingPosition after = *this;
-    after.advance();
-    return after;
+  FLASHCUTE_DEVICE RingPosition after() const {
+    RingPosition position = *this;
+    position.advance();
+    return position;
   }
 };
 
@@ -273,7 +273,7 @@ class Tiles {
   FLASHCUTE_DEVICE InRing<Element> arrived_key() const { return {smem_.k[0], k_.place}; }
   /// Asks about the K after it, for the time when that is the next.
   FLASHCUTE_DEVICE void look_for_key_after() {
-    auto const after = k_.next();
+    auto const after = k_.after();
     key_passed_ = barrier_passed(smem_.k_full[after.place], after.parity);
   }
   FLASHCUTE_DEVICE void release_key() {
@@ -300,13 +300,13 @@ class Tiles {
   }
   FLASHCUTE_DEVICE void await_value() { barrier_wait(smem_.v_full[v_.place], v_.parity); }
   FLASHCUTE_DEVICE void look_for_value_after() {
-    auto const after = v_.next();
+    auto const after = v_.after();
     value_passed_ = barrier_passed(smem_.v_full[after.place], after.parity);
   }
   /// `held`: numbers, of which nothing is computed before.
   template <class... Held>
   FLASHCUTE_DEVICE void await_value_after(Held&... held) {
-    auto const after = v_.next();
+    auto const after = v_.after();
     barrier_wait_unless(value_passed_, smem_.v_full[after.place], after.parity, held...);
     value_passed_ = 0;
   }
@@ -327,8 +327,10 @@ class Tiles {
   Storage& smem_;
   int warpgroup_;
   RingPosition<C.stages> k_, v_;
-  uint32_t tile_ = ~uint32_t{0};                // before the first
-  uint32_t key_passed_ = 0, value_passed_ = 0;  // answers about barriers that come next
+  uint32_t tile_ = ~uint32_t{0};  // before the first
+  // Answers about the barriers that are waited for next: a key's place is released once between question and wait, a
+  // value's not at all.
+  uint32_t key_passed_ = 0, value_passed_ = 0;
 };
 
 /// Warpgroups take turns in beginning their products, so that while one computes its softmax, another has the tensor
