@@ -130,7 +130,7 @@ struct ForwardPass {
           begin_scores(s_);
           P::template finish<0>(s_);
           release_operands(n);
-          apply_mask(n, s_);
+          apply_mask(n);
           sums_.softmax.update(s_, o_);
           auto probabilities = P::probabilities(s_);
           tiles_.await_value();
@@ -201,7 +201,7 @@ struct ForwardPass {
     FLASHCUTE_DEVICE void attend(int n, Probabilities& probabilities, Probabilities& next) {
       begin_products(probabilities);
       release_operands(n);
-      if constexpr (Partial) apply_mask(n, s_);
+      if constexpr (Partial) apply_mask(n);
       auto const correction = next_softmax(next);
       // Waiting here, for the next V, which has arrived long ago, keeps the compiler from moving exponentials behind
       // the product.
@@ -259,7 +259,7 @@ struct ForwardPass {
 
     FLASHCUTE_DEVICE void first_softmax(Probabilities& next) {
       release_operands(range_.end - 1);
-      apply_mask(range_.end - 1, s_);
+      apply_mask(range_.end - 1);
       if constexpr (C.stale_max) {
         sums_.softmax.update_into(next, s_);
       } else {
@@ -381,9 +381,9 @@ struct ForwardPass {
     }
 
     /// Scores of keys that a query does not see become -inf, by selection: what they were does not matter.
-    FLASHCUTE_DEVICE void apply_mask(int n, Scores& scores) {
+    FLASHCUTE_DEVICE void apply_mask(int n) {
       if (n < range_.full_end) return;
-      auto s = by_row_and_column(scores);  // (row, column)
+      auto s = by_row_and_column(s_);  // (row, column)
       int const key = n * C.block_n + L::first_column();
       int const row0 = tiles_.work(0).rows.row0;
       CUTE_UNROLL
