@@ -1,17 +1,18 @@
 # make demo   set-up, install, then attention on real input: on the GPU if there is one, else on the CPU
-# make test   set-up with pinned packages, then the GoogleTest suite and pytest
+# make test   set-up with pinned packages, install, then the GoogleTest suite and pytest
 #
-# SYSTEM=1    (test) use python3's own packages and install nothing: for machines without a registry
-# EXTRAS=...  (demo, test) further packages to install, for example EXTRAS=torch==2.13.0
+# TORCH=0     (test) do not install torch; tests that need it are skipped and say so
+# SYSTEM=1    (demo, test) use python3's own packages and install nothing: for machines without a registry
 # JOBS=N      parallel jobs
+TORCH ?= 1
 SYSTEM ?=
-EXTRAS ?=
 JOBS ?= $(shell nproc)
 PYTEST_ARGS ?=
 
 VENV := .venv
 PYTHON := $(if $(SYSTEM),$(shell command -v python3),$(VENV)/bin/python)
-BUILD := build/$(if $(SYSTEM),system,cpp)
+# One build folder for the package and the C++ tests: the library and the kernel images are compiled once.
+BUILD := build/$(if $(SYSTEM),system,make)
 # With SYSTEM=1 the package is staged below the build folder instead of installed.
 STAGE := $(CURDIR)/$(BUILD)/stage
 ifeq ($(SYSTEM),)
@@ -19,11 +20,13 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 else
 export PYTHONPATH := $(STAGE)$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
+export FLASHCUTE_TEST_TORCH := $(TORCH)
+PIP := $(PYTHON) -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-cpp test-python setup install lint format clean
+.PHONY: help demo test test-cpp test-python setup setup-torch configure-system install lint format clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
 demo: install
 	$(PYTHON) -m flashcute demo
@@ -34,39 +37,45 @@ test: test-cpp test-python
 
 $(VENV)/.ready: requirements-dev.txt
 	python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) install --quiet -r $<
+	touch $@
+
+$(VENV)/.torch: requirements-torch.txt $(VENV)/.ready
+	$(PIP) install --quiet -r $<
 	touch $@
 
 ifeq ($(SYSTEM),)
 setup: $(VENV)/.ready
-	$(if $(EXTRAS),$(PYTHON) -m pip install --quiet --disable-pip-version-check $(EXTRAS))
+
+setup-torch: $(if $(filter 0,$(TORCH)),,$(VENV)/.torch)
 
 install: setup
-	$(PYTHON) -m pip install --disable-pip-version-check --no-build-isolation .
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PIP) install --no-build-isolation . \
+	  --config-settings=build-dir=$(BUILD) --config-settings=build.targets=flashcute_package
 else
-setup:
+setup setup-torch:
 
-install: $(BUILD)/.built
+install: configure-system
+	cmake --build $(BUILD) --parallel $(JOBS) --target flashcute_package
 	cmake --install $(BUILD) --prefix $(STAGE) > $(BUILD)/install.log
 endif
+
+configure-system:
+	cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(PYTHON) \
+	  -DFLASHCUTE_BUILD_PYTHON=ON -DFLASHCUTE_BUILD_TESTS=ON -DFLASHCUTE_FETCH=OFF \
+	  $(if $(FLASHCUTE_CUTLASS_DIR),-DFLASHCUTE_CUTLASS_DIR=$(abspath $(FLASHCUTE_CUTLASS_DIR))) \
+	  $(if $(FLASHCUTE_CCCL_DIR),-DFLASHCUTE_CCCL_DIR=$(abspath $(FLASHCUTE_CCCL_DIR)))
 
 # ---- tests -------------------------------------------------------------------------------------
 
 # GoogleTest and Google Benchmark: the system's, else apt-get where that needs no password, else fetched.
-.PHONY: $(BUILD)/.built
-$(BUILD)/.built: setup
+test-cpp: install
 	$(if $(SYSTEM),,tools/system_packages.sh)
-	cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFLASHCUTE_BUILD_TESTS=ON \
-	  -DPython_EXECUTABLE=$(abspath $(PYTHON)) \
-	  -DFLASHCUTE_BUILD_PYTHON=$(if $(SYSTEM),ON,OFF) -DFLASHCUTE_FETCH=$(if $(SYSTEM),OFF,ON) \
-	  $(if $(FLASHCUTE_CUTLASS_DIR),-DFLASHCUTE_CUTLASS_DIR=$(abspath $(FLASHCUTE_CUTLASS_DIR))) \
-	  $(if $(FLASHCUTE_CCCL_DIR),-DFLASHCUTE_CCCL_DIR=$(abspath $(FLASHCUTE_CCCL_DIR)))
+	cmake -S . -B $(BUILD) -DFLASHCUTE_BUILD_TESTS=ON -DFLASHCUTE_BUILD_BENCHMARKS=ON
 	cmake --build $(BUILD) --parallel $(JOBS)
-
-test-cpp: $(BUILD)/.built
 	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error --parallel $(JOBS)
 
-test-python: install
+test-python: install setup-torch
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
 
 # ---- for developers ----------------------------------------------------------------------------

@@ -52,7 +52,9 @@ declare -A tiles=(
 
 for step in "${steps[@]}"; do
   case $step in
-    build) run build 300 make install SYSTEM=1 ;;
+    build)
+      run build 300 make install SYSTEM=1
+      run build_tests 300 cmake --build build/system ;;
     package)
       run package_configure 60 cmake -S . -B build/system -G Ninja -DCMAKE_BUILD_TYPE=Release -DFLASHCUTE_BUILD_TESTS=OFF \
         -DFLASHCUTE_BUILD_PYTHON=ON -DFLASHCUTE_FETCH=OFF -DFLASHCUTE_ARCHS=90 \

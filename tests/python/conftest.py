@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import optional_torch
 import pytest
-import torch
+from optional_torch import torch
 
 # JAX would otherwise take most of a GPU's memory at its first call.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -49,6 +50,8 @@ def why_no_gpu() -> str:
     """Empty where gpu tests can run."""
     import flashcute
 
+    if not optional_torch.available:
+        return "GPU tests need torch"
     info = flashcute._core.driver_info()
     if not info.gpus:
         return f"no GPU: {info.problem or 'the driver sees none'}"
@@ -67,6 +70,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and optional_torch.needed_by(callspec.params):
+            item.add_marker(pytest.mark.skip(reason=optional_torch.REASON))
 
 
 # ---- devices and data ----------------------------------------------------------------------------
@@ -89,6 +96,9 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 def _poisoned_memory() -> Iterator[None]:
     """torch.empty gives NaN: an output that is not written shows, also those that flashcute
     allocates. (T4, T6)"""
+    if not optional_torch.available:
+        yield
+        return
     before = torch.are_deterministic_algorithms_enabled()
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -118,6 +128,8 @@ def fresh(tmp_path: Path) -> Runner:
     def run(
         code: str, *, timeout: float = 120, check: bool = True, **env: str | None
     ) -> subprocess.CompletedProcess[str]:
+        if optional_torch.imported_by(code) and not optional_torch.available:
+            pytest.skip(optional_torch.REASON)
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(code)],
             env=environment(**env),

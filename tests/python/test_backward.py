@@ -12,11 +12,11 @@ import flashcute as fc
 import numpy as np
 import oracle
 import pytest
-import torch
 from conftest import Runner, backward_configurations_of_first_use
 from flashcute.reference import naive_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optional_torch import torch
 from oracle_backward import BackwardProblem, assert_accurate, make_problem
 
 pytestmark = pytest.mark.compiles(backward_configurations_of_first_use())

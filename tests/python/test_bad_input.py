@@ -19,8 +19,8 @@ from typing import Any
 import flashcute as fc
 import numpy as np
 import pytest
-import torch
 from conftest import Runner
+from optional_torch import torch
 
 SENTINEL = 7.0
 NAN = float("nan")
@@ -350,7 +350,7 @@ def test_gradients_of_k_are_not_dropped_when_q_is_numpy(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"attn_mask": torch.ones(5, 7) == 1}, "attn_mask.*scaled_dot_product_attention"),
+        ({"attn_mask": torch.ones(5, 7, dtype=torch.bool)}, "attn_mask.*scaled_dot_product_attention"),
         ({"dropout_p": 0.1}, "dropout_p=0.1.*scaled_dot_product_attention"),
         ({"window": (3, 0)}, "window.*flex_attention"),
         ({"cu_seqlens_q": torch.tensor([0, 5])}, "cu_seqlens_q.*varlen"),

@@ -11,10 +11,10 @@ import re
 import flashcute as fc
 import numpy as np
 import pytest
-import torch
 from conftest import Runner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optional_torch import torch
 
 OPTIONS = {
     "dtype": ["float16", "bfloat16", "float32", "float64"],

@@ -10,9 +10,9 @@ import flashcute as fc
 import numpy as np
 import oracle
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from optional_torch import torch
 
 CPU_DTYPES = ["float16", "bfloat16", "float32", "float64"]
 WHERE = [("cpu", dtype) for dtype in CPU_DTYPES] + [

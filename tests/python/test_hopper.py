@@ -10,8 +10,8 @@ import flashcute as fc
 import numpy as np
 import oracle
 import pytest
-import torch
 from conftest import why_no_gpu
+from optional_torch import torch
 from test_forward import run_and_check
 from test_semantics import expected_block_counts
 

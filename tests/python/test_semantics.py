@@ -15,8 +15,8 @@ import flashcute as fc
 import numpy as np
 import oracle
 import pytest
-import torch
 from conftest import Runner
+from optional_torch import torch
 
 NAN = float("nan")
 INF = float("inf")

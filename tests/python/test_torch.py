@@ -12,11 +12,11 @@ from typing import Any
 import flashcute as fc
 import numpy as np
 import pytest
-import torch
 from conftest import Runner, backward_configurations_of_first_use
-from flashcute import _torch
+from optional_torch import REASON, torch
 from oracle_backward import assert_accurate, make_problem
 
+_torch = pytest.importorskip("flashcute._torch", reason=REASON, exc_type=ImportError)
 sdpa = torch.nn.functional.scaled_dot_product_attention
 pytestmark = pytest.mark.compiles(backward_configurations_of_first_use())
 both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
