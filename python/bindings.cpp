@@ -126,16 +126,6 @@ nb::tuple options_of(Config const& config) {
   return nb::tuple(values);
 }
 
-template <class Config>
-std::string repr_of(Config const& config) {
-  std::string text;
-  for_each_option(config, [&](char const* option, auto value) {
-    nb::object const object = option_to_python(value);
-    text += (text.empty() ? "" : ", ") + std::string(option) + "=" + nb::cast<std::string>(nb::repr(object));
-  });
-  return std::string(class_name<Config>) + "(" + text + ")";
-}
-
 /// Read-only properties, one for each option, that look up the member by its name.
 template <class Config>
 void bind_options(nb::class_<Config>& cls) {
@@ -187,7 +177,7 @@ nb::class_<Config> bind_config(nb::module_& m, char const* signature, char const
       "__eq__", [](Config const& a, Config const& b) { return a == b; }, nb::is_operator(),
       nb::sig("def __eq__(self, other: object, /) -> bool"));
   cls.def("__hash__", [](Config const& c) { return nb::hash(options_of(c)); });
-  cls.def("__repr__", &repr_of<Config>);
+  cls.def("__repr__", [](Config const& c) { return to_string(c); });
   cls.def("__getstate__", &options_of<Config>, nb::sig("def __getstate__(self) -> tuple[object, ...]"));
   cls.def(
       "__setstate__",
@@ -403,49 +393,96 @@ Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k
   return explain(chosen, tq.view(), tk.view(), tv.view(), options);
 }
 
+/// A member of a struct, and the name and the sentence by which Python knows it.
+template <class Record, class Value>
+struct Member {
+  char const* name;
+  Value Record::* value;
+  char const* documentation = "";
+};
+template <class Record, class Value>
+Member(char const*, Value Record::*, char const* = "") -> Member<Record, Value>;
+
+/// Read-only attributes, equality, hash, repr, pickling and copying of a struct.
+template <class Record, class... Values>
+void bind_members(nb::class_<Record>& cls, std::string const& class_name, Member<Record, Values> const&... members) {
+  (cls.def_ro(members.name, members.value, members.documentation), ...);
+  cls.def(
+      "__eq__", [](Record const& a, Record const& b) { return a == b; }, nb::is_operator(),
+      nb::sig("def __eq__(self, other: object, /) -> bool"));
+  cls.def("__hash__", [](nb::handle self) { return nb::hash(nb::repr(self)); });  // equal ones have equal reprs
+  cls.def("__repr__", [=](Record const& record) {
+    if constexpr (requires { to_string(record); }) {
+      return to_string(record);
+    } else {
+      std::string text;
+      auto const add = [&](auto const& member) {
+        nb::object const value = nb::cast(record.*member.value, nb::rv_policy::copy);
+        text += (text.empty() ? "" : ", ") + std::string(member.name) + "=" + nb::cast<std::string>(nb::repr(value));
+      };
+      (add(members), ...);
+      return class_name + "(" + text + ")";
+    }
+  });
+  cls.def(
+      "__getstate__",
+      [=](Record const& record) { return nb::make_tuple(nb::cast(record.*members.value, nb::rv_policy::copy)...); },
+      nb::sig("def __getstate__(self) -> tuple[object, ...]"));
+  cls.def(
+      "__setstate__",
+      [=](Record& self, nb::tuple const& values) {
+        if (values.size() != sizeof...(members)) {
+          throw ArgumentError("state", std::to_string(sizeof...(members)) + " members, as this version has",
+                              std::to_string(values.size()));
+        }
+        Record record{};
+        size_t i = 0;
+        ((record.*members.value = nb::cast<Values>(values[i++])), ...);
+        new (&self) Record(std::move(record));
+      },
+      nb::sig("def __setstate__(self, values: tuple[object, ...], /) -> None"));
+}
+
+void bind_explanation(nb::module_& m) {
+  using Pairs = std::vector<std::pair<std::string, std::string>>;
+  using Sentences = std::vector<std::string>;
+  nb::class_<Explanation> cls(m, "Explanation", "What a call runs, and why; see flashcute.explain. print() shows it.");
+  cls.def(
+      "__init__",
+      [](Explanation* self, std::string backend, std::optional<ForwardConfig> const& config, std::string kernel,
+         std::string image, Pairs rejected, Sentences notes, Sentences reasons) {
+        new (self) Explanation{std::move(backend),  config,           std::move(kernel), std::move(image),
+                               std::move(rejected), std::move(notes), std::move(reasons)};
+      },
+      nb::kw_only(), "backend"_a, "config"_a.none(), "kernel"_a, "image"_a, "rejected"_a, "notes"_a,
+      "reasons"_a = Sentences{});
+  bind_members(
+      cls, "Explanation",
+      Member{"backend", &Explanation::backend,
+             "'sm90' (Hopper's kernel), 'sm80' (the mma.sync kernel of every GPU), 'cpu', 'torch' (its own attention), "
+             "or '' if nothing can run the call."},
+      Member{"config", &Explanation::config, "The configuration, or None."},
+      Member{"kernel", &Explanation::kernel, "Entry point of the kernel, or the CPU's instruction set."},
+      Member{"image", &Explanation::image, "Where the kernel comes from."},
+      Member{"rejected", &Explanation::rejected, "(alternative, reason) pairs: what was not taken, and why."},
+      Member{"notes", &Explanation::notes, "What else the call will do or cost."},
+      Member{"reasons", &Explanation::reasons, "Why this backend and this configuration, in sentences."});
+}
+
 void bind_facts(nb::module_& m) {
-  nb::class_<Explanation>(m, "Explanation", "What a call runs and why; see flashcute.explain.")
-      .def(
-          "__init__",
-          [](Explanation* self, std::string backend, std::optional<ForwardConfig> const& config, std::string kernel,
-             std::string image, std::vector<std::pair<std::string, std::string>> rejected,
-             std::vector<std::string> notes) {
-            new (self) Explanation{std::move(backend),  config,          std::move(kernel), std::move(image),
-                                   std::move(rejected), std::move(notes)};
-          },
-          nb::kw_only(), "backend"_a, "config"_a.none(), "kernel"_a, "image"_a, "rejected"_a, "notes"_a)
-      .def_ro("backend", &Explanation::backend,
-              "'sm80', 'cpu', 'torch' (its own attention), or '' if nothing can run the call.")
-      .def_ro("config", &Explanation::config, "The configuration, or None.")
-      .def_ro("kernel", &Explanation::kernel, "Entry point of the kernel, or the CPU's instruction set.")
-      .def_ro("image", &Explanation::image, "Where the kernel comes from.")
-      .def_ro("rejected", &Explanation::rejected, "(alternative, reason) pairs.")
-      .def_ro("notes", &Explanation::notes, "What else the call will do or cost.")
-      .def("__repr__", [](Explanation const& e) {
-        std::string text = e.backend.empty() ? "nothing can run this call" : "backend " + e.backend + ": " + e.kernel;
-        if (e.config) text += "\n  config  " + repr_of(*e.config);
-        if (!e.image.empty()) text += "\n  image   " + e.image;
-        for (std::string const& note : e.notes) text += "\n  note    " + note;
-        for (auto const& [what, why] : e.rejected) text += "\n  not " + what + ": " + why;
-        return text;
-      });
-  nb::class_<GpuInfo>(m, "GpuInfo")
-      .def_ro("index", &GpuInfo::index)
-      .def_ro("name", &GpuInfo::name)
-      .def_ro("arch", &GpuInfo::arch, "Compute capability * 10.");
-  nb::class_<DriverInfo>(m, "DriverInfo")
-      .def_ro("available", &DriverInfo::available)
-      .def_ro("problem", &DriverInfo::problem)
-      .def_ro("cuda_version", &DriverInfo::cuda_version)
-      .def_ro("gpus", &DriverInfo::gpus);
-  nb::class_<BuildInfo>(m, "BuildInfo")
-      .def_ro("image_archs", &BuildInfo::image_archs)
-      .def_ro("image_compiler", &BuildInfo::image_compiler)
-      .def_ro("jit_compiler", &BuildInfo::jit_compiler)
-      .def_ro("jit_problem", &BuildInfo::jit_problem)
-      .def_ro("cache_folder", &BuildInfo::cache_folder)
-      .def_ro("cpu_isa", &BuildInfo::cpu_isa)
-      .def_ro("cpu_threads", &BuildInfo::cpu_threads);
+  nb::class_<GpuInfo> gpu(m, "GpuInfo", "A GPU that the driver sees.");
+  bind_members(gpu, "GpuInfo", Member{"index", &GpuInfo::index}, Member{"name", &GpuInfo::name},
+               Member{"arch", &GpuInfo::arch, "Compute capability * 10."});
+  nb::class_<DriverInfo> driver(m, "DriverInfo", "The CUDA driver of this machine.");
+  bind_members(driver, "DriverInfo", Member{"available", &DriverInfo::available},
+               Member{"problem", &DriverInfo::problem, "Why there is no driver to use."},
+               Member{"cuda_version", &DriverInfo::cuda_version, "The newest CUDA it runs: 13000 for 13.0."},
+               Member{"gpus", &DriverInfo::gpus});
+  nb::class_<BuildInfo> build(m, "BuildInfo", "What this build of flashcute contains.");
+  bind_members(build, "BuildInfo", Member{"image_archs", &BuildInfo::image_archs},
+               Member{"image_compiler", &BuildInfo::image_compiler}, Member{"jit_compiler", &BuildInfo::jit_compiler},
+               Member{"jit_problem", &BuildInfo::jit_problem}, Member{"cache_folder", &BuildInfo::cache_folder},
+               Member{"cpu_isa", &BuildInfo::cpu_isa}, Member{"cpu_threads", &BuildInfo::cpu_threads});
 }
 
 }  // namespace
@@ -458,6 +495,7 @@ NB_MODULE(_core, m) {
   nb::set_leak_warnings(false);
   bind_exceptions(m);
   bind_configs(m);
+  bind_explanation(m);
   bind_facts(m);
   m.def("forward", &call_forward, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "out"_a.none(),
         "lse"_a.none(), "block_counts"_a.none(), "causal"_a, "scale"_a.none(), "layout"_a, "stream"_a.none(),

@@ -4,6 +4,7 @@
 #include "cpu/forward.hpp"
 #include "driver.hpp"
 #include "environment.hpp"
+#include "explanation.hpp"
 #include "families.hpp"
 #include "image_store.hpp"
 #include "jit.hpp"
@@ -35,6 +36,29 @@ std::vector<std::pair<std::string, std::string>> prebuild_kernels(Config const& 
     done.emplace_back(code.name, find_image(code, arch).origin);
   }
   return done;
+}
+
+/// Why a call does not run `config`, in words that all configurations with this reason share. `given`: the caller named
+/// another.
+std::string why_not(ForwardConfig const& config, bool given, TensorView const& q, TensorView const& k,
+                    TensorView const& v, ForwardOptions const& options) {
+  bool const gpu = q.device.type == DeviceType::cuda;
+  try {
+    if (config.dtype == q.dtype) {
+      if (ForwardConfigError const broken = check(config, arch_of(q.device)); broken != ForwardConfigError::none) {
+        return sentence(broken);
+      }
+    }
+    plan_forward(config, q, k, v, nullptr, nullptr, options);
+    return given ? "another configuration was asked for"
+                 : (gpu ? "not the default for these shapes" : "not the default on the CPU");
+  } catch (ConfigError const& error) {
+    std::string_view const message = error.what();
+    constexpr std::string_view argument = "cfg: ";  // which nobody passed
+    return std::string(message.substr(message.starts_with(argument) ? argument.size() : 0));
+  } catch (Error const& error) {
+    return error.what();
+  }
 }
 
 }  // namespace
@@ -109,20 +133,13 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
     e.kernel = gpu ? name(plan.kernel).text : std::string(cpu::isa());
     Arch const arch = arch_of(q.device);
     e.image = gpu ? image_origin(code_of(plan.kernel, arch), arch) : "compiled into the library";
+    e.reasons = reasons_for(chosen, config.has_value(), tensors, q.device, arch);
   } catch (Error const& error) {
     e.rejected.emplace_back(here, error.what());
   }
   for (ForwardConfig const& other : configs()) {
     if (other == chosen) continue;
-    std::string reason;
-    try {
-      plan_forward(other, q, k, v, nullptr, nullptr, options);
-      reason = config ? "another configuration was asked for"
-                      : (gpu ? "not the default for these shapes" : "not the default on the CPU");
-    } catch (Error const& error) {
-      reason = error.what();
-    }
-    e.rejected.emplace_back(name(other).text, reason);
+    e.rejected.emplace_back(name(other).text, why_not(other, config.has_value(), q, k, v, options));
   }
   return e;
 }

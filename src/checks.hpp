@@ -58,24 +58,6 @@ ForwardParams checked_problem(TensorView const& q, TensorView const& k, TensorVi
 
 // ---- configurations ----------------------------------------------------------------------------------
 
-/// "dtype=bfloat16, head_dim=128, ...": every option with its value.
-template <class Config>
-std::string describe(Config const& config) {
-  std::string text;
-  for_each_option(config, [&](char const* option, auto value) {
-    if (!text.empty()) text += ", ";
-    text += std::string(option) + "=";
-    if constexpr (std::is_enum_v<decltype(value)>) {
-      text += name_of(value);
-    } else if constexpr (std::is_same_v<decltype(value), bool>) {
-      text += value ? "True" : "False";
-    } else {
-      text += std::to_string(value);
-    }
-  });
-  return text;
-}
-
 /// A rule that a configuration breaks: its sentence, the options, and what else there is to say of them.
 [[noreturn]] void throw_config_error(char const* sentence, std::string const& options, std::string const& details,
                                      Arch arch);

@@ -6,6 +6,7 @@
 
 #include "checks.hpp"
 #include "driver.hpp"
+#include "text.hpp"
 
 namespace flashcute {
 namespace {
@@ -45,7 +46,7 @@ void check_config(ForwardConfig const& config, Arch arch) {
                             CopyShape::of(config, config.head_dim_v).rows_per_pass};
     details = std::to_string(max_of(rows[0], rows[1])) + " rows";
   }
-  throw_config_error(sentence(error), describe(config), details, arch);
+  throw_config_error(sentence(error), options_text(config, arch != cpu_arch, sentence(error)), details, arch);
 }
 
 ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, TensorView const& k, TensorView const& v,

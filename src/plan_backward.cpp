@@ -7,6 +7,7 @@
 #include "checks.hpp"
 #include "flashcute/tiles.hpp"
 #include "plan.hpp"
+#include "text.hpp"
 
 namespace flashcute {
 namespace {
@@ -104,7 +105,7 @@ void check_config(BackwardConfig const& config, Arch arch) {
                                     CopyShape::of(tile, config.head_dim_v).rows_per_pass)) +
               " rows";
   }
-  throw_config_error(sentence(error), describe(config), details, arch);
+  throw_config_error(sentence(error), options_text(config, arch != cpu_arch, sentence(error)), details, arch);
 }
 
 BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v,

@@ -57,15 +57,26 @@ struct ForwardOptions {
   TensorView const* block_counts = nullptr;
 };
 
-/// Why a call takes the road it takes.
+/// What a call runs, and why.
 struct Explanation {
   std::string backend;  // "sm90" (Hopper's kernel), "sm80" or "cpu"; empty if nothing can run the call
   std::optional<ForwardConfig> config;
   std::string kernel;  // name of the entry point, or of the CPU instruction set
   std::string image;   // where the kernel comes from: "ahead of time", "run-time compilation ...", "none: ..."
-  std::vector<std::pair<std::string, std::string>> rejected;  // what else there is, and why not
+  std::vector<std::pair<std::string, std::string>> rejected;  // each alternative, and why it was not taken
   std::vector<std::string> notes;                             // what else the call will do or cost
+  std::vector<std::string> reasons;                           // why this backend and configuration, in sentences
+
+  bool operator==(Explanation const&) const = default;
 };
+
+/// "ForwardConfig(dtype='bfloat16', head_dim=128, block_m=128, block_n=64, stages=2)": valid Python. Of the options
+/// beside these four it shows those that differ from their defaults.
+std::string to_string(ForwardConfig const& config);
+std::string to_string(BackwardConfig const& config);
+
+/// For people: a few lines, with one for each reason why something was not taken.
+std::string to_string(Explanation const& explanation);
 
 /// Computes out = softmax(scale * q k^T) v.
 ///
@@ -167,6 +178,8 @@ struct GpuInfo {
   int index;
   std::string name;
   Arch arch;  // compute capability * 10
+
+  bool operator==(GpuInfo const&) const = default;
 };
 
 struct DriverInfo {
@@ -174,6 +187,8 @@ struct DriverInfo {
   std::string problem;   // why not
   int cuda_version = 0;  // 13000 for 13.0
   std::vector<GpuInfo> gpus;
+
+  bool operator==(DriverInfo const&) const = default;
 };
 
 /// Initialises the CUDA driver; nothing before it, import included, does.
@@ -189,6 +204,8 @@ struct BuildInfo {
   std::string cache_folder;
   std::string cpu_isa;
   int cpu_threads = 0;
+
+  bool operator==(BuildInfo const&) const = default;
 };
 BuildInfo build_info();
 

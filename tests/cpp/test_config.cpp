@@ -9,6 +9,7 @@
 
 #include "families.hpp"
 #include "flashcute/api.hpp"
+#include "printing.hpp"
 #include "source.hpp"
 
 namespace flashcute {
@@ -39,6 +40,17 @@ std::vector<ForwardConfig> sample() {
     }
   }
   return all;
+}
+
+// Guards against messages of failed tests that list the bytes of a configuration.
+TEST(Printing, ConfigurationsArePrintedAsPythonWritesThem) {
+  EXPECT_EQ(::testing::PrintToString(ForwardConfig{.block_n = 96, .stages = 2, .swizzled = false}),
+            "ForwardConfig(dtype='bfloat16', head_dim=128, block_m=128, block_n=96, stages=2, swizzled=False)");
+  EXPECT_EQ(::testing::PrintToString(BackwardConfig{.head_dim = 64, .head_dim_v = 32, .math = Math::tf32x3}),
+            "BackwardConfig(dtype='bfloat16', head_dim=64, head_dim_v=32, block_m=64, block_n=64, math='tf32x3')");
+  EXPECT_EQ(::testing::PrintToString(ForwardKernelId{{}, {MaskKind::causal}}),
+            "flashcute_sm80_fwd_bf16_d128_m128_n64_w4_causal");
+  EXPECT_EQ(::testing::PrintToString(check(ForwardConfig{.num_warps = 3}, 80)), "num_warps must be 1, 2, 4 or 8");
 }
 
 // Guards against two kernels under one name: the store and the cache would mix them up.

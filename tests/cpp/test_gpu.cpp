@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <ostream>
 #include <random>
 #include <string>
 #include <vector>
@@ -15,6 +16,7 @@
 #include "device_memory.hpp"
 #include "flashcute/api.hpp"
 #include "nvrtc.hpp"
+#include "printing.hpp"
 
 namespace flashcute {
 namespace {
@@ -60,11 +62,19 @@ struct Shape {
   bool causal;
 };
 
-std::string name_of_shape(::testing::TestParamInfo<Shape> const& info) {
-  Shape const& s = info.param;
+std::string describe(Shape const& s) {
   return "b" + std::to_string(s.batch) + "_sq" + std::to_string(s.seqlen_q) + "_sk" + std::to_string(s.seqlen_k) +
          "_h" + std::to_string(s.heads) + "_hk" + std::to_string(s.kv_heads) + "_d" + std::to_string(s.d) + "_dv" +
          std::to_string(s.d_v) + (s.causal ? "_causal" : "_full");
+}
+
+std::string name_of_shape(::testing::TestParamInfo<Shape> const& info) { return describe(info.param); }
+
+void PrintTo(Shape const& s, std::ostream* out) { *out << describe(s); }
+
+// Guards against summaries that list the bytes of the parameter of each test that was skipped or failed.
+TEST(Printing, ShapesArePrintedInWords) {
+  EXPECT_EQ(::testing::PrintToString(Shape{2, 3, 5, 4, 2, 64, 40, true}), "b2_sq3_sk5_h4_hk2_d64_dv40_causal");
 }
 
 template <class Element>

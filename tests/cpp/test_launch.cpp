@@ -3,7 +3,10 @@
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <optional>
+#include <set>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <utility>
@@ -15,6 +18,8 @@
 #include "flashcute/tiles.hpp"
 #include "image_store.hpp"
 #include "jit.hpp"
+#include "nvrtc.hpp"
+#include "printing.hpp"
 #include "scratch.hpp"
 
 namespace flashcute {
@@ -283,6 +288,84 @@ TEST_F(Launch, ExplainLaunchesNothing) {
   EXPECT_EQ(e.image, "ahead of time");
   EXPECT_EQ(driver_->loads, 0);
   EXPECT_TRUE(driver_->launches.empty());
+}
+
+class ExplainCall : public FakeGpu {
+ protected:
+  void SetUp() override {
+    FakeGpu::SetUp();
+    if (image_archs().empty() && !nvrtc_available()) GTEST_SKIP() << "no kernel can be had: " << nvrtc_problem();
+  }
+};
+
+/// The lines of an explanation that hold `word`.
+std::string lines_with(std::string const& word, Explanation const& e) {
+  std::istringstream text(to_string(e));
+  std::string found;
+  for (std::string line; std::getline(text, line);) {
+    if (line.find(word) != std::string::npos) found += line + "\n";
+  }
+  return found;
+}
+
+// Guards against an explanation that tells what runs on an H100 and not why, or tells it of another GPU's kernel.
+TEST_F(ExplainCall, SaysWhyHoppersKernelWasChosen) {
+  TensorView const t = tensor({2, 4096, 16, 96}, hopper);
+  Explanation const e = explain(std::nullopt, t, t, t);
+  EXPECT_EQ(e.reasons.size(), 3u);
+  EXPECT_EQ(lines_with("why", e), "  why     The tensors are on cuda:2, a GPU of compute capability 9.0.\n");
+  EXPECT_NE(lines_with("Hopper's kernel (copies by TMA", e), "");
+  EXPECT_NE(lines_with("Tiles of 128 query rows and blocks of 128 keys are the default for head dimensions up to 128. "
+                       "A head dimension of 96 takes as long there as one of 128.",
+                       e),
+            "");
+
+  ForwardConfig const asked = *e.config;
+  EXPECT_NE(lines_with("cfg asks for this configuration.", explain(asked, t, t, t)), "");
+  EXPECT_EQ(lines_with("Tiles of", explain(asked, t, t, t)), "");
+}
+
+// Guards against reasons of one kernel told of another: float32, tensors that the copy engine cannot read, small grids.
+TEST_F(ExplainCall, SaysWhyTheMmaSyncKernelWasChosen) {
+  TensorView f32 = tensor({2, 4096, 16, 64}, hopper);
+  f32.dtype = DType::float32;
+  Explanation const exact = explain(std::nullopt, f32, f32, f32);
+  EXPECT_NE(
+      lines_with("Hopper's kernel takes float16 and bfloat16 only. It multiplies float32 on tensor cores by three",
+                 exact),
+      "");
+  ForwardOptions fast;
+  fast.allow_tf32 = true;
+  EXPECT_NE(lines_with("allow_tf32 lets it round", explain(std::nullopt, f32, f32, f32, fast)), "");
+
+  TensorView shifted = tensor({2, 4096, 16, 64}, hopper);
+  shifted.data = static_cast<char*>(shifted.data) + 8;
+  Explanation const misaligned = explain(std::nullopt, shifted, shifted, shifted);
+  EXPECT_NE(lines_with("It copies 8 bytes at a time", misaligned), "");
+  EXPECT_NE(lines_with("sm90, copy_bytes=16: q's address is 8 bytes past a multiple of 16", misaligned), "")
+      << to_string(misaligned);
+
+  TensorView const large = tensor({2, 4096, 16, 64}), small = tensor({1, 64, 1, 64});
+  EXPECT_EQ(lines_with("without work", explain(std::nullopt, large, large, large)), "");
+  EXPECT_NE(lines_with("where tiles of 128 rows would leave multiprocessors without work",
+                       explain(std::nullopt, small, small, small)),
+            "");
+}
+
+// Guards against dozens of lines, one for each configuration that was not taken: they are grouped by their reason, and
+// the data still has all of them.
+TEST_F(ExplainCall, GroupsWhatWasNotTakenByReason) {
+  TensorView const t = tensor({2, 4096, 16, 64}, hopper);
+  Explanation const e = explain(std::nullopt, t, t, t);
+  EXPECT_EQ(e.rejected.size(), 1 + configs().size() - 1) << "the CPU, and all configurations but the one that runs";
+  std::set<std::string> reasons;
+  for (auto const& [what, reason] : e.rejected) reasons.insert(reason);
+  EXPECT_LE(reasons.size(), 6u);
+  std::string const text = to_string(e);
+  for (std::string const& reason : reasons) EXPECT_NE(text.find(": " + reason), std::string::npos) << reason;
+  EXPECT_NE(lines_with("9 ahead-of-time configurations: dtype float16 does not fit the tensors' bfloat16", e), "")
+      << text;
+  EXPECT_LT(std::ranges::count(text, '\n'), 14) << text;
 }
 
 // ---- the backward ----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@
 #include "flashcute/api.hpp"
 #include "image_store.hpp"
 #include "memory_overlap.hpp"
+#include "printing.hpp"
 
 namespace flashcute {
 namespace {

@@ -62,6 +62,20 @@ def why_no_gpu() -> str:
     return ""
 
 
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Configurations, tuples and dicts in test names as what they hold. pytest alone names them sizes0, cfg3."""
+    import flashcute
+
+    if isinstance(val, flashcute.ForwardConfig | flashcute.BackwardConfig):
+        return val.name
+    if isinstance(val, tuple) and all(isinstance(item, int) for item in val):
+        return "x".join(map(str, val)) or "()"
+    if isinstance(val, dict):
+        plain = bool, int, float, str, tuple, type(None)
+        return ",".join(f"{k}={v}" if isinstance(v, plain) else str(k) for k, v in val.items())
+    return None  # pytest's own
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Slow ones last: what they need is being compiled meanwhile.
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)

@@ -161,7 +161,7 @@ def test_compile_several(capsys: pytest.CaptureFixture[str]) -> None:
         (["explain", "--seqlen-q", "-1"], "at least 0"),
         (["demo", "--dtype", "int8"], "--dtype"),
     ],
-    ids=" ".join,
+    ids=lambda x: " ".join(x) if isinstance(x, list) else x,
 )
 def test_bad_options(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]

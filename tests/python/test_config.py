@@ -107,7 +107,33 @@ def test_not_equal_to_other_things(other: object) -> None:
 def test_repr_evaluates_back(cfg: fc.ForwardConfig) -> None:
     """What a log shows can be pasted."""
     assert eval(repr(cfg), {"ForwardConfig": fc.ForwardConfig}) == cfg
-    assert all(f"{name}={getattr(cfg, name)!r}" in repr(cfg) for name in OPTIONS)
+
+
+@given(any_config)
+def test_repr_shows_what_differs_from_the_default(cfg: fc.ForwardConfig) -> None:
+    """Twenty options of which eighteen say nothing hide the two that do. The dtype, the width and the tile are always
+    there."""
+    shown = dict(re.findall(r"(\w+)=([^,)]+)", repr(cfg)))
+    assert shown == {
+        name: repr(value)
+        for name, value in options_of(cfg).items()
+        if name in ("dtype", "head_dim", "block_m", "block_n")
+        or value != (cfg.head_dim if name == "head_dim_v" else getattr(fc.ForwardConfig(), name))
+    }
+
+
+def test_errors_show_what_the_rule_is_about() -> None:
+    """A rule that breaks on a default is told with that default, and without those that it does not name."""
+    with pytest.raises(fc.ConfigError) as raised:
+        fc.ForwardConfig(block_m=48, swizzled=False).check("sm_80")
+    assert str(raised.value) == (
+        "cfg: block_m must be a positive multiple of 16 * num_warps, at most 256 (got dtype='bfloat16', head_dim=128, "
+        "block_m=48, block_n=64, num_warps=4, swizzled=False; GPU of compute capability 8.0)"
+    )
+    with pytest.raises(fc.ConfigError) as raised:
+        fc.BackwardConfig(num_warps=3, swizzled=False).check("cpu")
+    assert "num_warps=3" in str(raised.value)
+    assert "swizzled" not in str(raised.value)  # the CPU ignores it
 
 
 @given(any_config, any_config)
@@ -394,6 +420,100 @@ def test_explain_lists_every_ahead_of_time_configuration() -> None:
     for cfg in fc.configs():
         if cfg.dtype == "bfloat16":
             assert "dtype bfloat16 does not fit" in reasons[cfg.name]
+
+
+def test_explain_on_the_cpu_shows_what_the_cpu_uses() -> None:
+    """Options of the GPU kernels say nothing there, even where they are not the default."""
+    q = torch.ones(1, 4, 2, 8)
+    cfg = fc.default_config(8, "float32", "cpu").replace(swizzled=False, num_warps=1)
+    told = fc.explain(q, q, q, cfg=cfg)
+    assert told.config == cfg
+    assert "config  ForwardConfig(dtype='float32', head_dim=8, block_m=64, block_n=128)\n" in repr(
+        told
+    )
+    assert told.reasons == ["The tensors are on the CPU.", "cfg asks for this configuration."]
+
+
+def test_explain_prints_one_line_for_each_reason() -> None:
+    """A line for each of dozens of configurations: what matters scrolls away."""
+    q = torch.ones(1, 4, 2, 8)
+    for told in (fc.explain(q, q, q), fc.explain(q, q, torch.ones(1, 4, 3, 8))):
+        lines = repr(told).partition("  not taken\n")[2].splitlines()
+        reasons = list(dict.fromkeys(reason for _, reason in told.rejected))
+        assert all(line.endswith(f": {why}") for line, why in zip(lines, reasons, strict=True))
+        assert len(lines) < 6 < len(told.rejected)
+        counted = sum(
+            int(n) for n in re.findall(r"(\d+) ahead-of-time configurations: ", repr(told))
+        )
+        assert counted == sum(what.startswith("fwd_") for what, _ in told.rejected)
+
+
+# ---- what explains, and facts, as values ---------------------------------------------------------
+
+
+def facts() -> dict[str, object]:
+    """By the name that a test has of them."""
+    q = torch.ones(1, 4, 2, 8)
+    return {
+        "explanation": fc.explain(q, q, q),
+        "explanation of an error": fc.explain(q, q, q[..., :3]),
+        "driver": fc._core.driver_info(),
+        "build": fc._core.build_info(),
+    }
+
+
+@pytest.mark.parametrize("name", facts())
+def test_facts_are_values(name: str) -> None:
+    """An explanation that cannot be sent to another process, logged by a deep copy, or compared."""
+    fact = facts()[name]
+    twins = [copy.copy(fact), copy.deepcopy([fact])[0], facts()[name]]
+    twins += [pickle.loads(pickle.dumps(fact, p)) for p in range(2, pickle.HIGHEST_PROTOCOL + 1)]
+    for twin in twins:
+        assert twin is not fact
+        assert twin == fact
+        assert hash(twin) == hash(fact)
+        assert repr(twin) == repr(fact)
+    assert len({fact, *twins}) == 1
+    assert fact != repr(fact)
+    assert fact not in [other for key, other in facts().items() if key != name]
+
+
+def test_explanations_differ_in_every_member() -> None:
+    """Equality that forgets a member; a pickle that mixes two up."""
+    members = {
+        "backend": "sm90",
+        "config": fc.ForwardConfig(),
+        "kernel": "k",
+        "image": "i",
+        "rejected": [("cpu", "why")],
+        "notes": ["n"],
+        "reasons": ["r"],
+    }
+    told = fc.Explanation(**members)
+    again = pickle.loads(pickle.dumps(told))
+    assert {name: getattr(again, name) for name in members} == members
+    other = {
+        "backend": "cpu",
+        "config": None,
+        "kernel": "",
+        "image": "",
+        "rejected": [],
+        "notes": [],
+        "reasons": [],
+    }
+    for name in members:
+        assert fc.Explanation(**{**members, name: other[name]}) != told, name
+
+
+@pytest.mark.parametrize("kind", [fc.FlashcuteError, *fc.FlashcuteError.__subclasses__()])
+def test_exceptions_travel(kind: type[fc.FlashcuteError]) -> None:
+    """Out of a process pool, with what somebody added to them."""
+    error = kind("q: expected this, got that")
+    error.shape = (2, 3)  # type: ignore[attr-defined]
+    for twin in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
+        assert type(twin) is kind
+        assert str(twin) == str(error)
+        assert twin.shape == (2, 3)
 
 
 def test_explain_does_not_run_or_change_anything() -> None:
