@@ -117,28 +117,28 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
   char const* here = backend_of(config ? config->math : Math::tensor_core);
   e.rejected.emplace_back(gpu ? "cpu" : "sm80", gpu ? "the tensors are on " + to_string(q.device)
                                                     : std::string("the tensors are on the CPU"));
-  ForwardConfig chosen;
+  std::optional<ForwardConfig> chosen = config;
   try {
-    chosen = config ? *config : config_for(q, k, v, nullptr, options);
+    if (!chosen) chosen = config_for(q, k, v, nullptr, options);
     std::string misaligned;
     ForwardTensors const tensors = forward_tensors(q, k, v, nullptr, options, &misaligned);
-    here = backend_of(chosen.math);
+    here = backend_of(chosen->math);
     if (gpu && !config && !misaligned.empty()) {
       if (arch_of(q.device) == 90 && size_of(q.dtype) == 2) e.rejected.emplace_back("sm90", misaligned);
       if (tensors.alignment < 16) e.rejected.emplace_back("copy_bytes=16", misaligned);
     }
-    ForwardPlan const plan = plan_forward(chosen, q, k, v, nullptr, nullptr, options);
+    ForwardPlan const plan = plan_forward(*chosen, q, k, v, nullptr, nullptr, options);
     e.backend = here;
     e.config = chosen;
     e.kernel = gpu ? name(plan.kernel).text : std::string(cpu::isa());
     Arch const arch = arch_of(q.device);
     e.image = gpu ? image_origin(code_of(plan.kernel, arch), arch) : "compiled into the library";
-    e.reasons = reasons_for(chosen, config.has_value(), tensors, q.device, arch);
+    e.reasons = reasons_for(*chosen, config.has_value(), tensors, q.device, arch);
   } catch (Error const& error) {
     e.rejected.emplace_back(here, error.what());
   }
   for (ForwardConfig const& other : configs()) {
-    if (other == chosen) continue;
+    if (chosen == other) continue;
     e.rejected.emplace_back(name(other).text, why_not(other, config.has_value(), q, k, v, options));
   }
   return e;

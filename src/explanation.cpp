@@ -38,7 +38,7 @@ std::string why_this_tile(ForwardConfig const& chosen, ForwardTensors const& ten
   }
   text += ".";
   if (int32_t const d = max_of(tensors.head_dim, tensors.head_dim_v); d < chosen.head_dim) {
-    text += " A head dimension of " + std::to_string(d) + " takes as long there as one of " + width + ".";
+    text += " A head dimension of " + std::to_string(d) + " is padded with zeros and computed as one of " + width + ".";
   }
   if (chosen.copy_bytes < 16) {
     text += " It copies " + std::to_string(chosen.copy_bytes) + " bytes at a time, since the tensors allow no more.";

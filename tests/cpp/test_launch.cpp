@@ -316,7 +316,7 @@ TEST_F(ExplainCall, SaysWhyHoppersKernelWasChosen) {
   EXPECT_EQ(lines_with("why", e), "  why     The tensors are on cuda:2, a GPU of compute capability 9.0.\n");
   EXPECT_NE(lines_with("Hopper's kernel (copies by TMA", e), "");
   EXPECT_NE(lines_with("Tiles of 128 query rows and blocks of 128 keys are the default for head dimensions up to 128. "
-                       "A head dimension of 96 takes as long there as one of 128.",
+                       "A head dimension of 96 is padded with zeros and computed as one of 128.",
                        e),
             "");
 

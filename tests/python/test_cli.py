@@ -44,11 +44,16 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A setting that is not listed or whose value is not shown; a failure where there is no GPU."""
     monkeypatch.setenv("FLASHCUTE_QUIET", "1")
+    monkeypatch.delenv("FLASHCUTE_JIT", raising=False)
+    meanings = {name: meaning for name, _, meaning in _core.environment_variables()}
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    for name, _, meaning in _core.environment_variables():
-        assert name in text
-        assert meaning in text
+    assert all(name in text for name in meanings)
+    assert meanings["FLASHCUTE_QUIET"] in text
+    assert meanings["FLASHCUTE_JIT"] not in text  # what is not set says nothing
+    assert main(["info", "--verbose"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text and meaning in text for name, meaning in meanings.items())
     assert "numpy " + np.__version__ in text
     line = next(x for x in text.splitlines() if "FLASHCUTE_QUIET" in x)
     assert line.split() == ["FLASHCUTE_QUIET", "1", "0"]

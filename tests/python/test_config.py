@@ -420,6 +420,9 @@ def test_explain_lists_every_ahead_of_time_configuration() -> None:
     for cfg in fc.configs():
         if cfg.dtype == "bfloat16":
             assert "dtype bfloat16 does not fit" in reasons[cfg.name]
+    # Also where nothing was chosen: no configuration may count as the chosen one.
+    flat = torch.ones(4, 2, 64, dtype=torch.bfloat16)
+    assert {c.name for c in fc.configs()} <= dict(fc.explain(flat, flat, flat).rejected).keys()
 
 
 def test_explain_on_the_cpu_shows_what_the_cpu_uses() -> None:

@@ -27,7 +27,9 @@ def add_command(commands: Commands) -> None:
         description="Prints what this build contains and what it finds on this machine.",
     )
     parser.add_argument(
-        "--verbose", action="store_true", help="also where the run-time compiler was looked for"
+        "--verbose",
+        action="store_true",
+        help="also what each environment variable means, and where the run-time compiler was looked for",
     )
     parser.set_defaults(run=run)
 
@@ -63,15 +65,20 @@ def run(options: argparse.Namespace) -> int:
         "libraries  " + ", ".join(f"{name} {v}" if v else f"no {name}" for name, v in found.items())
     )
 
+    variables = _core.environment_variables()
+    listed = [v for v in variables if options.verbose or v[0] in os.environ]
+    others = [name for name, _, _ in variables if name not in os.environ]
     print("\nenvironment")
-    rows = [
-        (f"  {name}", os.environ.get(name, "(not set)"), default)
-        for name, default, _ in _core.environment_variables()
-    ]
-    settings = format_table(("  variable", "value", "default"), rows, left=3).splitlines()
-    print(settings[0])
-    for line, (_, _, meaning) in zip(settings[1:], _core.environment_variables(), strict=True):
-        print(f"{line}\n      {meaning}")
+    if listed:
+        rows = [
+            (f"  {name}", os.environ.get(name, "(not set)"), default) for name, default, _ in listed
+        ]
+        settings = format_table(("  variable", "value", "default"), rows, left=3).splitlines()
+        print(settings[0])
+        for line, (_, _, meaning) in zip(settings[1:], listed, strict=True):
+            print(f"{line}\n      {meaning}")
+    if others and not options.verbose:
+        print(f"  not set (--verbose explains them): {', '.join(others)}")
     return 0
 
 
