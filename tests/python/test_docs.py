@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,66 @@ def test_links_lead_somewhere() -> None:
     for page in pages:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_code_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first thing that a stranger tries."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    assert "not taken" in capsys.readouterr().out  # of explain
+    for name, q in (("q", names["q"]), ("k", names["k"]), ("v", names["v"])):
+        assert q.grad.shape == (2, 1000, 8, 64), name
+
+
+# Of a table's second column: the implementation's name in the recorded lines.
+PEERS = {
+    "FlashAttention-2": "sdpa_flash",
+    "FlashAttention-3": "fa3",
+    "cuDNN": "sdpa_cudnn",
+    "torch, memory-efficient": "sdpa_efficient",
+    "torch, math": "sdpa_math",
+    "torch on the CPU": "sdpa",
+    "naive, in torch": "naive",
+}
+
+
+def speed_ups(file: Path, peer: str, ours: str) -> dict[int, list[float]]:
+    """Their median time over ours in each recorded cell, by head dimension."""
+    times: dict[tuple[object, ...], dict[str, list[float]]] = {}
+    for line in map(json.loads, file.read_text().splitlines()):
+        sizes = ("batch", "heads", "kv_heads", "seqlen_q", "head_dim", "causal")
+        cell = times.setdefault(tuple(line[name] for name in sizes), {})
+        cell.setdefault(line["impl"], []).append(line["ms_p50"])
+    ratios: dict[int, list[float]] = {}
+    for (*_, head_dim, _), by_impl in times.items():
+        ratio = statistics.median(by_impl[peer]) / statistics.median(by_impl[ours])
+        ratios.setdefault(head_dim, []).append(ratio)
+    return ratios
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_speed_ups_are_those_of_the_lines(page: str) -> None:
+    """A figure that was rounded twice, or that stayed when the measurement was repeated."""
+    text = (ROOT / page).read_text()
+    rows = re.findall(r"^\| \[(.*?)\]\((.*?)\) \| (.*?) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) >= 6
+    for what, link, peer, figures in rows:
+        ours = "flashcute_deterministic" if "deterministic" in what else "flashcute"
+        ratios = speed_ups((ROOT / page).parent / link, PEERS[peer], ours)
+        cells = [ratio for of_one_dim in ratios.values() for ratio in of_one_dim]
+        means = [
+            statistics.geometric_mean(ratios[d]) if d in ratios else None for d in (64, 128, 256)
+        ]
+        expected = [*means, min(cells), max(cells)]
+        for written, true in zip(figures.split(" | "), expected, strict=True):
+            decimals = len(written.partition(".")[2])
+            assert written == ("-" if true is None else f"{true:.{decimals}f}"), (what, peer, true)
+            assert true is None or (float(written) < 1) == (true < 1), (
+                "rounding hides that ours is slower"
+            )
 
 
 def test_architecture_names_files_that_exist() -> None:
