@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import statistics
@@ -112,6 +113,17 @@ def test_tables_of_steps_are_what_the_tool_writes() -> None:
         command = [sys.executable, ROOT / "tools" / tool, ROOT / lines, *options.split()]
         table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         assert table in text
+
+
+def test_tables_of_options_are_introduced_by_the_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words that were changed in the page alone: the next run of the tool takes them back."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    kernels = importlib.import_module("option_table").KERNELS
+    pages = {"tensor_core": "options.md", "wgmma": "sm90_options.md"}
+    assert kernels.keys() == pages.keys()
+    for math, page in pages.items():
+        introduction = kernels[math].introduction.format(arch="sm_90", times="Speed in TFLOP/s.")
+        assert (ROOT / "docs" / page).read_text().startswith(introduction + "\n## Head dimension")
 
 
 @pytest.mark.parametrize(
