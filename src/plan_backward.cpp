@@ -99,6 +99,9 @@ void check_config(BackwardConfig const& config, Arch arch) {
     }
     details = std::to_string(bytes) + " of " + std::to_string(max_smem_bytes(arch)) + " bytes";
   }
+  if (error == BackwardConfigError::shares) {
+    details = std::to_string(config.column_warps) + " of " + std::to_string(config.num_warps) + " warps share columns";
+  }
   if (error == BackwardConfigError::copy_rows) {
     ForwardConfig const tile = tile_of(config, BackwardPass::keys);
     details = std::to_string(max_of(CopyShape::of(tile, config.head_dim).rows_per_pass,

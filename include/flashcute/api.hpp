@@ -114,9 +114,9 @@ struct BackwardOptions {
 /// Rows that see no key, and keys that no row sees, get zeros. On the CPU, and with config.deterministic on a GPU, the
 /// result is the same bit for bit in every call; otherwise dq is a sum in any order.
 ///
-/// On a GPU, where q is of float16 or bfloat16, the kernels are launched on `options.stream` and the call returns; they
-/// need `options.workspace`. On the CPU it returns when the gradients are there. Throws, as `forward` does, before
-/// anything is launched or written.
+/// On a GPU, where q has float16, bfloat16 or float32, the kernels are launched on `options.stream` and the call
+/// returns; they need `options.workspace`. On the CPU it returns when the gradients are there. Throws, as `forward`
+/// does, before anything is launched or written.
 void backward(BackwardConfig const& config, TensorView const& dout, TensorView const& q, TensorView const& k,
               TensorView const& v, TensorView const& out, TensorView const& lse, TensorView const* dlse,
               TensorView const& dq, TensorView const& dk, TensorView const& dv, BackwardOptions const& options = {});

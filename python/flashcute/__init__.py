@@ -3,8 +3,9 @@
     >>> import flashcute
     >>> out = flashcute.flash_attention(q, k, v, causal=True)
 
-Arrays of NumPy, torch, CuPy and JAX (on the CPU) are taken through DLPack, and each library gets its
-own kind back. See `flash_attention`, `forward`, `ForwardConfig` and `explain`.
+It takes arrays of NumPy, torch, CuPy and JAX (on the CPU) through DLPack, and gives each library its own kind back.
+Begin with `flash_attention` (attention, with gradients for torch tensors) and `explain` (what a call runs, and why);
+`forward` and `backward` take a `ForwardConfig` or `BackwardConfig` of your choice.
 """
 
 from __future__ import annotations

@@ -567,6 +567,7 @@ def explained(
         image=found.image,
         rejected=found.rejected,
         notes=[*found.notes, how_gradients(problem)],
+        reasons=found.reasons,
     )
 
 

@@ -1,4 +1,4 @@
-"""The calls: forward, flash_attention, and what tells about them."""
+"""The calls: forward, flash_attention, and the functions that tell about them."""
 
 from __future__ import annotations
 
@@ -32,24 +32,25 @@ def forward(
     return_lse: bool = False,
     stream: object = None,
 ) -> Any:
-    """softmax(scale * q kᵀ) v with a kernel configuration of your choice.
+    """Attention, softmax(scale * q kᵀ) v, with a kernel configuration of your choice.
 
     cfg: the static configuration; see `default_config` and `configs`.
     q: (batch, seqlen_q, heads, d).  k: (batch, seqlen_k, kv_heads, d).  v: (batch, seqlen_k, kv_heads, d_v).
-        kv_heads divides heads; d and d_v at most 256. float16, bfloat16 or float32, on the CPU also float64;
-        last stride 1, other strides free (on a GPU multiples of cfg.copy_bytes, and d and d_v, too).
-    causal: query i sees key j iff j <= i + seqlen_k - seqlen_q.
-    scale: of the scores, >= 0; default d**-0.5.
-    layout: "bshd" as above, or "bhsd" with heads before seqlen, for all tensors.
-    out: where to write, (batch, seqlen_q, heads, d_v); default a new array of q's library.
-    return_lse: also return log(sum(exp(scores))), natural logarithm, (batch, heads, seqlen_q), float32
-        (float64 for float64 inputs); -inf for a row that sees no key, whose output is 0.
-    stream: CUDA stream to launch on; default the library's current one. Nothing is synchronised.
+        heads is a multiple of kv_heads; d and d_v are at most 256. All have one dtype: float16, bfloat16 or float32, on
+        the CPU also float64. The last stride is 1, the others are free; on a GPU they, d and d_v must be multiples of
+        cfg.copy_bytes bytes.
+    causal: query i sees key j if and only if j <= i + seqlen_k - seqlen_q: the last query sees all keys.
+    scale: factor of the scores, >= 0; default d**-0.5.
+    layout: "bshd" as above, or "bhsd" with heads before seqlen, for all arrays.
+    out: an array to write to, (batch, seqlen_q, heads, d_v); default a new array of q's library.
+    return_lse: also return the log-sum-exp of each row, log(sum(exp(scores))), by the natural logarithm: (batch, heads,
+        seqlen_q), float32 (float64 for float64 inputs). A row that sees no key has -inf there, and output 0.
+    stream: the CUDA stream to launch on; default the library's current one. The call does not synchronise.
 
     Returns out, or (out, lse).
 
-    Raises ArgumentError (a ValueError), ConfigError (a ValueError), UnsupportedError (a
-    NotImplementedError) or DeviceError before anything is launched.
+    Raises ArgumentError (a ValueError), ConfigError (a ValueError), UnsupportedError (a NotImplementedError) or
+    DeviceError (a RuntimeError) before anything is launched.
 
     Source: Dao, FlashAttention-2, arXiv 2307.08691.
     """
@@ -83,32 +84,37 @@ def flash_attention(
     cu_seqlens_k: Array | None = None,
     on_unsupported: str | None = None,
 ) -> Any:
-    """softmax(scale * q kᵀ) v, with the configuration that suits the tensors.
+    """Attention, softmax(scale * q kᵀ) v, with the configuration that suits the arrays.
 
-    The arguments, their shapes and the exceptions are those of `forward`; `explain` tells what was chosen
-    and why. allow_tf32 lets a GPU round float32 inputs to TF32 (10 bits of fraction); else, and always for
-    gradients, it makes up for what TF32 cuts off by three products in place of one. On a GPU every head
-    dimension and alignment runs; multiples of 16 bytes are fastest. They need no compilation at the first
-    call, but for allow_tf32, gradients of float32 and deterministic gradients.
+    The arguments up to `stream`, their shapes and the exceptions are those of `forward`. `explain` tells which
+    configuration a call takes and why.
 
-    torch tensors are differentiated, the LSE too if it is returned; once, not twice. On a GPU gradients of queries
-    are summed by atomics, so their last bits differ from run to run, except where
-    torch.use_deterministic_algorithms asks for the same. Under torch.autocast tensors are cast as torch's own
-    attention casts them. torch.compile and torch.export see the operators flashcute::flash_attention_forward and
+    On a GPU every head dimension and alignment runs; multiples of 16 bytes are fastest. They need no compilation at the
+    first call if the build has GPU kernels, except with allow_tf32 and for float32 or deterministic gradients.
+
+    allow_tf32: let a GPU round float32 inputs to TF32 (10 bits of fraction). Without it, and always for gradients,
+        three TF32 products take the place of one, which is about as exact as float32.
+
+    Gradients: torch tensors are differentiated once, not twice, through the output and, if it is returned, the
+    log-sum-exp. On a GPU atomic additions sum the gradient of q, so its last bits differ from run to run, unless
+    torch.use_deterministic_algorithms is on. Under torch.autocast tensors are cast as for torch's own attention.
+    torch.compile and torch.export see the operators flashcute::flash_attention_forward and
     flashcute::flash_attention_backward.
 
-    What no kernel covers yet: on a GPU gradients of float64, and of float32 with head dimensions above 128 where a
-    thread block has no more than 99 KB of shared memory; and
-    attn_mask: broadcastable to (batch, heads, seqlen_q, seqlen_k), bool (True: keep) or a float that is
-        added to the scaled scores.
-    dropout_p: probability with which a weight is dropped.
-    window: (left, right): query i sees keys from i + seqlen_k - seqlen_q - left to
-        i + seqlen_k - seqlen_q + right; -1 means no limit.
-    on_unsupported: what to do then. "warn" and "silent" compute torch tensors with torch's
-        scaled_dot_product_attention, which may need memory for seqlen_q * seqlen_k scores (`explain` says how
-        much); masks mean here what they mean above, and a row that sees no key is 0. But a NaN in a key or
-        value that only some rows see reaches all of them (0 * NaN); one that none sees reaches none. "error"
-        raises UnsupportedError, as always for other libraries. Default: "warn" for torch tensors.
+    On a GPU no kernel covers yet gradients of float64, nor gradients of float32 with head dimensions above 128 where a
+    thread block has at most 99 KB of shared memory. On no device do kernels cover these arguments:
+
+    attn_mask: broadcastable to (batch, heads, seqlen_q, seqlen_k); bool (True: keep), or a float that is added to the
+        scaled scores.
+    dropout_p: the probability with which a weight is dropped.
+    window: (left, right): query i sees keys from i + seqlen_k - seqlen_q - left to i + seqlen_k - seqlen_q + right;
+        -1 means no limit.
+
+    on_unsupported: what to do then. "warn" (the default for torch tensors) and "silent" call torch's
+        scaled_dot_product_attention, with or without a warning. It may need memory for seqlen_q * seqlen_k scores;
+        `explain` says how much. Masks mean there what they mean here, and a row that sees no key is 0. But a NaN in a
+        key or value that only some rows see reaches the others too (0 * NaN); one that no row sees reaches none.
+        "error" raises UnsupportedError, as arrays of other libraries always do.
     cu_seqlens_q, cu_seqlens_k: packed sequences raise UnsupportedError.
     """
     library = library_of(type(q))
@@ -288,14 +294,16 @@ def explain(
     window: tuple[int, int] | None = None,
     on_unsupported: str | None = None,
 ) -> Explanation:
-    """What `flash_attention` (or `forward` with `cfg`) would run for these arguments, and why.
+    """What `flash_attention` (or `forward` with `cfg`) would run for these arguments, and why. Launches nothing.
 
-    Returns the backend, the configuration, the kernel, where its image comes from, and for every other
-    backend and ahead-of-time configuration the reason it was not taken. Launches nothing. If no backend
-    can run the call, `backend` is '' and `rejected` says why; ArgumentError is raised only for what cannot
-    be described at all: no DLPack, a dtype that no kernel could have, an unknown layout. Where torch's own
-    attention would be called, `backend` is 'torch', and `notes` says how much memory it needs. Of tensors
-    that require gradients `notes` tells how these are computed.
+    Returns an Explanation: the backend, the configuration, the kernel and where its image comes from; `reasons`, why
+    these were chosen; `rejected`, for every other backend and ahead-of-time configuration the reason why it was not
+    taken; and `notes`, what else the call will do or cost. print() shows it, with what was not taken grouped by reason.
+
+    If no backend can run the call, `backend` is '' and `rejected` says why. If torch's own attention would be called,
+    `backend` is 'torch', and `notes` says how much memory it needs. If the tensors require gradients, `notes` says how
+    these are computed. Raises ArgumentError only for arguments that cannot be described at all: no DLPack, a dtype that
+    no kernel could have, an unknown layout.
     """
     missing = missing_feature(attn_mask, dropout_p, window)
     if cfg is not None and missing:
@@ -328,12 +336,12 @@ def count_blocks(
 ) -> Any:
     """Debug mode of `forward`: what each tile of query rows did with the K/V blocks of its sequence.
 
-    Runs the kernel of `cfg`, compiled to count as it goes (on a GPU at the first call, by NVRTC).
+    Runs the kernel of `cfg` in a variant that counts (on a GPU NVRTC compiles it at the first call).
 
-    Returns int32 (batch, heads, tiles, 3), of q's library and device: how many blocks of cfg.block_n keys were
-    visited with all elements visible, visited with a test of each element, skipped. A tile is
-    cfg.block_m * cfg.cluster query rows, and the incomplete one, if any, is the last; with math='wgmma' it is the
-    first.
+    Returns an int32 array (batch, heads, tiles, 3) of q's library and device. Its last dimension counts the blocks of
+    cfg.block_n keys that were (0) visited with all elements visible, (1) visited with a test of each element,
+    (2) skipped. A tile is cfg.block_m * cfg.cluster query rows. If one is incomplete, it is the last, with
+    math='wgmma' the first.
     """
     if not isinstance(cfg, ForwardConfig):
         raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
@@ -359,8 +367,11 @@ def default_config(
     *,
     head_dim_v: int | None = None,
 ) -> ForwardConfig:
-    """The configuration that `flash_attention` takes for a head dimension on `arch` ("cpu", "sm_90", ...),
-    where addresses and strides are multiples of 16 bytes. head_dim_v: of v, if it is another."""
+    """The configuration that `flash_attention` takes for a head dimension on `arch` ("cpu", "sm_90", ...), if addresses
+    and strides are multiples of 16 bytes.
+
+    head_dim_v: the head dimension of v, if it differs.
+    """
     return _core.default_config(
         dtype, integer("head_dim", head_dim), arch, optional_integer("head_dim_v", head_dim_v)
     )
@@ -400,12 +411,13 @@ def prebuild(
     cfgs: ForwardConfig | BackwardConfig | list[ForwardConfig | BackwardConfig] | None = None,
     arch: str | int | None = None,
 ) -> dict[str, str]:
-    """Makes kernels available before their first call, which would otherwise compile them (10 to 30 s each).
+    """Makes kernels available before their first call, which may otherwise compile them (10 to 30 s each).
 
-    cfgs: one configuration or several, of the forward or the backward; default all whose kernels are compiled ahead
+    cfgs: a configuration of the forward or the backward, or a list of them; default all that the build compiles ahead
         of time and that `arch` can run.
-    arch: "sm_90" and the like; default the architecture of GPU 0. With `arch` no GPU is needed.
-    Returns where each kernel came from: "ahead of time", "disk cache" or "compiled by NVRTC ...".
+    arch: "sm_90" and the like; default the architecture of GPU 0. If it is given, no GPU is needed.
+
+    Returns, by kernel name, where each kernel came from: "ahead of time", "disk cache" or "compiled by NVRTC ...".
     """
     kinds = ForwardConfig, BackwardConfig
     chosen = [cfgs] if isinstance(cfgs, kinds) else cfgs

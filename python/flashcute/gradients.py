@@ -31,29 +31,31 @@ def backward(
     workspace: Array | None = None,
     stream: object = None,
 ) -> tuple[Any, Any, Any]:
-    """Gradients of `forward` with a configuration of your choice; see `default_backward_config`.
+    """Gradients of `forward`, with a configuration of your choice; see `default_backward_config`.
 
-    dout: gradient of out, (batch, seqlen_q, heads, d_v). Copied if its last stride is not 1; no other array is.
-    q, k, v, out, lse: what `forward` took and, with return_lse=True, gave; lse contiguous.
-    dlse: gradient of lse, (batch, heads, seqlen_q), of lse's dtype, any strides; default none.
+    dout: the gradient of out, (batch, seqlen_q, heads, d_v). It is copied if its last stride is not 1; no other array
+        ever is.
+    q, k, v, out, lse: the arrays that `forward` took, and those that it returned with return_lse=True; lse contiguous.
+    dlse: the gradient of lse, (batch, heads, seqlen_q), with lse's dtype and any strides; default none.
     causal, scale, layout: as in the forward call.
-    deterministic: the same bits in every run, whatever cfg.deterministic says; the CPU always gives them. On a GPU
-        that is two passes in place of one that adds to dq by atomics, and block_m must be a multiple of
+    deterministic: compute the same bits in every run, whatever cfg.deterministic says. The CPU always does. A GPU then
+        takes two passes instead of one that adds to dq by atomics, and cfg.block_m must be a multiple of
         16 * num_warps / column_warps.
-    dq, dk, dv: where to write, shaped like q, k and v; default new arrays of q's library.
-    workspace: memory for a call on a GPU, float32, of at least `backward_workspace_size` elements, which it
+    dq, dk, dv: arrays to write to, shaped like q, k and v; default new arrays of q's library.
+    workspace: memory for a call on a GPU, float32, at least `backward_workspace_size` elements, which the call
         overwrites; default a new array of q's library.
-    stream: CUDA stream to launch on; default the library's current one. Nothing is synchronised.
+    stream: the CUDA stream to launch on; default the library's current one. The call does not synchronise.
 
     Returns (dq, dk, dv): with P = exp(scale q kᵀ - lse) and dS = P * (dout vᵀ - rowsum(dout * out) + dlse)
 
         dq = scale dS k        dk = scale dSᵀ q        dv = Pᵀ dout
 
-    summed over the query heads that share a key head. Sums are float32 (float64 for float64 arrays). A query
-    that sees no key and a key that no query sees have gradient 0. On a GPU: float16 and bfloat16.
+    where dk and dv are summed over the query heads that share a key head. Sums are float32 (float64 for float64
+    arrays). A query that sees no key and a key that no query sees have gradient 0. A GPU takes float16, bfloat16 and
+    float32.
 
     Raises ArgumentError (a ValueError), ConfigError (a ValueError), UnsupportedError (a NotImplementedError) or
-    DeviceError before anything is written.
+    DeviceError (a RuntimeError) before anything is written.
 
     Source: Dao, FlashAttention-2, arXiv 2307.08691, algorithm 2.
     """
@@ -130,10 +132,12 @@ def default_backward_config(
     deterministic: bool = False,
 ) -> BackwardConfig:
     """The configuration that gradients of `flash_attention` take for a head dimension on `arch` ("cpu", "sm_90",
-    ...), where addresses and strides are multiples of 16 bytes.
+    ...), if addresses and strides are multiples of 16 bytes.
 
-    head_dim_v: of v, if it is another. deterministic: of those that give the same bits in every run. Raises
-    UnsupportedError where no kernel computes gradients.
+    head_dim_v: the head dimension of v, if it differs.
+    deterministic: choose among the configurations that give the same bits in every run.
+
+    Raises UnsupportedError where no kernel computes gradients.
     """
     return _core.default_backward_config(
         dtype,

@@ -13,6 +13,7 @@ import numpy as np
 import oracle
 import pytest
 from conftest import Runner, backward_configurations_of_first_use
+from flashcute._cli.options import config_options
 from flashcute.reference import naive_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -702,14 +703,20 @@ RULES = {
     ids=lambda x: getattr(x, "name", str(x)),
 )  # fmt: skip
 def test_rules(rule: str, cfg: fc.BackwardConfig, arch: str) -> None:
-    """check() says the rule and every value."""
+    """check() tells the rule, the values that it names, and on a GPU those that are not the default."""
     with pytest.raises(fc.ConfigError, match=rule) as caught:
         cfg.check(arch)
     message = str(caught.value)
     assert message.startswith("cfg: ")
-    for name, member in vars(fc.BackwardConfig).items():
-        if isinstance(member, property) and name != "name":
-            assert f"{name}=" in message
+    sentence = message.partition(" (got ")[0]
+    for name in config_options(fc.BackwardConfig):
+        changed = name != "head_dim_v" and getattr(cfg, name) != getattr(fc.BackwardConfig(), name)
+        if name in sentence or (changed and arch != "cpu"):
+            assert f"{name}={getattr(cfg, name)!r}" in message
+    for name in ("dtype", "head_dim", "block_m", "block_n"):
+        assert f"{name}={getattr(cfg, name)!r}" in message
+    if "the warps that share them" in sentence:
+        assert f"{cfg.column_warps} of {cfg.num_warps} warps share columns" in message
 
 
 def test_configuration_is_a_value() -> None:

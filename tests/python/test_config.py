@@ -437,6 +437,14 @@ def test_explain_on_the_cpu_shows_what_the_cpu_uses() -> None:
     assert told.reasons == ["The tensors are on the CPU.", "cfg asks for this configuration."]
 
 
+def test_explain_says_why_also_where_gradients_are_recorded() -> None:
+    """An explanation that is made anew, with a note on gradients, and loses its reasons."""
+    q = torch.ones(1, 4, 2, 8, requires_grad=True)
+    told = fc.explain(q, q, q)
+    assert told.notes
+    assert told.reasons == ["The tensors are on the CPU."]
+
+
 def test_explain_prints_one_line_for_each_reason() -> None:
     """A line for each of dozens of configurations: what matters scrolls away."""
     q = torch.ones(1, 4, 2, 8)

@@ -104,6 +104,22 @@ def test_architecture_names_files_that_exist() -> None:
         assert any((ROOT / folder / path).exists() for folder in folders), path
 
 
+def test_the_map_of_the_architecture_names_files_that_exist() -> None:
+    """A header or source that was renamed or removed and is still on the map."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    rows = re.findall(r"^    (  )?(\S.*?)(?:  .*)?$", text[text.index("## Map") :], re.MULTILINE)
+    folder, found = Path(), 0
+    for inside, names in rows[: rows.index(("", "cmake/ third_party/"))]:
+        if not inside:
+            folder = ROOT / names
+        for name in names.split() if inside else []:
+            assert any(
+                (folder / f"{name}{suffix}").exists() for suffix in ("", ".hpp", ".cpp", ".py")
+            ), name
+            found += 1
+    assert found > 50
+
+
 def test_tables_of_steps_are_what_the_tool_writes() -> None:
     """A table that was edited by hand, or lines that were added to its run since."""
     text = (ROOT / "docs" / "sm90_forward_notebook.md").read_text()
