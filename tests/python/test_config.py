@@ -465,7 +465,15 @@ def test_explain_prints_one_line_for_each_reason() -> None:
 def facts() -> dict[str, object]:
     """By the name that a test has of them."""
     q = torch.ones(1, 4, 2, 8)
+    gpu = fc._core.GpuInfo.__new__(fc._core.GpuInfo)  # no machine without a GPU gives one
+    gpu.__setstate__((1, "NVIDIA H100", 90))
+    assert repr(gpu) == "GpuInfo(index=1, name='NVIDIA H100', arch=90)"
+    driver = fc._core.DriverInfo.__new__(fc._core.DriverInfo)
+    driver.__setstate__((True, "", 13000, [gpu]))
+    assert driver.gpus == [gpu]
     return {
+        "gpu": gpu,
+        "driver with a gpu": driver,
         "explanation": fc.explain(q, q, q),
         "explanation of an error": fc.explain(q, q, q[..., :3]),
         "driver": fc._core.driver_info(),
