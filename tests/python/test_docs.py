@@ -131,9 +131,23 @@ def test_tables_of_steps_are_what_the_tool_writes() -> None:
         assert table in text
 
 
-def test_tables_of_options_are_introduced_by_the_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_introduced_by_the_tools_that_write_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Words that were changed in the page alone: the next run of the tool takes them back."""
     monkeypatch.syspath_prepend(ROOT / "tools")
+    text = importlib.import_module("gradient_error").TEXT
+    for device, page, whose in (
+        ("cpu", "gradient_error.md", "the CPU backend (avx512)"),
+        (
+            "cuda",
+            "gradient_error_gpu.md",
+            "the kernels on one NVIDIA H200 (those that add to dq by atomics)",
+        ),
+    ):
+        introduction = text.format(whose=whose, device=device, shapes=20, seed=0)
+        assert (ROOT / "docs" / page).read_text().startswith(introduction + "| dtype")
+
     kernels = importlib.import_module("option_table").KERNELS
     pages = {"tensor_core": "options.md", "wgmma": "sm90_options.md"}
     assert kernels.keys() == pages.keys()
