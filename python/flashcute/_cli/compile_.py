@@ -30,9 +30,9 @@ def add_command(commands: Commands) -> None:
         "compile",
         help="compile kernels now instead of at their first call",
         description="Makes the kernels of a configuration available: finds them among the "
-        "ahead-of-time images or in the disk cache, or compiles them and puts them there. What is "
-        "not given is what flash_attention would take for the head dimension. Needs no GPU if "
-        "--arch is given.",
+        "ahead-of-time images or in the disk cache, or compiles them into the disk cache. Options "
+        "that are not given are those of the configuration that flash_attention takes for the head "
+        "dimension. Needs no GPU if --arch is given.",
     )
     parser.add_argument(
         "--all",
@@ -42,7 +42,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument(
         "--backward",
         action="store_true",
-        help="the kernels of gradients: options and --config are then those of BackwardConfig",
+        help="the kernels of gradients; options and --config then name those of BackwardConfig",
     )
     parser.add_argument("--arch", help="sm_80, sm_90, ... (default: that of GPU 0)")
     parser.add_argument("--head-dim", type=positive_int, metavar="N", help="default: 128")
@@ -53,7 +53,7 @@ def add_command(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE,...",
-        help="also the configuration changed so; may be given several times",
+        help="also this configuration with these changes; may be given several times",
     )
     parser.add_argument(
         "--jobs",

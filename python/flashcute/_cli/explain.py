@@ -12,21 +12,26 @@ from .options import DTYPES, Commands, add_config_arguments, changed_config, giv
 def add_command(commands: Commands) -> None:
     parser = commands.add_parser(
         "explain",
-        help="which kernel a call would run, and why no other",
-        description="Prints which backend, configuration and kernel image a call would run, and "
-        "why the others were not taken. Runs nothing. An option of ForwardConfig changes the "
-        "default configuration.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="which kernel a call would run, and why",
+        description="Prints which backend, configuration and kernel image a call of these sizes would "
+        "run, why, and why the others were not taken. Runs nothing. With an option of ForwardConfig it "
+        "explains the default configuration with that change.",
     )
-    parser.add_argument("--batch", type=natural, default=1, metavar="N")
-    parser.add_argument("--heads", type=natural, default=16, metavar="N", help="query heads")
-    parser.add_argument("--kv-heads", type=natural, metavar="N", help="default: as many as --heads")
-    parser.add_argument("--seqlen-q", type=natural, default=1024, metavar="N")
-    parser.add_argument("--seqlen-k", type=natural, metavar="N", help="default: --seqlen-q")
-    parser.add_argument("--head-dim", type=natural, default=128, metavar="N")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--causal", action="store_true")
-    parser.add_argument("--layout", choices=("bshd", "bhsd"), default="bshd")
+
+    def size(name: str, default: int | None, help_text: str) -> None:
+        parser.add_argument(name, type=natural, default=default, metavar="N", help=help_text)
+
+    size("--batch", 1, "default: 1")
+    size("--heads", 16, "query heads (default: 16)")
+    size("--kv-heads", None, "key and value heads (default: as many as --heads)")
+    size("--seqlen-q", 1024, "default: 1024")
+    size("--seqlen-k", None, "default: as --seqlen-q")
+    size("--head-dim", 128, "default: 128")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--causal", action="store_true", help="with the causal mask")
+    parser.add_argument(
+        "--layout", choices=("bshd", "bhsd"), default="bshd", help="of the tensors (default: bshd)"
+    )
     add_device_argument(parser)
     add_config_arguments(parser, ForwardConfig)
     parser.set_defaults(run=run)

@@ -383,7 +383,7 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="auto: the GPU if there is one and torch or CuPy can use it, else the CPU",
+        help="auto (default): the GPU if there is one and torch or CuPy can use it, otherwise the CPU",
     )
 
 
