@@ -1,5 +1,7 @@
 #include "source.hpp"
 
+#include <algorithm>
+
 namespace flashcute {
 namespace {
 
@@ -39,10 +41,25 @@ std::string definition(BackwardKernelId const& kernel) {
          ", .pass = " + literal(kernel.pass) + ", .features = " + initializer(kernel.features) + "})\n";
 }
 
+/// Whether CuTe has WGMMA with that many columns only among its extended shapes.
+constexpr bool is_extended_wgmma_width(int32_t columns) {
+  return columns % 64 != 0 && columns != 8 && columns != 16 && columns != 32 && columns != 96;
+}
+
+bool needs_extended_wgmma(ForwardKernelId const& kernel) {
+  return is_extended_wgmma_width(kernel.config.block_n) || is_extended_wgmma_width(kernel.config.head_dim_v);
+}
+bool needs_extended_wgmma(BackwardKernelId const&) { return false; }
+
 template <class KernelId>
 std::string source_of(std::span<KernelId const> kernels) {
   bool const hopper = !kernels.empty() && kernels[0].config.math == Math::wgmma;
-  std::string text = hopper ? "#include \"flashcute/sm90/entry.hpp\"\n\n" : "#include \"flashcute/entry.hpp\"\n\n";
+  std::string text;
+  if (hopper && std::any_of(kernels.begin(), kernels.end(), [](auto const& k) { return needs_extended_wgmma(k); })) {
+    // Parsing these shapes takes longer than all the rest of a compilation.
+    text += "#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED\n";
+  }
+  text += hopper ? "#include \"flashcute/sm90/entry.hpp\"\n\n" : "#include \"flashcute/entry.hpp\"\n\n";
   for (KernelId const& kernel : kernels) text += definition(kernel);
   return text;
 }

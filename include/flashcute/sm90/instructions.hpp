@@ -3,9 +3,8 @@
 // kernels is here; their products (WGMMA) are CuTe's atoms.
 #pragma once
 
-// Products of any multiple of 8 columns, not only of powers of two.
-#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
-
+// CuTe has WGMMA for 8, 16, 32, 64, 96, 128, 192 and 256 columns. For others a translation unit defines
+// CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED first (src/source.cpp does where a configuration asks for it).
 #include "flashcute/hopper_params.hpp"
 #include "flashcute/instructions.hpp"
 
