@@ -30,11 +30,9 @@ struct Products {
     using namespace cute;
     typename L::MmaS mma;
     mma.accumulate_ = GMMA::ScaleOut::Zero;
-    auto const slice = mma.get_slice(thread_of_warpgroup());
-    auto tSrQ = slice.make_fragment_A(
-        slice.partition_A(make_tensor(make_smem_ptr(q), typename L::SmemQ{})));  // (MMA, MMA_M, MMA_D)
-    auto const tSrK = slice.make_fragment_B(
-        slice.partition_B(make_tensor(make_smem_ptr(k.ring), typename L::SmemKRing{})));  // (MMA, MMA_N, MMA_D, STAGE)
+    auto tSrQ = mma.make_fragment_A(make_tensor(make_smem_ptr(q), typename L::OperandQ{}));  // (MMA, 1, MMA_D)
+    auto const tSrK =
+        mma.make_fragment_B(make_tensor(make_smem_ptr(k.ring), typename L::OperandK{}));  // (MMA, 1, MMA_D, STAGE)
     // Else the descriptions of so many operands are kept over the loop, in registers that there are not.
     if constexpr (size<2>(tSrQ) > 8) described_anew(tSrQ);
     auto tSrS = as_warpgroup_accumulator(scores);
@@ -55,9 +53,8 @@ struct Products {
     using namespace cute;
     typename L::MmaO mma;
     mma.accumulate_ = fresh ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
-    auto const slice = mma.get_slice(thread_of_warpgroup());
-    auto const tOrV = slice.make_fragment_B(slice.partition_B(
-        make_tensor(make_smem_ptr(v.ring), typename L::SmemVtRing{})));  // (MMA, MMA_DV, MMA_N, STAGE)
+    auto const tOrV =
+        mma.make_fragment_B(make_tensor(make_smem_ptr(v.ring), typename L::OperandV{}));  // (MMA, 1, MMA_N, STAGE)
     auto tOrO = as_warpgroup_accumulator(output);
     auto const tOrP = as_operand_a<Element>(p);  // ((2, 2, 2), 1, N / 16)
     warpgroup_fence_operand(p);

@@ -46,15 +46,32 @@ struct ForwardLayout {
   // A tile is cut into pages of 128 bytes a row, one box of the copy engine each, swizzled as engine and tensor
   // cores agree.
   static constexpr int page = box_row_bytes / sizeof(Element);  // columns
-  template <class Rows, class Columns>
-  using Tile = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<Element>{}, cute::Shape<Rows, Columns>{}));
-  using SmemQ = Tile<WarpgroupM, HeadDim>;  // (64, D), a warpgroup's rows
-  using SmemK = Tile<BlockN, HeadDim>;      // (N, D)
-  using SmemKRing = decltype(cute::tile_to_shape(SmemK{}, cute::Shape<BlockN, HeadDim, cute::Int<C.stages>>{}));
-  // V^T (DV, N): the same places as V (N, DV).
-  using SmemVt = decltype(cute::tile_to_shape(cute::GMMA::Layout_MN_SW128_Atom<Element>{},
-                                              cute::Shape<HeadDimV, BlockN>{}, cute::Step<cute::_2, cute::_1>{}));
-  using SmemVtRing = decltype(cute::tile_to_shape(SmemVt{}, cute::Shape<HeadDimV, BlockN, cute::Int<C.stages>>{}));
+  static constexpr int q_elements = warpgroup_rows * C.head_dim;  // of one warpgroup
+  static constexpr int k_elements = C.block_n * C.head_dim;
+  static constexpr int v_elements = C.block_n * C.head_dim_v;
+
+  // The tiles as WGMMA takes them, 16 of the columns that are summed over in each step. These are the layouts that CuTe
+  // would partition out of its Layout_K_SW128_Atom and Layout_MN_SW128_Atom; deriving them takes longer than to compile
+  // the rest of the kernel. `Shape` and `Stride` of one step, then of the steps, then of the ring's places.
+  template <class Shape, class Stride>
+  using Operand =
+      cute::ComposedLayout<cute::Swizzle<3, 4, 3>, cute::smem_ptr_flag_bits<16>, cute::Layout<Shape, Stride>>;
+  using Page = cute::Int<page>;
+  using StepsOfPages = cute::Shape<cute::Int<page / 16>, cute::Int<C.head_dim / page>>;
+  /// A warpgroup's rows of Q: (MMA, 1, MMA_D)
+  using OperandQ = Operand<cute::Shape<cute::Shape<WarpgroupM, cute::_16>, cute::_1, StepsOfPages>,
+                           cute::Stride<cute::Stride<Page, cute::_1>, cute::_0,
+                                        cute::Stride<cute::_16, cute::Int<warpgroup_rows * page>>>>;
+  /// The ring of K: (MMA, 1, MMA_D, STAGE)
+  using OperandK = Operand<cute::Shape<cute::Shape<BlockN, cute::_16>, cute::_1, StepsOfPages, cute::Int<C.stages>>,
+                           cute::Stride<cute::Stride<Page, cute::_1>, cute::_0,
+                                        cute::Stride<cute::_16, cute::Int<C.block_n * page>>, cute::Int<k_elements>>>;
+  /// The ring of V, whose rows are summed over: (MMA, 1, MMA_N, STAGE)
+  using OperandV = Operand<
+      cute::Shape<cute::Shape<cute::Shape<Page, cute::Int<C.head_dim_v / page>>, cute::_16>, cute::_1,
+                  cute::Int<C.block_n / 16>, cute::Int<C.stages>>,
+      cute::Stride<cute::Stride<cute::Stride<cute::_1, cute::Int<C.block_n * page>>, Page>, cute::_0,
+                   cute::Int<16 * page>, cute::Int<v_elements>>>;
 
   // Barriers between warps: 0 is the block's; one a warpgroup to take turns at, one a warpgroup of its own.
   static constexpr int first_turn_barrier = 1;
@@ -65,9 +82,9 @@ struct ForwardLayout {
   static constexpr int tiles = 4;
 
   struct SharedStorage {
-    alignas(1024) Element q[warpgroups][cute::cosize_v<SmemQ>];
-    alignas(1024) Element k[C.stages][cute::cosize_v<SmemK>];
-    alignas(1024) Element v[C.stages][cute::cosize_v<SmemVt>];
+    alignas(1024) Element q[warpgroups][q_elements];
+    alignas(1024) Element k[C.stages][k_elements];
+    alignas(1024) Element v[C.stages][v_elements];
     Work work[tiles][warpgroups];
     bool dropped[tiles];  // V was not finite where rows see different keys
     Inspection inspections[C.stages];
