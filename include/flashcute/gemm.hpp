@@ -337,22 +337,14 @@ struct TensorCoreProducts {
   FLASHCUTE_DEVICE static int warp_m() { return WarpsN == 1 ? thread_index() / 32 : thread_index() / 32 % warps_m; }
   FLASHCUTE_DEVICE static int warp_n() { return WarpsN == 1 ? 0 : thread_index() / 32 / warps_m; }
 
-  /// A tensor to take shapes from.
-  template <class Rows, class Columns>
-  FLASHCUTE_DEVICE static auto any() {
-    return cute::make_tensor(static_cast<typename L::Operand*>(nullptr), cute::Shape<Rows, Columns>{});
-  }
-
   template <class Rows, class Depth>
   FLASHCUTE_DEVICE static auto fragment_a() {  // (MMA, MMA_M, MMA_K)
-    return cute::make_fragment_like<typename L::Operand>(
-        Mma{}.get_thread_slice(thread_index()).partition_fragment_A(any<Rows, Depth>()));
+    return cute::make_tensor<typename L::Operand>(typename L::template FragmentA<Rows, Depth, WarpsN>{});
   }
 
   template <class Columns, class Depth>
   FLASHCUTE_DEVICE static auto fragment_b() {  // (MMA, MMA_N, MMA_K)
-    return cute::make_fragment_like<typename L::Operand>(
-        Mma{}.get_thread_slice(thread_index()).partition_fragment_B(any<Columns, Depth>()));
+    return cute::make_tensor<typename L::Operand>(typename L::template FragmentB<Columns, Depth, WarpsN>{});
   }
 };
 

@@ -80,10 +80,31 @@ struct ForwardLayout {
   static constexpr int threads = num_threads(C);
   static constexpr int rows_per_thread = 2 * C.block_m / (16 * C.num_warps);
 
+  // What a thread holds of a matrix that is multiplied so. CuTe's partition_fragment_A, _B and _C derive the same
+  // (tests/cpp/test_layout.cpp compares), but at a third of what a kernel costs to compile.
+  template <int WarpsN>
+  static constexpr int warps_m = C.num_warps / WarpsN;
+  /// Of a Rows x Columns accumulator: (MMA, MMA_M, MMA_N)
+  template <class Rows, class Columns, int WarpsN>
+  using FragmentC =
+      cute::Layout<cute::Shape<cute::Shape<cute::_2, cute::_2>, cute::Int<Rows::value / (16 * warps_m<WarpsN>)>,
+                               cute::Int<Columns::value / (8 * WarpsN)>>>;
+  /// Of a Rows x Depth left operand: (MMA, MMA_M, MMA_K). In TF32 a K-step has half the columns.
+  using AtomA =
+      std_::conditional_t<k_step == 16, cute::Shape<cute::_2, cute::_2, cute::_2>, cute::Shape<cute::_2, cute::_2>>;
+  template <class Rows, class Depth, int WarpsN>
+  using FragmentA = cute::Layout<
+      cute::Shape<AtomA, cute::Int<Rows::value / (16 * warps_m<WarpsN>)>, cute::Int<Depth::value / k_step>>>;
+  /// Of a Columns x Depth right operand: (MMA, MMA_N, MMA_K)
+  using AtomB = std_::conditional_t<k_step == 16, cute::Shape<cute::_2, cute::_2>, cute::Shape<cute::_2>>;
+  template <class Columns, class Depth, int WarpsN>
+  using FragmentB =
+      cute::Layout<cute::Shape<AtomB, cute::Int<Columns::value / (8 * WarpsN)>, cute::Int<Depth::value / k_step>>>;
+
   /// This thread's part of a Rows x Columns accumulator, cleared.
   template <class Rows, class Columns, int WarpsN = 1>
   FLASHCUTE_DEVICE static auto accumulator() {
-    auto acc = cute::partition_fragment_C(TiledMmaOf<WarpsN>{}, cute::Shape<Rows, Columns>{});  // (MMA, MMA_M, MMA_N)
+    auto acc = cute::make_tensor<float>(FragmentC<Rows, Columns, WarpsN>{});  // (MMA, MMA_M, MMA_N)
     cute::clear(acc);
     return acc;
   }

@@ -45,7 +45,7 @@ struct ForwardLayout {
   // ---- shared memory ----
   // A tile is cut into pages of 128 bytes a row, one box of the copy engine each, swizzled as engine and tensor
   // cores agree.
-  static constexpr int page = box_row_bytes / sizeof(Element);  // columns
+  static constexpr int page = box_row_bytes / sizeof(Element);    // columns
   static constexpr int q_elements = warpgroup_rows * C.head_dim;  // of one warpgroup
   static constexpr int k_elements = C.block_n * C.head_dim;
   static constexpr int v_elements = C.block_n * C.head_dim_v;
@@ -59,19 +59,18 @@ struct ForwardLayout {
   using Page = cute::Int<page>;
   using StepsOfPages = cute::Shape<cute::Int<page / 16>, cute::Int<C.head_dim / page>>;
   /// A warpgroup's rows of Q: (MMA, 1, MMA_D)
-  using OperandQ = Operand<cute::Shape<cute::Shape<WarpgroupM, cute::_16>, cute::_1, StepsOfPages>,
-                           cute::Stride<cute::Stride<Page, cute::_1>, cute::_0,
-                                        cute::Stride<cute::_16, cute::Int<warpgroup_rows * page>>>>;
+  using OperandQ = Operand<
+      cute::Shape<cute::Shape<WarpgroupM, cute::_16>, cute::_1, StepsOfPages>,
+      cute::Stride<cute::Stride<Page, cute::_1>, cute::_0, cute::Stride<cute::_16, cute::Int<warpgroup_rows * page>>>>;
   /// The ring of K: (MMA, 1, MMA_D, STAGE)
   using OperandK = Operand<cute::Shape<cute::Shape<BlockN, cute::_16>, cute::_1, StepsOfPages, cute::Int<C.stages>>,
                            cute::Stride<cute::Stride<Page, cute::_1>, cute::_0,
                                         cute::Stride<cute::_16, cute::Int<C.block_n * page>>, cute::Int<k_elements>>>;
   /// The ring of V, whose rows are summed over: (MMA, 1, MMA_N, STAGE)
-  using OperandV = Operand<
-      cute::Shape<cute::Shape<cute::Shape<Page, cute::Int<C.head_dim_v / page>>, cute::_16>, cute::_1,
-                  cute::Int<C.block_n / 16>, cute::Int<C.stages>>,
-      cute::Stride<cute::Stride<cute::Stride<cute::_1, cute::Int<C.block_n * page>>, Page>, cute::_0,
-                   cute::Int<16 * page>, cute::Int<v_elements>>>;
+  using OperandV = Operand<cute::Shape<cute::Shape<cute::Shape<Page, cute::Int<C.head_dim_v / page>>, cute::_16>,
+                                       cute::_1, cute::Int<C.block_n / 16>, cute::Int<C.stages>>,
+                           cute::Stride<cute::Stride<cute::Stride<cute::_1, cute::Int<C.block_n * page>>, Page>,
+                                        cute::_0, cute::Int<16 * page>, cute::Int<v_elements>>>;
 
   // Barriers between warps: 0 is the block's; one a warpgroup to take turns at, one a warpgroup of its own.
   static constexpr int first_turn_barrier = 1;
