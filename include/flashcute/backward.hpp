@@ -282,8 +282,7 @@ struct TileGradients {
   FLASHCUTE_DEVICE void to_probabilities(Scores& scores, int block_row0, int stage) const {
     using namespace cute;
     auto s = by_row_and_column(scores);  // (row, column)
-    auto const c =
-        by_row_and_column(L::template coordinates<C.block_n, column_warps>(thread_index()));  // -> (row, column)
+    auto const c = score_coordinates();  // -> (row, column)
     auto const& queries = smem_.queries[keys_stay ? stage : 0];
     CUTE_UNROLL
     for (int j = 0; j < size<1>(s); ++j) {
@@ -312,8 +311,7 @@ struct TileGradients {
     using namespace cute;
     auto ds = by_row_and_column(scores);              // (row, column)
     auto const p = by_row_and_column(probabilities);  // (row, column)
-    auto const c =
-        by_row_and_column(L::template coordinates<C.block_n, column_warps>(thread_index()));  // -> (row, column)
+    auto const c = score_coordinates();               // -> (row, column)
     auto const& queries = smem_.queries[keys_stay ? stage : 0];
     CUTE_UNROLL
     for (int j = 0; j < size<1>(ds); ++j) {
@@ -324,6 +322,12 @@ struct TileGradients {
         ds(i, j) = !Partial || visible(i, j, c, block_row0) ? x : 0.f;
       }
     }
+  }
+
+  /// (row, column) of every score that this thread holds, by row and column.
+  FLASHCUTE_DEVICE static auto score_coordinates() {
+    return by_row_and_column(
+        L::template coordinates<typename L::BlockM, typename L::BlockN, column_warps>(thread_index()));
   }
 
   /// Whether element (i, j) of this thread is of a query and a key that it sees. (Rows that stay and do not exist are
@@ -376,11 +380,9 @@ struct TileGradients {
   /// dS X element by element. Slow, and rare.
   FLASHCUTE_DEVICE void add_visible_dq(Sums const& sums, int block_row0) const {
     using namespace cute;
-    auto const identity = make_identity_tensor(Shape<typename L::BlockN, typename L::HeadDim>{});
-    auto const c =
-        typename Sums::Products::Mma{}.get_thread_slice(thread_index()).partition_C(identity);  // -> (query, column)
-    auto const ds = make_tensor(make_smem_ptr(ds_tile()), typename SmemScores::Layout{});       // (key, query)
-    auto const x = make_tensor(make_smem_ptr(smem_.x), typename SmemX::Layout{});               // (key, column)
+    auto const c = Sums::coordinates();                                                    // -> (query, column)
+    auto const ds = make_tensor(make_smem_ptr(ds_tile()), typename SmemScores::Layout{});  // (key, query)
+    auto const x = make_tensor(make_smem_ptr(smem_.x), typename SmemX::Layout{});          // (key, column)
     CUTE_NO_UNROLL
     for (int i = 0; i < size(c); ++i) {
       int const query = get<0>(c(i)), column = get<1>(c(i));

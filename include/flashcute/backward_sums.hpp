@@ -24,6 +24,11 @@ class QueryGradientSums {
     return L::template accumulator<typename L::BlockN, typename L::HeadDim, warps_n>();  // (MMA, MMA_M, MMA_D)
   }
 
+  /// (query, column) of every element of the fragment.
+  FLASHCUTE_DEVICE static auto coordinates() {
+    return L::template coordinates<typename L::BlockN, typename L::HeadDim, warps_n>(thread_index());
+  }
+
   /// This thread's part of the tile of block `block` of query rows.
   FLASHCUTE_DEVICE QueryGradientSums(BackwardParams const& p, int batch, int head, int block) {
     ForwardParams const& f = p.forward;

@@ -49,8 +49,9 @@ struct Products<C, Math::cuda_core> {
   FLASHCUTE_DEVICE static void gemm(Accumulator& acc, SharedRows<typename L::SmemQ> const& q,
                                     SharedRows<typename L::SmemK> const& k) {
     using namespace cute;
-    auto s = by_row_and_column(acc);                                                       // (row, column)
-    auto const c = by_row_and_column(L::template coordinates<C.block_n>(thread_index()));  // -> (row, column)
+    auto s = by_row_and_column(acc);   // (row, column)
+    auto const c = by_row_and_column(  // -> (row, column)
+        L::template coordinates<typename L::BlockM, typename L::BlockN>(thread_index()));
     constexpr int rows = decltype(size<0>(s))::value, columns = decltype(size<1>(s))::value;
     constexpr int chunk = L::SmemQ::shape.chunk, unit = L::SmemQ::unit;
     int const q_mask = L::SmemQ::mask(get<0>(c(0, 0)));

@@ -53,14 +53,13 @@ struct ForwardPass {
   }
 
  private:
-  /// (row, column) within the tile of every accumulator element this thread holds, by row and column.
-  template <int Columns>
+  /// (row, column) within the tile of every score that this thread holds, by row and column.
   FLASHCUTE_DEVICE static auto coordinates() {
-    return by_row_and_column(L::template coordinates<Columns>(thread_index()));
+    return by_row_and_column(L::template coordinates<typename L::BlockM, typename L::BlockN>(thread_index()));
   }
 
   /// Tile row of the thread's i-th row.
-  FLASHCUTE_DEVICE static int row_of(int i) { return cute::get<0>(coordinates<C.block_n>()(i, 0)); }
+  FLASHCUTE_DEVICE static int row_of(int i) { return cute::get<0>(coordinates()(i, 0)); }
 
   /// Adds to the staged output the values that are not finite and were dropped, where they are visible.
   FLASHCUTE_DEVICE static void add_dropped_values(KvRange const& range, ForwardParams const& p, QueryTile const& tile,
@@ -78,7 +77,7 @@ struct ForwardPass {
   FLASHCUTE_DEVICE static void apply_mask(Scores& scores, QueryTile const& tile, int n, ForwardParams const& p) {
     using namespace cute;
     auto s = by_row_and_column(scores);  // (row, column)
-    auto const c = coordinates<C.block_n>();
+    auto const c = coordinates();
     int const key = n * C.block_n + get<1>(c(0, 0));
     CUTE_UNROLL
     for (int i = 0; i < size<0>(s); ++i) {

@@ -109,12 +109,23 @@ struct ForwardLayout {
     return acc;
   }
 
-  /// (row, column) of every element of a BlockM x Columns accumulator that a thread holds.
-  template <int Columns, int WarpsN = 1>
+  /// (row, column) of the first element that a thread holds of an accumulator.
+  template <int WarpsN = 1>
+  FLASHCUTE_DEVICE static auto first_coordinate(int thread) {
+    int const lane = thread % 32, warp = thread / 32;
+    int const warp_m = WarpsN == 1 ? warp : warp % warps_m<WarpsN>, warp_n = WarpsN == 1 ? 0 : warp / warps_m<WarpsN>;
+    return cute::make_arithmetic_tuple(16 * warp_m + lane / 4, 16 * warp_n + lane % 4 * 2);
+  }
+
+  /// (row, column) of every element of a Rows x Columns accumulator that a thread holds: a tensor (MMA, MMA_M, MMA_N).
+  template <class Rows, class Columns, int WarpsN = 1>
   FLASHCUTE_DEVICE static auto coordinates(int thread) {
     using namespace cute;
-    auto const identity = make_identity_tensor(Shape<BlockM, Int<Columns>>{});
-    return TiledMmaOf<WarpsN>{}.get_thread_slice(thread).partition_C(identity);  // (MMA, MMA_M, MMA_N) -> (row, column)
+    using Elements = Layout<
+        Shape<Shape<_2, _2>, Int<Rows::value / (16 * warps_m<WarpsN>)>, Shape<_2, Int<Columns::value / (16 * WarpsN)>>>,
+        Stride<Stride<E<1>, ScaledBasis<_8, 0>>, ScaledBasis<Int<16 * warps_m<WarpsN>>, 0>,
+               Stride<ScaledBasis<_8, 1>, ScaledBasis<Int<16 * WarpsN>, 1>>>>;
+    return make_tensor(make_inttuple_iter(first_coordinate<WarpsN>(thread)), Elements{});
   }
   // What of them does not depend on the thread, so that the compiler need not find out:
   /// Tile rows from a thread's first row to its i-th: 8 within an m16 slice, then on to the warps' next slices.

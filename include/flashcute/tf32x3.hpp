@@ -93,9 +93,10 @@ struct Tf32x3Products : TensorCoreProducts<C, WarpsN> {
     auto sums = by_row_and_column(acc);  // (row, column)
     // (Nothing of this is to be computed before the main loop.)
     int const thread = static_cast<int>(computed_here(static_cast<SharedAddress>(thread_index())));
-    auto const c = by_row_and_column(L::template coordinates<SmemB::rows, WarpsN>(thread));  // -> (row, column)
-    auto const sA = make_tensor(make_smem_ptr(a), typename SmemA::Layout{});                 // (M, K)
-    auto const sB = make_tensor(make_smem_ptr(b), typename SmemB::Layout{});                 // (N, K)
+    auto const c = by_row_and_column(  // -> (row, column)
+        L::template coordinates<typename SmemA::TileRows, typename SmemB::TileRows, WarpsN>(thread));
+    auto const sA = make_tensor(make_smem_ptr(a), typename SmemA::Layout{});  // (M, K)
+    auto const sB = make_tensor(make_smem_ptr(b), typename SmemB::Layout{});  // (N, K)
     CUTE_NO_UNROLL
     for (int k = 0; k < SmemA::TileColumns::value; ++k) {
       CUTE_UNROLL
