@@ -9,6 +9,30 @@
 
 namespace flashcute {
 
+/// A thread's places in a tile: the first depends on the thread, the others lie at distances that do not. As with
+/// `Pieces`, the swizzle differs by an XOR. Offsets are in bytes: of elements, nvcc would spill more of them.
+template <class Smem>
+class Places {
+  using Element = typename Smem::Element;
+  static constexpr int chunk = Smem::shape.chunk, size = sizeof(Element);
+
+ public:
+  FLASHCUTE_DEVICE Places(Element* tile, int row, int column)
+      : tile_(reinterpret_cast<char*>(tile)),
+        first_(size * ((column / chunk * Smem::rows + row) * chunk + (column % chunk ^ Smem::unit * Smem::mask(row)))) {
+  }
+
+  /// `down` is a multiple of 8, and in `across` no bit is set that the first column has.
+  FLASHCUTE_DEVICE Element* at(int down, int across) const {
+    int const further = size * (across / chunk * Smem::rows + down) * chunk;
+    return reinterpret_cast<Element*>(tile_ + (first_ ^ size * (across % chunk)) + further);
+  }
+
+ private:
+  char* tile_;
+  int first_;
+};
+
 /// Copies tiles of one shape, `Smem` being a ForwardLayout::Smem: this thread's part of each.
 template <ForwardConfig C, class Smem>
 class TileCopy {
@@ -211,18 +235,29 @@ class ForwardLoader {
   bool value_finite_ = true;  // V(n), once it has arrived
 };
 
-/// Puts a tile whose columns WarpsN warps share into shared memory: of elements,
+/// Stores a fragment of elements (MMA = (2, 2), MMA_M, MMA_N), whose columns WarpsN warps share, to a tile in shared
+/// memory: each thread two neighbouring columns at a time.
 template <ForwardConfig C, class Smem, int WarpsN = 1, class Fragment>
 FLASHCUTE_DEVICE void stage_fragment(Fragment const& fragment, typename Smem::Element* tile) {
   using namespace cute;
   using L = ForwardLayout<C>;
-  auto const to_shared = make_tiled_copy_C(typename L::FragmentStoreAtom{}, typename L::template TiledMmaOf<WarpsN>{});
-  auto const slice = to_shared.get_thread_slice(thread_index());
-  auto places = slice.partition_D(make_tensor(make_smem_ptr(tile), typename Smem::Layout{}));  // of (M, N)
-  copy(to_shared, slice.retile_S(fragment), places);
+  auto const first = L::template first_coordinate<WarpsN>(thread_index());
+  Places<Smem> const places{tile, get<0>(first), get<1>(first)};
+  auto const pairs = recast<uint_bit_t<16 * sizeof(typename Smem::Element)> const>(fragment);  // ((1, 2), MMA_M, MMA_N)
+  CUTE_UNROLL
+  for (int n = 0; n < size<2>(pairs); ++n) {
+    CUTE_UNROLL
+    for (int m = 0; m < size<1>(pairs); ++m) {
+      CUTE_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        int const down = L::template row_distance<WarpsN>(2 * m + i);
+        shared_store(places.at(down, L::template column_distance<WarpsN>(2 * n)), pairs(i, m, n));
+      }
+    }
+  }
 }
 
-/// and of sums, rounded.
+/// Rounds a fragment of sums and stores it likewise.
 template <ForwardConfig C, class Smem, int WarpsN = 1, class Fragment>
 FLASHCUTE_DEVICE void stage_tile(Fragment const& sums, typename Smem::Element* tile) {
   stage_fragment<C, Smem, WarpsN>(convert<typename Smem::Element>(sums), tile);
