@@ -36,10 +36,14 @@ struct ForwardLayout {
     static constexpr int unit = 16 / sizeof(Element);  // 16 bytes of elements, which stay together
     static constexpr int swizzle_bits = C.swizzled ? cute::log_2(static_cast<unsigned>(shape.chunk / unit)) : 0;
     using Chunk = cute::Int<shape.chunk>;
-    using Atom =
-        decltype(cute::composition(cute::Swizzle<swizzle_bits, cute::log_2(static_cast<unsigned>(unit)), 3>{},
-                                   cute::Layout<cute::Shape<cute::_8, Chunk>, cute::Stride<Chunk, cute::_1>>{}));
-    using Layout = decltype(cute::tile_to_shape(Atom{}, cute::Shape<Rows, Columns>{}));  // (rows, columns)
+    using Swizzle = cute::Swizzle<swizzle_bits, cute::log_2(static_cast<unsigned>(unit)), 3>;
+    // What tile_to_shape makes of a swizzled atom of 8 rows of a chunk.
+    using Layout = cute::ComposedLayout<  // (rows, columns)
+        Swizzle, cute::_0,
+        cute::Layout<cute::Shape<cute::Shape<cute::_8, cute::Int<rows / 8>>,
+                                 cute::Shape<Chunk, cute::Int<Columns::value / shape.chunk>>>,
+                     cute::Stride<cute::Stride<Chunk, cute::Int<8 * shape.chunk>>,
+                                  cute::Stride<cute::_1, cute::Int<rows * shape.chunk>>>>>;
     /// What the swizzle XORs to the index of a unit within a row of a chunk.
     FLASHCUTE_DEVICE static constexpr int mask(int row) { return row % 8 >> (3 - swizzle_bits); }
     // Who copies what: threads_per_row threads along a row, `vector` columns each.
