@@ -179,7 +179,6 @@ FLASHCUTE_DEVICE auto held(Operand a) {
 template <ForwardConfig C, int WarpsN = 1>
 struct TensorCoreProducts {
   using L = ForwardLayout<C>;
-  using Mma = typename L::template TiledMmaOf<WarpsN>;
   using Element = typename L::Element;
   static constexpr int warps_m = C.num_warps / WarpsN;
 
@@ -259,6 +258,12 @@ struct TensorCoreProducts {
     }
   }
 
+  /// One instruction, which adds to `sums`.
+  template <class Sums, class FragmentA, class FragmentB>
+  FLASHCUTE_DEVICE static void mma(Sums&& sums, FragmentA const& a, FragmentB const& b) {
+    cute::mma_unpack(typename L::Mma{}, sums, a, b, sums);
+  }
+
   /// acc += A B^T over all K-steps. The B operand comes in pieces of 16 columns of one K-step: one ldmatrix,
   /// which feeds 2 * MMA_M tensor-core instructions. k_tiles_per_load says how many pieces a fetch brings;
   /// with mma_double_buffer each is under way while its predecessors are multiplied. Single pieces go two
@@ -293,7 +298,7 @@ struct TensorCoreProducts {
       for (int n = 2 * group; n < 2 * group + 2; ++n) {
         CUTE_UNROLL
         for (int m = 0; m < size<1>(acc); ++m) {
-          cute::gemm(Mma{}, a.fragment(_, m, k), b.fragment(_, n, k), acc(_, m, n));
+          mma(acc(_, m, n), a.fragment(_, m, k), b.fragment(_, n, k));
         }
       }
     }
@@ -323,7 +328,7 @@ struct TensorCoreProducts {
         for (int n = 0; n < 2; ++n) {
           CUTE_UNROLL
           for (int m = 0; m < size<1>(a.fragment); ++m) {
-            cute::gemm(Mma{}, a.fragment(_, m, k), b.fragment(_, 2 * group + n, k), sums(_, m, n));
+            mma(sums(_, m, n), a.fragment(_, m, k), b.fragment(_, 2 * group + n, k));
           }
         }
       }

@@ -3,20 +3,22 @@
 // a header of the same name in this one's place, to run whole kernels on the host.
 #pragma once
 
-#include <cute/tensor.hpp>
-// CuTe's atoms need its tensor first.
-#include <cute/atom/copy_atom.hpp>
-#include <cute/atom/mma_atom.hpp>
+// Of CuTe just what is used: cute/tensor.hpp brings every atom of every GPU, a third of what a kernel costs to compile.
+#include <cute/tensor_impl.hpp>
+// The rest needs its tensor first.
+#include <cute/algorithm/clear.hpp>
+#include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/mma_sm80.hpp>
+#include <cute/atom/mma_traits_sm80.hpp>
+#include <cute/pointer_flagged.hpp>
+#include <cute/pointer_swizzle.hpp>
+#include <cute/swizzle_layout.hpp>
 
 #include "flashcute/config.hpp"
 
 namespace flashcute {
 
 // ---- fragments and products, as CuTe operations --------------------------------------------------
-
-/// A few neighbouring elements of an accumulator from registers to shared memory.
-template <class Word>
-using FragmentStore = cute::UniversalCopy<Word>;
 
 /// mma.sync with fp32 accumulators. `Element` is the type in memory, `Operand` the one that is multiplied.
 template <DType>

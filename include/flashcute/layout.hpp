@@ -46,12 +46,6 @@ struct ForwardLayout {
                                   cute::Stride<cute::_1, cute::Int<rows * shape.chunk>>>>>;
     /// What the swizzle XORs to the index of a unit within a row of a chunk.
     FLASHCUTE_DEVICE static constexpr int mask(int row) { return row % 8 >> (3 - swizzle_bits); }
-    // Who copies what: threads_per_row threads along a row, `vector` columns each.
-    using Copy = decltype(cute::make_tiled_copy(
-        cute::Copy_Atom<cute::UniversalCopy<Element>, Element>{},
-        cute::Layout<cute::Shape<cute::Int<shape.rows_per_pass>, cute::Int<shape.threads_per_row>>,
-                     cute::Stride<cute::Int<shape.threads_per_row>, cute::_1>>{},
-        cute::Layout<cute::Shape<cute::_1, cute::Int<shape.vector>>>{}));
   };
   using SmemQ = Smem<BlockM, HeadDim>;
   using SmemK = Smem<BlockN, HeadDim>;
@@ -67,19 +61,10 @@ struct ForwardLayout {
 
   // ---- tensor cores ----
   // (The CUDA cores compute the elements that the tensor cores would.)
-  using MmaAtom = cute::MMA_Atom<typename TensorCore<C.dtype>::Mma>;
-  static constexpr int k_step = cute::size<2>(typename MmaAtom::Shape_MNK{});
-  /// A product whose columns WarpsN warps share, 16 at a time; the other warps share its rows.
-  template <int WarpsN>
-  using TiledMmaOf =
-      cute::TiledMMA<MmaAtom, cute::Layout<cute::Shape<cute::Int<C.num_warps / WarpsN>, cute::Int<WarpsN>, cute::_1>>,
-                     cute::Tile<cute::Int<16 * C.num_warps / WarpsN>,
-                                cute::Layout<cute::Shape<cute::_8, cute::Int<WarpsN>, cute::_2>,
-                                             cute::Stride<cute::_1, cute::_16, cute::_8>>,
-                                cute::Int<k_step>>>;
-  /// Warps along the rows only, so that a row of scores lives in one quad of lanes.
-  using TiledMma = TiledMmaOf<1>;
-  using FragmentStoreAtom = cute::Copy_Atom<FragmentStore<cute::uint_bit_t<16 * sizeof(Element)>>, Element>;
+  // The columns of a product are shared by WarpsN warps, 16 at a time, and its rows by the others. Usually all warps
+  // share the rows, so that a row of scores lives in one quad of lanes.
+  using Mma = cute::MMA_Traits<typename TensorCore<C.dtype>::Mma>;
+  static constexpr int k_step = cute::size<2>(typename Mma::Shape_MNK{});
 
   static constexpr int threads = num_threads(C);
   static constexpr int rows_per_thread = 2 * C.block_m / (16 * C.num_warps);
@@ -118,7 +103,7 @@ struct ForwardLayout {
   FLASHCUTE_DEVICE static auto first_coordinate(int thread) {
     int const lane = thread % 32, warp = thread / 32;
     int const warp_m = WarpsN == 1 ? warp : warp % warps_m<WarpsN>, warp_n = WarpsN == 1 ? 0 : warp / warps_m<WarpsN>;
-    return cute::make_arithmetic_tuple(16 * warp_m + lane / 4, 16 * warp_n + lane % 4 * 2);
+    return cute::make_arithmetic_tuple(lane / 4 + 16 * warp_m, lane % 4 * 2 + 16 * warp_n);
   }
 
   /// (row, column) of every element of a Rows x Columns accumulator that a thread holds: a tensor (MMA, MMA_M, MMA_N).

@@ -10,11 +10,12 @@
 namespace flashcute {
 
 /// A thread's places in a tile: the first depends on the thread, the others lie at distances that do not. As with
-/// `Pieces`, the swizzle differs by an XOR. Offsets are in bytes: of elements, nvcc would spill more of them.
+/// `Pieces`, the swizzle differs by an XOR.
 template <class Smem>
 class Places {
   using Element = typename Smem::Element;
-  static constexpr int chunk = Smem::shape.chunk, size = sizeof(Element);
+  static constexpr int chunk = Smem::shape.chunk;
+  static constexpr size_t size = sizeof(Element);  // unsigned arithmetic: with int, nvcc spills more
 
  public:
   FLASHCUTE_DEVICE Places(Element* tile, int row, int column)
@@ -102,15 +103,32 @@ class TileCopy {
 
  private:
   static constexpr int columns_per_pass = shape.threads_per_row * shape.vector;
-  static constexpr int row_passes = cute::size<0>(typename Smem::Layout{}) / shape.rows_per_pass;
-  static constexpr int column_passes = cute::size<1>(typename Smem::Layout{}) / columns_per_pass;
+  static constexpr int row_passes = Smem::rows / shape.rows_per_pass;
+  static constexpr int column_passes = Smem::TileColumns::value / columns_per_pass;
 
   FLASHCUTE_DEVICE static int row() { return thread_index() / shape.threads_per_row; }
   FLASHCUTE_DEVICE static int column() { return thread_index() % shape.threads_per_row * shape.vector; }
 
-  FLASHCUTE_DEVICE static auto part(Element* tile) {
-    auto const whole = cute::make_tensor(cute::make_smem_ptr(tile), typename Smem::Layout{});
-    return typename Smem::Copy{}.get_thread_slice(thread_index()).partition_D(whole);
+  /// This thread's places in a tile: what CuTe's partition_D of a tiled copy gives, without its cost to compile.
+  FLASHCUTE_DEVICE static auto part(Element* tile) {  // (COPY, COPY_rows, COPY_columns)
+    using namespace cute;
+    using Swizzle = typename Smem::Swizzle;
+    constexpr int chunk = shape.chunk;
+    int const thread = thread_index(), row = thread / shape.threads_per_row;
+    if constexpr (shape.rows_per_pass % 8 == 0 && columns_per_pass == chunk) {
+      // All passes are swizzled as the first is. nvcc keeps more in registers if its place is computed otherwise than
+      // in these steps, which are CuTe's.
+      using Passes = Layout<Shape<_1, Int<row_passes>, Int<column_passes>>,
+                            Stride<_0, Int<shape.rows_per_pass * chunk>, Int<Smem::rows * chunk>>>;
+      int const in_8_rows = thread % shape.threads_per_row * shape.vector + row % 8 * chunk;
+      return make_tensor(make_smem_ptr(tile) + (Swizzle::apply(in_8_rows) + row / 8 * (8 * chunk)), Passes{});
+    } else {
+      using Passes = Layout<
+          Shape<_1, Int<row_passes>, Shape<Int<chunk / columns_per_pass>, Int<Smem::TileColumns::value / chunk>>>,
+          Stride<_0, Int<shape.rows_per_pass * chunk>, Stride<Int<columns_per_pass>, Int<Smem::rows * chunk>>>>;
+      return make_tensor(make_smem_ptr(tile),
+                         ComposedLayout<Swizzle, int, Passes>{Swizzle{}, row * chunk + column(), Passes{}});
+    }
   }
 };
 

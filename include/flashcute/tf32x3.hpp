@@ -27,7 +27,7 @@ struct Tf32Pair {
 template <ForwardConfig C, int WarpsN = 1>
 struct Tf32x3Products : TensorCoreProducts<C, WarpsN> {
   using L = ForwardLayout<C>;
-  using Mma = typename L::template TiledMmaOf<WarpsN>;
+  using TensorCoreProducts<C, WarpsN>::mma;
   using Element = typename L::Element;
 
   static constexpr bool wants_finite = true;
@@ -76,9 +76,9 @@ struct Tf32x3Products : TensorCoreProducts<C, WarpsN> {
         for (int m = 0; m < rows; ++m) pair_a[m].assign(a.fragment(_, m, k));
         CUTE_UNROLL
         for (int n = 0; n < 2; ++n) pair_b[n].assign(b.fragment(_, 2 * group + n, k));
-        for_each_part(large, [&](int m, int n) { cute::gemm(Mma{}, pair_a[m].low, pair_b[n].high, small(_, m, n)); });
-        for_each_part(large, [&](int m, int n) { cute::gemm(Mma{}, pair_a[m].high, pair_b[n].high, large(_, m, n)); });
-        for_each_part(large, [&](int m, int n) { cute::gemm(Mma{}, pair_a[m].high, pair_b[n].low, small(_, m, n)); });
+        for_each_part(large, [&](int m, int n) { mma(small(_, m, n), pair_a[m].low, pair_b[n].high); });
+        for_each_part(large, [&](int m, int n) { mma(large(_, m, n), pair_a[m].high, pair_b[n].high); });
+        for_each_part(large, [&](int m, int n) { mma(small(_, m, n), pair_a[m].high, pair_b[n].low); });
       }
       CUTE_UNROLL
       for (int i = 0; i < size(large); ++i) large(i) += small(i);
