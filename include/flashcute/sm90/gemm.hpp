@@ -10,7 +10,13 @@ template <class Accumulator>
 FLASHCUTE_DEVICE auto as_warpgroup_accumulator(Accumulator& acc) {
   using namespace cute;
   constexpr int blocks = decltype(size<2>(acc.layout()))::value;
-  return make_tensor(acc.data(), Layout<Shape<Shape<_2, _2, Int<blocks>>, _1, _1>>{});
+  return make_tensor(acc.data(), Layout<Shape<Shape<_2, _2, Int<blocks>>>>{});
+}
+
+/// An operand in shared memory as a tensor of its descriptors, of CuTe's type `Descriptor`.
+template <class Descriptor, class Operand, class Element>
+FLASHCUTE_DEVICE auto described(Element* tile) {
+  return cute::make_tensor<Descriptor>(cute::make_tensor(cute::make_smem_ptr(tile), Operand{}));
 }
 
 /// The same description of an operand in shared memory, unknown to the compiler: what depends on it is computed anew.
@@ -30,9 +36,8 @@ struct Products {
     using namespace cute;
     typename L::MmaS mma;
     mma.accumulate_ = GMMA::ScaleOut::Zero;
-    auto tSrQ = mma.make_fragment_A(make_tensor(make_smem_ptr(q), typename L::OperandQ{}));  // (MMA, 1, MMA_D)
-    auto const tSrK =
-        mma.make_fragment_B(make_tensor(make_smem_ptr(k.ring), typename L::OperandK{}));  // (MMA, 1, MMA_D, STAGE)
+    auto tSrQ = described<typename L::MmaS::FrgTypeA, typename L::OperandQ>(q);             // (MMA, 1, MMA_D)
+    auto const tSrK = described<typename L::MmaS::FrgTypeB, typename L::OperandK>(k.ring);  // (MMA, 1, MMA_D, STAGE)
     // Else the descriptions of so many operands are kept over the loop, in registers that there are not.
     if constexpr (size<2>(tSrQ) > 8) described_anew(tSrQ);
     auto tSrS = as_warpgroup_accumulator(scores);
@@ -40,7 +45,7 @@ struct Products {
     warpgroup_arrive();
     CUTE_UNROLL
     for (int i = 0; i < size<2>(tSrQ); ++i) {
-      gemm(mma, tSrQ(_, _, i), tSrK(_, _, i, k.place), tSrS);
+      mma_unpack(mma, tSrS, tSrQ(_, 0, i), tSrK(_, 0, i, k.place), tSrS);
       mma.accumulate_ = GMMA::ScaleOut::One;
     }
     warpgroup_commit_batch();
@@ -53,8 +58,7 @@ struct Products {
     using namespace cute;
     typename L::MmaO mma;
     mma.accumulate_ = fresh ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
-    auto const tOrV =
-        mma.make_fragment_B(make_tensor(make_smem_ptr(v.ring), typename L::OperandV{}));  // (MMA, 1, MMA_N, STAGE)
+    auto const tOrV = described<typename L::MmaO::FrgTypeB, typename L::OperandV>(v.ring);  // (MMA, 1, MMA_N, STAGE)
     auto tOrO = as_warpgroup_accumulator(output);
     auto const tOrP = as_operand_a<Element>(p);  // ((2, 2, 2), 1, N / 16)
     warpgroup_fence_operand(p);
@@ -62,7 +66,7 @@ struct Products {
     warpgroup_arrive();
     CUTE_UNROLL
     for (int i = 0; i < size<2>(tOrP); ++i) {
-      gemm(mma, tOrP(_, _, i), tOrV(_, _, i, v.place), tOrO);
+      mma_unpack(mma, tOrO, tOrP(_, 0, i), tOrV(_, 0, i, v.place), tOrO);
       mma.accumulate_ = GMMA::ScaleOut::One;
     }
     warpgroup_commit_batch();

@@ -7,6 +7,10 @@
 // CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED first (src/source.cpp does where a configuration asks for it).
 #include "flashcute/hopper_params.hpp"
 #include "flashcute/instructions.hpp"
+// They need instructions.hpp's tensor first.
+#include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/mma_sm90.hpp>
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
 
 namespace flashcute::sm90 {
 

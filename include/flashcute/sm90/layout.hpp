@@ -95,11 +95,11 @@ struct ForwardLayout {
   static_assert(sizeof(SharedStorage) <= smem_bytes(C));
 
   // ---- tensor cores: each warpgroup multiplies its own 64 rows ----
-  using MmaS = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<WarpgroupM, BlockN, cute::_16>>()));
-  using MmaO = decltype(cute::make_tiled_mma(
-      cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<WarpgroupM, HeadDimV, cute::_16>,
-                                 cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+  using MmaS = cute::MMA_Traits<
+      decltype(cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<WarpgroupM, BlockN, cute::_16>>())>;
+  using MmaO = cute::MMA_Traits<
+      decltype(cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<WarpgroupM, HeadDimV, cute::_16>,
+                                          cute::GMMA::Major::K, cute::GMMA::Major::MN>())>;
 
   static constexpr int rows_per_thread = 2;
 
