@@ -53,7 +53,7 @@ class TileCopy {
   template <class Partial>
   FLASHCUTE_DEVICE static void load(Element const* from, int64_t row_stride, int rows, int columns, Element* tile,
                                     Partial) {
-    auto const places = part(tile);  // (COPY, COPY_rows, COPY_columns)
+    auto const places = part(tile, thread_index());  // (COPY, COPY_rows, COPY_columns)
     CUTE_UNROLL
     for (int i = 0; i < row_passes; ++i, from += shape.rows_per_pass * row_stride) {
       bool const row_exists = !Partial::value || i * shape.rows_per_pass + row() < rows;
@@ -77,7 +77,7 @@ class TileCopy {
 
   /// Whether the part of a tile that this thread copied to shared memory is finite.
   FLASHCUTE_DEVICE static bool is_finite(Element* tile) {
-    auto const places = part(tile);  // (COPY, COPY_rows, COPY_columns)
+    auto const places = part(tile, thread_index());  // (COPY, COPY_rows, COPY_columns)
     FiniteCheck<Element> check;
     CUTE_UNROLL
     for (int i = 0; i < row_passes; ++i) {
@@ -89,7 +89,7 @@ class TileCopy {
 
   /// Copies the elements of a tile that exist to global memory.
   FLASHCUTE_DEVICE static void store(Element* tile, Element* to, int64_t row_stride, int rows, int columns) {
-    auto const places = part(tile);  // (COPY, COPY_rows, COPY_columns)
+    auto const places = part(tile, thread_index());  // (COPY, COPY_rows, COPY_columns)
     CUTE_UNROLL
     for (int i = 0; i < row_passes; ++i, to += shape.rows_per_pass * row_stride) {
       CUTE_UNROLL
@@ -101,6 +101,29 @@ class TileCopy {
     }
   }
 
+  /// A thread's places in a tile: (COPY, COPY_rows, COPY_columns). They are those of partition_D of CuTe's tiled copy,
+  /// which takes much longer to compile (tests/cpp/test_layout.cpp compares).
+  FLASHCUTE_DEVICE static auto part(Element* tile, int thread) {
+    using namespace cute;
+    using Swizzle = typename Smem::Swizzle;
+    constexpr int chunk = shape.chunk;
+    int const row = thread / shape.threads_per_row, column = thread % shape.threads_per_row * shape.vector;
+    if constexpr (shape.rows_per_pass % 8 == 0 && columns_per_pass == chunk) {
+      // All passes are swizzled as the first is. Its place is computed in CuTe's steps: with other ones nvcc 13.0
+      // spills up to 200 bytes more in the backward.
+      using Passes = Layout<Shape<_1, Int<row_passes>, Int<column_passes>>,
+                            Stride<_0, Int<shape.rows_per_pass * chunk>, Int<Smem::rows * chunk>>>;
+      int const in_8_rows = column + row % 8 * chunk;
+      return make_tensor(make_smem_ptr(tile) + (Swizzle::apply(in_8_rows) + row / 8 * (8 * chunk)), Passes{});
+    } else {
+      using Passes = Layout<
+          Shape<_1, Int<row_passes>, Shape<Int<chunk / columns_per_pass>, Int<Smem::TileColumns::value / chunk>>>,
+          Stride<_0, Int<shape.rows_per_pass * chunk>, Stride<Int<columns_per_pass>, Int<Smem::rows * chunk>>>>;
+      return make_tensor(make_smem_ptr(tile),
+                         ComposedLayout<Swizzle, int, Passes>{Swizzle{}, row * chunk + column, Passes{}});
+    }
+  }
+
  private:
   static constexpr int columns_per_pass = shape.threads_per_row * shape.vector;
   static constexpr int row_passes = Smem::rows / shape.rows_per_pass;
@@ -108,28 +131,6 @@ class TileCopy {
 
   FLASHCUTE_DEVICE static int row() { return thread_index() / shape.threads_per_row; }
   FLASHCUTE_DEVICE static int column() { return thread_index() % shape.threads_per_row * shape.vector; }
-
-  /// This thread's places in a tile: what CuTe's partition_D of a tiled copy gives, without its cost to compile.
-  FLASHCUTE_DEVICE static auto part(Element* tile) {  // (COPY, COPY_rows, COPY_columns)
-    using namespace cute;
-    using Swizzle = typename Smem::Swizzle;
-    constexpr int chunk = shape.chunk;
-    int const thread = thread_index(), row = thread / shape.threads_per_row;
-    if constexpr (shape.rows_per_pass % 8 == 0 && columns_per_pass == chunk) {
-      // All passes are swizzled as the first is. nvcc keeps more in registers if its place is computed otherwise than
-      // in these steps, which are CuTe's.
-      using Passes = Layout<Shape<_1, Int<row_passes>, Int<column_passes>>,
-                            Stride<_0, Int<shape.rows_per_pass * chunk>, Int<Smem::rows * chunk>>>;
-      int const in_8_rows = thread % shape.threads_per_row * shape.vector + row % 8 * chunk;
-      return make_tensor(make_smem_ptr(tile) + (Swizzle::apply(in_8_rows) + row / 8 * (8 * chunk)), Passes{});
-    } else {
-      using Passes = Layout<
-          Shape<_1, Int<row_passes>, Shape<Int<chunk / columns_per_pass>, Int<Smem::TileColumns::value / chunk>>>,
-          Stride<_0, Int<shape.rows_per_pass * chunk>, Stride<Int<columns_per_pass>, Int<Smem::rows * chunk>>>>;
-      return make_tensor(make_smem_ptr(tile),
-                         ComposedLayout<Swizzle, int, Passes>{Swizzle{}, row * chunk + column(), Passes{}});
-    }
-  }
 };
 
 template <ForwardConfig C>

@@ -4,10 +4,16 @@
 // computes the right result only if both agree.
 #pragma once
 
-#include <cute/tensor.hpp>
-// CuTe's atoms need its tensor first.
-#include <cute/atom/copy_atom.hpp>
-#include <cute/atom/mma_atom.hpp>
+// As the header that it stands for.
+#include <cute/tensor_impl.hpp>
+// The rest needs its tensor first.
+#include <cute/algorithm/clear.hpp>
+#include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/mma_sm80.hpp>
+#include <cute/atom/mma_traits_sm80.hpp>
+#include <cute/pointer_flagged.hpp>
+#include <cute/pointer_swizzle.hpp>
+#include <cute/swizzle_layout.hpp>
 
 #include <bit>
 #include <cmath>
@@ -96,10 +102,6 @@ struct Mma {
   }
 };
 
-/// A store of one `Word` from registers to shared memory.
-template <class Word>
-struct Move {};
-
 }  // namespace emulation
 }  // namespace flashcute
 
@@ -108,26 +110,11 @@ namespace cute {
 template <class Operand, class Real>
 struct MMA_Traits<flashcute::emulation::Mma<Operand, Real>> : MMA_Traits<Real> {};
 
-template <class Word>
-struct Copy_Traits<flashcute::emulation::Move<Word>> : Copy_Traits<UniversalCopy<Word>> {
-  template <class TS, class SLayout, class TD, class DLayout>
-  friend void copy_unpack(Copy_Traits const&, Tensor<TS, SLayout> const& source, Tensor<TD, DLayout>& destination) {
-    static_assert(decltype(size(recast<Word>(source)))::value == 1);
-    static_assert(decltype(size(recast<Word>(destination)))::value == 1);
-    static_assert(is_rmem<TS>::value && is_smem<TD>::value);
-    flashcute::emulation::store_shared(raw_pointer_cast(destination.data()), raw_pointer_cast(source.data()),
-                                       sizeof(Word));
-  }
-};
-
 }  // namespace cute
 
 namespace flashcute {
 
 // ---- fragments and products, as CuTe operations --------------------------------------------------
-
-template <class Word>
-using FragmentStore = emulation::Move<Word>;
 
 template <DType>
 struct TensorCore;
