@@ -3,22 +3,25 @@
 For every kernel of every family and every target architecture: it is there; its main loops, or all
 of it where it multiplies nothing, hold no memory spill (LDL, STL), or no more than what was measured
 to pay; the instructions meant are present (of Hopper's products with their width); registers, stack
-and shared memory are no worse than in the checked table tests/images.json.
-``--update`` rewrites the table.
+and shared memory are no worse than in the checked table tests/images.json, which also holds the number
+of instructions and a hash of the sequence of opcodes.
+``--same`` asks for the same opcodes too: for a change that is to change no kernel. ``--update`` rewrites
+the table.
 
-usage: python tools/check_images.py --images build/*/images [--update]
+usage: python tools/check_images.py --images build/*/images [--same | --update]
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from sass import disassemble, find_tool, product_opcode
+from sass import Function, disassemble, find_tool, product_opcode
 
 TABLE = Path(__file__).parent.parent / "tests" / "images.json"
 MEANT = {
@@ -41,6 +44,7 @@ SPILLS_ALLOWED = {
 }
 WITHOUT_PRODUCTS = ("_prepare", "_finish")  # passes of the backward
 Resources = dict[str, int]
+Facts = dict[str, int | str]  # resources, and what a kernel is made of
 
 
 def tile_of(kernel: str) -> str:
@@ -67,6 +71,13 @@ def resources(image: Path) -> dict[tuple[str, str], Resources]:
     return found
 
 
+def code_facts(function: Function) -> Facts:
+    """The number of instructions, and a hash that changes if an opcode, a modifier or their order does."""
+    opcodes = function.opcodes()
+    digest = hashlib.sha256("\n".join(opcodes).encode()).hexdigest()
+    return {"instructions": len(opcodes), "opcodes": digest[:16]}
+
+
 def kernels_of(unit: Path) -> list[str]:
     """The entry points that a generated translation unit defines."""
     return re.findall(r"^FLASHCUTE_\w+_ENTRY\((\w+),", unit.read_text(), re.MULTILINE)
@@ -81,13 +92,13 @@ def products_meant(kernel: str) -> list[str]:
     return [f"HGMMA.64x{n}x16", f"HGMMA.64x{d_v or d}x16"]
 
 
-def check_family(unit: Path, archs: list[str]) -> tuple[list[str], dict[str, dict[str, Resources]]]:
-    """Problems, and kernel -> arch -> resources."""
+def check_family(unit: Path, archs: list[str]) -> tuple[list[str], dict[str, dict[str, Facts]]]:
+    """Problems, and kernel -> arch -> facts."""
     image = unit.with_suffix(".fatbin")
     functions = {(f.name, f.arch): f for f in disassemble(image)}
     used = resources(image)
     problems: list[str] = []
-    table: dict[str, dict[str, Resources]] = {}
+    table: dict[str, dict[str, Facts]] = {}
     for kernel in kernels_of(unit):
         # Built for plain sm_90, Hopper's instructions would be a trap.
         for arch in ["sm_90a"] if "_sm90_" in kernel else archs:
@@ -115,13 +126,14 @@ def check_family(unit: Path, archs: list[str]) -> tuple[list[str], dict[str, dic
                 spills = found["LDL"] + found["STL"]
                 if spills > allowed:
                     problems.append(f"{where}: {spills} LDL/STL in {what}")
-            table.setdefault(kernel, {})[arch] = used[kernel, arch]
+            table.setdefault(kernel, {})[arch] = {**used[kernel, arch], **code_facts(function)}
     return problems, table
 
 
 def compare(
-    table: dict[str, dict[str, Resources]], checked: dict[str, dict[str, Resources]]
+    table: dict[str, dict[str, Facts]], checked: dict[str, dict[str, Facts]], same: bool
 ) -> list[str]:
+    """What is worse than in the checked table; with `same`, also what is made of other opcodes."""
     problems = []
     for kernel, by_arch in table.items():
         for arch, now in by_arch.items():
@@ -131,9 +143,12 @@ def compare(
                 continue
             problems += [
                 f"{kernel} for {arch}: {what} {now[what]}, was {before[what]}"
-                for what in now
+                for what in ("registers", "stack", "shared")
                 if now[what] > before[what]
             ]
+            if same and now["opcodes"] != before["opcodes"]:
+                counts = f"{now['instructions']} instructions, were {before['instructions']}"
+                problems.append(f"{kernel} for {arch}: other opcodes ({counts})")
     return problems
 
 
@@ -141,13 +156,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, required=True, help="folder of *.cu and *.fatbin")
     parser.add_argument("--archs", default="sm_80,sm_90,sm_100,sm_120")
-    parser.add_argument("--update", action="store_true", help=f"rewrite {TABLE.name}")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--same", action="store_true", help="no kernel may have other opcodes")
+    mode.add_argument("--update", action="store_true", help=f"rewrite {TABLE.name}")
     arguments = parser.parse_args()
     units = sorted(arguments.images.glob("*.cu"))
     if not units:
         sys.exit(f"no images in {arguments.images}")
     problems: list[str] = []
-    table: dict[str, dict[str, Resources]] = {}
+    table: dict[str, dict[str, Facts]] = {}
     for unit in units:
         found, used = check_family(unit, arguments.archs.split(","))
         problems += found
@@ -155,7 +172,7 @@ def main() -> None:
     if arguments.update:
         TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     else:
-        problems += compare(table, json.loads(TABLE.read_text()))
+        problems += compare(table, json.loads(TABLE.read_text()), arguments.same)
     for kernel, by_arch in sorted(table.items()):
         print(kernel, *(f"{a} {r['registers']}r/{r['stack']}B" for a, r in by_arch.items()))
     print("\n".join(problems) or f"{len(table)} kernels in {len(units)} images pass")

@@ -62,6 +62,10 @@ class Function:
         default_factory=list
     )  # (address, text without predicate)
 
+    def opcodes(self) -> list[str]:
+        """The opcode of every instruction, with its modifiers: registers and addresses are left out."""
+        return [text.split()[0] for _, text in self.instructions]
+
     def counts(self, first: int = 0, last: int | None = None) -> collections.Counter[str]:
         """Opcodes of instructions [first, last], with their modifiers cut off."""
         stop = len(self.instructions) if last is None else last + 1
