@@ -67,6 +67,7 @@ if(NOT version MATCHES "^\\.4\\.2")
   message(FATAL_ERROR "flashcute needs CUTLASS 4.2; ${flashcute_cutlass_dir} has version ${version}")
 endif()
 message(STATUS "flashcute: CUTLASS in ${flashcute_cutlass_dir}")
+set(flashcute_cutlass_found ${flashcute_cutlass_dir} CACHE INTERNAL "for tools/compile_cost.py")
 
 # ---- CCCL ----
 set(flashcute_cccl_dir ${FLASHCUTE_CCCL_DIR})

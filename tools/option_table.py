@@ -205,6 +205,7 @@ def compile_all(kernel: Kernel, cfgs: list[ForwardConfig], arch: str, folder: Pa
     command = [nvcc, "-cubin", "-std=c++20", "-O3", "-DNDEBUG", "--split-compile=0"]
     command += [
         f"-gencode=arch={kernel.virtual_arch},code={arch}",
+        "-DCUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED",  # some block_n of Hopper's need it
         f"-I{headers}",
         "-o",
         str(image),
