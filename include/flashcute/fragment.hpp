@@ -45,7 +45,7 @@ FLASHCUTE_DEVICE To to_operand(float x) {
 template <class To, class Tensor>
 FLASHCUTE_DEVICE auto convert(Tensor const& from) {
   using namespace cute;
-  auto to = make_fragment_like<To>(from);
+  auto to = make_tensor<To>(from.shape());
   if constexpr (sizeof(To) == 2) {
     auto pairs = recast<uint32_t>(to);
     CUTE_UNROLL

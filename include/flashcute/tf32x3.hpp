@@ -64,7 +64,7 @@ struct Tf32x3Products : TensorCoreProducts<C, WarpsN> {
     CUTE_UNROLL
     for (int group = 0; group < groups; ++group) {
       auto large = make_tensor<float>(make_shape(_4{}, size<1>(a.fragment), _2{}));  // (MMA, MMA_M, 2)
-      auto small = make_fragment_like(large);
+      auto small = make_tensor<float>(large.shape());
       clear(large);
       clear(small);
       CUTE_UNROLL
