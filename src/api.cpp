@@ -1,5 +1,8 @@
 #include "flashcute/api.hpp"
 
+#include <algorithm>
+
+#include "choose.hpp"
 #include "cpu/backward.hpp"
 #include "cpu/forward.hpp"
 #include "driver.hpp"
@@ -11,7 +14,6 @@
 #include "nvrtc.hpp"
 #include "plan.hpp"
 #include "plan_backward.hpp"
-#include "source.hpp"
 
 namespace flashcute {
 namespace {
@@ -31,10 +33,24 @@ std::vector<std::pair<std::string, std::string>> prebuild_kernels(Config const& 
   check_config(config, arch);
   std::vector<std::pair<std::string, std::string>> done;
   for (auto const& kernel : kernels_of(config)) {
-    KernelCode const code = code_of(kernel, arch);
-    done.emplace_back(code.name, find_image(code, arch).origin);
+    done.emplace_back(name(kernel).text, find_image(kernel, arch).origin);
   }
   return done;
+}
+
+/// What would be faster than the chosen configuration but has no image, and how much faster that is.
+void explain_given_up(std::vector<GivenUp> const& given_up, ForwardConfig const& chosen, Explanation& e) {
+  for (GivenUp const& g : given_up) {
+    e.rejected.emplace_back(g.config.math == Math::wgmma ? "sm90" : name(g.config).text,
+                            "there is no image of its kernel: " + g.why);
+    if (g.config.math == Math::wgmma) {
+      e.notes.push_back(
+          "Hopper's kernel would be 1.5 to 2.2 times as fast (head_dim 64 to 256, 1024 keys and more). Its image comes "
+          "with a build that has 90 in FLASHCUTE_ARCHS, or from the run-time compiler: pip install \"flashcute[jit]\"");
+    } else if (g.config.math != chosen.math) {
+      e.notes.push_back("float32 takes three products of TF32, although allow_tf32 allows one, which would be faster");
+    }
+  }
 }
 
 }  // namespace
@@ -74,11 +90,8 @@ ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch, std::opti
 
 ForwardConfig config_for(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out,
                          ForwardOptions const& options) {
-  Arch const arch = arch_of(q.device);
-  require_kernel(q.dtype, arch, "q: ");
-  bool const gpu = q.device.type == DeviceType::cuda;
-  return default_forward_config(forward_tensors(q, k, v, out, options), arch,
-                                gpu ? cuda::device_facts(q.device.index).multiprocessors : 0);
+  require_kernel(q.dtype, arch_of(q.device), "q: ");
+  return choose_config(forward_tensors(q, k, v, out, options), features_of(options), q.device);
 }
 
 std::vector<ForwardConfig> configs() { return configs_among(forward_families); }
@@ -94,26 +107,29 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
   e.rejected.emplace_back(gpu ? "cpu" : "sm80", gpu ? "the tensors are on " + to_string(q.device)
                                                     : std::string("the tensors are on the CPU"));
   ForwardConfig chosen;
+  std::vector<GivenUp> given_up;
   try {
-    chosen = config ? *config : config_for(q, k, v, nullptr, options);
+    require_kernel(q.dtype, arch_of(q.device), "q: ");
     std::string misaligned;
     ForwardTensors const tensors = forward_tensors(q, k, v, nullptr, options, &misaligned);
+    chosen = config ? *config : choose_config(tensors, features_of(options), q.device, &given_up);
     here = backend_of(chosen.math);
     if (gpu && !config && !misaligned.empty()) {
       if (arch_of(q.device) == 90 && size_of(q.dtype) == 2) e.rejected.emplace_back("sm90", misaligned);
       if (tensors.alignment < 16) e.rejected.emplace_back("copy_bytes=16", misaligned);
     }
+    explain_given_up(given_up, chosen, e);
     ForwardPlan const plan = plan_forward(chosen, q, k, v, nullptr, nullptr, options);
     e.backend = here;
     e.config = chosen;
     e.kernel = gpu ? name(plan.kernel).text : std::string(cpu::isa());
-    Arch const arch = arch_of(q.device);
-    e.image = gpu ? image_origin(code_of(plan.kernel, arch), arch) : "compiled into the library";
+    e.image = gpu ? image_origin(plan.kernel, arch_of(q.device)) : "compiled into the library";
   } catch (Error const& error) {
     e.rejected.emplace_back(here, error.what());
   }
   for (ForwardConfig const& other : configs()) {
-    if (other == chosen) continue;
+    bool const told = std::any_of(given_up.begin(), given_up.end(), [&](auto const& g) { return g.config == other; });
+    if (other == chosen || told) continue;
     std::string reason;
     try {
       plan_forward(other, q, k, v, nullptr, nullptr, options);

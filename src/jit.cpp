@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <map>
 #include <mutex>
+#include <set>
 #include <span>
 #include <string_view>
 #include <utility>
@@ -29,6 +30,7 @@ struct Headers {
   std::vector<std::string> folders;
   std::map<std::string, std::string> contents;  // folder -> hash
   std::map<std::string, std::string> sizes;
+  std::set<std::pair<Arch, std::string>> complete;  // with all that it takes to compile, by FLASHCUTE_CUDA_INCLUDE
 };
 
 Headers& headers() {
@@ -155,9 +157,36 @@ void set_include_folders(std::vector<std::string> folders) {
   std::lock_guard const guard(h.mutex);
   h.folders = std::move(folders);
   h.contents.clear();
+  h.complete.clear();
 }
 
 std::string jit_key(KernelCode const& kernel, Arch arch) { return key_of(request_for(kernel, arch)); }
+
+bool can_compile(Arch arch) {
+  if (jit_mode() == JitMode::off || !nvrtc_available()) return false;
+  Headers& h = headers();
+  std::pair const place{arch, env("FLASHCUTE_CUDA_INCLUDE")};
+  {
+    std::lock_guard const guard(h.mutex);
+    if (h.complete.contains(place)) return true;
+  }
+  if (!compile_problem(arch).empty()) return false;
+  std::lock_guard const guard(h.mutex);
+  h.complete.insert(place);
+  return true;
+}
+
+std::string compile_problem(Arch arch) {
+  if (jit_mode() == JitMode::off) return "FLASHCUTE_JIT=off";
+  try {
+    require_nvrtc_knows(target_of(arch));
+    our_folders();
+    toolkit_folder();
+  } catch (Error const& error) {
+    return error.what();
+  }
+  return "";
+}
 
 JitImage jit_image(KernelCode const& kernel, Arch arch) {
   if (jit_mode() == JitMode::off) {

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -11,7 +10,6 @@
 
 #include "driver.hpp"
 #include "image_store.hpp"
-#include "source.hpp"
 #include "tensor_map.hpp"
 #include "tile_deal.hpp"
 
@@ -54,12 +52,15 @@ struct KeyHash {
 struct Slot {
   std::mutex mutex;
   Function function = nullptr;
-  Image image;  // the driver reads an image while it loads it
 };
 
-/// Loads the image of a kernel with `shared_bytes` of dynamic shared memory, and leaves nothing for the first launch.
-Function prepare(KernelCode const& code, int64_t shared_bytes, DeviceFacts const& device, Image& image) {
-  image = find_image(code, device.arch);
+/// Loads the image of a kernel, and leaves nothing for the first launch.
+template <class KernelId>
+Function prepare(KernelId const& id, DeviceFacts const& device) {
+  int64_t const shared_bytes = smem_bytes(id);
+  Name const entry = name(id);
+  // Without CU_LIBRARY_BINARY_IS_PRESERVED the driver keeps a copy of its own: this one goes with the scope.
+  Image const image = find_image(id, device.arch);
   require_driver_for(image.cuda_version, driver().version);
 
   // Loading synchronises, which a stream capture under way elsewhere in the process would forbid.
@@ -67,21 +68,22 @@ Function prepare(KernelCode const& code, int64_t shared_bytes, DeviceFacts const
   ContextGuard const guard(device.primary_context);
   Library library = nullptr;
   check_result(driver().cuLibraryLoadData(&library, image.view().data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
-               "cuLibraryLoadData(" + code.name + ", " + image.origin + ")");
+               std::string("cuLibraryLoadData(") + entry.text + ", " + image.origin + ")");
   Kernel kernel = nullptr;
-  check_result(driver().cuLibraryGetKernel(&kernel, library, code.name.c_str()),
-               "cuLibraryGetKernel(" + code.name + ")");
+  check_result(driver().cuLibraryGetKernel(&kernel, library, entry.text),
+               std::string("cuLibraryGetKernel(") + entry.text + ")");
   check_result(driver().cuKernelSetAttribute(attribute_max_dynamic_shared_bytes, static_cast<int>(shared_bytes), kernel,
                                              device.handle),
-               "cuKernelSetAttribute(" + code.name + ", " + std::to_string(shared_bytes) + " bytes of shared memory)");
+               std::string("cuKernelSetAttribute(") + entry.text + ", " + std::to_string(shared_bytes) +
+                   " bytes of shared memory)");
   // Under lazy loading the first launch would load, and synchronise: do it now.
   Function function = nullptr;
-  check_result(driver().cuKernelGetFunction(&function, kernel), "cuKernelGetFunction(" + code.name + ")");
+  check_result(driver().cuKernelGetFunction(&function, kernel), std::string("cuKernelGetFunction(") + entry.text + ")");
   return function;
 }
 
 /// The prepared kernels of one type of id: it has a `config`, `features`, smem_bytes, num_threads, blocks_per_cluster,
-/// a name and a code_of.
+/// a name and a find_image.
 template <class KernelId>
 class KernelCache {
  public:
@@ -99,9 +101,8 @@ class KernelCache {
     }
     std::lock_guard const lock(slot->mutex);
     if (slot->function == nullptr) {
-      DeviceFacts const& device = device_facts(key.device);
       // A throw leaves the slot for the next call to try again.
-      slot->function = prepare(code_of(key.kernel, device.arch), smem_bytes(key.kernel), device, slot->image);
+      slot->function = prepare(key.kernel, device_facts(key.device));
       std::unique_lock const ready_lock(mutex_);
       ready_.emplace(key, slot->function);
     }

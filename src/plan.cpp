@@ -111,9 +111,11 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
     }
   }
 
-  Features const features{.mask = options.causal ? MaskKind::causal : MaskKind::full,
-                          .count_blocks = options.block_counts != nullptr};
-  return {{config, features}, p, q.device};
+  return {{config, features_of(options)}, p, q.device};
+}
+
+Features features_of(ForwardOptions const& options) {
+  return {.mask = options.causal ? MaskKind::causal : MaskKind::full, .count_blocks = options.block_counts != nullptr};
 }
 
 ForwardTensors forward_tensors(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out,

@@ -1,6 +1,6 @@
-// The host side of the GPU path, with a driver that runs nothing (fake_driver.cpp): what is loaded, prepared
+// The host side of the GPU path, with a driver that runs nothing (fake_driver.cpp) and images of nothing
+// (fake_images.cpp): what is loaded, prepared
 // and launched, and which calls never reach the driver. Each test is a process of its own: what is loaded stays.
-#include <dlfcn.h>
 #include <gtest/gtest.h>
 
 #include <optional>
@@ -9,54 +9,17 @@
 #include <utility>
 #include <vector>
 
-#include "device_memory.hpp"
-#include "fake_driver.hpp"
+#include "fake_gpu.hpp"
 #include "flashcute/api.hpp"
 #include "flashcute/tiles.hpp"
-#include "image_store.hpp"
-#include "jit.hpp"
-#include "scratch.hpp"
 
 namespace flashcute {
 namespace {
 
 using namespace testing;
 
-class FakeGpu : public ::testing::Test {
- protected:
-  void SetUp() override {
-    // The library opens libcuda.so.1 by name and so meets this one, which is already there.
-    void* const library = dlopen(FLASHCUTE_FAKE_DRIVER, RTLD_NOW | RTLD_LOCAL);
-    ASSERT_NE(library, nullptr) << dlerror();
-    auto const inside = reinterpret_cast<FakeDriver* (*)()>(dlsym(library, "fake_driver"));
-    ASSERT_NE(inside, nullptr);
-    driver_ = inside();
-  }
-
-  static TensorView tensor(std::array<int64_t, 4> shape, int device = 0) {
-    // Addresses are never read: the fake driver runs nothing.
-    return dense_view(reinterpret_cast<void*>(std::uintptr_t{0x10000000}), DType::bfloat16, {DeviceType::cuda, device},
-                      shape);
-  }
-
-  static TensorView output(std::array<int64_t, 4> shape, int device = 0) {
-    TensorView t = tensor(shape, device);
-    t.data = reinterpret_cast<void*>(std::uintptr_t{1} << 60);
-    return t;
-  }
-
-  static constexpr int hopper = 2;  // the device of compute capability 9.0; the others have 10.0
-
-  FakeDriver* driver_ = nullptr;
-};
-
 class Launch : public FakeGpu {
  protected:
-  void SetUp() override {
-    FakeGpu::SetUp();
-    if (image_archs().empty()) GTEST_SKIP() << "built without images";
-  }
-
   /// A call with one shape for all tensors.
   void run(std::array<int64_t, 4> shape, int device = 0, ForwardOptions const& options = {}) {
     TensorView const t = tensor(shape, device);
@@ -329,23 +292,6 @@ struct BackwardCall {
       for (char const* word : words) EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
     }
   }
-};
-
-/// Kernels without an image are compiled at run time, here by a compiler that compiles nothing (fake_nvrtc.cpp).
-class FakeGpuAndCompiler : public FakeGpu {
- protected:
-  void SetUp() override {
-    FakeGpu::SetUp();
-    write_file(scratch_ / "include/cuda_fp16.h", "");
-    set_include_folders({scratch_ / "include"});
-  }
-
- private:
-  Scratch scratch_;
-  ScopedVariable nvrtc_{"FLASHCUTE_NVRTC", FLASHCUTE_FAKE_NVRTC};
-  ScopedVariable include_{"FLASHCUTE_CUDA_INCLUDE", scratch_ / "include"};
-  ScopedVariable cache_{"FLASHCUTE_CACHE_DIR", scratch_ / "cache"};
-  ScopedVariable quiet_{"FLASHCUTE_QUIET", "1"};
 };
 
 class LaunchCompiled : public FakeGpuAndCompiler {};

@@ -4,9 +4,12 @@
 
 #include <algorithm>
 #include <limits>
+#include <set>
+#include <string_view>
 #include <vector>
 
 #include "driver.hpp"
+#include "embedded_images.hpp"
 #include "flashcute/api.hpp"
 #include "image_store.hpp"
 #include "memory_overlap.hpp"
@@ -346,6 +349,26 @@ TEST(Driver, TooOldADriverIsRefusedWithWhatToDo) {
       EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
     }
   }
+}
+
+// Guards against a family that has lost its image, or has another's.
+TEST(ImageStore, EachFamilyHasAnImageOfItsOwn) {
+  bool const images = !image_archs().empty(), hoppers = targets_serve(image_archs(), 90);
+  std::set<char const*> places;
+  auto const look_at = [&](auto const& families) {
+    for (auto const& family : families) {
+      bool const hopper = family.name.find("_sm90_") != std::string_view::npos;
+      std::string_view const image = embedded_image(family);
+      EXPECT_TRUE(image.empty() || places.insert(image.data()).second) << family.name;
+      if (hopper) {
+        EXPECT_TRUE(image.empty() || hoppers) << family.name;
+      } else {
+        EXPECT_EQ(image.empty(), !images) << family.name;
+      }
+    }
+  };
+  look_at(forward_families);
+  look_at(backward_families);
 }
 
 // Guards against an image that is taken for a GPU it cannot run on, or not taken where it can.
