@@ -1,8 +1,10 @@
 #include "checks.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 #include <numbers>
 
@@ -29,6 +31,36 @@ void require_length(char const* argument, char const* what, int64_t value) {
   throw ArgumentError(argument, std::string(what) + " at most " + std::to_string(limit), std::to_string(value));
 }
 
+std::string text_of(std::array<int64_t, 4> const& numbers, int count) {
+  std::string text = "(";
+  for (int i = 0; i < std::min(count, 4); ++i) text += (i > 0 ? ", " : "") + std::to_string(numbers[i]);
+  return text + (count > 4 ? ", ...)" : ")");
+}
+
+/// Whether a tensor of rank 4 has no element: its strides then mean nothing. Throws if it has more elements, or they
+/// lie further apart, than 64-bit numbers of bytes can tell: whatever is computed from sizes and strides later is a
+/// number.
+bool is_empty(char const* argument, TensorView const& t) {
+  if (std::find(t.shape.begin(), t.shape.end(), 0) != t.shape.end()) return true;
+  constexpr int64_t limit = std::numeric_limits<int64_t>::max() / 8;  // elements have at most 8 bytes
+  int64_t elements = 1, reach = 0;
+  bool countable = true, near = true;
+  for (std::size_t i = 0; i < 4; ++i) {
+    int64_t distance = 0;
+    countable = countable && t.shape[i] > 0 && !__builtin_mul_overflow(elements, t.shape[i], &elements);
+    near = near && !__builtin_mul_overflow(t.shape[i] - 1, t.strides[i], &distance) && distance >= -limit &&
+           !__builtin_add_overflow(reach, std::abs(distance), &reach);
+  }
+  if (!countable || elements > limit) {
+    throw ArgumentError(argument, "at most " + std::to_string(limit) + " elements", "shape " + shape_text(t));
+  }
+  if (!near || reach > limit) {
+    throw ArgumentError(argument, "elements at most " + std::to_string(limit) + " apart",
+                        "shape " + shape_text(t) + " with strides " + text_of(t.strides, 4));
+  }
+  return false;
+}
+
 std::string capability_text(Arch arch) { return std::to_string(arch / 10) + "." + std::to_string(arch % 10); }
 
 double checked_scale(std::optional<double> scale, int64_t d) {
@@ -45,7 +77,7 @@ double checked_scale(std::optional<double> scale, int64_t d) {
 
 /// Why nothing larger than `bytes` at a time can be copied from or to a tensor; "" if `bytes` can.
 std::string alignment_problem(Argument const& argument, Named const& n, int32_t bytes) {
-  if (n.batch * n.row * n.head * n.d == 0) return "";
+  if (n.batch == 0 || n.row == 0 || n.head == 0 || n.d == 0) return "";
   TensorView const& t = *argument.tensor;
   auto const problem = [&](std::string const& what) { return std::string(argument.name) + "'s " + what; };
   if (auto const past = reinterpret_cast<std::uintptr_t>(t.data) % static_cast<unsigned>(bytes); past != 0) {
@@ -68,17 +100,13 @@ std::string to_string(Device device) {
   return device.type == DeviceType::cpu ? "cpu" : "cuda:" + std::to_string(device.index);
 }
 
-std::string shape_text(TensorView const& t) {
-  std::string text = "(";
-  for (int i = 0; i < std::min(t.rank, 4); ++i) text += (i > 0 ? ", " : "") + std::to_string(t.shape[i]);
-  return text + (t.rank > 4 ? ", ...)" : ")");
-}
+std::string shape_text(TensorView const& t) { return text_of(t.shape, t.rank); }
 
 Named named(char const* argument, TensorView const& t, Layout layout) {
   bool const bshd = layout == Layout::bshd;
   require_rank(argument, t, 4, bshd ? "(batch, seqlen, heads, head_dim)" : "(batch, heads, seqlen, head_dim)");
   int const row = bshd ? 1 : 2, head = bshd ? 2 : 1;
-  bool const empty = t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3] == 0;  // its strides mean nothing
+  bool const empty = is_empty(argument, t);
   if (t.strides[3] != 1 && t.shape[3] > 1 && !empty) {
     throw ArgumentError(argument, "last stride 1", std::to_string(t.strides[3]),
                         "Nothing is copied silently: pass a contiguous copy");
@@ -237,6 +265,12 @@ void throw_config_error(char const* sentence, std::string const& options, std::s
   if (!details.empty()) message += ": " + details;
   if (arch != cpu_arch) message += "; GPU of compute capability " + capability_text(arch);
   throw ConfigError(message + ")");
+}
+
+void require_grid(int64_t blocks, char const* what) {
+  if (blocks <= std::numeric_limits<int32_t>::max()) return;
+  throw UnsupportedError(std::string(what) + " is " + std::to_string(blocks) +
+                         " tiles, more than a grid holds (2147483647); split the batch");
 }
 
 void require_capability(Arch arch, std::string const& whose) {

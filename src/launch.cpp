@@ -1,7 +1,6 @@
 #include "launch.hpp"
 
 #include <algorithm>
-#include <limits>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -122,13 +121,6 @@ KernelCache<KernelId>& kernels() {
   return *cache;
 }
 
-/// `what` is the number of blocks as the user knows it: "q: batch * heads".
-void require_grid(int64_t blocks, char const* what) {
-  if (blocks <= std::numeric_limits<int32_t>::max()) return;
-  throw UnsupportedError(std::string(what) + " is " + std::to_string(blocks) +
-                         " tiles, more than a grid holds (2147483647); split the batch");
-}
-
 /// A kernel that is ready to be launched.
 template <class KernelId>
 struct Launch {
@@ -173,7 +165,6 @@ struct Launch {
 void launch(ForwardKernelId const& kernel, ForwardParams const& params, int device, void* stream) {
   ForwardConfig const& c = kernel.config;
   int64_t const tiles = QueryTile::count(params, tile_rows(c));
-  require_grid(tiles * c.cluster, "q: batch * heads * ceil(seqlen_q / block_m)");
   if (c.math == Math::wgmma) {
     int32_t const clusters = persistent_clusters(c, tiles, device_facts(device).multiprocessors);
     Launch const ready(kernel, clusters * c.cluster, device);
@@ -190,8 +181,6 @@ void launch(BackwardConfig const& config, Features const& features, BackwardPara
             void* stream) {
   int64_t const query_tiles = QueryTile::count(params.forward, config.block_m);
   int64_t const key_tiles = KeyTile::count(params.forward, config.block_n);
-  require_grid(query_tiles, "q: batch * heads * ceil(seqlen_q / block_m)");
-  require_grid(key_tiles, "k: batch * kv_heads * ceil(seqlen_k / block_n)");
   std::vector<Launch<BackwardKernelId>> launches;
   for (BackwardPass const pass : passes_of(config)) {
     launches.emplace_back(kernel_of(config, pass, features.mask), keys_stay(pass) ? key_tiles : query_tiles, device);

@@ -442,6 +442,18 @@ TEST_F(PlanBackwardOnGpu, ATooLargeGridIsRefused) {
   keys.refused<UnsupportedError>({"k: batch * kv_heads * ceil(seqlen_k / block_n)", "split the batch"});
 }
 
+// Guards against a workspace whose size wrapped: 2^71 elements are 0 of 64 bits.
+TEST_F(PlanBackwardOnGpu, AWorkspaceWithoutASizeIsRefused) {
+  BackwardCall const huge({1 << 30, 1, 1 << 29, 1}, {1 << 30, 1, 1 << 29, 1});
+  EXPECT_THROW(backward_workspace_size({}, huge.q, huge.v), UnsupportedError);
+  BackwardCall none({1 << 30, 0, 1 << 30, 8}, {1 << 30, 1, 1, 8});
+  EXPECT_EQ(backward_workspace_size({}, none.q, none.v), 0);
+  BackwardCall call = call_;
+  call.workspace.shape = {1 << 30, 1 << 30, 1 << 4, 8};
+  call.workspace.strides = {0, 128, 8, 1};
+  call.refused<ArgumentError>({"workspace: expected a contiguous float32 tensor", "strides that leave gaps"});
+}
+
 // Guards against sums that are written past the end of a workspace, or over what is still to be read.
 TEST_F(PlanBackwardOnGpu, WorkspacesAreChecked) {
   std::string const needed = std::to_string(backward_workspace_size({}, call_.q, call_.v));

@@ -288,6 +288,21 @@ def test_length_over_the_limit() -> None:
         fc.flash_attention(x, long, long)
 
 
+def test_more_elements_than_memory_has_addresses() -> None:
+    """By strides of 0: products of sizes must not wrap, which would pass a tensor off as empty or as small."""
+    x = torch.ones(1, 1, 1, 8).half()
+    shape = (2**29, 2**29, 2, 8)
+    refused = r"^{}: expected at most \d+ elements, got shape \(536870912, 536870912, 2, 8\)"
+    with pytest.raises(fc.ArgumentError, match=refused.format("q")):
+        fc.flash_attention(x.expand(shape), x, x, out=x)
+    with pytest.raises(fc.ArgumentError, match=refused.format("k")):
+        fc.flash_attention(x, x.expand(shape), x)
+    for like in (x.expand(shape), np.broadcast_to(np.float16(1), (2**28, 2**28, 2, 8))):
+        told = fc.explain(like, like, like)
+        assert told.backend == ""
+        assert any("q: expected at most" in reason for _, reason in told.rejected)
+
+
 # ---- gradients -----------------------------------------------------------------------------------
 
 
