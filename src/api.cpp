@@ -8,6 +8,7 @@
 #include "driver.hpp"
 #include "environment.hpp"
 #include "families.hpp"
+#include "flashcute/tile_rounds.hpp"
 #include "image_store.hpp"
 #include "jit.hpp"
 #include "launch.hpp"
@@ -51,6 +52,16 @@ void explain_given_up(std::vector<GivenUp> const& given_up, ForwardConfig const&
       e.notes.push_back("float32 takes three products of TF32, although allow_tf32 allows one, which would be faster");
     }
   }
+}
+
+/// Hopper's kernel has no table for more thread blocks at once than one for each multiprocessor of the largest Hopper
+/// GPU.
+void explain_idle_multiprocessors(Device device, Explanation& e) {
+  int32_t const all = cuda::device_facts(device.index).multiprocessors;
+  if (all <= max_multiprocessors) return;
+  e.notes.push_back("Hopper's kernel runs on " + std::to_string(max_multiprocessors) +
+                    " multiprocessors at most: " + std::to_string(all - max_multiprocessors) + " of the " +
+                    std::to_string(all) + " of this GPU are idle");
 }
 
 }  // namespace
@@ -123,6 +134,7 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
     e.backend = here;
     e.config = chosen;
     e.kernel = gpu ? name(plan.kernel).text : std::string(cpu::isa());
+    if (chosen.math == Math::wgmma) explain_idle_multiprocessors(q.device, e);
     e.image = gpu ? image_origin(plan.kernel, arch_of(q.device)) : "compiled into the library";
   } catch (Error const& error) {
     e.rejected.emplace_back(here, error.what());

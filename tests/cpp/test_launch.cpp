@@ -91,6 +91,19 @@ TEST_F(Launch, HopperTilesAreDealtToAsManyBlocksAsRun) {
   }
 }
 
+// Guards against a GPU with more multiprocessors than the deal's table has, of which some stay idle in silence.
+TEST_F(Launch, ExplainTellsOfIdleMultiprocessors) {
+  driver_->multiprocessors = 160;
+  TensorView const t = tensor({4, 4096, 16, 128}, hopper);
+  Explanation const e = explain(std::nullopt, t, t, t);
+  ASSERT_EQ(e.notes.size(), 1u);
+  EXPECT_TRUE(contains(e.notes[0], "144 multiprocessors at most: 16 of the 160"));
+  forward(config_for(t, t, t, nullptr), t, t, t, output({4, 4096, 16, 128}, hopper), nullptr);
+  EXPECT_EQ(driver_->launches.at(0).grid_x, 144u);
+  TensorView const odd = tensor({4, 4096, 16, 100}, hopper);  // takes the road of mma.sync
+  EXPECT_TRUE(explain(std::nullopt, odd, odd, odd).notes.empty());
+}
+
 // Guards against a refusal of the driver that goes unnoticed.
 TEST_F(Launch, ARefusedTensorMapRaisesAndNamesTheTensor) {
   TensorView const t = tensor({1, 64, 1, 64}, hopper);
