@@ -55,7 +55,8 @@ bool is_empty(char const* argument, TensorView const& t) {
     throw ArgumentError(argument, "at most " + std::to_string(limit) + " elements", "shape " + shape_text(t));
   }
   if (!near || reach > limit) {
-    throw ArgumentError(argument, "elements at most " + std::to_string(limit) + " apart",
+    throw ArgumentError(argument,
+                        "strides that keep any two elements within " + std::to_string(limit) + " of each other",
                         "shape " + shape_text(t) + " with strides " + text_of(t.strides, 4));
   }
   return false;
@@ -88,8 +89,8 @@ std::string alignment_problem(Argument const& argument, Named const& n, int32_t 
        {std::pair{"head_dim", n.d}, std::pair{"batch stride", n.stride.batch}, std::pair{"seqlen stride", n.stride.row},
         std::pair{"heads stride", n.stride.head}}) {
     if (count % elements == 0) continue;
-    return problem(std::string(what) + " " + std::to_string(count) + " is no multiple of " + std::to_string(elements) +
-                   " elements (" + std::to_string(bytes) + " bytes)");
+    return problem(std::string(what) + " " + std::to_string(count) + " is not a multiple of " +
+                   std::to_string(elements) + " elements (" + std::to_string(bytes) + " bytes)");
   }
   return "";
 }
@@ -137,7 +138,7 @@ std::string bulk_copy_problem(std::span<Argument const> arguments, Layout layout
          {std::pair{"batch", n.stride.batch}, std::pair{"seqlen", n.stride.row}, std::pair{"heads", n.stride.head}}) {
       if (stride >= 0 && stride < limit / size_of(argument.tensor->dtype)) continue;
       return std::string(argument.name) + "'s " + what + " stride " + std::to_string(stride) +
-             " is not one that the copy engine (TMA) can walk";
+             " is not among those that the copy engine (TMA) can follow, which are from 0 to 2^40 bytes";
     }
   }
   return "";
@@ -179,7 +180,7 @@ void require_no_overlap(char const* argument, TensorView const& t) {
 
 void require_separate(char const* argument, TensorView const& t, char const* other_name, TensorView const& other) {
   if (may_share_an_element(t, other)) {
-    throw ArgumentError(argument, "memory of its own", std::string("the memory of ") + other_name);
+    throw ArgumentError(argument, "memory of its own", std::string("memory that ") + other_name + " uses too");
   }
 }
 
@@ -269,8 +270,9 @@ void throw_config_error(char const* sentence, std::string const& options, std::s
 
 void require_grid(int64_t blocks, char const* what) {
   if (blocks <= std::numeric_limits<int32_t>::max()) return;
-  throw UnsupportedError(std::string(what) + " is " + std::to_string(blocks) +
-                         " tiles, more than a grid holds (2147483647); split the batch");
+  throw UnsupportedError(
+      std::string(what) + " makes " + std::to_string(blocks) +
+      " thread blocks, and a CUDA launch can have 2147483647 at most. Split the batch into several calls");
 }
 
 void require_capability(Arch arch, std::string const& whose) {

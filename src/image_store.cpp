@@ -47,8 +47,9 @@ std::string_view embedded_image_for(KernelId const& kernel, Arch arch) {
 /// Why embedded_image_for has none.
 std::string embedded_problem(ForwardKernelId const& kernel) {
   if (jit_mode() == JitMode::force) return "FLASHCUTE_JIT=force";
-  if (embedded_targets().empty()) return "built without images";
-  return family_of(kernel) != nullptr ? "no ahead-of-time image for this GPU" : "not among the ahead-of-time kernels";
+  if (embedded_targets().empty()) return "flashcute was built without images";
+  return family_of(kernel) != nullptr ? "the build has no image of it for this GPU"
+                                      : "it is not among the kernels that are compiled ahead of time";
 }
 
 /// "13.0.88" -> 13000

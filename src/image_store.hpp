@@ -33,7 +33,7 @@ enum class ImageSource : std::uint8_t {
 /// Cheap enough for every call; the environment is read anew in each.
 ImageSource image_source(ForwardKernelId const& kernel, Arch arch);
 
-/// Why there is no image where image_source says so: "not among the ahead-of-time kernels, and FLASHCUTE_JIT=off".
+/// Why there is no image where image_source says so: "the build has no image of it for this GPU, and ...".
 std::string image_problem(ForwardKernelId const& kernel, Arch arch);
 
 /// image_source in words: "ahead of time", "run-time compilation, once (...)", "none: ...".

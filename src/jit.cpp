@@ -42,7 +42,8 @@ std::vector<std::string> our_folders() {
   Headers& h = headers();
   std::lock_guard const guard(h.mutex);
   if (h.folders.empty()) {
-    throw UnsupportedError("Compiling at run time needs flashcute's headers: call set_include_folders first");
+    throw UnsupportedError(
+        "Compiling at run time needs the folder of flashcute's headers: set_include_folders has to name it before");
   }
   return h.folders;
 }
@@ -107,7 +108,9 @@ std::string key_of(CompileRequest const& request) {
 void check_unchanged(CompileRequest const& request) {
   for (std::string const& folder : ours_in(request)) {
     if (hash_of_contents(folder) == hash_once(&Headers::contents, folder, hash_of_contents)) continue;
-    throw CompileError("The headers in " + folder + " have changed since this process first read them: start it again");
+    throw CompileError("The headers in " + folder +
+                       " have changed since this process first read them. Start the "
+                       "process again: it then compiles the new text");
   }
 }
 
@@ -190,10 +193,10 @@ std::string compile_problem(Arch arch) {
 
 JitImage jit_image(KernelCode const& kernel, Arch arch) {
   if (jit_mode() == JitMode::off) {
-    throw UnsupportedError("There is no ahead-of-time image of " + kernel.name + " for " + target_of(kernel, arch) +
-                           ", and FLASHCUTE_JIT=off forbids compiling it now. Set "
-                           "FLASHCUTE_JIT=on; to keep the wait out of the program, compile beforehand with "
-                           "`python -m flashcute compile`");
+    throw UnsupportedError(
+        "There is no ahead-of-time image of " + kernel.name + " for " + target_of(kernel, arch) +
+        ", and FLASHCUTE_JIT=off forbids to compile one. Set FLASHCUTE_JIT=on: it also allows images that "
+        "`python -m flashcute compile` made beforehand, which keeps the wait out of the program");
   }
   CompileRequest const request = request_for(kernel, arch);
   DiskCache const cache(cache_folder());

@@ -70,7 +70,8 @@ TEST_F(Choice, FollowsTheEnvironmentFromCallToCall) {
   ForwardConfig const hoppers = default_config(DType::bfloat16, 128, 90);
   ASSERT_EQ(hoppers.math, Math::wgmma);
   EXPECT_EQ(chosen(), hoppers) << "it can be compiled";
-  EXPECT_TRUE(contains(explain(std::nullopt, q_, q_, q_).image, "run-time compilation, once (no ahead-of-time image"));
+  EXPECT_TRUE(
+      contains(explain(std::nullopt, q_, q_, q_).image, "run-time compilation, once (the build has no image of it"));
   run(chosen());
   EXPECT_TRUE(contains(driver_->launches.back().kernel, "flashcute_sm90_fwd_bf16_d128"));
   {
@@ -94,7 +95,7 @@ TEST_F(Choice, AGivenConfigurationIsNotReplaced) {
   EXPECT_TRUE(contains(message, "FLASHCUTE_JIT=off"));
   Explanation const e = explain(hoppers, q_, q_, q_);
   EXPECT_EQ(e.config, hoppers);
-  EXPECT_TRUE(contains(e.image, "none: no ahead-of-time image for this GPU, and FLASHCUTE_JIT=off"));
+  EXPECT_TRUE(contains(e.image, "none: the build has no image of it for this GPU, and FLASHCUTE_JIT=off"));
   EXPECT_TRUE(driver_->launches.empty());
 }
 
@@ -126,7 +127,8 @@ TEST_F(Choice, OtherWishesAreGivenUpToo) {
   ScopedVariable const off("FLASHCUTE_JIT", "off");
   EXPECT_EQ(math(), Math::tf32x3);
   Explanation const e = explain(std::nullopt, f32, f32, f32, tf32);
-  EXPECT_TRUE(contains(reason(e, "fwd_f32_d64_m128_n32_w4"), "no image of its kernel: not among the ahead-of-time"));
+  EXPECT_TRUE(contains(reason(e, "fwd_f32_d64_m128_n32_w4"),
+                       "no image of its kernel: it is not among the kernels that are compiled"));
   EXPECT_TRUE(contains(e.notes.at(0), "allow_tf32"));
   EXPECT_EQ(rows(), 32) << "it has an image";
   fake_images().without = "_small";
@@ -140,7 +142,7 @@ TEST_F(Choice, WhereNothingCanRunTheDefaultSaysWhatIsMissing) {
   ForwardConfig const hoppers = default_config(DType::bfloat16, 128, 90);
   fake_images().targets = "";
   EXPECT_EQ(chosen(), hoppers);
-  EXPECT_EQ(explain(std::nullopt, q_, q_, q_).image, "none: built without images, and FLASHCUTE_JIT=off");
+  EXPECT_EQ(explain(std::nullopt, q_, q_, q_).image, "none: flashcute was built without images, and FLASHCUTE_JIT=off");
   fake_images().targets = "80 80-ptx";
   TensorView counts =
       dense_view(reinterpret_cast<void*>(std::uintptr_t{1} << 50), DType::int32, q_.device, {4, 16, 32, 3});

@@ -229,7 +229,7 @@ TEST_F(Launch, WhatAConfigurationCannotCopyIsRefused) {
   refuse(shifted, {"k's address is 2 bytes past a multiple of 16", "copy_bytes=2 with async_copy=False"}, 2);
   TensorView odd = t;
   odd.strides[1] += 4;
-  refuse(odd, {"k's seqlen stride 132 is no multiple of 8 elements", "copy_bytes=8"}, 8);
+  refuse(odd, {"k's seqlen stride 132 is not a multiple of 8 elements", "copy_bytes=8"}, 8);
   EXPECT_THROW(run({1, 64, 1, 60}), ConfigError);
   EXPECT_EQ(driver_->loads, 0);
 }
@@ -450,9 +450,9 @@ TEST_F(PlanBackwardOnGpu, ATooLargeGridIsRefused) {
   BackwardCall queries({1 << 17, 1, 1 << 14, 8}, {1 << 17, 0, 1 << 14, 8});
   queries.options.deterministic = true;
   queries.workspace.shape[3] = int64_t{1} << 32;
-  queries.refused<UnsupportedError>({"q: batch * heads * ceil(seqlen_q / block_m)", "split the batch"});
+  queries.refused<UnsupportedError>({"q: batch * heads * ceil(seqlen_q / block_m)", "Split the batch"});
   BackwardCall keys({1 << 17, 0, 1 << 14, 8}, {1 << 17, 1, 1 << 14, 8});
-  keys.refused<UnsupportedError>({"k: batch * kv_heads * ceil(seqlen_k / block_n)", "split the batch"});
+  keys.refused<UnsupportedError>({"k: batch * kv_heads * ceil(seqlen_k / block_n)", "Split the batch"});
 }
 
 // Guards against a workspace whose size wrapped: 2^71 elements are 0 of 64 bits.
@@ -485,8 +485,10 @@ TEST_F(PlanBackwardOnGpu, WorkspacesAreChecked) {
   refuse([](auto& c) { c.workspace.read_only = true; }, {"workspace", "writable"});
   refuse([](auto& c) { c.workspace.data = static_cast<char*>(c.workspace.data) + 4; },
          {"workspace", "multiple of 16 bytes", "4 bytes past"});
-  refuse([](auto& c) { c.workspace.data = static_cast<char*>(c.dv.data) + 16; }, {"workspace", "memory of dv"});
-  refuse([](auto& c) { c.workspace.data = static_cast<char*>(c.lse.data) + 16; }, {"workspace", "memory of lse"});
+  refuse([](auto& c) { c.workspace.data = static_cast<char*>(c.dv.data) + 16; },
+         {"workspace", "memory that dv uses too"});
+  refuse([](auto& c) { c.workspace.data = static_cast<char*>(c.lse.data) + 16; },
+         {"workspace", "memory that lse uses too"});
 }
 
 // Guards against silent misreads: copies of 16 bytes from or to where there are none.
@@ -505,7 +507,7 @@ TEST_F(PlanBackwardOnGpu, WhatAConfigurationCannotCopyIsRefused) {
     EXPECT_FALSE(chosen.async_copy);
   }
   BackwardCall narrow({1, 64, 1, 60}, {1, 64, 1, 60});
-  narrow.refused<ConfigError>({"head_dim 60 is no multiple of 8 elements"}, config);
+  narrow.refused<ConfigError>({"head_dim 60 is not a multiple of 8 elements"}, config);
   EXPECT_EQ(backward_config_for(narrow.q, narrow.k, narrow.v).copy_bytes, 8);
 }
 

@@ -177,9 +177,9 @@ TEST(Plan, SizesAndStridesBeyond64BitsAreRefused) {
   {
     Problem p;
     p.k.strides[1] = int64_t{1} << 61;  // a distance of 2^63 elements
-    p.expect<ArgumentError>({"k", "apart", "(1, 5, 1, 8)", "2305843009213693952"});
+    p.expect<ArgumentError>({"k", "strides that keep any two elements within", "(1, 5, 1, 8)", "2305843009213693952"});
     p.k.strides[1] = std::numeric_limits<int64_t>::min();
-    p.expect<ArgumentError>({"k", "apart"});
+    p.expect<ArgumentError>({"k", "strides that keep any two elements within"});
     p.k.strides = {std::numeric_limits<int64_t>::max(), 8, std::numeric_limits<int64_t>::min(), 1};
     p.run();  // of dimensions that are never stepped over
   }
@@ -340,12 +340,12 @@ TEST(PlanBackward, WrongTensorsAreRefused) {
   {
     BackwardProblem p;
     p.dv = p.dk;
-    p.expect<ArgumentError>({"dv", "memory of dk"});
+    p.expect<ArgumentError>({"dv", "memory that dk uses too"});
   }
   {
     BackwardProblem p;
     p.dq.data = p.memory.data();
-    p.expect<ArgumentError>({"dq", "memory of its own", "memory of q"});
+    p.expect<ArgumentError>({"dq", "memory of its own", "memory that q uses too"});
   }
   {
     BackwardProblem p;

@@ -169,7 +169,7 @@ TENSORS = [
         ["^out: expected every element at an address of its own"]),
     # memory
     Bad("out is q", lambda a: setattr(a, "out", a.q.fill_(SENTINEL)),
-        ["^out: expected memory of its own, got the memory of q"]),
+        ["^out: expected memory of its own, got memory that q uses too"]),
     Bad("out overlaps q", overlap, ["^out: expected memory of its own, got .*q"]),
     # what is no tensor
     *(
