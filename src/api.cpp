@@ -1,18 +1,21 @@
 #include "flashcute/api.hpp"
 
+#include <algorithm>
+
+#include "choose.hpp"
 #include "cpu/backward.hpp"
 #include "cpu/forward.hpp"
 #include "driver.hpp"
 #include "environment.hpp"
 #include "explanation.hpp"
 #include "families.hpp"
+#include "flashcute/tile_rounds.hpp"
 #include "image_store.hpp"
 #include "jit.hpp"
 #include "launch.hpp"
 #include "nvrtc.hpp"
 #include "plan.hpp"
 #include "plan_backward.hpp"
-#include "source.hpp"
 
 namespace flashcute {
 namespace {
@@ -32,10 +35,34 @@ std::vector<std::pair<std::string, std::string>> prebuild_kernels(Config const& 
   check_config(config, arch);
   std::vector<std::pair<std::string, std::string>> done;
   for (auto const& kernel : kernels_of(config)) {
-    KernelCode const code = code_of(kernel, arch);
-    done.emplace_back(code.name, find_image(code, arch).origin);
+    done.emplace_back(name(kernel).text, find_image(kernel, arch).origin);
   }
   return done;
+}
+
+/// What would be faster than the chosen configuration but has no image, and how much faster that is.
+void explain_given_up(std::vector<GivenUp> const& given_up, ForwardConfig const& chosen, Explanation& e) {
+  for (GivenUp const& g : given_up) {
+    e.rejected.emplace_back(g.config.math == Math::wgmma ? "sm90" : name(g.config).text,
+                            "there is no image of its kernel: " + g.why);
+    if (g.config.math == Math::wgmma) {
+      e.notes.push_back(
+          "Hopper's kernel would be 1.5 to 2.2 times as fast (head_dim 64 to 256, 1024 keys and more). Its image comes "
+          "with a build that has 90 in FLASHCUTE_ARCHS, or from the run-time compiler: pip install \"flashcute[jit]\"");
+    } else if (g.config.math != chosen.math) {
+      e.notes.push_back("float32 takes three products of TF32, although allow_tf32 allows one, which would be faster");
+    }
+  }
+}
+
+/// Hopper's kernel has no table for more thread blocks at once than one for each multiprocessor of the largest Hopper
+/// GPU.
+void explain_idle_multiprocessors(Device device, Explanation& e) {
+  int32_t const all = cuda::device_facts(device.index).multiprocessors;
+  if (all <= max_multiprocessors) return;
+  e.notes.push_back("Hopper's kernel runs on " + std::to_string(max_multiprocessors) +
+                    " multiprocessors at most: " + std::to_string(all - max_multiprocessors) + " of the " +
+                    std::to_string(all) + " of this GPU are idle");
 }
 
 /// Why a call does not run `config`, in words that all configurations with this reason share. `given`: the caller named
@@ -98,11 +125,8 @@ ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch, std::opti
 
 ForwardConfig config_for(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out,
                          ForwardOptions const& options) {
-  Arch const arch = arch_of(q.device);
-  require_kernel(q.dtype, arch, "q: ");
-  bool const gpu = q.device.type == DeviceType::cuda;
-  return default_forward_config(forward_tensors(q, k, v, out, options), arch,
-                                gpu ? cuda::device_facts(q.device.index).multiprocessors : 0);
+  require_kernel(q.dtype, arch_of(q.device), "q: ");
+  return choose_config(forward_tensors(q, k, v, out, options), features_of(options), q.device);
 }
 
 std::vector<ForwardConfig> configs() { return configs_among(forward_families); }
@@ -118,27 +142,32 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
   e.rejected.emplace_back(gpu ? "cpu" : "sm80", gpu ? "the tensors are on " + to_string(q.device)
                                                     : std::string("the tensors are on the CPU"));
   std::optional<ForwardConfig> chosen = config;
+  std::vector<GivenUp> given_up;
   try {
-    if (!chosen) chosen = config_for(q, k, v, nullptr, options);
+    require_kernel(q.dtype, arch_of(q.device), "q: ");
     std::string misaligned;
     ForwardTensors const tensors = forward_tensors(q, k, v, nullptr, options, &misaligned);
+    if (!chosen) chosen = choose_config(tensors, features_of(options), q.device, &given_up);
     here = backend_of(chosen->math);
     if (gpu && !config && !misaligned.empty()) {
       if (arch_of(q.device) == 90 && size_of(q.dtype) == 2) e.rejected.emplace_back("sm90", misaligned);
       if (tensors.alignment < 16) e.rejected.emplace_back("copy_bytes=16", misaligned);
     }
+    explain_given_up(given_up, *chosen, e);
     ForwardPlan const plan = plan_forward(*chosen, q, k, v, nullptr, nullptr, options);
     e.backend = here;
     e.config = chosen;
     e.kernel = gpu ? name(plan.kernel).text : std::string(cpu::isa());
+    if (chosen->math == Math::wgmma) explain_idle_multiprocessors(q.device, e);
     Arch const arch = arch_of(q.device);
-    e.image = gpu ? image_origin(code_of(plan.kernel, arch), arch) : "compiled into the library";
+    e.image = gpu ? image_origin(plan.kernel, arch) : "compiled into the library";
     e.reasons = reasons_for(*chosen, config.has_value(), tensors, q.device, arch);
   } catch (Error const& error) {
     e.rejected.emplace_back(here, error.what());
   }
   for (ForwardConfig const& other : configs()) {
-    if (chosen == other) continue;
+    bool const told = std::any_of(given_up.begin(), given_up.end(), [&](auto const& g) { return g.config == other; });
+    if (chosen == other || told) continue;
     e.rejected.emplace_back(name(other).text, why_not(other, config.has_value(), q, k, v, options));
   }
   return e;

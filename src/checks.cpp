@@ -1,8 +1,10 @@
 #include "checks.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 #include <numbers>
 
@@ -29,6 +31,37 @@ void require_length(char const* argument, char const* what, int64_t value) {
   throw ArgumentError(argument, std::string(what) + " at most " + std::to_string(limit), std::to_string(value));
 }
 
+std::string text_of(std::array<int64_t, 4> const& numbers, int count) {
+  std::string text = "(";
+  for (int i = 0; i < std::min(count, 4); ++i) text += (i > 0 ? ", " : "") + std::to_string(numbers[i]);
+  return text + (count > 4 ? ", ...)" : ")");
+}
+
+/// Whether a tensor of rank 4 has no element: its strides then mean nothing. Throws if it has more elements, or they
+/// lie further apart, than 64-bit numbers of bytes can tell: whatever is computed from sizes and strides later is a
+/// number.
+bool is_empty(char const* argument, TensorView const& t) {
+  if (std::find(t.shape.begin(), t.shape.end(), 0) != t.shape.end()) return true;
+  constexpr int64_t limit = std::numeric_limits<int64_t>::max() / 8;  // elements have at most 8 bytes
+  int64_t elements = 1, reach = 0;
+  bool countable = true, near = true;
+  for (std::size_t i = 0; i < 4; ++i) {
+    int64_t distance = 0;
+    countable = countable && t.shape[i] > 0 && !__builtin_mul_overflow(elements, t.shape[i], &elements);
+    near = near && !__builtin_mul_overflow(t.shape[i] - 1, t.strides[i], &distance) && distance >= -limit &&
+           !__builtin_add_overflow(reach, std::abs(distance), &reach);
+  }
+  if (!countable || elements > limit) {
+    throw ArgumentError(argument, "at most " + std::to_string(limit) + " elements", "shape " + shape_text(t));
+  }
+  if (!near || reach > limit) {
+    throw ArgumentError(argument,
+                        "strides that keep any two elements within " + std::to_string(limit) + " of each other",
+                        "shape " + shape_text(t) + " with strides " + text_of(t.strides, 4));
+  }
+  return false;
+}
+
 std::string capability_text(Arch arch) { return std::to_string(arch / 10) + "." + std::to_string(arch % 10); }
 
 double checked_scale(std::optional<double> scale, int64_t d) {
@@ -45,7 +78,7 @@ double checked_scale(std::optional<double> scale, int64_t d) {
 
 /// Why nothing larger than `bytes` at a time can be copied from or to a tensor; "" if `bytes` can.
 std::string alignment_problem(Argument const& argument, Named const& n, int32_t bytes) {
-  if (n.batch * n.row * n.head * n.d == 0) return "";
+  if (n.batch == 0 || n.row == 0 || n.head == 0 || n.d == 0) return "";
   TensorView const& t = *argument.tensor;
   auto const problem = [&](std::string const& what) { return std::string(argument.name) + "'s " + what; };
   if (auto const past = reinterpret_cast<std::uintptr_t>(t.data) % static_cast<unsigned>(bytes); past != 0) {
@@ -56,8 +89,8 @@ std::string alignment_problem(Argument const& argument, Named const& n, int32_t 
        {std::pair{"head_dim", n.d}, std::pair{"batch stride", n.stride.batch}, std::pair{"seqlen stride", n.stride.row},
         std::pair{"heads stride", n.stride.head}}) {
     if (count % elements == 0) continue;
-    return problem(std::string(what) + " " + std::to_string(count) + " is no multiple of " + std::to_string(elements) +
-                   " elements (" + std::to_string(bytes) + " bytes)");
+    return problem(std::string(what) + " " + std::to_string(count) + " is not a multiple of " +
+                   std::to_string(elements) + " elements (" + std::to_string(bytes) + " bytes)");
   }
   return "";
 }
@@ -68,17 +101,13 @@ std::string to_string(Device device) {
   return device.type == DeviceType::cpu ? "cpu" : "cuda:" + std::to_string(device.index);
 }
 
-std::string shape_text(TensorView const& t) {
-  std::string text = "(";
-  for (int i = 0; i < std::min(t.rank, 4); ++i) text += (i > 0 ? ", " : "") + std::to_string(t.shape[i]);
-  return text + (t.rank > 4 ? ", ...)" : ")");
-}
+std::string shape_text(TensorView const& t) { return text_of(t.shape, t.rank); }
 
 Named named(char const* argument, TensorView const& t, Layout layout) {
   bool const bshd = layout == Layout::bshd;
   require_rank(argument, t, 4, bshd ? "(batch, seqlen, heads, head_dim)" : "(batch, heads, seqlen, head_dim)");
   int const row = bshd ? 1 : 2, head = bshd ? 2 : 1;
-  bool const empty = t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3] == 0;  // its strides mean nothing
+  bool const empty = is_empty(argument, t);
   if (t.strides[3] != 1 && t.shape[3] > 1 && !empty) {
     throw ArgumentError(argument, "last stride 1", std::to_string(t.strides[3]),
                         "Nothing is copied silently: pass a contiguous copy");
@@ -109,7 +138,7 @@ std::string bulk_copy_problem(std::span<Argument const> arguments, Layout layout
          {std::pair{"batch", n.stride.batch}, std::pair{"seqlen", n.stride.row}, std::pair{"heads", n.stride.head}}) {
       if (stride >= 0 && stride < limit / size_of(argument.tensor->dtype)) continue;
       return std::string(argument.name) + "'s " + what + " stride " + std::to_string(stride) +
-             " is not one that the copy engine (TMA) can walk";
+             " is not among those that the copy engine (TMA) can follow, which are from 0 to 2^40 bytes";
     }
   }
   return "";
@@ -151,7 +180,7 @@ void require_no_overlap(char const* argument, TensorView const& t) {
 
 void require_separate(char const* argument, TensorView const& t, char const* other_name, TensorView const& other) {
   if (may_share_an_element(t, other)) {
-    throw ArgumentError(argument, "memory of its own", std::string("the memory of ") + other_name);
+    throw ArgumentError(argument, "memory of its own", std::string("memory that ") + other_name + " uses too");
   }
 }
 
@@ -237,6 +266,13 @@ void throw_config_error(char const* sentence, std::string const& options, std::s
   if (!details.empty()) message += ": " + details;
   if (arch != cpu_arch) message += "; GPU of compute capability " + capability_text(arch);
   throw ConfigError(message + ")");
+}
+
+void require_grid(int64_t blocks, char const* what) {
+  if (blocks <= std::numeric_limits<int32_t>::max()) return;
+  throw UnsupportedError(
+      std::string(what) + " makes " + std::to_string(blocks) +
+      " thread blocks, and a CUDA launch can have 2147483647 at most. Split the batch into several calls");
 }
 
 void require_capability(Arch arch, std::string const& whose) {

@@ -18,9 +18,12 @@ std::string shape_text(TensorView const& t);
 struct Named {
   int64_t batch, row, head, d;  // sizes
   Strides stride;
+
+  int64_t all_heads() const { return row == 0 ? 0 : batch * head; }  // that have rows
 };
 
-/// A tensor of rank 4 with memory and unit last stride. The stride of a dimension that is never stepped over is 0.
+/// A tensor of rank 4 with memory and unit last stride. The stride of a dimension that is never stepped over is 0. The
+/// number of elements, and the distance of any two, fit 64 bits, in bytes too.
 Named named(char const* argument, TensorView const& t, Layout layout);
 
 /// Throws unless a kernel that copies `copy_bytes` at a time can read or write the tensor.
@@ -61,6 +64,10 @@ ForwardParams checked_problem(TensorView const& q, TensorView const& k, TensorVi
 /// A rule that a configuration breaks: its sentence, the options, and what else there is to say of them.
 [[noreturn]] void throw_config_error(char const* sentence, std::string const& options, std::string const& details,
                                      Arch arch);
+
+/// Throws UnsupportedError unless a launch can have so many thread blocks. `what` is their number as the user knows it:
+/// "q: batch * heads".
+void require_grid(int64_t blocks, char const* what);
 
 /// Throws DeviceError if a GPU is too old for all kernels. `whose` starts the message: "q: " or "".
 void require_capability(Arch arch, std::string const& whose);

@@ -1,67 +1,55 @@
 #include "image_store.hpp"
 
+#include <algorithm>
 #include <cstdlib>
+#include <utility>
+#include <vector>
 
+#include "embedded_images.hpp"
 #include "environment.hpp"
-#include "families.hpp"
 #include "jit.hpp"
 #include "nvrtc.hpp"
-
-// The build defines FLASHCUTE_WITH_IMAGES, FLASHCUTE_IMAGE_ARCHS ("80 90 80-ptx") and
-// FLASHCUTE_NVCC_VERSION ("13.0.88"), and assembles each family's image between two symbols.
-#if FLASHCUTE_WITH_IMAGES
-#define FLASHCUTE_DECLARE(name, config) extern "C" char const flashcute_image_##name[], flashcute_image_##name##_end[];
-#define FLASHCUTE_FORWARD_FAMILY FLASHCUTE_DECLARE
-#define FLASHCUTE_BACKWARD_FAMILY FLASHCUTE_DECLARE
-#include "kernels.def"
-#undef FLASHCUTE_DECLARE
-#else
-#define FLASHCUTE_IMAGE_ARCHS ""
-#define FLASHCUTE_NVCC_VERSION ""
-#endif
+#include "source.hpp"
 
 namespace flashcute {
 namespace {
 
-struct EmbeddedImage {
-  char const* begin;
-  char const* end;
-};
-
-#if FLASHCUTE_WITH_IMAGES
-#define FLASHCUTE_IMAGE(name, config) {flashcute_image_##name, flashcute_image_##name##_end},
-constexpr EmbeddedImage forward_images[] = {
-#define FLASHCUTE_FORWARD_FAMILY FLASHCUTE_IMAGE
-#include "kernels.def"
-};
-constexpr EmbeddedImage backward_images[] = {
-#define FLASHCUTE_BACKWARD_FAMILY FLASHCUTE_IMAGE
-#include "kernels.def"
-};
-#undef FLASHCUTE_IMAGE
-
-/// The image of the first of the families that holds the kernel.
-template <class Families>
-std::optional<EmbeddedImage> image_among(Families const& families, EmbeddedImage const* images,
-                                         std::string const& kernel) {
+/// Every kernel of the families, with its family.
+template <class KernelId, class Config, std::size_t n>
+auto kernels_among(Family<Config> const (&families)[n]) {
+  std::vector<std::pair<KernelId, Family<Config> const*>> all;
   for (auto const& family : families) {
-    for (auto const& held : kernels_of(family)) {
-      if (name(held).text != kernel) continue;
-      EmbeddedImage const& image = images[&family - std::begin(families)];
-      if (image.begin != image.end) return image;  // else none of its targets was built for
-    }
+    for (KernelId const& kernel : kernels_of(family)) all.emplace_back(kernel, &family);
   }
-  return std::nullopt;
+  return all;
 }
-#endif
 
-std::optional<EmbeddedImage> embedded_image([[maybe_unused]] KernelCode const& kernel) {
-#if FLASHCUTE_WITH_IMAGES
-  if (auto const image = image_among(forward_families, forward_images, kernel.name)) return image;
-  return image_among(backward_families, backward_images, kernel.name);
-#else
-  return std::nullopt;
-#endif
+/// The family that holds the kernel, or null. Kernels are compared by their ids: to spell their names would cost more
+/// than all else here.
+template <class KernelId, class Config, std::size_t n>
+Family<Config> const* family_among(Family<Config> const (&families)[n], KernelId const& kernel) {
+  static auto const kernels = kernels_among<KernelId>(families);
+  auto const found =
+      std::find_if(kernels.begin(), kernels.end(), [&](auto const& held) { return held.first == kernel; });
+  return found == kernels.end() ? nullptr : found->second;
+}
+auto family_of(ForwardKernelId const& kernel) { return family_among(forward_families, kernel); }
+auto family_of(BackwardKernelId const& kernel) { return family_among(backward_families, kernel); }
+
+/// The image that may be taken for `arch`: empty if there is none, or FLASHCUTE_JIT forbids to take it.
+template <class KernelId>
+std::string_view embedded_image_for(KernelId const& kernel, Arch arch) {
+  if (jit_mode() == JitMode::force || !targets_serve(embedded_targets(), arch)) return {};
+  auto const* const family = family_of(kernel);
+  return family == nullptr ? std::string_view{} : embedded_image(*family);
+}
+
+/// Why embedded_image_for has none.
+std::string embedded_problem(ForwardKernelId const& kernel) {
+  if (jit_mode() == JitMode::force) return "FLASHCUTE_JIT=force";
+  if (embedded_targets().empty()) return "flashcute was built without images";
+  return family_of(kernel) != nullptr ? "the build has no image of it for this GPU"
+                                      : "it is not among the kernels that are compiled ahead of time";
 }
 
 /// "13.0.88" -> 13000
@@ -70,6 +58,18 @@ int cuda_version_of(std::string_view version) {
   int const major = std::atoi(std::string(version.substr(0, dot)).c_str());
   int const minor = dot == std::string_view::npos ? 0 : std::atoi(std::string(version.substr(dot + 1)).c_str());
   return 1000 * major + 10 * minor;
+}
+
+template <class KernelId>
+Image image_of(KernelId const& kernel, Arch arch) {
+  if (std::string_view const embedded = embedded_image_for(kernel, arch); !embedded.empty()) {
+    return {embedded, {}, "ahead of time", cuda_version_of(embedded_compiler_version())};
+  }
+  JitImage image = jit_image(code_of(kernel, arch), arch);
+  return {{},
+          std::move(image.bytes),
+          image.compiled ? "compiled by NVRTC " + nvrtc_version() : "disk cache",
+          cuda_version_of(nvrtc_version())};
 }
 
 }  // namespace
@@ -86,38 +86,33 @@ bool targets_serve(std::string_view targets, Arch arch) {
   return false;
 }
 
-std::string_view image_archs() { return FLASHCUTE_IMAGE_ARCHS; }
+std::string_view image_archs() { return embedded_targets(); }
 
 std::string_view image_compiler() {
-  return std::string_view(FLASHCUTE_NVCC_VERSION).empty() ? "" : "nvcc " FLASHCUTE_NVCC_VERSION;
+  static std::string const compiler =
+      embedded_compiler_version().empty() ? "" : "nvcc " + std::string(embedded_compiler_version());
+  return compiler;
 }
 
-Image find_image(KernelCode const& kernel, Arch arch) {
-  if (jit_mode() != JitMode::force && targets_serve(image_archs(), arch)) {
-    if (auto const embedded = embedded_image(kernel)) {
-      return {{embedded->begin, static_cast<std::size_t>(embedded->end - embedded->begin)},
-              {},
-              "ahead of time",
-              cuda_version_of(FLASHCUTE_NVCC_VERSION)};
-    }
+Image find_image(ForwardKernelId const& kernel, Arch arch) { return image_of(kernel, arch); }
+Image find_image(BackwardKernelId const& kernel, Arch arch) { return image_of(kernel, arch); }
+
+ImageSource image_source(ForwardKernelId const& kernel, Arch arch) {
+  if (!embedded_image_for(kernel, arch).empty()) return ImageSource::library;
+  return can_compile(arch) ? ImageSource::compiler : ImageSource::none;
+}
+
+std::string image_problem(ForwardKernelId const& kernel, Arch arch) {
+  return embedded_problem(kernel) + ", and " + compile_problem(arch);
+}
+
+std::string image_origin(ForwardKernelId const& kernel, Arch arch) {
+  switch (image_source(kernel, arch)) {
+    case ImageSource::library: return "ahead of time";
+    case ImageSource::compiler: return "run-time compilation, once (" + embedded_problem(kernel) + ")";
+    case ImageSource::none: break;
   }
-  JitImage image = jit_image(kernel, arch);
-  return {{},
-          std::move(image.bytes),
-          image.compiled ? "compiled by NVRTC " + nvrtc_version() : "disk cache",
-          cuda_version_of(nvrtc_version())};
-}
-
-std::string image_origin(KernelCode const& kernel, Arch arch) {
-  bool const forced = jit_mode() == JitMode::force;
-  if (!forced && targets_serve(image_archs(), arch) && embedded_image(kernel)) return "ahead of time";
-  std::string const why = forced                    ? "FLASHCUTE_JIT=force"
-                          : image_archs().empty()   ? "built without images"
-                          : !embedded_image(kernel) ? "not among the ahead-of-time kernels"
-                                                    : "no ahead-of-time image for this GPU";
-  if (jit_mode() == JitMode::off) return "none: " + why + ", and FLASHCUTE_JIT=off";
-  if (!nvrtc_available()) return "none: " + why + ", and " + nvrtc_problem();
-  return "run-time compilation, once (" + why + ")";
+  return "none: " + image_problem(kernel, arch);
 }
 
 }  // namespace flashcute

@@ -1,11 +1,11 @@
 // Where kernel images come from: compiled ahead of time into the library, else the disk cache, else NVRTC.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <string_view>
 
-#include "flashcute/config.hpp"
-#include "kernel_code.hpp"
+#include "flashcute/backward_config.hpp"
 
 namespace flashcute {
 
@@ -20,11 +20,24 @@ struct Image {
 
 /// The image that holds `kernel` for `arch`. Throws UnsupportedError or CompileError if there is none and
 /// none can be made.
-Image find_image(KernelCode const& kernel, Arch arch);
+Image find_image(ForwardKernelId const& kernel, Arch arch);
+Image find_image(BackwardKernelId const& kernel, Arch arch);
 
-/// Where find_image would take it from, without making it: "ahead of time", "run-time compilation (...)",
-/// or why there is none.
-std::string image_origin(KernelCode const& kernel, Arch arch);
+/// How find_image would come by an image, in order of how long a first call waits for it.
+enum class ImageSource : std::uint8_t {
+  none,      // not at all: find_image throws
+  compiler,  // from the compiler, or the disk cache of what it made before
+  library,   // compiled ahead of time
+};
+
+/// Cheap enough for every call; the environment is read anew in each.
+ImageSource image_source(ForwardKernelId const& kernel, Arch arch);
+
+/// Why there is no image where image_source says so: "the build has no image of it for this GPU, and ...".
+std::string image_problem(ForwardKernelId const& kernel, Arch arch);
+
+/// image_source in words: "ahead of time", "run-time compilation, once (...)", "none: ...".
+std::string image_origin(ForwardKernelId const& kernel, Arch arch);
 
 /// Whether an image assembled for `targets` ("80 90 80-ptx") runs on `arch`: machine code runs within its
 /// major version from its minor version on, PTX on everything from its version on.

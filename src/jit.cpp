@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <map>
 #include <mutex>
+#include <set>
 #include <span>
 #include <string_view>
 #include <utility>
@@ -29,6 +30,7 @@ struct Headers {
   std::vector<std::string> folders;
   std::map<std::string, std::string> contents;  // folder -> hash
   std::map<std::string, std::string> sizes;
+  std::set<std::pair<Arch, std::string>> complete;  // with all that it takes to compile, by FLASHCUTE_CUDA_INCLUDE
 };
 
 Headers& headers() {
@@ -40,7 +42,8 @@ std::vector<std::string> our_folders() {
   Headers& h = headers();
   std::lock_guard const guard(h.mutex);
   if (h.folders.empty()) {
-    throw UnsupportedError("Compiling at run time needs flashcute's headers: call set_include_folders first");
+    throw UnsupportedError(
+        "Compiling at run time needs the folder of flashcute's headers: set_include_folders has to name it before");
   }
   return h.folders;
 }
@@ -105,7 +108,9 @@ std::string key_of(CompileRequest const& request) {
 void check_unchanged(CompileRequest const& request) {
   for (std::string const& folder : ours_in(request)) {
     if (hash_of_contents(folder) == hash_once(&Headers::contents, folder, hash_of_contents)) continue;
-    throw CompileError("The headers in " + folder + " have changed since this process first read them: start it again");
+    throw CompileError("The headers in " + folder +
+                       " have changed since this process first read them. Start the "
+                       "process again: it then compiles the new text");
   }
 }
 
@@ -155,16 +160,43 @@ void set_include_folders(std::vector<std::string> folders) {
   std::lock_guard const guard(h.mutex);
   h.folders = std::move(folders);
   h.contents.clear();
+  h.complete.clear();
 }
 
 std::string jit_key(KernelCode const& kernel, Arch arch) { return key_of(request_for(kernel, arch)); }
 
+bool can_compile(Arch arch) {
+  if (jit_mode() == JitMode::off || !nvrtc_available()) return false;
+  Headers& h = headers();
+  std::pair const place{arch, env("FLASHCUTE_CUDA_INCLUDE")};
+  {
+    std::lock_guard const guard(h.mutex);
+    if (h.complete.contains(place)) return true;
+  }
+  if (!compile_problem(arch).empty()) return false;
+  std::lock_guard const guard(h.mutex);
+  h.complete.insert(place);
+  return true;
+}
+
+std::string compile_problem(Arch arch) {
+  if (jit_mode() == JitMode::off) return "FLASHCUTE_JIT=off";
+  try {
+    require_nvrtc_knows(target_of(arch));
+    our_folders();
+    toolkit_folder();
+  } catch (Error const& error) {
+    return error.what();
+  }
+  return "";
+}
+
 JitImage jit_image(KernelCode const& kernel, Arch arch) {
   if (jit_mode() == JitMode::off) {
-    throw UnsupportedError("There is no ahead-of-time image of " + kernel.name + " for " + target_of(kernel, arch) +
-                           ", and FLASHCUTE_JIT=off forbids compiling it now. Set "
-                           "FLASHCUTE_JIT=on; to keep the wait out of the program, compile beforehand with "
-                           "`python -m flashcute compile`");
+    throw UnsupportedError(
+        "There is no ahead-of-time image of " + kernel.name + " for " + target_of(kernel, arch) +
+        ", and FLASHCUTE_JIT=off forbids to compile one. Set FLASHCUTE_JIT=on: it also allows images that "
+        "`python -m flashcute compile` made beforehand, which keeps the wait out of the program");
   }
   CompileRequest const request = request_for(kernel, arch);
   DiskCache const cache(cache_folder());

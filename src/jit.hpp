@@ -22,8 +22,16 @@ struct JitImage {
   bool compiled;      // by this call; otherwise it comes from the disk cache
 };
 
-/// The image of the kernel for `arch`. Throws an UnsupportedError if compiling is switched off or impossible
-/// here, a CompileError if it fails, an ArgumentError if `arch` is the CPU.
+/// Whether jit_image is allowed to compile for `arch` and has all that it takes: the compiler, which knows `arch`, our
+/// headers and the toolkit's. It looks for them once; after that it costs no more than to read the environment.
+bool can_compile(Arch arch);
+
+/// Why it cannot: "FLASHCUTE_JIT=off", or a sentence that says what is missing and how to get it; "" if it can.
+std::string compile_problem(Arch arch);
+
+/// The image of the kernel for `arch`. FLASHCUTE_JIT=off forbids images from the disk cache, too. Throws an
+/// UnsupportedError if compiling is switched off or impossible here, a CompileError if it fails, an ArgumentError if
+/// `arch` is the CPU.
 JitImage jit_image(KernelCode const& kernel, Arch arch);
 
 }  // namespace flashcute

@@ -1,8 +1,6 @@
 #include "launch.hpp"
 
 #include <algorithm>
-#include <limits>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -11,7 +9,6 @@
 
 #include "driver.hpp"
 #include "image_store.hpp"
-#include "source.hpp"
 #include "tensor_map.hpp"
 #include "tile_deal.hpp"
 
@@ -54,12 +51,15 @@ struct KeyHash {
 struct Slot {
   std::mutex mutex;
   Function function = nullptr;
-  Image image;  // the driver reads an image while it loads it
 };
 
-/// Loads the image of a kernel with `shared_bytes` of dynamic shared memory, and leaves nothing for the first launch.
-Function prepare(KernelCode const& code, int64_t shared_bytes, DeviceFacts const& device, Image& image) {
-  image = find_image(code, device.arch);
+/// Loads the image of a kernel, and leaves nothing for the first launch.
+template <class KernelId>
+Function prepare(KernelId const& id, DeviceFacts const& device) {
+  int64_t const shared_bytes = smem_bytes(id);
+  Name const entry = name(id);
+  // Without CU_LIBRARY_BINARY_IS_PRESERVED the driver keeps a copy of its own: this one goes with the scope.
+  Image const image = find_image(id, device.arch);
   require_driver_for(image.cuda_version, driver().version);
 
   // Loading synchronises, which a stream capture under way elsewhere in the process would forbid.
@@ -67,21 +67,22 @@ Function prepare(KernelCode const& code, int64_t shared_bytes, DeviceFacts const
   ContextGuard const guard(device.primary_context);
   Library library = nullptr;
   check_result(driver().cuLibraryLoadData(&library, image.view().data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
-               "cuLibraryLoadData(" + code.name + ", " + image.origin + ")");
+               std::string("cuLibraryLoadData(") + entry.text + ", " + image.origin + ")");
   Kernel kernel = nullptr;
-  check_result(driver().cuLibraryGetKernel(&kernel, library, code.name.c_str()),
-               "cuLibraryGetKernel(" + code.name + ")");
+  check_result(driver().cuLibraryGetKernel(&kernel, library, entry.text),
+               std::string("cuLibraryGetKernel(") + entry.text + ")");
   check_result(driver().cuKernelSetAttribute(attribute_max_dynamic_shared_bytes, static_cast<int>(shared_bytes), kernel,
                                              device.handle),
-               "cuKernelSetAttribute(" + code.name + ", " + std::to_string(shared_bytes) + " bytes of shared memory)");
+               std::string("cuKernelSetAttribute(") + entry.text + ", " + std::to_string(shared_bytes) +
+                   " bytes of shared memory)");
   // Under lazy loading the first launch would load, and synchronise: do it now.
   Function function = nullptr;
-  check_result(driver().cuKernelGetFunction(&function, kernel), "cuKernelGetFunction(" + code.name + ")");
+  check_result(driver().cuKernelGetFunction(&function, kernel), std::string("cuKernelGetFunction(") + entry.text + ")");
   return function;
 }
 
 /// The prepared kernels of one type of id: it has a `config`, `features`, smem_bytes, num_threads, blocks_per_cluster,
-/// a name and a code_of.
+/// a name and a find_image.
 template <class KernelId>
 class KernelCache {
  public:
@@ -99,9 +100,8 @@ class KernelCache {
     }
     std::lock_guard const lock(slot->mutex);
     if (slot->function == nullptr) {
-      DeviceFacts const& device = device_facts(key.device);
       // A throw leaves the slot for the next call to try again.
-      slot->function = prepare(code_of(key.kernel, device.arch), smem_bytes(key.kernel), device, slot->image);
+      slot->function = prepare(key.kernel, device_facts(key.device));
       std::unique_lock const ready_lock(mutex_);
       ready_.emplace(key, slot->function);
     }
@@ -119,13 +119,6 @@ KernelCache<KernelId>& kernels() {
   // Never destroyed: other threads may still launch while the process exits.
   static auto* const cache = new KernelCache<KernelId>;
   return *cache;
-}
-
-/// `what` is the number of blocks as the user knows it: "q: batch * heads".
-void require_grid(int64_t blocks, char const* what) {
-  if (blocks <= std::numeric_limits<int32_t>::max()) return;
-  throw UnsupportedError(std::string(what) + " is " + std::to_string(blocks) +
-                         " tiles, more than a grid holds (2147483647); split the batch");
 }
 
 /// A kernel that is ready to be launched.
@@ -172,7 +165,6 @@ struct Launch {
 void launch(ForwardKernelId const& kernel, ForwardParams const& params, int device, void* stream) {
   ForwardConfig const& c = kernel.config;
   int64_t const tiles = QueryTile::count(params, tile_rows(c));
-  require_grid(tiles * c.cluster, "q: batch * heads * ceil(seqlen_q / block_m)");
   if (c.math == Math::wgmma) {
     int32_t const clusters = persistent_clusters(c, tiles, device_facts(device).multiprocessors);
     Launch const ready(kernel, clusters * c.cluster, device);
@@ -189,8 +181,6 @@ void launch(BackwardConfig const& config, Features const& features, BackwardPara
             void* stream) {
   int64_t const query_tiles = QueryTile::count(params.forward, config.block_m);
   int64_t const key_tiles = KeyTile::count(params.forward, config.block_n);
-  require_grid(query_tiles, "q: batch * heads * ceil(seqlen_q / block_m)");
-  require_grid(key_tiles, "k: batch * kv_heads * ceil(seqlen_k / block_n)");
   std::vector<Launch<BackwardKernelId>> launches;
   for (BackwardPass const pass : passes_of(config)) {
     launches.emplace_back(kernel_of(config, pass, features.mask), keys_stay(pass) ? key_tiles : query_tiles, device);

@@ -7,7 +7,8 @@
 
 namespace flashcute {
 
-/// Launches on `stream` of the device. Throws DriverError if the driver refuses.
+/// Launches on `stream` of the device: not more thread blocks than a grid holds (require_grid). Throws DriverError if
+/// the driver refuses.
 void launch(ForwardKernelId const& kernel, ForwardParams const& params, int device, void* stream);
 
 /// The same of all passes, in order. Nothing is launched before the kernels of all are ready.

@@ -279,6 +279,8 @@ std::string nvrtc_build() {
   return signature;
 }
 
+void require_nvrtc_knows(std::string const& arch) { check_arch(nvrtc(), arch); }
+
 std::optional<std::string> cuda_include_folder() {
   auto const complete = [](std::string const& folder) {
     std::error_code ignored;

@@ -25,6 +25,9 @@ std::string nvrtc_path();     // the file
 /// The compiler's own signature, with patch level and build number: what nvrtc_version() leaves out.
 std::string nvrtc_build();
 
+/// Throws a CompileError that lists what NVRTC knows unless it compiles for `arch`: "sm_80", "sm_90a".
+void require_nvrtc_knows(std::string const& arch);
+
 /// The folder that holds cuda_fp16.h, or nothing. Throws an ArgumentError if FLASHCUTE_CUDA_INCLUDE names another.
 std::optional<std::string> cuda_include_folder();
 

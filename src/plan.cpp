@@ -100,6 +100,8 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
   }
 
   if (gpu) {
+    require_grid(QueryTile::count(p, tile_rows(config)) * config.cluster,
+                 "q: batch * heads * ceil(seqlen_q / block_m)");
     require_aligned({"q", &q}, nq, config.copy_bytes);
     require_aligned({"k", &k}, nk, config.copy_bytes);
     require_aligned({"v", &v}, nv, config.copy_bytes);
@@ -112,9 +114,11 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
     }
   }
 
-  Features const features{.mask = options.causal ? MaskKind::causal : MaskKind::full,
-                          .count_blocks = options.block_counts != nullptr};
-  return {{config, features}, p, q.device};
+  return {{config, features_of(options)}, p, q.device};
+}
+
+Features features_of(ForwardOptions const& options) {
+  return {.mask = options.causal ? MaskKind::causal : MaskKind::full, .count_blocks = options.block_counts != nullptr};
 }
 
 ForwardTensors forward_tensors(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out,
@@ -126,7 +130,7 @@ ForwardTensors forward_tensors(TensorView const& q, TensorView const& k, TensorV
   require_head_dim("v", nv.d);
   ForwardTensors t{q.dtype, static_cast<int32_t>(nq.d), static_cast<int32_t>(nv.d)};
   t.allow_tf32 = options.allow_tf32;
-  t.heads = nq.batch * nq.head;
+  t.heads = nq.all_heads();
   t.seqlen_q = static_cast<int32_t>(std::min<int64_t>(nq.row, std::numeric_limits<int32_t>::max() - 1024));
   std::vector<Argument> arguments{{"q", &q}, {"k", &k}, {"v", &v}};
   if (out != nullptr) arguments.push_back({"out", out});

@@ -23,6 +23,9 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
 ForwardTensors forward_tensors(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out,
                                ForwardOptions const& options, std::string* misaligned = nullptr);
 
+/// What a call computes, as far as it changes the code.
+Features features_of(ForwardOptions const& options);
+
 /// Throws UnsupportedError, which says what to use instead, if no configuration can serve a dtype on `arch`;
 /// DeviceError if the GPU is too old. `whose` starts the message: "q: " or "".
 void require_kernel(DType dtype, Arch arch, std::string const& whose);

@@ -50,6 +50,12 @@ BackwardTensors checked_tensors(TensorView const& q, TensorView const& v, Backwa
           .deterministic = options.deterministic};
 }
 
+/// How large the workspace of a call on a GPU must be, whose tiles of query rows one launch can compute.
+BackwardWorkspace checked_workspace_of(BackwardConfig const& config, Named const& q) {
+  require_grid(q.all_heads() * ceil_div<int64_t>(q.row, config.block_m), "q: batch * heads * ceil(seqlen_q / block_m)");
+  return workspace_of(config, q.all_heads(), q.row);
+}
+
 /// The workspace of a call on a GPU, in memory of its own: where it begins; null if none is needed.
 float* checked_workspace(TensorView const* workspace, int64_t elements, Device device,
                          std::span<Argument const> others) {
@@ -68,7 +74,7 @@ float* checked_workspace(TensorView const* workspace, int64_t elements, Device d
   bool contiguous = t.rank >= 0 && t.rank <= 4;
   for (int i = contiguous ? t.rank : 0; i-- > 0;) {
     contiguous = contiguous && (t.shape[i] == 1 || t.strides[i] == size);
-    size *= t.shape[i];
+    contiguous = contiguous && !__builtin_mul_overflow(size, t.shape[i], &size);
   }
   if (!contiguous || size < elements) {
     refuse("shape " + shape_text(t) + (contiguous ? "" : " with strides that leave gaps"));
@@ -145,7 +151,7 @@ int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, Ten
   Arch const arch = arch_of(q.device);
   if (config) check_config(*config, arch);
   Named const n = named("q", q, options.layout);
-  return workspace_of(config ? *config : default_config_of(t, arch, "q: "), n.batch * n.head, n.row).total();
+  return checked_workspace_of(config ? *config : default_config_of(t, arch, "q: "), n).total();
 }
 
 BackwardPlan plan_backward(BackwardConfig const& config, TensorView const& dout, TensorView const& q,
@@ -209,7 +215,8 @@ BackwardPlan plan_backward(BackwardConfig const& config, TensorView const& dout,
                                                  {{"out", &out}, no}, {{"dout", &dout}, ndout}, {{"dq", &dq}, ndq},
                                                  {{"dk", &dk}, ndk},  {{"dv", &dv}, ndv}};
     for (auto const& [argument, n] : copied) require_aligned(argument, n, config.copy_bytes);
-    BackwardWorkspace const workspace = workspace_of(config, nq.batch * nq.head, nq.row);
+    BackwardWorkspace const workspace = checked_workspace_of(config, nq);
+    require_grid(KeyTile::count(p.forward, config.block_n), "k: batch * kv_heads * ceil(seqlen_k / block_n)");
     float* const start = checked_workspace(options.workspace, workspace.total(), q.device, others);
     p.delta = start;
     if (workspace.dq_sums > 0) p.dq_sums = start + workspace.delta;

@@ -1,11 +1,13 @@
 #include "tile_deal.hpp"
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <numeric>
 #include <vector>
 
 #include "flashcute/mask.hpp"
+#include "recent.hpp"
 
 namespace flashcute {
 namespace {
@@ -26,21 +28,24 @@ int64_t cost(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {
 }
 
 TileDeal deal_by_load(Sizes const& s, ForwardParams const& p) {
-  std::vector<TileRound> all;
+  // Of all rounds, which may be millions, only the last matter: those of the table, and those before that may still be
+  // felt. Round i is at i % kept.
+  constexpr int32_t kept = 4 * TileDeal::rounds;
+  std::array<TileRound, kept> last;
+  int32_t count = 0;
   TileRounds rounds(p, s.tile_rows, s.blocks, s.section_rounds);
-  for (TileRound round; rounds.next(round);) all.push_back(round);
+  for (TileRound round; rounds.next(round); ++count) last[static_cast<std::size_t>(count % kept)] = round;
+  auto const round_at = [&](int32_t i) -> TileRound const& { return last[static_cast<std::size_t>(i % kept)]; };
 
   TileDeal deal{};
-  deal.first_round = std::max<int32_t>(0, static_cast<int32_t>(all.size()) - TileDeal::rounds);
+  deal.first_round = std::max(0, count - TileDeal::rounds);
   std::vector<int64_t> load(static_cast<std::size_t>(s.blocks), 0);
   auto const add = [&](int32_t block, TileRound const& round, int32_t turn) {
     load[static_cast<std::size_t>(block)] += cost(round.tile(p, turn, s.tile_rows), p, s.block_n);
   };
 
-  // Of the rounds before, those that may still be felt.
-  constexpr int32_t replayed = 3 * TileDeal::rounds;
-  for (int32_t i = std::max(0, deal.first_round - replayed); i < deal.first_round; ++i) {
-    TileRound const& round = all[static_cast<std::size_t>(i)];
+  for (int32_t i = std::max(0, count - kept); i < deal.first_round; ++i) {
+    TileRound const& round = round_at(i);
     for (int32_t block = 0; block < s.blocks; ++block) {
       int32_t const turn = round.turn(block, s.blocks);
       if (turn < round.count) add(block, round, turn);
@@ -50,14 +55,14 @@ TileDeal deal_by_load(Sizes const& s, ForwardParams const& p) {
   std::vector<int32_t> order(static_cast<std::size_t>(s.blocks));
   std::iota(order.begin(), order.end(), 0);
   for (auto& turns : deal.turns) std::fill(std::begin(turns), std::end(turns), std::uint8_t{0xff});
-  for (std::size_t i = static_cast<std::size_t>(deal.first_round); i < all.size(); ++i) {
+  for (int32_t i = deal.first_round; i < count; ++i) {
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
       return load[static_cast<std::size_t>(a)] < load[static_cast<std::size_t>(b)];
     });
-    for (int32_t turn = 0; turn < all[i].count; ++turn) {
+    for (int32_t turn = 0; turn < round_at(i).count; ++turn) {
       int32_t const block = order[static_cast<std::size_t>(turn)];
-      deal.turns[i - static_cast<std::size_t>(deal.first_round)][block] = static_cast<std::uint8_t>(turn);
-      add(block, all[i], turn);
+      deal.turns[i - deal.first_round][block] = static_cast<std::uint8_t>(turn);
+      add(block, round_at(i), turn);
     }
   }
   return deal;
@@ -71,19 +76,17 @@ int32_t persistent_clusters(ForwardConfig const& config, int64_t tiles, int32_t 
 }
 
 TileDeal const& deal_tiles(ForwardKernelId const& kernel, ForwardParams const& p, int32_t blocks) {
-  // Tiles that all cost the same need no more than the rounds' own order.
+  // Tiles that all cost the same need no more than the rounds' own order, nor does a single round: nobody has anything
+  // to do before it.
   static TileDeal const in_order{.first_round = std::numeric_limits<int32_t>::max(), .turns = {}};
-  if (kernel.features.mask == MaskKind::full) return in_order;
   ForwardConfig const& c = kernel.config;
+  if (kernel.features.mask == MaskKind::full || QueryTile::count(p, tile_rows(c)) <= blocks) return in_order;
   Sizes const sizes{tile_rows(c), c.block_n,  blocks,     section_rounds(kernel), p.batch,
                     p.heads,      p.seqlen_q, p.seqlen_k, p.causal_offset};
-  // The layers of a model call with the same sizes, one after the other.
-  thread_local struct {
-    Sizes sizes;
-    TileDeal deal;
-  } last{};
-  if (last.sizes != sizes) last = {sizes, deal_by_load(sizes, p)};
-  return last.deal;
+  // The layers of a model call with the same few sizes again and again: those of self and cross attention, of an
+  // encoder and a decoder. To deal takes as long as the rest of a call.
+  thread_local Recent<Sizes, TileDeal, remembered_deals> deals;
+  return deals.get(sizes, [&] { return deal_by_load(sizes, p); });
 }
 
 }  // namespace flashcute

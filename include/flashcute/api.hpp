@@ -146,10 +146,11 @@ void check_config(BackwardConfig const& config, Arch arch);
 Arch arch_of(Device device);
 
 /// The configuration that `flash_attention` takes for a head dimension (of v: head_dim_v) where addresses and
-/// strides are multiples of 16 bytes and there is work for the whole GPU.
+/// strides are multiples of 16 bytes, there is work for the whole GPU, and images can be had of all kernels.
 ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v = {});
 
-/// The configuration that `flash_attention` takes for these tensors (`out` may be null).
+/// The configuration that `flash_attention` takes for these tensors (`out` may be null): the fastest of those whose
+/// kernel was compiled ahead of time or can be compiled now.
 ForwardConfig config_for(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out,
                          ForwardOptions const& options = {});
 

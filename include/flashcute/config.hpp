@@ -311,9 +311,9 @@ constexpr int64_t smem_bytes(ForwardConfig const& c) {
   RULE(wgmma_head_dim, "math = wgmma needs head_dim and head_dim_v to be 64, 128, 192 or 256")                         \
   RULE(wgmma_block_m, "math = wgmma needs block_m of 64, 128 or 192 and num_warps = block_m / 16")                     \
   RULE(wgmma_stages, "math = wgmma needs stages between 2 and 8")                                                      \
-  RULE(wgmma_options, "math = wgmma has none of the options that say how mma.sync's fragments are loaded")             \
+  RULE(wgmma_options, "math = wgmma needs blocks_per_sm = 1 and defaults from copy_bytes to mma_double_buffer")        \
   RULE(wgmma_cluster, "cluster must be 1 or 2")                                                                        \
-  RULE(wgmma_only, "pingpong, overlap, stale_max, scores_ahead and cluster are options of math = wgmma")               \
+  RULE(wgmma_only, "pingpong, overlap, stale_max, scores_ahead and cluster need math = wgmma")                         \
   RULE(stale_max, "stale_max needs overlap, optimized_softmax and a rescale_threshold above 0")                        \
   RULE(scores_ahead, "scores_ahead needs stale_max")                                                                   \
   RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")

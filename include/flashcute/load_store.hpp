@@ -150,6 +150,8 @@ class ForwardLoader {
     auto const q = CopyQ::first(static_cast<Element const*>(p.q) + tile.q_offset(p), p.q_stride.row);
     CopyQ::load(q, p.q_stride.row, tile.rows, p.head_dim, smem_.q, std_::true_type{});
 
+    // Without blocks, and after the first, these point before the tensor, as a partial block's last rows point behind
+    // it: addresses that are computed and never read.
     int64_t const last_row = (range.end - 1) * static_cast<int64_t>(C.block_n);
     k_ = CopyK::first(static_cast<Element const*>(p.k) + tile.k_offset(p) + last_row * p.k_stride.row, p.k_stride.row);
     v_ = CopyV::first(static_cast<Element const*>(p.v) + tile.v_offset(p) + last_row * p.v_stride.row, p.v_stride.row);

@@ -8,7 +8,9 @@
 
 namespace flashcute {
 
-inline constexpr int32_t max_multiprocessors = 144;  // of a Hopper GPU: all that the chip has
+/// That Hopper's kernel uses: all that the chip has (an H100 or H200 has 132). On a larger one of compute
+/// capability 9.0 the rest would be idle, as `explain` then says.
+inline constexpr int32_t max_multiprocessors = 144;
 
 /// The `i`-th tile of a head from its last rows on. The tile that has fewer rows than others is the first rows': under
 /// a causal mask it sees the fewest keys, and warpgroups without a row have the least to wait for.
@@ -107,7 +109,8 @@ struct TileDeal {
   static constexpr int32_t rounds = 16;
 
   int32_t first_round;
-  uint8_t turns[rounds][max_multiprocessors];
+  uint8_t turns[rounds][max_multiprocessors];  // 0xff: none
+  static_assert(max_multiprocessors < 0xff);
 
   FLASHCUTE_HD int32_t turn(int32_t index, TileRound const& round, int32_t block, int32_t blocks) const {
     return index < first_round ? round.turn(block, blocks) : turns[index - first_round][block];

@@ -84,13 +84,15 @@ struct ForwardTensors {
   int64_t heads = 0;        // of all batches; 0: very many
   int32_t seqlen_q = 0;
   bool bulk_copies = true;  // Hopper's copy engine can walk the strides
+  bool allow_wgmma = true;  // Hopper's kernel may be chosen
 };
 
 /// Who multiplies. Rows that are no multiples of 16 bytes, and strides that the copy engine cannot walk, take the road
 /// of mma.sync on a Hopper GPU too.
 constexpr Math math_for(ForwardTensors const& t, Arch arch) {
   if (size_of(t.dtype) != 2) return t.allow_tf32 ? Math::tensor_core : Math::tf32x3;
-  return arch == 90 && t.alignment == 16 && t.bulk_copies ? Math::wgmma : Math::tensor_core;
+  bool const hopper = arch == 90 && t.alignment == 16 && t.bulk_copies && t.allow_wgmma;
+  return hopper ? Math::wgmma : Math::tensor_core;
 }
 
 constexpr Grid grid_of(ForwardTensors const& t, ForwardTile const& tile, int32_t multiprocessors) {

@@ -25,9 +25,9 @@ int cuDeviceGetName(char* name, int length, int) { return std::strncpy(name, "fa
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   int const arch = device == 2 ? 90 : state.arch;
   switch (attribute) {
-    case 16: *value = 132; return 0;        // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-    case 75: *value = arch / 10; return 0;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-    case 76: *value = arch % 10; return 0;  // ..._MINOR
+    case 16: *value = state.multiprocessors; return 0;  // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+    case 75: *value = arch / 10; return 0;              // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+    case 76: *value = arch % 10; return 0;              // ..._MINOR
     default: return 1;
   }
 }

@@ -34,6 +34,7 @@ struct FakeDriver {
   int version = 13000;
   int devices = 3;
   int arch = 100;  // of all but the last, which is 90
+  int multiprocessors = 132;
   int launch_result = 0;
   int tensor_map_result = 0;
   int loads_that_succeed = 1 << 30;

@@ -1,6 +1,6 @@
-// The host side of the GPU path, with a driver that runs nothing (fake_driver.cpp): what is loaded, prepared
+// The host side of the GPU path, with a driver that runs nothing (fake_driver.cpp) and images of nothing
+// (fake_images.cpp): what is loaded, prepared
 // and launched, and which calls never reach the driver. Each test is a process of its own: what is loaded stays.
-#include <dlfcn.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -12,56 +12,18 @@
 #include <utility>
 #include <vector>
 
-#include "device_memory.hpp"
-#include "fake_driver.hpp"
+#include "fake_gpu.hpp"
 #include "flashcute/api.hpp"
 #include "flashcute/tiles.hpp"
-#include "image_store.hpp"
-#include "jit.hpp"
-#include "nvrtc.hpp"
 #include "printing.hpp"
-#include "scratch.hpp"
 
 namespace flashcute {
 namespace {
 
 using namespace testing;
 
-class FakeGpu : public ::testing::Test {
- protected:
-  void SetUp() override {
-    // The library opens libcuda.so.1 by name and so meets this one, which is already there.
-    void* const library = dlopen(FLASHCUTE_FAKE_DRIVER, RTLD_NOW | RTLD_LOCAL);
-    ASSERT_NE(library, nullptr) << dlerror();
-    auto const inside = reinterpret_cast<FakeDriver* (*)()>(dlsym(library, "fake_driver"));
-    ASSERT_NE(inside, nullptr);
-    driver_ = inside();
-  }
-
-  static TensorView tensor(std::array<int64_t, 4> shape, int device = 0) {
-    // Addresses are never read: the fake driver runs nothing.
-    return dense_view(reinterpret_cast<void*>(std::uintptr_t{0x10000000}), DType::bfloat16, {DeviceType::cuda, device},
-                      shape);
-  }
-
-  static TensorView output(std::array<int64_t, 4> shape, int device = 0) {
-    TensorView t = tensor(shape, device);
-    t.data = reinterpret_cast<void*>(std::uintptr_t{1} << 60);
-    return t;
-  }
-
-  static constexpr int hopper = 2;  // the device of compute capability 9.0; the others have 10.0
-
-  FakeDriver* driver_ = nullptr;
-};
-
 class Launch : public FakeGpu {
  protected:
-  void SetUp() override {
-    FakeGpu::SetUp();
-    if (image_archs().empty()) GTEST_SKIP() << "built without images";
-  }
-
   /// A call with one shape for all tensors.
   void run(std::array<int64_t, 4> shape, int device = 0, ForwardOptions const& options = {}) {
     TensorView const t = tensor(shape, device);
@@ -131,6 +93,19 @@ TEST_F(Launch, HopperTilesAreDealtToAsManyBlocksAsRun) {
     for (std::uint64_t const size : map.sizes) EXPECT_GT(size, 0u) << "the engine refuses empty dimensions";
     for (std::uint64_t const stride : map.strides) EXPECT_EQ(stride % 16, 0u);
   }
+}
+
+// Guards against a GPU with more multiprocessors than the deal's table has, of which some stay idle in silence.
+TEST_F(Launch, ExplainTellsOfIdleMultiprocessors) {
+  driver_->multiprocessors = 160;
+  TensorView const t = tensor({4, 4096, 16, 128}, hopper);
+  Explanation const e = explain(std::nullopt, t, t, t);
+  ASSERT_EQ(e.notes.size(), 1u);
+  EXPECT_TRUE(contains(e.notes[0], "144 multiprocessors at most: 16 of the 160"));
+  forward(config_for(t, t, t, nullptr), t, t, t, output({4, 4096, 16, 128}, hopper), nullptr);
+  EXPECT_EQ(driver_->launches.at(0).grid_x, 144u);
+  TensorView const odd = tensor({4, 4096, 16, 100}, hopper);  // takes the road of mma.sync
+  EXPECT_TRUE(explain(std::nullopt, odd, odd, odd).notes.empty());
 }
 
 // Guards against a refusal of the driver that goes unnoticed.
@@ -258,7 +233,7 @@ TEST_F(Launch, WhatAConfigurationCannotCopyIsRefused) {
   refuse(shifted, {"k's address is 2 bytes past a multiple of 16", "copy_bytes=2 with async_copy=False"}, 2);
   TensorView odd = t;
   odd.strides[1] += 4;
-  refuse(odd, {"k's seqlen stride 132 is no multiple of 8 elements", "copy_bytes=8"}, 8);
+  refuse(odd, {"k's seqlen stride 132 is not a multiple of 8 elements", "copy_bytes=8"}, 8);
   EXPECT_THROW(run({1, 64, 1, 60}), ConfigError);
   EXPECT_EQ(driver_->loads, 0);
 }
@@ -414,23 +389,6 @@ struct BackwardCall {
   }
 };
 
-/// Kernels without an image are compiled at run time, here by a compiler that compiles nothing (fake_nvrtc.cpp).
-class FakeGpuAndCompiler : public FakeGpu {
- protected:
-  void SetUp() override {
-    FakeGpu::SetUp();
-    write_file(scratch_ / "include/cuda_fp16.h", "");
-    set_include_folders({scratch_ / "include"});
-  }
-
- private:
-  Scratch scratch_;
-  ScopedVariable nvrtc_{"FLASHCUTE_NVRTC", FLASHCUTE_FAKE_NVRTC};
-  ScopedVariable include_{"FLASHCUTE_CUDA_INCLUDE", scratch_ / "include"};
-  ScopedVariable cache_{"FLASHCUTE_CACHE_DIR", scratch_ / "cache"};
-  ScopedVariable quiet_{"FLASHCUTE_QUIET", "1"};
-};
-
 class LaunchCompiled : public FakeGpuAndCompiler {};
 
 // Guards against thread blocks that load half of K and V, without others that load the rest.
@@ -574,9 +532,21 @@ TEST_F(PlanBackwardOnGpu, ATooLargeGridIsRefused) {
   BackwardCall queries({1 << 17, 1, 1 << 14, 8}, {1 << 17, 0, 1 << 14, 8});
   queries.options.deterministic = true;
   queries.workspace.shape[3] = int64_t{1} << 32;
-  queries.refused<UnsupportedError>({"q: batch * heads * ceil(seqlen_q / block_m)", "split the batch"});
+  queries.refused<UnsupportedError>({"q: batch * heads * ceil(seqlen_q / block_m)", "Split the batch"});
   BackwardCall keys({1 << 17, 0, 1 << 14, 8}, {1 << 17, 1, 1 << 14, 8});
-  keys.refused<UnsupportedError>({"k: batch * kv_heads * ceil(seqlen_k / block_n)", "split the batch"});
+  keys.refused<UnsupportedError>({"k: batch * kv_heads * ceil(seqlen_k / block_n)", "Split the batch"});
+}
+
+// Guards against a workspace whose size wrapped: 2^71 elements are 0 of 64 bits.
+TEST_F(PlanBackwardOnGpu, AWorkspaceWithoutASizeIsRefused) {
+  BackwardCall const huge({1 << 30, 1, 1 << 29, 1}, {1 << 30, 1, 1 << 29, 1});
+  EXPECT_THROW(backward_workspace_size({}, huge.q, huge.v), UnsupportedError);
+  BackwardCall none({1 << 30, 0, 1 << 30, 8}, {1 << 30, 1, 1, 8});
+  EXPECT_EQ(backward_workspace_size({}, none.q, none.v), 0);
+  BackwardCall call = call_;
+  call.workspace.shape = {1 << 30, 1 << 30, 1 << 4, 8};
+  call.workspace.strides = {0, 128, 8, 1};
+  call.refused<ArgumentError>({"workspace: expected a contiguous float32 tensor", "strides that leave gaps"});
 }
 
 // Guards against sums that are written past the end of a workspace, or over what is still to be read.
@@ -597,8 +567,10 @@ TEST_F(PlanBackwardOnGpu, WorkspacesAreChecked) {
   refuse([](auto& c) { c.workspace.read_only = true; }, {"workspace", "writable"});
   refuse([](auto& c) { c.workspace.data = static_cast<char*>(c.workspace.data) + 4; },
          {"workspace", "multiple of 16 bytes", "4 bytes past"});
-  refuse([](auto& c) { c.workspace.data = static_cast<char*>(c.dv.data) + 16; }, {"workspace", "memory of dv"});
-  refuse([](auto& c) { c.workspace.data = static_cast<char*>(c.lse.data) + 16; }, {"workspace", "memory of lse"});
+  refuse([](auto& c) { c.workspace.data = static_cast<char*>(c.dv.data) + 16; },
+         {"workspace", "memory that dv uses too"});
+  refuse([](auto& c) { c.workspace.data = static_cast<char*>(c.lse.data) + 16; },
+         {"workspace", "memory that lse uses too"});
 }
 
 // Guards against silent misreads: copies of 16 bytes from or to where there are none.
@@ -617,7 +589,7 @@ TEST_F(PlanBackwardOnGpu, WhatAConfigurationCannotCopyIsRefused) {
     EXPECT_FALSE(chosen.async_copy);
   }
   BackwardCall narrow({1, 64, 1, 60}, {1, 64, 1, 60});
-  narrow.refused<ConfigError>({"head_dim 60 is no multiple of 8 elements"}, config);
+  narrow.refused<ConfigError>({"head_dim 60 is not a multiple of 8 elements"}, config);
   EXPECT_EQ(backward_config_for(narrow.q, narrow.k, narrow.v).copy_bytes, 8);
 }
 

@@ -148,6 +148,23 @@ TEST_F(NvrtcTest, ArchWithASuffix) {
                                    "ELF"));
 }
 
+// Guards against Hopper's kernel compiled for plain sm_90, where its instructions become a trap: nothing but the GPU
+// would notice. The compiler stops at our headers, before it misses CuTe's.
+TEST_F(NvrtcTest, HoppersKernelIsCompiledForItsOwnFeaturesAlone) {
+  ForwardKernelId const kernel{default_forward_config(DType::bfloat16, 64, 90), {}};
+  CompileRequest r = request(code_of(kernel, 90).source);
+  r.include_folders = {FLASHCUTE_HEADERS, FLASHCUTE_CCCL_HEADERS};
+  std::string const sentence = "Hopper's kernels must be compiled for sm_90a";
+  for (char const* arch : {"sm_90", "sm_100"}) {
+    r.arch = arch;
+    EXPECT_TRUE(contains(message_of<CompileError>([&] { nvrtc_compile(r); }), sentence)) << arch;
+  }
+  r.arch = target_of(code_of(kernel, 90), 90);
+  std::string const message = message_of<CompileError>([&] { nvrtc_compile(r); });
+  EXPECT_FALSE(contains(message, sentence)) << message;
+  EXPECT_TRUE(contains(message, "cute/")) << "only CuTe is missing";
+}
+
 // Guards against an empty image after a successful compilation: with -dlto NVRTC succeeds and makes no cubin.
 TEST_F(NvrtcTest, AnEmptyImageIsNeverReturned) {
   CompileRequest r = request(kernel("k"));

@@ -4,9 +4,14 @@
 
 #include <algorithm>
 #include <limits>
+#include <set>
+#include <string_view>
+#include <utility>
 #include <vector>
 
+#include "checks.hpp"
 #include "driver.hpp"
+#include "embedded_images.hpp"
 #include "flashcute/api.hpp"
 #include "image_store.hpp"
 #include "memory_overlap.hpp"
@@ -149,6 +154,38 @@ TEST(Plan, WrongTensorsAreRefused) {
   }
 }
 
+// Guards against sizes whose product is no 64-bit number: where it wrapped to 0, a tensor without memory and with any
+// strides counted as empty.
+TEST(Plan, SizesAndStridesBeyond64BitsAreRefused) {
+  constexpr int64_t large = int64_t{1} << 30;
+  for (auto const& [argument, tensor] : {std::pair{"q", &Problem::q}, {"k", &Problem::k}, {"v", &Problem::v}}) {
+    for (int64_t const heads : {16, 1}) {  // 2^67 elements, and 2^63
+      Problem p;
+      TensorView& t = p.*tensor;
+      t.data = nullptr;
+      t.shape = {large, large, heads, 8};
+      t.strides = {0, 0, 0, 2};
+      p.expect<ArgumentError>({argument, "at most 1152921504606846975 elements", shape_text(t).c_str()});
+      EXPECT_THROW(check_problem(p.q, p.k, p.v), ArgumentError);
+    }
+  }
+  {
+    Problem p;  // a factor of 0 is enough: there is nothing to compute
+    p.q.shape = p.out.shape = {large, 0, large, 8};
+    p.k.shape = p.v.shape = {large, 0, 1, 8};
+    p.run();
+  }
+  {
+    Problem p;
+    p.k.strides[1] = int64_t{1} << 61;  // a distance of 2^63 elements
+    p.expect<ArgumentError>({"k", "strides that keep any two elements within", "(1, 5, 1, 8)", "2305843009213693952"});
+    p.k.strides[1] = std::numeric_limits<int64_t>::min();
+    p.expect<ArgumentError>({"k", "strides that keep any two elements within"});
+    p.k.strides = {std::numeric_limits<int64_t>::max(), 8, std::numeric_limits<int64_t>::min(), 1};
+    p.run();  // of dimensions that are never stepped over
+  }
+}
+
 /// A small tensor over `memory` with any strides, for brute force.
 TensorView strided(std::vector<float>& memory, int64_t offset, std::array<int64_t, 4> shape,
                    std::array<int64_t, 4> strides) {
@@ -193,6 +230,29 @@ TEST(MemoryOverlap, AgreesWithBruteForce) {
   EXPECT_GT(separate, 100);
   EXPECT_EQ(overlapping_dimension(strided(memory, 0, {2, 3, 2, 4}, {48, 7, 4, 1})), 1u);
   EXPECT_EQ(overlapping_dimension(strided(memory, 0, {2, 0, 2, 4}, {0, 0, 0, 0})), std::nullopt);
+}
+
+// Guards against a wrapped extent, which finds memory apart that is not, and against a rank that the arrays of a view
+// do not hold.
+TEST(MemoryOverlap, NeedsNoTensorThatWasChecked) {
+  std::vector<float> memory(512);
+  constexpr int64_t most = std::numeric_limits<int64_t>::max();
+  TensorView const small = strided(memory, 0, {1, 1, 2, 4}, {8, 8, 4, 1});
+  for (int64_t const stride : {int64_t{1} << 61, most, -most, -most - 1}) {
+    TensorView const far = strided(memory, 0, {1, 9, 2, 4}, {1, stride, 4, 1});
+    EXPECT_TRUE(may_share_an_element(small, far)) << stride;
+    EXPECT_TRUE(may_share_an_element(far, far)) << stride;
+    EXPECT_EQ(overlapping_dimension(far), std::nullopt) << stride;
+    TensorView const twice = strided(memory, 0, {9, 9, 2, 4}, {stride, stride, 4, 1});
+    EXPECT_TRUE(overlapping_dimension(twice).has_value()) << stride;
+  }
+  TensorView odd = small;
+  for (int const rank : {-1, 5, 1 << 30}) {
+    odd.rank = rank;
+    EXPECT_TRUE(may_share_an_element(odd, small));
+    EXPECT_TRUE(may_share_an_element(odd, odd));
+    EXPECT_EQ(overlapping_dimension(odd), std::nullopt);
+  }
 }
 
 // Guards against an output that overwrites inputs while they are read, and against refusing packed tensors, whose
@@ -281,12 +341,12 @@ TEST(PlanBackward, WrongTensorsAreRefused) {
   {
     BackwardProblem p;
     p.dv = p.dk;
-    p.expect<ArgumentError>({"dv", "memory of dk"});
+    p.expect<ArgumentError>({"dv", "memory that dk uses too"});
   }
   {
     BackwardProblem p;
     p.dq.data = p.memory.data();
-    p.expect<ArgumentError>({"dq", "memory of its own", "memory of q"});
+    p.expect<ArgumentError>({"dq", "memory of its own", "memory that q uses too"});
   }
   {
     BackwardProblem p;
@@ -347,6 +407,26 @@ TEST(Driver, TooOldADriverIsRefusedWithWhatToDo) {
       EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
     }
   }
+}
+
+// Guards against a family that has lost its image, or has another's.
+TEST(ImageStore, EachFamilyHasAnImageOfItsOwn) {
+  bool const images = !image_archs().empty(), hoppers = targets_serve(image_archs(), 90);
+  std::set<char const*> places;
+  auto const look_at = [&](auto const& families) {
+    for (auto const& family : families) {
+      bool const hopper = family.name.find("_sm90_") != std::string_view::npos;
+      std::string_view const image = embedded_image(family);
+      EXPECT_TRUE(image.empty() || places.insert(image.data()).second) << family.name;
+      if (hopper) {
+        EXPECT_TRUE(image.empty() || hoppers) << family.name;
+      } else {
+        EXPECT_EQ(image.empty(), !images) << family.name;
+      }
+    }
+  };
+  look_at(forward_families);
+  look_at(backward_families);
 }
 
 // Guards against an image that is taken for a GPU it cannot run on, or not taken where it can.

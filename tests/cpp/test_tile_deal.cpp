@@ -3,16 +3,38 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <limits>
+#include <new>
 #include <random>
 #include <set>
+#include <stdexcept>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "flashcute/mask.hpp"
 #include "flashcute/tiles.hpp"
+#include "recent.hpp"
 #include "tile_deal.hpp"
+
+namespace {
+
+/// By `new`, of this thread.
+thread_local std::size_t allocated_bytes = 0;
+
+}  // namespace
+
+// Not inlined: g++ would warn of memory from `new` that goes to `free`.
+[[gnu::noinline]] void* operator new(std::size_t bytes) {
+  allocated_bytes += bytes;
+  if (void* const memory = std::malloc(bytes)) return memory;
+  throw std::bad_alloc();
+}
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace flashcute {
 namespace {
@@ -122,6 +144,71 @@ TEST(TileDeal, FollowsTheSizesOfTheCall) {
       expect_each_tile_once(Problem(MaskKind::causal, head_dim, 100, 2, 30, seqlen, 2000));
     }
   }
+}
+
+/// Another thread remembers nothing yet.
+TileDeal dealt_anew(Problem const& problem) {
+  TileDeal deal;
+  std::thread([&] { deal = deal_tiles(problem.kernel, problem.params, problem.blocks); }).join();
+  return deal;
+}
+
+bool same(TileDeal const& a, TileDeal const& b) {
+  return a.first_round == b.first_round && std::memcmp(a.turns, b.turns, sizeof a.turns) == 0;
+}
+
+// Guards against deals that are made again in each call where a model calls with a few sizes in turn, and against the
+// deal of other sizes.
+TEST(TileDeal, EachOfAFewSizesIsDealtOnce) {
+  auto const deal = [](Problem const& p) -> TileDeal const& { return deal_tiles(p.kernel, p.params, p.blocks); };
+  std::vector<Problem> problems;
+  for (std::size_t i = 0; i <= remembered_deals; ++i) {
+    problems.emplace_back(MaskKind::causal, 128, 132, 2, 30, 1000 + 100 * static_cast<int32_t>(i), 2000);
+  }
+  std::vector<TileDeal const*> places;
+  for (std::size_t i = 0; i < remembered_deals; ++i) places.push_back(&deal(problems[i]));
+  EXPECT_EQ(std::set(places.begin(), places.end()).size(), remembered_deals) << "all are remembered";
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    for (std::size_t i = 0; i < remembered_deals; ++i) {
+      EXPECT_EQ(&deal(problems[i]), places[i]);
+      EXPECT_TRUE(same(*places[i], dealt_anew(problems[i])));
+    }
+  }
+  EXPECT_EQ(&deal(problems.back()), places[0]) << "in the place of the one that was not asked for longest";
+  for (Problem const& problem : problems) EXPECT_TRUE(same(deal(problem), dealt_anew(problem)));
+}
+
+TEST(Recent, MakesWhatItHasForgottenAlone) {
+  Recent<int, int, 3> squares;
+  std::vector<int> made;
+  auto const square = [&](int x) { return squares.get(x, [&] { return made.push_back(x), x * x; }); };
+  for (int const x : {1, 2, 3, 1, 2, 3, 1, 4, 1, 3, 4, 2}) EXPECT_EQ(square(x), x * x);
+  EXPECT_EQ(made, (std::vector{1, 2, 3, 4, 2}));
+  EXPECT_THROW(squares.get(5, []() -> int { throw std::runtime_error("nothing is made"); }), std::runtime_error);
+  EXPECT_EQ(square(4), 16);
+  EXPECT_EQ(made.size(), 5u);
+}
+
+// Guards against memory for all rounds of a launch: these are half a million.
+TEST(TileDeal, ManyRoundsNeedNoMemory) {
+  Problem const problem(MaskKind::causal, 64, 132, 1 << 14, 64, 192 * 64, 192 * 64);
+  ASSERT_EQ(QueryTile::count(problem.params, 192), 1 << 26);
+  allocated_bytes = 0;
+  TileDeal const& deal = deal_tiles(problem.kernel, problem.params, problem.blocks);
+  EXPECT_LT(allocated_bytes, 100'000u);
+  EXPECT_GT(deal.first_round, 1 << 18);
+}
+
+// Guards against a deal where each thread block has one tile: a step of a decoder has other sizes each time.
+TEST(TileDeal, OneRoundIsNotDealt) {
+  allocated_bytes = 0;
+  for (int32_t keys = 1000; keys < 1100; ++keys) {
+    Problem const problem(MaskKind::causal, 128, 132, 32, 4, 1, keys);
+    EXPECT_EQ(deal_tiles(problem.kernel, problem.params, problem.blocks).first_round,
+              std::numeric_limits<int32_t>::max());
+  }
+  EXPECT_EQ(allocated_bytes, 0u);
+  expect_each_tile_once(Problem(MaskKind::causal, 128, 132, 32, 4, 1, 1000));
 }
 
 TEST(TileDeal, NoMoreBlocksThanTilesOrTheTableHolds) {

@@ -546,7 +546,7 @@ BAD = [
        [rf"^{n}: expected last stride 1, got 2"]) for n in ("q", "k", "v", "out", "dq", "dk", "dv")),
     *((f"{n} expanded", change(**{n: lambda x: x[:1].expand_as(x)}),
        [rf"^{n}: expected every element at an address of its own"]) for n in ("dq", "dk", "dv")),
-    *((f"{n} is {other}", alias(n, other), [rf"^{n}: expected memory of its own, got the memory of {other}"])
+    *((f"{n} is {other}", alias(n, other), [rf"^{n}: expected memory of its own, got memory that {other} uses too"])
       for n, other in (("dq", "q"), ("dq", "dout"), ("dk", "k"), ("dv", "v"), ("dv", "dk"), ("dq", "out"))),
     *((f"{n} is a list", change(**{n: lambda x: [1.0]}), [rf"^{n}: expected an array", "got .*list"])
       for n in ("dout", "q", "out", "lse", "dlse", "dk")),

@@ -170,7 +170,7 @@ TENSORS = [
         ["^out: expected every element at an address of its own"]),
     # memory
     Bad("out is q", lambda a: setattr(a, "out", a.q.fill_(SENTINEL)),
-        ["^out: expected memory of its own, got the memory of q"]),
+        ["^out: expected memory of its own, got memory that q uses too"]),
     Bad("out overlaps q", overlap, ["^out: expected memory of its own, got .*q"]),
     # what is no tensor
     *(
@@ -287,6 +287,21 @@ def test_length_over_the_limit() -> None:
         fc.flash_attention(long, x, x, out=long)
     with pytest.raises(fc.ArgumentError, match=r"^k: expected seqlen at most \d+, got 2147483648"):
         fc.flash_attention(x, long, long)
+
+
+def test_more_elements_than_memory_has_addresses() -> None:
+    """By strides of 0: products of sizes must not wrap, which would pass a tensor off as empty or as small."""
+    x = torch.ones(1, 1, 1, 8).half()
+    shape = (2**29, 2**29, 2, 8)
+    refused = r"^{}: expected at most \d+ elements, got shape \(536870912, 536870912, 2, 8\)"
+    with pytest.raises(fc.ArgumentError, match=refused.format("q")):
+        fc.flash_attention(x.expand(shape), x, x, out=x)
+    with pytest.raises(fc.ArgumentError, match=refused.format("k")):
+        fc.flash_attention(x, x.expand(shape), x)
+    for like in (x.expand(shape), np.broadcast_to(np.float16(1), (2**28, 2**28, 2, 8))):
+        told = fc.explain(like, like, like)
+        assert told.backend == ""
+        assert any("q: expected at most" in reason for _, reason in told.rejected)
 
 
 # ---- gradients -----------------------------------------------------------------------------------

@@ -275,4 +275,4 @@ def test_explain_names_the_kernel() -> None:
     narrow = torch.zeros(1, 64, 1, 36, device="cuda", dtype=torch.bfloat16)
     told = fc.explain(narrow, narrow, narrow)
     assert told.backend == "sm80"
-    assert "head_dim 36 is no multiple of 8" in dict(told.rejected)["sm90"]
+    assert "head_dim 36 is not a multiple of 8" in dict(told.rejected)["sm90"]

@@ -473,7 +473,7 @@ def test_misalignment_on_the_gpu(
     else:
         wider = torch.full((*x.shape[:3], x.shape[3] + 4), 7, dtype=x.dtype, device="cuda")
         tensors[name] = wider[..., : x.shape[3]].copy_(x)
-        what, copy_bytes = "stride .* is no multiple of 8 elements", 8
+        what, copy_bytes = "stride .* is not a multiple of 8 elements", 8
     q, k, v = (tensors[n] for n in "qkv")
     usual = fc.default_config(q.shape[-1], "float16", fc._core.driver_info().gpus[0].arch)
     for cfg in (aligned, usual):

@@ -172,9 +172,11 @@ struct ForwardPass {
             attend<Mask::rows_differ>(n, probabilities, next);
             replace(probabilities, next);
           }
-          // The last product needs no Q: the next tile's arrives meanwhile. And its first scores are multiplied while
-          // the output is written; if there are none to come, of what lies there, for nothing: with a branch around
-          // them, the compiler would let all products of the loop wait for each other.
+          // The last product needs no Q: the next tile's arrives meanwhile, and its first scores are multiplied while
+          // the output is written. If there is no next tile, or none of its rows are this warpgroup's, they are
+          // multiplied all the same and dropped: with a branch around them the compiler would let all products of the
+          // loop wait for each other. They then read a place of the ring that nobody waited for: a copy (TMA) of the
+          // next tile's keys to it may be in flight.
           finished = sums_;
           P::begin_output(o_, probabilities, tiles_.arrived_value(), fresh_);
           any = next_tile();

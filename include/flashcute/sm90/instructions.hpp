@@ -3,6 +3,12 @@
 // kernels is here; their products (WGMMA) are CuTe's atoms.
 #pragma once
 
+// Built for plain sm_90, CuTe's WGMMA and the register hand-over compile to a trap that only shows on the GPU. The
+// host, whose compiler defines no __CUDA_ARCH__, may read these headers.
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "Hopper's kernels must be compiled for sm_90a: plain sm_90 lacks their instructions (WGMMA, setmaxnreg)"
+#endif
+
 // CuTe has WGMMA for 8, 16, 32, 64, 96, 128, 192 and 256 columns. For others a translation unit defines
 // CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED first (src/source.cpp does where a configuration asks for it).
 #include "flashcute/hopper_params.hpp"

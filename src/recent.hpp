@@ -1,0 +1,47 @@
+// A small memory of what was computed last.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace flashcute {
+
+/// Values by their keys, at most `most` of them: the one that was not asked for longest makes room. For one thread.
+template <class Key, class Value, std::size_t most>
+class Recent {
+ public:
+  /// The key's value, made by `make()` if it is not here. It stays in place until it is forgotten.
+  template <class Make>
+  Value const& get(Key const& key, Make const& make) {
+    ++now_;
+    auto found = std::find_if(entries_.begin(), entries_.end(), [&](Entry const& e) { return e.key == key; });
+    if (found == entries_.end()) {
+      Value value = make();  // a throw changes nothing
+      entries_.reserve(most);
+      if (entries_.size() < most) {
+        found = entries_.insert(entries_.end(), {key, std::move(value), now_});
+      } else {
+        auto const older = [](Entry const& a, Entry const& b) { return a.last_use < b.last_use; };
+        found = std::min_element(entries_.begin(), entries_.end(), older);
+        *found = {key, std::move(value), now_};
+      }
+    }
+    found->last_use = now_;
+    return found->value;
+  }
+
+ private:
+  struct Entry {
+    Key key;
+    Value value;
+    std::uint64_t last_use;
+  };
+
+  std::vector<Entry> entries_;
+  std::uint64_t now_ = 0;
+};
+
+}  // namespace flashcute
