@@ -1,10 +1,14 @@
 // The emulated thread block that test_kernel runs kernels in: that it computes what the hardware does,
 // and that it can fail. A checker which accepts everything would make every other test of a kernel empty.
-#include "flashcute/instructions.hpp"
+// All of CuTe, which the kernels' headers do not include; its atoms need its tensor first.
+#include <cute/tensor.hpp>
 
 #include <gtest/gtest.h>
+#include <cute/atom/copy_atom.hpp>
 
 #include <set>
+
+#include "flashcute/instructions.hpp"
 
 namespace flashcute {
 namespace {
