@@ -3,7 +3,8 @@ at first use by NVRTC.
 
 The yardstick is an empty kernel that includes cute/tensor.hpp, compiled by nvcc in the same run: so a slow machine does
 not fail, and leaner headers of CuTe do not hide a slow kernel. Limits are in user seconds over the yardstick's, in
-seconds, and in megabytes of memory.
+seconds, and in megabytes of memory. What else the machine does adds to user seconds and takes nothing away, so what is
+over a limit is compiled again, up to three times, and the least counts.
 
 usage: python tools/compile_cost.py --build build/make [--families REGEX] [--json FILE]
 """
@@ -17,15 +18,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 RATIO = {"sm80": 2.5, "sm90": 3.2}
 MEGABYTES = {"sm80": 700, "sm90": 900}
 SECONDS = 8.0
 EMPTY = '#include <cute/tensor.hpp>\nextern "C" __global__ void empty() {}\n'
-# What is compiled at first use: (what, Python expression of its configuration, kernels of it).
+# What is compiled at first use: (what, Python expression of its configuration).
 FIRST_USE = [
     ("narrow copies", "ForwardConfig(head_dim=64, copy_bytes=2, async_copy=False)"),
     ("CUDA cores", "ForwardConfig(dtype='float32', head_dim=64, block_n=32, math='cuda_core')"),
@@ -48,7 +50,9 @@ class Cost:
     megabytes: float
     ratio: float = 0.0
 
-    def problems(self) -> Iterator[str]:
+    def over(self, yardstick: Cost) -> Iterator[str]:
+        """The limits that it breaks."""
+        self.ratio = self.seconds / yardstick.seconds
         if self.ratio > RATIO[self.kernel]:
             yield f"{self.what}: {self.ratio:.1f} times the empty kernel's time, {RATIO[self.kernel]} allowed"
         if self.seconds > SECONDS:
@@ -99,6 +103,11 @@ class Nvcc:
         return Cost(what, "nvcc", kernel, seconds, megabytes)
 
 
+def least(compilations: Iterable[Callable[[], Cost]]) -> Cost:
+    """Of the same compilation, made several times."""
+    return min((compile_it() for compile_it in compilations), key=lambda cost: cost.seconds)
+
+
 def costliest_kernel(unit: Path) -> str:
     """A family's translation unit with one kernel of it: causal, and of a backward the gradients'."""
     text = unit.read_text()
@@ -135,21 +144,26 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         nvcc = Nvcc(arguments.build, Path(folder))
-        yardstick = min(
-            (nvcc.cost("empty kernel", EMPTY) for _ in range(2)), key=lambda c: c.seconds
-        )
+        compilations: dict[str, Callable[[], Cost]] = {
+            unit.stem: partial(nvcc.cost, unit.stem, costliest_kernel(unit))
+            for unit in sorted((arguments.build / "images").glob("*.cu"))
+        }
+        compilations |= {x[0]: partial(first_use, *x) for x in FIRST_USE}
+
+        yardstick = least(partial(nvcc.cost, "empty kernel", EMPTY) for _ in range(3))
         costs = [yardstick]
-        for unit in sorted((arguments.build / "images").glob("*.cu")):
-            if re.search(arguments.families, unit.stem):
-                costs.append(nvcc.cost(unit.stem, costliest_kernel(unit)))
-    costs += [first_use(*x) for x in FIRST_USE if re.search(arguments.families, x[0])]
-    problems = []
-    for cost in costs:
-        cost.ratio = cost.seconds / yardstick.seconds
-        problems += cost.problems()
-        print(
-            f"{cost.what:24} {cost.compiler:6} {cost.seconds:5.1f} s  {cost.ratio:4.1f} x  {cost.megabytes:5.0f} MB"
-        )
+        problems: list[str] = []
+        for what, compile_it in compilations.items():
+            if not re.search(arguments.families, what):
+                continue
+            cost = compile_it()
+            for _ in range(2):
+                if any(cost.over(yardstick)):
+                    cost = least([lambda cost=cost: cost, compile_it])
+            problems += cost.over(yardstick)
+            costs.append(cost)
+            figures = f"{cost.seconds:5.1f} s  {cost.ratio:4.1f} x  {cost.megabytes:5.0f} MB"
+            print(f"{what:24} {cost.compiler:6} {figures}", flush=True)
     if arguments.json:
         arguments.json.write_text("".join(json.dumps(asdict(c)) + "\n" for c in costs))
     print("\n".join(problems) or f"{len(costs)} compilations pass")
