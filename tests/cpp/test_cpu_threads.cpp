@@ -92,6 +92,33 @@ TEST(CpuForward, SameBitsForARowAlone) {
   }
 }
 
+// The same of rows that see blocks which their neighbours do not, in sequences so long that blocks are added up in
+// groups: where a group ends must not depend on the tile.
+TEST(CpuForward, SameBitsForACausalRowAlone) {
+  Shape shape{.head_dim = 8,
+              .heads = 1,
+              .kv_heads = 1,
+              .seqlen_q = 64,
+              .seqlen_k = 64 * 70,
+              .mask = MaskKind::causal,
+              .causal_offset = 64 * 64 - 10};
+  Problem many{shape};
+  shape.seqlen_q = 1;
+  for (Isa const isa : available_isas()) {
+    Result const all = run(isa, many);
+    for (int const row : {0, 9, 10, 63}) {
+      shape.causal_offset = 64 * 64 - 10 + row;
+      Problem one{shape};
+      one.k = many.k;
+      one.v = many.v;
+      for (int e = 0; e < 8; ++e) one.q.put(0, 0, 0, e, many.q.at(0, row, 0, e));
+      Result const alone = run(isa, one);
+      for (int e = 0; e < 8; ++e) ASSERT_EQ(alone.out.at(0, 0, 0, e), all.out.at(0, row, 0, e)) << "row " << row;
+      ASSERT_EQ(alone.lse.at(0, 0, 0, 0), all.lse.at(0, row, 0, 0));
+    }
+  }
+}
+
 // Callers on several threads at once: shared scratch, a pool that serves two jobs as one, a deadlock.
 TEST(CpuForward, EightCallersAtOnce) {
   std::vector<Problem> problems;
