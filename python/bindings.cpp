@@ -3,7 +3,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
-#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <tuple>
@@ -11,6 +10,8 @@
 #include "dlpack.hpp"
 #include "exceptions.hpp"
 #include "flashcute/api.hpp"
+#include "gil.hpp"
+#include "text.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -55,6 +56,13 @@ Arch to_arch(nb::handle object) {
     return std::stoi(digits);
   }
   throw ArgumentError("arch", "'cpu' or a compute capability such as 'sm_80'", "'" + text + "'");
+}
+
+/// Names of folders, as os.fsencode gives them: they need not be text.
+std::vector<std::string> to_strings(std::vector<nb::bytes> const& paths) {
+  std::vector<std::string> strings;
+  for (nb::bytes const& path : paths) strings.emplace_back(path.c_str(), path.size());
+  return strings;
 }
 
 // ---- configurations --------------------------------------------------------------------------------
@@ -307,11 +315,12 @@ void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::h
   }
   if (stream.is_none()) {
     // An array that was exported with no handshake is ordered on its own library's stream only.
-    for (auto const& [argument, t] : {std::pair{"k", &tk}, std::pair{"v", &tv}, std::pair{"out", &to}}) {
-      (*t)->require_stream(argument, options.stream);
+    for (auto const& [argument, t] : {std::pair{"k", &tk}, std::pair{"v", &tv}, std::pair{"out", &to},
+                                      std::pair{"lse", &tl}, std::pair{"block_counts", &tc}}) {
+      if (*t) (*t)->require_stream(argument, options.stream);
     }
   }
-  nb::gil_scoped_release const release;
+  ReleaseGil const released;
   ForwardConfig const chosen = config ? *config : config_for(tq.view(), tk->view(), tv->view(), &to->view(), options);
   forward(chosen, tq.view(), tk->view(), tv->view(), to->view(), tl ? &tl->view() : nullptr, options);
 }
@@ -339,7 +348,7 @@ void call_backward(BackwardConfig const* config, nb::handle dout, nb::handle q, 
     if (stream.is_none()) (*t)->require_stream(argument, options.stream);
   }
   if (tw) options.workspace = &tw->view();
-  nb::gil_scoped_release const release;
+  ReleaseGil const released;
   BackwardConfig const chosen = config ? *config
                                        : backward_config_for(tq.view(), tk->view(), tv->view(),
                                                              {{"out", &to->view()},
@@ -358,7 +367,7 @@ int64_t call_backward_workspace_size(BackwardConfig const* config, nb::handle q,
   BackwardOptions options;
   options.layout = to_layout(layout);
   options.deterministic = deterministic;
-  nb::gil_scoped_release const release;
+  ReleaseGil const released;
   return backward_workspace_size(config ? std::optional(*config) : std::nullopt, tq.view(), tv.view(), options);
 }
 
@@ -368,14 +377,14 @@ BackwardConfig call_backward_config_for(nb::handle q, nb::handle k, nb::handle v
   BackwardOptions options;
   options.layout = to_layout(layout);
   options.deterministic = deterministic;
-  nb::gil_scoped_release const release;
+  ReleaseGil const released;
   return backward_config_for(tq.view(), tk.view(), tv.view(), {}, options);
 }
 
 template <class Config>
 std::vector<std::pair<std::string, std::string>> call_prebuild(Config const& config, nb::handle arch) {
   Arch const target = to_arch(arch);
-  nb::gil_scoped_release const release;
+  ReleaseGil const released;
   return prebuild(config, target);
 }
 
@@ -390,7 +399,7 @@ Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k
   options.scale = scale;
   options.layout = to_layout(layout);
   options.allow_tf32 = allow_tf32;
-  nb::gil_scoped_release const release;
+  ReleaseGil const released;
   std::optional<ForwardConfig> chosen;
   if (config) chosen = *config;
   return explain(chosen, tq.view(), tk.view(), tv.view(), options);
@@ -535,7 +544,7 @@ NB_MODULE(_core, m) {
   m.def("backward_configs", &backward_configs);
   m.def("prebuild", &call_prebuild<ForwardConfig>, "config"_a, "arch"_a.none());
   m.def("prebuild", &call_prebuild<BackwardConfig>, "config"_a, "arch"_a.none());
-  m.def("driver_info", &driver_info, nb::call_guard<nb::gil_scoped_release>());
+  m.def("driver_info", &driver_info, nb::call_guard<ReleaseGil>());
   m.def("build_info", &build_info);
   m.def("build_version", &build_version);
   m.def("environment_variables", [] {
@@ -543,6 +552,11 @@ NB_MODULE(_core, m) {
     for (auto const& v : environment_variables()) rows.push_back({v.name, v.default_value, v.meaning});
     return rows;
   });
-  m.def("set_search_paths", &set_search_paths, "package_roots"_a, "device_headers"_a);
+  m.def(
+      "set_search_paths",
+      [](std::vector<nb::bytes> const& package_roots, std::vector<nb::bytes> const& device_headers) {
+        set_search_paths(to_strings(package_roots), to_strings(device_headers));
+      },
+      "package_roots"_a, "device_headers"_a);
   m.def("set_exporter", &set_exporter, "exporter"_a);
 }

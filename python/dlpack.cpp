@@ -1,11 +1,16 @@
 #include "dlpack.hpp"
 
+#include <algorithm>
+#include <bit>
 #include <optional>
+#include <string_view>
 #include <unordered_map>
 
 #include <nanobind/ndarray.h>
 
 #include "exceptions.hpp"
+#include "gil.hpp"
+#include "text.hpp"
 
 namespace flashcute::python {
 
@@ -51,23 +56,59 @@ nb::object& exporter() {
   return *object;
 }
 
+struct KnownType {
+  nb::object reference;  // weak: another type may get the address of one that is gone
+  ExchangeTable const* table;
+};
+
+struct KnownTypes {
+  nb::ft_mutex mutex;  // does something in free-threaded Python only; elsewhere the GIL is held
+  std::unordered_map<PyTypeObject*, KnownType> map;
+};
+
+KnownTypes& known_types() {
+  static auto* const known = new KnownTypes;  // never destroyed: the interpreter may be gone by then
+  return *known;
+}
+
+ExchangeTable const* find_exchange_table(nb::handle type) {
+  nb::object const capsule = nb::getattr(type, "__dlpack_c_exchange_api__", nb::none());
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  auto const* table = static_cast<ExchangeTable const*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  while (table != nullptr && table->version.major > supported_major) table = table->previous;
+  bool const usable =
+      table != nullptr && table->dltensor_from_py_object_no_sync != nullptr && table->current_work_stream != nullptr;
+  return usable ? table : nullptr;
+}
+
+bool refers_to(nb::object const& reference, PyTypeObject* type) {
+#if PY_VERSION_HEX >= 0x030d0000
+  PyObject* referent = nullptr;
+  if (PyWeakref_GetRef(reference.ptr(), &referent) < 0) throw nb::python_error();
+  nb::object const held = nb::steal(referent);
+  return referent == reinterpret_cast<PyObject*>(type);
+#else
+  return PyWeakref_GetObject(reference.ptr()) == reinterpret_cast<PyObject*>(type);
+#endif
+}
+
 /// The exchange table of an array's type, or null. Looked up once per type.
 ExchangeTable const* exchange_table(nb::handle array) {
-  static auto* const known = new std::unordered_map<PyTypeObject*, ExchangeTable const*>;
   PyTypeObject* const type = Py_TYPE(array.ptr());
-  if (auto const found = known->find(type); found != known->end()) return found->second;
-  ExchangeTable const* table = nullptr;
-  nb::object const capsule =
-      nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", nb::none());
-  if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
-    table = static_cast<ExchangeTable const*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    while (table != nullptr && table->version.major > supported_major) table = table->previous;
-    bool const usable =
-        table != nullptr && table->dltensor_from_py_object_no_sync != nullptr && table->current_work_stream != nullptr;
-    if (!usable) table = nullptr;
+  KnownTypes& known = known_types();
+  {
+    nb::ft_lock_guard const lock{known.mutex};
+    auto const found = known.map.find(type);
+    if (found != known.map.end() && refers_to(found->second.reference, type)) return found->second.table;
   }
-  Py_INCREF(type);  // the map remembers its address
-  known->emplace(type, table);
+  nb::handle const object{reinterpret_cast<PyObject*>(type)};
+  KnownType entry{nb::steal(PyWeakref_NewRef(object.ptr(), nullptr)), find_exchange_table(object)};
+  if (!entry.reference.is_valid()) throw nb::python_error();
+  ExchangeTable const* const table = entry.table;
+  {
+    nb::ft_lock_guard const lock{known.mutex};
+    std::swap(known.map[type], entry);  // what was there goes when the lock has
+  }
   return table;
 }
 
@@ -121,6 +162,45 @@ TensorView view_of(char const* argument, nb::dlpack::dltensor const& t, bool rea
   return view;
 }
 
+/// Of a memoryview, whose format is that of Python's module struct. `dtype`: what the format does not know.
+TensorView view_of(char const* argument, Py_buffer const& buffer, std::optional<DType> const& dtype) {
+  std::string_view format = buffer.format;
+  bool const big_endian = format.starts_with('>') || format.starts_with('!');
+  if (format.starts_with('<') ? std::endian::native != std::endian::little
+                              : big_endian && std::endian::native != std::endian::big) {
+    throw ArgumentError(argument, "elements in this machine's byte order", "the other ('" + std::string(format) + "')");
+  }
+  format.remove_prefix(std::min(format.find_first_not_of("@=<>!"), format.size()));
+  TensorView view;
+  if (dtype) {
+    view.dtype = *dtype;
+  } else if (format == "e") {
+    view.dtype = DType::float16;
+  } else if (format == "f") {
+    view.dtype = DType::float32;
+  } else if (format == "d") {
+    view.dtype = DType::float64;
+  } else if (format == "i") {
+    view.dtype = DType::int32;
+  } else {
+    throw ArgumentError(argument, "dtype float16, bfloat16, float32 or float64",
+                        "elements of the buffer format '" + std::string(format) + "'");
+  }
+  view.data = buffer.buf;
+  view.rank = buffer.ndim;
+  view.read_only = buffer.readonly != 0;
+  for (int i = 0; i < std::min(buffer.ndim, 4); ++i) {
+    if (buffer.strides[i] % buffer.itemsize != 0) {
+      throw ArgumentError(argument,
+                          "strides that are multiples of the element's " + std::to_string(buffer.itemsize) + " bytes",
+                          std::to_string(buffer.strides[i]) + " bytes");
+    }
+    view.shape[static_cast<size_t>(i)] = buffer.shape[i];
+    view.strides[static_cast<size_t>(i)] = buffer.strides[i] / buffer.itemsize;
+  }
+  return view;
+}
+
 std::optional<DType> named_dtype(nb::handle name) {
   if (name.is_none()) return std::nullopt;
   std::string const text = nb::cast<std::string>(name);
@@ -148,7 +228,7 @@ Tensor::Tensor(char const* argument, nb::handle array, nb::handle stream) {
   }
   nb::object exported;
   try {
-    exported = exporter()(array, stream);
+    exported = waiting_for_gil([&] { return exporter()(array, stream); });
   } catch (nb::python_error const& error) {
     if (is_flashcute_error(error)) throw;
     throw ArgumentError(argument, "an array that DLPack can describe", message_of(error));
@@ -166,6 +246,8 @@ Tensor::Tensor(char const* argument, nb::handle array, nb::handle stream) {
   } else if (PyCapsule_IsValid(capsule_.ptr(), "dltensor")) {
     auto const* managed = static_cast<ManagedTensor const*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
     view_ = view_of(argument, managed->tensor, false, dtype);
+  } else if (PyMemoryView_Check(capsule_.ptr())) {
+    view_ = view_of(argument, *PyMemoryView_GET_BUFFER(capsule_.ptr()), dtype);
   } else {
     throw ArgumentError(argument, "a DLPack capsule from __dlpack__", kind_of(capsule_));
   }

@@ -29,11 +29,11 @@ class Tensor {
  private:
   TensorView view_;
   ExchangeTable const* table_ = nullptr;  // null: exported by __dlpack__
-  nb::object capsule_;                    // frees the export when it goes
+  nb::object capsule_;                    // or a memoryview; frees the export when it goes
   nb::object stream_;                     // what the exporter says is the library's current stream
 };
 
-/// Registers `exporter(array, stream) -> (capsule, dtype name or None, current stream)`.
+/// Registers `exporter(array, stream) -> (capsule or memoryview, dtype name or None, current stream)`.
 void set_exporter(nb::object exporter);
 
 }  // namespace flashcute::python

@@ -1,10 +1,9 @@
 #include "exceptions.hpp"
 
-#include <nanobind/stl/string.h>
-
 #include <string>
 
 #include "flashcute/error.hpp"
+#include "text.hpp"
 
 namespace nb = nanobind;
 
@@ -21,6 +20,9 @@ PyObject* new_exception(nb::module_& m, char const* name, PyObject* base, PyObje
   m.attr(name) = nb::handle(type);
   return type;  // lives as long as the interpreter
 }
+
+/// As PyErr_SetString, which raises UnicodeDecodeError where a message quotes a path that is not UTF-8.
+void raise(PyObject* type, char const* message) { PyErr_SetObject(type, to_str(message).ptr()); }
 
 struct Exceptions {
   PyObject *any, *argument, *config, *unsupported, *device, *driver, *compile, *cache;
@@ -48,21 +50,21 @@ void bind_exceptions(nb::module_& m) {
     try {
       std::rethrow_exception(error);
     } catch (ArgumentError const& e) {
-      PyErr_SetString(exceptions.argument, e.what());
+      raise(exceptions.argument, e.what());
     } catch (ConfigError const& e) {
-      PyErr_SetString(exceptions.config, e.what());
+      raise(exceptions.config, e.what());
     } catch (UnsupportedError const& e) {
-      PyErr_SetString(exceptions.unsupported, e.what());
+      raise(exceptions.unsupported, e.what());
     } catch (DeviceError const& e) {
-      PyErr_SetString(exceptions.device, e.what());
+      raise(exceptions.device, e.what());
     } catch (DriverError const& e) {
-      PyErr_SetString(exceptions.driver, e.what());
+      raise(exceptions.driver, e.what());
     } catch (CompileError const& e) {
-      PyErr_SetString(exceptions.compile, e.what());
+      raise(exceptions.compile, e.what());
     } catch (CacheError const& e) {
-      PyErr_SetString(exceptions.cache, e.what());
+      raise(exceptions.cache, e.what());
     } catch (Error const& e) {
-      PyErr_SetString(exceptions.any, e.what());
+      raise(exceptions.any, e.what());
     }
   });
 }

@@ -11,6 +11,7 @@ Begin with `flash_attention` (attention, with gradients for torch tensors) and `
 from __future__ import annotations
 
 import sys as _sys
+from os import fsencode as _fsencode
 from pathlib import Path as _Path
 
 from . import _arrays, _core
@@ -38,9 +39,13 @@ from .attention import (
 )
 from .gradients import backward, backward_workspace_size, default_backward_config
 
-# Nothing is searched, opened or initialised yet: these are only told.
+# Nothing is searched, opened or initialised yet: these are only told. As bytes, because a folder's name need not be
+# UTF-8; of sys.path only what import itself looks at.
 _headers = _Path(_core.__file__).parent / "include"
-_core.set_search_paths([p for p in _sys.path if p], [str(_headers), str(_headers / "cccl")])
+_core.set_search_paths(
+    [_fsencode(folder) for folder in _sys.path if isinstance(folder, str) and folder],
+    [_fsencode(_headers), _fsencode(_headers / "cccl")],
+)
 _core.set_exporter(_arrays.export)
 
 for _exception in (FlashcuteError, *FlashcuteError.__subclasses__()):

@@ -89,12 +89,17 @@ class NumPy(Library):
         return None
 
     def export(self, array: Array, stream: int | None) -> tuple[object, str | None, int | None]:
-        if (
-            array.dtype.name == "bfloat16"
-        ):  # ml_dtypes: DLPack of NumPy refuses what NumPy does not define
-            capsule, _, current = super().export(array.view("uint16"), stream)
-            return capsule, "bfloat16", current
-        return super().export(array, stream)
+        name = None
+        if array.dtype.name == "bfloat16":  # ml_dtypes' own, which DLPack of NumPy refuses
+            array, name = array.view("uint16"), "bfloat16"
+        try:
+            capsule, _, current = super().export(array, stream)
+        except BufferError:
+            # Before 2.1 NumPy's DLPack cannot say that an array is read-only, and refuses it.
+            if array.flags.writeable:
+                raise
+            return memoryview(array), name, None
+        return capsule, name, current
 
     def empty(self, shape: Sequence[int], like: Array, dtype: str | None = None) -> Array:
         import numpy as np

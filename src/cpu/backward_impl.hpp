@@ -32,16 +32,17 @@ struct PerRow {
   [[gnu::always_inline]] Vector<T> at(int row, int) const { return broadcast(values[row]); }
 };
 
-/// P = exp2(S - LSE), of S = A B in units of log2. P is at most 1: where scores are so large that rounding says
-/// otherwise, it is held there. NaN stays NaN.
+/// P = exp2(S - LSE), of S = A B diag(factor) in units of log2. P is at most 1: where scores are so large that rounding
+/// says otherwise, it is held there. NaN stays NaN.
 template <class T, class PerQuery>
 struct Probabilities {
   T* p;
   int64_t ld;
+  T const* factor;
   PerQuery lse;
 
   [[gnu::always_inline]] void operator()(int row, int column, Vector<T> sum) const {
-    Vector<T> const x = sum - lse.at(row, column);
+    Vector<T> const x = sum * load(factor + column) - lse.at(row, column);
     store(p + row * ld + column, exp2<T>(x > Vector<T>{} ? Vector<T>{} : x));
   }
 };
@@ -85,7 +86,8 @@ class BackwardTile {
         lanes_in_use_{rows},
         columns_{ceil_div(rows, lanes<T>) * lanes<T>},
         layout_{BackwardScratch::of(config, pass)},
-        memory_{static_cast<T*>(memory)} {}
+        memory_{static_cast<T*>(memory)},
+        dx_factor_{split_scale(p_.forward.scale)} {}
 
   /// delta and dQ of a tile of query rows.
   void compute(QueryTile const& tile) const {
@@ -95,7 +97,9 @@ class BackwardTile {
     T* const delta = memory_ + layout_.delta;
     compute_delta(tile, static_cast<T*>(p_.delta) + tile.lse_offset(f_));
     load_per_query(static_cast<T const*>(f_.lse) + tile.lse_offset(f_), log2_e, tile.rows, columns_, lse);
-    load_per_query(static_cast<T const*>(p_.delta) + tile.lse_offset(f_), 1, tile.rows, columns_, delta);
+    load_per_query(static_cast<T const*>(p_.delta) + tile.lse_offset(f_), dx_factor_.before, tile.rows, columns_,
+                   delta);
+    Totals<T> dq = totals(layout_.dx, layout_.dx_totals, layout_.dx_errors, f_.head_dim);
 
     Mask::kv_range(tile, f_, block_n_).for_each_backward([&](int n, auto partial) {
       int const key0 = n * block_n_;
@@ -107,8 +111,10 @@ class BackwardTile {
                                        f_.head_dim_v, memory_ + layout_.block_y);
       compute_scores(k, v, keys, PerColumn<T>{lse}, PerColumn<T>{delta}, partial, visible);
       add_product(k, keys, f_.head_dim, layout_.ds, layout_.dx, partial, visible);  // dQ^T += K^T dS^T
+      if (n > 0 && n % blocks_per_total == 0) dq.add();
     });
-    store_transposed(layout_.dx, f_.head_dim, f_.scale, p_.dq, p_.dq_stride, tile.batch, tile.head, tile.row0);
+    dq.finish();
+    store_transposed(layout_.dx, f_.head_dim, dx_factor_.after, p_.dq, p_.dq_stride, tile.batch, tile.head, tile.row0);
   }
 
   /// dK and dV of a tile of keys, summed over the query heads of the group.
@@ -118,6 +124,9 @@ class BackwardTile {
     T* const lse = memory_ + layout_.lse;
     T* const delta = memory_ + layout_.delta;
     int const group = f_.heads / f_.kv_heads;
+    Totals<T> dk = totals(layout_.dx, layout_.dx_totals, layout_.dx_errors, f_.head_dim);
+    Totals<T> dv = totals(layout_.dy, layout_.dy_totals, layout_.dy_errors, f_.head_dim_v);
+    int blocks = 0;
     auto const range = Mask::query_range(tile.row0, tile.rows, f_, block_m_);
     for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
       range.for_each([&](int m, auto partial) {
@@ -130,13 +139,17 @@ class BackwardTile {
                                             rows, f_.head_dim_v, memory_ + layout_.block_y);
         int64_t const first = (static_cast<int64_t>(tile.batch) * f_.heads + head) * f_.seqlen_q + row0;
         load_per_query(static_cast<T const*>(f_.lse) + first, log2_e, rows, rows, lse);
-        load_per_query(static_cast<T const*>(p_.delta) + first, 1, rows, rows, delta);
+        load_per_query(static_cast<T const*>(p_.delta) + first, dx_factor_.before, rows, rows, delta);
+        if (blocks++ == blocks_per_total) dk.add(), dv.add(), blocks = 1;
         compute_scores(q, dout, rows, PerRow<T>{lse}, PerRow<T>{delta}, partial, visible);
         add_product(dout, rows, f_.head_dim_v, layout_.p, layout_.dy, partial, visible);  // dV^T += dO^T P
         add_product(q, rows, f_.head_dim, layout_.ds, layout_.dx, partial, visible);      // dK^T += Q^T dS
       });
     }
-    store_transposed(layout_.dx, f_.head_dim, f_.scale, p_.dk, p_.dk_stride, tile.batch, tile.kv_head, tile.row0);
+    dk.finish();
+    dv.finish();
+    store_transposed(layout_.dx, f_.head_dim, dx_factor_.after, p_.dk, p_.dk_stride, tile.batch, tile.kv_head,
+                     tile.row0);
     store_transposed(layout_.dy, f_.head_dim_v, 1, p_.dv, p_.dv_stride, tile.batch, tile.kv_head, tile.row0);
   }
 
@@ -149,7 +162,8 @@ class BackwardTile {
     T* const p = memory_ + layout_.p;
     T* const ds = memory_ + layout_.ds;
     int64_t const ld = layout_.ld;
-    gemm(block_x, rows, memory_ + layout_.x, ld, f_.head_dim, columns_, Probabilities<T, PerQuery>{p, ld, lse});
+    gemm(block_x, rows, memory_ + layout_.x, ld, f_.head_dim, columns_,
+         Probabilities<T, PerQuery>{p, ld, memory_ + layout_.factor, lse});
     gemm(block_y, rows, memory_ + layout_.y, ld, f_.head_dim_v, columns_,
          ScoreGradients<T, PerQuery>{p, ds, ld, delta});
     if constexpr (Partial::value) {
@@ -200,13 +214,35 @@ class BackwardTile {
 
   // ---- from and to the tensors -----------------------------------------------------------------------
 
-  /// X^T in units of log2 (scale and log2(e) are folded in), Y^T, and sums that start at 0.
+  /// X^T, the second part of its scores' factor (scale and log2(e)), Y^T, and sums that start at 0.
   void load_tile(Element const* x, Strides const& x_stride, Element const* y, Strides const& y_stride) const {
-    load_transposed(x, x_stride.row, lanes_in_use_, f_.head_dim, static_cast<T>(f_.scale * log2_e), memory_ + layout_.x,
-                    layout_.ld, columns_);
-    load_transposed(y, y_stride.row, lanes_in_use_, f_.head_dim_v, T{1}, memory_ + layout_.y, layout_.ld, columns_);
+    T* const factor = memory_ + layout_.factor;
+    ScoreFactor<T> const score_factor{f_.scale * log2_e};
+    auto const before = [&](int r) {
+      SplitFactor<T> const f = score_factor.split(x + r * x_stride.row, f_.head_dim);
+      factor[r] = f.after;
+      return f.before;
+    };
+    load_transposed(x, x_stride.row, lanes_in_use_, f_.head_dim, before, memory_ + layout_.x, layout_.ld, columns_);
+    for (int r = lanes_in_use_; r < columns_; ++r) factor[r] = 0;
+    load_transposed(
+        y, y_stride.row, lanes_in_use_, f_.head_dim_v, [&](int) { return dx_factor_.before; }, memory_ + layout_.y,
+        layout_.ld, columns_);
     clear(memory_ + layout_.dx, f_.head_dim, layout_.ld, columns_);
     clear(memory_ + layout_.dy, f_.head_dim_v, layout_.ld, columns_);
+  }
+
+  Totals<T> totals(int64_t sums, int64_t totals, int64_t errors, int rows) const {
+    return {memory_ + sums, memory_ + totals, memory_ + errors, rows, layout_.ld, columns_};
+  }
+
+  /// The scale of dQ and dK. Its first part comes with Y and delta into dS, so that the sums do not overflow where a
+  /// scale below 1 keeps the gradients from it. It takes no more than half of the exponents, or dS would lose digits.
+  static SplitFactor<T> split_scale(double scale) {
+    int exponent;
+    __builtin_frexp(scale, &exponent);
+    exponent = max_of(min_of(exponent, 0), std_::numeric_limits<T>::min_exponent / 2);
+    return {static_cast<T>(__builtin_ldexp(1, exponent)), static_cast<T>(__builtin_ldexp(scale, -exponent))};
   }
 
   void load_per_query(T const* from, double factor, int count, int padded, T* to) const {
@@ -235,6 +271,7 @@ class BackwardTile {
   int const columns_;       // the same, rounded up to whole vectors
   BackwardScratch const layout_;
   T* const memory_;
+  SplitFactor<T> const dx_factor_;
 };
 
 template <DType dtype, MaskKind mask>

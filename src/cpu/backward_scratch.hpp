@@ -10,11 +10,13 @@ namespace flashcute::cpu {
 /// Offsets in elements of the accumulation type. X is what meets in scores, Q or K; Y what meets in their
 /// gradients, dO or V.
 struct BackwardScratch {
-  int64_t ld;                 // columns of the matrices with a column per lane
-  int64_t x, y;               // (head_dim, ld), (head_dim_v, ld)   scaled X^T, Y^T of the tile
-  int64_t p, ds;              // (block, ld)                        probabilities, gradients of the scores
-  int64_t dx, dy;             // (head_dim, ld), (head_dim_v, ld)   sums
-  int64_t lse, delta;         // one for each query
+  int64_t ld;      // columns of the matrices with a column per lane
+  int64_t x, y;    // (head_dim, ld), (head_dim_v, ld)   X^T, Y^T of the tile, times parts of factors
+  int64_t factor;  // (ld)                               the other part of that of the scores
+  int64_t p, ds;   // (block, ld)                        probabilities, gradients of the scores
+  int64_t dx, dy;  // (head_dim, ld), (head_dim_v, ld)   sums over some blocks
+  int64_t dx_totals, dx_errors, dy_totals, dy_errors;  // of the same shapes
+  int64_t lse, delta;                                  // one for each query
   int64_t block_x, block_y;   // (block, head_dim), (block, head_dim_v): widened blocks of 16-bit inputs
   int64_t finite;             // (block, the larger head dim)
   int64_t out_row, dout_row;  // (head_dim_v): one row of each, padded to whole vectors
@@ -38,6 +40,11 @@ struct BackwardScratch {
     s.ds = take(rows * s.ld);
     s.dx = take(c.head_dim * s.ld);
     s.dy = take(c.head_dim_v * s.ld);
+    s.factor = take(s.ld);
+    s.dx_totals = take(c.head_dim * s.ld);
+    s.dx_errors = take(c.head_dim * s.ld);
+    s.dy_totals = take(c.head_dim_v * s.ld);
+    s.dy_errors = take(c.head_dim_v * s.ld);
     s.lse = take(max_of(rows, s.ld));
     s.delta = take(max_of(rows, s.ld));
     s.block_x = take(rows * c.head_dim);

@@ -45,18 +45,61 @@ template <class Element, class T>
   }
 }
 
-/// factor times the transpose of `rows` rows, as `width` rows of `ld` with `columns` of them in use. Lanes without
-/// a row compute on zeros rather than on what the scratch memory happens to hold.
-template <class Element, class T>
-[[gnu::always_inline]] inline void load_transposed(Element const* from, int64_t stride, int rows, int width, T factor,
-                                                   T* to, int64_t ld, int columns) {
+/// The transpose of `rows` rows, each times its factor(row), as `width` rows of `ld` with `columns` of them in use.
+/// Lanes without a row compute on zeros rather than on what the scratch memory happens to hold.
+template <class Element, class T, class Factor>
+[[gnu::always_inline]] inline void load_transposed(Element const* from, int64_t stride, int rows, int width,
+                                                   Factor factor, T* to, int64_t ld, int columns) {
   for (int r = 0; r < rows; ++r) {
-    for (int i = 0; i < width; ++i) to[i * ld + r] = factor * to_float(from[r * stride + i]);
+    T const times = factor(r);
+    for (int i = 0; i < width; ++i) to[i * ld + r] = times * to_float(from[r * stride + i]);
   }
   for (int i = 0; i < width; ++i) {
     for (int r = rows; r < columns; ++r) to[i * ld + r] = 0;
   }
 }
+
+/// A factor as a product of two: a row's elements are multiplied by `before`, a power of two, which is exact; what
+/// comes of products with the row is multiplied by `after`.
+template <class T>
+struct SplitFactor {
+  T before, after;
+};
+
+/// The bits of |x|, which are ordered as the numbers are: integers, so that a loop over them becomes vector code.
+[[gnu::always_inline]] inline int32_t size_bits(float x) { return __builtin_bit_cast(int32_t, x) & INT32_MAX; }
+[[gnu::always_inline]] inline int64_t size_bits(double x) { return __builtin_bit_cast(int64_t, x) & INT64_MAX; }
+
+/// Splits the factor of the scores, for rows of X: `before` is as much of its power of two as the row can take. So no
+/// product overflows unless the score does, and the row's largest element neither overflows nor comes so near to the
+/// smallest number that the row loses digits.
+template <class T>
+class ScoreFactor {
+ public:
+  /// `factor` >= 0
+  explicit ScoreFactor(double factor) : factor_{factor}, significand_{__builtin_frexp(factor, &exponent_)} {}
+
+  template <class Element>
+  [[gnu::always_inline]] SplitFactor<T> split(Element const* row, int width) const {
+    using Limits = std_::numeric_limits<T>;
+    if (factor_ == 0) return {0, 1};
+    typename FloatTraits<T>::Int largest = 0;
+    for (int i = 0; i < width; ++i) largest = max_of(largest, size_bits(to_float(row[i])));
+    // The row is below 2 to this; a row that is not finite or less than normal only counts as near to that.
+    int const of_row = static_cast<int>(largest >> FloatTraits<T>::mantissa_bits) - FloatTraits<T>::exponent_bias + 1;
+    int const least = Limits::min_exponent + Limits::digits - of_row, most = Limits::max_exponent - of_row;
+    int exponent = min_of(max_of(exponent_, least), most);
+    exponent = min_of(max_of(exponent, Limits::min_exponent), Limits::max_exponent - 1);  // a normal number of the type
+    auto const bits = static_cast<typename FloatTraits<T>::Int>(exponent + FloatTraits<T>::exponent_bias)
+                      << FloatTraits<T>::mantissa_bits;
+    double const after = exponent == exponent_ ? significand_ : __builtin_ldexp(factor_, -exponent);
+    return {__builtin_bit_cast(T, bits), static_cast<T>(after)};
+  }
+
+ private:
+  int exponent_ = 0;
+  double const factor_, significand_;  // factor = significand * 2^exponent, significand in [1/2, 1)
+};
 
 template <class T>
 [[gnu::always_inline]] inline void clear(T* matrix, int rows, int64_t ld, int columns) {
@@ -64,6 +107,66 @@ template <class T>
     for (int c = 0; c < columns; ++c) matrix[r * ld + c] = 0;
   }
 }
+
+/// How many blocks are summed one by one before their sum is added to a total.
+constexpr int blocks_per_total = 32;
+
+/// A matrix of sums over blocks that does not get less exact with their number: every few blocks the sums are added to
+/// totals, and beside these what each addition rounds off (Knuth's two-sum, in any order of magnitudes).
+template <class T>
+class Totals {
+ public:
+  Totals(T* sums, T* totals, T* errors, int rows, int64_t ld, int columns)
+      : sums_{sums}, totals_{totals}, errors_{errors}, rows_{rows}, ld_{ld}, columns_{columns} {}
+
+  /// total = factor(column) * total + sum, sum = 0.
+  template <class Factor>
+  void add(Factor factor) {
+    for (int r = 0; r < rows_; ++r) {
+      for (int c = 0; c < columns_; c += lanes<T>) {
+        T* const at[] = {sums_ + r * ld_ + c, totals_ + r * ld_ + c, errors_ + r * ld_ + c};
+        Vector<T> const x = load(at[0]);
+        store(at[0], Vector<T>{});
+        if (empty_) {
+          store(at[1], x);
+          store(at[2], Vector<T>{});
+        } else {
+          Vector<T> const total = load(at[1]) * factor(c), sum = total + x, added = sum - total;
+          store(at[1], sum);
+          store(at[2], load(at[2]) * factor(c) + ((total - (sum - added)) + (x - added)));
+        }
+      }
+    }
+    empty_ = false;
+  }
+  void add() {
+    add([](int) { return broadcast(T{1}); });
+  }
+
+  /// Leaves all that was added in the sums.
+  template <class Factor>
+  void finish(Factor factor) {
+    if (empty_) return;
+    add(factor);
+    for (int r = 0; r < rows_; ++r) {
+      for (int c = 0; c < columns_; c += lanes<T>) {
+        Vector<T> const error = load(errors_ + r * ld_ + c);
+        // Of a total that is not finite the error is NaN.
+        store(sums_ + r * ld_ + c, load(totals_ + r * ld_ + c) + (error - error == 0 ? error : Vector<T>{}));
+      }
+    }
+  }
+  void finish() {
+    finish([](int) { return broadcast(T{1}); });
+  }
+
+ private:
+  T *const sums_, *const totals_, *const errors_;
+  int const rows_;
+  int64_t const ld_;
+  int const columns_;
+  bool empty_ = true;
+};
 
 template <class T>
 [[gnu::always_inline]] inline bool is_finite(T x) {

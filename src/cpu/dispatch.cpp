@@ -1,13 +1,14 @@
 #include "dispatch.hpp"
 
-#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
 
 #include "backward_isa.hpp"
 #include "backward_scratch.hpp"
+#include "cores.hpp"
 #include "environment.hpp"
 #include "flashcute/error.hpp"
 #include "forward_isa.hpp"
@@ -85,13 +86,7 @@ int useful_threads(ForwardParams const& p, int threads) {
   return work < min_parallel_work ? 1 : threads;
 }
 
-Isa current_isa() {
-  // Not a function-local static: its lock, held by another thread at a fork, would hang the child.
-  static std::atomic<int> chosen{-1};
-  int isa = chosen.load(std::memory_order_relaxed);
-  if (isa < 0) chosen = isa = static_cast<int>(choose_isa(cpu_isa()));
-  return static_cast<Isa>(isa);
-}
+Isa current_isa() { return choose_isa(cpu_isa()); }
 
 }  // namespace
 
@@ -135,10 +130,8 @@ Isa choose_isa(std::string const& requested) {
 char const* isa() { return name_of(current_isa()); }
 
 int num_threads() {
-  static std::atomic<int> requested{-1};  // 0: not set, so ask at each call; affinity may change
-  int threads = requested.load(std::memory_order_relaxed);
-  if (threads < 0) requested = threads = cpu_threads().value_or(0);
-  return threads == 0 ? available_cpus() : threads;
+  std::optional<int> const wanted = cpu_threads();
+  return wanted ? *wanted : available_cpus();
 }
 
 void forward_with(Isa isa, int threads, ForwardConfig const& config, Features const& features,

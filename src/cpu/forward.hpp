@@ -14,8 +14,7 @@ void forward(ForwardConfig const& config, Features const& features, ForwardParam
 /// What runs here: "avx512", "avx2" or "baseline". The best that this CPU has, or FLASHCUTE_CPU_ISA.
 char const* isa();
 
-/// How many threads a call uses: FLASHCUTE_NUM_THREADS, else the CPUs this process may run on. The
-/// environment is read at first use.
+/// How many threads a call uses: FLASHCUTE_NUM_THREADS, else one for each core that is this process's.
 int num_threads();
 
 }  // namespace flashcute::cpu

@@ -26,11 +26,12 @@ struct OnlineSoftmax {
   T* row_max;
   T* row_sum;
   T* correction;  // what the last update made of 1: O must be multiplied by it
+  T* pending;     // what the updates since it was 1 made of 1
   int64_t ld;
   int columns;
 
   void clear() const {
-    for (int m = 0; m < columns; ++m) row_max[m] = -infinity<T>, row_sum[m] = 0;
+    for (int m = 0; m < columns; ++m) row_max[m] = -infinity<T>, row_sum[m] = 0, pending[m] = 1;
   }
 
   /// Turns `keys` rows of S^T into P^T.
@@ -49,9 +50,20 @@ struct OnlineSoftmax {
       }
       Vector<T> const factor = exp2<T>(old_max - reference);
       store(correction + m, factor);
+      store(pending + m, load(pending + m) * factor);
       store(row_sum + m, load(row_sum + m) * factor + sum);
       store(row_max + m, new_max);
     }
+  }
+
+  /// `totals` of row_sum and O, brought to the maximum of now.
+  void add_to(Totals<T>& totals) const {
+    totals.add([&](int m) { return load(pending + m); });
+    for (int m = 0; m < columns; ++m) pending[m] = 1;
+  }
+
+  void finish(Totals<T>& totals) const {
+    totals.finish([&](int m) { return load(pending + m); });
   }
 
   T lse(int m) const {
@@ -102,8 +114,14 @@ class ForwardTile {
     T* const s = memory_ + layout_.scores;
     T* const o = memory_ + layout_.out;
     int64_t const ld = layout_.ld;
-    OnlineSoftmax<T> const softmax{memory_ + layout_.row_max, memory_ + layout_.row_sum, memory_ + layout_.correction,
-                                   ld, columns_};
+    OnlineSoftmax<T> const softmax{memory_ + layout_.row_max,
+                                   memory_ + layout_.row_sum,
+                                   memory_ + layout_.correction,
+                                   memory_ + layout_.pending,
+                                   ld,
+                                   columns_};
+    Totals<T> totals{
+        memory_ + layout_.row_sum, memory_ + layout_.totals, memory_ + layout_.errors, 1 + p_.head_dim_v, ld, columns_};
     load_query(q);
     clear(o, p_.head_dim_v, ld, columns_);
     softmax.clear();
@@ -118,7 +136,8 @@ class ForwardTile {
       RowMajor<T> const v = load_block(key_block(p_.v, tile_.v_offset(p_), p_.v_stride, key0), p_.v_stride.row, keys,
                                        p_.head_dim_v, memory_ + layout_.v);
 
-      gemm(k, keys, q, ld, p_.head_dim, columns_, Assign<T>{s, ld});  // S^T = K Q^T
+      gemm(k, keys, q, ld, p_.head_dim, columns_,  // S^T = K Q^T
+           ScaleAndAssign<T>{s, ld, memory_ + layout_.factor});
       if constexpr (partial.value) apply_mask(s, key0, keys);
       softmax.update(s, keys);  // S^T becomes P^T
       RowMajor<T> const seen_v = partial.value ? finite_part(v, keys, p_.head_dim_v, memory_ + layout_.finite_v) : v;
@@ -130,7 +149,10 @@ class ForwardTile {
                          [&](int n, int m) { return Mask::visible(tile_.row0 + m, key0 + n, p_); });
         }
       }
+      // By the block's number, not by how many have been: a row's sums do not depend on the tile it is in.
+      if (n > 0 && n % blocks_per_total == 0) softmax.add_to(totals);
     });
+    softmax.finish(totals);
     store_out(o, softmax);
     if (p_.lse != nullptr) store_lse(softmax);
     if (p_.block_counts != nullptr) {
@@ -142,12 +164,19 @@ class ForwardTile {
     return static_cast<Element const*>(base) + offset + key0 * stride.row;
   }
 
-  /// Q^T in units of log2: scale and log2(e) are folded in here, once per tile.
+  /// Q^T, and what makes its products with keys scores in units of log2: scale and log2(e).
   void load_query(T* q) const {
     constexpr double log2_e = 0x1.71547652b82fep+0;
     Element const* const from = static_cast<Element const*>(p_.q) + tile_.q_offset(p_);
-    load_transposed(from, p_.q_stride.row, tile_.rows, p_.head_dim, static_cast<T>(p_.scale * log2_e), q, layout_.ld,
-                    columns_);
+    T* const factor = memory_ + layout_.factor;
+    ScoreFactor<T> const score_factor{p_.scale * log2_e};
+    auto const before = [&](int r) {
+      SplitFactor<T> const f = score_factor.split(from + r * p_.q_stride.row, p_.head_dim);
+      factor[r] = f.after;
+      return f.before;
+    };
+    load_transposed(from, p_.q_stride.row, tile_.rows, p_.head_dim, before, q, layout_.ld, columns_);
+    for (int r = tile_.rows; r < columns_; ++r) factor[r] = 0;
   }
 
   /// By select: a masked score may be NaN.

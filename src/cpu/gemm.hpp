@@ -98,14 +98,15 @@ template <class A, class T, class Finish>
   with_width(std_::integral_constant<int, 1>{});
 }
 
-/// C = A B
+/// C = A B diag(factor)
 template <class T>
-struct Assign {
+struct ScaleAndAssign {
   T* c;
   int64_t ld;
+  T const* factor;
 
   [[gnu::always_inline]] void operator()(int row, int column, Vector<T> sum) const {
-    store(c + row * ld + column, sum);
+    store(c + row * ld + column, sum * load(factor + column));
   }
 };
 

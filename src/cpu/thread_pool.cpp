@@ -1,8 +1,6 @@
 #include "thread_pool.hpp"
 
 #include <pthread.h>
-#include <sched.h>
-#include <signal.h>
 
 #include <algorithm>
 #include <atomic>
@@ -13,6 +11,10 @@
 #include <system_error>
 #include <thread>
 
+#include "block_signals.hpp"
+#include "cores.hpp"
+#include "float_mode.hpp"
+
 namespace flashcute::cpu {
 namespace {
 
@@ -21,6 +23,7 @@ struct Job {
   int64_t const count;
   void (*const task)(void* context, int64_t index);
   void* const context;
+  CpuSet cores;  // for the pool's threads
   std::atomic<int64_t> next{0};
   std::mutex mutex;
   std::exception_ptr error;
@@ -29,6 +32,7 @@ struct Job {
       : count{count}, task{task}, context{context} {}
 
   void work() {
+    DefaultFloatMode const mode;
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
       try {
         task(context, i);
@@ -49,29 +53,13 @@ void work_inside(Job& job) {
   inside_job = false;
 }
 
-/// All signals are blocked while one lives, so that threads started meanwhile never run a handler:
-/// Python's expects the main thread, and users' interrupt what they do not know.
-class BlockSignals {
- public:
-  BlockSignals() {
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &old_);
-  }
-  ~BlockSignals() { pthread_sigmask(SIG_SETMASK, &old_, nullptr); }
-  BlockSignals(BlockSignals const&) = delete;
-  BlockSignals& operator=(BlockSignals const&) = delete;
-
- private:
-  sigset_t old_;
-};
-
 class Pool {
  public:
   /// False, and nothing done, if another call is using the pool.
   bool try_run(Job& job, int threads) {
     std::unique_lock const in_use{in_use_, std::try_to_lock};
     if (!in_use) return false;
+    job.cores = cores();
     {
       std::lock_guard const lock{mutex_};
       start(threads - 1);
@@ -99,6 +87,7 @@ class Pool {
 
   [[noreturn]] void serve() {
     uint64_t seen = 0;
+    CpuSet bound;
     std::unique_lock lock{mutex_};
     while (true) {
       posted_.wait(lock, [&] { return job_ != nullptr && generation_ != seen; });
@@ -108,6 +97,10 @@ class Pool {
       ++working_;
       Job& job = *job_;
       lock.unlock();
+      if (job.cores != bound) {  // at first it is bound as the thread that happened to create it
+        job.cores.bind_this_thread();
+        bound = job.cores;
+      }
       work_inside(job);
       lock.lock();
       if (--working_ == 0) left_.notify_one();
@@ -133,21 +126,6 @@ Pool* pool = new (pool_storage) Pool;
 [[maybe_unused]] int const fork_handler = pthread_atfork(nullptr, nullptr, [] { pool = new (pool_storage) Pool; });
 
 }  // namespace
-
-int available_cpus() {
-#if defined(__linux__)
-  // The kernel refuses a set smaller than its own, so try larger and larger ones.
-  for (int cpus = 1024; cpus <= 1 << 20; cpus *= 4) {
-    cpu_set_t* const set = CPU_ALLOC(cpus);
-    if (set == nullptr) break;
-    bool const known = sched_getaffinity(0, CPU_ALLOC_SIZE(cpus), set) == 0;
-    int const count = known ? CPU_COUNT_S(CPU_ALLOC_SIZE(cpus), set) : 0;
-    CPU_FREE(set);
-    if (count > 0) return count;
-  }
-#endif
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-}
 
 void parallel_for(int64_t count, int threads, void (*task)(void* context, int64_t index), void* context) {
   Job job{count, task, context};

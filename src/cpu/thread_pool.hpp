@@ -8,11 +8,9 @@
 
 namespace flashcute::cpu {
 
-/// The CPUs that this process may run on.
-int available_cpus();
-
 /// Calls task(context, index) for every index in [0, count), on up to `threads` threads of which the
-/// caller is one. Indices are handed out in order, one by one. Returns when all have been done, or
+/// caller is one, and the others run on the caller's cores() (cores.hpp). Every task runs in the default
+/// floating-point mode. Indices are handed out in order, one by one. Returns when all have been done, or
 /// throws one of the exceptions that the tasks threw (the indices not yet started are then skipped).
 ///
 /// Threads start at first use, sleep in between, and are never joined. A call from inside a task, or

@@ -4,6 +4,11 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <numbers>
+#include <random>
+#include <utility>
+
 #include "cpu_problem.hpp"
 
 namespace flashcute::testing {
@@ -515,6 +520,83 @@ TEST(CpuBackward, HugeScores) {
       }
     }
   }
+}
+
+// The scale multiplied into q or k overflows though no score does, and sums of dS K though no gradient does: NaN and
+// infinity of inputs that are all finite.
+TEST(CpuBackward, SizesThatOnlyTheResultMakesUpFor) {
+  struct Sizes {
+    DType dtype;
+    double q, k, scale, dout;
+  };
+  std::vector<Sizes> const cases = {
+      {DType::float32, 5e37, 2e-38, 10, 1e-4},   {DType::float32, 2e-38, 5e37, 10, 1e-4},
+      {DType::float32, 1e-30, 1e37, 1e-7, 1e3},  {DType::float32, 1e37, 1e-30, 1e-7, 1e3},
+      {DType::float32, 1e19, 1e19, 1e-38, 1},    {DType::bfloat16, 5e37, 2e-38, 10, 1e-4},
+      {DType::float64, 5e306, 2e-308, 10, 1e-4}, {DType::float64, 2e-308, 5e306, 10, 1e-4}};
+  for (Sizes const& c : cases) {
+    BackwardProblem problem{
+        Shape{.dtype = c.dtype, .head_dim = 4, .seqlen_q = 70, .seqlen_k = 140, .scale = c.scale}, {}, false, 4};
+    std::mt19937 random{1};
+    std::normal_distribution<double> normal;
+    auto const fill = [&](Tensor& t, double size) {
+      t.fill([&] { return size * std::clamp(normal(random), -2.0, 2.0); });
+    };
+    fill(problem.q, c.q);
+    fill(problem.k, c.k);
+    fill(problem.dout, c.dout);
+    problem.run_forward();
+    SCOPED_TRACE(std::to_string(std::log10(c.q)) + " " + std::to_string(std::log10(c.k)));
+    ASSERT_NO_FATAL_FAILURE(check(problem));
+  }
+}
+
+// Rounding errors that grow with the number of keys (dQ) or queries (dK, dV), because block after block is added to
+// one sum. The terms of each sum have one sign, so that it is as large as they are; the LSE is near 0 and scale *
+// log2(e) a power of two, because what is rounded there is in every probability alike.
+TEST(CpuBackward, HundredsOfThousandsOfTerms) {
+  for (auto const& [seqlen_q, seqlen_k] : {std::pair(3, 1 << 19), {1 << 19, 3}}) {
+    Shape const shape{.head_dim = 1,
+                      .heads = 1,
+                      .kv_heads = 1,
+                      .seqlen_q = seqlen_q,
+                      .seqlen_k = seqlen_k,
+                      .scale = std::numbers::ln2 * (seqlen_k > 3 ? 16 : 1)};
+    BackwardProblem problem{shape, {}, true};
+    std::mt19937 random{1};
+    std::uniform_real_distribution<double> size{0.99, 1.01};
+    problem.q.fill([&] { return size(random) * 19 / 16; });  // so many keys have 2^19 * 2^-19 in sum
+    problem.k.fill([&] { return -size(random); });
+    problem.v.fill([&] { return size(random) / 8; });
+    problem.dout.fill([&] { return size(random); });
+    problem.dlse.fill([&] { return 4.0; });
+    problem.run_forward();
+    ReferenceGradients const want = reference_gradients(problem);
+    for (Isa const isa : available_isas()) {
+      SCOPED_TRACE(describe(shape) + " on " + name_of(isa));
+      Gradients const g = run(isa, problem);
+      if (seqlen_k > 3) {
+        ASSERT_NO_FATAL_FAILURE(expect_matches("dq", g.dq, want.dq, 1, shape.dtype, 0.05));
+      } else {
+        ASSERT_NO_FATAL_FAILURE(expect_matches("dk", g.dk, want.dk, 1, shape.dtype, 0.05));
+        ASSERT_NO_FATAL_FAILURE(expect_matches("dv", g.dv, want.dv, 1, shape.dtype, 0.05));
+      }
+    }
+  }
+}
+
+// Key heads that sum over many query heads of many blocks each: a block left out of the totals, or added twice.
+TEST(CpuBackward, ManyBlocksOfManyHeads) {
+  BackwardProblem problem{Shape{.head_dim = 8,
+                                .heads = 10,
+                                .kv_heads = 2,
+                                .seqlen_q = 16 * 15,
+                                .seqlen_k = 16 * 71,
+                                .mask = MaskKind::causal,
+                                .block_m = 16,
+                                .block_n = 16}
+                              .bottom_right()};
+  ASSERT_NO_FATAL_FAILURE(check(problem));
 }
 
 // Scale 0: P is uniform over what is visible; dQ and dK are zero.

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -373,6 +374,68 @@ TEST(CpuForward, MaximumMovesFromBlockToBlock) {
     Problem problem{Shape{.head_dim = 2, .seqlen_q = 20, .seqlen_k = 400, .scale = 1}};
     problem.q.fill([] { return 1.0; });
     for (int j = 0; j < 400; ++j) problem.k.fill_row(j, slope * j);
+    ASSERT_NO_FATAL_FAILURE(check(problem, {}, 10));
+  }
+}
+
+// The scale multiplied into q overflows, or the product of q and k without it, though no score does; or what is left
+// of a small q has lost its digits. Either makes NaN, or wrong scores, of inputs that are all finite.
+TEST(CpuForward, SizesThatOnlyTheScoreMakesUpFor) {
+  struct Sizes {
+    DType dtype;
+    double q, k, scale;
+  };
+  std::vector<Sizes> const cases = {
+      {DType::float32, 5e37, 2e-38, 10},     {DType::float32, 2e-38, 5e37, 10},    {DType::float32, 1e38, 1, 1e-38},
+      {DType::float32, 1, 1e38, 1e-38},      {DType::float32, 1e19, 1e19, 1e-38},  {DType::float32, 1e30, 1e25, 1e-55},
+      {DType::float32, 1e-30, 1e-8, 1e38},   {DType::float32, 1e-42, 1e37, 1e5},   {DType::float32, 1e-20, 1e38, 1e-18},
+      {DType::bfloat16, 5e37, 2e-38, 10},    {DType::bfloat16, 1e30, 1e25, 1e-55}, {DType::float64, 5e306, 2e-308, 10},
+      {DType::float64, 1e200, 1e150, 1e-300}};
+  for (Sizes const& c : cases) {
+    for (MaskKind const mask : all_masks) {
+      Shape const shape{
+          .dtype = c.dtype, .head_dim = 4, .seqlen_q = 70, .seqlen_k = 140, .mask = mask, .scale = c.scale};
+      Problem problem{shape};
+      std::mt19937 random{1};
+      std::normal_distribution<double> normal;
+      problem.q.fill([&] { return c.q * std::clamp(normal(random), -2.0, 2.0); });
+      problem.k.fill([&] { return c.k * std::clamp(normal(random), -2.0, 2.0); });
+      SCOPED_TRACE(std::to_string(std::log10(c.q)) + " " + std::to_string(std::log10(c.k)));
+      ASSERT_NO_FATAL_FAILURE(check(problem, {}, 4));
+    }
+  }
+}
+
+// Rounding errors that grow with the number of keys, because block after block is added to one sum.
+TEST(CpuForward, AMillionKeys) {
+  for (DType const dtype : {DType::float32, DType::float64}) {
+    for (MaskKind const mask : all_masks) {
+      Problem problem{Shape{
+          .dtype = dtype, .head_dim = 2, .heads = 1, .kv_heads = 1, .seqlen_q = 3, .seqlen_k = 1 << 20, .mask = mask}
+                          .bottom_right()};
+      std::mt19937 random{1};
+      std::normal_distribution<double> normal{1};
+      problem.v.fill([&] { return normal(random); });
+      ASSERT_NO_FATAL_FAILURE(check(problem, {}, 0.05));
+    }
+  }
+}
+
+// Totals of earlier blocks that are not brought to a maximum which is found later, or lost where one row of a tile
+// meets it and another does not.
+TEST(CpuForward, MaximumMovesAfterManyBlocks) {
+  Problem problem{Shape{.head_dim = 2, .seqlen_q = 20, .seqlen_k = 64 * 200, .scale = 1}};
+  for (int i = 0; i < 20; ++i) problem.q.fill_row(i, i % 3 - 1);
+  for (int j = 0; j < 64 * 200; ++j) problem.k.fill_row(j, 6 * std::sin(j / 1300.0));
+  ASSERT_NO_FATAL_FAILURE(check(problem, {}, 10));
+}
+
+// An infinite value among totals: beside it, what its addition rounds off is NaN.
+TEST(CpuForward, InfiniteValuesAmongManyBlocks) {
+  for (int const row : {0, 5000, 64 * 150 - 1}) {
+    Problem problem{Shape{.head_dim = 2, .seqlen_q = 20, .seqlen_k = 64 * 150}};
+    problem.v.put(0, row, 1, 1, inf);
+    problem.q.fill([] { return 0.0; });
     ASSERT_NO_FATAL_FAILURE(check(problem, {}, 10));
   }
 }

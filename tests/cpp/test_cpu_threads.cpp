@@ -1,21 +1,27 @@
 // How the CPU backend uses threads and chooses its code: reproducibility, callers at once, fork, the pool.
+#include <dlfcn.h>
 #include <gtest/gtest.h>
 #include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <cfenv>
 #include <chrono>
+#include <filesystem>
+#include <fstream>
 #include <functional>
 #include <mutex>
 #include <set>
 #include <stdexcept>
 #include <thread>
 
+#include "cpu/cores.hpp"
 #include "cpu/thread_pool.hpp"
 #include "cpu_problem.hpp"
 #include "environment.hpp"
 #include "flashcute/error.hpp"
+#include "scratch.hpp"
 
 namespace flashcute::testing {
 namespace {
@@ -82,6 +88,33 @@ TEST(CpuForward, SameBitsForARowAlone) {
         for (int e = 0; e < 40; ++e) ASSERT_EQ(alone.out.at(0, 0, 0, e), all.out.at(0, row, 0, e));
         ASSERT_EQ(alone.lse.at(0, 0, 0, 0), all.lse.at(0, row, 0, 0));
       }
+    }
+  }
+}
+
+// The same of rows that see blocks which their neighbours do not, in sequences so long that blocks are added up in
+// groups: where a group ends must not depend on the tile.
+TEST(CpuForward, SameBitsForACausalRowAlone) {
+  Shape shape{.head_dim = 8,
+              .heads = 1,
+              .kv_heads = 1,
+              .seqlen_q = 64,
+              .seqlen_k = 64 * 70,
+              .mask = MaskKind::causal,
+              .causal_offset = 64 * 64 - 10};
+  Problem many{shape};
+  shape.seqlen_q = 1;
+  for (Isa const isa : available_isas()) {
+    Result const all = run(isa, many);
+    for (int const row : {0, 9, 10, 63}) {
+      shape.causal_offset = 64 * 64 - 10 + row;
+      Problem one{shape};
+      one.k = many.k;
+      one.v = many.v;
+      for (int e = 0; e < 8; ++e) one.q.put(0, 0, 0, e, many.q.at(0, row, 0, e));
+      Result const alone = run(isa, one);
+      for (int e = 0; e < 8; ++e) ASSERT_EQ(alone.out.at(0, 0, 0, e), all.out.at(0, row, 0, e)) << "row " << row;
+      ASSERT_EQ(alone.lse.at(0, 0, 0, 0), all.lse.at(0, row, 0, 0));
     }
   }
 }
@@ -233,6 +266,203 @@ TEST(ThreadPool, SleepsWhenIdle) {
   double const before = cpu_time();
   std::this_thread::sleep_for(std::chrono::milliseconds(200));
   EXPECT_LT(cpu_time() - before, 0.05);
+}
+
+/// How floats are rounded on this thread, as arithmetic shows it (fegetround tells of x87's registers).
+int rounding_now() {
+  float const volatile one = 1, tiny = 0x1p-30f;
+  if (one + tiny > 1) return FE_UPWARD;
+  return one - tiny < 1 ? FE_DOWNWARD : FE_TONEAREST;
+}
+
+// Tasks that round as their thread happens to, and a caller whose mode is not given back: the bits would depend on
+// which thread gets which tile.
+TEST(ThreadPool, TasksRunInTheDefaultFloatingPointMode) {
+  cpu::parallel_for(64, 4, [](int64_t) {});  // threads that were started in one mode serve callers in another
+  for (int const mode : {FE_UPWARD, FE_DOWNWARD, FE_TONEAREST}) {
+    for (int const threads : {1, 4}) {
+      ASSERT_EQ(fesetround(mode), 0);
+      std::atomic<int> wrong{0};
+      cpu::parallel_for(64, threads, [&](int64_t) {
+        wrong += rounding_now() != FE_TONEAREST;
+        std::this_thread::yield();
+      });
+      int const after = rounding_now();
+      fesetround(FE_TONEAREST);
+      EXPECT_EQ(after, mode);
+      EXPECT_EQ(wrong, 0) << "mode " << mode << ", " << threads << " threads";
+    }
+  }
+}
+
+// An exception that leaves the caller in another mode than it came with.
+TEST(ThreadPool, GivesTheFloatingPointModeBackAfterAnException) {
+  ASSERT_EQ(fesetround(FE_DOWNWARD), 0);
+  EXPECT_THROW(cpu::parallel_for(4, 1, [](int64_t) { throw std::runtime_error("first"); }), std::runtime_error);
+  int const after = rounding_now();
+  fesetround(FE_TONEAREST);
+  EXPECT_EQ(after, FE_DOWNWARD);
+}
+
+// ---- cores -------------------------------------------------------------------------------------------
+
+/// The CPUs of this process, by number.
+std::vector<int> own_cpus() {
+  cpu::CpuSet const mask = cpu::CpuSet::of_this_thread();
+  std::vector<int> all;
+  for (int cpu = 0; cpu < 8192; ++cpu) {
+    if (mask.has(cpu)) all.push_back(cpu);
+  }
+  return all;
+}
+
+cpu::CpuSet set_of(std::vector<int> const& cpus) {
+  cpu::CpuSet set;
+  for (int const cpu : cpus) set.add(cpu);
+  return set;
+}
+
+// Pool threads that keep the mask of the thread that happened to start them, wider or narrower than the caller's.
+TEST(Cores, PoolThreadsFollowTheCaller) {
+  if (own_cpus().size() < 2) GTEST_SKIP() << "one CPU";
+  EXPECT_EQ(in_child([] {
+              cpu::CpuSet const all = cpu::CpuSet::of_this_thread(), one = set_of({own_cpus().back()});
+              for (cpu::CpuSet const& mask : {all, one, all}) {
+                if (!mask.bind_this_thread()) return 2;
+                std::atomic<int> present{0}, elsewhere{0};
+                cpu::parallel_for(3, 3, [&](int64_t) {
+                  ++present;
+                  while (present < 3) std::this_thread::yield();  // each task on a thread of its own
+                  elsewhere += cpu::CpuSet::of_this_thread() != mask;
+                });
+                if (elsewhere != 0) return 1;
+              }
+              return 0;
+            }),
+            0);
+}
+
+/// The fake OpenMP runtime, with these places. In a child process, or it would stay.
+void have_places(std::vector<std::vector<int>> const& places) {
+  void* const library = dlopen(FLASHCUTE_FAKE_OPENMP, RTLD_NOW | RTLD_LOCAL);
+  ASSERT_NE(library, nullptr) << dlerror();
+  auto const add = reinterpret_cast<void (*)(int const*, int)>(dlsym(library, "fake_openmp_add_place"));
+  for (auto const& place : places) add(place.data(), static_cast<int>(place.size()));
+}
+
+// OpenMP pins the thread that loads it to one of its places, if a variable asks for it, and one core was all that was
+// seen. What the user sets must hold: a mask that is no place, a runtime that was itself started in a narrow mask.
+TEST(Cores, OfAThreadThatOpenMpHasPinned) {
+  int const own = own_cpus().front(), other = own + 1;
+  struct Case {
+    char const* variable;
+    std::vector<std::vector<int>> places;
+    std::vector<int> want;
+  };
+  std::vector<Case> const cases = {
+      {"OMP_PROC_BIND", {{own}, {other}}, {own, other}},
+      {"OMP_PLACES", {{other, other + 1}, {own}}, {own, other, other + 1}},
+      {"GOMP_CPU_AFFINITY", {{own}, {other}}, {own, other}},
+      {"KMP_AFFINITY", {{own}, {8000}}, {own, 8000}},
+      {"OMP_PROC_BIND", {{own}}, {own}},                 // the runtime was limited, too
+      {"OMP_PROC_BIND", {{own, other}, {8000}}, {own}},  // no place: the user's own mask
+      {"OMP_PROC_BIND", {}, {own}},
+      {"OMP_DYNAMIC", {{own}, {other}}, {own}},  // nobody asked it to pin
+  };
+  for (Case const& c : cases) {
+    EXPECT_EQ(in_child([&] {
+                for (char const* name : {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"}) {
+                  unsetenv(name);
+                }
+                setenv(c.variable, "true", 1);
+                set_of({own}).bind_this_thread();
+                if (cpu::cores() != set_of({own})) return 2;  // no runtime in the process yet
+                have_places(c.places);
+                return cpu::cores() == set_of(c.want) && cpu::cores() == set_of(c.want) ? 0 : 1;
+              }),
+              0)
+        << c.variable << " with " << c.places.size() << " places";
+  }
+}
+
+/// A folder that stands for "/".
+class FakeRoot {
+ public:
+  void write(std::string const& file, std::string const& text) {
+    std::filesystem::create_directories((folder_.path() / file).parent_path());
+    std::ofstream{folder_.path() / file} << text;
+  }
+  std::optional<int> quota() const { return cpu::cpu_quota(folder_.path()); }
+
+ private:
+  Scratch folder_;
+};
+
+// A container that may use 2 of the machine's 64 CPUs, and 64 threads that wait for each other in it.
+TEST(CpuQuota, OfCgroupV2) {
+  FakeRoot root;
+  root.write("proc/self/cgroup", "0::/user/worker\n");
+  root.write("proc/self/mountinfo",
+             "24 30 0:22 / /proc rw,nosuid shared:12 - proc proc rw\n"
+             "35 24 0:30 / /sys/fs/cgroup rw,nosuid,nodev shared:9 - cgroup2 cgroup2 rw,nsdelegate\n");
+  EXPECT_EQ(root.quota(), std::nullopt);  // the kernel has no such files in the topmost group
+  root.write("sys/fs/cgroup/user/worker/cpu.max", "max 100000\n");
+  EXPECT_EQ(root.quota(), std::nullopt);
+  struct {
+    char const* text;
+    int cpus;
+  } const cases[] = {{"200000 100000\n", 2}, {"150000 100000\n", 2}, {"200001 100000\n", 3},
+                     {"1000 100000\n", 1},   {"50000 50000\n", 1},   {"6400000 100000\n", 64}};
+  for (auto const& c : cases) {
+    root.write("sys/fs/cgroup/user/worker/cpu.max", c.text);
+    EXPECT_EQ(root.quota(), c.cpus) << c.text;
+  }
+  root.write("sys/fs/cgroup/user/cpu.max", "400000 100000\n");  // of a group above
+  EXPECT_EQ(root.quota(), 4);
+  root.write("sys/fs/cgroup/user/worker/cpu.max", "300000 100000\n");
+  EXPECT_EQ(root.quota(), 3);
+}
+
+// In a container the mount shows the process's own group as the topmost one, whatever /proc/self/cgroup calls it.
+TEST(CpuQuota, InAContainer) {
+  for (auto const& [group, mounted] : {std::pair("/", "/"), {"/docker/1a2b", "/docker/1a2b"}, {"/../other", "/"}}) {
+    FakeRoot root;
+    root.write("proc/self/cgroup", std::string("0::") + group + "\n");
+    root.write("proc/self/mountinfo",
+               std::string("35 24 0:30 ") + mounted + " /sys/fs/cgroup ro shared:9 - cgroup2 cgroup rw\n");
+    root.write("sys/fs/cgroup/cpu.max", "250000 100000\n");
+    EXPECT_EQ(root.quota(), 3) << group;
+  }
+}
+
+TEST(CpuQuota, OfCgroupV1) {
+  FakeRoot root;
+  root.write("proc/self/cgroup", "5:memory:/m\n4:cpu,cpuacct:/docker/1a2b/inner\n3:cpuset:/c\n0::/\n");
+  root.write("proc/self/mountinfo",
+             "40 33 0:35 /docker/1a2b /sys/fs/cgroup/cpu,cpuacct ro - cgroup cgroup rw,cpu,cpuacct\n"
+             "41 33 0:36 / /sys/fs/cgroup/cpuset ro - cgroup cgroup rw,cpuset\n");
+  auto const set = [&](std::string const& group, char const* quota) {
+    root.write("sys/fs/cgroup/cpu,cpuacct/" + group + "cpu.cfs_quota_us", quota);
+    root.write("sys/fs/cgroup/cpu,cpuacct/" + group + "cpu.cfs_period_us", "100000\n");
+  };
+  set("inner/", "-1\n");
+  EXPECT_EQ(root.quota(), std::nullopt);
+  set("", "450000\n");
+  EXPECT_EQ(root.quota(), 5);
+  set("inner/", "100000\n");
+  EXPECT_EQ(root.quota(), 1);
+}
+
+// Systems without cgroups, files that say nothing: an exception, or a quota out of thin air.
+TEST(CpuQuota, WithoutUsableFiles) {
+  FakeRoot root;
+  EXPECT_EQ(root.quota(), std::nullopt);
+  root.write("proc/self/cgroup", "0:/\n0::/\nnothing\n");
+  root.write("proc/self/mountinfo", "nothing\n - \n1 2 - cgroup2 x\n35 24 0:30 / /c rw - cgroup2 cgroup2 rw\n");
+  for (char const* text : {"", "\n", "100000\n", "a b\n", "100000 0\n", "-5 100000\n", "99999999999999999999 1\n"}) {
+    root.write("c/cpu.max", text);
+    EXPECT_EQ(root.quota(), std::nullopt) << text;
+  }
 }
 
 // ---- choices -----------------------------------------------------------------------------------------

@@ -5,11 +5,14 @@ against (docs: the table T1..T41). Tests with `device` run on both backends.
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import struct
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import flashcute as fc
 import numpy as np
@@ -412,6 +415,146 @@ def test_negated_views_are_not_misread() -> None:
         assert str(error).startswith("q: ")  # noqa: PT017
     else:
         assert same_bits(out, expected)
+
+
+class EarlierNumPy(np.ndarray):
+    """Exports itself as NumPy before 2.1 does, whose DLPack cannot say that an array is read-only."""
+
+    def __dlpack__(self, *, stream: None = None) -> object:
+        if not self.flags.writeable:
+            raise BufferError(
+                "Cannot export readonly array since signalling readonly is unsupported by DLPack."
+            )
+        return super().__dlpack__(stream=stream)
+
+
+def read_only(x: np.ndarray) -> np.ndarray:
+    x = x.view()
+    x.flags.writeable = False
+    return x
+
+
+@pytest.mark.parametrize("kind", [np.ndarray, EarlierNumPy])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_read_only_numpy_arrays(rng: np.random.Generator, kind: type, dtype: str) -> None:
+    """np.load(mmap_mode="r"), frombuffer and broadcast_to give read-only arrays: refused with NumPy before 2.1."""
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    q, k, v = (rng.standard_normal((2, 9, 2, 8)).astype(dtype).view(kind) for _ in range(3))
+    k[1] = k[0]
+    expected = fc.flash_attention(q, k[:, ::-1], v)
+    out = np.empty_like(q)
+    k_once = np.broadcast_to(k[:1], k.shape, subok=True)
+    fc.flash_attention(read_only(q), k_once[:, ::-1], read_only(v), out=out)
+    assert out.tobytes() == expected.tobytes()
+    with pytest.raises(
+        fc.ArgumentError, match=r"^out: expected a writable tensor, got a read-only"
+    ):
+        fc.flash_attention(q, k, v, out=read_only(out))
+    assert out.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x: x.astype(">f4"), "byte order"),
+        (lambda x: x.astype(np.longdouble), "expected dtype"),
+        (lambda x: np.repeat(x, 2, -1)[..., ::2], "last stride|last dimension"),
+        (
+            lambda x: np.lib.stride_tricks.as_strided(x, x.shape, (*x.strides[:-1], 6)),
+            "strides that are multiples|strides must be|multiple of itemsize",
+        ),
+    ],
+    ids=["big-endian", "longdouble", "every other element", "strides of bytes"],
+)
+@pytest.mark.parametrize("kind", [np.ndarray, EarlierNumPy])
+def test_read_only_numpy_arrays_that_no_kernel_takes(
+    rng: np.random.Generator, kind: type, change: Callable, says: str
+) -> None:
+    """Taken at face value on the way round DLPack, which knows what it cannot describe."""
+    q = rng.standard_normal((2, 9, 2, 8)).astype(np.float32).view(kind)
+    with pytest.raises(fc.ArgumentError, match=f"^k: .*({says})"):
+        fc.forward(fc.default_config(8, "float32", "cpu"), q, read_only(change(q)), q)
+
+
+def test_types_of_arrays_are_not_kept_alive() -> None:
+    """What is remembered of an array's type held the type for ever."""
+    kind = type("Array", (np.ndarray,), {})
+    q = np.ones((1, 2, 1, 8), np.float32)
+    fc._core.check_problem(q.view(kind), q, q, None, "bshd")
+    gone = weakref.ref(kind)
+    fc._arrays._library_of_type.pop(kind)
+    del kind
+    gc.collect()
+    assert gone() is None
+
+
+class DLTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_index", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+def arrays_of_library(stream: int) -> type:
+    """A class of arrays on a GPU that there need not be, with DLPack's exchange table; `stream` is their current one.
+    https://dmlc.github.io/dlpack/latest/c_api.html"""
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(DLTensor))
+    def describe(array: Any, to: Any) -> int:
+        array.memory = (ctypes.c_int64 * len(array.shape))(*array.shape)
+        code = {"int32": 0, "float16": 2, "float32": 2}[array.dtype]
+        shape = ctypes.cast(array.memory, ctypes.POINTER(ctypes.c_int64))
+        bits = int(array.dtype[-2:])
+        to[0] = DLTensor(1 << 20, 2, 0, len(array.shape), code, bits, 1, shape, None, 0)
+        return 0
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p))
+    def current_stream(device_type: int, device_index: int, to: Any) -> int:
+        to[0] = stream
+        return 0
+
+    functions = (ctypes.cast(f, ctypes.c_void_p).value for f in (describe, current_stream))
+    table = (ctypes.c_uint64 * 7)(1 | 3 << 32, 0, 0, 0, 0, *functions)  # version 1.3
+    new_capsule = ctypes.pythonapi.PyCapsule_New
+    new_capsule.restype = ctypes.py_object
+    new_capsule.argtypes = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
+    capsule = new_capsule(ctypes.addressof(table), b"dlpack_exchange_api", None)
+
+    class Array:
+        __dlpack_c_exchange_api__ = capsule
+        alive = describe, current_stream, table
+
+        def __init__(self, dtype: str, *shape: int) -> None:
+            self.dtype, self.shape = dtype, shape
+
+    return Array
+
+
+@pytest.mark.parametrize("name", ["k", "v", "out", "lse", "block_counts"])
+def test_arrays_whose_library_works_on_another_stream_are_refused(name: str) -> None:
+    """Nothing orders that library's work on the array before the kernel (T25); lse and block_counts were not
+    looked at."""
+    here, there = arrays_of_library(5), arrays_of_library(7)
+    shapes = {
+        "q": ("float16", 1, 2, 1, 8),
+        "k": ("float16", 1, 2, 1, 8),
+        "v": ("float16", 1, 2, 1, 8),
+        "out": ("float16", 1, 2, 1, 8),
+        "lse": ("float32", 1, 1, 2),
+        "block_counts": ("int32", 1, 1, 1, 3),
+    }
+    arrays = [(there if n == name else here)(*shape) for n, shape in shapes.items()]
+    with pytest.raises(fc.ArgumentError, match=f"^{name}: .*works on q's stream"):
+        fc._core.forward(None, *arrays, False, None, "bshd", None, False)
 
 
 # ---- T20: alignment ------------------------------------------------------------------------------
