@@ -10,6 +10,7 @@ own kind back. See `flash_attention`, `forward`, `ForwardConfig` and `explain`.
 from __future__ import annotations
 
 import sys as _sys
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
 
 from . import _arrays, _core
@@ -26,6 +27,7 @@ from ._core import (
     ForwardConfig,
     UnsupportedError,
 )
+from ._import_hook import when_imported as _when_imported
 from .attention import (
     configs,
     count_blocks,
@@ -41,6 +43,9 @@ from .gradients import backward, backward_workspace_size, default_backward_confi
 _headers = _Path(_core.__file__).parent / "include"
 _core.set_search_paths([p for p in _sys.path if p], [str(_headers), str(_headers / "cccl")])
 _core.set_exporter(_arrays.export)
+
+# torch's programs that were saved name the operators: they are there when both are imported, in either order.
+_when_imported("torch", lambda: _import_module("._torch", __name__))
 
 for _exception in (FlashcuteError, *FlashcuteError.__subclasses__()):
     _exception.__module__ = __name__  # where users import them from
@@ -75,7 +80,5 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name == "reference":  # needs an array library: loaded when asked for
-        from importlib import import_module
-
-        return import_module(".reference", __name__)
+        return _import_module(".reference", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 from . import _core
-from ._arrays import Array, Library, Torch, library_of, stream_number
+from ._arrays import Array, Library, Torch, library_of, stream_number, would_record
 from ._core import (
     ArgumentError,
     BackwardConfig,
@@ -123,7 +123,7 @@ def flash_attention(
         from . import _torch
 
         problem = _torch.Problem(q, k, v, causal, scale, layout, attn_mask, dropout_p, window)
-        return _torch.attend(problem, return_lse, out, stream, bool(allow_tf32), missing, fallback)
+        return _torch.attend(problem, return_lse, out, stream, bool(allow_tf32), fallback)
     recording = _wanting_gradients(k=k, v=v, out=out)  # of q, torch's have been asked for above
     if recording:
         raise UnsupportedError(
@@ -141,6 +141,11 @@ def missing_feature(
     """The first of these features that is asked for, and what to use instead: no kernel has it yet."""
     if attn_mask is not None:
         return f"attn_mask is not supported yet: use {SDPA}(attn_mask=...)"
+    if would_record(dropout_p):
+        raise ArgumentError(
+            f"dropout_p: expected a number, got a tensor that requires gradients: {dropout_p!r}. There is no "
+            "gradient of dropout_p: pass its value, dropout_p.item()"
+        )
     if dropout_p != 0.0:
         return f"dropout_p={dropout_p} is not supported yet: use {SDPA}(dropout_p=...)"
     if checked_window(window) != (-1, -1):
@@ -182,6 +187,14 @@ def _wanting_gradients(**arrays: Array) -> str | None:
     return None
 
 
+def require_kind(traced: bool = False, **arrays: Array) -> None:
+    """Raises ArgumentError for nested, sparse and other arrays that no call takes."""
+    for name, array in arrays.items():
+        problem = library_of(type(array)).kind_problem(array, traced)
+        if problem:
+            raise ArgumentError(f"{name}: expected {problem}")
+
+
 def require_arrays(**arrays: Array) -> None:
     for name, array in arrays.items():
         if not hasattr(array, "__dlpack__"):
@@ -215,22 +228,25 @@ def run(
     stream: object,
     allow_tf32: bool,
 ) -> Any:
-    require_arrays(q=q, k=k, v=v)
-    if out is not None:
-        require_arrays(out=out)
+    arrays = {"q": q, "k": k, "v": v} if out is None else {"q": q, "k": k, "v": v, "out": out}
+    require_arrays(**arrays)
     require_options(causal, layout)
     if out is not None and library_of(type(out)).immutable:
         raise ArgumentError("out: expected a writable array, got an immutable one of JAX. Omit out")
     library = library_of(type(q))
     address = stream_number(stream)
-    if address is None:
-        return _run_on(
-            library, cfg, q, k, v, causal, scale, layout, out, return_lse, None, allow_tf32
-        )
-    with library.use_stream(address, [q, k, v] if out is None else [q, k, v, out]):
-        return _run_on(
-            library, cfg, q, k, v, causal, scale, layout, out, return_lse, address, allow_tf32
-        )
+    try:
+        if address is None:
+            return _run_on(
+                library, cfg, q, k, v, causal, scale, layout, out, return_lse, None, allow_tf32
+            )
+        with library.use_stream(address, list(arrays.values())):
+            return _run_on(
+                library, cfg, q, k, v, causal, scale, layout, out, return_lse, address, allow_tf32
+            )
+    except (ArgumentError, RuntimeError):
+        require_kind(**arrays)  # says it better, if that is the reason
+        raise
 
 
 def _run_on(
@@ -260,16 +276,28 @@ def _run_on(
     _core.forward(
         cfg, q, k, v, target, lse, None, bool(causal), number(scale), layout, stream, allow_tf32
     )
+    if out is not None:
+        library_of(type(out)).wrote(out)
     result = library.finish(target, q) if out is None else out
     return (result, library.finish(lse, q)) if return_lse else result
 
 
 def number(scale: object) -> float | None:
-    if scale is None:
-        return None
+    """The value of `scale`, of which no gradient is computed."""
+    if scale is None or isinstance(scale, float):
+        return scale
+    if would_record(scale):
+        raise ArgumentError(
+            "scale: expected a number or None, got a tensor that requires gradients. There is no gradient of "
+            "scale: multiply q by it, flash_attention(q * scale, k, v, scale=1.0), or pass its value, scale.item()"
+        )
     try:
         return float(scale)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # RuntimeError: a tensor that is no single real number
         raise ArgumentError(f"scale: expected a number or None, got {scale!r}") from None
 
 
@@ -300,13 +328,15 @@ def explain(
     missing = missing_feature(attn_mask, dropout_p, window)
     if cfg is not None and missing:
         raise ArgumentError(f"cfg: expected None, as only flash_attention takes it: {missing}")
+    require_arrays(q=q, k=k, v=v)
+    require_kind(q=q, k=k, v=v)
     library = library_of(type(q))
     fallback = checked_fallback(on_unsupported, library)
     if isinstance(library, Torch) and cfg is None:
         from . import _torch
 
         problem = _torch.Problem(q, k, v, causal, scale, layout, attn_mask, dropout_p, window)
-        return _torch.explained(problem, bool(allow_tf32), missing, fallback)
+        return _torch.explained(problem, bool(allow_tf32), fallback)
     found = _core.explain(cfg, q, k, v, bool(causal), number(scale), layout, bool(allow_tf32))
     return unsupported(found, missing) if missing else found
 
@@ -338,6 +368,7 @@ def count_blocks(
     if not isinstance(cfg, ForwardConfig):
         raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
     require_arrays(q=q, k=k, v=v)
+    require_kind(q=q, k=k, v=v)
     require_options(causal, layout)
     _core.check_problem(q, k, v, None, layout)
     library = library_of(type(q))
