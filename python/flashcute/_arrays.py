@@ -284,6 +284,7 @@ _libraries: dict[str, Library] = {
 }
 _other = Library()
 _library_of_type: dict[type, Library] = {}
+_tensor: type | tuple[()] = ()  # torch.Tensor, once it is there
 
 
 def library_of(kind: type) -> Library:
@@ -291,10 +292,8 @@ def library_of(kind: type) -> Library:
     known = _library_of_type.get(kind)
     if known is not None:
         return known
-    for base in kind.__mro__:
-        known = _library_of_type.get(base)
-        if known is not None and known is not _other:
-            return known
+    if issubclass(kind, _tensor):
+        return _libraries["torch"]
     names = [base.__module__.partition(".")[0] for base in kind.__mro__]
     known = next((_libraries[name] for name in names if name in _libraries), _other)
     _library_of_type[kind] = known
@@ -302,9 +301,11 @@ def library_of(kind: type) -> Library:
 
 
 def remember_torch(tensor: type) -> None:
-    """Before the first call: torch.compile of torch 2.11 cannot trace __module__.partition, the road of a class that
-    is not known yet ("Unsupported method call ... getset_descriptor")."""
+    """Before the first call: torch.compile cannot trace how a class is looked up that is not known yet (__mro__ of
+    torch.nn.Parameter, in torch 2.11 __module__.partition: "Unsupported method call ... getset_descriptor")."""
+    global _tensor
     _library_of_type[tensor] = _libraries["torch"]
+    _tensor = tensor
 
 
 def export(array: Array, stream: int | None) -> tuple[object, str | None, int | None]:

@@ -232,7 +232,7 @@ def missing_gradient(problem: Problem, traced: bool) -> str | None:
     if not (problem.recording and q.is_cuda):
         return None
     if traced:  # there is no memory to look at
-        d, d_v = q.shape[-1], v.shape[-1]
+        d, d_v = as_constant(q.shape[-1]), as_constant(v.shape[-1])
         if has_gradients(q.dtype, q.device, d, d_v, deterministic()):
             return None
         return (
@@ -246,6 +246,18 @@ def missing_gradient(problem: Problem, traced: bool) -> str | None:
     return None
 
 
+def as_constant(head_dim: int) -> int:
+    """The number behind what torch.compile may hold for a symbol, found by comparisons, on which it can guard."""
+    low, high = 0, 257
+    while low < high:
+        middle = (low + high) // 2
+        if head_dim <= middle:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
 def has_gradients(dtype: Any, device: Any, head_dim: int, head_dim_v: int, same_bits: bool) -> bool:
     """Whether a GPU has kernels for gradients."""
     major, minor = torch.cuda.get_device_capability(device)
@@ -253,6 +265,8 @@ def has_gradients(dtype: Any, device: Any, head_dim: int, head_dim_v: int, same_
         _core.default_backward_config(dtype, head_dim, 10 * major + minor, head_dim_v, same_bits)
     except (ConfigError, UnsupportedError):
         return False
+    except ArgumentError:  # no call takes such a head dimension: the operator names the tensor
+        return True
     return True
 
 
@@ -302,12 +316,11 @@ def gradients(
     return dq, dk, dv
 
 
-def gradients_on(stream: object, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`gradients`, or their operator, on the stream that the forward call was given, if any. Its order with the current
-    stream, on which autograd works, is kept in both directions."""
-    compute: Callable[..., tuple[Tensor, Tensor, Tensor]] = gradients
-    if is_observed(*arguments[:7]):
-        compute = backward_operator
+def gradients_on(
+    stream: object, compute: Callable[..., tuple[Tensor, Tensor, Tensor]], *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`compute`, which is `gradients` or their operator, on the stream that the forward call was given, if any. Its
+    order with the current stream, on which autograd works, is kept in both directions."""
     address = stream_number(stream)
     if address is None:
         return compute(*arguments)
@@ -347,8 +360,8 @@ class Gradients(torch.autograd.Function):  # type: ignore[misc]
     depends on them silently wrong."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        return gradients_on(*arguments)
+    def forward(ctx: Any, stream: object, *arguments: Any) -> Any:
+        return gradients_on(stream, gradients, *arguments)
 
     backward = staticmethod(no_second_derivative)
 
@@ -380,10 +393,13 @@ class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
         found = (None, None, None)
         if dout is not None or dlse is not None:
-            arguments = (dout, *ctx.saved_tensors, dlse)
-            recorded = torch.is_grad_enabled() and not is_observed(*arguments)
-            compute: Any = Gradients.apply if recorded else gradients_on
-            found = compute(ctx.stream, *arguments, *ctx.options)
+            arguments = (dout, *ctx.saved_tensors, dlse, *ctx.options)
+            if is_observed(dout, dlse):  # a batch of gradients, a counter of FLOPs
+                found = gradients_on(ctx.stream, backward_operator, *arguments)
+            elif torch.is_grad_enabled():
+                found = Gradients.apply(ctx.stream, *arguments)
+            else:
+                found = gradients_on(ctx.stream, gradients, *arguments)
         return (*found, None, None, None, None, None, None)
 
 
