@@ -694,6 +694,8 @@ def explained(problem: Problem, allow_tf32: bool, fallback: str) -> Explanation:
         return found  # which says what is wrong with the arguments
     if missing and fallback == "error":
         return unsupported(found, missing)
+    if not missing:
+        require_arrays(q=q, k=k, v=v)  # torch's own attention knows what a negated view is
     if missing:
         try:
             require_options(causal, layout)

@@ -328,7 +328,6 @@ def explain(
     missing = missing_feature(attn_mask, dropout_p, window)
     if cfg is not None and missing:
         raise ArgumentError(f"cfg: expected None, as only flash_attention takes it: {missing}")
-    require_arrays(q=q, k=k, v=v)
     require_kind(q=q, k=k, v=v)
     library = library_of(type(q))
     fallback = checked_fallback(on_unsupported, library)
@@ -337,6 +336,7 @@ def explain(
 
         problem = _torch.Problem(q, k, v, causal, scale, layout, attn_mask, dropout_p, window)
         return _torch.explained(problem, bool(allow_tf32), fallback)
+    require_arrays(q=q, k=k, v=v)
     found = _core.explain(cfg, q, k, v, bool(causal), number(scale), layout, bool(allow_tf32))
     return unsupported(found, missing) if missing else found
 

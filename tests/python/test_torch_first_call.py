@@ -64,7 +64,7 @@ FIRST_CALLS = {
     "compile of a subclass": """
         class Mine(torch.Tensor):
             pass
-        # Not aot_eager, which takes a subclass for one that hides its memory, for every operator of no library of torch.
+        # aot_eager refuses an operator that is not torch's own on a subclass ("Multiple dispatch failed").
         fast = torch.compile(attend, fullgraph=True, backend="eager")
         same([fast(q.as_subclass(Mine), k, v)], [attend(q, k, v)])
     """,
