@@ -117,7 +117,9 @@ class Torch(Library):
     def wants_more(self, q: Array, k: Array, v: Array) -> bool:
         """Whether a call is more than its result: recorded, traced, transformed or cast by autocast."""
         torch = sys.modules["torch"]
-        if torch.compiler.is_compiling() or has_own_dispatch(type(q)):
+        if torch.compiler.is_compiling() or (
+            type(q) is not torch.Tensor and has_own_dispatch(type(q))
+        ):
             return True
         if torch.is_grad_enabled() and (
             q.requires_grad

@@ -78,8 +78,9 @@ class Problem(NamedTuple):
 
     def require_kinds(self, traced: bool) -> None:
         """Raises ArgumentError for nested, sparse and other tensors that no road serves."""
-        mask = {} if self.attn_mask is None else {"attn_mask": self.attn_mask}
-        require_kind(traced, q=self.q, k=self.k, v=self.v, **mask)
+        require_kind(traced, q=self.q, k=self.k, v=self.v)
+        if self.attn_mask is not None:
+            require_kind(traced, attn_mask=self.attn_mask)
 
     def without_causal_bias(self) -> Problem:
         """With what torch's CausalBias means, a mask whose elements are not there, said in our words."""
@@ -168,10 +169,10 @@ def is_traced(problem: Problem) -> bool:
     does not have: forward-mode ones, and those of torch.func."""
     if torch.compiler.is_compiling():
         return True
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    transforms = torch._C._functorch.get_interpreter_stack()
     kinds = torch._C._functorch.TransformType
     forward = torch.autograd.forward_ad
-    if any(transform.key() in (kinds.Grad, kinds.Jvp) for transform in transforms) or (
+    if (transforms and any(t.key() in (kinds.Grad, kinds.Jvp) for t in transforms)) or (
         forward._current_level >= 0
         and any(forward.unpack_dual(x).tangent is not None for x in problem[:3])
     ):
@@ -186,15 +187,20 @@ def is_observed(*tensors: Tensor | None) -> bool:
     """Whether something stands between the tensors and their memory, to which a call must show itself as an operator:
     a tracer, a dispatch mode (fake tensors, make_fx, a counter of FLOPs), vmap, a tensor class of its own."""
     functions = torch._C._functorch
-    return bool(
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state()
         or functions.peek_interpreter_stack() is not None
-        # is_grads_batched is another vmap, of torch.autograd's own
-        or any(x is not None and functions.is_legacy_batchedtensor(x) for x in tensors)
-        or any(has_own_dispatch(type(x)) for x in tensors if x is not None)
-    )
+    ):
+        return True
+    for x in tensors:
+        if x is None:
+            continue
+        # is_grads_batched is a vmap of its own, which is on no stack.
+        if functions.is_legacy_batchedtensor(x) or has_own_dispatch(type(x)):
+            return True
+    return False
 
 
 def require_like_output(out: Tensor | None, problem: Problem) -> None:

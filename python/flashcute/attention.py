@@ -39,7 +39,8 @@ def forward(
         kv_heads divides heads; d and d_v at most 256. float16, bfloat16 or float32, on the CPU also float64;
         last stride 1, other strides free (on a GPU multiples of cfg.copy_bytes, and d and d_v, too).
     causal: query i sees key j iff j <= i + seqlen_k - seqlen_q.
-    scale: of the scores, >= 0; default d**-0.5.
+    scale: of the scores, >= 0; default d**-0.5. A tensor is taken by its value, and refused where it requires a
+        gradient.
     layout: "bshd" as above, or "bhsd" with heads before seqlen, for all tensors.
     out: where to write, (batch, seqlen_q, heads, d_v); default a new array of q's library.
     return_lse: also return log(sum(exp(scores))), natural logarithm, (batch, heads, seqlen_q), float32
@@ -95,12 +96,13 @@ def flash_attention(
     are summed by atomics, so their last bits differ from run to run, except where
     torch.use_deterministic_algorithms asks for the same. Under torch.autocast tensors are cast as torch's own
     attention casts them. torch.compile and torch.export see the operators flashcute::flash_attention_forward and
-    flashcute::flash_attention_backward.
+    flashcute::flash_attention_backward, which torch.vmap and batched gradients (is_grads_batched) map over by a larger
+    batch. torch.func.grad and its like are refused.
 
     What no kernel covers yet: on a GPU gradients of float64, and of float32 with head dimensions above 128 where a
     thread block has no more than 99 KB of shared memory; and
     attn_mask: broadcastable to (batch, heads, seqlen_q, seqlen_k), bool (True: keep) or a float that is
-        added to the scaled scores.
+        added to the scaled scores. A CausalBias of torch is causal=True where it is aligned to the last key.
     dropout_p: probability with which a weight is dropped.
     window: (left, right): query i sees keys from i + seqlen_k - seqlen_q - left to
         i + seqlen_k - seqlen_q + right; -1 means no limit.
@@ -141,7 +143,7 @@ def missing_feature(
     """The first of these features that is asked for, and what to use instead: no kernel has it yet."""
     if attn_mask is not None:
         return f"attn_mask is not supported yet: use {SDPA}(attn_mask=...)"
-    if would_record(dropout_p):
+    if not isinstance(dropout_p, float) and would_record(dropout_p):
         raise ArgumentError(
             f"dropout_p: expected a number, got a tensor that requires gradients: {dropout_p!r}. There is no "
             "gradient of dropout_p: pass its value, dropout_p.item()"
