@@ -467,7 +467,7 @@ def fold(x: Tensor, dim: int | None, size: int) -> Tensor:
     if x is None:
         return None
     x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return library_of(type(x)).with_unit_stride(x.reshape(-1, *x.shape[2:]))
+    return library_of(type(x)).with_unit_stride(x.flatten(0, 1))
 
 
 def unfold(found: tuple[Tensor, ...], size: int) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

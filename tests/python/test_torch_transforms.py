@@ -245,6 +245,18 @@ def test_vmap(device: str, dims: tuple[int | None, ...], batch: int) -> None:
 
 
 @pytest.mark.usefixtures("no_slow_loop")
+@pytest.mark.parametrize("sizes", [{"sq": 0}, {"sk": 0}, {"batch": 0}], ids=str)
+def test_vmap_of_nothing(sizes: dict) -> None:
+    """Sizes of 0, of which no other can be inferred."""
+    q, k, v = tensors(grad=True, **sizes)
+    found = torch.func.vmap(fc.flash_attention, (0, None, None))(stacked(q, 0), k, v)
+    assert found.shape == (3, *q.shape)
+    assert not found.any()
+    for x, gradient in zip((q, k, v), torch.autograd.grad(found.sum(), (q, k, v)), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(x))
+
+
+@pytest.mark.usefixtures("no_slow_loop")
 def test_nested_vmap() -> None:
     """A dimension over each tensor in turn."""
     q, k, v = tensors()
