@@ -11,6 +11,7 @@ Begin with `flash_attention` (attention, with gradients for torch tensors) and `
 from __future__ import annotations
 
 import sys as _sys
+from importlib import import_module as _import_module
 from os import fsencode as _fsencode
 from pathlib import Path as _Path
 
@@ -28,6 +29,7 @@ from ._core import (
     ForwardConfig,
     UnsupportedError,
 )
+from ._import_hook import when_imported as _when_imported
 from .attention import (
     configs,
     count_blocks,
@@ -47,6 +49,9 @@ _core.set_search_paths(
     [_fsencode(_headers), _fsencode(_headers / "cccl")],
 )
 _core.set_exporter(_arrays.export)
+
+# torch's programs that were saved name the operators: they are there when both are imported, in either order.
+_when_imported("torch", lambda: _import_module("._torch", __name__))
 
 for _exception in (FlashcuteError, *FlashcuteError.__subclasses__()):
     _exception.__module__ = __name__  # where users import them from
@@ -81,7 +86,5 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name == "reference":  # needs an array library: loaded when asked for
-        from importlib import import_module
-
-        return import_module(".reference", __name__)
+        return _import_module(".reference", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -63,6 +63,14 @@ class Library:
         """Why the memory of the array cannot be taken at face value, and what to do."""
         return None
 
+    def kind_problem(self, array: Array, traced: bool = False) -> str | None:
+        """Why the array is of no kind that flashcute takes, and what to do. DLPack says it less well, so this is asked
+        where a call has failed or goes elsewhere. traced: no memory is needed."""
+        return None
+
+    def wrote(self, array: Array) -> None:
+        """Tells the library that the array was written to."""
+
     def with_unit_stride(self, array: Array) -> Array:
         """The array, or a copy if neighbours in its last dimension are not adjacent and the library can tell."""
         return array
@@ -114,7 +122,9 @@ class Torch(Library):
     def wants_more(self, q: Array, k: Array, v: Array) -> bool:
         """Whether a call is more than its result: recorded, traced, transformed or cast by autocast."""
         torch = sys.modules["torch"]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (
+            type(q) is not torch.Tensor and has_own_dispatch(type(q))
+        ):
             return True
         if torch.is_grad_enabled() and (
             q.requires_grad
@@ -149,6 +159,27 @@ class Torch(Library):
         if array.is_neg():  # a view that negates when it is read; DLPack does not say so
             return "a tensor without the negative bit, got a negated view. Pass q.resolve_neg()"
         return None
+
+    def kind_problem(self, array: Array, traced: bool = False) -> str | None:
+        torch = sys.modules["torch"]
+        if array.is_nested:
+            return "a dense tensor, got a nested one. Pad it (torch.nested.to_padded_tensor), or call per sequence"
+        if type(array).__name__ == "MaskedTensor":
+            return "a plain tensor, got a masked one. Pass its get_data(), and what to see as attn_mask"
+        if array.is_quantized:
+            return f"a floating-point tensor, got one of {array.dtype}. Pass its dequantize()"
+        if array.layout != torch.strided:
+            return f"a dense tensor, got one of layout {array.layout}. Pass its to_dense()"
+        if array.is_meta and not traced:
+            return (
+                "a tensor with memory, got one on the meta device. Shapes and dtypes without memory are computed "
+                "under FakeTensorMode"
+            )
+        return None
+
+    def wrote(self, array: Array) -> None:
+        # Else autograd would take what it saved for unchanged.
+        sys.modules["torch"].autograd.graph.increment_version(array)
 
     def use_stream(self, stream: int, arrays: Sequence[Array]) -> AbstractContextManager[object]:
         if not arrays[0].is_cuda:
@@ -218,6 +249,23 @@ class Jax(Library):
         return sys.modules["jax"].device_put(array, like.device)
 
 
+def would_record(x: object) -> bool:
+    """Whether torch would record what is computed from something that may be a tensor."""
+    if isinstance(x, int | float):  # may be symbolic: torch.compile refuses getattr
+        return False
+    return bool(getattr(x, "requires_grad", False) and sys.modules["torch"].is_grad_enabled())
+
+
+def has_own_dispatch(kind: type) -> bool:
+    """Whether a class of torch tensors computes operators by itself (__torch_dispatch__), on memory of its own or none:
+    fake tensors, distributed ones."""
+    torch = sys.modules["torch"]
+    return (
+        kind is not torch.Tensor
+        and kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
+    )
+
+
 @cache
 def torch_states() -> tuple[Callable[[], object], ...]:
     """What tells, each by a truth, that torch does more in a call than to compute: autocast on some device,
@@ -243,16 +291,28 @@ _libraries: dict[str, Library] = {
 }
 _other = Library()
 _library_of_type: dict[type, Library] = {}
+_tensor: type | tuple[()] = ()  # torch.Tensor, once it is there
 
 
 def library_of(kind: type) -> Library:
     """The library that a class of arrays belongs to; subclasses count as their base."""
     known = _library_of_type.get(kind)
-    if known is None:
-        names = [base.__module__.partition(".")[0] for base in kind.__mro__]
-        known = next((_libraries[name] for name in names if name in _libraries), _other)
-        _library_of_type[kind] = known
+    if known is not None:
+        return known
+    if issubclass(kind, _tensor):
+        return _libraries["torch"]
+    names = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    known = next((_libraries[name] for name in names if name in _libraries), _other)
+    _library_of_type[kind] = known
     return known
+
+
+def remember_torch(tensor: type) -> None:
+    """Before the first call: torch.compile cannot trace how a class is looked up that is not known yet (__mro__ of
+    torch.nn.Parameter, in torch 2.11 __module__.partition: "Unsupported method call ... getset_descriptor")."""
+    global _tensor
+    _library_of_type[tensor] = _libraries["torch"]
+    _tensor = tensor
 
 
 def export(array: Array, stream: int | None) -> tuple[object, str | None, int | None]:

@@ -1,25 +1,30 @@
 """What torch wants of a call beside its result: gradients, operators to trace, autocast, its own attention.
 
-Loaded when one of these is asked for. Eager calls go through an autograd.Function; torch.compile and
-torch.export see the operators `flashcute::flash_attention_forward` and `flashcute::flash_attention_backward`,
-which cost more per call.
+Loaded as soon as torch is, so that saved programs find the operators. Eager calls go through an autograd.Function;
+torch.compile and torch.export see the operators `flashcute::flash_attention_forward` and
+`flashcute::flash_attention_backward`, which cost more per call.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
 from . import _core
-from ._arrays import library_of, stream_number
+from ._arrays import has_own_dispatch, library_of, remember_torch, stream_number
 from ._core import ArgumentError, ConfigError, Explanation, UnsupportedError
+from ._import_hook import when_imported
 from .attention import (
     SDPA,
     checked_window,
+    missing_feature,
     number,
     require_arrays,
+    require_kind,
     require_options,
     run,
     unsupported,
@@ -27,6 +32,7 @@ from .attention import (
 
 torch: Any = import_module("torch")
 Tensor = Any
+remember_torch(torch.Tensor)
 
 
 class Problem(NamedTuple):
@@ -65,6 +71,35 @@ class Problem(NamedTuple):
         head, row = (2, 1) if self.layout == "bshd" else (1, 2)
         return self.q.shape[0], self.q.shape[head], self.q.shape[row], self.k.shape[row]
 
+    @property
+    def missing(self) -> str | None:
+        """Why no kernel can do it, if the features say so already."""
+        return missing_feature(self.attn_mask, self.dropout_p, self.window)
+
+    def require_kinds(self, traced: bool) -> None:
+        """Raises ArgumentError for nested, sparse and other tensors that no road serves."""
+        require_kind(traced, q=self.q, k=self.k, v=self.v)
+        if self.attn_mask is not None:
+            require_kind(traced, attn_mask=self.attn_mask)
+
+    def without_causal_bias(self) -> Problem:
+        """With what torch's CausalBias means, a mask whose elements are not there, said in our words."""
+        module, mask = sys.modules.get("torch.nn.attention.bias"), self.attn_mask
+        if module is None or not isinstance(mask, module.CausalBias):
+            return self
+        if self.q.dim() != 4 or self.k.dim() != 4:  # who computes will say so
+            return self._replace(causal=True, attn_mask=None)
+        _, _, rows, keys = self.sizes
+        if (mask.seq_len_q, mask.seq_len_kv) != (rows, keys):
+            raise ArgumentError(
+                f"attn_mask: expected a CausalBias of q's and k's lengths, ({rows}, {keys}), got one of "
+                f"({mask.seq_len_q}, {mask.seq_len_kv})"
+            )
+        if rows == keys or mask.variant == module.CausalVariant.LOWER_RIGHT:
+            return self._replace(causal=True, attn_mask=None)
+        seen = torch.ones(rows, keys, dtype=torch.bool, device=self.q.device).tril()
+        return self._replace(attn_mask=seen)
+
     def autocast(self) -> Problem:
         """With inputs as torch.amp.custom_fwd casts them: all but float64, to autocast's dtype."""
         kind = self.q.device.type
@@ -86,13 +121,9 @@ def attend(
     out: Tensor | None,
     stream: object,
     allow_tf32: bool,
-    missing: str | None,
     fallback: str,
 ) -> Any:
-    """flash_attention where it is more than one call of the library.
-
-    missing: why no kernel can do it, if the features say so already.  fallback: "warn", "error" or "silent".
-    """
+    """flash_attention where it is more than one call of the library. fallback: "warn", "error" or "silent"."""
     if problem.stranger:
         for name in ("q", "k", "v"):
             if not isinstance(getattr(problem, name), torch.Tensor):
@@ -100,7 +131,9 @@ def attend(
         raise ArgumentError(problem.stranger)
     require_options(problem.causal, problem.layout)
     traced = is_traced(problem)
-    problem = problem._replace(causal=bool(problem.causal), scale=number(problem.scale)).autocast()
+    problem.require_kinds(traced)
+    problem = problem._replace(causal=bool(problem.causal), scale=number(problem.scale))
+    problem = problem.without_causal_bias().autocast()
     wanted = torch.is_grad_enabled() and getattr(out, "requires_grad", False)
     if out is not None and (problem.recording or wanted):
         raise ArgumentError(
@@ -109,7 +142,7 @@ def attend(
         )
     if traced and (out is not None or stream is not None):
         raise ArgumentError("out, stream: expected None in a traced call: the tracer plans both")
-    missing = missing or missing_gradient(problem, traced)
+    missing = problem.missing or missing_gradient(problem, traced)
     if missing:
         if fallback == "error":
             raise UnsupportedError(missing)
@@ -136,10 +169,10 @@ def is_traced(problem: Problem) -> bool:
     does not have: forward-mode ones, and those of torch.func."""
     if torch.compiler.is_compiling():
         return True
-    transform = torch._C._functorch.peek_interpreter_stack()
+    transforms = torch._C._functorch.get_interpreter_stack()
     kinds = torch._C._functorch.TransformType
     forward = torch.autograd.forward_ad
-    if (transform is not None and transform.key() in (kinds.Grad, kinds.Jvp)) or (
+    if (transforms and any(t.key() in (kinds.Grad, kinds.Jvp) for t in transforms)) or (
         forward._current_level >= 0
         and any(forward.unpack_dual(x).tangent is not None for x in problem[:3])
     ):
@@ -147,11 +180,27 @@ def is_traced(problem: Problem) -> bool:
             "flash_attention has no forward-mode derivative and none of torch.func: use requires_grad and "
             f"backward, or {SDPA}"
         )
-    return bool(
-        transform is not None
+    return is_observed(*problem[:3])
+
+
+def is_observed(*tensors: Tensor | None) -> bool:
+    """Whether something stands between the tensors and their memory, to which a call must show itself as an operator:
+    a tracer, a dispatch mode (fake tensors, make_fx, a counter of FLOPs), vmap, a tensor class of its own."""
+    functions = torch._C._functorch
+    if (
+        torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state()
-    )
+        or functions.peek_interpreter_stack() is not None
+    ):
+        return True
+    for x in tensors:
+        if x is None:
+            continue
+        # is_grads_batched is a vmap of its own, which is on no stack.
+        if functions.is_legacy_batchedtensor(x) or has_own_dispatch(type(x)):
+            return True
+    return False
 
 
 def require_like_output(out: Tensor | None, problem: Problem) -> None:
@@ -173,13 +222,11 @@ def require_like_output(out: Tensor | None, problem: Problem) -> None:
         )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
 def warn(text: str) -> None:
     """To the caller of flash_attention; in a traced call once, when it is traced."""
     warnings.warn(text, stacklevel=4)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
 def has_autocast(kind: str) -> bool:
     """torch's own question, which Dynamo does not trace in every version."""
     return bool(torch.amp.is_autocast_available(kind))
@@ -191,9 +238,13 @@ def missing_gradient(problem: Problem, traced: bool) -> str | None:
     if not (problem.recording and q.is_cuda):
         return None
     if traced:  # there is no memory to look at
-        if has_gradients(q.dtype, q.device):
+        d, d_v = as_constant(q.shape[-1]), as_constant(v.shape[-1])
+        if has_gradients(q.dtype, q.device, d, d_v, deterministic()):
             return None
-        return f"gradients (requires_grad=True) of {q.dtype} on this GPU have no kernel: train with {SDPA}"
+        return (
+            f"gradients (requires_grad=True) of {q.dtype} with head dimensions {d} and {d_v} on this GPU have no "
+            f"kernel: train with {SDPA}"
+        )
     try:
         _core.backward_config_for(q, k, v, problem.layout, deterministic())
     except UnsupportedError as error:
@@ -201,20 +252,42 @@ def missing_gradient(problem: Problem, traced: bool) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
-def has_gradients(dtype: Any, device: Any) -> bool:
-    """Whether a GPU has kernels for the gradients of a dtype."""
+def as_constant(head_dim: int) -> int:
+    """The number behind what torch.compile may hold for a symbol, found by comparisons, on which it can guard."""
+    low, high = 0, 257
+    while low < high:
+        middle = (low + high) // 2
+        if head_dim <= middle:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def has_gradients(dtype: Any, device: Any, head_dim: int, head_dim_v: int, same_bits: bool) -> bool:
+    """Whether a GPU has kernels for gradients."""
     major, minor = torch.cuda.get_device_capability(device)
     try:
-        _core.default_backward_config(dtype, 64, 10 * major + minor, None, False)
+        _core.default_backward_config(dtype, head_dim, 10 * major + minor, head_dim_v, same_bits)
     except (ConfigError, UnsupportedError):
         return False
+    except ArgumentError:  # no call takes such a head dimension: the operator names the tensor
+        return True
     return True
 
 
 def deterministic() -> bool:
     """Whether torch is told to give the same bits in every run."""
     return bool(torch.are_deterministic_algorithms_enabled())
+
+
+def _keep_out_of_the_trace() -> None:
+    """Not as decorators: torch.compiler.assume_constant_result imports torch._dynamo, which takes seconds."""
+    for function in (warn, has_autocast, has_gradients):
+        torch.compiler.assume_constant_result(function)
+
+
+when_imported("torch._dynamo", _keep_out_of_the_trace)
 
 
 # ---- gradients ---------------------------------------------------------------------------------
@@ -249,19 +322,21 @@ def gradients(
     return dq, dk, dv
 
 
-def gradients_on(stream: object, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`gradients` on the stream that the forward call was given, if any. Its order with the current stream, on which
-    autograd works, is kept in both directions."""
+def gradients_on(
+    stream: object, compute: Callable[..., tuple[Tensor, Tensor, Tensor]], *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`compute`, which is `gradients` or their operator, on the stream that the forward call was given, if any. Its
+    order with the current stream, on which autograd works, is kept in both directions."""
     address = stream_number(stream)
     if address is None:
-        return gradients(*arguments)
+        return compute(*arguments)
     q = arguments[1]
     current = torch.cuda.current_stream(q.device)
     used = [x for x in arguments if isinstance(x, torch.Tensor)]
     with library_of(type(q)).use_stream(address, used):
         other = torch.cuda.current_stream(q.device)
         other.wait_stream(current)
-        found = gradients(*arguments)
+        found = compute(*arguments)
     current.wait_stream(other)
     for x in found:
         x.record_stream(current)
@@ -291,8 +366,8 @@ class Gradients(torch.autograd.Function):  # type: ignore[misc]
     depends on them silently wrong."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        return gradients_on(*arguments)
+    def forward(ctx: Any, stream: object, *arguments: Any) -> Any:
+        return gradients_on(stream, gradients, *arguments)
 
     backward = staticmethod(no_second_derivative)
 
@@ -324,8 +399,13 @@ class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
         found = (None, None, None)
         if dout is not None or dlse is not None:
-            compute: Any = Gradients.apply if torch.is_grad_enabled() else gradients_on
-            found = compute(ctx.stream, dout, *ctx.saved_tensors, dlse, *ctx.options)
+            arguments = (dout, *ctx.saved_tensors, dlse, *ctx.options)
+            if is_observed(dout, dlse):  # a batch of gradients, a counter of FLOPs
+                found = gradients_on(ctx.stream, backward_operator, *arguments)
+            elif torch.is_grad_enabled():
+                found = Gradients.apply(ctx.stream, *arguments)
+            else:
+                found = gradients_on(ctx.stream, gradients, *arguments)
         return (*found, None, None, None, None, None, None)
 
 
@@ -379,6 +459,37 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
     return (*found, None, None, None, None)
 
 
+# A vmapped dimension becomes part of the batch.
+
+
+def fold(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """Copies what has no such dimension only where there is a batch to repeat."""
+    if x is None:
+        return None
+    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return library_of(type(x)).with_unit_stride(x.flatten(0, 1))
+
+
+def unfold(found: tuple[Tensor, ...], size: int) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    unfolded = tuple(x.unflatten(0, (size, -1)) for x in found)
+    return unfolded, (0,) * len(found)
+
+
+def _forward_vmap(info: Any, dims: Any, *arguments: Any) -> Any:
+    size, options = info.batch_size, arguments[3:]
+    tensors = (fold(x, dim, size) for x, dim in zip(arguments[:3], dims[:3], strict=True))
+    return unfold(forward_operator(*tensors, *options), size)
+
+
+def _backward_vmap(info: Any, dims: Any, *arguments: Any) -> Any:
+    size, options = info.batch_size, arguments[7:]
+    dout, q, k, v, out, lse, dlse = (
+        fold(x, dim, size) for x, dim in zip(arguments[:7], dims[:7], strict=True)
+    )
+    # Unlike others, lse is read as contiguous.
+    return unfold(backward_operator(dout, q, k, v, out, lse.contiguous(), dlse, *options), size)
+
+
 forward_operator = torch.library.custom_op(
     "flashcute::flash_attention_forward",
     _forward,
@@ -388,6 +499,7 @@ forward_operator = torch.library.custom_op(
 )
 forward_operator.register_fake(_forward_fake)
 forward_operator.register_autograd(_backward, setup_context=_save)
+forward_operator.register_vmap(_forward_vmap)
 
 backward_operator = torch.library.custom_op(
     "flashcute::flash_attention_backward",
@@ -398,6 +510,42 @@ backward_operator = torch.library.custom_op(
 )
 backward_operator.register_fake(_backward_fake)
 backward_operator.register_autograd(no_second_derivative)
+backward_operator.register_vmap(_backward_vmap)
+
+
+def _forward_flops(
+    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], causal: bool, scale: Any, layout: str,
+    *_: object, **__: object,
+) -> int:  # fmt: skip
+    """As torch counts its own attention: of the whole matrix, causal or not."""
+    return _scores(q, k, layout) * 2 * (q[-1] + v[-1])
+
+
+def _backward_flops(
+    dout: Any, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], out: Any, lse: Any, dlse: Any,
+    causal: bool, scale: Any, layout: str, **_: object,
+) -> int:  # fmt: skip
+    """The scores again, dP and dV, dQ and dK."""
+    return _scores(q, k, layout) * 2 * (3 * q[-1] + 2 * v[-1])
+
+
+def _scores(q: tuple[int, ...], k: tuple[int, ...], layout: str) -> int:
+    rows, keys = (q[1], k[1]) if layout == "bshd" else (q[2], k[2])
+    heads = q[2] if layout == "bshd" else q[1]
+    return q[0] * heads * rows * keys
+
+
+def _register_flops() -> None:
+    counter, operators = import_module("torch.utils.flop_counter"), torch.ops.flashcute
+    for operator, formula in (
+        (operators.flash_attention_forward, _forward_flops),
+        (operators.flash_attention_backward, _backward_flops),
+    ):
+        if operator not in counter.flop_registry:  # it is, where this module is loaded again
+            counter.register_flop_formula(operator)(formula)
+
+
+when_imported("torch.utils.flop_counter", _register_flops)
 
 
 # ---- torch's own attention, with what a call means here ----------------------------------------
@@ -505,6 +653,10 @@ def checked_mask(problem: Problem) -> Tensor | None:
         return None
     if not isinstance(mask, torch.Tensor):
         raise ArgumentError(f"attn_mask: expected a torch tensor, got {type(mask).__qualname__}")
+    if mask.device != problem.q.device:
+        raise ArgumentError(
+            f"attn_mask: expected a tensor on q's device {problem.q.device}, got one on {mask.device}"
+        )
     if mask.dtype not in (torch.bool, problem.q.dtype):
         raise ArgumentError(
             f"attn_mask: expected dtype bool or {problem.q.dtype} as in q, got {mask.dtype}"
@@ -524,16 +676,22 @@ def checked_mask(problem: Problem) -> Tensor | None:
 # ---- what will happen --------------------------------------------------------------------------
 
 
-def explained(
-    problem: Problem, allow_tf32: bool, missing: str | None, fallback: str
-) -> Explanation:
+def explained(problem: Problem, allow_tf32: bool, fallback: str) -> Explanation:
     """What attend would do."""
+    wrong = None
     if not problem.stranger:
-        problem = problem.autocast()
+        problem.require_kinds(traced=False)
+        try:
+            problem = problem.without_causal_bias().autocast()
+        except ArgumentError as error:
+            wrong = str(error)
     q, k, v, causal, scale, layout, *_ = problem
     found: Explanation = _core.explain(
         None, q, k, v, bool(causal), number(scale), layout, allow_tf32
     )
+    if wrong:
+        return unsupported(found, wrong)
+    missing = problem.missing
     if problem.stranger and (missing or problem.recording):
         return unsupported(found, problem.stranger)
     try:
@@ -542,6 +700,8 @@ def explained(
         return found  # which says what is wrong with the arguments
     if missing and fallback == "error":
         return unsupported(found, missing)
+    if not missing:
+        require_arrays(q=q, k=k, v=v)  # torch's own attention knows what a negated view is
     if missing:
         try:
             require_options(causal, layout)

@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 from . import _core
-from ._arrays import Array, Library, Torch, library_of, stream_number
+from ._arrays import Array, Library, Torch, library_of, stream_number, would_record
 from ._core import (
     ArgumentError,
     BackwardConfig,
@@ -40,7 +40,8 @@ def forward(
         the CPU also float64. The last stride is 1, the others are free; on a GPU they, d and d_v must be multiples of
         cfg.copy_bytes bytes.
     causal: query i sees key j if and only if j <= i + seqlen_k - seqlen_q: the last query sees all keys.
-    scale: factor of the scores, >= 0; default d**-0.5.
+    scale: factor of the scores, >= 0; default d**-0.5. A tensor is taken by its value, and refused if it requires a
+        gradient.
     layout: "bshd" as above, or "bhsd" with heads before seqlen, for all arrays.
     out: an array to write to, (batch, seqlen_q, heads, d_v); default a new array of q's library.
     return_lse: also return the log-sum-exp of each row, log(sum(exp(scores))), by the natural logarithm: (batch, heads,
@@ -99,13 +100,14 @@ def flash_attention(
     log-sum-exp. On a GPU atomic additions sum the gradient of q, so its last bits differ from run to run, unless
     torch.use_deterministic_algorithms is on. Under torch.autocast tensors are cast as for torch's own attention.
     torch.compile and torch.export see the operators flashcute::flash_attention_forward and
-    flashcute::flash_attention_backward.
+    flashcute::flash_attention_backward. torch.vmap and batched gradients (is_grads_batched) fold the mapped dimension
+    into the batch. torch.func.grad and other derivatives of torch.func are refused.
 
     On a GPU no kernel covers yet gradients of float64, nor gradients of float32 with head dimensions above 128 where a
     thread block has at most 99 KB of shared memory. On no device do kernels cover these arguments:
 
     attn_mask: broadcastable to (batch, heads, seqlen_q, seqlen_k); bool (True: keep), or a float that is added to the
-        scaled scores.
+        scaled scores. A torch CausalBias that is aligned to the last key is causal=True, which kernels cover.
     dropout_p: the probability with which a weight is dropped.
     window: (left, right): query i sees keys from i + seqlen_k - seqlen_q - left to i + seqlen_k - seqlen_q + right;
         -1 means no limit.
@@ -129,7 +131,7 @@ def flash_attention(
         from . import _torch
 
         problem = _torch.Problem(q, k, v, causal, scale, layout, attn_mask, dropout_p, window)
-        return _torch.attend(problem, return_lse, out, stream, bool(allow_tf32), missing, fallback)
+        return _torch.attend(problem, return_lse, out, stream, bool(allow_tf32), fallback)
     recording = _wanting_gradients(k=k, v=v, out=out)  # of q, torch's have been asked for above
     if recording:
         raise UnsupportedError(
@@ -147,6 +149,11 @@ def missing_feature(
     """The first of these features that is asked for, and what to use instead: no kernel has it yet."""
     if attn_mask is not None:
         return f"attn_mask is not supported yet: use {SDPA}(attn_mask=...)"
+    if not isinstance(dropout_p, float) and would_record(dropout_p):
+        raise ArgumentError(
+            f"dropout_p: expected a number, got a tensor that requires gradients: {dropout_p!r}. There is no "
+            "gradient of dropout_p: pass its value, dropout_p.item()"
+        )
     if dropout_p != 0.0:
         return f"dropout_p={dropout_p} is not supported yet: use {SDPA}(dropout_p=...)"
     if checked_window(window) != (-1, -1):
@@ -188,6 +195,14 @@ def _wanting_gradients(**arrays: Array) -> str | None:
     return None
 
 
+def require_kind(traced: bool = False, **arrays: Array) -> None:
+    """Raises ArgumentError for nested, sparse and other arrays that no call takes."""
+    for name, array in arrays.items():
+        problem = library_of(type(array)).kind_problem(array, traced)
+        if problem:
+            raise ArgumentError(f"{name}: expected {problem}")
+
+
 def require_arrays(**arrays: Array) -> None:
     for name, array in arrays.items():
         if not hasattr(array, "__dlpack__"):
@@ -221,22 +236,25 @@ def run(
     stream: object,
     allow_tf32: bool,
 ) -> Any:
-    require_arrays(q=q, k=k, v=v)
-    if out is not None:
-        require_arrays(out=out)
+    arrays = {"q": q, "k": k, "v": v} if out is None else {"q": q, "k": k, "v": v, "out": out}
+    require_arrays(**arrays)
     require_options(causal, layout)
     if out is not None and library_of(type(out)).immutable:
         raise ArgumentError("out: expected a writable array, got an immutable one of JAX. Omit out")
     library = library_of(type(q))
     address = stream_number(stream)
-    if address is None:
-        return _run_on(
-            library, cfg, q, k, v, causal, scale, layout, out, return_lse, None, allow_tf32
-        )
-    with library.use_stream(address, [q, k, v] if out is None else [q, k, v, out]):
-        return _run_on(
-            library, cfg, q, k, v, causal, scale, layout, out, return_lse, address, allow_tf32
-        )
+    try:
+        if address is None:
+            return _run_on(
+                library, cfg, q, k, v, causal, scale, layout, out, return_lse, None, allow_tf32
+            )
+        with library.use_stream(address, list(arrays.values())):
+            return _run_on(
+                library, cfg, q, k, v, causal, scale, layout, out, return_lse, address, allow_tf32
+            )
+    except (ArgumentError, RuntimeError):
+        require_kind(**arrays)  # says it better, if that is the reason
+        raise
 
 
 def _run_on(
@@ -266,16 +284,28 @@ def _run_on(
     _core.forward(
         cfg, q, k, v, target, lse, None, bool(causal), number(scale), layout, stream, allow_tf32
     )
+    if out is not None:
+        library_of(type(out)).wrote(out)
     result = library.finish(target, q) if out is None else out
     return (result, library.finish(lse, q)) if return_lse else result
 
 
 def number(scale: object) -> float | None:
-    if scale is None:
-        return None
+    """The value of `scale`, of which no gradient is computed."""
+    if scale is None or isinstance(scale, float):
+        return scale
+    if would_record(scale):
+        raise ArgumentError(
+            "scale: expected a number or None, got a tensor that requires gradients. There is no gradient of "
+            "scale: multiply q by it, flash_attention(q * scale, k, v, scale=1.0), or pass its value, scale.item()"
+        )
     try:
         return float(scale)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # RuntimeError: a tensor that is no single real number
         raise ArgumentError(f"scale: expected a number or None, got {scale!r}") from None
 
 
@@ -308,13 +338,15 @@ def explain(
     missing = missing_feature(attn_mask, dropout_p, window)
     if cfg is not None and missing:
         raise ArgumentError(f"cfg: expected None, as only flash_attention takes it: {missing}")
+    require_kind(q=q, k=k, v=v)
     library = library_of(type(q))
     fallback = checked_fallback(on_unsupported, library)
     if isinstance(library, Torch) and cfg is None:
         from . import _torch
 
         problem = _torch.Problem(q, k, v, causal, scale, layout, attn_mask, dropout_p, window)
-        return _torch.explained(problem, bool(allow_tf32), missing, fallback)
+        return _torch.explained(problem, bool(allow_tf32), fallback)
+    require_arrays(q=q, k=k, v=v)
     found = _core.explain(cfg, q, k, v, bool(causal), number(scale), layout, bool(allow_tf32))
     return unsupported(found, missing) if missing else found
 
@@ -346,6 +378,7 @@ def count_blocks(
     if not isinstance(cfg, ForwardConfig):
         raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
     require_arrays(q=q, k=k, v=v)
+    require_kind(q=q, k=k, v=v)
     require_options(causal, layout)
     _core.check_problem(q, k, v, None, layout)
     library = library_of(type(q))

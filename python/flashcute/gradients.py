@@ -8,7 +8,14 @@ from typing import Any
 from . import _core
 from ._arrays import Array, Library, library_of, stream_number
 from ._core import ArgumentError, BackwardConfig
-from .attention import integer, number, optional_integer, require_arrays, require_options
+from .attention import (
+    integer,
+    number,
+    optional_integer,
+    require_arrays,
+    require_kind,
+    require_options,
+)
 
 
 def backward(
@@ -66,6 +73,7 @@ def backward(
     outputs = {"dq": dq, "dk": dk, "dv": dv, "workspace": workspace}
     given = {name: x for name, x in outputs.items() if x is not None}
     require_arrays(**inputs, **given)
+    require_kind(**inputs, **given)
     require_options(causal, layout)
     for name, array in {**inputs, **given}.items():
         library = library_of(type(array))
@@ -101,6 +109,8 @@ def backward(
             chosen, dout, q, k, v, out, lse, dlse, to_dq, to_dk, to_dv, work, bool(causal), number(scale), layout,
             bool(deterministic), address,
         )  # fmt: skip
+    for array in given.values():
+        library_of(type(array)).wrote(array)
     return (
         library.finish(to_dq, q) if dq is None else dq,
         library.finish(to_dk, q) if dk is None else dk,
@@ -119,6 +129,7 @@ def backward_workspace_size(
     """How many float32 elements the workspace of a `backward` call with `cfg` must have: 0 on the CPU."""
     require_config(cfg)
     require_arrays(q=q, v=v)
+    require_kind(q=q, v=v)
     require_options(False, layout)
     return int(_core.backward_workspace_size(cfg, q, v, layout, cfg.deterministic))
 
