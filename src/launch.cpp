@@ -1,6 +1,7 @@
 #include "launch.hpp"
 
 #include <algorithm>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -18,6 +19,7 @@ namespace {
 using namespace cuda;
 
 constexpr int attribute_max_dynamic_shared_bytes = 8;
+constexpr int option_binary_is_preserved = 1;
 
 int32_t num_threads(ForwardKernelId const& kernel) { return num_threads(kernel.config); }
 int64_t smem_bytes(ForwardKernelId const& kernel) { return smem_bytes(kernel.config); }
@@ -58,7 +60,6 @@ template <class KernelId>
 Function prepare(KernelId const& id, DeviceFacts const& device) {
   int64_t const shared_bytes = smem_bytes(id);
   Name const entry = name(id);
-  // Without CU_LIBRARY_BINARY_IS_PRESERVED the driver keeps a copy of its own: this one goes with the scope.
   Image const image = find_image(id, device.arch);
   require_driver_for(image.cuda_version, driver().version);
 
@@ -66,7 +67,12 @@ Function prepare(KernelId const& id, DeviceFacts const& device) {
   RelaxedCapture const relaxed;
   ContextGuard const guard(device.primary_context);
   Library library = nullptr;
-  check_result(driver().cuLibraryLoadData(&library, image.view().data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+  // The driver makes a copy of the image, unless it is told that the bytes stay. Those of an ahead-of-time image do;
+  // those that were read or compiled are freed here, so that each image is in memory once.
+  int option = option_binary_is_preserved;
+  void* value = reinterpret_cast<void*>(std::uintptr_t{1});
+  unsigned const options = image.storage.empty() ? 1 : 0;
+  check_result(driver().cuLibraryLoadData(&library, image.view().data(), nullptr, nullptr, 0, &option, &value, options),
                std::string("cuLibraryLoadData(") + entry.text + ", " + image.origin + ")");
   Kernel kernel = nullptr;
   check_result(driver().cuLibraryGetKernel(&kernel, library, entry.text),

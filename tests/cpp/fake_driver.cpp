@@ -48,11 +48,16 @@ int cuCtxPopCurrent(void** context) {
   return 0;
 }
 
-int cuLibraryLoadData(void** library, void const* code, int*, void**, unsigned, int*, void**, unsigned) {
+int cuLibraryLoadData(void** library, void const* code, int*, void**, unsigned, int* options, void** values,
+                      unsigned option_count) {
   std::lock_guard const lock(state.mutex);
   state.context_at_load = current_context;
   state.capture_mode_at_load = state.capture_mode;
   ++state.loads;
+  state.last_load_copied = true;
+  for (unsigned i = 0; i < option_count; ++i) {
+    if (options[i] == 1 && values[i] != nullptr) state.last_load_copied = false;  // CU_LIBRARY_BINARY_IS_PRESERVED
+  }
   *library = const_cast<void*>(code);
   return state.loads <= state.loads_that_succeed ? 0 : 1;
 }

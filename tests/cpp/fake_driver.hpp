@@ -46,6 +46,7 @@ struct FakeDriver {
   int max_dynamic_shared_bytes = 0;
   int capture_mode_at_load = -1;
   void* context_at_load = nullptr;
+  bool last_load_copied = true;  // the driver was not told that the image stays where it is
   std::string kernel_name;
   std::set<std::string> kernels;  // by name, whose address is the kernel's handle
   std::vector<FakeLaunch> launches;

@@ -1,13 +1,14 @@
 // A libnvrtc.so that compiles nothing, and takes no time for it: what comes back only begins like an image. With the
 // fake driver, kernels that are not compiled ahead of time can be launched.
 #include <cstddef>
-#include <string_view>
+#include <string>
 
 namespace {
 
-constexpr std::string_view image =
-    "\x7f"
-    "ELF";
+std::string const& image() {
+  static std::string const bytes = std::string("\x7f") + "ELF" + std::string(1 << 20, '\0');  // as large as a real one
+  return bytes;
+}
 
 }  // namespace
 
@@ -26,8 +27,8 @@ int nvrtcCompileProgram(void*, int, char const* const*) { return 0; }
 
 int nvrtcGetProgramLogSize(void*, std::size_t* size) { return *size = 0, 0; }
 int nvrtcGetProgramLog(void*, char*) { return 0; }
-int nvrtcGetCUBINSize(void*, std::size_t* size) { return *size = image.size(), 0; }
-int nvrtcGetCUBIN(void*, char* bytes) { return image.copy(bytes, image.size()), 0; }
+int nvrtcGetCUBINSize(void*, std::size_t* size) { return *size = image().size(), 0; }
+int nvrtcGetCUBIN(void*, char* bytes) { return image().copy(bytes, image().size()), 0; }
 int nvrtcGetPTXSize(void*, std::size_t* size) { return *size = 0, 0; }
 int nvrtcGetPTX(void*, char*) { return 0; }
 

@@ -106,6 +106,7 @@ TEST_F(Choice, HoppersImageNeedsNoCompiler) {
   EXPECT_EQ(chosen(), default_config(DType::bfloat16, 128, 90));
   run(chosen());
   EXPECT_TRUE(contains(driver_->launches.back().kernel, "flashcute_sm90_fwd_bf16_d128"));
+  EXPECT_FALSE(driver_->last_load_copied) << "the image lives as long as the library: a copy would be a second one";
   EXPECT_TRUE(explain(std::nullopt, q_, q_, q_).notes.empty());
   fake_images().targets = "100";  // runs on no GPU of compute capability 9.0
   EXPECT_EQ(image_source(ForwardKernelId{mma_sync(), {}}, 90), ImageSource::none);

@@ -2,6 +2,7 @@
 // (fake_images.cpp): what is loaded, prepared
 // and launched, and which calls never reach the driver. Each test is a process of its own: what is loaded stays.
 #include <gtest/gtest.h>
+#include <malloc.h>
 
 #include <algorithm>
 #include <optional>
@@ -44,6 +45,7 @@ TEST_F(Launch, PreparesOnceAndLaunchesOnTheCallersStream) {
   ForwardConfig const config = default_config(DType::bfloat16, 128, 100);
   EXPECT_EQ(driver_->kernel_name, name(ForwardKernelId{config, {MaskKind::causal}}).text);
   EXPECT_EQ(driver_->loads, 1);
+  EXPECT_FALSE(driver_->last_load_copied) << "the image lives as long as the library: a copy would be a second one";
   EXPECT_EQ(driver_->max_dynamic_shared_bytes, smem_bytes(config));
   EXPECT_EQ(driver_->capture_mode_at_load, 2) << "loading inside a graph capture needs the relaxed mode";
   EXPECT_EQ(driver_->capture_mode, 0) << "the caller's capture mode must come back";
@@ -384,6 +386,27 @@ struct BackwardCall {
 };
 
 class LaunchCompiled : public FakeGpuAndCompiler {};
+
+// Guards against an image that is in memory twice, as the driver's copy and as ours: one of 1 MiB is compiled and one
+// is read from the disk cache. Also against a driver that makes no copy of what is freed.
+TEST_F(LaunchCompiled, TheImageIsFreedWhenTheDriverHasIt) {
+  ScopedVariable const force("FLASHCUTE_JIT", "force");
+  auto const bytes_in_use = [] {
+    struct mallinfo2 const heap = mallinfo2();
+    return static_cast<int64_t>(heap.uordblks + heap.hblkhd);
+  };
+  auto const run = [&](int64_t head_dim, int device) {
+    TensorView const t = tensor({1, 64, 1, head_dim}, device);
+    forward(default_config(DType::bfloat16, head_dim, 100), t, t, t, output({1, 64, 1, head_dim}, device), nullptr);
+  };
+  run(64, 0);  // what is made once is made here
+  int64_t const before = bytes_in_use();
+  run(128, 0);  // compiled
+  run(128, 1);  // read
+  EXPECT_EQ(driver_->loads, 3);
+  EXPECT_TRUE(driver_->last_load_copied);
+  EXPECT_LT(bytes_in_use() - before, 1 << 20);
+}
 
 // Guards against thread blocks that load half of K and V, without others that load the rest.
 TEST_F(LaunchCompiled, ThreadBlocksOfAClusterAreLaunchedTogether) {
