@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <cstdint>
 #include <cstdlib>
 #include <initializer_list>
 #include <string_view>
@@ -22,6 +23,9 @@ constexpr std::array table = {
              "never use an ahead-of-time image"},
     Variable{"FLASHCUTE_CACHE_DIR", "$XDG_CACHE_HOME/flashcute, else ~/.cache/flashcute",
              "folder of the images that were compiled at run time (an absolute path)"},
+    Variable{"FLASHCUTE_CACHE_SIZE", "1G",
+             "how large these images may be together, in bytes or with a unit: K, M, G or T (powers of 1024). Those "
+             "used least recently are removed when one is compiled; with 0 it alone stays"},
     Variable{"FLASHCUTE_NVRTC", "searched", "path of libnvrtc.so, the run-time compiler"},
     Variable{"FLASHCUTE_CUDA_INCLUDE", "searched", "folder that holds cuda_fp16.h, for the run-time compiler"},
     Variable{"FLASHCUTE_NUM_THREADS", "one per available core", "threads of the CPU backend"},
@@ -79,6 +83,22 @@ std::filesystem::path cache_folder() {
   }
   std::filesystem::path const home = home_folder();
   return home.empty() ? home : home / ".cache" / "flashcute";
+}
+
+std::uint64_t cache_limit() {
+  std::string value = env("FLASHCUTE_CACHE_SIZE");
+  if (value.empty()) value = "1G";
+  constexpr std::string_view units = "KMGT";
+  std::uint64_t count = 0;
+  auto const [end, error] = std::from_chars(value.data(), value.data() + value.size(), count);
+  std::string_view const unit(end, value.data() + value.size());
+  std::size_t const power = unit.size() == 1 ? units.find(unit) + 1 : 0;  // 0 also for a unit that is not found
+  std::uint64_t const factor = std::uint64_t{1} << (10 * power);
+  if (error != std::errc() || (!unit.empty() && power == 0) || count > (UINT64_MAX >> 1) / factor) {
+    throw ArgumentError("environment variable FLASHCUTE_CACHE_SIZE",
+                        "a whole number of bytes, or one with a unit K, M, G or T such as 512M", "'" + value + "'");
+  }
+  return count * factor;
 }
 
 std::optional<int> cpu_threads() {

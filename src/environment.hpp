@@ -30,6 +30,9 @@ JitMode jit_mode();
 /// FLASHCUTE_CACHE_DIR, else flashcute below $XDG_CACHE_HOME or ~/.cache; empty where the user has no home.
 std::filesystem::path cache_folder();
 
+/// FLASHCUTE_CACHE_SIZE in bytes, 1 GiB if it is not set.
+std::uint64_t cache_limit();
+
 /// FLASHCUTE_NUM_THREADS, or nothing: the caller chooses.
 std::optional<int> cpu_threads();
 

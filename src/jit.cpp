@@ -1,5 +1,6 @@
 #include "jit.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <exception>
@@ -88,6 +89,9 @@ std::span<std::string const> ours_in(CompileRequest const& request) {
   return std::span(request.include_folders).first(request.include_folders.size() - 1);
 }
 
+// In the name of an image, before the compiler's version.
+constexpr char const* compiler_mark = ".nvrtc";
+
 std::string key_of(CompileRequest const& request) {
   Sha256 hash;
   // Each part is preceded by its length: no two lists of parts spell the same text.
@@ -101,7 +105,7 @@ std::string key_of(CompileRequest const& request) {
   for (std::string const& option : options_without_paths(request)) add(option);
   for (std::string const& folder : ours_in(request)) add(hash_once(&Headers::contents, folder, hash_of_contents));
   add(hash_once(&Headers::sizes, request.include_folders.back(), hash_of_sizes));
-  return request.name + "." + request.arch + "." + hash.hex();
+  return request.name + "." + request.arch + compiler_mark + nvrtc_version() + "." + hash.hex();
 }
 
 /// Somebody edits headers while a process runs: its images would be published under the hash of the old text.
@@ -165,6 +169,18 @@ void set_include_folders(std::vector<std::string> folders) {
 
 std::string jit_key(KernelCode const& kernel, Arch arch) { return key_of(request_for(kernel, arch)); }
 
+JitKeyParts parts_of_jit_key(std::string_view key) {
+  std::string_view const names = key.substr(0, key.rfind('.'));  // without the hash
+  auto const target = std::min(names.find('.'), names.size());
+  auto const compiler = std::min(names.find(compiler_mark, target), names.size());
+  JitKeyParts parts{std::string(names.substr(0, target)), "", ""};
+  if (target < compiler) parts.target = names.substr(target + 1, compiler - target - 1);
+  if (compiler < names.size()) {
+    parts.compiler = "NVRTC " + std::string(names.substr(compiler + std::string_view(compiler_mark).size()));
+  }
+  return parts;
+}
+
 bool can_compile(Arch arch) {
   if (jit_mode() == JitMode::off || !nvrtc_available()) return false;
   Headers& h = headers();
@@ -199,7 +215,7 @@ JitImage jit_image(KernelCode const& kernel, Arch arch) {
         "`python -m flashcute compile` made beforehand, which keeps the wait out of the program");
   }
   CompileRequest const request = request_for(kernel, arch);
-  DiskCache const cache(cache_folder());
+  DiskCache const cache(cache_folder(), cache_limit());
   auto const compile = [&] {
     ProgressLine const line(request, cache.folder());
     std::string image = nvrtc_compile(request);

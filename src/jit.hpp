@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "flashcute/config.hpp"
@@ -13,9 +14,18 @@ namespace flashcute {
 /// Python sets them at import; a C++ program that compiles at run time sets them once, before it does.
 void set_include_folders(std::vector<std::string> folders);
 
-/// The image's name in the disk cache: the kernel's name, the target, and a hash of all that the image depends on: the
-/// headers, the source, the compiler's exact version and its options. No path and no size known at run time enters.
+/// The image's name in the disk cache: the kernel's name, the target, the compiler, and a hash of all that the image
+/// depends on: the headers, the source, the compiler's exact version and its options. No path and no size known at run
+/// time enters.
 std::string jit_key(KernelCode const& kernel, Arch arch);
+
+/// What such a name tells.
+struct JitKeyParts {
+  std::string kernel;
+  std::string target;    // "sm_80"
+  std::string compiler;  // "NVRTC 13.0"
+};
+JitKeyParts parts_of_jit_key(std::string_view key);
 
 struct JitImage {
   std::string bytes;  // a cubin

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <filesystem>
 #include <map>
@@ -313,6 +314,34 @@ TEST_F(Jit, AnyKernelByItsCode) {
 TEST_F(Jit, Quiet) {
   ScopedVariable const quiet("FLASHCUTE_QUIET", "1");
   EXPECT_EQ(stderr_of([] { jit_image(kernel(), 80); }), "");
+}
+
+// Guards against a list of images that cannot say which they are, and against a name of another release, or by
+// somebody's hand, that breaks it.
+TEST_F(Jit, KeyTellsKernelTargetAndCompiler) {
+  JitKeyParts const parts = parts_of_jit_key(jit_key(kernel(), 80));
+  EXPECT_EQ(parts.kernel, kernel().name);
+  EXPECT_EQ(parts.target, "sm_80");
+  EXPECT_EQ(parts.compiler, "NVRTC " + nvrtc_version());
+  for (auto const& [key, kernel, target, compiler] : std::vector<std::array<std::string, 4>>{
+           {"k.sm_80.0123", "k", "sm_80", ""}, {"k.0123", "k", "", ""}, {"k.nvrtc1.2.0123", "k", "", "NVRTC 1.2"}}) {
+    JitKeyParts const found = parts_of_jit_key(key);
+    EXPECT_EQ(found.kernel, kernel) << key;
+    EXPECT_EQ(found.target, target) << key;
+    EXPECT_EQ(found.compiler, compiler) << key;
+  }
+}
+
+// Guards against a limit that is read and not obeyed.
+TEST_F(Jit, TheLimitHolds) {
+  ScopedVariable const quiet("FLASHCUTE_QUIET", "1");
+  ScopedVariable const limit("FLASHCUTE_CACHE_SIZE", "0");
+  std::string const first = jit_key({"first", NvrtcTest::kernel("first")}, 80);
+  jit_image({"first", NvrtcTest::kernel("first")}, 80);
+  EXPECT_TRUE(fs::exists(cached(first)));
+  jit_image(kernel(), 80);
+  EXPECT_FALSE(fs::exists(cached(first)));
+  EXPECT_TRUE(fs::exists(cached(jit_key(kernel(), 80))));
 }
 
 // Guards against two images with one name: everything that changes the code changes the key, and paths do not.
