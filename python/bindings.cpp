@@ -494,7 +494,12 @@ void bind_facts(nb::module_& m) {
   bind_members(build, "BuildInfo", Member{"image_archs", &BuildInfo::image_archs},
                Member{"image_compiler", &BuildInfo::image_compiler}, Member{"jit_compiler", &BuildInfo::jit_compiler},
                Member{"jit_problem", &BuildInfo::jit_problem}, Member{"cache_folder", &BuildInfo::cache_folder},
+               Member{"cache_limit", &BuildInfo::cache_limit, "Bytes of all images in it together."},
                Member{"cpu_isa", &BuildInfo::cpu_isa}, Member{"cpu_threads", &BuildInfo::cpu_threads});
+  nb::class_<CachedImage> image(m, "CachedImage", "A kernel image in the disk cache.");
+  bind_members(image, "CachedImage", Member{"kernel", &CachedImage::kernel}, Member{"target", &CachedImage::target},
+               Member{"compiler", &CachedImage::compiler}, Member{"size", &CachedImage::size, "Bytes."},
+               Member{"last_used", &CachedImage::last_used, "Seconds since 1970."});
 }
 
 }  // namespace
@@ -547,6 +552,9 @@ NB_MODULE(_core, m) {
   m.def("driver_info", &driver_info, nb::call_guard<ReleaseGil>());
   m.def("build_info", &build_info);
   m.def("build_version", &build_version);
+  m.def("cached_images", &cached_images, nb::call_guard<nb::gil_scoped_release>());
+  m.def("check_cached_images", &check_cached_images, nb::call_guard<nb::gil_scoped_release>());
+  m.def("clear_cached_images", &clear_cached_images, nb::call_guard<nb::gil_scoped_release>());
   m.def("environment_variables", [] {
     std::vector<std::vector<std::string>> rows;
     for (auto const& v : environment_variables()) rows.push_back({v.name, v.default_value, v.meaning});

@@ -5,6 +5,7 @@
 #include "choose.hpp"
 #include "cpu/backward.hpp"
 #include "cpu/forward.hpp"
+#include "disk_cache.hpp"
 #include "driver.hpp"
 #include "environment.hpp"
 #include "explanation.hpp"
@@ -86,6 +87,26 @@ std::string why_not(ForwardConfig const& config, bool given, TensorView const& q
   } catch (Error const& error) {
     return error.what();
   }
+}
+
+CachedImage image_of(DiskCache::Entry const& entry) {
+  auto [kernel, target, compiler] = parts_of_jit_key(entry.key);
+  return {std::move(kernel), std::move(target), std::move(compiler), static_cast<int64_t>(entry.size),
+          static_cast<double>(entry.last_used) * 1e-9};
+}
+
+std::vector<std::pair<CachedImage, std::string>> in_words(DiskCache::Outcomes const& outcomes) {
+  std::vector<std::pair<CachedImage, std::string>> all;
+  for (auto const& [entry, outcome] : outcomes) {
+    switch (outcome) {
+      case DiskCache::Outcome::whole: all.emplace_back(image_of(entry), "whole"); break;
+      case DiskCache::Outcome::removed: all.emplace_back(image_of(entry), "removed"); break;
+      case DiskCache::Outcome::vanished: break;  // not among the images any more
+      case DiskCache::Outcome::in_use: all.emplace_back(image_of(entry), "in use"); break;
+      case DiskCache::Outcome::failed: all.emplace_back(image_of(entry), "failed"); break;
+    }
+  }
+  return all;
 }
 
 }  // namespace
@@ -203,9 +224,24 @@ BuildInfo build_info() {
   info.jit_problem = jit_mode() == JitMode::off ? "switched off by FLASHCUTE_JIT=off" : nvrtc_problem();
   if (info.jit_problem.empty()) info.jit_compiler = "NVRTC " + nvrtc_version() + " (" + nvrtc_path() + ")";
   info.cache_folder = cache_folder();
+  info.cache_limit = static_cast<int64_t>(cache_limit());
   info.cpu_isa = cpu::isa();
   info.cpu_threads = cpu::num_threads();
   return info;
+}
+
+std::vector<CachedImage> cached_images() {
+  std::vector<CachedImage> images;
+  for (auto const& entry : DiskCache(cache_folder()).entries()) images.push_back(image_of(entry));
+  return images;
+}
+
+std::vector<std::pair<CachedImage, std::string>> check_cached_images() {
+  return in_words(DiskCache(cache_folder()).check());
+}
+
+std::vector<std::pair<CachedImage, std::string>> clear_cached_images() {
+  return in_words(DiskCache(cache_folder()).clear());
 }
 
 std::vector<EnvironmentVariable> environment_variables() {

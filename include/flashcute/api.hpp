@@ -203,12 +203,35 @@ struct BuildInfo {
   std::string jit_compiler;    // "NVRTC 13.0 (path)"; empty if there is none
   std::string jit_problem;     // why there is none, and what brings it
   std::string cache_folder;
+  int64_t cache_limit = 0;  // bytes
   std::string cpu_isa;
   int cpu_threads = 0;
 
   bool operator==(BuildInfo const&) const = default;
 };
 BuildInfo build_info();
+
+// ---- images that were compiled at run time, in the disk cache -------------------------------------
+
+struct CachedImage {
+  std::string kernel;
+  std::string target;    // "sm_80"
+  std::string compiler;  // "NVRTC 13.0"
+  int64_t size;          // bytes
+  double last_used;      // seconds since 1970
+
+  bool operator==(CachedImage const&) const = default;
+};
+
+/// The most recently used first. This and the next two throw a CacheError if others can write into the folder.
+std::vector<CachedImage> cached_images();
+
+/// Verifies each image as loading does, and removes those that are damaged. What became of each is "whole", "removed",
+/// "in use" (not touched: another process compiles or removes it) or "failed" (to remove it).
+std::vector<std::pair<CachedImage, std::string>> check_cached_images();
+
+/// Removes all images. What became of each is "removed", "in use" or "failed".
+std::vector<std::pair<CachedImage, std::string>> clear_cached_images();
 
 /// An environment variable that flashcute reads.
 struct EnvironmentVariable {

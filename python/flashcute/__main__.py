@@ -7,19 +7,19 @@ import os
 import sys
 
 from . import FlashcuteError, __version__
-from ._cli import bench, compile_, demo, explain, info
+from ._cli import bench, cache, compile_, demo, explain, info
 from ._cli.options import UsageError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns the exit code: 0, 1 for wrong results, 2 for wrong arguments."""
+    """Runs one command and returns the exit code: 0, 1 if a check fails, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m flashcute",
         description="FlashAttention on CuTe, for NVIDIA GPUs and CPUs.",
     )
     parser.add_argument("--version", action="version", version=f"flashcute {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (info, demo, bench, explain, compile_):
+    for module in (info, demo, bench, explain, compile_, cache):
         module.add_command(commands)
     options = parser.parse_args(arguments)
     try:

@@ -44,6 +44,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A setting that is not listed or whose value is not shown; a failure where there is no GPU."""
     monkeypatch.setenv("FLASHCUTE_QUIET", "1")
+    monkeypatch.setenv("FLASHCUTE_CACHE_SIZE", "2G")
     monkeypatch.delenv("FLASHCUTE_JIT", raising=False)
     meanings = {name: meaning for name, _, meaning in _core.environment_variables()}
     assert main(["info"]) == 0
@@ -51,6 +52,7 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert all(name in text for name in meanings)
     assert meanings["FLASHCUTE_QUIET"] in text
     assert meanings["FLASHCUTE_JIT"] not in text  # what is not set says nothing
+    assert f"{_core.build_info().cache_folder}, at most 2.0 GiB\n" in text
     assert main(["info", "--verbose"]) == 0
     text = capsys.readouterr().out
     assert all(name in text and meaning in text for name, meaning in meanings.items())

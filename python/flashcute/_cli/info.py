@@ -9,7 +9,7 @@ from importlib import metadata
 
 from .. import __version__, _core
 from .options import Commands
-from .table import format_table
+from .table import format_bytes, format_table
 
 LIBRARIES = {
     "numpy": ("numpy",),
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         jit = jit.partition(" Tried:")[0]
     print(f"images     {images}")
     print(f"compiler   {jit.rstrip()}")
-    print(f"cache      {build.cache_folder}")
+    print(f"cache      {build.cache_folder}, at most {format_bytes(build.cache_limit)}")
     print(f"CPU        {build.cpu_isa}, {build.cpu_threads} threads")
     if driver.available:
         version = f"{driver.cuda_version // 1000}.{driver.cuda_version % 1000 // 10}"
