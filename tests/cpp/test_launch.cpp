@@ -267,7 +267,7 @@ TEST_F(Launch, ExplainLaunchesNothing) {
   EXPECT_TRUE(driver_->launches.empty());
 }
 
-class ExplainCall : public FakeGpu {};
+class ExplainCall : public FakeGpuAndCompiler {};
 
 /// The lines of an explanation that hold `word`.
 std::string lines_with(std::string const& word, Explanation const& e) {

@@ -44,6 +44,8 @@ except ImportError:
     torch = NeedsTorch()
 
 available = not isinstance(torch, NeedsTorch)
+# For tests that use torch through flashcute or another program.
+needs_torch = pytest.mark.skipif(not available, reason=REASON)
 
 
 def needed_by(value: object) -> bool:

@@ -24,6 +24,7 @@ from flashcute._cli.problem import (
     fp64_reference,
     naive_result,
 )
+from optional_torch import needs_torch
 
 CASE = Case(1, 2, 2, 40, 40, 16, True, "float32")
 BENCH = ["bench", "--device", "cpu", "--rounds", "1", "--budget-ms", "1", "--batch", "1"]
@@ -344,6 +345,7 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "geometric mean" in text
 
 
+@needs_torch
 def test_bench_backward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Gradients that are timed and not checked, or counted as if they were a forward."""
     file = tmp_path / "lines.jsonl"
@@ -361,6 +363,7 @@ def test_bench_backward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert line["tflops"] == pytest.approx(flops / line["ms_p50"] / 1e9)
 
 
+@needs_torch
 def test_bench_backward_configurations(tmp_path: Path) -> None:
     """Gradients of another configuration than the one that is named, or counted as the default's."""
     file = tmp_path / "lines.jsonl"
@@ -386,6 +389,7 @@ def test_deterministic_gradients_are_no_forward(capsys: pytest.CaptureFixture[st
     assert "flashcute_deterministic needs --backward" in capsys.readouterr().out
 
 
+@needs_torch
 def test_bench_backward_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong gradient that is timed as if it were right."""
     from flashcute import _torch

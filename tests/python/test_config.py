@@ -464,7 +464,7 @@ def test_explain_prints_one_line_for_each_reason() -> None:
 
 def facts() -> dict[str, object]:
     """By the name that a test has of them."""
-    q = torch.ones(1, 4, 2, 8)
+    q = np.ones((1, 4, 2, 8), np.float32)
     gpu = fc._core.GpuInfo.__new__(fc._core.GpuInfo)  # no machine without a GPU gives one
     gpu.__setstate__((1, "NVIDIA H100", 90))
     assert repr(gpu) == "GpuInfo(index=1, name='NVIDIA H100', arch=90)"

@@ -13,6 +13,7 @@ from pathlib import Path
 import flashcute as fc
 import pytest
 from conftest import backward_configurations_of_first_use
+from optional_torch import needs_torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +35,7 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@needs_torch
 def test_code_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """The first thing that a stranger tries."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

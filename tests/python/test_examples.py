@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import optional_torch
 import pytest
+from optional_torch import needs_torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -20,10 +20,9 @@ def test_examples_are_tested(example: Path) -> None:
     assert example.stem in Path(__file__).read_text()
 
 
+@needs_torch
 def test_train_char(tmp_path: Path) -> None:
     """A few steps: both attentions train, end at the same loss, and say so."""
-    if not optional_torch.available:
-        pytest.skip(optional_torch.REASON)
     options = ["--steps", "5", "--batch", "4", "--context", "32", "--width", "32", "--heads", "2"]
     done = subprocess.run(
         [sys.executable, EXAMPLES / "train_char.py", *options, "--plot", "loss.svg"],
