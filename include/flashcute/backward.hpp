@@ -299,7 +299,7 @@ struct TileGradients {
   /// Where scores are so large that rounding says that P is more than 1, it is 1.
   template <class Probabilities>
   FLASHCUTE_DEVICE static void hold_at_one(Probabilities& probabilities) {
-    auto words = cute::recast<uint32_t>(probabilities);
+    auto words = words_of(probabilities);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(words); ++i) words(i) = at_most_one<Element>(words(i));
   }

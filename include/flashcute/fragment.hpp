@@ -23,9 +23,11 @@ template <class To, class Tensor>
 FLASHCUTE_DEVICE auto as_operand_a(Tensor&& acc) {
   using namespace cute;
   if constexpr (sizeof(To) == 2) {
-    auto const l = logical_divide(acc.layout(), Shape<X, X, _2>{});  // ((2, 2), MMA_M, (2, MMA_N / 2))
-    return make_tensor(acc.data(),
-                       make_layout(make_layout(get<0, 0>(l), get<0, 1>(l), get<2, 0>(l)), get<1>(l), get<2, 1>(l)));
+    // MMA_N is split as logical_divide by 2 would, which each kernel would derive anew.
+    auto const l = acc.layout();
+    auto const n = stride<2>(l);
+    return make_tensor(acc.data(), make_layout(make_layout(get<0, 0>(l), get<0, 1>(l), make_layout(_2{}, n)), get<1>(l),
+                                               make_layout(Int<decltype(size<2>(l))::value / 2>{}, _2{} * n)));
   } else {
     auto const l = acc.layout();
     return make_tensor(acc.data(), make_layout(make_layout(get<0, 1>(l), get<0, 0>(l)), get<1>(l), get<2>(l)));
@@ -41,13 +43,24 @@ FLASHCUTE_DEVICE To to_operand(float x) {
     return round_tf32(x);
 }
 
+/// A compact fragment as 32-bit words, in the order of its registers. (CuTe's recast keeps the shape, and derives it
+/// for each fragment anew.)
+template <class Fragment>
+FLASHCUTE_DEVICE auto words_of(Fragment&& fragment) {
+  using namespace cute;
+  using Element = std_::remove_reference_t<decltype(*fragment.data())>;
+  using Word = std_::conditional_t<std_::is_const_v<Element>, uint32_t const, uint32_t>;
+  constexpr int count = decltype(cosize(fragment.layout()))::value * sizeof(Element) / sizeof(Word);
+  return make_tensor(recast_ptr<Word>(fragment.data()), Layout<Int<count>>{});
+}
+
 /// An fp32 fragment in the type of an operand or of the output, rounded to nearest.
 template <class To, class Tensor>
 FLASHCUTE_DEVICE auto convert(Tensor const& from) {
   using namespace cute;
   auto to = make_tensor<To>(from.shape());
   if constexpr (sizeof(To) == 2) {
-    auto pairs = recast<uint32_t>(to);
+    auto pairs = words_of(to);
     CUTE_UNROLL
     for (int i = 0; i < size(pairs); ++i) pairs(i) = round_pair<To>(from(2 * i), from(2 * i + 1));
   } else {

@@ -65,7 +65,7 @@ struct OperandA {
     CUTE_UNROLL
     for (int m = 0; m < cute::size<1>(fragment); ++m) {
       auto a = fragment(cute::_, m, k);
-      auto r = cute::recast<uint32_t>(a);
+      auto r = words_of(a);
       ldmatrix<Transposed>(Transposed ? pieces.at(16 * k, Warps * m) : pieces.at(16 * Warps * m, k), r(0), r(1), r(2),
                            r(3));
       round_operand(a);
@@ -83,7 +83,7 @@ struct OperandB {
   /// This warp's i-th 16 columns of K-step k.
   FLASHCUTE_DEVICE void fetch(int k, int i) {
     auto b = fragment(cute::_, 2 * i, k), next_b = fragment(cute::_, 2 * i + 1, k);
-    auto r = cute::recast<uint32_t>(b), next_r = cute::recast<uint32_t>(next_b);
+    auto r = words_of(b), next_r = words_of(next_b);
     ldmatrix<Transposed>(Transposed ? pieces.at(16 * k, Warps * i) : pieces.at(16 * Warps * i, k), r(0), r(1),
                          next_r(0), next_r(1));
     round_operand(b);

@@ -242,7 +242,7 @@ class OnlineSoftmax {
     using namespace cute;
     using Element = typename Probabilities::value_type;
     auto s = by_row_and_column(scores);  // (row, column)
-    auto pairs = recast<uint32_t>(p);
+    auto pairs = words_of(p);
     float sum[2 * Rows];
     float base[Rows];
     CUTE_UNROLL

@@ -90,8 +90,8 @@ struct Products {
   /// would rather not have the copy.
   template <class Probabilities>
   FLASHCUTE_DEVICE static void move(Probabilities const& from, Probabilities& to) {
-    auto const source = cute::recast<uint32_t const>(from);
-    auto const target = cute::recast<uint32_t>(to);
+    auto const source = words_of(from);
+    auto const target = words_of(to);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(target); ++i) target(i) = moved(source(i));
   }
