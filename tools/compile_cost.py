@@ -3,8 +3,8 @@ at first use by NVRTC.
 
 The yardstick is an empty kernel that includes cute/tensor.hpp, compiled by nvcc in the same run: so a slow machine does
 not fail, and leaner headers of CuTe do not hide a slow kernel. Limits are in user seconds over the yardstick's, in
-seconds, and in megabytes of memory. What else the machine does adds to user seconds and takes nothing away, so what is
-over a limit is compiled again, up to three times, and the least counts.
+seconds, and in megabytes of memory. A shared machine's speed changes from minute to minute: what is over a limit is
+compiled again with the yardstick beside it, up to three times, and the least ratio counts.
 
 usage: python tools/compile_cost.py --build build/make [--families REGEX] [--json FILE]
 """
@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -51,9 +51,12 @@ class Cost:
     megabytes: float
     ratio: float = 0.0
 
-    def over(self, yardstick: Cost) -> Iterator[str]:
-        """The limits that it breaks."""
+    def beside(self, yardstick: Cost) -> Cost:
         self.ratio = self.seconds / yardstick.seconds
+        return self
+
+    def over(self) -> Iterator[str]:
+        """The limits that it breaks."""
         if self.ratio > RATIO[self.kernel]:
             yield f"{self.what}: {self.ratio:.1f} times the empty kernel's time, {RATIO[self.kernel]} allowed"
         if self.seconds > SECONDS:
@@ -104,11 +107,6 @@ class Nvcc:
         return Cost(what, "nvcc", kernel, seconds, megabytes)
 
 
-def least(compilations: Iterable[Callable[[], Cost]]) -> Cost:
-    """Of the same compilation, made several times."""
-    return min((compile_it() for compile_it in compilations), key=lambda cost: cost.seconds)
-
-
 def costliest_kernel(unit: Path) -> str:
     """A family's translation unit with one kernel of it: causal, and of a backward the gradients'."""
     text = unit.read_text()
@@ -151,17 +149,20 @@ def main() -> None:
         }
         compilations |= {x[0]: partial(first_use, *x) for x in FIRST_USE}
 
-        yardstick = least(partial(nvcc.cost, "empty kernel", EMPTY) for _ in range(3))
+        empty = partial(nvcc.cost, "empty kernel", EMPTY)
+        empty()  # reads the headers from the disk
+        yardstick = empty()
         costs = [yardstick]
         problems: list[str] = []
         for what, compile_it in compilations.items():
             if not re.search(arguments.families, what):
                 continue
-            cost = compile_it()
-            for _ in range(2):
-                if any(cost.over(yardstick)):
-                    cost = least([lambda cost=cost: cost, compile_it])
-            problems += cost.over(yardstick)
+            cost = compile_it().beside(yardstick)
+            for _ in range(3):
+                if any(cost.over()):
+                    yardstick = empty()
+                    cost = min(cost, compile_it().beside(yardstick), key=lambda c: c.ratio)
+            problems += cost.over()
             costs.append(cost)
             figures = f"{cost.seconds:5.1f} s  {cost.ratio:4.1f} x  {cost.megabytes:5.0f} MB"
             print(f"{what:24} {cost.compiler:6} {figures}", flush=True)
