@@ -552,9 +552,9 @@ NB_MODULE(_core, m) {
   m.def("driver_info", &driver_info, nb::call_guard<ReleaseGil>());
   m.def("build_info", &build_info);
   m.def("build_version", &build_version);
-  m.def("cached_images", &cached_images, nb::call_guard<nb::gil_scoped_release>());
-  m.def("check_cached_images", &check_cached_images, nb::call_guard<nb::gil_scoped_release>());
-  m.def("clear_cached_images", &clear_cached_images, nb::call_guard<nb::gil_scoped_release>());
+  m.def("cached_images", &cached_images, nb::call_guard<ReleaseGil>());
+  m.def("check_cached_images", &check_cached_images, nb::call_guard<ReleaseGil>());
+  m.def("clear_cached_images", &clear_cached_images, nb::call_guard<ReleaseGil>());
   m.def("environment_variables", [] {
     std::vector<std::vector<std::string>> rows;
     for (auto const& v : environment_variables()) rows.push_back({v.name, v.default_value, v.meaning});

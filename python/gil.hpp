@@ -9,6 +9,8 @@
 #include <nanobind/nanobind.h>
 #include <unistd.h>
 
+#include "flashcute/api.hpp"
+
 namespace flashcute::python {
 
 /// Calls f, which may wait for the GIL. No destructor runs without it: the stack below f is left as it is.
@@ -21,7 +23,8 @@ decltype(auto) waiting_for_gil(F&& f) {
   }
 }
 
-/// The GIL is released while one lives. In place of nanobind's gil_scoped_release, which aborts as said above.
+/// The GIL is released while one lives. In place of nanobind's gil_scoped_release, which aborts as said above. What the
+/// call reads of the environment is read before: Python sets variables under the GIL.
 class ReleaseGil {
  public:
   ReleaseGil() : thread_{PyEval_SaveThread()} {}
@@ -32,6 +35,7 @@ class ReleaseGil {
   ReleaseGil& operator=(ReleaseGil const&) = delete;
 
  private:
+  EnvironmentSnapshot const environment_;
   PyThreadState* const thread_;
 };
 

@@ -8,6 +8,7 @@
 #include <limits>
 #include <numbers>
 
+#include "cpu/float_mode.hpp"
 #include "memory_overlap.hpp"
 
 namespace flashcute {
@@ -65,6 +66,7 @@ bool is_empty(char const* argument, TensorView const& t) {
 std::string capability_text(Arch arch) { return std::to_string(arch / 10) + "." + std::to_string(arch % 10); }
 
 double checked_scale(std::optional<double> scale, int64_t d) {
+  cpu::DefaultFloatMode const mode;  // else the default would depend on how the caller's thread rounds
   if (!scale) return d > 0 ? 1.0 / std::sqrt(static_cast<double>(d)) : 1.0;
   if (!std::isfinite(*scale) || *scale < 0) {
     throw ArgumentError("scale", "a finite number >= 0", std::to_string(*scale));

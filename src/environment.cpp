@@ -12,10 +12,17 @@
 #include <string_view>
 #include <vector>
 
+#include "flashcute/api.hpp"
 #include "flashcute/error.hpp"
 
 namespace flashcute {
 namespace {
+
+thread_local EnvironmentSnapshot const* snapshot = nullptr;
+
+// Of other programs, but for these flashcute looks too.
+constexpr std::string_view foreign[] = {"HOME",          "XDG_CACHE_HOME", "CUDA_HOME",         "CUDA_PATH",
+                                        "OMP_PROC_BIND", "OMP_PLACES",     "GOMP_CPU_AFFINITY", "KMP_AFFINITY"};
 
 constexpr std::array table = {
     Variable{"FLASHCUTE_JIT", "on",
@@ -44,7 +51,7 @@ std::string choice(char const* name, std::initializer_list<char const*> allowed)
 }
 
 std::filesystem::path home_folder() {
-  if (char const* home = std::getenv("HOME"); home != nullptr && home[0] == '/') return home;
+  if (std::string const home = environment_value("HOME"); home.starts_with('/')) return home;
   passwd entry{};
   passwd* found = nullptr;
   std::vector<char> buffer(16384);
@@ -54,14 +61,42 @@ std::filesystem::path home_folder() {
 
 }  // namespace
 
+EnvironmentSnapshot::EnvironmentSnapshot() : outer_{snapshot} {
+  if (outer_ != nullptr) return;  // which is as good, and the environment may be changing
+  for (char const* const* entry = environ; entry != nullptr && *entry != nullptr; ++entry) {
+    std::string_view const text = *entry;
+    std::string_view const name = text.substr(0, text.find('='));
+    bool const wanted =
+        name.starts_with("FLASHCUTE_") || std::find(std::begin(foreign), std::end(foreign), name) != std::end(foreign);
+    if (wanted) entries_.emplace_back(text);
+  }
+  snapshot = this;
+}
+
+EnvironmentSnapshot::~EnvironmentSnapshot() { snapshot = outer_; }
+
+std::string EnvironmentSnapshot::value(std::string_view name) const {
+  for (std::string const& entry : entries_) {
+    if (entry.size() > name.size() && entry[name.size()] == '=' && entry.starts_with(name)) {
+      return entry.substr(name.size() + 1);
+    }
+  }
+  return "";
+}
+
+std::string environment_value(char const* name) {
+  if (snapshot != nullptr) return snapshot->value(name);
+  char const* const value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
 std::span<Variable const> variables() { return table; }
 
 std::string env(char const* name) {
   auto const is_it = [&](Variable const& v) { return v.name == std::string_view(name); };
   bool const known = std::any_of(table.begin(), table.end(), is_it);
   if (!known) throw ArgumentError("env: " + std::string(name) + " is not in the table of environment variables");
-  char const* const value = std::getenv(name);
-  return value == nullptr ? "" : value;
+  return environment_value(name);
 }
 
 JitMode jit_mode() {
@@ -78,7 +113,7 @@ std::filesystem::path cache_folder() {
     return folder;
   }
   // The XDG base directory specification says to ignore a relative path.
-  if (char const* xdg = std::getenv("XDG_CACHE_HOME"); xdg != nullptr && xdg[0] == '/') {
+  if (std::string const xdg = environment_value("XDG_CACHE_HOME"); xdg.starts_with('/')) {
     return std::filesystem::path(xdg) / "flashcute";
   }
   std::filesystem::path const home = home_folder();

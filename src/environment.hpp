@@ -18,6 +18,9 @@ struct Variable {
 
 std::span<Variable const> variables();
 
+/// The value of any variable, or "": that of this thread's EnvironmentSnapshot, if it has one.
+std::string environment_value(char const* name);
+
 /// What the user set, or "" if nothing; a variable set to "" counts as not set. `name` must be in the table.
 /// Variables are read anew at each call: they may change between calls, but not during one.
 std::string env(char const* name);

@@ -91,7 +91,7 @@ struct Nvrtc {
 std::vector<std::string> toolkit_folders() {
   std::vector<std::string> folders;
   for (char const* variable : {"CUDA_HOME", "CUDA_PATH"}) {
-    if (char const* folder = std::getenv(variable); folder != nullptr && *folder != '\0') folders.push_back(folder);
+    if (std::string folder = environment_value(variable); !folder.empty()) folders.push_back(std::move(folder));
   }
   folders.push_back("/usr/local/cuda");
   return folders;

@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -240,6 +241,24 @@ struct EnvironmentVariable {
   char const* meaning;
 };
 std::vector<EnvironmentVariable> environment_variables();
+
+/// The environment variables that flashcute reads, as they are when it is made: while it lives, calls of this thread
+/// see these. For programs in which another thread may change the environment during a call, because the C library does
+/// not let one thread read variables while another sets them.
+class EnvironmentSnapshot {
+ public:
+  EnvironmentSnapshot();
+  ~EnvironmentSnapshot();
+  EnvironmentSnapshot(EnvironmentSnapshot const&) = delete;
+  EnvironmentSnapshot& operator=(EnvironmentSnapshot const&) = delete;
+
+  /// "" if it is not set.
+  std::string value(std::string_view name) const;
+
+ private:
+  std::vector<std::string> entries_;  // "NAME=value"
+  EnvironmentSnapshot const* outer_;  // of this thread, made earlier
+};
 
 /// Where to look for NVRTC and CUDA headers (folders that hold installed Python packages), and the
 /// folders with the device headers that run-time compilation includes. Nothing is opened before it is needed.

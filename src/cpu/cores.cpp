@@ -15,10 +15,12 @@
 #if defined(__linux__)
 #include <dlfcn.h>
 #include <link.h>
+#include <pthread.h>
 #include <sched.h>
 #endif
 
 #include "block_signals.hpp"
+#include "environment.hpp"
 
 namespace flashcute::cpu {
 
@@ -42,20 +44,9 @@ namespace {
 /// LLVM's is to start it.
 bool openmp_may_pin() {
   for (char const* name : {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"}) {
-    if (std::getenv(name) != nullptr) return true;
+    if (!environment_value(name).empty()) return true;
   }
   return false;
-}
-
-/// How often a library has been loaded into the process.
-unsigned long long libraries_loaded() {
-  unsigned long long count = 0;
-  auto const read = [](dl_phdr_info* info, size_t, void* to) {
-    *static_cast<unsigned long long*>(to) = info->dlpi_adds;
-    return 1;  // every library tells the same
-  };
-  dl_iterate_phdr(read, &count);
-  return count;
 }
 
 /// The OpenMP runtimes in the process: GNU's, Intel's and LLVM's, also under names such as libgomp-1a2b3c.so.1.
@@ -112,17 +103,36 @@ CpuSet unpinned(CpuSet const& mask) {
 
 }  // namespace
 
+namespace {
+
+/// What the OpenMP runtimes said of a mask.
+struct Answer {
+  CpuSet mask, cores;
+};
+
+// The last answer that any thread got, for children of fork: there no lock may be taken that another thread of the
+// parent might have held. It is never freed, and so not replaced for ever.
+std::atomic<Answer const*> last_answer{nullptr};
+std::atomic<int> answers_left{64};
+std::atomic<bool> is_forked_child{false};
+[[maybe_unused]] int const fork_handler = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
+
+}  // namespace
+
 CpuSet cores() {
   CpuSet const mask = CpuSet::of_this_thread();
   if (!openmp_may_pin()) return mask;
-  // Of each thread: a lock might be held at a fork, and hang the child.
-  thread_local struct {
-    unsigned long long libraries = 0;
-    CpuSet mask, cores;
-  } last;
-  unsigned long long const libraries = libraries_loaded();
-  if (last.libraries != libraries || last.mask != mask) last = {libraries, mask, unpinned(mask)};
-  return last.cores;
+  // A runtime that pins this thread changes its mask: only then there is something new to ask. To ask takes the lock of
+  // the dynamic loader, which a fork leaves locked in the child if it comes meanwhile.
+  thread_local Answer known;
+  if (known.mask == mask) return known.cores;
+  if (is_forked_child) {
+    Answer const* const last = last_answer.load(std::memory_order_acquire);
+    return last != nullptr && last->mask == mask ? last->cores : mask;
+  }
+  known = {mask, unpinned(mask)};
+  if (answers_left.fetch_sub(1) > 0) last_answer.store(new Answer(known), std::memory_order_release);
+  return known.cores;
 }
 
 #else

@@ -23,6 +23,7 @@
 
 #include "disk_cache.hpp"
 #include "environment.hpp"
+#include "flashcute/api.hpp"
 #include "flashcute/error.hpp"
 #include "header_hash.hpp"
 #include "scratch.hpp"
@@ -141,6 +142,29 @@ TEST(Environment, GoodValues) {
   EXPECT_EQ(with("FLASHCUTE_CACHE_SIZE", "8388607T", cache_limit), 8388607ull << 40);
   EXPECT_EQ(with("FLASHCUTE_CACHE_SIZE", "9223372036854775807", cache_limit), 9223372036854775807ull);
   EXPECT_TRUE(with("FLASHCUTE_QUIET", "1", quiet));
+}
+
+// Guards against a call that reads the environment while another thread sets it: from the snapshot on, it does not.
+TEST(Environment, ASnapshotIsOfThisThreadAndOfItsTime) {
+  ScopedVariable const threads("FLASHCUTE_NUM_THREADS", "3"), jit("FLASHCUTE_JIT", std::nullopt);
+  {
+    EnvironmentSnapshot const snapshot;
+    ScopedVariable const later("FLASHCUTE_NUM_THREADS", "5"), new_one("FLASHCUTE_JIT", "off");
+    EXPECT_EQ(cpu_threads(), 3);
+    EXPECT_EQ(jit_mode(), JitMode::on) << "was not set";
+    {
+      EnvironmentSnapshot const inner;
+      EXPECT_EQ(cpu_threads(), 3) << "the environment may be changing";
+    }
+    EXPECT_EQ(cpu_threads(), 3);
+    std::thread{[] { EXPECT_EQ(cpu_threads(), 5); }}.join();
+  }
+  EXPECT_EQ(cpu_threads(), 3);
+  ScopedVariable const longer("FLASHCUTE_NUM_THREADS_AND_MORE", "7"), home("HOME", "/home/somebody");
+  EnvironmentSnapshot const snapshot;
+  EXPECT_EQ(cpu_threads(), 3) << "one name begins with the other";
+  EXPECT_EQ(snapshot.value("HOME"), "/home/somebody");
+  EXPECT_EQ(snapshot.value("FLASHCUTE"), "");
 }
 
 // Guards against a cache in the current folder, or in another user's, where a variable is missing or relative.

@@ -11,10 +11,14 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <stdexcept>
+#include <string>
+#include <string_view>
 #include <thread>
+#include <vector>
 
 #include "cpu/cores.hpp"
 #include "cpu/thread_pool.hpp"
@@ -342,13 +346,27 @@ TEST(Cores, PoolThreadsFollowTheCaller) {
             0);
 }
 
-/// The fake OpenMP runtime, with these places. In a child process, or it would stay.
+/// The fake OpenMP runtime has these places.
 void have_places(std::vector<std::vector<int>> const& places) {
   void* const library = dlopen(FLASHCUTE_FAKE_OPENMP, RTLD_NOW | RTLD_LOCAL);
   ASSERT_NE(library, nullptr) << dlerror();
   auto const add = reinterpret_cast<void (*)(int const*, int)>(dlsym(library, "fake_openmp_add_place"));
+  add(nullptr, 0);
   for (auto const& place : places) add(place.data(), static_cast<int>(place.size()));
 }
+
+/// Of the variables that ask OpenMP to pin, this one alone is set.
+class OnlyVariable {
+ public:
+  explicit OnlyVariable(char const* name) {
+    for (char const* other : {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_DYNAMIC"}) {
+      variables_.push_back(std::make_unique<ScopedVariable>(other, std::string_view(other) == name ? "true" : ""));
+    }
+  }
+
+ private:
+  std::vector<std::unique_ptr<ScopedVariable>> variables_;
+};
 
 // OpenMP pins the thread that loads it to one of its places, if a variable asks for it, and one core was all that was
 // seen. What the user sets must hold: a mask that is no place, a runtime that was itself started in a narrow mask.
@@ -370,19 +388,36 @@ TEST(Cores, OfAThreadThatOpenMpHasPinned) {
       {"OMP_DYNAMIC", {{own}, {other}}, {own}},  // nobody asked it to pin
   };
   for (Case const& c : cases) {
-    EXPECT_EQ(in_child([&] {
-                for (char const* name : {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"}) {
-                  unsetenv(name);
-                }
-                setenv(c.variable, "true", 1);
-                set_of({own}).bind_this_thread();
-                if (cpu::cores() != set_of({own})) return 2;  // no runtime in the process yet
-                have_places(c.places);
-                return cpu::cores() == set_of(c.want) && cpu::cores() == set_of(c.want) ? 0 : 1;
-              }),
-              0)
-        << c.variable << " with " << c.places.size() << " places";
+    OnlyVariable const asked(c.variable);
+    std::thread{[&] {
+      std::string const what = std::string(c.variable) + " with " + std::to_string(c.places.size()) + " places";
+      have_places(c.places);
+      set_of({own}).bind_this_thread();
+      EXPECT_EQ(cpu::cores(), set_of(c.want)) << what;
+      EXPECT_EQ(cpu::cores(), set_of(c.want)) << what << ", asked again";
+      EXPECT_EQ(in_child([&] { return cpu::cores() == set_of(c.want) ? 0 : 1; }), 0) << what << ", after a fork";
+      have_places({});
+    }}.join();
   }
+}
+
+// Guards against a forked child that asks the dynamic loader: another thread of the parent may have held its lock at
+// the fork, and the child waits for ever.
+TEST(Cores, AForkedChildKnowsWhatItsParentWasTold) {
+  int const own = own_cpus().front(), other = own + 1;
+  OnlyVariable const asked("OMP_PROC_BIND");
+  std::thread{[&] {
+    have_places({{own}, {other}});
+    set_of({own}).bind_this_thread();
+    EXPECT_EQ(cpu::cores(), set_of({own, other}));
+    have_places({});
+    auto const in_another_thread = [&] {
+      int wrong = 1;
+      std::thread{[&] { wrong = cpu::cores() == set_of({own, other}) ? 0 : 1; }}.join();  // has the mask, asked nothing
+      return wrong;
+    };
+    EXPECT_EQ(in_child(in_another_thread), 0);
+  }}.join();
 }
 
 /// A folder that stands for "/".

@@ -241,6 +241,52 @@ def test_bits_do_not_depend_on_the_floating_point_mode(fresh: Runner) -> None:
     """)
 
 
+def test_bits_do_not_depend_on_the_rounding_mode(fresh: Runner) -> None:
+    """The default scale, 1 / sqrt(3), was computed as the calling thread rounds."""
+    fresh("""
+        import ctypes, numpy as np, flashcute as fc
+        libm = ctypes.CDLL("libm.so.6")
+        rng = np.random.default_rng(0)
+        q, k, v = (rng.standard_normal((1, 20, 2, 3)) for _ in range(3))
+
+        def bits():
+            return [x.tobytes() for x in fc.flash_attention(q, k, v, return_lse=True)]
+
+        expected = bits()
+        for mode in (0x400, 0x800, 0xC00):  # down, up, towards zero, as x86 numbers them
+            assert libm.fesetround(mode) == 0
+            found = bits()
+            libm.fesetround(0)
+            assert found == expected, hex(mode)
+    """)
+
+
+def test_environment_that_changes_during_calls(fresh: Runner) -> None:
+    """Calls release the GIL, and read variables while another thread's os.environ[...] moved them: a crash within
+    seconds."""
+    fresh("""
+        import os, sys, threading, time, numpy as np, flashcute as fc
+        q = np.ones((1, 1, 1, 8), np.float32)
+        done = threading.Event()
+
+        def change():
+            while not done.is_set():
+                for i in range(3000):
+                    os.environ[f"VARIABLE_{i}"] = "x" * 20
+                for i in range(3000):
+                    del os.environ[f"VARIABLE_{i}"]
+
+        sys.setswitchinterval(1e-6)
+        thread = threading.Thread(target=change)
+        thread.start()
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            fc.flash_attention(q, q, q)
+        done.set()
+        thread.join()
+    """)
+
+
 # ---- names that are not text ---------------------------------------------------------------------
 
 
