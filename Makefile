@@ -2,7 +2,7 @@
 # make test   set-up with pinned packages, install, then the GoogleTest suite and pytest
 #
 # TORCH=0     (test) do not install torch; tests that need it are skipped and say so
-# SYSTEM=1    (demo, test) use python3's own packages and install nothing: for machines without a registry
+# SYSTEM=1    (demo, test) use python3's own packages and install nothing: for machines without a network
 # JOBS=N      parallel jobs
 TORCH ?= 1
 SYSTEM ?=

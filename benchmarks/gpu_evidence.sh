@@ -66,7 +66,7 @@ for step in "${steps[@]}"; do
     python) run python 400 python3 -m pytest -q tests/python ;;
     memcheck | synccheck | initcheck | racecheck)
       run "$step" 150 compute-sanitizer --tool "$step" --error-exitcode 1 build/system/tests/cpp/test_gpu ;;
-    o1) # The suite on kernels that the assembler has hardly optimised (T23), in a build folder of its own.
+    o1) # The suite on kernels that the assembler has hardly optimised, in a build folder of its own.
       run o1_build 300 cmake -S . -B build/o1 -G Ninja -DFLASHCUTE_BUILD_TESTS=ON -DFLASHCUTE_FETCH=OFF \
         -DFLASHCUTE_ARCHS=90 -DFLASHCUTE_PTXAS_LEVEL=1 -DPython_EXECUTABLE="$(command -v python3)" \
         ${FLASHCUTE_CUTLASS_DIR:+-DFLASHCUTE_CUTLASS_DIR=$(realpath "$FLASHCUTE_CUTLASS_DIR")}

@@ -704,7 +704,6 @@ def explained(problem: Problem, allow_tf32: bool, fallback: str) -> Explanation:
         require_arrays(q=q, k=k, v=v)  # torch's own attention knows what a negated view is
     if missing:
         try:
-            require_options(causal, layout)
             _core.check_problem(q, k, v, number(scale), layout)
             checked_mask(problem)
             checked_dropout(problem.dropout_p)
@@ -717,6 +716,9 @@ def explained(problem: Problem, allow_tf32: bool, fallback: str) -> Explanation:
             image=f"torch {torch.__version__}",
             rejected=[(found.backend, missing), *found.rejected],
             notes=[memory_of_sdpa(problem)],
+            reasons=[
+                "No kernel of flashcute serves the call, so torch's own attention computes it."
+            ],
         )
     if not problem.recording or not found.backend:
         return found

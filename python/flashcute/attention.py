@@ -218,8 +218,8 @@ def require_arrays(**arrays: Array) -> None:
 def require_options(causal: object, layout: object) -> None:
     if layout not in ("bshd", "bhsd"):
         raise ArgumentError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
-    if not isinstance(causal, bool) and str(causal) not in ("True", "False"):
-        # numpy.bool is a type of its own
+    # NumPy's bool is a type of its own, named bool or, before NumPy 2, bool_.
+    if not isinstance(causal, bool) and type(causal).__name__ not in ("bool", "bool_"):
         raise ArgumentError(f"causal: expected True or False, got {causal!r}")
 
 
@@ -333,8 +333,9 @@ def explain(
     If no backend can run the call, `backend` is '' and `rejected` says why. If torch's own attention would be called,
     `backend` is 'torch', and `notes` says how much memory it needs. If the tensors require gradients, `notes` says how
     these are computed. Raises ArgumentError only for arguments that cannot be described at all: no DLPack, a dtype that
-    no kernel could have, an unknown layout.
+    no kernel could have, an unknown layout, a causal that is no boolean.
     """
+    require_options(causal, layout)
     missing = missing_feature(attn_mask, dropout_p, window)
     if cfg is not None and missing:
         raise ArgumentError(f"cfg: expected None, as only flash_attention takes it: {missing}")
@@ -444,7 +445,7 @@ def prebuild(
     cfgs: ForwardConfig | BackwardConfig | list[ForwardConfig | BackwardConfig] | None = None,
     arch: str | int | None = None,
 ) -> dict[str, str]:
-    """Makes kernels available before their first call, which may otherwise compile them (10 to 30 s each).
+    """Makes kernels available before their first call, which may otherwise compile them (a few seconds each).
 
     cfgs: a configuration of the forward or the backward, or a list of them; default all that the build compiles ahead
         of time and that `arch` can run.

@@ -268,7 +268,7 @@ void check_shapes() {
   }
 }
 
-// Guards against gradients that are wrong at a tile's edge, on the diagonal, for narrow or grouped heads (T1, T4, T40).
+// Guards against gradients that are wrong at a tile's edge, on the diagonal, for narrow or grouped heads.
 TEST(BackwardKernel, Shapes) {
   check_shapes<small>();
   check_shapes<small_shared>();
@@ -360,7 +360,7 @@ TEST(BackwardKernel, NothingToSee) {
   check_nothing_to_see<small_f32_deterministic>();
 }
 
-// Guards against NaN and infinity that reach gradients which do not see them, or are lost where they are seen (T13).
+// Guards against NaN and infinity that reach gradients which do not see them, or are lost where they are seen.
 // Query i sees keys up to i + 10.
 template <BackwardConfig B>
 void check_poison() {

@@ -211,7 +211,7 @@ bool same_bits(Gradients const& a, Gradients const& b) {
 // ---- shapes ------------------------------------------------------------------------------------------
 
 // Zero and one rows or keys, lengths around the tile, queries that see nothing, keys that nobody sees: crashes,
-// gradients that are not written, NaN in place of zero (T16).
+// gradients that are not written, NaN in place of zero.
 TEST(CpuBackward, EveryPairOfLengths) {
   int const lengths[] = {0, 1, 2, 17, 64, 65, 127};
   for (DType const dtype : all_dtypes) {
@@ -228,7 +228,7 @@ TEST(CpuBackward, EveryPairOfLengths) {
   }
 }
 
-// Head dims that are multiples of 8 but not of 16 gave wrong dQ elsewhere (T40), others read past the row.
+// Head dims that are multiples of 8 but not of 16 gave wrong dQ elsewhere, others read past the row.
 TEST(CpuBackward, EveryKindOfHeadDim) {
   for (DType const dtype : all_dtypes) {
     for (int const d : {1, 2, 3, 5, 7, 8, 13, 40, 64, 72, 104, 128, 200, 255, 256}) {
@@ -325,7 +325,7 @@ TEST(CpuBackward, StridesAndAlignment) {
   }
 }
 
-// Expanded gradients of the output, which have stride 0 (T18), and expanded inputs.
+// Expanded gradients of the output, which have stride 0, and expanded inputs.
 TEST(CpuBackward, StrideZero) {
   BackwardProblem problem{Shape{.head_dim = 16, .batch = 3, .heads = 4, .kv_heads = 4, .seqlen_q = 20, .seqlen_k = 30}};
   problem.q.set_stride({0, problem.q.stride().row, problem.q.stride().head});
@@ -381,7 +381,7 @@ TEST(CpuBackward, StaysInsideItsMemory) {
   }
 }
 
-// Offsets beyond 2^31 elements, computed in 32 bits (T1): K, V and their gradients far apart in memory that takes
+// Offsets beyond 2^31 elements, computed in 32 bits: K, V and their gradients far apart in memory that takes
 // no room until it is touched.
 TEST(CpuBackward, OffsetsBeyond32Bits) {
   int64_t const far = (int64_t{1} << 31) + 24;
@@ -421,7 +421,7 @@ TEST(CpuBackward, OffsetsBeyond32Bits) {
 // ---- NaN and infinity --------------------------------------------------------------------------------
 
 // NaN and inf in any input reach what sees them and nothing else, also within one block: 0 * NaN in dS K, dS^T Q
-// or P^T dO (T13), or NaN swallowed by a maximum (T8).
+// or P^T dO, or NaN swallowed by a maximum.
 TEST(CpuBackward, PoisonReachesWhatSeesIt) {
   for (DType const dtype : all_dtypes) {
     for (double const poison : {nan, inf}) {
@@ -479,7 +479,7 @@ TEST(CpuBackward, InfiniteScores) {
 
 // ---- numbers -----------------------------------------------------------------------------------------
 
-// exp(S - LSE) with an LSE far below the range of exp, in tiles that are not full (T10, pytorch 196678).
+// exp(S - LSE) with an LSE far below the range of exp, in tiles that are not full (pytorch 196678).
 TEST(CpuBackward, VeryNegativeScores) {
   for (DType const dtype : all_dtypes) {
     for (int const length : {64, 100, 192, 320}) {
@@ -611,7 +611,7 @@ TEST(CpuBackward, ScaleZero) {
 
 // ---- the same bits -----------------------------------------------------------------------------------
 
-// Sums whose order depends on the threads, or on the run (T21).
+// Sums whose order depends on the threads, or on the run.
 TEST(CpuBackward, ThreadsChangeNoBit) {
   for (DType const dtype : all_dtypes) {
     BackwardProblem problem{Shape{.dtype = dtype,
@@ -630,7 +630,7 @@ TEST(CpuBackward, ThreadsChangeNoBit) {
   }
 }
 
-// A gradient that changes with the batch beside it (T22), or with NaN where it sees nothing of it.
+// A gradient that changes with the batch beside it, or with NaN where it sees nothing of it.
 TEST(CpuBackward, NeighboursChangeNoBit) {
   Shape shape{.head_dim = 24, .heads = 1, .kv_heads = 1, .seqlen_q = 100, .seqlen_k = 100, .mask = MaskKind::causal};
   BackwardProblem clean{shape, {}, false, 1, 7}, poisoned{shape, {}, false, 1, 7};

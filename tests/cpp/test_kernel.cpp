@@ -14,7 +14,7 @@ constexpr ForwardKernelId small_causal =
 constexpr ForwardKernelId small_full =
     full({.dtype = f16, .head_dim = 128, .block_m = 64, .block_n = 32, .num_warps = 2, .q_in_registers = true});
 
-// Guards against T16 and T6: zero and one keys, rows without keys, lengths beside every tile boundary.
+// Zero and one keys, rows without keys, lengths beside every tile boundary.
 TEST(ForwardKernel, Lengths) {
   for (int sq : {0, 1, 15, 16, 31, 32, 33, 65}) {
     for (int sk : {0, 1, 7, 15, 16, 17, 33, 64}) check<small_causal>({.sq = sq, .sk = sk, .d = 64});
@@ -24,7 +24,7 @@ TEST(ForwardKernel, Lengths) {
   }
 }
 
-// Guards against T40: head dims below the compiled width, with other heads or NaN in the columns beyond.
+// Head dims below the compiled width, with other heads or NaN in the columns beyond.
 TEST(ForwardKernel, HeadDims) {
   for (Order order : {Order::bshd, Order::bhsd, Order::padded}) {
     for (int d : {8, 16, 40, 56}) check<small_causal>({.sq = 35, .sk = 37, .d = d, .heads = 2, .order = order});
@@ -75,7 +75,7 @@ TEST(ForwardKernel, WithoutLse) {
   check<small_causal>(problem);
 }
 
-// Guards against T8: NaN and inf that maximum or selection swallow. What a row sees must reach it, and only it.
+// Guards against NaN and inf that maximum or selection swallow. What a row sees must reach it, and only it.
 TEST(ForwardKernel, VisibleNanPropagates) {
   Shape const s{.sq = 40, .sk = 40, .d = 64};
   for (double poison : {nan, inf}) {
@@ -91,7 +91,7 @@ TEST(ForwardKernel, VisibleNanPropagates) {
   check<small_full>(value);
 }
 
-// Guards against T13: keys that a mask hides, in blocks that are visited and in blocks that are not.
+// Keys that a mask hides, in blocks that are visited and in blocks that are not.
 TEST(ForwardKernel, MaskedNanDoesNotLeak) {
   // Rows 0 to 39 see no key beyond 19: not in the block of keys 16 to 31, nor in later ones.
   Problem problem(small_causal, {.sq = 40, .sk = 50, .d = 64, .causal_offset = -20});
@@ -112,7 +112,7 @@ TEST(ForwardKernel, MaskedNanValueDoesNotLeak) {
   }
 }
 
-// Guards against taking a row whose scores are all -inf for one that sees no key, and against T7: blocks whose
+// Guards against taking a row whose scores are all -inf for one that sees no key, and against blocks whose
 // scores are all -inf, first or last.
 TEST(ForwardKernel, ScoresOfMinusInfinity) {
   Shape const s{.sq = 40, .sk = 50, .d = 64};
@@ -128,7 +128,7 @@ TEST(ForwardKernel, ScoresOfMinusInfinity) {
   }
 }
 
-// Guards against T10 and overflow: exponentials are relative to the row's maximum, wherever it is.
+// Guards against overflow: exponentials are relative to the row's maximum, wherever it is.
 TEST(ForwardKernel, LargeScores) {
   for (double size : {-30., 30.}) {
     Problem problem(small_causal, {.sq = 40, .sk = 60, .d = 64});

@@ -78,7 +78,7 @@ void check_head_dims(int narrowest) {
   }
 }
 
-// Guards against T40 and T41: head dims that are no multiple of 16, or that no kernel computes.
+// Head dims that are no multiple of 16, or that no kernel computes.
 TEST(ForwardKernel, EveryHeadDim) {
   check_head_dims<causal(default_forward_config(bf16, 64, 80))>(8);
   check_head_dims<full(default_forward_config(f16, 128, 80))>(72);
@@ -95,7 +95,7 @@ std::vector<uint8_t> bits(Shape const& s) {
   return problem.out.bytes();
 }
 
-// Guards against T22: the tile for small grids may be chosen by the batch, because block_m changes no bit.
+// The tile for small grids may be chosen by the batch, because block_m changes no bit.
 TEST(ForwardKernel, RowsDoNotDependOnTheirTile) {
   constexpr ForwardConfig large = default_forward_config(bf16, 64, 80), small = small_grid_forward_config(bf16, 64, 80);
   static_assert(large != small);
@@ -135,7 +135,7 @@ TEST(ForwardKernel, TensorFloat32DoesNotRoundToInfinity) {
   for (int row = 0; row < 40; ++row) EXPECT_TRUE(std::isfinite(problem.out.at(0, row, 0, 3))) << row;
 }
 
-// Guards against a row that hides an infinity it sees with next to no weight, in whichever tile it is (T8).
+// Guards against a row that hides an infinity it sees with next to no weight, in whichever tile it is.
 TEST(ForwardKernel, InfinityOfLittleWeightIsNotHidden) {
   constexpr ForwardConfig large = default_forward_config(f16, 64, 80), small = small_grid_forward_config(f16, 64, 80);
   auto const check_row = [&]<ForwardKernelId Id>() {

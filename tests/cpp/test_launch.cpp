@@ -147,7 +147,7 @@ TEST_F(Launch, WhatTheCopyEngineCannotWalkTakesTheOtherRoad) {
   refuse(far, "k's batch stride");
 }
 
-// Guards against T5: a failed launch that goes unnoticed.
+// Guards against a failed launch that goes unnoticed.
 TEST_F(Launch, AFailedLaunchRaisesAndNamesTheKernel) {
   driver_->launch_result = 1;
   try {
@@ -160,7 +160,7 @@ TEST_F(Launch, AFailedLaunchRaisesAndNamesTheKernel) {
   }
 }
 
-// Guards against T4 and T16: grids of 65,536 and more go into x; empty problems launch nothing.
+// Grids of 65,536 and more go into x; empty problems launch nothing.
 TEST_F(Launch, GridsAreOneDimensional) {
   run({65537, 1, 1, 64});
   ASSERT_EQ(driver_->launches.size(), 1u);
@@ -176,7 +176,7 @@ TEST_F(Launch, ATooLargeGridIsRefused) {
   EXPECT_TRUE(driver_->launches.empty());
 }
 
-// Guards against T27: threads that race to prepare kernels, or launch before one is prepared.
+// Guards against threads that race to prepare kernels, or launch before one is prepared.
 TEST_F(Launch, ThreadsPrepareEachKernelOncePerDevice) {
   std::vector<std::thread> threads;
   for (int i = 0; i < 8; ++i) {

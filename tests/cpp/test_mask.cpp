@@ -130,7 +130,7 @@ TEST(KeyTile, TilesCoverEveryKeyOnce) {
   }
 }
 
-// Guards against T6: a row without keys must be known to be empty, and no other.
+// A row without keys must be known to be empty, and no other.
 TEST(Mask, EmptyRowsAreThoseThatSeeNoKey) {
   for (int32_t sq = 1; sq <= 9; ++sq) {
     for (int32_t sk = 0; sk <= 9; ++sk) {
@@ -171,7 +171,7 @@ TEST(QueryTile, TilesCoverEveryRowOnce) {
   }
 }
 
-// Guards against T1: 32-bit overflow in any offset. Every term alone exceeds 2^31 elements.
+// Guards against 32-bit overflow in any offset. Every term alone exceeds 2^31 elements.
 TEST(QueryTile, OffsetsAre64Bit) {
   ForwardParams p{};
   p.batch = 70000;
@@ -199,7 +199,7 @@ TEST(QueryTile, OffsetsAre64Bit) {
   expect(tile.lse_offset(p), (Wide{65537} * 64 + 63) * (1 << 20) + tile.row0);
 }
 
-// Guards against T4: tile counts beyond 65,535, and beyond 32 bits where the host must notice.
+// Tile counts beyond 65,535, and beyond 32 bits where the host must notice.
 TEST(QueryTile, CountIs64Bit) {
   ForwardParams p = problem(1 << 20, 1, 0);
   p.batch = 65537;

@@ -109,7 +109,7 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """torch.empty gives NaN: an output that is not written shows, also those that flashcute
-    allocates. (T4, T6)"""
+    allocates."""
     if not optional_torch.available:
         yield
         return

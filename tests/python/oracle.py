@@ -134,7 +134,7 @@ def to_numpy(x: object) -> np.ndarray:
 
 def assert_close(got: object, expected: np.ndarray, tolerance: float, what: str) -> None:
     """|got - expected| <= tolerance everywhere. NaN on either side is an error; infinities must
-    be equal. (T6)"""
+    be equal."""
     got = to_numpy(got)
     assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
     assert not np.isnan(expected).any(), f"{what}: the expected values hold NaN: the test is wrong"

@@ -103,7 +103,7 @@ GPU_HEAD_DIMS = [8, 16, 24, 32, 40, 56, 64, 72, 88, 96, 104, 112, 120, 128, 136,
     ],
 )
 def test_accuracy(rng: np.random.Generator, backend: str, dtype: str, causal: bool, d: int) -> None:
-    """The accuracy rule; head dims that are multiples of 8 but not of 16 (T40)."""
+    """The accuracy rule; head dims that are multiples of 8 but not of 16."""
     p = make_problem(rng, dtype, seqlen_q=150, seqlen_k=170, kv_heads=2, d=d, causal=causal)
     assert_accurate(p, run(p, backend=backend))
 
@@ -138,7 +138,7 @@ TILES_AND_ODD_ENDS = [(113, 203), (128, 217), (1, 64), (64, 1), (129, 128), (102
     ("sq", "sk"), [*((a, b) for a in (0, 1, 65) for b in (0, 1, 65, 130)), *TILES_AND_ODD_ENDS]
 )
 def test_lengths(rng: np.random.Generator, sq: int, sk: int, causal: bool, backend: str) -> None:
-    """Every combination of 0, 1 and a tile and one (T16); queries that see no key have gradient 0 (T17)."""
+    """Every combination of 0, 1 and a tile and one; queries that see no key have gradient 0."""
     p = make_problem(
         rng,
         dtype_on(backend, "bfloat16"),
@@ -208,7 +208,7 @@ def test_any_shape_on_a_gpu(backend: str, data: st.DataObject) -> None:
 @every_backend
 @pytest.mark.parametrize("sq", [64, 192, 320])
 def test_very_negative_scores(rng: np.random.Generator, sq: int, backend: str) -> None:
-    """NaN where the LSE is below -88.7, the range of exp (T10, pytorch 196678)."""
+    """NaN where the LSE is below -88.7, the range of exp (pytorch 196678)."""
     dtype = dtype_on(backend)
     p = make_problem(rng, dtype, seqlen_q=sq, seqlen_k=sq, d=8, scale=1.0)
     q, k = np.full_like(p.q, 1.0), np.full_like(p.k, -15.0)
@@ -221,7 +221,7 @@ def test_very_negative_scores(rng: np.random.Generator, sq: int, backend: str) -
 
 @every_backend
 def test_nan_reaches_only_who_sees_it(rng: np.random.Generator, backend: str) -> None:
-    """A key and value of NaN: queries before it do not see it, and 0 * NaN would give it to them (T13)."""
+    """A key and value of NaN: queries before it do not see it, and 0 * NaN would give it to them."""
     p = make_problem(rng, dtype_on(backend), seqlen_q=150, seqlen_k=150, d=16, causal=True)
     before = [x[:, :97] for x in (p.q, p.k, p.v, p.dout)]
     expected = BackwardProblem(*before, p.dtype, True).gradients()[0]
@@ -234,7 +234,7 @@ def test_nan_reaches_only_who_sees_it(rng: np.random.Generator, backend: str) ->
 
 @every_backend
 def test_queries_that_see_nothing_may_be_nan(rng: np.random.Generator, backend: str) -> None:
-    """They have gradient 0, and give none (T17)."""
+    """They have gradient 0, and give none."""
     dtype = dtype_on(backend)
     p = make_problem(rng, dtype, seqlen_q=150, seqlen_k=90, d=16, causal=True)
     clean = BackwardProblem(p.q.copy(), p.k, p.v, p.dout.copy(), dtype, True)
@@ -272,7 +272,7 @@ def test_reference(rng: np.random.Generator, library: str, layout: str, causal: 
 
 
 def test_reference_without_leaks(rng: np.random.Generator) -> None:
-    """NaN in keys that a row does not see, and in rows that see no key, reaches no other gradient (T13)."""
+    """NaN in keys that a row does not see, and in rows that see no key, reaches no other gradient."""
     p = make_problem(rng, "float64", seqlen_q=9, seqlen_k=6, d=5, causal=True)
     clean = naive_gradients(p.dout, p.q, p.k, p.v, True)
     p.q[:, :3] = p.dout[:, :3] = NAN  # these see nothing
@@ -314,7 +314,7 @@ def test_libraries(rng: np.random.Generator, library: str) -> None:
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("kind", ["expanded", "last stride 0", "last stride 2", "permuted"])
 def test_strides_of_dout(rng: np.random.Generator, library: str, kind: str) -> None:
-    """An expanded, permuted or strided dout, read as if it were contiguous (T18)."""
+    """An expanded, permuted or strided dout, read as if it were contiguous."""
     p = make_problem(rng, "float32", seqlen_q=20, seqlen_k=30, d=16)
     q, k, v = (x.astype(np.float32) for x in (p.q, p.k, p.v))
     dout = p.dout.astype(np.float32)
@@ -356,7 +356,7 @@ def test_number_of_threads_does_not_change_bits(fresh: Runner) -> None:
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_runs_do_not_change_bits(rng: np.random.Generator, deterministic: bool) -> None:
-    """20 runs; the CPU is deterministic whether asked or not (T21)."""
+    """20 runs; the CPU is deterministic whether asked or not."""
     p = make_problem(rng, "bfloat16", seqlen_q=200, seqlen_k=200, kv_heads=1, d=64, causal=True)
     first = run(p, deterministic=deterministic)
     for _ in range(20):
@@ -369,7 +369,7 @@ def test_runs_do_not_change_bits(rng: np.random.Generator, deterministic: bool) 
 @pytest.mark.parametrize("d", [64, 128])
 def test_runs_on_a_gpu_do_not_change_bits(rng: np.random.Generator, d: int, causal: bool) -> None:
     """100 runs of the deterministic passes, with enough thread blocks to finish in any order; dk and dv of the other
-    way are sums of one thread block, too (T21)."""
+    way are sums of one thread block, too."""
     p = make_problem(
         rng, "bfloat16", seqlen_q=1000, seqlen_k=1100, heads=8, kv_heads=2, d=d, causal=causal
     )
@@ -386,7 +386,7 @@ def test_runs_on_a_gpu_do_not_change_bits(rng: np.random.Generator, d: int, caus
 
 @pytest.mark.parametrize("backend", ["cpu", on_gpu("cuda_deterministic")])
 def test_batch_invariance(rng: np.random.Generator, backend: str) -> None:
-    """A gradient that changes with what else is in the batch (T22)."""
+    """A gradient that changes with what else is in the batch."""
     dtype = dtype_on(backend)
     p = make_problem(rng, dtype, batch=3, seqlen_q=100, seqlen_k=90, d=32, causal=True)
     one = BackwardProblem(p.q[1:2], p.k[1:2], p.v[1:2], p.dout[1:2], dtype, True)
@@ -407,7 +407,7 @@ def inside(x: torch.Tensor, poison: float) -> tuple[torch.Tensor, torch.Tensor]:
 @both_masks
 def test_views_into_larger_tensors(rng: np.random.Generator, causal: bool, backend: str) -> None:
     """Strides that are taken for contiguous ones; reads beyond the last row, which would find NaN; writes there, which
-    would change it; elements that are not written (T4, T6)."""
+    would change it; elements that are not written."""
     dtype, device = dtype_on(backend), device_of(backend)
     p = make_problem(
         rng, dtype, seqlen_q=113, seqlen_k=203, kv_heads=2, d=40, d_v=72, causal=causal, with_dlse=True
@@ -449,7 +449,7 @@ def test_views_into_larger_tensors(rng: np.random.Generator, causal: bool, backe
 def test_strides_of_dout_on_a_gpu(
     rng: np.random.Generator, make: Callable[[torch.Tensor], torch.Tensor], backend: str
 ) -> None:
-    """Strides of 0 are multiples of 16 bytes; of the last dimension they are copied away (T18)."""
+    """Strides of 0 are multiples of 16 bytes; of the last dimension they are copied away."""
     p = make_problem(rng, "float16", seqlen_q=150, seqlen_k=170, d=64)
     q, k, v, dout = (as_tensor(x, "float16", "cuda") for x in (p.q, p.k, p.v, p.dout))
     out, lse = fc.flash_attention(q, k, v, return_lse=True)
@@ -461,7 +461,7 @@ def test_strides_of_dout_on_a_gpu(
 @every_backend
 @pytest.mark.parametrize("sizes", [(65_537, 1, 1), (1, 65_537, 65_537), (2, 65_536, 1)])
 def test_many_batches_and_heads(sizes: tuple[int, int, int], backend: str) -> None:
-    """More batches or heads than 16 bits count (T4): each is written. With equal keys P is uniform: dv is the
+    """More batches or heads than 16 bits count: each is written. With equal keys P is uniform: dv is the
     mean of dout, summed over the query heads, and the others are 0."""
     batch, heads, kv_heads = sizes
     options = {"dtype": getattr(torch, dtype_on(backend)), "device": device_of(backend)}

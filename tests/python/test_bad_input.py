@@ -196,7 +196,7 @@ TENSORS = [
         Bad(f"{key} is {value!r}", option(**{key: value}), [rf"^{key}: expected ", rf"got .*{got}"],
             (fc.ArgumentError, TypeError))
         for key, value, got in [("scale", "x", "'x'|str"), ("layout", None, "None"),
-                                ("layout", 3, "3|int"), ("causal", "yes", "'yes'|str"),
+                                ("layout", 3, "3|int"), ("causal", "yes", "'yes'|str"), ("causal", "False", "'False'|str"),
                                 ("causal", None, "None")]
     ),
     # streams
@@ -280,7 +280,7 @@ def test_dimensions_are_named_in_the_order_of_the_layout(layout: str) -> None:
 
 
 def test_length_over_the_limit() -> None:
-    """2^31 rows, by a stride of 0: refused, not truncated to 32 bits (T1)."""
+    """2^31 rows, by a stride of 0: refused, not truncated to 32 bits."""
     x = torch.ones(1, 1, 1, 8)
     long = x.expand(1, 2**31, 1, 8)
     with pytest.raises(fc.ArgumentError, match=r"^q: expected seqlen at most \d+, got 2147483648"):
@@ -325,7 +325,7 @@ def test_gradients_are_not_dropped(device: str, which: str) -> None:
 
 @pytest.mark.gpu
 def test_gradients_of_float64_on_a_gpu_have_no_kernel() -> None:
-    """Raises where that is asked for, else torch computes; explain says so beforehand (T33)."""
+    """Raises where that is asked for, else torch computes; explain says so beforehand."""
     a = good_arguments("cuda")
     q, k, v = (x.double().requires_grad_() for x in (a.q, a.k, a.v))
     with pytest.raises(
@@ -376,7 +376,7 @@ def test_gradients_of_k_are_not_dropped_when_q_is_numpy(name: str) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 def test_unsupported_feature(device: str, library: str, options: dict, says: str) -> None:
-    """Refused by name, with what to use instead; never accepted and ignored (T21). torch tensors may go to torch's
+    """Refused by name, with what to use instead; never accepted and ignored. torch tensors may go to torch's
     own attention instead: see test_torch.py."""
     if library == "numpy" and device != "cpu":
         pytest.skip("NumPy has no GPU arrays")

@@ -352,7 +352,7 @@ def test_gpu_defaults_are_ahead_of_time(dtype: str, arch: str | int) -> None:
 @pytest.mark.parametrize("arch", ["cpu", "sm_80", "sm_90"])
 def test_default_config_is_one_that_runs_or_an_error(dtype: str, arch: str) -> None:
     """No head dim falls through to a kernel that is too narrow, no dtype to one that does not
-    exist (T41)."""
+    exist."""
     for d in range(1, 258):
         try:
             cfg = fc.default_config(d, dtype, arch)

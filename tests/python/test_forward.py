@@ -78,7 +78,7 @@ def run_and_check(
 def test_lengths(
     rng: np.random.Generator, where: str, dtype: str, causal: bool, lengths: tuple[int, int]
 ) -> None:
-    """Partial tiles, single rows and keys, nothing at all (T16); causal is bottom-right aligned."""
+    """Partial tiles, single rows and keys, nothing at all; causal is bottom-right aligned."""
     sq, sk = lengths
     heads, batch = (2, 1) if max(lengths) > 1000 else (4, 2)
     p = oracle.make_problem(
@@ -99,8 +99,7 @@ def test_lengths(
 @both_masks
 @pytest.mark.parametrize("dtype", CPU_DTYPES)
 def test_head_dims(rng: np.random.Generator, where: str, dtype: str, causal: bool, d: int) -> None:
-    """Head dims that are not the compiled width, nor a multiple of 16, run and are right (T40,
-    T41)."""
+    """Head dims that are not the compiled width, nor a multiple of 16, run and are right."""
     if where == "cuda" and dtype == "float64":
         pytest.skip("no GPU kernel: test_semantics checks that it is refused")
     p = oracle.make_problem(
@@ -159,7 +158,7 @@ def test_scale(
 def test_very_negative_scores(
     rng: np.random.Generator, where: str, dtype: str, causal: bool
 ) -> None:
-    """Scores near -250: exp of them is 0 in fp32, and a padded key's score of 0 would win (T10)."""
+    """Scores near -250: exp of them is 0 in fp32, and a padded key's score of 0 would win."""
     p = oracle.make_problem(rng, dtype, seqlen_q=65, seqlen_k=65, heads=2, d=64, causal=causal)
     p = dataclasses.replace(
         p,
@@ -253,7 +252,7 @@ def test_ahead_of_time_configurations(
     rng: np.random.Generator, cfg: fc.ForwardConfig, causal: bool
 ) -> None:
     """Each kernel that the build contains is launched by name, so none of the table's lines is
-    dead (T41)."""
+    dead."""
     p = oracle.make_problem(
         rng, cfg.dtype, seqlen_q=200, seqlen_k=333, heads=2, d=cfg.head_dim - 8, causal=causal
     )
@@ -339,7 +338,7 @@ examples = settings(
 @given(random_calls(CPU_DTYPES, step=1))
 def test_random_calls_on_the_cpu(call: tuple[oracle.Problem, dict]) -> None:
     """Any strides, any order of dimensions, any lengths: right, and nothing beside `out` is
-    written (T18)."""
+    written."""
     check_random_call("cpu", call)
 
 
@@ -347,7 +346,7 @@ def test_random_calls_on_the_cpu(call: tuple[oracle.Problem, dict]) -> None:
 @examples
 @given(random_calls(["float16", "bfloat16"], step=8))
 def test_random_calls_on_the_gpu(call: tuple[oracle.Problem, dict]) -> None:
-    """The same, within what the GPU kernels take: 16-byte steps (T18)."""
+    """The same, within what the GPU kernels take: 16-byte steps."""
     check_random_call("cuda", call)
 
 
@@ -474,7 +473,7 @@ def test_rounding_agrees_with_torch(rng: np.random.Generator) -> None:
 
 
 def test_comparison_rejects_nan() -> None:
-    """A harness that takes NaN for equal hides the failure it is there for (T6)."""
+    """A harness that takes NaN for equal hides the failure it is there for."""
     nan, one = np.array([np.nan]), np.array([1.0])
     for got, expected in ((nan, one), (one, nan), (nan, nan)):
         with pytest.raises(AssertionError, match="NaN"):

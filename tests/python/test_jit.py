@@ -1,4 +1,4 @@
-"""Run-time compilation and its cache (T29), through prebuild, which needs no GPU. The CUDA toolkit
+"""Run-time compilation and its cache, through prebuild, which needs no GPU. The CUDA toolkit
 is hidden wherever the NVRTC of the Python package is there to take its place.
 
 A compilation takes 10 to 20 s, and prebuild makes two kernels, so they are shared: one cold
@@ -196,7 +196,7 @@ def unwritable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unwritable]
 @pytest.mark.slow
 def test_processes_race_on_a_cold_cache(unwritable: Unwritable, race: Race) -> None:
     """Sixteen processes, none of which finds an image: each kernel is compiled once, by one of
-    them, and all get it (T29)."""
+    them, and all get it."""
     for kernel in (FULL, CAUSAL):
         origins = [result[kernel] for result in race.results]
         assert sum("compiled by NVRTC" in origin for origin in origins) == 1
@@ -211,7 +211,7 @@ def test_processes_race_on_a_cold_cache(unwritable: Unwritable, race: Race) -> N
 @pytest.mark.slow
 def test_a_killed_compilation_leaves_no_damage(race: Race) -> None:
     """SIGKILL during a compilation: no image, whole or partial, and its lock holds nobody up
-    (T29)."""
+    ."""
     assert not [name for name in race.after_kill if not name.endswith(".lock")]
     assert race.after_kill, (
         "the process was killed before it locked anything: the test is too early"
@@ -222,7 +222,7 @@ def test_a_killed_compilation_leaves_no_damage(race: Race) -> None:
 @needs_nvrtc
 @pytest.mark.slow
 def test_the_cache_is_private_and_tidy(race: Race) -> None:
-    """Mode 0700, a name for each kernel, and nothing temporary left (T29)."""
+    """Mode 0700, a name for each kernel, and nothing temporary left."""
     for folder in (race.cache, race.cache.parent, race.cache.parent.parent):
         assert folder.stat().st_mode & 0o777 == 0o700
     found = entries(race.cache)
@@ -270,7 +270,7 @@ print({line.split()[-1] for line in open("/proc/self/maps") if "libnvrtc" in lin
 @needs_nvrtc
 @pytest.mark.slow
 def test_a_read_only_cache_is_read(race: Race, tmp_path: Path) -> None:
-    """An image that is there is used though nothing can be written, not even a lock (T29)."""
+    """An image that is there is used though nothing can be written, not even a lock."""
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o700)
     for path in entries(race.cache).values():
@@ -289,7 +289,7 @@ def test_a_read_only_cache_is_read(race: Race, tmp_path: Path) -> None:
 @needs_nvrtc
 @pytest.mark.slow
 def test_damaged_entries_are_rebuilt(race: Race, tmp_path: Path) -> None:
-    """A truncated image and one with a flipped bit are neither used nor in the way (T29)."""
+    """A truncated image and one with a flipped bit are neither used nor in the way."""
     cache = tmp_path / "cache"
     shutil.copytree(race.cache, cache)
     found = entries(cache)
@@ -307,7 +307,7 @@ def test_damaged_entries_are_rebuilt(race: Race, tmp_path: Path) -> None:
 @needs_nvrtc
 @pytest.mark.slow
 def test_without_a_cache_it_still_compiles(unwritable: Unwritable) -> None:
-    """It says once that images cannot be kept, with the reason, and compiles all the same (T29)."""
+    """It says once that images cannot be kept, with the reason, and compiles all the same."""
     unwritable.reader.join(timeout=200)
     said = unwritable.said
     assert said.count("compiled images cannot be kept in ") == 1
@@ -379,7 +379,7 @@ def test_no_compiler(cache: Path, library: str) -> None:
 @needs_nvrtc
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
 def test_a_folder_that_others_may_write_is_refused(cache: Path, mode: int) -> None:
-    """Its images would run on the GPU with the user's rights: whoever wrote them (T29)."""
+    """Its images would run on the GPU with the user's rights: whoever wrote them."""
     cache.mkdir()
     cache.chmod(mode)
     error = error_of(hidden_toolkit(cache))
@@ -393,7 +393,7 @@ def test_a_folder_that_others_may_write_is_refused(cache: Path, mode: int) -> No
 
 @needs_nvrtc
 def test_a_folder_of_another_user_is_refused(cache: Path) -> None:
-    """Its owner could replace an image after it was checked (T29)."""
+    """Its owner could replace an image after it was checked."""
     if os.geteuid() != 0:
         pytest.skip("only root can give a folder away")
     cache.mkdir(mode=0o700)

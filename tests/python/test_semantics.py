@@ -1,5 +1,5 @@
-"""What the contract promises beside values: each test names the failure elsewhere that it guards
-against (docs: the table T1..T41). Tests with `device` run on both backends.
+"""What a call promises beside values: each test names the failure that it guards against, seen in other libraries. Tests
+with `device` run on both backends.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def attend(*qkv: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.T
     return fc.flash_attention(*qkv, return_lse=True, **options)
 
 
-# ---- T1: offsets beyond 32 bits ------------------------------------------------------------------
+# ---- offsets beyond 32 bits ----------------------------------------------------------------------
 
 FAR = 2**31 + 8  # elements: two steps overflow 32 bits, signed after one and unsigned after two
 
@@ -100,7 +100,7 @@ def far_buffer(device: str) -> torch.Tensor:
 def test_offsets_beyond_32_bits(
     rng: np.random.Generator, device: str, dimension: int, far: str
 ) -> None:
-    """Row, head and batch offsets are 64-bit, for each tensor alone (T1)."""
+    """Row, head and batch offsets are 64-bit, for each tensor alone."""
     shape = (3, 3, 3, 8)
     tensors = dict(zip("qkv", random_tensors(rng, device, shape, shape, shape), strict=True))
     tensors["out"] = torch.full_like(tensors["q"], NAN)
@@ -116,7 +116,7 @@ def test_offsets_beyond_32_bits(
     assert same_bits(lse, lse_expected)
 
 
-# ---- T4: many batches and heads ------------------------------------------------------------------
+# ---- many batches and heads ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [65_535, 65_536, 65_537])
@@ -124,7 +124,7 @@ def test_offsets_beyond_32_bits(
 def test_many_batches_and_heads(
     rng: np.random.Generator, device: str, count: int, kind: str
 ) -> None:
-    """A grid's y and z end at 65,535: beyond it others raise, or silently compute nothing (T4)."""
+    """A grid's y and z end at 65,535: beyond it others raise, or silently compute nothing."""
     heads = {"batch": 1, "heads": count, "both": 3}[kind]
     batch = {"batch": count, "heads": 1, "both": count // 3 + 1}[kind]
     q, k, v = qkv(rng, device, sq=2, sk=3, batch=batch, heads=heads, kv_heads=1, d=8)
@@ -133,7 +133,7 @@ def test_many_batches_and_heads(
     oracle.assert_accurate(problem(q, k, v, causal=True), out, lse)
 
 
-# ---- T6, T7: rows that see no key ----------------------------------------------------------------
+# ---- rows that see no key ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
@@ -145,7 +145,7 @@ def test_rows_without_keys(
     rng: np.random.Generator, device: str, dtype: str, sq: int, sk: int, causal: bool
 ) -> None:
     """out is exactly 0 and LSE exactly -inf, also where whole tiles are empty; the other rows
-    are right (T6, T7)."""
+    are right."""
     if device == "cuda" and dtype == "float64":
         pytest.skip("no GPU kernel")
     q, k, v = qkv(rng, device, sq=sq, sk=sk, dtype=dtype)
@@ -157,7 +157,7 @@ def test_rows_without_keys(
     oracle.assert_accurate(problem(q, k, v, causal), out, lse)
 
 
-# ---- T8: NaN and infinity ------------------------------------------------------------------------
+# ---- NaN and infinity ----------------------------------------------------------------------------
 
 
 def rows_of_key(sq: int, sk: int, j: int, causal: bool) -> torch.Tensor:
@@ -171,7 +171,7 @@ def test_bad_query_poisons_its_row(
     rng: np.random.Generator, device: str, causal: bool, value: float, row: int
 ) -> None:
     """NaN or infinity in a query: its row, of its head, is NaN in out and LSE; every other is
-    untouched (T8)."""
+    untouched."""
     q, k, v = qkv(rng, device)
     clean, clean_lse = attend(q, k, v, causal=causal)
     q[1, row, 2, 5] = value
@@ -193,7 +193,7 @@ def test_bad_key_poisons_the_rows_that_see_it(
     rng: np.random.Generator, device: str, causal: bool, value: float, j: int
 ) -> None:
     """NaN or a score of +inf: NaN in out, not finite in LSE, in exactly the rows that see the
-    key (T8, T13)."""
+    key."""
     q, k, v = qkv(rng, device)
     q[..., 3] = q[..., 3].abs() + 0.5  # the score of the infinite key is +inf
     clean, clean_lse = attend(q, k, v, causal=causal)
@@ -213,7 +213,7 @@ def test_bad_key_poisons_the_rows_that_see_it(
 def test_key_with_score_minus_infinity_counts_nothing(
     rng: np.random.Generator, device: str, causal: bool
 ) -> None:
-    """exp(-inf) is 0: the key is as if it were not there, and nothing becomes NaN (T8)."""
+    """exp(-inf) is 0: the key is as if it were not there, and nothing becomes NaN."""
     q, k, v = qkv(rng, device, sq=33, sk=34)
     q[..., 3] = q[..., 3].abs() + 0.5
     k[:, 33, :, 3] = -INF  # only the last row sees it under the causal mask
@@ -232,7 +232,7 @@ def test_bad_value_poisons_the_rows_that_see_it(
     rng: np.random.Generator, device: str, causal: bool, value: float, j: int
 ) -> None:
     """NaN or infinity in v reaches one column of exactly the rows that see it: p * inf is inf,
-    and a masked 0 * NaN is never computed. LSE does not depend on v (T8, T13)."""
+    and a masked 0 * NaN is never computed. LSE does not depend on v."""
     q, k, v = qkv(rng, device)
     clean, clean_lse = attend(q, k, v, causal=causal)
     v[1, j, 1, 7] = value
@@ -246,7 +246,7 @@ def test_bad_value_poisons_the_rows_that_see_it(
     assert same_bits(lse, clean_lse)
 
 
-# ---- T13: what lies beyond -----------------------------------------------------------------------
+# ---- what lies beyond ----------------------------------------------------------------------------
 
 
 @both_masks
@@ -257,7 +257,7 @@ def test_poison_beyond_the_tensor_does_not_leak(
     rng: np.random.Generator, device: str, causal: bool, d: int, sq: int, sk: int, poison: float
 ) -> None:
     """Tensors are cut out of larger memory that is NaN before, between and after them, in every
-    dimension: nothing of it is multiplied, not even by 0, and nothing is written there (T13)."""
+    dimension: nothing of it is multiplied, not even by 0, and nothing is written there."""
     tensors = qkv(rng, device, sq=sq, sk=sk, d=d)
     clean, clean_lse = attend(*tensors, causal=causal)
 
@@ -282,7 +282,7 @@ def test_poison_in_masked_keys_does_not_leak(
     rng: np.random.Generator, device: str, which: str
 ) -> None:
     """Row i of a causal call is right whatever keys and values from i + 1 on hold, at every
-    place of the diagonal in a tile: in each run everything after one row is NaN (T13)."""
+    place of the diagonal in a tile: in each run everything after one row is NaN."""
     length = 150
     q, k, v = qkv(rng, device, sq=length, sk=length)
     clean, clean_lse = attend(q, k, v, causal=True)
@@ -296,7 +296,7 @@ def test_poison_in_masked_keys_does_not_leak(
         assert same_bits(lse[:, :, : i + 1], clean_lse[:, :, : i + 1])
 
 
-# ---- T16: nothing to do --------------------------------------------------------------------------
+# ---- nothing to do -------------------------------------------------------------------------------
 
 
 @both_masks
@@ -316,7 +316,7 @@ def test_zero_sizes(
     library: str,
     return_lse: bool,
 ) -> None:
-    """No batch, no queries, no keys, no heads: legal, and the shapes are right (T16)."""
+    """No batch, no queries, no keys, no heads: legal, and the shapes are right."""
     shapes = [(batch, sq, heads, 8), (batch, sk, heads, 8), (batch, sk, heads, 8)]
     if library == "numpy":
         if device == "cuda":
@@ -332,7 +332,7 @@ def test_zero_sizes(
     assert (out == expected).all()
 
 
-# ---- T18: strides --------------------------------------------------------------------------------
+# ---- strides -------------------------------------------------------------------------------------
 
 
 @both_masks
@@ -351,7 +351,7 @@ def test_zero_sizes(
 def test_strided_tensors_equal_contiguous_ones(
     rng: np.random.Generator, device: str, causal: bool, change: Callable
 ) -> None:
-    """Each tensor alone, and out, in another order or with gaps: the same bits (T18)."""
+    """Each tensor alone, and out, in another order or with gaps: the same bits."""
     tensors = dict(zip("qkv", qkv(rng, device), strict=True))
     expected, lse_expected = attend(*tensors.values(), causal=causal)
     tensors["out"] = torch.full_like(tensors["q"], NAN)
@@ -370,7 +370,7 @@ def test_strided_tensors_equal_contiguous_ones(
 def test_expanded_tensors_equal_contiguous_ones(
     rng: np.random.Generator, device: str, causal: bool, dimension: int, name: str
 ) -> None:
-    """A stride of 0 repeats: the same bits as a copy (T18)."""
+    """A stride of 0 repeats: the same bits as a copy."""
     tensors = dict(zip("qkv", qkv(rng, device), strict=True))
     one = tensors[name].narrow(dimension, 0, 1)
     expanded = one.expand_as(tensors[name])
@@ -384,7 +384,7 @@ def test_expanded_tensors_equal_contiguous_ones(
 
 
 def test_negative_strides(rng: np.random.Generator) -> None:
-    """NumPy has them: reversed views are read and written in their own order (T18)."""
+    """NumPy has them: reversed views are read and written in their own order."""
     q, k, v = (rng.standard_normal((2, 9, 2, 8)).astype(np.float32) for _ in range(3))
     expected = fc.flash_attention(q[:, ::-1].copy(), k[:, :, ::-1].copy(), v[::-1].copy())
     memory = np.full_like(q, np.nan)
@@ -395,7 +395,7 @@ def test_negative_strides(rng: np.random.Generator) -> None:
 def test_strides_of_dimensions_of_size_one_do_not_matter(
     rng: np.random.Generator, device: str
 ) -> None:
-    """A dimension that is never stepped over may have any stride, odd ones included (T18)."""
+    """A dimension that is never stepped over may have any stride, odd ones included."""
     q, k, v = qkv(rng, device, batch=1, heads=1, kv_heads=1, sq=1, sk=40)
     expected, _ = attend(q, k, v)
     odd = q.as_strided(q.shape, (3, 5, 7, 1))
@@ -405,7 +405,7 @@ def test_strides_of_dimensions_of_size_one_do_not_matter(
 
 def test_negated_views_are_not_misread() -> None:
     """torch keeps "negated" as a flag beside the data: it is honoured or refused, never
-    overlooked (T18)."""
+    overlooked."""
     q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
     negated = torch._neg_view(q)
     expected = fc.flash_attention(-q, k, v)
@@ -541,7 +541,7 @@ def arrays_of_library(stream: int) -> type:
 
 @pytest.mark.parametrize("name", ["k", "v", "out", "lse", "block_counts"])
 def test_arrays_whose_library_works_on_another_stream_are_refused(name: str) -> None:
-    """Nothing orders that library's work on the array before the kernel (T25); lse and block_counts were not
+    """Nothing orders that library's work on the array before the kernel; lse and block_counts were not
     looked at."""
     here, there = arrays_of_library(5), arrays_of_library(7)
     shapes = {
@@ -557,7 +557,7 @@ def test_arrays_whose_library_works_on_another_stream_are_refused(name: str) -> 
         fc._core.forward(None, *arrays, False, None, "bshd", None, False)
 
 
-# ---- T20: alignment ------------------------------------------------------------------------------
+# ---- alignment -----------------------------------------------------------------------------------
 
 
 def off_by_one(x: torch.Tensor) -> torch.Tensor:
@@ -567,7 +567,7 @@ def off_by_one(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_misaligned_base_on_the_cpu(rng: np.random.Generator, dtype: str) -> None:
-    """One element past an aligned address: right, without a copy (T20)."""
+    """One element past an aligned address: right, without a copy."""
     q, k, v = qkv(rng, "cpu", dtype=dtype)
     expected, lse_expected = attend(q, k, v, causal=True)
     out, lse = attend(*map(off_by_one, (q, k, v)), causal=True, out=off_by_one(q).fill_(NAN))
@@ -604,7 +604,7 @@ def test_misalignment_on_the_gpu(
 ) -> None:
     """A 16-byte load from elsewhere is a fault that kills the context. A configuration that makes
     such loads is refused before anything is launched; flash_attention takes one that does not,
-    says so, and gives the same bits (T20)."""
+    says so, and gives the same bits."""
     tensors = dict(zip("qkv", qkv(rng, "cuda"), strict=True))
     aligned = mma_sync_config(tensors["q"])
     expected = fc.forward(aligned, **tensors, causal=True)
@@ -634,7 +634,7 @@ def test_misalignment_on_the_gpu(
         assert name + "'s" in dict(told.rejected)["copy_bytes=16"]
 
 
-# ---- T22: the same row, the same bits ------------------------------------------------------------
+# ---- the same row, the same bits -----------------------------------------------------------------
 
 
 @both_masks
@@ -644,7 +644,7 @@ def test_batch_invariance(
     rng: np.random.Generator, device: str, causal: bool, dtype: str, sq: int, sk: int
 ) -> None:
     """A sequence alone gives the bits it gives among others; so does a head, and so does a
-    second run (T22)."""
+    second run."""
     q, k, v = qkv(rng, device, batch=5, sq=sq, sk=sk, dtype=dtype)
     out, lse = attend(q, k, v, causal=causal)
     again, lse_again = attend(q, k, v, causal=causal)
@@ -660,7 +660,7 @@ def test_batch_invariance(
 
 
 def test_number_of_threads_does_not_change_bits(fresh: Runner) -> None:
-    """Tiles are shared out among threads; what a tile gives is not (T22)."""
+    """Tiles are shared out among threads; what a tile gives is not."""
     code = """
         import hashlib, numpy as np, flashcute as fc
         rng = np.random.default_rng(0)
@@ -672,13 +672,13 @@ def test_number_of_threads_does_not_change_bits(fresh: Runner) -> None:
     assert len(results) == 1
 
 
-# ---- T24: CUDA graphs ----------------------------------------------------------------------------
+# ---- CUDA graphs ---------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 def test_graph_replay_with_changed_inputs(rng: np.random.Generator) -> None:
     """A captured call does its work again on what the tensors hold then; outputs come from the
-    graph's pool (T24)."""
+    graph's pool."""
     q, k, v = qkv(rng, "cuda", sq=200, sk=300)
     attend(q, k, v, causal=True)
     torch.cuda.synchronize()
@@ -696,7 +696,7 @@ def test_graph_replay_with_changed_inputs(rng: np.random.Generator) -> None:
 
 @pytest.mark.gpu
 def test_first_call_inside_a_capture(fresh: Runner) -> None:
-    """Loading a kernel synchronises, which a capture forbids: it must be done aside (T24). In a
+    """Loading a kernel synchronises, which a capture forbids: it must be done aside. In a
     fresh process, where no kernel has been loaded, and in the strictest capture mode."""
     fresh("""
         import torch, flashcute as fc
@@ -716,7 +716,7 @@ def test_first_call_inside_a_capture(fresh: Runner) -> None:
     """)
 
 
-# ---- T25: streams --------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------
 
 SPIN = 200_000_000  # clock cycles: about a tenth of a second
 
@@ -747,7 +747,7 @@ class BusyStream:
 @pytest.mark.gpu
 def test_current_stream_is_used(rng: np.random.Generator) -> None:
     """The inputs are produced on the current side stream: the kernel waits for them, the host
-    does not (T24, T25)."""
+    does not."""
     busy = BusyStream(rng)
     with torch.cuda.stream(busy.stream):
         out, lse = attend(*busy.now, causal=True)
@@ -775,7 +775,7 @@ class WithProtocol:
     ],
 )
 def test_stream_argument(rng: np.random.Generator, spelled: Callable) -> None:
-    """stream= is where the kernel runs, though another stream is current (T25)."""
+    """stream= is where the kernel runs, though another stream is current."""
     busy = BusyStream(rng)
     out, lse = attend(*busy.now, causal=True, stream=spelled(busy.stream))
     busy.check(out, lse)
@@ -784,7 +784,7 @@ def test_stream_argument(rng: np.random.Generator, spelled: Callable) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("stream", [0, "default"])
 def test_default_stream_by_name(rng: np.random.Generator, stream: object) -> None:
-    """The default stream's address is 0, which is not "none given" (T25)."""
+    """The default stream's address is 0, which is not "none given"."""
     q, k, v = qkv(rng, "cuda")
     expected, _ = attend(q, k, v)
     if stream == "default":
@@ -803,7 +803,7 @@ def test_default_stream_by_name(rng: np.random.Generator, stream: object) -> Non
 @pytest.mark.gpu
 def test_memory_in_use_on_another_stream_is_not_given_away(rng: np.random.Generator) -> None:
     """Inputs that are freed right after the call must not be reused while the kernel still waits
-    for its stream: torch is told that the stream uses them (T25)."""
+    for its stream: torch is told that the stream uses them."""
     q, k, v = qkv(rng, "cuda", sq=1000, sk=1000)
     expected, _ = attend(q, k, v)
     shapes = [q.shape, k.shape, v.shape]
@@ -824,7 +824,7 @@ def test_memory_in_use_on_another_stream_is_not_given_away(rng: np.random.Genera
 @pytest.mark.gpu
 def test_cupy_streams(rng: np.random.Generator) -> None:
     """CuPy's current stream is used; another one is refused, because CuPy cannot be told of it
-    (T25)."""
+    ."""
     cupy = pytest.importorskip("cupy")
     q, k, v = (cupy.asarray(x.cpu().numpy()) for x in qkv(rng, "cuda", sq=200, sk=300))
     expected = fc.flash_attention(q, k, v)
@@ -844,14 +844,14 @@ def test_cupy_streams(rng: np.random.Generator) -> None:
         assert out.tobytes() == expected.tobytes()
 
 
-# ---- T26: devices --------------------------------------------------------------------------------
+# ---- devices -------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["k", "v", "out"])
 @pytest.mark.parametrize("first", ["cpu", "cuda"])
 def test_mixed_devices_raise(rng: np.random.Generator, name: str, first: str) -> None:
-    """A tensor elsewhere is named, with both devices, before anything runs (T26)."""
+    """A tensor elsewhere is named, with both devices, before anything runs."""
     other = {"cpu": "cuda", "cuda": "cpu"}[first]
     tensors = dict(zip("qkv", qkv(rng, first), strict=True))
     tensors["out"] = torch.full_like(tensors["q"], 7)
@@ -867,7 +867,7 @@ def test_mixed_devices_raise(rng: np.random.Generator, name: str, first: str) ->
 @pytest.mark.gpu
 def test_tensors_on_another_gpu_than_the_current_one(rng: np.random.Generator) -> None:
     """cuda:0 is current, the tensors are on cuda:1: it runs there, and cuda:0 stays current
-    (T26)."""
+    ."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     here = qkv(rng, "cuda:0")
@@ -886,11 +886,11 @@ def test_tensors_on_another_gpu_than_the_current_one(rng: np.random.Generator) -
     assert same_bits(out.to("cuda:0"), expected)
 
 
-# ---- T27: threads --------------------------------------------------------------------------------
+# ---- threads -------------------------------------------------------------------------------------
 
 
 def test_threads_on_the_cpu_start_together(fresh: Runner) -> None:
-    """Eight threads make the first calls of a process at once, on several configurations (T27)."""
+    """Eight threads make the first calls of a process at once, on several configurations."""
     fresh("""
         import threading, numpy as np, flashcute as fc
         rng = np.random.default_rng(0)
@@ -923,7 +923,7 @@ def test_threads_on_the_cpu_start_together(fresh: Runner) -> None:
 @pytest.mark.gpu
 def test_threads_on_the_gpu_start_together(fresh: Runner) -> None:
     """Eight threads launch four kernels for the first time at once, each on a stream of its own
-    (T27)."""
+    ."""
     fresh("""
         import threading, torch, flashcute as fc
         torch.manual_seed(0)
@@ -980,12 +980,12 @@ def test_the_gil_is_released(rng: np.random.Generator) -> None:
     assert turns > 3, "this thread had no turn while the other one computed"
 
 
-# ---- T28: import and fork ------------------------------------------------------------------------
+# ---- import and fork -----------------------------------------------------------------------------
 
 
 def test_import_opens_no_cuda_library_and_survives_fork(fresh: Runner) -> None:
     """Import maps neither libcuda nor NVRTC; the thread pool works before a fork, after it in
-    both processes, and in a grandchild (T28)."""
+    both processes, and in a grandchild."""
     fresh("""
         import os, signal, numpy as np
         import flashcute as fc
@@ -1018,7 +1018,7 @@ def test_import_opens_no_cuda_library_and_survives_fork(fresh: Runner) -> None:
 @pytest.mark.gpu
 def test_fork_after_import_then_cuda_in_both(fresh: Runner) -> None:
     """CUDA cannot be used in a child if it was initialised before the fork: import does not
-    (T28)."""
+    ."""
     fresh("""
         import os, signal, numpy as np, torch
         import flashcute as fc
@@ -1040,12 +1040,12 @@ def test_fork_after_import_then_cuda_in_both(fresh: Runner) -> None:
     """)
 
 
-# ---- T33: no silent road to S x S memory ---------------------------------------------------------
+# ---- no silent road to S x S memory --------------------------------------------------------------
 
 
 def test_memory_on_the_cpu_grows_with_the_length_only(fresh: Runner) -> None:
     """The score matrix of this call would have 268 million elements; the process grows by far
-    less (T33)."""
+    less."""
     fresh("""
         import resource, numpy as np, flashcute as fc
         S = 16384
@@ -1061,7 +1061,7 @@ def test_memory_on_the_cpu_grows_with_the_length_only(fresh: Runner) -> None:
 
 @pytest.mark.gpu
 def test_memory_on_the_gpu_is_that_of_the_results() -> None:
-    """torch's allocator gives memory for out and LSE, and nobody takes any beside it (T33)."""
+    """torch's allocator gives memory for out and LSE, and nobody takes any beside it."""
     length = 32768
     q, k, v = (torch.ones(1, length, 1, 64, dtype=torch.float16, device="cuda") for _ in range(3))
     attend(q, k, v, causal=True)
@@ -1077,7 +1077,7 @@ def test_memory_on_the_gpu_is_that_of_the_results() -> None:
 
 def test_explain_tells_what_runs(rng: np.random.Generator, device: str) -> None:
     """Backend, configuration, kernel, its origin, and why not another: the call cannot take a
-    road of which explain does not tell (T33)."""
+    road of which explain does not tell."""
     q, k, v = qkv(rng, device, d=64)
     told = fc.explain(q, k, v, causal=True)
     hopper = device == "cuda" and fc._core.driver_info().gpus[0].arch == 90
@@ -1104,7 +1104,7 @@ def test_explain_tells_what_runs(rng: np.random.Generator, device: str) -> None:
 @pytest.mark.gpu
 def test_what_no_gpu_kernel_covers_raises() -> None:
     """No silent fallback, no silent no-op: it raises and says what to use, and explain agrees
-    (T33, T41)."""
+    ."""
     q = torch.ones(1, 16, 2, 64, dtype=torch.float64, device="cuda")
     out = torch.full_like(q, 7)
     with pytest.raises(fc.UnsupportedError, match=r"^q: .*float64.*scaled_dot_product_attention"):
@@ -1120,7 +1120,7 @@ def test_what_no_gpu_kernel_covers_raises() -> None:
 @pytest.mark.compiles(narrow_configurations())
 def test_every_head_dim_runs_or_raises(device: str, prebuilt: None) -> None:
     """1 to 257, each: the mean of the values, or an exception; never an output that nobody wrote
-    (T41)."""
+    ."""
     ran = set()
     for d in range(1, 258):
         q = torch.ones(1, 3, 1, d, dtype=torch.float16, device=device)
@@ -1188,7 +1188,7 @@ def expected_block_counts(cfg: fc.ForwardConfig, sq: int, sk: int, causal: bool)
     return torch.tensor(expected, dtype=torch.int32).reshape(-1, 3)
 
 
-# ---- T35: what the extension is linked to --------------------------------------------------------
+# ---- what the extension is linked to -------------------------------------------------------------
 
 
 def needed_libraries(path: str) -> list[str]:
@@ -1210,7 +1210,7 @@ def needed_libraries(path: str) -> list[str]:
 
 
 def test_the_extension_links_neither_torch_nor_cuda() -> None:
-    """It is opened where none of them is installed, and with any version of torch (T35)."""
+    """It is opened where none of them is installed, and with any version of torch."""
     names = needed_libraries(fc._core.__file__)
     assert any(name.startswith("libc.so") for name in names), names
     allowed = (
@@ -1227,13 +1227,13 @@ def test_the_extension_links_neither_torch_nor_cuda() -> None:
     ctypes.CDLL(fc._core.__file__, mode=ctypes.RTLD_LOCAL | 2)  # RTLD_NOW: every symbol resolves
 
 
-# ---- T5: a launch that fails ---------------------------------------------------------------------
+# ---- a launch that fails -------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 def test_a_failed_launch_raises(fresh: Runner) -> None:
     """After a kernel of somebody else has failed, CUDA refuses every launch: the call says so
-    instead of returning an output that nobody wrote (T5). In a process of its own, whose context
+    instead of returning an output that nobody wrote. In a process of its own, whose context
     is lost."""
     done = fresh("""
         import torch, flashcute as fc

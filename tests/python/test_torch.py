@@ -151,7 +151,7 @@ def test_accuracy_on_a_gpu(
 @pytest.mark.parametrize("d", [20, 5])
 @pytest.mark.usefixtures("prebuilt")
 def test_misalignment_on_a_gpu(rng: np.random.Generator, d: int, deterministic: bool) -> None:
-    """Rows of 40 and of 10 bytes need kernels that copy fewer bytes at once (T5)."""
+    """Rows of 40 and of 10 bytes need kernels that copy fewer bytes at once."""
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     p = make_problem(rng, "float16", seqlen_q=150, seqlen_k=170, kv_heads=2, d=d, causal=True)
     tensors = [torch.tensor(x, device="cuda").half().requires_grad_() for x in (p.q, p.k, p.v)]
@@ -212,7 +212,7 @@ def test_only_the_lse_is_used() -> None:
     ids=["all expanded", "last expanded", "batch expanded", "permuted", "every second", "negated view"],
 )  # fmt: skip
 def test_strides_of_dout(device: str, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """An expanded or otherwise strided gradient read as if it were contiguous (T18)."""
+    """An expanded or otherwise strided gradient read as if it were contiguous."""
     tensors = qkv(dtype=torch.float32, device=device)
     out = fc.flash_attention(*tensors)
     dout = make(torch.randn_like(out))
@@ -280,7 +280,7 @@ def attend_by_operator(*tensors: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("attend", [fc.flash_attention, attend_by_operator])
 def test_second_derivative_raises(device: str, attend: Callable[..., torch.Tensor]) -> None:
-    """Gradients taken for constants in a loss that depends on them: silently wrong (T31, pytorch 116350). A graph
+    """Gradients taken for constants in a loss that depends on them: silently wrong (pytorch 116350). A graph
     that is asked for and not used is no error."""
     tensors = qkv(device=device)
     first = torch.autograd.grad(attend(*tensors).sum(), tensors, create_graph=True)
@@ -303,7 +303,7 @@ def test_changed_inputs_are_noticed(device: str) -> None:
 
 
 def test_runs_are_the_same_bits(device: str) -> None:
-    """Gradients that depend on the order in which threads finish (T21), on a GPU where torch is told so."""
+    """Gradients that depend on the order in which threads finish, on a GPU where torch is told so."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     tensors = qkv(sq=200, sk=200, d=64, dtype=torch.bfloat16, device=device)
     first = gradients(fc.flash_attention, tensors)
@@ -313,7 +313,7 @@ def test_runs_are_the_same_bits(device: str) -> None:
 
 
 def test_memory_grows_with_the_length_only(fresh: Runner) -> None:
-    """A backward that stores seqlen_q x seqlen_k anything: 1 GiB here, in fp32 (T33)."""
+    """A backward that stores seqlen_q x seqlen_k anything: 1 GiB here, in fp32."""
     fresh("""
         import resource, torch, flashcute as fc
         def train(s):
@@ -358,7 +358,7 @@ SPIN = 200_000_000  # clock cycles: about a tenth of a second
 @pytest.mark.parametrize("backward", [False, True], ids=["inference", "training"])
 def test_first_call_inside_a_capture(fresh: Runner, backward: bool, deterministic: bool) -> None:
     """The kernels of the gradients are loaded while a graph is captured, in the strictest mode; a replay computes
-    with what the tensors hold then (T24)."""
+    with what the tensors hold then."""
     fresh(f"""
         import torch, flashcute as fc
         torch.use_deterministic_algorithms({deterministic})
@@ -395,7 +395,7 @@ def test_first_call_inside_a_capture(fresh: Runner, backward: bool, deterministi
 @pytest.mark.parametrize("stream_of", ["current", "argument"])
 def test_gradients_run_on_the_stream_of_the_forward(stream_of: str, deterministic: bool) -> None:
     """On another one they would read an output that is not there yet; and who reads them on the current stream waits
-    for them, though the host does not (T25)."""
+    for them, though the host does not."""
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     tensors = qkv(sq=200, sk=300, d=64, device="cuda")
@@ -432,7 +432,7 @@ def test_stream_of_tensors_on_the_cpu() -> None:
 
 @pytest.mark.gpu
 def test_memory_of_training_grows_with_the_length_only() -> None:
-    """A backward that stores seqlen_q x seqlen_k anything: 2 GiB here in float16 (T33)."""
+    """A backward that stores seqlen_q x seqlen_k anything: 2 GiB here in float16."""
     q, k, v = qkv(batch=1, sq=32768, sk=32768, heads=1, kv_heads=1, d=64, device="cuda")
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -493,7 +493,7 @@ def case(name: str, device: str) -> tuple[list[torch.Tensor], str]:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("strided", [False, True])
 def test_opcheck(device: str, name: str, strided: bool) -> None:
-    """Fakes whose shapes, dtypes or strides differ from the real ones (T30); a wrong schema; autograd that is
+    """Fakes whose shapes, dtypes or strides differ from the real ones; a wrong schema; autograd that is
     registered in the wrong place."""
     tensors, layout = case(name, device)
     if strided:
@@ -707,7 +707,7 @@ def test_fallback_drops_weights() -> None:
 
 
 def test_fallback_tells() -> None:
-    """A silent detour through an O(S^2) path (T33): it warns unless told not to, and explain says so beforehand."""
+    """A silent detour through an O(S^2) path: it warns unless told not to, and explain says so beforehand."""
     q, k, v = qkv(grad=False)
     with pytest.warns(UserWarning, match=r"scaled_dot_product_attention: window is not supported"):
         fc.flash_attention(q, k, v, window=(3, 0))
@@ -813,7 +813,7 @@ NAN, INF = math.nan, math.inf
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_fallback_keeps_nan_of_padding_out(kv_heads: int) -> None:
-    """Keys that the mask hides from all rows may hold NaN (T13): 0 * NaN would be NaN, also in gradients."""
+    """Keys that the mask hides from all rows may hold NaN: 0 * NaN would be NaN, also in gradients."""
     q, k, v = qkv(kv_heads=kv_heads)
     with torch.no_grad():
         k[:, 20:] = v[:, 20:] = NAN
@@ -855,7 +855,7 @@ def test_fallback_masks_of_every_rank(shape: tuple[int, ...], boolean: bool) -> 
 
 
 def test_fallback_of_a_mask_that_is_nan() -> None:
-    """NaN in a mask is an input that is seen: it propagates (T8)."""
+    """NaN in a mask is an input that is seen: it propagates."""
     q, k, v = qkv(grad=False)
     mask = torch.full((17, 23), NAN, dtype=q.dtype)
     assert fc.flash_attention(q, k, v, attn_mask=mask, **SILENT).isnan().all()
