@@ -196,8 +196,8 @@ TENSORS = [
         Bad(f"{key} is {value!r}", option(**{key: value}), [rf"^{key}: expected ", rf"got .*{got}"],
             (fc.ArgumentError, TypeError))
         for key, value, got in [("scale", "x", "'x'|str"), ("layout", None, "None"),
-                                ("layout", 3, "3|int"), ("causal", "yes", "'yes'|str"), ("causal", "False", "'False'|str"),
-                                ("causal", None, "None")]
+                                ("layout", 3, "3|int"), ("causal", "yes", "'yes'|str"),
+                                ("causal", "False", "'False'|str"), ("causal", None, "None")]
     ),
     # streams
     *(

@@ -1,5 +1,5 @@
-"""What a call promises beside values: each test names the failure that it guards against, seen in other libraries. Tests
-with `device` run on both backends.
+"""What a call promises beside values: each test names the failure that it guards against, seen in
+other libraries. Tests with `device` run on both backends.
 """
 
 from __future__ import annotations
