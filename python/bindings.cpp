@@ -381,11 +381,12 @@ BackwardConfig call_backward_config_for(nb::handle q, nb::handle k, nb::handle v
   return backward_config_for(tq.view(), tk.view(), tv.view(), {}, options);
 }
 
-template <class Config>
-std::vector<std::pair<std::string, std::string>> call_prebuild(Config const& config, nb::handle arch) {
+std::vector<std::pair<std::string, std::string>> call_prebuild(std::vector<ForwardConfig> const& forward,
+                                                               std::vector<BackwardConfig> const& backward,
+                                                               nb::handle arch) {
   Arch const target = to_arch(arch);
   ReleaseGil const released;
-  return prebuild(config, target);
+  return prebuild(forward, backward, target);
 }
 
 Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, bool causal,
@@ -547,8 +548,7 @@ NB_MODULE(_core, m) {
       "dtype"_a.none(), "head_dim"_a, "arch"_a.none(), "head_dim_v"_a.none(), "deterministic"_a = false);
   m.def("configs", &configs);
   m.def("backward_configs", &backward_configs);
-  m.def("prebuild", &call_prebuild<ForwardConfig>, "config"_a, "arch"_a.none());
-  m.def("prebuild", &call_prebuild<BackwardConfig>, "config"_a, "arch"_a.none());
+  m.def("prebuild", &call_prebuild, "forward"_a, "backward"_a, "arch"_a.none());
   m.def("driver_info", &driver_info, nb::call_guard<ReleaseGil>());
   m.def("build_info", &build_info);
   m.def("build_version", &build_version);
@@ -562,9 +562,10 @@ NB_MODULE(_core, m) {
   });
   m.def(
       "set_search_paths",
-      [](std::vector<nb::bytes> const& package_roots, std::vector<nb::bytes> const& device_headers) {
-        set_search_paths(to_strings(package_roots), to_strings(device_headers));
+      [](std::vector<nb::bytes> const& package_roots, std::vector<nb::bytes> const& device_headers,
+         nb::bytes const& compiler) {
+        set_search_paths(to_strings(package_roots), to_strings(device_headers), to_strings({compiler}).front());
       },
-      "package_roots"_a, "device_headers"_a);
+      "package_roots"_a, "device_headers"_a, "compiler"_a);
   m.def("set_exporter", &set_exporter, "exporter"_a);
 }

@@ -60,7 +60,8 @@ void bind_exceptions(nb::module_& m) {
     } catch (DriverError const& e) {
       raise(exceptions.driver, e.what());
     } catch (CompileError const& e) {
-      raise(exceptions.compile, e.what());
+      // Ctrl-C ends the compiler's processes: what is meant is KeyboardInterrupt, which Python has yet to raise.
+      if (PyErr_CheckSignals() == 0) raise(exceptions.compile, e.what());
     } catch (CacheError const& e) {
       raise(exceptions.cache, e.what());
     } catch (Error const& e) {

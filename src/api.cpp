@@ -1,8 +1,12 @@
 #include "flashcute/api.hpp"
 
 #include <algorithm>
+#include <cstddef>
+#include <span>
+#include <variant>
 
 #include "choose.hpp"
+#include "compiler_process.hpp"
 #include "cpu/backward.hpp"
 #include "cpu/forward.hpp"
 #include "disk_cache.hpp"
@@ -30,28 +34,27 @@ std::vector<Config> configs_among(Family<Config> const (&families)[n]) {
   return all;
 }
 
-template <class Config>
-std::vector<std::pair<std::string, std::string>> prebuild_kernels(Config const& config, Arch arch) {
-  if (arch == cpu_arch) throw ArgumentError("arch", "a GPU's compute capability such as sm_80", "the CPU");
-  check_config(config, arch);
-  std::vector<std::pair<std::string, std::string>> done;
-  for (auto const& kernel : kernels_of(config)) {
-    done.emplace_back(name(kernel).text, find_image(kernel, arch).origin);
-  }
-  return done;
-}
-
-/// What would be faster than the chosen configuration but has no image, and how much faster that is.
+/// What would be faster than the chosen configuration but has no image at hand, and how much faster that is.
 void explain_given_up(std::vector<GivenUp> const& given_up, ForwardConfig const& chosen, Explanation& e) {
   for (GivenUp const& g : given_up) {
-    e.rejected.emplace_back(g.config.math == Math::wgmma ? "sm90" : name(g.config).text,
-                            "there is no image of its kernel: " + g.why);
-    if (g.config.math == Math::wgmma) {
-      e.notes.push_back(
-          "Hopper's kernel would be 1.5 to 2.2 times as fast (head_dim 64 to 256, 1024 keys and more). Its image comes "
-          "with a build that has 90 in FLASHCUTE_ARCHS, or from the run-time compiler: pip install \"flashcute[jit]\"");
+    bool const hopper = g.config.math == Math::wgmma;
+    e.rejected.emplace_back(hopper ? "sm90" : name(g.config).text,
+                            g.can_be_compiled ? "its kernel is not compiled yet (" + g.why + "), and another is at hand"
+                                              : "there is no image of its kernel: " + g.why);
+    std::string const how =
+        g.can_be_compiled ? " flashcute.prebuild compiles it, once; so does the first call with FLASHCUTE_JIT=fastest"
+                          : "";
+    if (hopper) {
+      e.notes.push_back("Hopper's kernel would be 1.5 to 2.2 times as fast (head_dim 64 to 256, 1024 keys and more)." +
+                        (g.can_be_compiled
+                             ? how
+                             : " Its image comes with a build that has 90 in FLASHCUTE_ARCHS, or from the run-time "
+                               "compiler: pip install \"flashcute[jit]\""));
     } else if (g.config.math != chosen.math) {
-      e.notes.push_back("float32 takes three products of TF32, although allow_tf32 allows one, which would be faster");
+      e.notes.push_back("float32 takes three products of TF32, although allow_tf32 allows one, which would be faster." +
+                        how);
+    } else {
+      e.notes.push_back("a tile for few rows would be faster: " + to_string(g.config) + "." + how);
     }
   }
 }
@@ -194,12 +197,25 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
   return e;
 }
 
-std::vector<std::pair<std::string, std::string>> prebuild(ForwardConfig const& config, Arch arch) {
-  return prebuild_kernels(config, arch);
-}
-
-std::vector<std::pair<std::string, std::string>> prebuild(BackwardConfig const& config, Arch arch) {
-  return prebuild_kernels(config, arch);
+std::vector<std::pair<std::string, std::string>> prebuild(std::span<ForwardConfig const> forward,
+                                                          std::span<BackwardConfig const> backward, Arch arch) {
+  if (arch == cpu_arch) throw ArgumentError("arch", "a GPU's compute capability such as sm_80", "the CPU");
+  std::vector<AnyKernelId> kernels;
+  auto const add = [&](auto const& configs) {
+    for (auto const& config : configs) {
+      check_config(config, arch);
+      for (auto const& kernel : kernels_of(config)) kernels.emplace_back(kernel);
+    }
+  };
+  add(forward);
+  add(backward);
+  std::vector<Image> const images = find_images(kernels, arch);
+  std::vector<std::pair<std::string, std::string>> done;
+  for (std::size_t i = 0; i < kernels.size(); ++i) {
+    std::string const kernel = std::visit([](auto const& id) { return std::string(name(id).text); }, kernels[i]);
+    done.emplace_back(kernel, images[i].origin);
+  }
+  return done;
 }
 
 DriverInfo driver_info() {
@@ -250,9 +266,11 @@ std::vector<EnvironmentVariable> environment_variables() {
   return all;
 }
 
-void set_search_paths(std::vector<std::string> package_roots, std::vector<std::string> device_headers) {
+void set_search_paths(std::vector<std::string> package_roots, std::vector<std::string> device_headers,
+                      std::string compiler) {
   set_search_roots(std::move(package_roots));
   set_include_folders(std::move(device_headers));
+  set_compiler_program(std::move(compiler));
 }
 
 }  // namespace flashcute

@@ -1,6 +1,9 @@
 #include "choose.hpp"
 
+#include <algorithm>
+
 #include "driver.hpp"
+#include "environment.hpp"
 #include "image_store.hpp"
 
 namespace flashcute {
@@ -20,37 +23,44 @@ constexpr void (*concessions[])(Wishes&) = {
     [](Wishes& wishes) { wishes.multiprocessors = 0; },
 };
 
+/// The configurations that serve the call, the fastest first.
+std::vector<ForwardConfig> candidates(Wishes wishes, Arch arch) {
+  auto const config_of = [&] { return default_forward_config(wishes.tensors, arch, wishes.multiprocessors); };
+  std::vector<ForwardConfig> configs{config_of()};
+  for (auto const& concede : concessions) {
+    concede(wishes);
+    if (ForwardConfig const next = config_of(); next != configs.back()) configs.push_back(next);
+  }
+  return configs;
+}
+
 }  // namespace
 
 ForwardConfig choose_config(ForwardTensors tensors, Features const& features, Device device,
                             std::vector<GivenUp>* given_up) {
   if (device.type == DeviceType::cpu) return default_forward_config(tensors, cpu_arch);
   cuda::DeviceFacts const& facts = cuda::device_facts(device.index);
-  Wishes wishes{tensors, facts.multiprocessors};
-  auto const config_of = [&] { return default_forward_config(wishes.tensors, facts.arch, wishes.multiprocessors); };
-  // To ask for more than `none` here would spare a first call the wait for a compiler.
-  auto const can_run = [&](ForwardConfig const& config) {
-    return image_source({config, features}, facts.arch) > ImageSource::none;
-  };
+  auto const source_of = [&](ForwardConfig const& config) { return image_source({config, features}, facts.arch); };
+  Wishes const wishes{tensors, facts.multiprocessors};
+  ForwardConfig const fastest = default_forward_config(tensors, facts.arch, facts.multiprocessors);
+  // Neither waits for a compiler.
+  if (source_of(fastest) >= ImageSource::disk_cache) return fastest;
 
-  ForwardConfig const fastest = config_of();
-  if (can_run(fastest)) return fastest;
-  std::vector<GivenUp> without_image;
-  auto const give_up = [&](ForwardConfig const& config) {
-    if (given_up != nullptr) without_image.push_back({config, image_problem({config, features}, facts.arch)});
+  std::vector<ForwardConfig> const all = candidates(wishes, facts.arch);
+  auto const first_from = [&](ImageSource least) {
+    return std::find_if(all.begin(), all.end(), [&](ForwardConfig const& c) { return source_of(c) >= least; });
   };
-  ForwardConfig config = fastest;
-  for (auto const& concede : concessions) {
-    concede(wishes);
-    ForwardConfig const next = config_of();
-    if (next == config) continue;
-    give_up(config);
-    config = next;
-    if (!can_run(config)) continue;
-    if (given_up != nullptr) *given_up = std::move(without_image);
-    return config;
+  auto chosen = jit_mode() == JitMode::on ? first_from(ImageSource::disk_cache) : all.end();
+  if (chosen == all.end()) chosen = first_from(ImageSource::compiler);
+  if (chosen == all.end()) return fastest;
+  if (given_up != nullptr) {
+    given_up->clear();
+    for (auto config = all.begin(); config != chosen; ++config) {
+      given_up->push_back(
+          {*config, source_of(*config) != ImageSource::none, image_problem({*config, features}, facts.arch)});
+    }
   }
-  return fastest;
+  return *chosen;
 }
 
 }  // namespace flashcute

@@ -1,4 +1,6 @@
-// The configuration of a call that brings none: the fastest of those that an image can be had of.
+// The configuration of a call that brings none: the fastest of those whose image is at hand, so that a first call does
+// not wait for a compiler; if there is none, the fastest of those whose image can be compiled. FLASHCUTE_JIT=fastest
+// compiles the fastest of all.
 #pragma once
 
 #include <string>
@@ -9,14 +11,15 @@
 
 namespace flashcute {
 
-/// A faster configuration than the chosen one, and why there is no image of its kernel.
+/// A faster configuration than the chosen one.
 struct GivenUp {
   ForwardConfig config;
-  std::string why;
+  bool can_be_compiled;
+  std::string why;  // there is no image at hand
 };
 
-/// For tensors on the CPU, or on a GPU. If no configuration that serves the call has an image, it is the default one,
-/// whose launch says what is missing. `given_up`, if not null, becomes what would be faster, the fastest first.
+/// For tensors on the CPU, or on a GPU. If no configuration that serves the call can have an image, it is the default
+/// one, whose launch says what is missing. `given_up`, if not null, becomes what would be faster, the fastest first.
 ForwardConfig choose_config(ForwardTensors tensors, Features const& features, Device device,
                             std::vector<GivenUp>* given_up = nullptr);
 

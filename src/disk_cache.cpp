@@ -7,12 +7,12 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <ctime>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <string_view>
 #include <system_error>
@@ -362,14 +362,17 @@ std::string run_build(std::string const& key, std::function<std::string()> const
   return image;
 }
 
+/// Once; who comes meanwhile waits until it is said.
 void report_unwritable(fs::path const& folder, int error) {
-  static std::atomic<bool> reported = false;
-  if (quiet() || reported.exchange(true)) return;
-  std::string const where = folder.empty() ? "without a home folder" : "in " + folder.string();
-  std::fprintf(stderr,
-               "flashcute: compiled images cannot be kept %s (%s): each process will compile them again; "
-               "FLASHCUTE_CACHE_DIR names another folder\n",
-               where.c_str(), text_of(error).c_str());
+  static std::once_flag reported;
+  if (quiet()) return;
+  std::call_once(reported, [&] {
+    std::string const where = folder.empty() ? "without a home folder" : "in " + folder.string();
+    std::fprintf(stderr,
+                 "flashcute: compiled images cannot be kept %s (%s): each process will compile them again; "
+                 "FLASHCUTE_CACHE_DIR names another folder\n",
+                 where.c_str(), text_of(error).c_str());
+  });
 }
 
 }  // namespace
@@ -381,6 +384,12 @@ std::optional<std::string> DiskCache::find(std::string const& key) const {
   check_key(key);
   Descriptor const dir = open_folder(folder_);
   return dir ? use_entry(dir, key) : std::nullopt;
+}
+
+bool DiskCache::has(std::string const& key) const {
+  check_key(key);
+  Descriptor const dir = open_folder(folder_);
+  return dir && faccessat(dir.get(), file_name(key, entry_suffix).c_str(), R_OK, 0) == 0;
 }
 
 std::string DiskCache::get_or_build(std::string const& key, std::function<std::string()> const& build,

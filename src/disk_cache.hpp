@@ -32,6 +32,9 @@ class DiskCache {
   /// CacheError if others could have written into the folder.
   std::optional<std::string> find(std::string const& key) const;
 
+  /// Whether there is an entry, which may be damaged.
+  bool has(std::string const& key) const;
+
   /// The image, built now if nobody has. `built` tells whether this call ran `build`. What `build` throws passes
   /// through and publishes nothing. A folder that cannot be written costs the next process a build, never this one its
   /// image.

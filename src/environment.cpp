@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <initializer_list>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "flashcute/api.hpp"
@@ -25,9 +26,12 @@ constexpr std::string_view foreign[] = {"HOME",          "XDG_CACHE_HOME", "CUDA
                                         "OMP_PROC_BIND", "OMP_PLACES",     "GOMP_CPU_AFFINITY", "KMP_AFFINITY"};
 
 constexpr std::array table = {
-    Variable{"FLASHCUTE_JIT", "on",
-             "off: never compile at run time; on: compile where no ahead-of-time image fits; force: always compile, "
-             "never use an ahead-of-time image"},
+    Variable{
+        "FLASHCUTE_JIT", "on",
+        "off: never compile at run time; on: compile where no image is at hand that serves the call; fastest: also "
+        "where one is, but of a slower kernel; force: never use an ahead-of-time image"},
+    Variable{"FLASHCUTE_JIT_JOBS", "one per available core and GiB of available memory",
+             "how many kernels a process compiles at the same time"},
     Variable{"FLASHCUTE_CACHE_DIR", "$XDG_CACHE_HOME/flashcute, else ~/.cache/flashcute",
              "folder of the images that were compiled at run time (an absolute path)"},
     Variable{"FLASHCUTE_CACHE_SIZE", "1G",
@@ -48,6 +52,19 @@ std::string choice(char const* name, std::initializer_list<char const*> allowed)
   std::string list;
   for (char const* a : allowed) list += (list.empty() ? "" : ", ") + std::string(a);
   throw ArgumentError("environment variable " + std::string(name), "one of " + list, "'" + value + "'");
+}
+
+/// The variable's value, a number of threads or processes; nothing if it is not set.
+std::optional<int> whole_number(char const* name) {
+  std::string const value = env(name);
+  if (value.empty()) return std::nullopt;
+  int count = 0;
+  auto const [end, error] = std::from_chars(value.data(), value.data() + value.size(), count);
+  if (error != std::errc() || end != value.data() + value.size() || count < 1 || count > 1024) {
+    throw ArgumentError("environment variable " + std::string(name), "a whole number from 1 to 1024",
+                        "'" + value + "'");
+  }
+  return count;
 }
 
 std::filesystem::path home_folder() {
@@ -84,6 +101,11 @@ std::string EnvironmentSnapshot::value(std::string_view name) const {
   return "";
 }
 
+SharedEnvironment::SharedEnvironment(EnvironmentSnapshot const* callers) : own_{std::exchange(snapshot, callers)} {}
+SharedEnvironment::~SharedEnvironment() { snapshot = own_; }
+
+EnvironmentSnapshot const* environment_snapshot() { return snapshot; }
+
 std::string environment_value(char const* name) {
   if (snapshot != nullptr) return snapshot->value(name);
   char const* const value = std::getenv(name);
@@ -100,9 +122,13 @@ std::string env(char const* name) {
 }
 
 JitMode jit_mode() {
-  std::string const mode = choice("FLASHCUTE_JIT", {"on", "off", "force"});
-  return mode == "off" ? JitMode::off : mode == "force" ? JitMode::force : JitMode::on;
+  std::string const mode = choice("FLASHCUTE_JIT", {"on", "off", "fastest", "force"});
+  if (mode == "off") return JitMode::off;
+  if (mode == "fastest") return JitMode::fastest;
+  return mode == "force" ? JitMode::force : JitMode::on;
 }
+
+std::optional<int> jit_jobs() { return whole_number("FLASHCUTE_JIT_JOBS"); }
 
 std::filesystem::path cache_folder() {
   if (std::string const folder = env("FLASHCUTE_CACHE_DIR"); !folder.empty()) {
@@ -136,17 +162,7 @@ std::uint64_t cache_limit() {
   return count * factor;
 }
 
-std::optional<int> cpu_threads() {
-  std::string const value = env("FLASHCUTE_NUM_THREADS");
-  if (value.empty()) return std::nullopt;
-  int count = 0;
-  auto const [end, error] = std::from_chars(value.data(), value.data() + value.size(), count);
-  if (error != std::errc() || end != value.data() + value.size() || count < 1 || count > 1024) {
-    throw ArgumentError("environment variable FLASHCUTE_NUM_THREADS", "a whole number from 1 to 1024",
-                        "'" + value + "'");
-  }
-  return count;
-}
+std::optional<int> cpu_threads() { return whole_number("FLASHCUTE_NUM_THREADS"); }
 
 std::string cpu_isa() { return choice("FLASHCUTE_CPU_ISA", {"auto", "baseline", "avx2", "avx512"}); }
 

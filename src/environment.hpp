@@ -10,6 +10,8 @@
 
 namespace flashcute {
 
+class EnvironmentSnapshot;
+
 struct Variable {
   char const* name;
   char const* default_value;  // in words where it is computed
@@ -21,14 +23,32 @@ std::span<Variable const> variables();
 /// The value of any variable, or "": that of this thread's EnvironmentSnapshot, if it has one.
 std::string environment_value(char const* name);
 
+/// For threads that work for a call: while one lives, its thread sees the EnvironmentSnapshot of the calling thread.
+class SharedEnvironment {
+ public:
+  explicit SharedEnvironment(EnvironmentSnapshot const* callers);
+  ~SharedEnvironment();
+  SharedEnvironment(SharedEnvironment const&) = delete;
+  SharedEnvironment& operator=(SharedEnvironment const&) = delete;
+
+ private:
+  EnvironmentSnapshot const* own_;
+};
+
+/// That of the calling thread, or null.
+EnvironmentSnapshot const* environment_snapshot();
+
 /// What the user set, or "" if nothing; a variable set to "" counts as not set. `name` must be in the table.
 /// Variables are read anew at each call: they may change between calls, but not during one.
 std::string env(char const* name);
 
 // Typed getters. A value that is not allowed raises an ArgumentError with variable, value and allowed values.
 
-enum class JitMode : std::uint8_t { off, on, force };
+enum class JitMode : std::uint8_t { off, on, fastest, force };
 JitMode jit_mode();
+
+/// FLASHCUTE_JIT_JOBS, or nothing: cores and memory decide.
+std::optional<int> jit_jobs();
 
 /// FLASHCUTE_CACHE_DIR, else flashcute below $XDG_CACHE_HOME or ~/.cache; empty where the user has no home.
 std::filesystem::path cache_folder();

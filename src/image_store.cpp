@@ -1,9 +1,11 @@
 #include "image_store.hpp"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdlib>
+#include <filesystem>
+#include <mutex>
 #include <utility>
-#include <vector>
 
 #include "embedded_images.hpp"
 #include "environment.hpp"
@@ -39,7 +41,7 @@ auto family_of(BackwardKernelId const& kernel) { return family_among(backward_fa
 /// The image that may be taken for `arch`: empty if there is none, or FLASHCUTE_JIT forbids to take it.
 template <class KernelId>
 std::string_view embedded_image_for(KernelId const& kernel, Arch arch) {
-  if (jit_mode() == JitMode::force || !targets_serve(embedded_targets(), arch)) return {};
+  if (jit_mode() == JitMode::force || source_among(embedded_targets(), arch) == ImageSource::none) return {};
   auto const* const family = family_of(kernel);
   return family == nullptr ? std::string_view{} : embedded_image(*family);
 }
@@ -60,30 +62,71 @@ int cuda_version_of(std::string_view version) {
   return 1000 * major + 10 * minor;
 }
 
-template <class KernelId>
-Image image_of(KernelId const& kernel, Arch arch) {
-  if (std::string_view const embedded = embedded_image_for(kernel, arch); !embedded.empty()) {
-    return {embedded, {}, "ahead of time", cuda_version_of(embedded_compiler_version())};
+/// Which kernels have an image in a folder of the disk cache, as it was when it was first asked.
+class KnownImages {
+ public:
+  bool has(ForwardKernelId const& kernel, Arch arch) {
+    Place const place{kernel, arch, cache_folder()};
+    std::lock_guard const guard(mutex_);
+    if (Known const* const known = find(place)) return known->there;
+    return known_.emplace_back(place, is_cached(code_of(kernel, arch), arch)).there;
   }
-  JitImage image = jit_image(code_of(kernel, arch), arch);
-  return {{},
-          std::move(image.bytes),
-          image.compiled ? "compiled by NVRTC " + nvrtc_version() : "disk cache",
-          cuda_version_of(nvrtc_version())};
+
+  void add(ForwardKernelId const& kernel, Arch arch) {
+    Place place{kernel, arch, cache_folder()};
+    std::lock_guard const guard(mutex_);
+    if (Known* const known = find(place)) {
+      known->there = true;
+    } else {
+      known_.emplace_back(std::move(place), true);
+    }
+  }
+
+ private:
+  struct Place {
+    ForwardKernelId kernel;
+    Arch arch;
+    std::filesystem::path folder;
+
+    bool operator==(Place const&) const = default;
+  };
+  struct Known {
+    Known(Place p, bool t) : place(std::move(p)), there(t) {}
+    Place place;
+    bool there;
+  };
+
+  Known* find(Place const& place) {
+    auto const found = std::find_if(known_.begin(), known_.end(), [&](Known const& k) { return k.place == place; });
+    return found == known_.end() ? nullptr : &*found;
+  }
+
+  std::mutex mutex_;
+  std::vector<Known> known_;
+};
+
+KnownImages& known_images() {
+  static KnownImages known;
+  return known;
 }
 
 }  // namespace
 
-bool targets_serve(std::string_view targets, Arch arch) {
+ImageSource source_among(std::string_view targets, Arch arch) {
+  ImageSource best = ImageSource::none;
   while (!targets.empty()) {
     auto const end = targets.find(' ');
     std::string_view const target = targets.substr(0, end);
     targets = end == std::string_view::npos ? std::string_view{} : targets.substr(end + 1);
     int const number = std::atoi(std::string(target).c_str());
-    bool const ptx = target.ends_with("-ptx");
-    if (number <= arch && (ptx || number / 10 == arch / 10)) return true;
+    if (number > arch) continue;
+    if (target.ends_with("-ptx")) {
+      best = std::max(best, ImageSource::ptx);
+    } else if (number / 10 == arch / 10) {
+      best = ImageSource::library;
+    }
   }
-  return false;
+  return best;
 }
 
 std::string_view image_archs() { return embedded_targets(); }
@@ -94,21 +137,49 @@ std::string_view image_compiler() {
   return compiler;
 }
 
-Image find_image(ForwardKernelId const& kernel, Arch arch) { return image_of(kernel, arch); }
-Image find_image(BackwardKernelId const& kernel, Arch arch) { return image_of(kernel, arch); }
+std::vector<Image> find_images(std::span<AnyKernelId const> kernels, Arch arch) {
+  std::vector<Image> images(kernels.size());
+  std::vector<KernelCode> missing;
+  std::vector<std::size_t> places;
+  for (std::size_t i = 0; i < kernels.size(); ++i) {
+    std::string_view const embedded =
+        std::visit([&](auto const& kernel) { return embedded_image_for(kernel, arch); }, kernels[i]);
+    if (!embedded.empty()) {
+      images[i] = {embedded, {}, "ahead of time", cuda_version_of(embedded_compiler_version())};
+    } else {
+      missing.push_back(std::visit([&](auto const& kernel) { return code_of(kernel, arch); }, kernels[i]));
+      places.push_back(i);
+    }
+  }
+  std::vector<JitImage> compiled = jit_images(missing, arch);
+  for (std::size_t i = 0; i < places.size(); ++i) {
+    images[places[i]] = {{},
+                         std::move(compiled[i].bytes),
+                         compiled[i].compiled ? "compiled by NVRTC " + nvrtc_version() : "disk cache",
+                         cuda_version_of(nvrtc_version())};
+    if (auto const* const forward = std::get_if<ForwardKernelId>(&kernels[places[i]])) {
+      known_images().add(*forward, arch);
+    }
+  }
+  return images;
+}
 
 ImageSource image_source(ForwardKernelId const& kernel, Arch arch) {
-  if (!embedded_image_for(kernel, arch).empty()) return ImageSource::library;
-  return can_compile(arch) ? ImageSource::compiler : ImageSource::none;
+  if (!embedded_image_for(kernel, arch).empty()) return source_among(embedded_targets(), arch);
+  if (!can_compile(arch)) return ImageSource::none;
+  return known_images().has(kernel, arch) ? ImageSource::disk_cache : ImageSource::compiler;
 }
 
 std::string image_problem(ForwardKernelId const& kernel, Arch arch) {
-  return embedded_problem(kernel) + ", and " + compile_problem(arch);
+  std::string const problem = compile_problem(arch);
+  return embedded_problem(kernel) + (problem.empty() ? "" : ", and " + problem);
 }
 
 std::string image_origin(ForwardKernelId const& kernel, Arch arch) {
   switch (image_source(kernel, arch)) {
     case ImageSource::library: return "ahead of time";
+    case ImageSource::ptx: return "ahead of time, as PTX, which the driver compiles (once)";
+    case ImageSource::disk_cache: return "disk cache";
     case ImageSource::compiler: return "run-time compilation, once (" + embedded_problem(kernel) + ")";
     case ImageSource::none: break;
   }

@@ -2,8 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
+#include <variant>
+#include <vector>
 
 #include "flashcute/backward_config.hpp"
 
@@ -18,30 +21,34 @@ struct Image {
   std::string_view view() const { return storage.empty() ? bytes : std::string_view(storage); }
 };
 
-/// The image that holds `kernel` for `arch`. Throws UnsupportedError or CompileError if there is none and
-/// none can be made.
-Image find_image(ForwardKernelId const& kernel, Arch arch);
-Image find_image(BackwardKernelId const& kernel, Arch arch);
+using AnyKernelId = std::variant<ForwardKernelId, BackwardKernelId>;
 
-/// How find_image would come by an image, in order of how long a first call waits for it.
+/// The images that hold the kernels for `arch`, in their order. Those that are neither in the library nor in the disk
+/// cache are compiled at the same time. Throws UnsupportedError or CompileError if there is none and none can be made.
+std::vector<Image> find_images(std::span<AnyKernelId const> kernels, Arch arch);
+
+/// How find_images would come by an image, in order of how long a first call waits for it.
 enum class ImageSource : std::uint8_t {
-  none,      // not at all: find_image throws
-  compiler,  // from the compiler, or the disk cache of what it made before
-  library,   // compiled ahead of time
+  none,        // not at all: find_images throws
+  compiler,    // it is compiled
+  ptx,         // the library has PTX of it, which the driver compiles while it loads
+  disk_cache,  // it was compiled before: by this process, or before this process first asked
+  library,     // compiled ahead of time
 };
 
-/// Cheap enough for every call; the environment is read anew in each.
+/// Cheap enough for every call; the environment is read anew in each. What another process compiles meanwhile is not
+/// seen, so that a process does not change its choices by itself.
 ImageSource image_source(ForwardKernelId const& kernel, Arch arch);
 
 /// Why there is no image where image_source says so: "the build has no image of it for this GPU, and ...".
 std::string image_problem(ForwardKernelId const& kernel, Arch arch);
 
-/// image_source in words: "ahead of time", "run-time compilation, once (...)", "none: ...".
+/// image_source in words: "ahead of time", "disk cache", "run-time compilation, once (...)", "none: ...".
 std::string image_origin(ForwardKernelId const& kernel, Arch arch);
 
-/// Whether an image assembled for `targets` ("80 90 80-ptx") runs on `arch`: machine code runs within its
-/// major version from its minor version on, PTX on everything from its version on.
-bool targets_serve(std::string_view targets, Arch arch);
+/// How an image assembled for `targets` ("80 90 80-ptx") serves `arch`: by machine code, which runs within its major
+/// version from its minor version on (`library`), by PTX, which runs on everything from its version on, or not at all.
+ImageSource source_among(std::string_view targets, Arch arch);
 
 /// What the build put into the library.
 std::string_view image_archs();     // "80 90 100 120 80-ptx"; empty without images

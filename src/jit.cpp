@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <condition_variable>
+#include <cstddef>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
@@ -12,12 +14,15 @@
 #include <string_view>
 #include <utility>
 
+#include "compile_jobs.hpp"
+#include "compiler_process.hpp"
 #include "disk_cache.hpp"
 #include "environment.hpp"
 #include "flashcute/error.hpp"
 #include "header_hash.hpp"
 #include "nvrtc.hpp"
 #include "sha256.hpp"
+#include "workers.hpp"
 
 namespace flashcute {
 namespace {
@@ -120,42 +125,112 @@ void check_unchanged(CompileRequest const& request) {
 
 // ---- the progress line ---------------------------------------------------------------------------
 
-/// "flashcute: compiling ... 12.3 s" on stderr. The line stays open while the compiler works; if another thread starts
-/// one meanwhile, it breaks this line, whose end then names the kernel again.
+/// "flashcute: compiling NAME and 2 more ... 1 2 3, 8.1 s" on stderr, once something is compiled. The line stays open
+/// while compilers work; if another call starts some meanwhile, it breaks this line, whose end then names the kernel
+/// again.
 class ProgressLine {
  public:
-  ProgressLine(CompileRequest const& request, std::filesystem::path const& cache)
-      : kernel_(request.name), silent_(quiet()), start_(std::chrono::steady_clock::now()) {
-    if (silent_) return;
-    std::lock_guard const guard(mutex_);
-    std::fprintf(stderr, "%sflashcute: compiling %s for %s with NVRTC %s (once; cached in %s) ...",
-                 open_line_ != nullptr ? "\n" : "", kernel_.c_str(), request.arch.c_str(), nvrtc_version().c_str(),
-                 cache.c_str());
-    open_line_ = this;
-  }
+  ProgressLine(std::string const& first_kernel, std::size_t kernels, std::string target, std::filesystem::path cache)
+      : what_(first_kernel + (kernels > 1 ? " and " + std::to_string(kernels - 1) + " more" : "")),
+        counts_(kernels > 1),
+        target_(std::move(target)),
+        cache_(std::move(cache)),
+        silent_(quiet()) {}
   ProgressLine(ProgressLine const&) = delete;
   ProgressLine& operator=(ProgressLine const&) = delete;
 
-  ~ProgressLine() {
-    if (silent_) return;
-    std::chrono::duration<double> const seconds = std::chrono::steady_clock::now() - start_;
-    char const* const failed = std::uncaught_exceptions() > 0 ? " failed after" : "";
+  /// Before each compilation.
+  void begin() {
     std::lock_guard const guard(mutex_);
-    if (open_line_ != this) {
-      std::fprintf(stderr, "%sflashcute: %s", open_line_ != nullptr ? "\n" : "", kernel_.c_str());
-    }
+    if (silent_ || begun_) return;
+    begun_ = true;
+    start_ = std::chrono::steady_clock::now();
+    std::fprintf(stderr, "%sflashcute: compiling %s for %s with NVRTC %s (once; cached in %s) ...",
+                 open_line_ != nullptr ? "\n" : "", what_.c_str(), target_.c_str(), nvrtc_version().c_str(),
+                 cache_.c_str());
+    open_line_ = this;
+  }
+
+  /// For each image, wherever it comes from.
+  void one_more() {
+    std::lock_guard const guard(mutex_);
+    ++done_;
+    if (begun_ && counts_ && open_line_ == this) std::fprintf(stderr, " %d", done_);
+  }
+
+  void compiles_here(std::string const& why) {
+    std::lock_guard const guard(mutex_);
+    if (!begun_ || std::exchange(told_why_, true)) return;
+    reopen();
+    std::fprintf(stderr, " (in this process, one kernel at a time, as a process of the compiler cannot be started: %s)",
+                 why.c_str());
+  }
+
+  ~ProgressLine() {
+    if (!begun_) return;
+    std::chrono::duration<double> const seconds = std::chrono::steady_clock::now() - start_;
+    char const* const failed = std::uncaught_exceptions() > 0 ? " failed after" : counts_ ? "," : "";
+    std::lock_guard const guard(mutex_);
+    reopen();
     std::fprintf(stderr, "%s %.1f s\n", failed, seconds.count());
     open_line_ = nullptr;
   }
 
  private:
+  void reopen() {
+    if (open_line_ == this) return;
+    std::fprintf(stderr, "%sflashcute: %s", open_line_ != nullptr ? "\n" : "", what_.c_str());
+    open_line_ = this;
+  }
+
   static inline std::mutex mutex_;
   static inline ProgressLine const* open_line_ = nullptr;
 
-  std::string kernel_;
+  std::string what_;
+  bool counts_;
+  std::string target_;
+  std::filesystem::path cache_;
   bool silent_;
+  bool begun_ = false;
+  bool told_why_ = false;
+  int done_ = 0;
   std::chrono::steady_clock::time_point start_;
 };
+
+// ---- compiling -----------------------------------------------------------------------------------
+
+/// A place among those that compile at the same time in this process, whichever call they work for.
+class Job {
+ public:
+  explicit Job(int most) {
+    std::unique_lock lock(mutex_);
+    free_.wait(lock, [&] { return running_ < most; });
+    ++running_;
+  }
+  Job(Job const&) = delete;
+  Job& operator=(Job const&) = delete;
+  ~Job() {
+    std::lock_guard const guard(mutex_);
+    --running_;
+    free_.notify_all();
+  }
+
+ private:
+  static inline std::mutex mutex_;
+  static inline std::condition_variable free_;
+  static inline int running_ = 0;
+};
+
+std::string compile(CompileRequest const& request, ProgressLine& line) {
+  std::string why_not;
+  auto image = compile_apart(request, why_not);
+  if (!image) {
+    line.compiles_here(why_not);
+    image = nvrtc_compile(request);
+  }
+  check_unchanged(request);
+  return *std::move(image);
+}
 
 }  // namespace
 
@@ -207,24 +282,50 @@ std::string compile_problem(Arch arch) {
   return "";
 }
 
-JitImage jit_image(KernelCode const& kernel, Arch arch) {
+bool is_cached(KernelCode const& kernel, Arch arch) { return DiskCache(cache_folder()).has(jit_key(kernel, arch)); }
+
+std::vector<JitImage> jit_images(std::span<KernelCode const> kernels, Arch arch) {
+  std::vector<JitImage> images(kernels.size());
+  if (kernels.empty()) return images;
   if (jit_mode() == JitMode::off) {
     throw UnsupportedError(
-        "There is no ahead-of-time image of " + kernel.name + " for " + target_of(kernel, arch) +
+        "There is no ahead-of-time image of " + kernels[0].name + " for " + target_of(kernels[0], arch) +
         ", and FLASHCUTE_JIT=off forbids to compile one. Set FLASHCUTE_JIT=on: it also allows images that "
         "`python -m flashcute compile` made beforehand, which keeps the wait out of the program");
   }
-  CompileRequest const request = request_for(kernel, arch);
   DiskCache const cache(cache_folder(), cache_limit());
-  auto const compile = [&] {
-    ProgressLine const line(request, cache.folder());
-    std::string image = nvrtc_compile(request);
-    check_unchanged(request);
-    return image;
+  struct Missing {
+    CompileRequest request;
+    std::string key;
+    JitImage* image;
   };
-  JitImage image;
-  image.bytes = cache.get_or_build(key_of(request), compile, &image.compiled);
-  return image;
+  std::vector<Missing> missing;
+  for (std::size_t i = 0; i < kernels.size(); ++i) {
+    CompileRequest request = request_for(kernels[i], arch);
+    std::string key = key_of(request);
+    if (auto image = cache.find(key)) {
+      images[i] = {*std::move(image), false};
+    } else {
+      missing.push_back({std::move(request), std::move(key), &images[i]});
+    }
+  }
+  if (missing.empty()) return images;
+
+  int const jobs = compile_jobs();
+  ProgressLine line(missing[0].request.name, missing.size(), missing[0].request.arch, cache.folder());
+  run_at_once(missing.size(), static_cast<std::size_t>(jobs), [&](std::size_t i) {
+    Missing& m = missing[i];
+    m.image->bytes = cache.get_or_build(
+        m.key,
+        [&] {
+          Job const job(jobs);
+          line.begin();
+          return compile(m.request, line);
+        },
+        &m.image->compiled);
+    line.one_more();
+  });
+  return images;
 }
 
 }  // namespace flashcute

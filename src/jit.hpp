@@ -1,6 +1,7 @@
 // Kernel images that are compiled when they are first needed: looked for in the disk cache, else made by NVRTC.
 #pragma once
 
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -39,9 +40,16 @@ bool can_compile(Arch arch);
 /// Why it cannot: "FLASHCUTE_JIT=off", or a sentence that says what is missing and how to get it; "" if it can.
 std::string compile_problem(Arch arch);
 
-/// The image of the kernel for `arch`. FLASHCUTE_JIT=off forbids images from the disk cache, too. Throws an
-/// UnsupportedError if compiling is switched off or impossible here, a CompileError if it fails, an ArgumentError if
-/// `arch` is the CPU.
-JitImage jit_image(KernelCode const& kernel, Arch arch);
+/// The images of the kernels for `arch`, in their order. Those that are not in the disk cache are compiled at the same
+/// time, as many as compile_jobs says, each in a process of its own; where such a process cannot be started, in this
+/// one, which is said. FLASHCUTE_JIT=off forbids images from the disk cache, too. Throws an UnsupportedError if
+/// compiling is switched off or impossible here, a CompileError if it fails, an ArgumentError if `arch` is the CPU.
+std::vector<JitImage> jit_images(std::span<KernelCode const> kernels, Arch arch);
+
+inline JitImage jit_image(KernelCode const& kernel, Arch arch) { return jit_images({&kernel, 1}, arch).front(); }
+
+/// Whether the disk cache has an entry of the kernel's image. It is not read: jit_images compiles anew if it is
+/// damaged.
+bool is_cached(KernelCode const& kernel, Arch arch);
 
 }  // namespace flashcute

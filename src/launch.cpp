@@ -1,11 +1,15 @@
 #include "launch.hpp"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
+#include <span>
 #include <unordered_map>
+#include <variant>
 #include <vector>
 
 #include "driver.hpp"
@@ -48,8 +52,41 @@ struct KeyHash {
   }
 };
 
-/// A kernel being prepared for one device: one thread works, others that want it wait on the slot, not on
-/// each other's slots, so a compilation does not hold up launches.
+template <class KernelId>
+struct Launch {
+  KernelId kernel;
+  int64_t blocks;               // as many as a grid holds, or none
+  Function function = nullptr;  // once KernelCache has prepared it
+
+  /// `params` is the kernel's only parameter.
+  template <class Params>
+  void run(Params const& params, int device, void* stream) const {
+    ContextGuard const guard(device_facts(device).primary_context);
+    void* arguments[] = {const_cast<Params*>(&params)};
+    LaunchAttribute cluster{attribute_cluster_dimension, {}, {static_cast<unsigned>(blocks_per_cluster(kernel)), 1, 1}};
+    LaunchConfig const config{
+        .grid_x = static_cast<unsigned>(blocks),
+        .grid_y = 1,
+        .grid_z = 1,
+        .block_x = static_cast<unsigned>(num_threads(kernel)),
+        .block_y = 1,
+        .block_z = 1,
+        .shared_bytes = static_cast<unsigned>(smem_bytes(kernel)),
+        .stream = stream,
+        .attributes = &cluster,
+        .attribute_count = blocks_per_cluster(kernel) > 1 ? 1u : 0u,
+    };
+    Result const result = driver().cuLaunchKernelEx(&config, function, arguments, nullptr);
+    if (result != success) {
+      check_result(result, std::string("cuLaunchKernelEx(") + name(kernel).text + ", grid " + std::to_string(blocks) +
+                               ", block " + std::to_string(num_threads(kernel)) + ", shared memory " +
+                               std::to_string(smem_bytes(kernel)) + ")");
+    }
+  }
+};
+
+/// A kernel being prepared for one device: one thread works, others that want it wait on the slot, so that a
+/// compilation does not hold up launches of other kernels.
 struct Slot {
   std::mutex mutex;
   Function function = nullptr;
@@ -57,10 +94,9 @@ struct Slot {
 
 /// Loads the image of a kernel, and leaves nothing for the first launch.
 template <class KernelId>
-Function prepare(KernelId const& id, DeviceFacts const& device) {
+Function load(KernelId const& id, Image const& image, DeviceFacts const& device) {
   int64_t const shared_bytes = smem_bytes(id);
   Name const entry = name(id);
-  Image const image = find_image(id, device.arch);
   require_driver_for(image.cuda_version, driver().version);
 
   // Loading synchronises, which a stream capture under way elsewhere in the process would forbid.
@@ -87,34 +123,59 @@ Function prepare(KernelId const& id, DeviceFacts const& device) {
   return function;
 }
 
-/// The prepared kernels of one type of id: it has a `config`, `features`, smem_bytes, num_threads, blocks_per_cluster,
-/// a name and a find_image.
+/// The prepared kernels of one type of id: it has a `config`, `features`, smem_bytes, num_threads, blocks_per_cluster
+/// and a name, and is one of AnyKernelId.
 template <class KernelId>
 class KernelCache {
  public:
-  Function get(Key<KernelId> const& key) {
-    {
-      std::shared_lock const lock(mutex_);
-      if (auto const found = ready_.find(key); found != ready_.end()) return found->second;
-    }
-    std::shared_ptr<Slot> slot;
+  /// Sets the `function` of each launch. Kernels that are not prepared yet are compiled at the same time, as far as
+  /// they have to be.
+  void get(std::span<Launch<KernelId>> wanted, int device) {
+    if (find(wanted, device)) return;
+
+    // In the order of their addresses, so that no two threads wait for each other's.
+    std::map<std::shared_ptr<Slot>, KernelId> slots;
     {
       std::unique_lock const lock(mutex_);
-      auto& place = slots_[key];
-      if (!place) place = std::make_shared<Slot>();
-      slot = place;
+      for (auto const& launch : wanted) {
+        auto& place = slots_[{launch.kernel, device}];
+        if (!place) place = std::make_shared<Slot>();
+        slots.emplace(place, launch.kernel);
+      }
     }
-    std::lock_guard const lock(slot->mutex);
-    if (slot->function == nullptr) {
-      // A throw leaves the slot for the next call to try again.
-      slot->function = prepare(key.kernel, device_facts(key.device));
-      std::unique_lock const ready_lock(mutex_);
-      ready_.emplace(key, slot->function);
+    std::vector<std::unique_lock<std::mutex>> locks;
+    for (auto const& [slot, kernel] : slots) locks.emplace_back(slot->mutex);
+
+    std::vector<AnyKernelId> missing;
+    std::vector<Slot*> places;
+    for (auto const& [slot, kernel] : slots) {
+      if (slot->function != nullptr) continue;
+      missing.emplace_back(kernel);
+      places.push_back(slot.get());
     }
-    return slot->function;
+    DeviceFacts const& facts = device_facts(device);
+    // A throw leaves the slots for the next call to try again.
+    std::vector<Image> const images = find_images(missing, facts.arch);
+    for (std::size_t i = 0; i < places.size(); ++i) {
+      auto const& kernel = std::get<KernelId>(missing[i]);
+      places[i]->function = load(kernel, images[i], facts);
+      std::unique_lock const lock(mutex_);
+      ready_.emplace(Key<KernelId>{kernel, device}, places[i]->function);
+    }
+    find(wanted, device);
   }
 
  private:
+  /// False if one is not prepared.
+  bool find(std::span<Launch<KernelId>> wanted, int device) {
+    std::shared_lock const lock(mutex_);
+    return std::all_of(wanted.begin(), wanted.end(), [&](Launch<KernelId>& launch) {
+      auto const found = ready_.find({launch.kernel, device});
+      if (found != ready_.end()) launch.function = found->second;
+      return found != ready_.end();
+    });
+  }
+
   std::shared_mutex mutex_;
   std::unordered_map<Key<KernelId>, Function, KeyHash<KernelId>> ready_;
   std::unordered_map<Key<KernelId>, std::shared_ptr<Slot>, KeyHash<KernelId>> slots_;
@@ -127,59 +188,22 @@ KernelCache<KernelId>& kernels() {
   return *cache;
 }
 
-/// A kernel that is ready to be launched.
-template <class KernelId>
-struct Launch {
-  KernelId kernel;
-  int64_t blocks;  // as many as a grid holds, or none
-  Function function = nullptr;
-
-  Launch(KernelId const& id, int64_t grid, int device) : kernel(id), blocks(grid) {
-    if (blocks > 0) function = kernels<KernelId>().get({kernel, device});
-  }
-
-  /// `params` is the kernel's only parameter.
-  template <class Params>
-  void run(Params const& params, int device, void* stream) const {
-    if (blocks == 0) return;
-    ContextGuard const guard(device_facts(device).primary_context);
-    void* arguments[] = {const_cast<Params*>(&params)};
-    LaunchAttribute cluster{attribute_cluster_dimension, {}, {static_cast<unsigned>(blocks_per_cluster(kernel)), 1, 1}};
-    LaunchConfig const config{
-        .grid_x = static_cast<unsigned>(blocks),
-        .grid_y = 1,
-        .grid_z = 1,
-        .block_x = static_cast<unsigned>(num_threads(kernel)),
-        .block_y = 1,
-        .block_z = 1,
-        .shared_bytes = static_cast<unsigned>(smem_bytes(kernel)),
-        .stream = stream,
-        .attributes = &cluster,
-        .attribute_count = blocks_per_cluster(kernel) > 1 ? 1u : 0u,
-    };
-    Result const result = driver().cuLaunchKernelEx(&config, function, arguments, nullptr);
-    if (result != success) {
-      check_result(result, std::string("cuLaunchKernelEx(") + name(kernel).text + ", grid " + std::to_string(blocks) +
-                               ", block " + std::to_string(num_threads(kernel)) + ", shared memory " +
-                               std::to_string(smem_bytes(kernel)) + ")");
-    }
-  }
-};
-
 }  // namespace
 
 void launch(ForwardKernelId const& kernel, ForwardParams const& params, int device, void* stream) {
   ForwardConfig const& c = kernel.config;
   int64_t const tiles = QueryTile::count(params, tile_rows(c));
-  if (c.math == Math::wgmma) {
-    int32_t const clusters = persistent_clusters(c, tiles, device_facts(device).multiprocessors);
-    Launch const ready(kernel, clusters * c.cluster, device);
-    if (tiles == 0) return;
+  bool const hopper = c.math == Math::wgmma;
+  int32_t const clusters = hopper ? persistent_clusters(c, tiles, device_facts(device).multiprocessors) : 0;
+  Launch<ForwardKernelId> ready{kernel, hopper ? clusters * c.cluster : tiles};
+  if (tiles == 0) return;
+  kernels<ForwardKernelId>().get({&ready, 1}, device);
+  if (hopper) {
     HopperForwardParams all{.q = {}, .k = {}, .v = {}, .forward = params, .deal = deal_tiles(kernel, params, clusters)};
     set_tensor_maps(c, all);
     ready.run(all, device, stream);
   } else {
-    Launch(kernel, tiles, device).run(params, device, stream);
+    ready.run(params, device, stream);
   }
 }
 
@@ -189,8 +213,10 @@ void launch(BackwardConfig const& config, Features const& features, BackwardPara
   int64_t const key_tiles = KeyTile::count(params.forward, config.block_n);
   std::vector<Launch<BackwardKernelId>> launches;
   for (BackwardPass const pass : passes_of(config)) {
-    launches.emplace_back(kernel_of(config, pass, features.mask), keys_stay(pass) ? key_tiles : query_tiles, device);
+    int64_t const blocks = keys_stay(pass) ? key_tiles : query_tiles;
+    if (blocks > 0) launches.push_back({kernel_of(config, pass, features.mask), blocks});
   }
+  kernels<BackwardKernelId>().get(launches, device);
   for (auto const& ready : launches) ready.run(params, device, stream);
 }
 

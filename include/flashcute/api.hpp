@@ -5,6 +5,7 @@
 #include <array>
 #include <initializer_list>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -168,11 +169,13 @@ void check_problem(TensorView const& q, TensorView const& k, TensorView const& v
 Explanation explain(std::optional<ForwardConfig> const& config, TensorView const& q, TensorView const& k,
                     TensorView const& v, ForwardOptions const& options = {});
 
-/// Makes the kernels of a configuration available for compute capability `arch` (80 means 8.0): finds
-/// them among the ahead-of-time images or in the disk cache, or compiles them. Needs no GPU.
-/// Returns where each came from, by kernel name.
-std::vector<std::pair<std::string, std::string>> prebuild(ForwardConfig const& config, Arch arch);
-std::vector<std::pair<std::string, std::string>> prebuild(BackwardConfig const& config, Arch arch);
+/// Makes the kernels of configurations available for compute capability `arch` (80 means 8.0): finds them among the
+/// ahead-of-time images or in the disk cache, or compiles them, several at the same time. Needs no GPU. Returns where
+/// each came from, by kernel name.
+std::vector<std::pair<std::string, std::string>> prebuild(std::span<ForwardConfig const> forward,
+                                                          std::span<BackwardConfig const> backward, Arch arch);
+inline auto prebuild(ForwardConfig const& config, Arch arch) { return prebuild(std::span(&config, 1), {}, arch); }
+inline auto prebuild(BackwardConfig const& config, Arch arch) { return prebuild({}, std::span(&config, 1), arch); }
 
 // ---- facts about this build and this machine -----------------------------------------------------
 
@@ -260,8 +263,11 @@ class EnvironmentSnapshot {
   EnvironmentSnapshot const* outer_;  // of this thread, made earlier
 };
 
-/// Where to look for NVRTC and CUDA headers (folders that hold installed Python packages), and the
-/// folders with the device headers that run-time compilation includes. Nothing is opened before it is needed.
-void set_search_paths(std::vector<std::string> package_roots, std::vector<std::string> device_headers);
+/// Where to look for NVRTC and CUDA headers (folders that hold installed Python packages), the folders with the device
+/// headers that run-time compilation includes, and the program flashcute_compiler, in which it compiles several kernels
+/// at the same time; without it, kernels are compiled in this process, one after the other. Nothing is opened before it
+/// is needed.
+void set_search_paths(std::vector<std::string> package_roots, std::vector<std::string> device_headers,
+                      std::string compiler = {});
 
 }  // namespace flashcute

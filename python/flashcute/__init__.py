@@ -43,10 +43,12 @@ from .gradients import backward, backward_workspace_size, default_backward_confi
 
 # Nothing is searched, opened or initialised yet: these are only told. As bytes, because a folder's name need not be
 # UTF-8; of sys.path only what import itself looks at.
-_headers = _Path(_core.__file__).parent / "include"
+_package = _Path(_core.__file__).parent
+_headers = _package / "include"
 _core.set_search_paths(
     [_fsencode(folder) for folder in _sys.path if isinstance(folder, str) and folder],
     [_fsencode(_headers), _fsencode(_headers / "cccl")],
+    _fsencode(_package / "flashcute_compiler"),
 )
 _core.set_exporter(_arrays.export)
 

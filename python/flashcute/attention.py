@@ -445,7 +445,8 @@ def prebuild(
     cfgs: ForwardConfig | BackwardConfig | list[ForwardConfig | BackwardConfig] | None = None,
     arch: str | int | None = None,
 ) -> dict[str, str]:
-    """Makes kernels available before their first call, which may otherwise compile them (a few seconds each).
+    """Makes kernels available before their first call, which may otherwise compile them (a few seconds each) or take
+    slower ones that are at hand. What has to be compiled is compiled at the same time, as cores and memory allow.
 
     cfgs: a configuration of the forward or the backward, or a list of them; default all that the build compiles ahead
         of time and that `arch` can run.
@@ -469,7 +470,7 @@ def prebuild(
                 f"arch: expected 'sm_80' or the like where there is no GPU, got None. {info.problem}"
             )
         arch = info.gpus[0].arch
-    built: dict[str, str] = {}
-    for cfg in configs_ahead_of_time(arch) if chosen is None else chosen:
-        built.update(_core.prebuild(cfg, arch))
-    return built
+    every = configs_ahead_of_time(arch) if chosen is None else chosen
+    forward = [cfg for cfg in every if isinstance(cfg, ForwardConfig)]
+    backward = [cfg for cfg in every if isinstance(cfg, BackwardConfig)]
+    return dict(_core.prebuild(forward, backward, arch))

@@ -4,8 +4,6 @@
 #include <atomic>
 #include <charconv>
 #include <cstdlib>
-#include <fstream>
-#include <sstream>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -20,6 +18,7 @@
 #endif
 
 #include "block_signals.hpp"
+#include "cgroups.hpp"
 #include "environment.hpp"
 
 namespace flashcute::cpu {
@@ -147,24 +146,6 @@ CpuSet cores() { return {}; }
 
 namespace {
 
-std::string first_line(std::filesystem::path const& file) {
-  std::string line;
-  std::getline(std::ifstream{file} >> std::ws, line);
-  return line;
-}
-
-std::vector<std::string> words_of(std::string const& line, char separator = ' ') {
-  std::vector<std::string> words;
-  std::istringstream stream{line};
-  for (std::string word; std::getline(stream, word, separator);) words.push_back(word);
-  return words;
-}
-
-bool lists(std::string const& names, std::string const& name) {
-  auto const all = words_of(names, ',');
-  return std::find(all.begin(), all.end(), name) != all.end();
-}
-
 /// quota / period in whole CPUs, rounded up; 0 where that is no limit ("max", -1, no such file).
 int whole_cpus(std::string const& quota, std::string const& period) {
   long long q = 0, p = 0;
@@ -174,58 +155,22 @@ int whole_cpus(std::string const& quota, std::string const& period) {
   return static_cast<int>(std::min<long long>((q - 1) / p + 1, INT_MAX));
 }
 
-/// The limit of one cgroup; 0: none.
-int limit_of(std::filesystem::path const& group, bool v2) {
-  if (!v2) return whole_cpus(first_line(group / "cpu.cfs_quota_us"), first_line(group / "cpu.cfs_period_us"));
-  auto const words = words_of(first_line(group / "cpu.max"));
-  return words.size() == 2 ? whole_cpus(words[0], words[1]) : 0;
-}
-
-/// Where a hierarchy of cgroups that knows CPU quotas is mounted, and the process's group in it.
-struct Hierarchy {
-  bool v2;
-  std::string group;  // as /proc/self/cgroup names it
-};
-
-std::vector<Hierarchy> hierarchies(std::filesystem::path const& root) {
-  std::vector<Hierarchy> all;
-  std::ifstream file{root / "proc/self/cgroup"};
-  for (std::string line; std::getline(file, line);) {  // number:controllers:group
-    size_t const first = line.find(':'), second = line.find(':', first + 1);
-    if (second == std::string::npos) continue;
-    std::string const controllers = line.substr(first + 1, second - first - 1);
-    if (controllers.empty() || lists(controllers, "cpu")) all.push_back({controllers.empty(), line.substr(second + 1)});
+/// 0: none.
+int limit_of(Cgroup const& group) {
+  if (!group.v2) {
+    return whole_cpus(first_line(group.folder / "cpu.cfs_quota_us"), first_line(group.folder / "cpu.cfs_period_us"));
   }
-  return all;
+  auto const words = words_of(first_line(group.folder / "cpu.max"));
+  return words.size() == 2 ? whole_cpus(words[0], words[1]) : 0;
 }
 
 }  // namespace
 
 std::optional<int> cpu_quota(std::filesystem::path const& root) {
   int least = 0;
-  auto const groups = hierarchies(root);
-  std::ifstream mounts{root / "proc/self/mountinfo"};
-  for (std::string line; std::getline(mounts, line);) {
-    // 36 35 98:0 /group /mount/point options ... - type source options
-    size_t const dash = line.find(" - ");
-    if (dash == std::string::npos) continue;
-    auto const left = words_of(line.substr(0, dash)), right = words_of(line.substr(dash + 3));
-    if (left.size() < 5 || right.size() < 3) continue;
-    bool const v2 = right[0] == "cgroup2";
-    if (!v2 && !(right[0] == "cgroup" && lists(right[2], "cpu"))) continue;
-    for (Hierarchy const& h : groups) {
-      if (h.v2 != v2) continue;
-      // The mount shows the hierarchy from left[3] down, which in a container may be the process's own group.
-      std::filesystem::path below = std::filesystem::path(h.group).lexically_relative(left[3]);
-      if (below.empty() || *below.begin() == ".." || *below.begin() == ".") below.clear();
-      std::filesystem::path const top = root / std::filesystem::path(left[4]).relative_path();
-      // The groups above limit it, too.
-      for (std::filesystem::path at = below;; at = at.parent_path()) {
-        int const limit = limit_of(at.empty() ? top : top / at, v2);
-        if (limit > 0) least = least == 0 ? limit : std::min(least, limit);
-        if (at.empty()) break;
-      }
-    }
+  for (Cgroup const& group : cgroups(root, "cpu")) {
+    int const limit = limit_of(group);
+    if (limit > 0) least = least == 0 ? limit : std::min(least, limit);
   }
   return least > 0 ? std::optional(least) : std::nullopt;
 }

@@ -8,8 +8,10 @@
 #include "choose.hpp"
 #include "fake_gpu.hpp"
 #include "fake_images.hpp"
+#include "families.hpp"
 #include "flashcute/tiles.hpp"
 #include "image_store.hpp"
+#include "source.hpp"
 
 namespace flashcute {
 namespace {
@@ -53,7 +55,7 @@ TEST_F(Choice, WithoutACompilerHopperGpusTakeTheKernelThatHasAnImage) {
     EXPECT_EQ(chosen(), mma_sync()) << variable;
     Explanation const e = explain(std::nullopt, q_, q_, q_);
     EXPECT_EQ(e.backend, "sm80");
-    EXPECT_EQ(e.image, "ahead of time");
+    EXPECT_EQ(e.image, "ahead of time, as PTX, which the driver compiles (once)");
     EXPECT_TRUE(contains(reason(e, "sm90"), "no image of its kernel")) << variable;
     EXPECT_TRUE(contains(reason(e, "sm90"), variable));
     EXPECT_EQ(reason(e, name(default_config(DType::bfloat16, 128, 90)).text), "") << "one reason is enough";
@@ -65,7 +67,7 @@ TEST_F(Choice, WithoutACompilerHopperGpusTakeTheKernelThatHasAnImage) {
 }
 
 // Guards against a choice that is remembered: the environment may change from call to call, and what was compiled once
-// is loaded.
+// is loaded. PTX of a slower kernel is not at hand: the driver would compile it.
 TEST_F(Choice, FollowsTheEnvironmentFromCallToCall) {
   ForwardConfig const hoppers = default_config(DType::bfloat16, 128, 90);
   ASSERT_EQ(hoppers.math, Math::wgmma);
@@ -77,6 +79,7 @@ TEST_F(Choice, FollowsTheEnvironmentFromCallToCall) {
   {
     ScopedVariable const off("FLASHCUTE_JIT", "off");
     EXPECT_EQ(chosen(), mma_sync());
+    EXPECT_TRUE(contains(explain(std::nullopt, q_, q_, q_).image, "ahead of time, as PTX"));
   }
   {
     ScopedVariable const force("FLASHCUTE_JIT", "force");
@@ -84,6 +87,43 @@ TEST_F(Choice, FollowsTheEnvironmentFromCallToCall) {
   }
   ScopedVariable const wrong("FLASHCUTE_JIT", "of");
   EXPECT_THROW(chosen(), ArgumentError);
+}
+
+// Guards against a first call that waits for a compiler although a slower image is at hand, and against one that stays
+// slow after the user has had the faster kernel compiled.
+TEST_F(Choice, DoesNotWaitForACompilerWhereASlowerImageIsAtHand) {
+  fake_images() = {"80 90", "_sm90_"};  // mma.sync's machine code for 9.0 is there, Hopper's kernel is not
+  ForwardConfig const hoppers = default_config(DType::bfloat16, 128, 90);
+  EXPECT_EQ(chosen(), mma_sync());
+  Explanation const e = explain(std::nullopt, q_, q_, q_);
+  EXPECT_EQ(e.image, "ahead of time");
+  EXPECT_TRUE(contains(reason(e, "sm90"), "not compiled yet"));
+  ASSERT_EQ(e.notes.size(), 1u);
+  EXPECT_TRUE(contains(e.notes[0], "times as fast"));
+  EXPECT_TRUE(contains(e.notes[0], "flashcute.prebuild"));
+  EXPECT_TRUE(contains(e.notes[0], "FLASHCUTE_JIT=fastest"));
+  {
+    ScopedVariable const fastest("FLASHCUTE_JIT", "fastest");
+    EXPECT_EQ(chosen(), hoppers);
+  }
+  EXPECT_EQ(chosen(), mma_sync());
+  prebuild(hoppers, 90);
+  EXPECT_EQ(chosen(), hoppers);
+  EXPECT_EQ(explain(std::nullopt, q_, q_, q_).image, "disk cache");
+  EXPECT_TRUE(explain(std::nullopt, q_, q_, q_).notes.empty());
+  ScopedVariable const elsewhere("FLASHCUTE_CACHE_DIR", "/nowhere");
+  EXPECT_EQ(chosen(), mma_sync()) << "another folder holds other images";
+}
+
+// Guards against bits that change in the middle of a run, because another process has compiled something.
+TEST_F(Choice, AProcessKeepsItsChoice) {
+  fake_images() = {"80 90", "_sm90_"};
+  ForwardConfig const hoppers = default_config(DType::bfloat16, 128, 90);
+  EXPECT_EQ(chosen(), mma_sync());
+  // As another process does it: behind the back of the store.
+  for (auto const& kernel : kernels_of(hoppers)) jit_image(code_of(kernel, 90), 90);
+  EXPECT_TRUE(is_cached(code_of(ForwardKernelId{hoppers, {}}, 90), 90));
+  EXPECT_EQ(chosen(), mma_sync());
 }
 
 // Guards against a configuration that is replaced although the user chose it.
@@ -123,7 +163,10 @@ TEST_F(Choice, OtherWishesAreGivenUpToo) {
   tf32.allow_tf32 = true;
   auto const math = [&] { return config_for(f32, f32, f32, nullptr, tf32).math; };
   auto const rows = [&] { return config_for(few, few, few, nullptr).block_m; };
-  EXPECT_EQ(math(), Math::tensor_core);
+  {
+    ScopedVariable const fastest("FLASHCUTE_JIT", "fastest");
+    EXPECT_EQ(math(), Math::tensor_core);
+  }
   EXPECT_EQ(rows(), 32);
   ScopedVariable const off("FLASHCUTE_JIT", "off");
   EXPECT_EQ(math(), Math::tf32x3);

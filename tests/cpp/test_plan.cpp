@@ -411,7 +411,7 @@ TEST(Driver, TooOldADriverIsRefusedWithWhatToDo) {
 
 // Guards against a family that has lost its image, or has another's.
 TEST(ImageStore, EachFamilyHasAnImageOfItsOwn) {
-  bool const images = !image_archs().empty(), hoppers = targets_serve(image_archs(), 90);
+  bool const images = !image_archs().empty(), hoppers = source_among(image_archs(), 90) == ImageSource::library;
   std::set<char const*> places;
   auto const look_at = [&](auto const& families) {
     for (auto const& family : families) {
@@ -431,14 +431,17 @@ TEST(ImageStore, EachFamilyHasAnImageOfItsOwn) {
 
 // Guards against an image that is taken for a GPU it cannot run on, or not taken where it can.
 TEST(ImageStore, ImagesServeTheirMajorVersionAndPtxServesLater) {
-  EXPECT_TRUE(targets_serve("80 90", 80));
-  EXPECT_TRUE(targets_serve("80 90", 86));
-  EXPECT_TRUE(targets_serve("80 90", 90));
-  EXPECT_FALSE(targets_serve("80 90", 100));
-  EXPECT_FALSE(targets_serve("86", 80));
-  EXPECT_TRUE(targets_serve("80-ptx", 100));
-  EXPECT_FALSE(targets_serve("90-ptx", 89));
-  EXPECT_FALSE(targets_serve("", 80));
+  constexpr ImageSource none = ImageSource::none, ptx = ImageSource::ptx, code = ImageSource::library;
+  EXPECT_EQ(source_among("80 90", 80), code);
+  EXPECT_EQ(source_among("80 90", 86), code);
+  EXPECT_EQ(source_among("80 90", 90), code);
+  EXPECT_EQ(source_among("80 90", 100), none);
+  EXPECT_EQ(source_among("86", 80), none);
+  EXPECT_EQ(source_among("80-ptx", 100), ptx);
+  EXPECT_EQ(source_among("100 80-ptx", 100), code);
+  EXPECT_EQ(source_among("80-ptx 100", 100), code);
+  EXPECT_EQ(source_among("90-ptx", 89), none);
+  EXPECT_EQ(source_among("", 80), none);
 }
 
 }  // namespace

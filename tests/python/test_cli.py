@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,50 +98,37 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
 def test_compile(capsys: pytest.CaptureFixture[str]) -> None:
     """A configuration that is not the one asked for, or compiled though its image exists."""
     assert main(["compile", "--arch", "sm_80", "--head-dim", "64", "--dtype", "float16"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "_f16_d64_" in lines[0]
-    assert [line.partition(": ")[2] for line in lines[1:]] == ["ahead of time"] * 2
+    *kernels, seconds = capsys.readouterr().out.splitlines()
+    assert ["_f16_d64_" in line for line in kernels] == [True, True]
+    assert [line.partition(" for sm_80: ")[2] for line in kernels] == ["ahead of time"] * 2
+    assert seconds.endswith(" s")
     assert main(["compile", "--arch", "sm_80", "--all"]) == 0
     assert main(["compile", "--arch", "sm_80", "--dtype", "float32"]) == 0
     assert "tf32x3" in capsys.readouterr().out
-    backward = ["compile", "--backward", "--arch", "sm_80", "--head-dim", "64"]
-    assert main([*backward, "--config", "deterministic=1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    names = [line.partition(" for ")[0] for line in lines if not line.startswith("  ")]
-    assert [name.startswith("bwd_bf16_d64_") for name in names] == [True, True]
-    assert [name.endswith("_deterministic") for name in names] == [False, True]
-    assert any("_gradients_causal" in line for line in lines)
-    assert any("_queries_causal" in line for line in lines)
 
 
 @pytest.mark.skipif(not _core.build_info().image_archs, reason="built without images")
-def test_compile_several(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each in a process of its own, told in the order in which they were named."""
-    changes = [  # to the tiles for small and for large grids, both ahead of time
-        "block_m=64,blocks_per_sm=3,stages=1,q_in_registers=0",
-        "block_m=128,blocks_per_sm=2,stages=2,q_in_registers=1",
-    ]
-    arguments = [
-        "compile",
-        "--arch",
-        "sm_80",
-        "--head-dim",
-        "64",
-        "--block-m",
-        "64",
-        "--stages",
-        "1",
-    ]
-    arguments += ["--blocks-per-sm", "3", "--q-in-registers", "0", "--jobs", "2"]
-    assert main([*arguments, "--config", changes[1], "--config", changes[0]]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    names = [line.partition(" for ")[0] for line in lines if not line.startswith("  ")]
-    assert [("m64_" in name, "m128_" in name) for name in names] == [
-        (True, False),
-        (False, True),
-        (True, False),
-    ]
-    assert all(line.endswith("ahead of time") for line in lines if line.startswith("  "))
+@pytest.mark.skipif(bool(_core.build_info().jit_problem), reason="no run-time compiler")
+@pytest.mark.slow
+def test_compile_several(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Kernels of several configurations, of which some are ahead of time and the others are compiled together."""
+    monkeypatch.setenv("FLASHCUTE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FLASHCUTE_JIT_JOBS", "7")  # restored afterwards
+    backward = ["compile", "--backward", "--arch", "sm_80", "--head-dim", "64", "--jobs", "2"]
+    assert main([*backward, "--config", "deterministic=1"]) == 0
+    assert os.environ["FLASHCUTE_JIT_JOBS"] == "2"
+    *kernels, _ = capsys.readouterr().out.splitlines()
+    names = [line.partition(" for ")[0] for line in kernels]
+    assert all(name.startswith("flashcute_sm80_bwd_bf16_d64_") for name in names)
+    deterministic = ["_deterministic_" in name for name in names]
+    assert deterministic == [False] * 4 + [True] * (len(names) - 4)
+    assert any(name.endswith("_gradients_causal") for name in names)
+    assert any(name.endswith("_queries_causal") for name in names)
+    origins = [line.partition(": ")[2] for line in kernels]
+    assert origins[:4] == ["ahead of time"] * 4
+    assert set(origins[4:]) == {origin for origin in origins[4:] if "compiled by NVRTC" in origin}
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 from .. import BackwardConfig, ForwardConfig, _core, prebuild
 from ..attention import configs_ahead_of_time
@@ -58,9 +55,9 @@ def add_command(commands: Commands) -> None:
     parser.add_argument(
         "--jobs",
         type=positive_int,
-        default=os.cpu_count() or 1,
         metavar="N",
-        help="configurations to compile at the same time (default: one per core)",
+        help="how many kernels to compile at the same time, as FLASHCUTE_JIT_JOBS "
+        "(default: as cores and memory allow)",
     )
     add_config_arguments(parser, ForwardConfig, BackwardConfig)
     parser.set_defaults(run=run)
@@ -81,29 +78,13 @@ def run(options: argparse.Namespace) -> int:
         base = one_config(options, arch, changes)
         chosen = [base, *(base.replace(**more) for more in options.config)]
 
-    for cfg, seconds, kernels in built(chosen, arch, options.jobs):
-        print(f"{cfg.name} for {arch}: {seconds:.1f} s")
-        for kernel, origin in kernels.items():
-            print(f"  {kernel}: {origin}")
-    return 0
-
-
-Built = tuple[Config, float, dict[str, str]]  # with seconds, and where each kernel came from
-
-
-def build(cfg: Config, arch: str) -> Built:
+    if options.jobs:
+        os.environ["FLASHCUTE_JIT_JOBS"] = str(options.jobs)
     start = time.perf_counter()
-    kernels = prebuild(cfg, arch)
-    return cfg, time.perf_counter() - start, kernels
-
-
-def built(chosen: list[Config], arch: str, jobs: int) -> Iterator[Built]:
-    if len(chosen) == 1 or jobs == 1:
-        yield from (build(cfg, arch) for cfg in chosen)
-        return
-    # Processes: NVRTC compiles one kernel at a time in each.
-    with ProcessPoolExecutor(min(jobs, len(chosen)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(build, chosen, [arch] * len(chosen))
+    for kernel, origin in prebuild(chosen, arch).items():
+        print(f"{kernel} for {arch}: {origin}")
+    print(f"{time.perf_counter() - start:.1f} s")
+    return 0
 
 
 def one_config(options: argparse.Namespace, arch: str, changes: dict[str, object]) -> Config:

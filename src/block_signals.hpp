@@ -3,7 +3,7 @@
 
 #include <signal.h>
 
-namespace flashcute::cpu {
+namespace flashcute {
 
 /// All signals are blocked while one lives, but those of a thread's own faults, so that threads started meanwhile never
 /// run another thread's handler: Python's expects the main thread, and users' interrupt what they do not know.
@@ -23,4 +23,4 @@ class BlockSignals {
   sigset_t old_;
 };
 
-}  // namespace flashcute::cpu
+}  // namespace flashcute
