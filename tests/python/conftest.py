@@ -30,11 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    for process in _compilations.values():
-        if process.poll() is None:
-            process.kill()
-        if process.stderr and not process.stderr.closed:  # else a test has waited for it
-            process.communicate()
+    for compilation in set(_compilations.values()):
+        compilation.end()
     _scratch.cleanup()
 
 
@@ -163,40 +160,53 @@ def fresh(tmp_path: Path) -> Runner:
 
 # ---- kernels that are compiled for the tests -----------------------------------------------------
 
-_compilations: dict[str, subprocess.Popen[str]] = {}
+
+class Compilation:
+    """A process that compiles the kernels of some configurations, as many at once as the machine allows."""
+
+    def __init__(self, cfgs: list[object]) -> None:
+        import flashcute
+
+        arch = flashcute._core.driver_info().gpus[0].arch
+        code = (
+            "import flashcute; from flashcute import BackwardConfig, ForwardConfig; "
+            f"flashcute.prebuild({cfgs!r}, arch={arch})"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=_scratch.name
+        )
+
+    def wait(self) -> None:
+        _, problem = self.process.communicate() if self.process.returncode is None else ("", "")
+        assert self.process.returncode == 0, problem
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        if self.process.stderr and not self.process.stderr.closed:  # else a test has waited for it
+            self.process.communicate()
 
 
-def _start_compiling(cfg: object) -> None:
-    import flashcute
-
-    arch = flashcute._core.driver_info().gpus[0].arch
-    code = (
-        "import flashcute; from flashcute import BackwardConfig, ForwardConfig; "
-        f"flashcute.prebuild({cfg!r}, arch={arch})"
-    )
-    _compilations[cfg.name] = subprocess.Popen(  # type: ignore[attr-defined]
-        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=_scratch.name
-    )
+_compilations: dict[object, Compilation] = {}  # by configuration
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Starts what `compiled` will wait for: in parallel, while other tests use the GPU."""
+    """Starts what `compiled` will wait for while other tests use the GPU."""
     if why_no_gpu():
         return
+    wanted: dict[object, None] = {}
     for item in session.items:
         cfg = getattr(item, "callspec", None) and item.callspec.params.get("compiled")
         marker = item.get_closest_marker("compiles")
-        for one in [cfg] if cfg is not None else marker.args[0] if marker else []:
-            if one.name not in _compilations:
-                _start_compiling(one)
+        wanted.update(dict.fromkeys([cfg] if cfg is not None else marker.args[0] if marker else []))
+    if wanted:
+        _compilations.update(dict.fromkeys(wanted, Compilation(list(wanted))))
 
 
 def _wait_for(cfg: object) -> None:
-    if cfg.name not in _compilations:  # type: ignore[attr-defined]
-        _start_compiling(cfg)
-    process = _compilations[cfg.name]  # type: ignore[attr-defined]
-    _, problem = process.communicate() if process.returncode is None else ("", "")
-    assert process.returncode == 0, problem
+    if cfg not in _compilations:
+        _compilations[cfg] = Compilation([cfg])
+    _compilations[cfg].wait()
 
 
 def backward_configurations_of_first_use() -> list[object]:

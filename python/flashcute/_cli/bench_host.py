@@ -74,7 +74,7 @@ def percentiles_us(kit: Kit, call: Call) -> list[float]:
 
 
 def first_use(options: argparse.Namespace, out: TextIO | None) -> int:
-    """Seconds of a first call in a new process.
+    """Seconds of a first call in a new process, and of a first training step with torch.
 
     Compiled at run time into an empty cache, then from that cache, then ahead of time if this build
     has images. Without a GPU there is no call: what is timed is `prebuild`.
@@ -83,25 +83,29 @@ def first_use(options: argparse.Namespace, out: TextIO | None) -> int:
     kit = choose_kit(options.device, dtype, options.seed)
     head_dim = (options.head_dims or [128])[0]
     common = {"kind": "first_use", **provenance(kit, options.commit)}
-    common.update(dtype=dtype, head_dim=head_dim)
+    common.update(dtype=dtype, head_dim=head_dim, cores=len(os.sched_getaffinity(0)))
+    roads = [("compiled", "force"), ("disk cache", "force")]
+    if _core.build_info().image_archs:
+        roads.append(("ahead of time", "off"))
+    calls = ["forward"]
+    if kit.device == "cpu" or "torch" in common["library"]:
+        calls.append("training")
     rows = []
-    with tempfile.TemporaryDirectory(prefix="flashcute-bench-") as cache:
-        roads = [("compiled", "force"), ("disk cache", "force")]
-        if _core.build_info().image_archs:
-            roads.append(("ahead of time", "off"))
-        for road, jit in roads:
-            told = in_new_process(kit.device, dtype, head_dim, jit=jit, cache=cache)
-            rows.append(
-                [road, *(f"{told[name]:.3f}" for name in ("import_s", "call_s")), told["what"]]
-            )
-            record({**common, "road": road, **told}, options, out)
+    for call in calls:
+        with tempfile.TemporaryDirectory(prefix="flashcute-bench-") as cache:
+            for road, jit in roads:
+                told = in_new_process(kit.device, dtype, head_dim, call, jit=jit, cache=cache)
+                rows.append(
+                    [road, *(f"{told[name]:.3f}" for name in ("import_s", "call_s")), told["what"]]
+                )
+                record({**common, "road": road, **told}, options, out)
     print(f"{common['device']}; {common['library']}; {common['commit']}")
     print(format_table(("seconds", "import flashcute", "first call", "call"), rows))
     return 0
 
 
 def in_new_process(
-    device: str, dtype: str, head_dim: int, *, jit: str, cache: str
+    device: str, dtype: str, head_dim: int, call: str, *, jit: str, cache: str
 ) -> dict[str, Any]:
     environment = {
         **os.environ,
@@ -109,7 +113,8 @@ def in_new_process(
         "FLASHCUTE_CACHE_DIR": cache,
         "FLASHCUTE_QUIET": "1",
     }
-    command = [sys.executable, "-m", "flashcute._cli.first_call", device, dtype, str(head_dim)]
+    module = [sys.executable, "-m", "flashcute._cli.first_call"]
+    command = [*module, device, dtype, str(head_dim), call]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise UsageError(done.stderr.strip() or f"the new process ended with {done.returncode}")

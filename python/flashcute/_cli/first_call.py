@@ -1,6 +1,6 @@
 """The new process of ``bench --first-use``: prints as JSON how long its first call takes.
 
-python -m flashcute._cli.first_call DEVICE DTYPE HEAD_DIM
+python -m flashcute._cli.first_call DEVICE DTYPE HEAD_DIM forward|training
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import time
 
 
-def main(device: str, dtype: str, head_dim: int) -> int:
+def main(device: str, dtype: str, head_dim: int, call: str) -> int:
     import flashcute
     from flashcute._cli.kits import choose_kit
 
@@ -20,15 +20,25 @@ def main(device: str, dtype: str, head_dim: int) -> int:
             what = "flash_attention, 1024 tokens"
             kit = choose_kit(device, dtype)
             x = kit.normal((1, 1024, 8, head_dim), dtype)
+            if call == "training":
+                what = "flash_attention and its gradients, 1024 tokens"
+                x.requires_grad_()
+                x.sum().backward()  # torch has compiled and loaded what is its own
             kit.synchronize()  # the library has initialised the GPU
             start = time.perf_counter()
-            flashcute.flash_attention(x, x, x, True)
+            out = flashcute.flash_attention(x, x, x, True)
+            if call == "training":
+                out.sum().backward()
             kit.synchronize()
         else:
             what = "prebuild for sm_80"
-            cfg = flashcute.default_config(head_dim, dtype, "sm_80")
+            cfgs: list[flashcute.ForwardConfig | flashcute.BackwardConfig]
+            cfgs = [flashcute.default_config(head_dim, dtype, "sm_80")]
+            if call == "training":
+                what = "prebuild for sm_80, gradients too"
+                cfgs.append(flashcute.default_backward_config(head_dim, dtype, "sm_80"))
             start = time.perf_counter()
-            flashcute.prebuild(cfg, "sm_80")
+            flashcute.prebuild(cfgs, "sm_80")
     except flashcute.FlashcuteError as problem:
         print(problem, file=sys.stderr)
         return 2
@@ -44,4 +54,4 @@ def import_s() -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]))
