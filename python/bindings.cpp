@@ -296,8 +296,11 @@ nb::object choose_stream(Tensor const& q, nb::handle stream, void*& launch_strea
 
 void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
                   nb::handle block_counts, bool causal, std::optional<double> scale, std::string const& layout,
-                  nb::handle stream, bool allow_tf32) {
+                  nb::handle stream, bool allow_tf32, std::optional<bool> deterministic_gradients) {
   ForwardOptions options;
+  if (deterministic_gradients) {
+    options.gradients = *deterministic_gradients ? Gradients::deterministic : Gradients::any_order;
+  }
   options.allow_tf32 = allow_tf32;
   options.causal = causal;
   options.scale = scale;
@@ -517,7 +520,7 @@ NB_MODULE(_core, m) {
   bind_facts(m);
   m.def("forward", &call_forward, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "out"_a.none(),
         "lse"_a.none(), "block_counts"_a.none(), "causal"_a, "scale"_a.none(), "layout"_a, "stream"_a.none(),
-        "allow_tf32"_a);
+        "allow_tf32"_a, "deterministic_gradients"_a = nb::none());
   m.def("backward", &call_backward, "config"_a.none(), "dout"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(),
         "out"_a.none(), "lse"_a.none(), "dlse"_a.none(), "dq"_a.none(), "dk"_a.none(), "dv"_a.none(),
         "workspace"_a.none(), "causal"_a, "scale"_a.none(), "layout"_a, "deterministic"_a, "stream"_a.none());

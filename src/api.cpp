@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <functional>
 #include <span>
 #include <variant>
 
@@ -118,7 +119,19 @@ void forward(ForwardConfig const& config, TensorView const& q, TensorView const&
              TensorView const& out, TensorView const* lse, ForwardOptions const& options) {
   ForwardPlan const plan = plan_forward(config, q, k, v, &out, lse, options);
   if (plan.device.type == DeviceType::cuda) {
-    launch(plan.kernel, plan.params, plan.device.index, options.stream);
+    auto const gradients = [&]() -> std::vector<BackwardKernelId> {
+      BackwardOptions backward;
+      backward.layout = options.layout;
+      backward.deterministic = options.gradients == Gradients::deterministic;
+      try {
+        return kernels_of(backward_config_for(q, k, v, {{"out", &out}}, backward), plan.kernel.features);
+      } catch (UnsupportedError const&) {  // there are none, which the call for gradients will say
+        return {};
+      }
+    };
+    std::function<std::vector<BackwardKernelId>()> needed_next;
+    if (options.gradients != Gradients::none) needed_next = std::ref(gradients);  // which allocates nothing
+    launch(plan.kernel, plan.params, plan.device.index, options.stream, needed_next);
   } else {
     cpu::forward(plan.kernel.config, plan.kernel.features, plan.params);
   }

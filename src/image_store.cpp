@@ -164,6 +164,14 @@ std::vector<Image> find_images(std::span<AnyKernelId const> kernels, Arch arch) 
   return images;
 }
 
+bool needs_compiler(AnyKernelId const& kernel, Arch arch) {
+  return std::visit(
+      [&](auto const& k) {
+        return embedded_image_for(k, arch).empty() && can_compile(arch) && !is_cached(code_of(k, arch), arch);
+      },
+      kernel);
+}
+
 ImageSource image_source(ForwardKernelId const& kernel, Arch arch) {
   if (!embedded_image_for(kernel, arch).empty()) return source_among(embedded_targets(), arch);
   if (!can_compile(arch)) return ImageSource::none;

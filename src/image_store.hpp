@@ -27,6 +27,9 @@ using AnyKernelId = std::variant<ForwardKernelId, BackwardKernelId>;
 /// cache are compiled at the same time. Throws UnsupportedError or CompileError if there is none and none can be made.
 std::vector<Image> find_images(std::span<AnyKernelId const> kernels, Arch arch);
 
+/// Whether find_images would compile it.
+bool needs_compiler(AnyKernelId const& kernel, Arch arch);
+
 /// How find_images would come by an image, in order of how long a first call waits for it.
 enum class ImageSource : std::uint8_t {
   none,        // not at all: find_images throws

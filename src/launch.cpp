@@ -3,9 +3,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <map>
+#include <functional>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <shared_mutex>
 #include <span>
 #include <unordered_map>
@@ -128,32 +129,40 @@ Function load(KernelId const& id, Image const& image, DeviceFacts const& device)
 template <class KernelId>
 class KernelCache {
  public:
-  /// Sets the `function` of each launch. Kernels that are not prepared yet are compiled at the same time, as far as
-  /// they have to be.
-  void get(std::span<Launch<KernelId>> wanted, int device) {
+  /// Sets the `function` of each launch. Kernels that are not prepared yet are compiled at the same time, as far as they
+  /// have to be, and then those that will be needed next as well: these go to the disk cache.
+  void get(std::span<Launch<KernelId>> wanted, int device,
+           std::function<std::vector<BackwardKernelId>()> const& needed_next = {}) {
     if (find(wanted, device)) return;
 
-    // In the order of their addresses, so that no two threads wait for each other's.
-    std::map<std::shared_ptr<Slot>, KernelId> slots;
+    std::vector<std::shared_ptr<Slot>> slots;
     {
       std::unique_lock const lock(mutex_);
       for (auto const& launch : wanted) {
         auto& place = slots_[{launch.kernel, device}];
         if (!place) place = std::make_shared<Slot>();
-        slots.emplace(place, launch.kernel);
+        slots.push_back(place);
       }
     }
+    // In the order of their addresses, so that no two threads wait for each other's.
+    std::set<std::shared_ptr<Slot>> const ordered(slots.begin(), slots.end());
     std::vector<std::unique_lock<std::mutex>> locks;
-    for (auto const& [slot, kernel] : slots) locks.emplace_back(slot->mutex);
+    for (auto const& slot : ordered) locks.emplace_back(slot->mutex);
 
     std::vector<AnyKernelId> missing;
     std::vector<Slot*> places;
-    for (auto const& [slot, kernel] : slots) {
-      if (slot->function != nullptr) continue;
-      missing.emplace_back(kernel);
-      places.push_back(slot.get());
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      if (slots[i]->function != nullptr) continue;
+      missing.emplace_back(wanted[i].kernel);
+      places.push_back(slots[i].get());
     }
     DeviceFacts const& facts = device_facts(device);
+    auto const is_compiled = [&](AnyKernelId const& kernel) { return needs_compiler(kernel, facts.arch); };
+    if (needed_next && std::any_of(missing.begin(), missing.end(), is_compiled)) {
+      for (BackwardKernelId const& kernel : needed_next()) {
+        if (is_compiled(kernel)) missing.emplace_back(kernel);
+      }
+    }
     // A throw leaves the slots for the next call to try again.
     std::vector<Image> const images = find_images(missing, facts.arch);
     for (std::size_t i = 0; i < places.size(); ++i) {
@@ -190,14 +199,15 @@ KernelCache<KernelId>& kernels() {
 
 }  // namespace
 
-void launch(ForwardKernelId const& kernel, ForwardParams const& params, int device, void* stream) {
+void launch(ForwardKernelId const& kernel, ForwardParams const& params, int device, void* stream,
+            std::function<std::vector<BackwardKernelId>()> const& needed_next) {
   ForwardConfig const& c = kernel.config;
   int64_t const tiles = QueryTile::count(params, tile_rows(c));
   bool const hopper = c.math == Math::wgmma;
   int32_t const clusters = hopper ? persistent_clusters(c, tiles, device_facts(device).multiprocessors) : 0;
   Launch<ForwardKernelId> ready{kernel, hopper ? clusters * c.cluster : tiles};
   if (tiles == 0) return;
-  kernels<ForwardKernelId>().get({&ready, 1}, device);
+  kernels<ForwardKernelId>().get({&ready, 1}, device, needed_next);
   if (hopper) {
     HopperForwardParams all{.q = {}, .k = {}, .v = {}, .forward = params, .deal = deal_tiles(kernel, params, clusters)};
     set_tensor_maps(c, all);
@@ -207,14 +217,20 @@ void launch(ForwardKernelId const& kernel, ForwardParams const& params, int devi
   }
 }
 
+std::vector<BackwardKernelId> kernels_of(BackwardConfig const& config, Features const& features) {
+  std::vector<BackwardKernelId> kernels;
+  for (BackwardPass const pass : passes_of(config)) kernels.push_back(kernel_of(config, pass, features.mask));
+  return kernels;
+}
+
 void launch(BackwardConfig const& config, Features const& features, BackwardParams const& params, int device,
             void* stream) {
   int64_t const query_tiles = QueryTile::count(params.forward, config.block_m);
   int64_t const key_tiles = KeyTile::count(params.forward, config.block_n);
   std::vector<Launch<BackwardKernelId>> launches;
-  for (BackwardPass const pass : passes_of(config)) {
-    int64_t const blocks = keys_stay(pass) ? key_tiles : query_tiles;
-    if (blocks > 0) launches.push_back({kernel_of(config, pass, features.mask), blocks});
+  for (BackwardKernelId const& kernel : kernels_of(config, features)) {
+    int64_t const blocks = keys_stay(kernel.pass) ? key_tiles : query_tiles;
+    if (blocks > 0) launches.push_back({kernel, blocks});
   }
   kernels<BackwardKernelId>().get(launches, device);
   for (auto const& ready : launches) ready.run(params, device, stream);

@@ -48,6 +48,9 @@ struct Argument {
 /// bshd: (batch, seqlen, heads, head_dim); bhsd: (batch, heads, seqlen, head_dim).
 enum class Layout : uint8_t { bshd, bhsd };
 
+/// Which gradients of a forward call will be asked for.
+enum class Gradients : uint8_t { none, any_order, deterministic };
+
 struct ForwardOptions {
   bool causal = false;          // key j is visible to query i iff j <= i + seqlen_k - seqlen_q
   std::optional<double> scale;  // of the scores, finite and >= 0; default head_dim^-0.5
@@ -57,6 +60,8 @@ struct ForwardOptions {
   // If given: how each tile of query rows treated the K/V blocks, int32 (batch, heads, row blocks, 3), contiguous:
   // how many were visited whole, visited with a test of elements, skipped.
   TensorView const* block_counts = nullptr;
+  // A hint: if the call has to compile its kernel, it compiles those of these gradients at the same time.
+  Gradients gradients = Gradients::none;
 };
 
 /// What a call runs, and why.

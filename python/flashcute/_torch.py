@@ -388,7 +388,9 @@ class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
         stream: object,
         allow_tf32: bool,
     ) -> Any:
-        out, lse = run(None, q, k, v, causal, scale, layout, None, True, stream, allow_tf32)
+        out, lse = run(
+            None, q, k, v, causal, scale, layout, None, True, stream, allow_tf32, deterministic()
+        )
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.stream = stream
         ctx.options = causal, scale, layout

@@ -235,7 +235,9 @@ def run(
     return_lse: bool,
     stream: object,
     allow_tf32: bool,
+    deterministic_gradients: bool | None = None,
 ) -> Any:
+    """deterministic_gradients: not None if gradients will follow, whose kernels are then compiled at the same time."""
     arrays = {"q": q, "k": k, "v": v} if out is None else {"q": q, "k": k, "v": v, "out": out}
     require_arrays(**arrays)
     require_options(causal, layout)
@@ -243,14 +245,15 @@ def run(
         raise ArgumentError("out: expected a writable array, got an immutable one of JAX. Omit out")
     library = library_of(type(q))
     address = stream_number(stream)
+    options = (allow_tf32, deterministic_gradients)
     try:
         if address is None:
             return _run_on(
-                library, cfg, q, k, v, causal, scale, layout, out, return_lse, None, allow_tf32
+                library, cfg, q, k, v, causal, scale, layout, out, return_lse, None, *options
             )
         with library.use_stream(address, list(arrays.values())):
             return _run_on(
-                library, cfg, q, k, v, causal, scale, layout, out, return_lse, address, allow_tf32
+                library, cfg, q, k, v, causal, scale, layout, out, return_lse, address, *options
             )
     except (ArgumentError, RuntimeError):
         require_kind(**arrays)  # says it better, if that is the reason
@@ -270,6 +273,7 @@ def _run_on(
     return_lse: bool,
     stream: int | None,
     allow_tf32: bool,
+    deterministic_gradients: bool | None,
 ) -> Any:
     if len(q.shape) != 4 or len(v.shape) != 4 or not 1 <= v.shape[3] <= 256:
         _core.check_problem(q, k, v, number(scale), layout)  # raises before anything is allocated
@@ -282,8 +286,9 @@ def _run_on(
         double = str(q.dtype).endswith("float64")
         lse = library.empty((batch, heads, rows), q, "float64" if double else "float32")
     _core.forward(
-        cfg, q, k, v, target, lse, None, bool(causal), number(scale), layout, stream, allow_tf32
-    )
+        cfg, q, k, v, target, lse, None, bool(causal), number(scale), layout, stream, allow_tf32,
+        deterministic_gradients,
+    )  # fmt: skip
     if out is not None:
         library_of(type(out)).wrote(out)
     result = library.finish(target, q) if out is None else out

@@ -16,7 +16,9 @@
 #include "fake_gpu.hpp"
 #include "flashcute/api.hpp"
 #include "flashcute/tiles.hpp"
+#include "jit.hpp"
 #include "printing.hpp"
+#include "source.hpp"
 
 namespace flashcute {
 namespace {
@@ -525,6 +527,41 @@ TEST_F(LaunchBackward, NothingIsLaunchedUnlessAllKernelsAreReady) {
   EXPECT_THROW(call.run(), DriverError);
   driver_->loads_that_succeed = 100;
   call.run();
+  EXPECT_EQ(driver_->launches.size(), 3u);
+}
+
+// Guards against a training step that waits for two compilations, the forward's and then the backward's: with a compiler
+// that takes no time, what is seen is which kernels are in the disk cache.
+TEST_F(LaunchBackward, ItsKernelsAreCompiledWithTheForwards) {
+  ScopedVariable const force("FLASHCUTE_JIT", "force");
+  std::array<int64_t, 4> const shape{1, 64, 2, 64};
+  BackwardCall call(shape, shape);
+  call.options.causal = true;
+  auto const are_cached = [](bool deterministic) {
+    BackwardConfig const config = default_backward_config(DType::bfloat16, 64, 100, 64, deterministic);
+    std::vector<bool> all;
+    for (BackwardPass const pass : passes_of(config)) {
+      all.push_back(is_cached(code_of(kernel_of(config, pass, MaskKind::causal), 100), 100));
+    }
+    return all;
+  };
+  ForwardOptions options;
+  options.causal = true;
+  TensorView const t = tensor(shape);
+  auto const forward_with = [&](Gradients gradients, int64_t head_dim) {
+    options.gradients = gradients;
+    TensorView view = t;
+    view.shape[3] = head_dim;
+    forward(config_for(view, view, view, nullptr, options), view, view, view, output(view.shape), nullptr, options);
+  };
+  forward_with(Gradients::none, 64);
+  EXPECT_EQ(are_cached(false), std::vector<bool>(3, false));
+  forward_with(Gradients::any_order, 64);
+  EXPECT_EQ(are_cached(false), std::vector<bool>(3, false)) << "a call that compiles nothing does not begin to";
+  options.causal = false;
+  forward_with(Gradients::any_order, 64);
+  options.causal = true;
+  EXPECT_EQ(are_cached(false), (std::vector<bool>{true, false, true})) << "all but the other mask's";
   EXPECT_EQ(driver_->launches.size(), 3u);
 }
 
