@@ -309,7 +309,11 @@ TEST_F(ExplainCall, SaysWhyTheMmaSyncKernelWasChosen) {
       "");
   ForwardOptions fast;
   fast.allow_tf32 = true;
-  EXPECT_NE(lines_with("allow_tf32 lets it round", explain(std::nullopt, f32, f32, f32, fast)), "");
+  EXPECT_NE(lines_with("FLASHCUTE_JIT=fastest", explain(std::nullopt, f32, f32, f32, fast)), "");
+  {
+    ScopedVariable const fastest("FLASHCUTE_JIT", "fastest");
+    EXPECT_NE(lines_with("allow_tf32 lets it round", explain(std::nullopt, f32, f32, f32, fast)), "");
+  }
 
   TensorView shifted = tensor({2, 4096, 16, 64}, hopper);
   shifted.data = static_cast<char*>(shifted.data) + 8;
