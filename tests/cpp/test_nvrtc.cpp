@@ -404,7 +404,7 @@ TEST_F(Jit, AFailedCompilationPublishesNothing) {
     EXPECT_TRUE(contains(message_of<CompileError>([] { jit_image(kernel(), 80); }), "broken on purpose"));
     if (::testing::Test::HasFailure()) std::abort();
   });
-  EXPECT_TRUE(contains(report, "... failed after "));
+  EXPECT_TRUE(contains(report, " failed after "));
   EXPECT_TRUE(report.ends_with(" s\n")) << report;
   EXPECT_FALSE(fs::exists(cached(jit_key(kernel(), 80))));
 }

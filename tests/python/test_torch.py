@@ -223,8 +223,9 @@ def test_strides_of_dout(device: str, make: Callable[[torch.Tensor], torch.Tenso
 
 
 @pytest.mark.gpu
-def test_allow_tf32_with_gradients(compiled: Any) -> None:
+def test_allow_tf32_with_gradients(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients are recorded of the output that was allowed to be rounded, not of another."""
+    monkeypatch.setenv("FLASHCUTE_JIT", "fastest")
     tensors = [x.detach().cuda().requires_grad_() for x in qkv(dtype=torch.float32)]
     with torch.no_grad():
         rounded, exact = (fc.flash_attention(*tensors, allow_tf32=x) for x in (True, False))
