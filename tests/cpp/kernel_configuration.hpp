@@ -1,7 +1,7 @@
 // What every configuration of the forward kernel has to pass, on the host.
 #pragma once
 
-#include "kernel_problem.hpp"
+#include "kernel_run.hpp"
 
 namespace flashcute {
 

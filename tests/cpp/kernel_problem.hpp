@@ -1,8 +1,8 @@
-// A call of the forward kernel on the host: all blocks of the launch, each in an emulated thread block with
-// random schedules, a race detector and bounds checks, against attention in fp64.
+// A call of a forward kernel on the host, and attention in fp64 to compare with.
 #pragma once
 
-#include "flashcute/forward.hpp"
+#include "flashcute/instructions.hpp"
+#include "flashcute/params.hpp"
 
 #include <gtest/gtest.h>
 
@@ -151,19 +151,17 @@ class Problem {
     return id_.features.mask == MaskKind::full || j <= i + s_.causal_offset.value_or(s_.sk - s_.sq);
   }
 
-  /// Runs all blocks, in random order, under the schedules of `seed`.
-  template <ForwardKernelId Id>
-  void run(uint64_t seed) {
-    using Pass = ForwardPass<Id>;
-    using Storage = typename Pass::L::SharedStorage;
+  /// Clears the outputs; what a launch is told.
+  ForwardParams prepare() {
+    ForwardConfig const& config = id_.config;
     out = empty_output();
     lse.assign(static_cast<size_t>(s_.batch * s_.heads * s_.sq), 0.f);
-    block_counts.assign(static_cast<size_t>(s_.batch * s_.heads * ceil_div(s_.sq, Id.config.block_m)), {});
+    block_counts.assign(static_cast<size_t>(s_.batch * s_.heads * ceil_div(s_.sq, tile_rows(config))), {});
 
     ForwardParams p{};
     p.q = q.data(), p.k = k.data(), p.v = v.data(), p.out = out.data();
     p.lse = wants_lse ? lse.data() : nullptr;
-    p.block_counts = Id.features.count_blocks ? block_counts.data() : nullptr;
+    p.block_counts = id_.features.count_blocks ? block_counts.data() : nullptr;
     p.q_stride = q.stride(), p.k_stride = k.stride(), p.v_stride = v.stride(), p.out_stride = out.stride();
     p.scale = scale;
     // As the plan does: with scale 0 a masked score must stay -inf.
@@ -171,25 +169,20 @@ class Problem {
     p.batch = s_.batch, p.heads = s_.heads, p.kv_heads = s_.kv_heads;
     p.seqlen_q = s_.sq, p.seqlen_k = s_.sk, p.head_dim = s_.d, p.head_dim_v = s_.d_v;
     p.causal_offset = s_.causal_offset.value_or(s_.sk - s_.sq);
+    return p;
+  }
 
-    std::vector<uint32_t> blocks(static_cast<size_t>(QueryTile::count(p, Id.config.block_m)));
-    for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = static_cast<uint32_t>(i);
-    std::shuffle(blocks.begin(), blocks.end(), std::mt19937_64(seed));
-    for (uint32_t block : blocks) {
-      auto const tile = QueryTile::at(p, block, Id.config.block_m);
-      GlobalMemory memory;
-      q.allow(memory, tile.batch, tile.head, tile.row0, tile.row0 + tile.rows, Use::input);
-      k.allow(memory, tile.batch, tile.kv_head, 0, s_.sk, Use::input);
-      v.allow(memory, tile.batch, tile.kv_head, 0, s_.sk, Use::input);
-      out.allow(memory, tile.batch, tile.head, tile.row0, tile.row0 + tile.rows, Use::output);
-      if (wants_lse) allow_items(memory, lse, tile.lse_offset(p), tile.rows);
-      if (Id.features.count_blocks) {
-        allow_items(memory, block_counts, tile.block_counts_offset(p, Id.config.block_m), 1);
-      }
-      emulation::run_block(block, num_threads(Id.config), sizeof(Storage), seed + block, memory,
-                           [&](void* shared) { Pass::run(p, *static_cast<Storage*>(shared)); });
-      ASSERT_EQ(memory.count(Use::output), 0u) << "bytes of the outputs that were never stored";
-    }
+  /// Lets a block store `count` items from `first` on.
+  template <class T>
+  static void allow_items(GlobalMemory& memory, std::vector<T>& items, int64_t first, int count) {
+    memory.add(items.data(), items.size() * sizeof(T));
+    memory.allow(&items[static_cast<size_t>(first)], static_cast<size_t>(count) * sizeof(T), Use::output);
+  }
+
+  /// Lets the kernel store all items.
+  template <class T>
+  static void allow_all(GlobalMemory& memory, std::vector<T>& items) {
+    allow_items(memory, items, 0, static_cast<int>(items.size()));
   }
 
   /// Compares with attention in fp64. P and the output are rounded to the 16-bit type, the rest is fp32. In
@@ -245,15 +238,17 @@ class Problem {
     }
   }
 
-  /// Compares the counts of every tile with the mask, element by element.
-  void expect_counts() const {
-    int const m = id_.config.block_m, n = id_.config.block_n, tiles = ceil_div(s_.sq, m);
+  /// Compares the counts of every tile with the mask, element by element. `from_end`: tiles are counted off from the last
+  /// row, so that an incomplete one is the first.
+  void expect_counts(bool from_end = false) const {
+    int const m = tile_rows(id_.config), n = id_.config.block_n, tiles = ceil_div(s_.sq, m);
     for (size_t t = 0; t < block_counts.size(); ++t) {
-      int const row0 = static_cast<int>(t) % tiles * m;
+      int const begin = static_cast<int>(t) % tiles * m - (from_end ? tiles * m - s_.sq : 0);
+      int const row0 = std::max(begin, 0), row_end = std::min(begin + m, s_.sq);
       BlockCounts want{};
       for (int key0 = 0; key0 < s_.sk; key0 += n) {
         bool any = false, all = key0 + n <= s_.sk;
-        for (int i = row0; i < std::min(row0 + m, s_.sq); ++i) {
+        for (int i = row0; i < row_end; ++i) {
           for (int j = key0; j < std::min(key0 + n, s_.sk); ++j) (visible(i, j) ? any : all) = visible(i, j);
         }
         ++(all ? want.full : any ? want.partial : want.skipped);
@@ -269,13 +264,6 @@ class Problem {
     return Tensor(id_.config.dtype, s_.batch, s_.sq, s_.heads, s_.d_v, s_.order, id_.config.copy_bytes);
   }
 
-  /// Lets a block store `count` items from `first` on.
-  template <class T>
-  static void allow_items(GlobalMemory& memory, std::vector<T>& items, int64_t first, int count) {
-    memory.add(items.data(), items.size() * sizeof(T));
-    memory.allow(&items[static_cast<size_t>(first)], static_cast<size_t>(count) * sizeof(T), Use::output);
-  }
-
   static bool is_close(double got, double want, double tolerance) {
     return std::isnan(want) ? std::isnan(got) : got == want || std::fabs(got - want) <= tolerance;
   }
@@ -286,32 +274,6 @@ class Problem {
            std::to_string(h);
   }
 };
-
-/// Runs under several schedules: the first result is compared with fp64, the others bit by bit with the first.
-template <ForwardKernelId Id>
-void check(Problem& problem, int schedules = 1) {
-  if (testing::Test::HasFailure()) return;  // the first failure says enough
-  try {
-    ASSERT_NO_FATAL_FAILURE(problem.template run<Id>(1));
-    problem.expect_right();
-    if (Id.features.count_blocks) problem.expect_counts();
-    auto const out = problem.out.bytes();
-    auto const lse = problem.lse;
-    for (int seed = 2; seed <= schedules; ++seed) {
-      ASSERT_NO_FATAL_FAILURE(problem.template run<Id>(static_cast<uint64_t>(seed) << 32));
-      ASSERT_EQ(problem.out.bytes(), out) << "the schedule changes the output";
-      ASSERT_EQ(std::memcmp(problem.lse.data(), lse.data(), lse.size() * sizeof(float)), 0);
-    }
-  } catch (emulation::Violation const& e) {
-    FAIL() << name(Id).text << ": " << e.what();
-  }
-}
-
-template <ForwardKernelId Id>
-void check(Shape const& s, int schedules = 1) {
-  Problem problem(Id, s);
-  check<Id>(problem, schedules);
-}
 
 // All of them count blocks, which costs nothing here.
 constexpr ForwardKernelId causal(ForwardConfig c) { return {c, {.mask = MaskKind::causal, .count_blocks = true}}; }

@@ -1,6 +1,6 @@
 // The backward kernels, run on the host by emulated thread blocks: all passes of a call, against gradients in fp64.
 #include "flashcute/backward.hpp"
-#include "kernel_problem.hpp"
+#include "kernel_run.hpp"
 
 namespace flashcute {
 namespace {

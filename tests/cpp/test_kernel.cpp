@@ -1,7 +1,7 @@
 // The forward kernel itself, run on the host by emulated thread blocks: what it computes.
 #include <gtest/gtest.h>
 
-#include "kernel_problem.hpp"
+#include "kernel_run.hpp"
 
 #include <numbers>
 

@@ -131,7 +131,7 @@ TEST(ForwardKernel, TensorFloat32DoesNotRoundToInfinity) {
       causal({.dtype = f32, .head_dim = 16, .block_m = 64, .block_n = 32, .rescale_threshold = 0});
   Problem problem(id, {.sq = 40, .sk = 40, .d = 16});
   problem.v.set(0, 30, 0, 3, std::numeric_limits<float>::max());
-  ASSERT_NO_FATAL_FAILURE(problem.run<id>(1));
+  ASSERT_NO_FATAL_FAILURE(run<id>(problem, 1));
   for (int row = 0; row < 40; ++row) EXPECT_TRUE(std::isfinite(problem.out.at(0, row, 0, 3))) << row;
 }
 
@@ -145,7 +145,7 @@ TEST(ForwardKernel, InfinityOfLittleWeightIsNotHidden) {
     problem.q.set(0, 100, 0, 0, 8);
     problem.k.set(0, 10, 0, 0, -40);  // a score of -40, where others are below 10 in size
     problem.v.set(0, 10, 0, 0, inf);
-    ASSERT_NO_FATAL_FAILURE(problem.run<Id>(1));
+    ASSERT_NO_FATAL_FAILURE(run<Id>(problem, 1));
     EXPECT_FALSE(std::isfinite(problem.out.at(0, 100, 0, 0)));
     EXPECT_TRUE(std::isfinite(problem.out.at(0, 9, 0, 0)));
     EXPECT_TRUE(std::isfinite(problem.out.at(0, 100, 0, 1)));

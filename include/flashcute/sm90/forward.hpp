@@ -15,7 +15,7 @@ namespace flashcute::sm90 {
 template <ForwardKernelId Id>
 struct ForwardPass {
   static constexpr ForwardConfig C = Id.config;
-#define FLASHCUTE_RULE(id, sentence) static_assert(check(C, compiled_arch) != ForwardConfigError::id, sentence);
+#define FLASHCUTE_RULE(id, sentence) static_assert(check(C, hopper_arch) != ForwardConfigError::id, sentence);
   FLASHCUTE_FORWARD_CONFIG_RULES(FLASHCUTE_RULE)
 #undef FLASHCUTE_RULE
 
@@ -441,12 +441,6 @@ struct ForwardPass {
     Output o_;    // (MMA, MMA_M, MMA_DV)
     bool fresh_;  // nothing has been added to the output yet
   };
-
-  /// The same place, found in a way that the compiler does not see through: else it computes the address of every
-  /// barrier and tile anew, each time, from a special register.
-  FLASHCUTE_DEVICE static Storage& hidden(Storage& smem) {
-    return *static_cast<Storage*>(__cvta_shared_to_generic(__shfl_sync(0xffffffffu, shared_address(&smem), 0)));
-  }
 };
 
 }  // namespace flashcute::sm90

@@ -13,18 +13,6 @@ FLASHCUTE_DEVICE auto as_warpgroup_accumulator(Accumulator& acc) {
   return make_tensor(acc.data(), Layout<Shape<Shape<_2, _2, Int<blocks>>>>{});
 }
 
-/// An operand in shared memory as a tensor of its descriptors, of CuTe's type `Descriptor`.
-template <class Descriptor, class Operand, class Element>
-FLASHCUTE_DEVICE auto described(Element* tile) {
-  return cute::make_tensor<Descriptor>(cute::make_tensor(cute::make_smem_ptr(tile), Operand{}));
-}
-
-/// The same description of an operand in shared memory, unknown to the compiler: what depends on it is computed anew.
-template <class Operand>
-FLASHCUTE_DEVICE void described_anew(Operand& operand) {
-  asm volatile("" : "+r"(operand.data().desc_.reg32_[0]));
-}
-
 template <ForwardConfig C>
 struct Products {
   using L = ForwardLayout<C>;
@@ -41,15 +29,15 @@ struct Products {
     // Else the descriptions of so many operands are kept over the loop, in registers that there are not.
     if constexpr (size<2>(tSrQ) > 8) described_anew(tSrQ);
     auto tSrS = as_warpgroup_accumulator(scores);
-    warpgroup_fence_operand(tSrS);
-    warpgroup_arrive();
+    keep_in_place(tSrS);
+    begin_products();
     CUTE_UNROLL
     for (int i = 0; i < size<2>(tSrQ); ++i) {
-      mma_unpack(mma, tSrS, tSrQ(_, 0, i), tSrK(_, 0, i, k.place), tSrS);
+      multiply(mma, tSrS, tSrQ(_, 0, i), tSrK(_, 0, i, k.place));
       mma.accumulate_ = GMMA::ScaleOut::One;
     }
-    warpgroup_commit_batch();
-    warpgroup_fence_operand(tSrS);
+    commit_products();
+    keep_in_place(tSrS);
   }
 
   /// Begins O += P V, with P in registers, which stay untouched until it is done; O = P V if it is `fresh`.
@@ -61,23 +49,23 @@ struct Products {
     auto const tOrV = described<typename L::MmaO::FrgTypeB, typename L::OperandV>(v.ring);  // (MMA, 1, MMA_N, STAGE)
     auto tOrO = as_warpgroup_accumulator(output);
     auto const tOrP = as_operand_a<Element>(p);  // ((2, 2, 2), 1, N / 16)
-    warpgroup_fence_operand(p);
-    warpgroup_fence_operand(tOrO);
-    warpgroup_arrive();
+    keep_in_place(p);
+    keep_in_place(tOrO);
+    begin_products();
     CUTE_UNROLL
     for (int i = 0; i < size<2>(tOrP); ++i) {
-      mma_unpack(mma, tOrO, tOrP(_, 0, i), tOrV(_, 0, i, v.place), tOrO);
+      multiply(mma, tOrO, tOrP(_, 0, i), tOrV(_, 0, i, v.place));
       mma.accumulate_ = GMMA::ScaleOut::One;
     }
-    warpgroup_commit_batch();
-    warpgroup_fence_operand(tOrO);
+    commit_products();
+    keep_in_place(tOrO);
   }
 
   /// Waits until at most `Pending` of the products begun are not done.
   template <int Pending, class... Accumulators>
   FLASHCUTE_DEVICE static void finish(Accumulators&... done) {
-    cute::warpgroup_wait<Pending>();
-    (cute::warpgroup_fence_operand(done), ...);
+    wait_for_products<Pending>();
+    (keep_in_place(done), ...);
   }
 
   /// Probabilities as P V's operand.

@@ -1,6 +1,7 @@
 // What Hopper's hardware does for us (compute capability 9.0a): bulk tensor copies (TMA), barriers in shared memory
-// that count bytes, barriers between some of the warps, registers that change hands. All inline PTX of the Hopper
-// kernels is here; their products (WGMMA) are CuTe's atoms.
+// that count bytes, barriers between some of the warps, registers that change hands, products of a warpgroup (WGMMA,
+// CuTe's atoms). Everything of the Hopper kernels that no host can execute is here: tests/cpp/emulation has a twin of
+// this header.
 #pragma once
 
 // Built for plain sm_90, CuTe's WGMMA and the register hand-over compile to a trap that only shows on the GPU. The
@@ -19,6 +20,9 @@
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 
 namespace flashcute::sm90 {
+
+/// What these headers are compiled for; a host only emulates it.
+inline constexpr Arch hopper_arch = 90;
 
 inline constexpr int warpgroup_size = 128;
 /// Those of the loading warpgroup that do not load.
@@ -46,6 +50,16 @@ FLASHCUTE_DEVICE uint32_t low_bits(int count) { return count >= 32 ? ~0u : (1u <
 
 /// The lanes of the warp meet.
 FLASHCUTE_DEVICE void reconverge() { __syncwarp(); }
+
+/// The word of the lane whose number differs in the bits of `mask`.
+FLASHCUTE_DEVICE uint32_t shuffle_xor_word(uint32_t word, int mask) { return __shfl_xor_sync(0xffffffffu, word, mask); }
+
+/// The same place in shared memory, found in a way that the compiler does not see through. Otherwise it computes the
+/// address of every barrier and tile anew, each time, from a special register.
+template <class Storage>
+FLASHCUTE_DEVICE Storage& hidden(Storage& smem) {
+  return *static_cast<Storage*>(__cvta_shared_to_generic(__shfl_sync(0xffffffffu, shared_address(&smem), 0)));
+}
 
 FLASHCUTE_DEVICE int warpgroup_index() { return uniform(thread_index() / warpgroup_size); }
 FLASHCUTE_DEVICE int warp_of_warpgroup() { return uniform(thread_index() / 32 % (warpgroup_size / 32)); }
@@ -219,6 +233,46 @@ FLASHCUTE_DEVICE void named_arrive(int id) {
 
 /// What this thread wrote to shared memory is seen by products that begin later.
 FLASHCUTE_DEVICE void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- products of a warpgroup ---------------------------------------------------------------------
+// They are begun in batches, and multiplied later. Until a batch is done, its accumulators and its operands in registers
+// must not be touched, and its operands in shared memory must not change.
+
+/// An operand in shared memory as a tensor of its descriptors, of CuTe's type `Descriptor`.
+template <class Descriptor, class Operand, class Element>
+FLASHCUTE_DEVICE auto described(Element* tile) {
+  return cute::make_tensor<Descriptor>(cute::make_tensor(cute::make_smem_ptr(tile), Operand{}));
+}
+
+/// The same description of an operand in shared memory, unknown to the compiler: what depends on it is computed anew.
+template <class Operand>
+FLASHCUTE_DEVICE void described_anew(Operand& operand) {
+  asm volatile("" : "+r"(operand.data().desc_.reg32_[0]));
+}
+
+/// Orders what was done to the warpgroup's registers before the products that follow.
+FLASHCUTE_DEVICE void begin_products() { cute::warpgroup_arrive(); }
+
+/// sums += a b, or = where mma.accumulate_ says so; `mma` is the atom's MMA_Traits.
+template <class Mma, class Sums, class A, class B>
+FLASHCUTE_DEVICE void multiply(Mma const& mma, Sums& sums, A const& a, B const& b) {
+  mma_unpack(mma, sums, a, b, sums);  // each atom's own, found by its argument
+}
+
+/// Ends a batch.
+FLASHCUTE_DEVICE void commit_products() { cute::warpgroup_commit_batch(); }
+
+/// Waits until at most `Pending` batches are not done.
+template <int Pending>
+FLASHCUTE_DEVICE void wait_for_products() {
+  cute::warpgroup_wait<Pending>();
+}
+
+/// The compiler may move nothing that concerns these registers over this place.
+template <class Registers>
+FLASHCUTE_DEVICE void keep_in_place(Registers& registers) {
+  cute::warpgroup_fence_operand(registers);
+}
 
 // ---- bulk copies ---------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ FLASHCUTE_DEVICE void transpose_in_quad(uint32_t (&word)[4]) {
       if (i & distance) continue;
       // The lane keeps one of a pair of words and gets the other from its partner, who wants what it gives.
       uint32_t const given = upper ? word[i] : word[i + distance];
-      uint32_t const got = __shfl_xor_sync(0xffffffffu, given, distance);
+      uint32_t const got = shuffle_xor_word(given, distance);
       if (upper) {
         word[i] = got;
       } else {

@@ -4,10 +4,16 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <bit>
+#include <bitset>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <limits>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -156,6 +162,13 @@ class SharedMemory {
     if (bytes > max_shared_bytes) violate("too much shared memory");
   }
 
+  /// Memory that is accessed without instructions, in which NaN is written.
+  static void* plain(size_t bytes) {
+    static auto* const p = static_cast<std::byte*>(std::aligned_alloc(1024, max_shared_bytes));
+    std::memset(p, 0xff, bytes);
+    return p;
+  }
+
   /// The address that the kernel knows.
   static void* address() {
     static void* const p = reserve(max_shared_bytes);
@@ -252,11 +265,54 @@ struct Meeting {
   }
 };
 
+/// A thread's part of a product that it has not waited for.
+struct Pending {
+  size_t product;
+  int batch;
+  float* sums;
+  size_t count;
+};
+
 struct Thread {
   Execution execution;
   std::vector<AsyncCopy> copies;  // not waited for yet
   Meeting waits_at;
   bool exited = false;
+  // Hopper's:
+  void const* waits_on = nullptr;  // what has to change before the thread may look again
+  size_t products = 0;             // issued
+  int batches = 0;                 // committed
+  std::vector<Pending> pending;
+  std::map<float*, std::vector<float>> hidden;  // accumulators of products that have not been waited for
+};
+
+/// A product of a warpgroup, its threads' parts and accumulators.
+struct Product {
+  std::array<std::shared_ptr<void>, 128> parts;
+  std::array<float*, 128> sums{};
+  size_t issued = 0;
+  void (*execute)(std::shared_ptr<void> const*, float* const*) = nullptr;
+  bool done = false;
+};
+
+struct Warpgroup {
+  std::deque<Product> products;
+  size_t done = 0;
+};
+
+/// What the hardware prefers to do of what it has to do.
+enum class Order { any, copies_first, products_first, oldest_copies_last };
+
+/// A barrier in shared memory.
+struct ByteBarrier {
+  int arrivals, missing, bytes;
+  uint32_t phase;
+};
+
+struct NamedBarrier {
+  int threads = 0, arrived = 0;
+  uint64_t generation = 0;
+  std::array<std::bitset<1024>, 2> who;  // has arrived and gone on; has arrived and waits
 };
 
 /// Lanes of a warp that have come to an instruction which waits for the others.
@@ -268,7 +324,8 @@ struct Gate {
 
 class Block {
  public:
-  Block(uint32_t index, int threads, size_t shared_bytes, uint64_t seed, GlobalMemory& memory, Kernel const& kernel)
+  Block(uint32_t index, int threads, size_t shared_bytes, uint64_t seed, GlobalMemory& memory, Kernel const& kernel,
+        HopperBlock const* hopper = nullptr)
       : index_(index),
         threads_(static_cast<size_t>(threads)),
         warps_(static_cast<size_t>(threads / warp_size)),
@@ -276,7 +333,12 @@ class Block {
         shared_(shared_bytes),
         random_state_(seed),
         memory_(memory),
-        kernel_(kernel) {
+        kernel_(kernel),
+        hopper_(hopper),
+        shared_address_(hopper != nullptr ? SharedMemory::plain(shared_bytes) : SharedMemory::address()),
+        warpgroups_(static_cast<size_t>((threads + 127) / 128)),
+        hardware_delay_(random(2) == 0 ? 0 : size_t{16} << 3 * random(4)),
+        order_(static_cast<Order>(random(4))) {
     if (threads <= 0 || threads % warp_size != 0) throw std::invalid_argument("threads must come in warps");
   }
 
@@ -343,12 +405,20 @@ class Block {
   }
 
   void store_shared(void* to, void const* from, size_t bytes) {
+    if (hopper_ != nullptr) {
+      std::memcpy(to, from, bytes);
+      return;
+    }
     size_t const offset = shared_.offset(to, bytes);
     shared_.write(offset, bytes, Accessor::thread("store", current_), false);
     std::memcpy(shared_.data(offset), from, bytes);
   }
 
   void load_shared(void* to, void const* from, size_t bytes, Accessor reader) {
+    if (hopper_ != nullptr) {
+      std::memcpy(to, from, bytes);
+      return;
+    }
     size_t const offset = shared_.offset(from, bytes);
     shared_.read(offset, bytes, reader);
     std::memcpy(to, shared_.data(offset), bytes);
@@ -363,7 +433,191 @@ class Block {
     std::memcpy(to, from, bytes);
   }
 
+  void check_global_read(void const* address, size_t bytes) { memory_.check_read(address, bytes); }
+
+  // ---- Hopper's ----
+
+  uint32_t blocks() const { return hopper_ != nullptr ? hopper_->blocks : 1; }
+
+  void init_barrier(void* barrier, int arrivals) { barriers_[barrier] = {arrivals, arrivals, 0, 0}; }
+
+  void arrive(void* barrier, int times, int bytes, Site site) {
+    if (does_nothing(site)) return;
+    ByteBarrier& b = find_barrier(barrier);
+    b.missing -= times;
+    b.bytes += bytes;
+    if (b.missing < 0) violate("more arrivals at a barrier than it was made for, at " + text_of(site));
+    end_phase_if_complete(barrier);
+    yield();
+  }
+
+  void count_bytes(void* barrier, int bytes) {
+    find_barrier(barrier).bytes -= bytes;
+    end_phase_if_complete(barrier);
+  }
+
+  void wait(void* barrier, uint32_t parity, Site site) {
+    if (does_nothing(site)) return;
+    while (find_barrier(barrier).phase == parity) wait_on(barrier, {"barrier_wait", site.file, site.line});
+    yield();
+  }
+
+  uint32_t passed(void* barrier, uint32_t parity, Site site) {
+    if (does_nothing(site)) return 1;
+    return find_barrier(barrier).phase != parity && random(2) == 0;
+  }
+
+  void arrive_named(int id, int threads, Site site) {
+    if (does_nothing(site)) return;
+    arrive_named(id, threads, false);
+    yield();
+  }
+
+  void arrive_named(int id, int threads, bool waits) {
+    NamedBarrier& b = named_.at(static_cast<size_t>(id));
+    if (b.arrived > 0 && b.threads != threads) violate("a barrier of different numbers of threads");
+    b.threads = threads;
+    auto who = b.who[waits][static_cast<size_t>(current_)];
+    if (who) {
+      violate("thread " + std::to_string(current_) + " arrives at barrier " + std::to_string(id) +
+              " again before the others have come");
+    }
+    who = true;
+    if (++b.arrived == threads) {
+      b.arrived = 0;
+      b.who = {};
+      ++b.generation;
+      wake(&b);
+    }
+  }
+
+  void sync_named(int id, int threads, Site site) {
+    if (does_nothing(site)) return;
+    NamedBarrier& b = named_.at(static_cast<size_t>(id));
+    uint64_t const generation = b.generation;
+    arrive_named(id, threads, true);
+    while (b.generation == generation) wait_on(&b, {"named_sync", site.file, site.line});
+  }
+
+  void start_job(std::function<void()> job) {
+    jobs_.push_back(std::move(job));
+    yield();
+  }
+
+  void issue_product(std::shared_ptr<void> part, float* sums, int count,
+                     void (*execute)(std::shared_ptr<void> const*, float* const*)) {
+    Thread& own = thread(current_);
+    Warpgroup& group = warpgroups_[static_cast<size_t>(current_ / 128)];
+    size_t const index = own.products++;
+    if (group.products.size() <= index) group.products.resize(index + 1);
+    Product& product = group.products[index];
+    auto const size = static_cast<size_t>(count);
+    auto const [hidden, is_new] = own.hidden.try_emplace(sums, sums, sums + size);
+    if (is_new) std::fill(sums, sums + size, std::numeric_limits<float>::quiet_NaN());
+    auto const place = static_cast<size_t>(current_ % 128);
+    product.parts[place] = std::move(part);
+    product.sums[place] = hidden->second.data();
+    product.execute = execute;
+    ++product.issued;
+    own.pending.push_back({index, own.batches, sums, size});
+    yield();
+  }
+
+  void commit_products() { ++thread(current_).batches; }
+
+  void wait_for_products(int pending) {
+    Thread& own = thread(current_);
+    Warpgroup& group = warpgroups_[static_cast<size_t>(current_ / 128)];
+    int const open = own.batches - pending;
+    std::vector<Pending> waited;
+    while (!own.pending.empty() && own.pending.front().batch < open) {
+      waited.push_back(own.pending.front());
+      own.pending.erase(own.pending.begin());
+    }
+    for (Pending const& p : waited) {
+      while (!group.products[p.product].done) wait_on(&group, {"wait_for_products"});
+    }
+    for (Pending const& p : waited) {
+      bool const used = std::any_of(own.pending.begin(), own.pending.end(), [&](auto& q) { return q.sums == p.sums; });
+      auto const hidden = own.hidden.find(p.sums);
+      if (used || hidden == own.hidden.end()) continue;
+      std::copy(hidden->second.begin(), hidden->second.end(), p.sums);
+      own.hidden.erase(hidden);
+    }
+    yield();
+  }
+
  private:
+  static std::string text_of(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
+
+  /// Whether the test has taken out what is done here.
+  bool does_nothing(Site site) {
+    if (hopper_ == nullptr || site.line == 0) return false;
+    if (hopper_->seen != nullptr) hopper_->seen->insert(site);
+    return hopper_->broken != nullptr && !(site < *hopper_->broken) && !(*hopper_->broken < site);
+  }
+
+  ByteBarrier& find_barrier(void* barrier) {
+    auto const found = barriers_.find(barrier);
+    if (found == barriers_.end()) violate("a barrier that nobody has made");
+    return found->second;
+  }
+
+  void end_phase_if_complete(void* barrier) {
+    ByteBarrier& b = find_barrier(barrier);
+    if (b.missing != 0 || b.bytes != 0) return;
+    b.missing = b.arrivals;
+    b.phase ^= 1;
+    wake(barrier);
+  }
+
+  void make_runnable(int t) { runnable_[static_cast<size_t>(t / warp_size)] |= 1u << t % warp_size; }
+
+  void yield() {
+    make_runnable(current_);
+    suspend();
+  }
+
+  void wait_on(void const* what, Meeting place) {
+    thread(current_).waits_on = what;
+    thread(current_).waits_at = place;
+    suspend();
+  }
+
+  void wake(void const* what) {
+    for (size_t t = 0; t < threads_.size(); ++t) {
+      if (threads_[t].waits_on != what) continue;
+      threads_[t].waits_on = nullptr;
+      make_runnable(static_cast<int>(t));
+    }
+  }
+
+  /// The engine or the tensor cores do something; false if they have nothing to do.
+  bool advance_hardware() {
+    std::vector<Warpgroup*> ready;
+    for (Warpgroup& group : warpgroups_) {
+      if (group.done < group.products.size() && group.products[group.done].issued == 128) ready.push_back(&group);
+    }
+    if (jobs_.empty() && ready.empty()) return false;
+    size_t choice = random(jobs_.size() + ready.size());
+    if (order_ == Order::copies_first && !jobs_.empty()) choice = random(jobs_.size());
+    if (order_ == Order::products_first && !ready.empty()) choice = jobs_.size() + random(ready.size());
+    if (order_ == Order::oldest_copies_last && choice < jobs_.size()) choice = jobs_.size() - 1;
+    if (choice < jobs_.size()) {
+      auto const job = std::move(jobs_[choice]);
+      jobs_.erase(jobs_.begin() + static_cast<std::ptrdiff_t>(choice));
+      job();
+      return true;
+    }
+    Warpgroup& group = *ready[choice - jobs_.size()];
+    Product& product = group.products[group.done++];
+    product.execute(product.parts.data(), product.sums.data());
+    product.parts = {};
+    product.done = true;
+    wake(&group);
+    return true;
+  }
+
   /// The current thread comes to `own`, and must find others that came before it at the same place.
   void meet(Meeting own, Meeting& others, bool first) {
     if (!first && !(own == others)) {
@@ -385,7 +639,8 @@ class Block {
 
   void live() {
     try {
-      kernel_(SharedMemory::address());
+      kernel_(shared_address_);
+      if (!thread(current_).pending.empty()) violate("a thread exits with products that it has not waited for");
       if (!thread(current_).copies.empty()) {
         violate("thread " + std::to_string(current_) + " exits with asynchronous copies in flight");
       }
@@ -411,16 +666,19 @@ class Block {
       auto& copies = threads_[random(threads_.size())].copies;
       if (!copies.empty()) deliver(copies[random(copies.size())]);
     }
+    if (hardware_delay_ > 0 && random(hardware_delay_) == 0) advance_hardware();
     if (random(64) == 0) favourite_ = random(warps_.size());
-    for (size_t i = 0; i < warps_.size(); ++i) {
-      size_t const warp = (favourite_ + i) % warps_.size();
-      if (runnable_[warp] == 0) continue;
-      int const skip = static_cast<int>(random(warp_size));
-      int const lane = (std::countr_zero(std::rotr(runnable_[warp], skip)) + skip) % warp_size;
-      runnable_[warp] &= ~(1u << lane);
-      current_ = static_cast<int>(warp) * warp_size + lane;
-      return thread(current_).execution;
-    }
+    do {
+      for (size_t i = 0; i < warps_.size(); ++i) {
+        size_t const warp = (favourite_ + i) % warps_.size();
+        if (runnable_[warp] == 0) continue;
+        int const skip = static_cast<int>(random(warp_size));
+        int const lane = (std::countr_zero(std::rotr(runnable_[warp], skip)) + skip) % warp_size;
+        runnable_[warp] &= ~(1u << lane);
+        current_ = static_cast<int>(warp) * warp_size + lane;
+        return thread(current_).execution;
+      }
+    } while (advance_hardware());
     size_t exited = 0;
     std::string waiting;
     for (Thread const& t : threads_) {
@@ -466,6 +724,14 @@ class Block {
   uint64_t random_state_;
   GlobalMemory& memory_;
   Kernel const& kernel_;
+  HopperBlock const* hopper_;
+  void* shared_address_;
+  std::vector<Warpgroup> warpgroups_;
+  std::map<void*, ByteBarrier> barriers_;
+  std::array<NamedBarrier, 16> named_;
+  std::vector<std::function<void()>> jobs_;  // of the copy engine
+  size_t hardware_delay_;  // the hardware goes on once in so many turns; 0: only when every thread waits
+  Order order_;
   Execution main_;
   std::optional<std::string> failure_;
 };
@@ -500,7 +766,8 @@ void GlobalMemory::check_read(void const* address, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(address) % alignment_of(bytes) != 0) violate("misaligned read of global memory");
   Use const* const u = find(address, bytes);
   for (size_t i = 0; i < bytes; ++i) {
-    if (u[i] != Use::input) violate("read of global memory that is no element of an input, at " + hex(address));
+    if (u[i] != Use::input && u[i] != Use::stored_result)
+      violate("read of global memory that is no element of an input, at " + hex(address));
   }
 }
 
@@ -508,6 +775,10 @@ void GlobalMemory::write(void* to, void const* from, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(to) % alignment_of(bytes) != 0) violate("misaligned store to global memory");
   Use* const u = find(to, bytes);
   for (size_t i = 0; i < bytes; ++i) {
+    if (u[i] == Use::result || u[i] == Use::stored_result) {
+      u[i] = Use::stored_result;
+      continue;
+    }
     if (u[i] == Use::written) violate("second store to the same element of an output, at " + hex(to));
     if (u[i] != Use::output) violate("store to global memory that is no element of an output, at " + hex(to));
     u[i] = Use::written;
@@ -541,9 +812,23 @@ void run_block(uint32_t block_index, int threads, size_t shared_bytes, uint64_t 
   }
 }
 
+bool Site::operator<(Site const& other) const {
+  int const order = std::strcmp(file, other.file);
+  return order < 0 || (order == 0 && line < other.line);
+}
+
+void HopperBlock::run(GlobalMemory& memory, Kernel const& kernel) const {
+  Block block(index, threads, shared_bytes, seed, memory, kernel, this);
+  if (auto const failure = block.run()) {
+    throw Violation(*failure + " (block " + std::to_string(index) + ", seed " + std::to_string(seed) + ")");
+  }
+}
+
 int thread_index() { return Block::running->thread_index(); }
 
 uint32_t block_index() { return Block::running->index(); }
+
+uint32_t block_count() { return Block::running->blocks(); }
 
 void block_sync(char const* file, int line) { Block::running->sync({"block_sync", file, line}, false); }
 
@@ -574,5 +859,39 @@ void store_global(void* to, void const* from, size_t bytes) { Block::running->st
 void add_global(float* to, float x) { Block::running->add_global(to, x); }
 
 void load_global(void* to, void const* from, size_t bytes) { Block::running->load_global(to, from, bytes); }
+
+void barrier_init(void* barrier, int arrivals) { Block::running->init_barrier(barrier, arrivals); }
+
+void barrier_arrive(void* barrier, int times, int bytes, Site site) {
+  Block::running->arrive(barrier, times, bytes, site);
+}
+
+void barrier_wait(void* barrier, uint32_t parity, Site site) { Block::running->wait(barrier, parity, site); }
+
+uint32_t barrier_passed(void* barrier, uint32_t parity, Site site) {
+  return Block::running->passed(barrier, parity, site);
+}
+
+void named_arrive(int id, int threads, Site site) { Block::running->arrive_named(id, threads, site); }
+
+void named_sync(int id, int threads, Site site) { Block::running->sync_named(id, threads, site); }
+
+void start_bulk_copy(std::function<void()> copy, void* barrier, int bytes) {
+  Block::running->start_job([copy = std::move(copy), barrier, bytes] {
+    copy();
+    Block::running->count_bytes(barrier, bytes);
+  });
+}
+
+void check_global_read(void const* address, size_t bytes) { Block::running->check_global_read(address, bytes); }
+
+void issue_product(std::shared_ptr<void> part, float* sums, int count,
+                   void (*execute)(std::shared_ptr<void> const* parts, float* const* sums)) {
+  Block::running->issue_product(std::move(part), sums, count, execute);
+}
+
+void commit_products() { Block::running->commit_products(); }
+
+void wait_for_products(int pending) { Block::running->wait_for_products(pending); }
 
 }  // namespace flashcute::emulation
