@@ -30,14 +30,14 @@ ForwardConfig choose_config(ForwardTensors tensors, Features const& features, De
   auto const config_of = [&] { return default_forward_config(wishes.tensors, facts.arch, wishes.multiprocessors); };
   // To ask for more than `none` here would spare a first call the wait for a compiler.
   auto const can_run = [&](ForwardConfig const& config) {
-    return image_source({config, features}, facts.arch) > ImageSource::none;
+    return image_source(kernel_of(config, features), facts.arch) > ImageSource::none;
   };
 
   ForwardConfig const fastest = config_of();
   if (can_run(fastest)) return fastest;
   std::vector<GivenUp> without_image;
   auto const give_up = [&](ForwardConfig const& config) {
-    if (given_up != nullptr) without_image.push_back({config, image_problem({config, features}, facts.arch)});
+    if (given_up != nullptr) without_image.push_back({config, image_problem(kernel_of(config, features), facts.arch)});
   };
   ForwardConfig config = fastest;
   for (auto const& concede : concessions) {

@@ -38,13 +38,7 @@ struct Key {
 template <class KernelId>
 struct KeyHash {
   std::size_t operator()(Key<KernelId> const& key) const {
-    std::size_t hash = static_cast<std::size_t>(key.device) * 31 +
-                       static_cast<std::size_t>(key.kernel.features.mask) * 2 +
-                       static_cast<std::size_t>(key.kernel.features.count_blocks);
-    if constexpr (requires { key.kernel.pass; }) hash = hash * 31 + static_cast<std::size_t>(key.kernel.pass);
-    for_each_option(key.kernel.config,
-                    [&](char const*, auto option) { hash = hash * 1000003 + static_cast<std::size_t>(option); });
-    return hash;
+    return hash_of(key.kernel) * 31 + static_cast<std::size_t>(key.device);
   }
 };
 
@@ -189,7 +183,7 @@ void launch(BackwardConfig const& config, Features const& features, BackwardPara
   int64_t const key_tiles = KeyTile::count(params.forward, config.block_n);
   std::vector<Launch<BackwardKernelId>> launches;
   for (BackwardPass const pass : passes_of(config)) {
-    launches.emplace_back(kernel_of(config, pass, features.mask), keys_stay(pass) ? key_tiles : query_tiles, device);
+    launches.emplace_back(kernel_of(config, pass, features), keys_stay(pass) ? key_tiles : query_tiles, device);
   }
   for (auto const& ready : launches) ready.run(params, device, stream);
 }

@@ -152,7 +152,7 @@ TEST_F(NvrtcTest, ArchWithASuffix) {
 // Guards against Hopper's kernel compiled for plain sm_90, where its instructions become a trap: nothing but the GPU
 // would notice. The compiler stops at our headers, before it misses CuTe's.
 TEST_F(NvrtcTest, HoppersKernelIsCompiledForItsOwnFeaturesAlone) {
-  ForwardKernelId const kernel{default_forward_config(DType::bfloat16, 64, 90), {}};
+  ForwardKernelId const kernel = kernel_of(default_forward_config(DType::bfloat16, 64, 90), {});
   CompileRequest r = request(code_of(kernel, 90).source);
   r.include_folders = {FLASHCUTE_HEADERS, FLASHCUTE_CCCL_HEADERS};
   std::string const sentence = "Hopper's kernels must be compiled for sm_90a";
@@ -265,7 +265,9 @@ class Jit : public NvrtcTest {
   std::string entry_header() const { return scratch_ / "include/flashcute/entry.hpp"; }
   std::string cached(std::string const& key) const { return scratch_ / ("cache/" + key + ".image"); }
 
-  static ForwardKernelId id() { return {default_forward_config(DType::bfloat16, 64, 80), {.mask = MaskKind::causal}}; }
+  static ForwardKernelId id() {
+    return kernel_of(default_forward_config(DType::bfloat16, 64, 80), {.mask = MaskKind::causal});
+  }
   static KernelCode kernel() { return code_of(id(), 80); }
 
   Scratch scratch_;
