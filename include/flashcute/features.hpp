@@ -63,4 +63,13 @@ constexpr Features relevant(Features features, Pass pass) {
   return features;
 }
 
+/// Whether no feature is asked for but those whose fields are `known`. What computes asserts it of what it has code
+/// for: a feature that it does not know is an error there, not left out of the result.
+template <auto... known>
+constexpr bool has_only(Features features) {
+  ((features.*known = {}), ...);
+  return features == Features{};
+}
+#define FLASHCUTE_UNKNOWN_FEATURE "this kernel has no code for one of the features that it is asked for"
+
 }  // namespace flashcute
