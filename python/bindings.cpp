@@ -67,21 +67,25 @@ std::vector<std::string> to_strings(std::vector<nb::bytes> const& paths) {
 
 // ---- configurations --------------------------------------------------------------------------------
 
-nb::object option_to_python(DType value) { return nb::str(name_of(value)); }
-nb::object option_to_python(Math value) { return nb::str(name_of(value)); }
+nb::object option_to_python(TabulatedEnum auto value) { return nb::str(name_of(value)); }
 nb::object option_to_python(bool value) { return nb::bool_(value); }
 nb::object option_to_python(int32_t value) { return nb::int_(value); }
 
 void option_from_python(char const*, nb::handle object, DType& value) { value = to_dtype(object); }
 
-void option_from_python(char const* option, nb::handle object, Math& value) {
-  for (Math m : {Math::tensor_core, Math::tf32x3, Math::cuda_core, Math::wgmma}) {
-    if (!nb::isinstance<nb::str>(object) || nb::cast<std::string>(object) != name_of(m)) continue;
-    value = m;
-    return;
+template <TabulatedEnum Enum>
+void option_from_python(char const* option, nb::handle object, Enum& value) {
+  std::string allowed;
+  int left = EnumTable<Enum>::count;
+  for (auto const& row : EnumTable<Enum>::rows) {
+    if (nb::isinstance<nb::str>(object) && nb::cast<std::string>(object) == row.name) {
+      value = row.value;
+      return;
+    }
+    --left;
+    allowed += "'" + std::string(row.name) + "'" + (left > 1 ? ", " : left == 1 ? " or " : "");
   }
-  throw ArgumentError(option, "'tensor_core', 'tf32x3', 'cuda_core' or 'wgmma'",
-                      nb::cast<std::string>(nb::repr(object)));
+  throw ArgumentError(option, allowed, nb::cast<std::string>(nb::repr(object)));
 }
 
 void option_from_python(char const* option, nb::handle object, bool& value) {

@@ -40,7 +40,9 @@ ForwardConfig choose_config(ForwardTensors tensors, Features const& features, De
                             std::vector<GivenUp>* given_up) {
   if (device.type == DeviceType::cpu) return default_forward_config(tensors, cpu_arch);
   cuda::DeviceFacts const& facts = cuda::device_facts(device.index);
-  auto const source_of = [&](ForwardConfig const& config) { return image_source({config, features}, facts.arch); };
+  auto const source_of = [&](ForwardConfig const& config) {
+    return image_source(kernel_of(config, features), facts.arch);
+  };
   Wishes const wishes{tensors, facts.multiprocessors};
   ForwardConfig const fastest = default_forward_config(tensors, facts.arch, facts.multiprocessors);
   // Neither waits for a compiler.
@@ -57,7 +59,7 @@ ForwardConfig choose_config(ForwardTensors tensors, Features const& features, De
     given_up->clear();
     for (auto config = all.begin(); config != chosen; ++config) {
       given_up->push_back(
-          {*config, source_of(*config) != ImageSource::none, image_problem({*config, features}, facts.arch)});
+          {*config, source_of(*config) != ImageSource::none, image_problem(kernel_of(*config, features), facts.arch)});
     }
   }
   return *chosen;

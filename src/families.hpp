@@ -1,6 +1,7 @@
 // The families of src/kernels.def as data.
 #pragma once
 
+#include <algorithm>
 #include <string_view>
 #include <vector>
 
@@ -14,7 +15,8 @@ struct Family {
   Config config;  // with any of the dtypes of its size
 };
 
-inline constexpr MaskKind family_masks[] = {MaskKind::full, MaskKind::causal};
+/// What the kernels of the families compute. Kernels with other features are compiled when they are first used.
+inline constexpr Features family_features[] = {{.mask = MaskKind::full}, {.mask = MaskKind::causal}};
 
 inline constexpr Family<ForwardConfig> forward_families[] = {
 #define FLASHCUTE_FORWARD_FAMILY(name, config) {#name, config},
@@ -38,19 +40,20 @@ std::vector<Config> configs_of(Family<Config> const& family) {
   return all;
 }
 
-/// A configuration's kernels for all masks.
+/// The kernels of a configuration that a family holds.
 inline std::vector<ForwardKernelId> kernels_of(ForwardConfig const& config) {
   std::vector<ForwardKernelId> kernels;
-  for (MaskKind mask : family_masks) kernels.push_back({config, {mask}});
+  for (Features const& features : family_features) kernels.push_back(kernel_of(config, features));
   return kernels;
 }
 
 inline std::vector<BackwardKernelId> kernels_of(BackwardConfig const& config) {
   std::vector<BackwardKernelId> kernels;
   for (BackwardPass const pass : passes_of(config)) {
-    for (MaskKind mask : family_masks) {
-      BackwardKernelId const kernel = kernel_of(config, pass, mask);
-      if (kernels.empty() || kernels.back() != kernel) kernels.push_back(kernel);  // some serve every mask
+    for (Features const& features : family_features) {
+      BackwardKernelId const kernel = kernel_of(config, pass, features);
+      // A pass that reads none of the features has one kernel for all.
+      if (std::find(kernels.begin(), kernels.end(), kernel) == kernels.end()) kernels.push_back(kernel);
     }
   }
   return kernels;

@@ -97,6 +97,15 @@ std::span<std::string const> ours_in(CompileRequest const& request) {
 // In the name of an image, before the compiler's version.
 constexpr char const* compiler_mark = ".nvrtc";
 
+/// The part of a key that people read. It may be cut, because the hash that follows is of the source, which has the
+/// whole name: 124 characters, with the target, the compiler and the hash, leave room in a file name for longer
+/// versions.
+std::string readable_name(std::string const& name) {
+  constexpr std::size_t longest = 124;
+  constexpr std::string_view mark = "-etc";  // no kernel's own name has a hyphen
+  return name.size() <= longest ? name : name.substr(0, longest - mark.size()).append(mark);
+}
+
 std::string key_of(CompileRequest const& request) {
   Sha256 hash;
   // Each part is preceded by its length: no two lists of parts spell the same text.
@@ -110,7 +119,7 @@ std::string key_of(CompileRequest const& request) {
   for (std::string const& option : options_without_paths(request)) add(option);
   for (std::string const& folder : ours_in(request)) add(hash_once(&Headers::contents, folder, hash_of_contents));
   add(hash_once(&Headers::sizes, request.include_folders.back(), hash_of_sizes));
-  return request.name + "." + request.arch + compiler_mark + nvrtc_version() + "." + hash.hex();
+  return readable_name(request.name) + "." + request.arch + compiler_mark + nvrtc_version() + "." + hash.hex();
 }
 
 /// Somebody edits headers while a process runs: its images would be published under the hash of the old text.

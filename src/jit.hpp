@@ -22,7 +22,7 @@ std::string jit_key(KernelCode const& kernel, Arch arch);
 
 /// What such a name tells.
 struct JitKeyParts {
-  std::string kernel;
+  std::string kernel;    // its name, which ends in "-etc" if it was too long for a key
   std::string target;    // "sm_80"
   std::string compiler;  // "NVRTC 13.0"
 };

@@ -43,13 +43,7 @@ struct Key {
 template <class KernelId>
 struct KeyHash {
   std::size_t operator()(Key<KernelId> const& key) const {
-    std::size_t hash = static_cast<std::size_t>(key.device) * 31 +
-                       static_cast<std::size_t>(key.kernel.features.mask) * 2 +
-                       static_cast<std::size_t>(key.kernel.features.count_blocks);
-    if constexpr (requires { key.kernel.pass; }) hash = hash * 31 + static_cast<std::size_t>(key.kernel.pass);
-    for_each_option(key.kernel.config,
-                    [&](char const*, auto option) { hash = hash * 1000003 + static_cast<std::size_t>(option); });
-    return hash;
+    return hash_of(key.kernel) * 31 + static_cast<std::size_t>(key.device);
   }
 };
 
@@ -129,8 +123,8 @@ Function load(KernelId const& id, Image const& image, DeviceFacts const& device)
 template <class KernelId>
 class KernelCache {
  public:
-  /// Sets the `function` of each launch. Kernels that are not prepared yet are compiled at the same time, as far as they
-  /// have to be, and then those that will be needed next as well: these go to the disk cache.
+  /// Sets the `function` of each launch. Kernels that are not prepared yet are compiled at the same time, as far as
+  /// they have to be, and then those that will be needed next as well: these go to the disk cache.
   void get(std::span<Launch<KernelId>> wanted, int device,
            std::function<std::vector<BackwardKernelId>()> const& needed_next = {}) {
     if (find(wanted, device)) return;
@@ -219,7 +213,7 @@ void launch(ForwardKernelId const& kernel, ForwardParams const& params, int devi
 
 std::vector<BackwardKernelId> kernels_of(BackwardConfig const& config, Features const& features) {
   std::vector<BackwardKernelId> kernels;
-  for (BackwardPass const pass : passes_of(config)) kernels.push_back(kernel_of(config, pass, features.mask));
+  for (BackwardPass const pass : passes_of(config)) kernels.push_back(kernel_of(config, pass, features));
   return kernels;
 }
 

@@ -114,7 +114,7 @@ ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, Tenso
     }
   }
 
-  return {{config, features_of(options)}, p, q.device};
+  return {kernel_of(config, features_of(options)), p, q.device};
 }
 
 Features features_of(ForwardOptions const& options) {

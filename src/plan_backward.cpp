@@ -101,7 +101,7 @@ void check_config(BackwardConfig const& config, Arch arch) {
   if (error == BackwardConfigError::smem) {
     int64_t bytes = 0;
     for (BackwardPass const pass : passes_of(config)) {
-      bytes = max_of(bytes, smem_bytes(kernel_of(config, pass, MaskKind::full)));
+      bytes = max_of(bytes, smem_bytes(kernel_of(config, pass, {})));
     }
     details = std::to_string(bytes) + " of " + std::to_string(max_smem_bytes(arch)) + " bytes";
   }

@@ -5,40 +5,57 @@
 namespace flashcute {
 namespace {
 
-// One overload per type of option: an option of a new type does not compile until it can be spelled here.
+// One overload per type: an option or a feature of a new type does not compile until it can be spelled here.
 std::string literal(bool value) { return value ? "true" : "false"; }
 std::string literal(int32_t value) { return std::to_string(value); }
-std::string literal(DType value) { return std::string("flashcute::DType::") + name_of(value); }
-std::string literal(Math value) { return std::string("flashcute::Math::") + name_of(value); }
-std::string literal(MaskKind value) { return std::string("flashcute::MaskKind::") + name_of(value); }
-std::string literal(BackwardPass value) { return std::string("flashcute::BackwardPass::") + name_of(value); }
+template <TabulatedEnum Enum>
+std::string literal(Enum value) {
+  return std::string("flashcute::") + EnumTable<Enum>::type + "::" + name_of(value);
+}
 
-/// A configuration as an initializer. Every option is spelled, defaults too: the text alone says what is compiled.
+/// A value as an initializer. Every member is spelled, defaults too: the text alone says what is compiled.
+class Initializer {
+ public:
+  void add(char const* member, auto value) {
+    members_ += (members_.empty() ? "." : ", .") + std::string(member) + " = " + literal(value);
+  }
+  std::string text() const { return "{" + members_ + "}"; }
+
+ private:
+  std::string members_;
+};
+
 template <class Config>
 std::string initializer(Config const& config) {
-  std::string options;
-  for_each_option(config, [&](char const* option, auto value) {
-    options += (options.empty() ? "." : ", .") + std::string(option) + " = " + literal(value);
-  });
-  return "{" + options + "}";
+  Initializer all;
+  for_each_option(config, [&](char const* option, auto value) { all.add(option, value); });
+  return all.text();
 }
 
 std::string initializer(Features const& features) {
-  return "{.mask = " + literal(features.mask) + ", .count_blocks = " + literal(features.count_blocks) + "}";
+  Initializer all;
+  for_each_feature(features, [&](Feature const& feature, auto value) { all.add(feature.name, value); });
+  return all.text();
 }
+
+/// The macro of an entry.hpp that defines a kernel, and the type of its argument.
+struct Entry {
+  char const* macro;
+  char const* id;
+};
+Entry entry_of(ForwardConfig const& config) {
+  return {config.math == Math::wgmma ? "FLASHCUTE_HOPPER_FORWARD_ENTRY" : "FLASHCUTE_FORWARD_ENTRY", "ForwardKernelId"};
+}
+Entry entry_of(BackwardConfig const&) { return {"FLASHCUTE_BACKWARD_ENTRY", "BackwardKernelId"}; }
 
 /// The kernel as the C++ line that defines it.
-std::string definition(ForwardKernelId const& kernel) {
-  bool const hopper = kernel.config.math == Math::wgmma;
-  return std::string(hopper ? "FLASHCUTE_HOPPER_FORWARD_ENTRY(" : "FLASHCUTE_FORWARD_ENTRY(") + name(kernel).text +
-         ",\n    flashcute::ForwardKernelId{.config = " + initializer(kernel.config) +
+template <class Config>
+std::string definition(KernelId<Config> const& kernel) {
+  Entry const entry = entry_of(kernel.config);
+  bool const one_pass = EnumTable<typename Config::Pass>::count == 1;
+  return std::string(entry.macro) + "(" + name(kernel).text + ",\n    flashcute::" + entry.id +
+         "{.config = " + initializer(kernel.config) + (one_pass ? "" : ", .pass = " + literal(kernel.pass)) +
          ", .features = " + initializer(kernel.features) + "})\n";
-}
-
-std::string definition(BackwardKernelId const& kernel) {
-  return std::string("FLASHCUTE_BACKWARD_ENTRY(") + name(kernel).text +
-         ",\n    flashcute::BackwardKernelId{.config = " + initializer(kernel.config) +
-         ", .pass = " + literal(kernel.pass) + ", .features = " + initializer(kernel.features) + "})\n";
 }
 
 /// Whether CuTe has WGMMA with that many columns only among its extended shapes.

@@ -16,17 +16,20 @@ namespace {
 struct Sizes {
   int32_t tile_rows, block_n, blocks;
   SectionRounds section_rounds;
+  Features features;
   int32_t batch, heads, seqlen_q, seqlen_k, causal_offset;
 
   bool operator==(Sizes const&) const = default;
 };
 
 /// What a tile costs besides its blocks of keys: half of one. In halves, so that all costs are whole.
+template <MaskKind mask>
 int64_t cost(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {
-  KvRange const range = Mask<MaskKind::causal>::kv_range(tile, p, block_n);
+  KvRange const range = Mask<mask>::kv_range(tile, p, block_n);
   return 2 * static_cast<int64_t>(range.end - range.begin) + 1;
 }
 
+template <MaskKind mask>
 TileDeal deal_by_load(Sizes const& s, ForwardParams const& p) {
   // Of all rounds, which may be millions, only the last matter: those of the table, and those before that may still be
   // felt. Round i is at i % kept.
@@ -41,7 +44,7 @@ TileDeal deal_by_load(Sizes const& s, ForwardParams const& p) {
   deal.first_round = std::max(0, count - TileDeal::rounds);
   std::vector<int64_t> load(static_cast<std::size_t>(s.blocks), 0);
   auto const add = [&](int32_t block, TileRound const& round, int32_t turn) {
-    load[static_cast<std::size_t>(block)] += cost(round.tile(p, turn, s.tile_rows), p, s.block_n);
+    load[static_cast<std::size_t>(block)] += cost<mask>(round.tile(p, turn, s.tile_rows), p, s.block_n);
   };
 
   for (int32_t i = std::max(0, count - kept); i < deal.first_round; ++i) {
@@ -80,13 +83,16 @@ TileDeal const& deal_tiles(ForwardKernelId const& kernel, ForwardParams const& p
   // to do before it.
   static TileDeal const in_order{.first_round = std::numeric_limits<int32_t>::max(), .turns = {}};
   ForwardConfig const& c = kernel.config;
-  if (kernel.features.mask == MaskKind::full || QueryTile::count(p, tile_rows(c)) <= blocks) return in_order;
-  Sizes const sizes{tile_rows(c), c.block_n,  blocks,     section_rounds(kernel), p.batch,
-                    p.heads,      p.seqlen_q, p.seqlen_k, p.causal_offset};
+  SectionRounds const section = section_rounds(kernel);
+  if (section == equally_long || QueryTile::count(p, tile_rows(c)) <= blocks) return in_order;
+  Sizes const sizes{tile_rows(c), c.block_n, blocks,     section,    kernel.features,
+                    p.batch,      p.heads,   p.seqlen_q, p.seqlen_k, p.causal_offset};
   // The layers of a model call with the same few sizes again and again: those of self and cross attention, of an
   // encoder and a decoder. To deal takes as long as the rest of a call.
   thread_local Recent<Sizes, TileDeal, remembered_deals> deals;
-  return deals.get(sizes, [&] { return deal_by_load(sizes, p); });
+  return deals.get(sizes, [&] {
+    return with_constant(kernel.features.mask, [&]<MaskKind mask>() { return deal_by_load<mask>(sizes, p); });
+  });
 }
 
 }  // namespace flashcute

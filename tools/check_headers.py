@@ -18,7 +18,10 @@ from pathlib import Path
 # Lowest first: what a header may include is on a lower level.
 LEVELS = [
     ["std"],
-    ["config", "error"],
+    ["enums", "error"],
+    ["features"],
+    ["kernel_id"],
+    ["config"],
     ["params", "backward_config"],
     ["mask", "instructions", "backward_params", "tiles", "api", "tensor_map", "tile_rounds"],
     ["block_counter", "layout", "hopper_params"],
@@ -30,7 +33,19 @@ LEVELS = [
     ["forward", "backward"],
     ["entry"],
 ]
-PLAIN = ["std", "config", "error", "params", "tiles", "api", "mask", "block_counter"]
+PLAIN = [
+    "std",
+    "enums",
+    "features",
+    "kernel_id",
+    "config",
+    "error",
+    "params",
+    "tiles",
+    "api",
+    "mask",
+    "block_counter",
+]
 PLAIN += ["backward_config", "backward_params", "tensor_map", "tile_rounds", "hopper_params"]
 # Above the instructions, which tests/cpp/emulation replaces; entry.hpp needs a CUDA compiler.
 KERNEL = [

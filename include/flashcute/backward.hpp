@@ -53,6 +53,7 @@ struct ScoreTiles<Element, 0, Size> {};
 
 template <BackwardKernelId Id>
 struct TileGradients {
+  static_assert(has_only<&Features::mask>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
   static constexpr BackwardPass pass = Id.pass;
   static constexpr ForwardConfig C = tile_of(Id.config, pass);
   static constexpr bool keys_stay = flashcute::keys_stay(pass);
@@ -499,6 +500,7 @@ struct TileGradients {
 /// What comes before the tiles of keys that add to dQ: delta, and cleared sums.
 template <BackwardKernelId Id>
 struct PrepareGradients {
+  static_assert(has_only<>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
   static constexpr ForwardConfig C = tile_of(Id.config, Id.pass);
 
   struct SharedStorage {};
@@ -515,6 +517,7 @@ struct PrepareGradients {
 /// What comes after them: dQ, from its sums.
 template <BackwardKernelId Id>
 struct FinishGradients {
+  static_assert(has_only<>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
   static constexpr ForwardConfig C = tile_of(Id.config, Id.pass);
   using L = ForwardLayout<C>;
   using Sums = QueryGradientSums<Id.config>;

@@ -5,28 +5,10 @@
 
 namespace flashcute {
 
-/// The backward takes a few passes, a launch each on a GPU. What a pass computes:
-enum class BackwardPass : uint8_t {
-  queries,    // delta and dQ of a tile of query rows, past which the keys go
-  keys,       // dK and dV of a tile of keys, past which the queries go
-  prepare,    // delta of a tile of query rows; clears the sums that become its dQ
-  gradients,  // dK and dV of a tile of keys, past which the queries go, and adds to their sums what it gives to dQ
-  finish,     // dQ of a tile of query rows, from its sums
-};
-
-constexpr char const* name_of(BackwardPass pass) {
-  switch (pass) {
-    case BackwardPass::queries: return "queries";
-    case BackwardPass::keys: return "keys";
-    case BackwardPass::prepare: return "prepare";
-    case BackwardPass::gradients: return "gradients";
-    case BackwardPass::finish: return "finish";
-  }
-  return "?";
-}
-
 /// How to compute gradients: the options a user may choose. What they say of a kernel, a ForwardConfig says too.
 struct BackwardConfig {
+  using Pass = BackwardPass;
+
   DType dtype = DType::bfloat16;
   int32_t head_dim = 128;         // of q and k: compiled width, runs any d up to it
   int32_t head_dim_v = head_dim;  // of v and the output: the same
@@ -69,25 +51,17 @@ constexpr void for_each_option(Config& c, F&& f) {
   f("deterministic", c.deterministic);
 }
 
-/// One compiled kernel.
-struct BackwardKernelId {
-  BackwardConfig config;
-  BackwardPass pass = BackwardPass::gradients;
-  Features features;  // all that prepare and finish do is the same for every mask: theirs is `full`
-
-  constexpr bool operator==(BackwardKernelId const&) const = default;
-};
+using BackwardKernelId = KernelId<BackwardConfig>;
 
 /// Canonical name: "bwd_f32_d64_m64_n64_w4" and a word for every option that differs from the defaults.
 constexpr Name name(BackwardConfig const& c) {
   Name s;
-  s << "bwd_" << short_name_of(c.dtype) << "_d" << c.head_dim;
+  s << "bwd_" << word_of(c.dtype) << "_d" << c.head_dim;
   if (c.head_dim_v != c.head_dim) s << "_dv" << c.head_dim_v;
   s << "_m" << c.block_m << "_n" << c.block_n << "_w" << c.num_warps;
   if (c.column_warps != 1) s << "_c" << c.column_warps;
   if (c.blocks_per_sm != 2) s << "_b" << c.blocks_per_sm;
-  if (c.math == Math::tf32x3) s << "_tf32x3";
-  if (c.math == Math::cuda_core) s << "_cudacore";
+  s.add_word(word_of(c.math));
   if (c.stages != 2) s << "_st" << c.stages;
   if (c.copy_bytes != 16) s << "_copy" << c.copy_bytes;
   if (!c.async_copy) s << "_sync";
@@ -95,14 +69,6 @@ constexpr Name name(BackwardConfig const& c) {
   if (c.k_tiles_per_load != 0) s << "_k" << c.k_tiles_per_load;
   if (!c.mma_double_buffer) s << "_single";
   if (c.deterministic) s << "_deterministic";
-  return s;
-}
-
-/// Name of the GPU kernel, which is also its entry point: "flashcute_sm80_bwd_..._gradients_causal".
-constexpr Name name(BackwardKernelId const& k) {
-  Name s;
-  s << "flashcute_sm80_" << name(k.config).text << "_" << name_of(k.pass);
-  if (k.pass != BackwardPass::prepare && k.pass != BackwardPass::finish) s << "_" << name_of(k.features.mask);
   return s;
 }
 
@@ -125,12 +91,6 @@ constexpr BackwardPasses passes_of(BackwardConfig const& c) {
 
 /// Whether the tiles of a pass are of keys, or of queries.
 constexpr bool keys_stay(BackwardPass pass) { return pass == BackwardPass::keys || pass == BackwardPass::gradients; }
-
-/// The kernel of a pass where the mask is `mask`.
-constexpr BackwardKernelId kernel_of(BackwardConfig const& c, BackwardPass pass, MaskKind mask) {
-  bool const sees = pass != BackwardPass::prepare && pass != BackwardPass::finish;
-  return {c, pass, {sees ? mask : MaskKind::full}};
-}
 
 /// The tile of a pass as a forward kernel would have it: block_m rows that stay, block_n rows that pass by. prepare and
 /// finish take that of gradients.
@@ -273,7 +233,7 @@ constexpr BackwardConfigError check(BackwardConfig const& c, Arch arch) {
       if (c.block_m % (16 * c.num_warps / dq_column_warps(c)) != 0) return shares;
       if (c.head_dim % (16 * dq_column_warps(c)) != 0) return shares;
     }
-    if (smem_bytes(kernel_of(c, pass, MaskKind::full)) > max_smem_bytes(arch)) return smem;
+    if (smem_bytes(kernel_of(c, pass, {})) > max_smem_bytes(arch)) return smem;
   }
   return none;
 }

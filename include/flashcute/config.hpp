@@ -2,57 +2,15 @@
 // kernel, the key of the image store, the kernel's name, and the `cfg` that a Python user passes.
 #pragma once
 
-#include "flashcute/std.hpp"
+#include "flashcute/kernel_id.hpp"
 
 namespace flashcute {
-
-enum class DType : uint8_t { float16, bfloat16, float32, float64, int32 };
-enum class MaskKind : uint8_t { full, causal };
-/// Who multiplies. With float32 the tensor cores compute in TF32, 10 bits of fraction; tf32x3 makes up for that by
-/// three products in place of one. wgmma is Hopper's kernel, with its own instructions to load and multiply.
-enum class Math : uint8_t { tensor_core, tf32x3, cuda_core, wgmma };
-
-constexpr int32_t size_of(DType t) {
-  return t == DType::float64 ? 8 : t == DType::float32 || t == DType::int32 ? 4 : 2;
-}
-
-constexpr char const* name_of(DType t) {
-  switch (t) {
-    case DType::float16: return "float16";
-    case DType::bfloat16: return "bfloat16";
-    case DType::float32: return "float32";
-    case DType::float64: return "float64";
-    case DType::int32: return "int32";
-  }
-  return "?";
-}
-
-constexpr char const* short_name_of(DType t) {
-  switch (t) {
-    case DType::float16: return "f16";
-    case DType::bfloat16: return "bf16";
-    case DType::float32: return "f32";
-    case DType::float64: return "f64";
-    case DType::int32: return "i32";
-  }
-  return "?";
-}
-
-constexpr char const* name_of(Math m) {
-  switch (m) {
-    case Math::tensor_core: return "tensor_core";
-    case Math::tf32x3: return "tf32x3";
-    case Math::cuda_core: return "cuda_core";
-    case Math::wgmma: return "wgmma";
-  }
-  return "?";
-}
-
-constexpr char const* name_of(MaskKind m) { return m == MaskKind::causal ? "causal" : "full"; }
 
 /// How to compute: the options a user may choose. Each is static, so each can be switched and measured.
 /// All but the first five are the GPU kernels' own.
 struct ForwardConfig {
+  using Pass = SinglePass;
+
   DType dtype = DType::bfloat16;
   int32_t head_dim = 128;         // of q and k: compiled width, runs any d up to it
   int32_t head_dim_v = head_dim;  // of v and the output: the same
@@ -109,58 +67,22 @@ constexpr void for_each_option(Config& c, F&& f) {
   f("cluster", c.cluster);
 }
 
-/// What to compute, as far as it changes the code: taken from the arguments of a call, not chosen.
-struct Features {
-  MaskKind mask = MaskKind::full;
-  bool count_blocks = false;  // also tell which K/V blocks each tile visited
+using ForwardKernelId = KernelId<ForwardConfig>;
 
-  constexpr bool operator==(Features const&) const = default;
-};
-
-/// One kernel: how and what.
-struct ForwardKernelId {
-  ForwardConfig config;
-  Features features;
-
-  constexpr bool operator==(ForwardKernelId const&) const = default;
-};
-
-// ---- names ---------------------------------------------------------------------------------------
-
-/// A short string that constant expressions can build.
-struct Name {
-  char text[288] = {};  // enough for any values of the options
-  int32_t length = 0;
-
-  constexpr Name& operator<<(char const* s) {
-    while (*s != '\0') text[length++] = *s++;
-    return *this;
-  }
-  constexpr Name& operator<<(int32_t value) {
-    if (value < 0) *this << "-";  // in messages about an invalid configuration
-    auto rest = value < 0 ? -static_cast<int64_t>(value) : static_cast<int64_t>(value);
-    char digits[12] = {};
-    int32_t n = 0;
-    do {
-      digits[n++] = static_cast<char>('0' + rest % 10);
-      rest /= 10;
-    } while (rest > 0);
-    while (n > 0) text[length++] = digits[--n];
-    return *this;
-  }
-};
+/// The kernel of a call: the forward has no other.
+constexpr ForwardKernelId kernel_of(ForwardConfig const& config, Features const& features) {
+  return kernel_of(config, SinglePass::forward, features);
+}
 
 /// Canonical name of a configuration: "fwd_bf16_d128_m64_n64_w4" and a word for every option that differs
 /// from the defaults.
 constexpr Name name(ForwardConfig const& c) {
   Name s;
-  s << "fwd_" << short_name_of(c.dtype) << "_d" << c.head_dim;
+  s << "fwd_" << word_of(c.dtype) << "_d" << c.head_dim;
   if (c.head_dim_v != c.head_dim) s << "_dv" << c.head_dim_v;
   s << "_m" << c.block_m << "_n" << c.block_n << "_w" << c.num_warps;
   if (c.blocks_per_sm != 2) s << "_b" << c.blocks_per_sm;
-  if (c.math == Math::tf32x3) s << "_tf32x3";
-  if (c.math == Math::cuda_core) s << "_cudacore";
-  if (c.math == Math::wgmma) s << "_wgmma";
+  s.add_word(word_of(c.math));
   if (c.stages != 1) s << "_st" << c.stages;
   if (c.copy_bytes != 16) s << "_copy" << c.copy_bytes;
   if (!c.async_copy) s << "_sync";
@@ -176,15 +98,6 @@ constexpr Name name(ForwardConfig const& c) {
   if (!c.stale_max) s << "_freshmax";
   if (c.scores_ahead) s << "_ahead";
   if (c.cluster != 1) s << "_cluster" << c.cluster;
-  return s;
-}
-
-/// Name of the GPU kernel, which is also its entry point: "flashcute_sm80_fwd_..._causal".
-constexpr Name name(ForwardKernelId const& k) {
-  Name s;
-  s << (k.config.math == Math::wgmma ? "flashcute_sm90_" : "flashcute_sm80_") << name(k.config).text << "_"
-    << name_of(k.features.mask);
-  if (k.features.count_blocks) s << "_counting";
   return s;
 }
 
@@ -265,15 +178,19 @@ struct CopyShape {
 
 /// How many rounds of tiles Hopper's kernel takes heads for at once, and in the end: their K and V shall stay in the L2
 /// cache (132 tiles of 128 rows have 9 MB at head_dim 128), but to the end there must be short tiles for those who have
-/// less to do so far. 0: tiles are equally long, and go by heads.
+/// less to do so far.
 struct SectionRounds {
   int32_t usual, last;
 
   constexpr bool operator==(SectionRounds const&) const = default;
 };
+inline constexpr SectionRounds equally_long{0, 0};  // tiles, which then go by heads
 constexpr SectionRounds section_rounds(ForwardKernelId const& k) {
-  if (k.features.mask == MaskKind::full) return {0, 0};
-  return {1, k.config.head_dim > 128 ? 2 : 4};
+  switch (k.features.mask) {
+    case MaskKind::full: return equally_long;
+    case MaskKind::causal: return {1, k.config.head_dim > 128 ? 2 : 4};
+  }
+  return equally_long;
 }
 
 /// For the barriers of Hopper's kernel.

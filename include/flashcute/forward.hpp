@@ -15,6 +15,7 @@ struct ForwardPass {
 #define FLASHCUTE_RULE(id, sentence) static_assert(check(C, compiled_arch) != ForwardConfigError::id, sentence);
   FLASHCUTE_FORWARD_CONFIG_RULES(FLASHCUTE_RULE)
 #undef FLASHCUTE_RULE
+  static_assert(has_only<&Features::mask, &Features::count_blocks>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
 
   using L = ForwardLayout<C>;
   using P = Products<C>;

@@ -203,7 +203,7 @@ struct BackwardTensors {
 constexpr int64_t blocks_that_fit(BackwardConfig const& c, Arch arch) {
   int64_t blocks = c.blocks_per_sm;
   for (BackwardPass const pass : passes_of(c)) {
-    int64_t const bytes = smem_bytes(kernel_of(c, pass, MaskKind::full)) + reserved_smem_bytes;
+    int64_t const bytes = smem_bytes(kernel_of(c, pass, {})) + reserved_smem_bytes;
     blocks = min_of<int64_t>(blocks, max_smem_bytes_per_sm(arch) / bytes);
   }
   return blocks;

@@ -216,11 +216,9 @@ class ForwardTile {
 
 template <DType dtype>
 ForwardTileFunction forward_tile_of(Features const& features) {
-  switch (features.mask) {
-    case MaskKind::full: return ForwardTile<dtype, MaskKind::full>::run;
-    case MaskKind::causal: return ForwardTile<dtype, MaskKind::causal>::run;
-  }
-  return nullptr;
+  // Names every feature: a new one does not compile until it is known here. Every tile can count its blocks.
+  auto const& [mask, count_blocks] = features;
+  return with_constant(mask, []<MaskKind kind>() -> ForwardTileFunction { return ForwardTile<dtype, kind>::run; });
 }
 
 }  // namespace

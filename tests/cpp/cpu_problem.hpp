@@ -22,7 +22,11 @@ using std::int64_t;
 inline constexpr double inf = std::numeric_limits<double>::infinity();
 inline constexpr double nan = std::numeric_limits<double>::quiet_NaN();
 inline constexpr DType all_dtypes[] = {DType::float16, DType::bfloat16, DType::float32, DType::float64};
-inline constexpr MaskKind all_masks[] = {MaskKind::full, MaskKind::causal};
+inline std::vector<MaskKind> const all_masks = [] {
+  std::vector<MaskKind> all;
+  for (auto const& row : EnumTable<MaskKind>::rows) all.push_back(row.value);
+  return all;
+}();
 
 inline std::vector<Isa> available_isas() {
   std::vector<Isa> isas;
@@ -285,8 +289,11 @@ inline std::vector<double> rows_of(Tensor const& t, int b, int h, int rows, int 
 
 /// How many keys query i sees; none if it is not positive.
 inline int64_t keys_seen(Shape const& s, int i) {
-  if (s.mask == MaskKind::full) return s.seqlen_k;
-  return std::min<int64_t>(s.seqlen_k, static_cast<int64_t>(i) + s.causal_offset + 1);
+  switch (s.mask) {
+    case MaskKind::full: return s.seqlen_k;
+    case MaskKind::causal: return std::min<int64_t>(s.seqlen_k, static_cast<int64_t>(i) + s.causal_offset + 1);
+  }
+  return 0;
 }
 
 inline Reference reference(Problem const& problem) {

@@ -148,7 +148,11 @@ class Problem {
   float lse_at(int b, int h, int i) const { return lse[static_cast<size_t>((b * s_.heads + h) * s_.sq + i)]; }
 
   bool visible(int i, int j) const {
-    return id_.features.mask == MaskKind::full || j <= i + s_.causal_offset.value_or(s_.sk - s_.sq);
+    switch (id_.features.mask) {
+      case MaskKind::full: return true;
+      case MaskKind::causal: return j <= i + s_.causal_offset.value_or(s_.sk - s_.sq);
+    }
+    return false;
   }
 
   /// Clears the outputs; what a launch is told.
@@ -276,8 +280,10 @@ class Problem {
 };
 
 // All of them count blocks, which costs nothing here.
-constexpr ForwardKernelId causal(ForwardConfig c) { return {c, {.mask = MaskKind::causal, .count_blocks = true}}; }
-constexpr ForwardKernelId full(ForwardConfig c) { return {c, {.mask = MaskKind::full, .count_blocks = true}}; }
+constexpr ForwardKernelId causal(ForwardConfig c) {
+  return kernel_of(c, {.mask = MaskKind::causal, .count_blocks = true});
+}
+constexpr ForwardKernelId full(ForwardConfig c) { return kernel_of(c, {.mask = MaskKind::full, .count_blocks = true}); }
 
 inline constexpr auto f16 = DType::float16, bf16 = DType::bfloat16, f32 = DType::float32;
 

@@ -14,7 +14,7 @@ class BackwardProblem {
  public:
   explicit BackwardProblem(Shape const& s, bool with_dlse = false)
       : s_(s),
-        problem(ForwardKernelId{forward_config, {Kind}}, s),
+        problem(kernel_of(forward_config, {Kind}), s),
         dout(dtype, s.batch, s.sq, s.heads, s.d_v, s.order, B.copy_bytes),
         dq(dtype, s.batch, s.sq, s.heads, s.d, s.order, B.copy_bytes),
         dk(dtype, s.batch, s.sk, s.kv_heads, s.d, s.order, B.copy_bytes),
@@ -158,7 +158,7 @@ class BackwardProblem {
 
   template <BackwardPass Pass>
   void run_pass(BackwardParams const& p, uint64_t seed) {
-    constexpr BackwardKernelId id = kernel_of(B, Pass, Kind);
+    constexpr BackwardKernelId id = kernel_of(B, Pass, {Kind});
     using Kernel = BackwardKernel<id>;
     int64_t const blocks =
         keys_stay(Pass) ? KeyTile::count(p.forward, B.block_n) : QueryTile::count(p.forward, B.block_m);

@@ -122,7 +122,7 @@ TEST_F(Choice, AProcessKeepsItsChoice) {
   EXPECT_EQ(chosen(), mma_sync());
   // As another process does it: behind the back of the store.
   for (auto const& kernel : kernels_of(hoppers)) jit_image(code_of(kernel, 90), 90);
-  EXPECT_TRUE(is_cached(code_of(ForwardKernelId{hoppers, {}}, 90), 90));
+  EXPECT_TRUE(is_cached(code_of(kernel_of(hoppers, {}), 90), 90));
   EXPECT_EQ(chosen(), mma_sync());
 }
 
@@ -131,7 +131,7 @@ TEST_F(Choice, AGivenConfigurationIsNotReplaced) {
   ScopedVariable const off("FLASHCUTE_JIT", "off");
   ForwardConfig const hoppers = default_config(DType::bfloat16, 128, 90);
   std::string const message = message_of<UnsupportedError>([&] { run(hoppers); });
-  EXPECT_TRUE(contains(message, name(ForwardKernelId{hoppers, {}}).text));
+  EXPECT_TRUE(contains(message, name(kernel_of(hoppers, {})).text));
   EXPECT_TRUE(contains(message, "FLASHCUTE_JIT=off"));
   Explanation const e = explain(hoppers, q_, q_, q_);
   EXPECT_EQ(e.config, hoppers);
@@ -149,8 +149,8 @@ TEST_F(Choice, HoppersImageNeedsNoCompiler) {
   EXPECT_FALSE(driver_->last_load_copied) << "the image lives as long as the library: a copy would be a second one";
   EXPECT_TRUE(explain(std::nullopt, q_, q_, q_).notes.empty());
   fake_images().targets = "100";  // runs on no GPU of compute capability 9.0
-  EXPECT_EQ(image_source(ForwardKernelId{mma_sync(), {}}, 90), ImageSource::none);
-  EXPECT_EQ(image_source(ForwardKernelId{mma_sync(), {}}, 100), ImageSource::library);
+  EXPECT_EQ(image_source(kernel_of(mma_sync(), {}), 90), ImageSource::none);
+  EXPECT_EQ(image_source(kernel_of(mma_sync(), {}), 100), ImageSource::library);
 }
 
 // The same of what else a default configuration may do without. allow_tf32 allows one product of TF32 and does not

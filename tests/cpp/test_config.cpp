@@ -6,6 +6,7 @@
 #include <limits>
 #include <set>
 #include <string_view>
+#include <utility>
 
 #include "families.hpp"
 #include "flashcute/api.hpp"
@@ -15,11 +16,51 @@
 namespace flashcute {
 namespace {
 
+/// Every value of an option or feature that is no number.
+template <class T>
+std::vector<T> all_values() {
+  std::vector<T> all;
+  if constexpr (std::is_same_v<T, bool>) {
+    all = {false, true};
+  } else {
+    for (auto const& row : EnumTable<T>::rows) all.push_back(row.value);
+  }
+  return all;
+}
+
+/// The value with the longest word in the name of a kernel.
+template <TabulatedEnum Enum>
+Enum longest_word() {
+  auto const values = all_values<Enum>();
+  return *std::max_element(values.begin(), values.end(), [](Enum a, Enum b) {
+    return std::string_view(word_of(a)).size() < std::string_view(word_of(b)).size();
+  });
+}
+
+/// Every combination of features.
+std::vector<Features> all_features() {
+  std::vector<Features> all{{}};
+  Features const defaults;
+  for_each_feature(defaults, [&](Feature const& feature, auto value) {
+    for (Features changed : std::exchange(all, {})) {
+      for (auto const other : all_values<decltype(value)>()) {
+        for_each_feature(changed, [&](Feature const& row, auto& field) {
+          if constexpr (std::is_same_v<decltype(value), std::remove_reference_t<decltype(field)>>) {
+            if (std::string_view(row.name) == feature.name) field = other;
+          }
+        });
+        all.push_back(changed);
+      }
+    }
+  });
+  return all;
+}
+
 /// The defaults, and every configuration that differs from them in one option or two.
 std::vector<ForwardConfig> sample() {
   auto const values = []<class T>(T) -> std::vector<T> {
     if constexpr (std::is_same_v<T, DType>) return {DType::float16, DType::bfloat16, DType::float32, DType::float64};
-    if constexpr (std::is_same_v<T, Math>) return {Math::tensor_core, Math::tf32x3, Math::cuda_core, Math::wgmma};
+    if constexpr (std::is_same_v<T, Math>) return all_values<Math>();
     if constexpr (std::is_same_v<T, bool>) return {false, true};
     if constexpr (std::is_same_v<T, int32_t>) return {1, 2, 12, 16, 112, 128};
   };
@@ -48,7 +89,7 @@ TEST(Printing, ConfigurationsArePrintedAsPythonWritesThem) {
             "ForwardConfig(dtype='bfloat16', head_dim=128, block_m=128, block_n=96, stages=2, swizzled=False)");
   EXPECT_EQ(::testing::PrintToString(BackwardConfig{.head_dim = 64, .head_dim_v = 32, .math = Math::tf32x3}),
             "BackwardConfig(dtype='bfloat16', head_dim=64, head_dim_v=32, block_m=64, block_n=64, math='tf32x3')");
-  EXPECT_EQ(::testing::PrintToString(ForwardKernelId{{}, {MaskKind::causal}}),
+  EXPECT_EQ(::testing::PrintToString(kernel_of(ForwardConfig{}, {MaskKind::causal})),
             "flashcute_sm80_fwd_bf16_d128_m128_n64_w4_causal");
   EXPECT_EQ(::testing::PrintToString(check(ForwardConfig{.num_warps = 3}, 80)), "num_warps must be 1, 2, 4 or 8");
 }
@@ -58,35 +99,112 @@ TEST(Config, NamesAreUniqueAndAreIdentifiers) {
   std::set<std::string> names;
   size_t kernels = 0;
   for (auto const& config : sample()) {
-    for (MaskKind mask : family_masks) {
-      for (bool count_blocks : {false, true}) {
-        Name const n = name(ForwardKernelId{config, {mask, count_blocks}});
-        std::string const text = n.text;
-        EXPECT_EQ(text.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_"), std::string::npos) << text;
-        EXPECT_LT(static_cast<size_t>(n.length) + 8, sizeof(n.text)) << text;
-        names.insert(text);
-        ++kernels;
-      }
+    for (Features const& features : all_features()) {
+      Name const n = name(kernel_of(config, features));
+      std::string const text = n.text;
+      EXPECT_EQ(text.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_"), std::string::npos) << text;
+      EXPECT_LT(static_cast<size_t>(n.length) + 8, sizeof(n.text)) << text;
+      names.insert(text);
+      ++kernels;
     }
   }
   EXPECT_EQ(names.size(), kernels);
 }
 
+/// A kernel with a name that is as long as any: of no valid configuration.
+template <class Config>
+KernelId<Config> longest_kernel(int32_t extreme) {
+  KernelId<Config> kernel;
+  auto const choose = [&]<class T>(T& value) {
+    if constexpr (std::is_same_v<T, int32_t>) {
+      value = extreme;
+    } else if constexpr (std::is_same_v<T, bool>) {
+      value = !value;
+    } else {
+      value = longest_word<T>();
+    }
+  };
+  for_each_option(kernel.config, [&](char const*, auto& option) { choose(option); });
+  kernel.config.head_dim_v = extreme + (extreme < 0 ? 1 : -1);
+  choose(kernel.pass);
+  for_each_feature(kernel.features, [&](Feature const&, auto& field) { choose(field); });
+  return kernel;
+}
+
 // Guards against a name that is longer than its memory, of a configuration that only an error message needs.
 TEST(Config, NamesOfAnyValuesFit) {
-  for (int32_t extreme : {std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max()}) {
-    ForwardKernelId kernel{.config = {}, .features = {.mask = MaskKind::causal, .count_blocks = true}};
-    for_each_option(kernel.config, [&]<class T>(char const*, T& option) {
-      if constexpr (std::is_same_v<T, int32_t>) option = extreme;
-      if constexpr (std::is_same_v<T, bool>) option = !option;
-    });
-    kernel.config.dtype = DType::bfloat16;
-    kernel.config.math = Math::cuda_core;
-    kernel.config.head_dim_v = extreme + (extreme < 0 ? 1 : -1);
-    Name const n = name(kernel);
+  auto const expect_fits = [](Name const& n) {
     EXPECT_EQ(static_cast<size_t>(n.length), std::strlen(n.text));
-    EXPECT_LT(static_cast<size_t>(n.length) + 1, sizeof n.text);
+    EXPECT_LT(static_cast<size_t>(n.length) + 64, sizeof n.text) << "no room for the words of further features";
     EXPECT_GT(n.length, 100);
+  };
+  for (int32_t extreme : {std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max()}) {
+    expect_fits(name(longest_kernel<ForwardConfig>(extreme)));
+    expect_fits(name(longest_kernel<BackwardConfig>(extreme)));
+  }
+}
+
+// Guards against an enum's value that is spelled as another, or not at all.
+TEST(Config, EveryEnumeratorHasItsName) {
+  EXPECT_STREQ(name_of(DType::int32), "int32");
+  EXPECT_STREQ(name_of(Math::cuda_core), "cuda_core");
+  EXPECT_STREQ(word_of(Math::cuda_core), "cudacore");
+  EXPECT_STREQ(name_of(MaskKind::causal), "causal");
+  EXPECT_STREQ(name_of(BackwardPass::finish), "finish");
+  auto const expect_distinct = []<class Enum>(Enum) {
+    std::set<std::string> names, words;
+    for (Enum const value : all_values<Enum>()) names.insert(name_of(value)), words.insert(word_of(value));
+    EXPECT_EQ(names.size(), all_values<Enum>().size()) << EnumTable<Enum>::type;
+    EXPECT_EQ(words.size(), all_values<Enum>().size()) << EnumTable<Enum>::type;
+    for (Enum const value : all_values<Enum>()) {
+      EXPECT_EQ(with_constant(value, []<Enum constant>() { return constant; }), value) << name_of(value);
+    }
+  };
+  expect_distinct(DType{});
+  expect_distinct(Math{});
+  expect_distinct(MaskKind{});
+  expect_distinct(BackwardPass{});
+}
+
+// Guards against features that a pass does not read and that give it kernels of its own, and against those that it
+// reads and does not get.
+TEST(Features, EachPassGetsWhatItReads) {
+  Features const all{.mask = MaskKind::causal, .count_blocks = true};
+  EXPECT_EQ(relevant(all, SinglePass::forward), all);
+  for (BackwardPass const pass : {BackwardPass::queries, BackwardPass::keys, BackwardPass::gradients}) {
+    EXPECT_EQ(relevant(all, pass), Features{.mask = MaskKind::causal}) << name_of(pass);
+    EXPECT_EQ(kernel_of(BackwardConfig{}, pass, all).features, relevant(all, pass));
+  }
+  for (BackwardPass const pass : {BackwardPass::prepare, BackwardPass::finish}) {
+    EXPECT_EQ(relevant(all, pass), Features{}) << name_of(pass);
+  }
+}
+
+// Guards against two kernels that the launcher cannot tell apart, or always finds in one place of its table.
+TEST(Features, EachCountsForTheHash) {
+  std::set<size_t> hashes;
+  size_t kernels = 0;
+  for (Features const& features : all_features()) {
+    hashes.insert(hash_of(kernel_of(ForwardConfig{}, features)));
+    ++kernels;
+  }
+  EXPECT_GE(kernels, 4u);
+  EXPECT_EQ(hashes.size(), kernels);
+  BackwardConfig const config;
+  hashes.clear();
+  for (BackwardPass const pass : all_values<BackwardPass>()) hashes.insert(hash_of(kernel_of(config, pass, {})));
+  EXPECT_EQ(hashes.size(), all_values<BackwardPass>().size());
+  EXPECT_NE(hash_of(kernel_of(ForwardConfig{.block_n = 32}, {})), hash_of(kernel_of(ForwardConfig{}, {})));
+}
+
+// Guards against a feature that the name has and the compiled kernel has not.
+TEST(Features, TheGeneratedUnitSpellsEach) {
+  for (Features const& features : all_features()) {
+    ForwardKernelId const kernel = kernel_of(ForwardConfig{}, features);
+    std::string const text = generated_source(std::span(&kernel, 1));
+    std::string const spelled = std::string("{.mask = flashcute::MaskKind::") + name_of(features.mask) +
+                                ", .count_blocks = " + (features.count_blocks ? "true" : "false") + "}";
+    EXPECT_NE(text.find(", .features = " + spelled + "})"), std::string::npos) << text;
   }
 }
 
@@ -293,7 +411,7 @@ TEST(BackwardConfig, NamesAreUniqueAndAreIdentifiers) {
     if constexpr (std::is_same_v<T, bool>) others = {!value};
     if constexpr (std::is_same_v<T, int32_t>) others = {value + 1, value + 16};
     if constexpr (std::is_same_v<T, DType>) others = {DType::float16, DType::float32};
-    if constexpr (std::is_same_v<T, Math>) others = {Math::tf32x3, Math::cuda_core};
+    if constexpr (std::is_same_v<T, Math>) others = all_values<Math>(), std::erase(others, value);
     if (std::string_view(option) == "deterministic") return;
     for (T const other : others) {
       BackwardConfig config;

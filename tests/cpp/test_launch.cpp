@@ -45,7 +45,7 @@ TEST_F(Launch, PreparesOnceAndLaunchesOnTheCallersStream) {
   run({3, 1000, 4, 128}, 1, options);
 
   ForwardConfig const config = default_config(DType::bfloat16, 128, 100);
-  EXPECT_EQ(driver_->kernel_name, name(ForwardKernelId{config, {MaskKind::causal}}).text);
+  EXPECT_EQ(driver_->kernel_name, name(kernel_of(config, {MaskKind::causal})).text);
   EXPECT_EQ(driver_->loads, 1);
   EXPECT_FALSE(driver_->last_load_copied) << "the image lives as long as the library: a copy would be a second one";
   EXPECT_EQ(driver_->max_dynamic_shared_bytes, smem_bytes(config));
@@ -77,7 +77,7 @@ TEST_F(Launch, HopperTilesAreDealtToAsManyBlocksAsRun) {
           output({1, 64, 1, 128}, hopper), nullptr);
   ASSERT_EQ(driver_->launches.size(), 2u);
   FakeLaunch const& launch = driver_->launches[0];
-  EXPECT_EQ(launch.kernel, name(ForwardKernelId{config, {MaskKind::full}}).text);
+  EXPECT_EQ(launch.kernel, name(kernel_of(config, {MaskKind::full})).text);
   EXPECT_EQ(launch.grid_x, 132u);
   EXPECT_EQ(driver_->launches[1].grid_x, 1u);
   EXPECT_EQ(launch.cluster_x, 1u);
@@ -442,7 +442,7 @@ class LaunchBackward : public FakeGpuAndCompiler {
   static std::vector<std::string> names(BackwardConfig const& config, std::initializer_list<BackwardPass> passes,
                                         MaskKind mask = MaskKind::full) {
     std::vector<std::string> all;
-    for (BackwardPass const pass : passes) all.emplace_back(name(kernel_of(config, pass, mask)).text);
+    for (BackwardPass const pass : passes) all.emplace_back(name(kernel_of(config, pass, {mask})).text);
     return all;
   }
 };
@@ -462,7 +462,7 @@ TEST_F(LaunchBackward, AddsInThreePasses) {
   ASSERT_EQ(driver_->launches.size(), 6u);
   for (std::size_t i = 0; i < 6; ++i) {
     FakeLaunch const& launch = driver_->launches[i];
-    BackwardKernelId const kernel = kernel_of(config, passes_of(config).pass[i % 3], MaskKind::causal);
+    BackwardKernelId const kernel = kernel_of(config, passes_of(config).pass[i % 3], {MaskKind::causal});
     EXPECT_EQ(launch.kernel, once[i % 3]);
     unsigned const tiles = keys_stay(kernel.pass) ? 3u * 2 * ((700 + config.block_n - 1) / config.block_n)
                                                   : 3u * 4 * ((1000 + config.block_m - 1) / config.block_m);
@@ -545,7 +545,7 @@ TEST_F(LaunchBackward, ItsKernelsAreCompiledWithTheForwards) {
     BackwardConfig const config = default_backward_config(DType::bfloat16, 64, 100, 64, deterministic);
     std::vector<bool> all;
     for (BackwardPass const pass : passes_of(config)) {
-      all.push_back(is_cached(code_of(kernel_of(config, pass, MaskKind::causal), 100), 100));
+      all.push_back(is_cached(code_of(kernel_of(config, pass, {MaskKind::causal}), 100), 100));
     }
     return all;
   };

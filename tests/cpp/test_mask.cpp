@@ -20,7 +20,11 @@ ForwardParams problem(int32_t seqlen_q, int32_t seqlen_k, int32_t offset) {
 
 /// What the definition of the mask says, without the mask's own code.
 bool sees(MaskKind kind, int32_t q, int32_t k, ForwardParams const& p) {
-  return k < p.seqlen_k && (kind == MaskKind::full || k <= int64_t{q} + p.causal_offset);
+  switch (kind) {
+    case MaskKind::full: return k < p.seqlen_k;
+    case MaskKind::causal: return k < p.seqlen_k && k <= int64_t{q} + p.causal_offset;
+  }
+  return false;
 }
 
 template <MaskKind Kind>

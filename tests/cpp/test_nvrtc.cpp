@@ -8,11 +8,16 @@
 #include <array>
 #include <cstdlib>
 #include <filesystem>
+#include <functional>
 #include <map>
+#include <set>
 #include <string>
+#include <string_view>
 #include <thread>
+#include <utility>
 #include <vector>
 
+#include "disk_cache.hpp"
 #include "flashcute/error.hpp"
 #include "flashcute/tiles.hpp"
 #include "jit.hpp"
@@ -152,7 +157,7 @@ TEST_F(NvrtcTest, ArchWithASuffix) {
 // Guards against Hopper's kernel compiled for plain sm_90, where its instructions become a trap: nothing but the GPU
 // would notice. The compiler stops at our headers, before it misses CuTe's.
 TEST_F(NvrtcTest, HoppersKernelIsCompiledForItsOwnFeaturesAlone) {
-  ForwardKernelId const kernel{default_forward_config(DType::bfloat16, 64, 90), {}};
+  ForwardKernelId const kernel = kernel_of(default_forward_config(DType::bfloat16, 64, 90), {});
   CompileRequest r = request(code_of(kernel, 90).source);
   r.include_folders = {FLASHCUTE_HEADERS, FLASHCUTE_CCCL_HEADERS};
   std::string const sentence = "Hopper's kernels must be compiled for sm_90a";
@@ -265,7 +270,9 @@ class Jit : public NvrtcTest {
   std::string entry_header() const { return scratch_ / "include/flashcute/entry.hpp"; }
   std::string cached(std::string const& key) const { return scratch_ / ("cache/" + key + ".image"); }
 
-  static ForwardKernelId id() { return {default_forward_config(DType::bfloat16, 64, 80), {.mask = MaskKind::causal}}; }
+  static ForwardKernelId id() {
+    return kernel_of(default_forward_config(DType::bfloat16, 64, 80), {.mask = MaskKind::causal});
+  }
   static KernelCode kernel() { return code_of(id(), 80); }
 
   Scratch scratch_;
@@ -329,6 +336,93 @@ TEST_F(Jit, KeyTellsKernelTargetAndCompiler) {
     EXPECT_EQ(found.kernel, kernel) << key;
     EXPECT_EQ(found.target, target) << key;
     EXPECT_EQ(found.compiler, compiler) << key;
+  }
+}
+
+/// Every change of one option to a value that may lengthen a name.
+template <class Config>
+std::vector<std::function<void(Config&)>> changes_of() {
+  std::vector<std::function<void(Config&)>> changes;
+  Config const defaults;
+  for_each_option(defaults, [&]<class T>(char const* option, T) {
+    std::vector<T> values;
+    if constexpr (std::is_same_v<T, bool>) {
+      values = {false, true};
+    } else if constexpr (std::is_same_v<T, int32_t>) {
+      values = {1, 2, 3, 4, 8, 16, 32, 64, 112, 128, 144, 160, 192, 240};
+    } else {
+      for (auto const& row : EnumTable<T>::rows) values.push_back(row.value);
+    }
+    for (T const value : values) {
+      changes.push_back([option, value](Config& config) {
+        for_each_option(config, [&](char const* name, auto& member) {
+          if constexpr (std::is_same_v<T, std::remove_reference_t<decltype(member)>>) {
+            if (std::string_view(name) == option) member = value;
+          }
+        });
+      });
+    }
+  });
+  return changes;
+}
+
+/// A configuration that is valid on `arch` with a name that no change of one option or two makes longer.
+template <class Config>
+Config longest_valid(Config config, Arch arch) {
+  auto const changes = changes_of<Config>();
+  auto const is_better = [&](Config const& c) {
+    return name(c).length > name(config).length && check(c, arch) == decltype(check(c, arch)){};
+  };
+  for (bool found = true; found;) {
+    found = false;
+    for (auto const& first : changes) {
+      for (auto const& second : changes) {
+        Config c = config;
+        first(c), second(c);
+        if (is_better(c)) config = c, found = true;
+      }
+    }
+  }
+  return config;
+}
+
+// Guards against a valid configuration whose image cannot be kept because the key with its name exceeds a file name,
+// also once names have the words of further features, and against two long names that become one key.
+TEST_F(Jit, TheLongestNamesHaveKeys) {
+  DiskCache const cache(scratch_ / "cache");
+  std::set<std::string> keys;
+  auto const expect_key = [&](KernelCode const& code, Arch arch) {
+    std::string const key = jit_key(code, arch);
+    EXPECT_NO_THROW(cache.find(key)) << key;
+    EXPECT_LE(key.size(), 230u - 20u) << "no room for a longer version of the compiler: " << key;
+    EXPECT_TRUE(keys.insert(key).second) << key;
+    JitKeyParts const parts = parts_of_jit_key(key);
+    EXPECT_EQ(parts.kernel.substr(0, 120), code.name.substr(0, 120));
+    EXPECT_EQ(parts.kernel == code.name, !parts.kernel.ends_with("-etc")) << key;
+    EXPECT_EQ(parts.target, target_of(code, arch));
+    EXPECT_EQ(parts.compiler, "NVRTC " + nvrtc_version());
+  };
+  auto const expect_keys = [&](auto const& kernel, Arch arch) {
+    KernelCode const code = code_of(kernel, arch);
+    expect_key(code, arch);
+    for (std::string const words : {"_one_more_feature", "_one_more_feature_and_another", "_a_feature_of_other_code"}) {
+      std::string source = code.source;
+      source.replace(source.find(code.name), code.name.size(), code.name + words);
+      expect_key({code.name + words, source, code.arch_specific}, arch);
+    }
+  };
+  Features const features{.mask = MaskKind::causal, .count_blocks = true};
+  for (auto const& [config, arch] : {std::pair{ForwardConfig{}, 80},
+                                     {ForwardConfig{}, 120},
+                                     {default_forward_config(DType::bfloat16, 128, 90), 90}}) {
+    ForwardConfig const longest = longest_valid(config, arch);
+    EXPECT_GT(name(longest).length, 90);
+    expect_keys(kernel_of(longest, features), arch);
+  }
+  for (bool const deterministic : {false, true}) {
+    BackwardConfig const longest = longest_valid(BackwardConfig{.deterministic = deterministic}, 120);
+    EXPECT_GT(name(longest).length, 70);
+    for (BackwardPass const pass : passes_of(longest)) expect_keys(kernel_of(longest, pass, features), 120);
   }
 }
 

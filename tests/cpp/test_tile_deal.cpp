@@ -46,7 +46,7 @@ struct Problem {
 
   Problem(MaskKind mask, int32_t head_dim, int32_t multiprocessors, int32_t batch, int32_t heads, int32_t seqlen_q,
           int32_t seqlen_k, int32_t cluster = 1)
-      : kernel{default_forward_config(DType::bfloat16, head_dim, 90), {.mask = mask}} {
+      : kernel{kernel_of(default_forward_config(DType::bfloat16, head_dim, 90), {.mask = mask})} {
     kernel.config.cluster = cluster;
     params.batch = batch;
     params.heads = params.kv_heads = heads;

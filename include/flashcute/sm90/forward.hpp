@@ -18,6 +18,7 @@ struct ForwardPass {
 #define FLASHCUTE_RULE(id, sentence) static_assert(check(C, hopper_arch) != ForwardConfigError::id, sentence);
   FLASHCUTE_FORWARD_CONFIG_RULES(FLASHCUTE_RULE)
 #undef FLASHCUTE_RULE
+  static_assert(has_only<&Features::mask, &Features::count_blocks>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
 
   using L = ForwardLayout<C>;
   using P = Products<C>;
