@@ -129,8 +129,8 @@ Function load(KernelId const& id, Image const& image, DeviceFacts const& device)
 template <class KernelId>
 class KernelCache {
  public:
-  /// Sets the `function` of each launch. Kernels that are not prepared yet are compiled at the same time, as far as they
-  /// have to be, and then those that will be needed next as well: these go to the disk cache.
+  /// Sets the `function` of each launch. Kernels that are not prepared yet are compiled at the same time, as far as
+  /// they have to be, and then those that will be needed next as well: these go to the disk cache.
   void get(std::span<Launch<KernelId>> wanted, int device,
            std::function<std::vector<BackwardKernelId>()> const& needed_next = {}) {
     if (find(wanted, device)) return;

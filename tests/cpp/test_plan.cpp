@@ -36,7 +36,8 @@ struct Problem {
   std::vector<float> output = std::vector<float>(4096, -7.f);
   TensorView q = view(memory, {1, 4, 2, 8}), k = view(memory, {1, 5, 1, 8}), v = view(memory, {1, 5, 1, 8});
   TensorView out = view(output, {1, 4, 2, 8});
-  ForwardOptions options;
+  TensorView const* block_counts = nullptr;
+  CallOptions options;
   ForwardConfig config = default_config(DType::float32, 8, cpu_arch);
 
   static TensorView view(std::vector<float>& memory, std::array<int64_t, 4> shape) {
@@ -48,7 +49,7 @@ struct Problem {
     return t;
   }
 
-  void run() { forward(config, q, k, v, out, nullptr, options); }
+  void run() { forward(config, q, k, v, out, nullptr, options, block_counts); }
 
   template <class Exception>
   void expect(std::initializer_list<char const*> words) {
@@ -144,7 +145,7 @@ TEST(Plan, WrongTensorsAreRefused) {
   {
     Problem p;
     TensorView counts = p.out;
-    p.options.block_counts = &counts;
+    p.block_counts = &counts;
     p.expect<ArgumentError>({"block_counts", "int32", "float32"});
   }
   {
@@ -282,7 +283,7 @@ struct BackwardProblem {
   TensorView out = q, dout = q, lse = rows_of(memory), dlse = rows_of(memory);
   TensorView dq = Problem::view(dq_memory, {1, 4, 2, 8}), dk = Problem::view(dk_memory, {1, 5, 1, 8}),
              dv = Problem::view(dv_memory, {1, 5, 1, 8});
-  BackwardOptions options;
+  CallOptions options;
   BackwardConfig config = default_backward_config(DType::float32, 8, cpu_arch);
 
   static TensorView rows_of(std::vector<float>& memory) {
