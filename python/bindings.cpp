@@ -290,37 +290,71 @@ void bind_configs(nb::module_& m) {
 
 // ---- calls -----------------------------------------------------------------------------------------
 
+/// CallOptions as Python has them: without a stream, q's library says on which one a call on a GPU runs.
+struct PythonOptions {
+  CallOptions options;
+  std::optional<std::uintptr_t> stream;
+
+  /// What a tensor's library is told when it exports q.
+  nb::object stream_object() const { return stream ? nb::object(nb::int_(*stream)) : nb::none(); }
+};
+
+void bind_options(nb::module_& m) {
+  nb::class_<PythonOptions> cls(m, "CallOptions",
+                                "What is computed of q, k and v, and how: one value for all calls, each of which looks "
+                                "at what concerns it. The arguments of flash_attention, checked.");
+  cls.def(
+      "__init__",
+      [](PythonOptions* self, bool causal, std::optional<int64_t> diagonal, std::optional<double> scale,
+         std::string const& layout, std::optional<std::uintptr_t> stream, bool allow_tf32, bool deterministic,
+         bool gradients_follow) {
+        new (self) PythonOptions{{.causal = causal,
+                                  .diagonal = diagonal,
+                                  .scale = scale,
+                                  .layout = to_layout(layout),
+                                  .stream = nullptr,
+                                  .allow_tf32 = allow_tf32,
+                                  .deterministic = deterministic,
+                                  .gradients_follow = gradients_follow},
+                                 stream};
+      },
+      "causal"_a = false, "diagonal"_a = nb::none(), "scale"_a = nb::none(), "layout"_a = "bshd",
+      "stream"_a = nb::none(), "allow_tf32"_a = false, "deterministic"_a = false, "gradients_follow"_a = false);
+  cls.def_prop_ro("causal", [](PythonOptions const& o) { return o.options.causal; });
+  cls.def_prop_ro("diagonal", [](PythonOptions const& o) { return o.options.diagonal; });
+  cls.def_prop_ro("scale", [](PythonOptions const& o) { return o.options.scale; });
+  cls.def_prop_ro("layout", [](PythonOptions const& o) { return o.options.layout == Layout::bshd ? "bshd" : "bhsd"; });
+  cls.def_prop_ro("stream", [](PythonOptions const& o) { return o.stream; });
+  cls.def_prop_ro("allow_tf32", [](PythonOptions const& o) { return o.options.allow_tf32; });
+  cls.def_prop_ro("deterministic", [](PythonOptions const& o) { return o.options.deterministic; });
+  cls.def_prop_ro("gradients_follow", [](PythonOptions const& o) { return o.options.gradients_follow; });
+}
+
 /// q's library says on which stream a call on a GPU runs, unless the caller does: sets `launch_stream`, and returns
 /// what the libraries of the other arrays are told.
-nb::object choose_stream(Tensor const& q, nb::handle stream, void*& launch_stream) {
-  if (q.view().device.type == DeviceType::cpu) return nb::borrow(stream);
-  launch_stream = stream.is_none() ? q.current_stream() : reinterpret_cast<void*>(nb::cast<std::uintptr_t>(stream));
+nb::object choose_stream(Tensor const& q, PythonOptions const& options, void*& launch_stream) {
+  if (q.view().device.type == DeviceType::cpu) return options.stream_object();
+  launch_stream = options.stream ? reinterpret_cast<void*>(*options.stream) : q.current_stream();
   return nb::int_(reinterpret_cast<std::uintptr_t>(launch_stream));
 }
 
+template <class Config>
+std::optional<Config> optional_of(Config const* config) {
+  return config != nullptr ? std::optional(*config) : std::nullopt;
+}
+
 void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
-                  nb::handle block_counts, bool causal, std::optional<double> scale, std::string const& layout,
-                  nb::handle stream, bool allow_tf32, std::optional<bool> deterministic_gradients) {
-  ForwardOptions options;
-  if (deterministic_gradients) {
-    options.gradients = *deterministic_gradients ? Gradients::deterministic : Gradients::any_order;
-  }
-  options.allow_tf32 = allow_tf32;
-  options.causal = causal;
-  options.scale = scale;
-  options.layout = to_layout(layout);
-  Tensor const tq("q", q, stream);
-  nb::object const launch_stream = choose_stream(tq, stream, options.stream);
+                  nb::handle block_counts, PythonOptions const& given) {
+  CallOptions options = given.options;
+  Tensor const tq("q", q, given.stream_object());
+  nb::object const launch_stream = choose_stream(tq, given, options.stream);
   std::optional<Tensor> tk, tv, to, tl, tc;
   tk.emplace("k", k, launch_stream);
   tv.emplace("v", v, launch_stream);
   to.emplace("out", out, launch_stream);
   if (!lse.is_none()) tl.emplace("lse", lse, launch_stream);
-  if (!block_counts.is_none()) {
-    tc.emplace("block_counts", block_counts, launch_stream);
-    options.block_counts = &tc->view();
-  }
-  if (stream.is_none()) {
+  if (!block_counts.is_none()) tc.emplace("block_counts", block_counts, launch_stream);
+  if (!given.stream) {
     // An array that was exported with no handshake is ordered on its own library's stream only.
     for (auto const& [argument, t] : {std::pair{"k", &tk}, std::pair{"v", &tv}, std::pair{"out", &to},
                                       std::pair{"lse", &tl}, std::pair{"block_counts", &tc}}) {
@@ -328,22 +362,16 @@ void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::h
     }
   }
   ReleaseGil const released;
-  ForwardConfig const chosen = config ? *config : config_for(tq.view(), tk->view(), tv->view(), &to->view(), options);
-  forward(chosen, tq.view(), tk->view(), tv->view(), to->view(), tl ? &tl->view() : nullptr, options);
+  forward(optional_of(config), tq.view(), tk->view(), tv->view(), to->view(), tl ? &tl->view() : nullptr, options,
+          tc ? &tc->view() : nullptr);
 }
 
-/// As call_forward. `deterministic` is what the default configuration is to be.
 void call_backward(BackwardConfig const* config, nb::handle dout, nb::handle q, nb::handle k, nb::handle v,
                    nb::handle out, nb::handle lse, nb::handle dlse, nb::handle dq, nb::handle dk, nb::handle dv,
-                   nb::handle workspace, bool causal, std::optional<double> scale, std::string const& layout,
-                   bool deterministic, nb::handle stream) {
-  BackwardOptions options;
-  options.causal = causal;
-  options.scale = scale;
-  options.layout = to_layout(layout);
-  options.deterministic = deterministic;
-  Tensor const tq("q", q, stream);
-  nb::object const launch_stream = choose_stream(tq, stream, options.stream);
+                   nb::handle workspace, PythonOptions const& given) {
+  CallOptions options = given.options;
+  Tensor const tq("q", q, given.stream_object());
+  nb::object const launch_stream = choose_stream(tq, given, options.stream);
   std::optional<Tensor> tdout, tk, tv, to, tlse, tdlse, tdq, tdk, tdv, tw;
   for (auto const& [argument, t, array] :
        {std::tuple{"dout", &tdout, dout}, std::tuple{"k", &tk, k}, std::tuple{"v", &tv, v}, std::tuple{"out", &to, out},
@@ -352,40 +380,25 @@ void call_backward(BackwardConfig const* config, nb::handle dout, nb::handle q, 
     bool const optional = t == &tdlse || t == &tw;
     if (optional && array.is_none()) continue;
     t->emplace(argument, array, launch_stream);
-    if (stream.is_none()) (*t)->require_stream(argument, options.stream);
+    if (!given.stream) (*t)->require_stream(argument, options.stream);
   }
-  if (tw) options.workspace = &tw->view();
   ReleaseGil const released;
-  BackwardConfig const chosen = config ? *config
-                                       : backward_config_for(tq.view(), tk->view(), tv->view(),
-                                                             {{"out", &to->view()},
-                                                              {"dout", &tdout->view()},
-                                                              {"dq", &tdq->view()},
-                                                              {"dk", &tdk->view()},
-                                                              {"dv", &tdv->view()}},
-                                                             options);
-  backward(chosen, tdout->view(), tq.view(), tk->view(), tv->view(), to->view(), tlse->view(),
-           tdlse ? &tdlse->view() : nullptr, tdq->view(), tdk->view(), tdv->view(), options);
+  backward(optional_of(config), tdout->view(), tq.view(), tk->view(), tv->view(), to->view(), tlse->view(),
+           tdlse ? &tdlse->view() : nullptr, tdq->view(), tdk->view(), tdv->view(), options,
+           tw ? &tw->view() : nullptr);
 }
 
 int64_t call_backward_workspace_size(BackwardConfig const* config, nb::handle q, nb::handle v,
-                                     std::string const& layout, bool deterministic) {
+                                     PythonOptions const& given) {
   Tensor const tq("q", q, nb::none()), tv("v", v, nb::none());
-  BackwardOptions options;
-  options.layout = to_layout(layout);
-  options.deterministic = deterministic;
   ReleaseGil const released;
-  return backward_workspace_size(config ? std::optional(*config) : std::nullopt, tq.view(), tv.view(), options);
+  return backward_workspace_size(optional_of(config), tq.view(), tv.view(), given.options);
 }
 
-BackwardConfig call_backward_config_for(nb::handle q, nb::handle k, nb::handle v, std::string const& layout,
-                                        bool deterministic) {
+BackwardConfig call_backward_config_for(nb::handle q, nb::handle k, nb::handle v, PythonOptions const& given) {
   Tensor const tq("q", q, nb::none()), tk("k", k, nb::none()), tv("v", v, nb::none());
-  BackwardOptions options;
-  options.layout = to_layout(layout);
-  options.deterministic = deterministic;
   ReleaseGil const released;
-  return backward_config_for(tq.view(), tk.view(), tv.view(), {}, options);
+  return backward_config_for(tq.view(), tk.view(), tv.view(), {}, given.options);
 }
 
 std::vector<std::pair<std::string, std::string>> call_prebuild(std::vector<ForwardConfig> const& forward,
@@ -396,21 +409,14 @@ std::vector<std::pair<std::string, std::string>> call_prebuild(std::vector<Forwa
   return prebuild(forward, backward, target);
 }
 
-Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, bool causal,
-                         std::optional<double> scale, std::string const& layout, bool allow_tf32) {
+Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v,
+                         PythonOptions const& given) {
   Tensor const tq("q", q, nb::none()), tk("k", k, nb::none()), tv("v", v, nb::none());
   if (tq.view().dtype == DType::int32) {
     throw ArgumentError("q", "dtype float16, bfloat16, float32 or float64", "int32");
   }
-  ForwardOptions options;
-  options.causal = causal;
-  options.scale = scale;
-  options.layout = to_layout(layout);
-  options.allow_tf32 = allow_tf32;
   ReleaseGil const released;
-  std::optional<ForwardConfig> chosen;
-  if (config) chosen = *config;
-  return explain(chosen, tq.view(), tk.view(), tv.view(), options);
+  return explain(optional_of(config), tq.view(), tk.view(), tv.view(), given.options);
 }
 
 /// A member of a struct, and the name and the sentence by which Python knows it.
@@ -522,25 +528,23 @@ NB_MODULE(_core, m) {
   bind_configs(m);
   bind_explanation(m);
   bind_facts(m);
+  bind_options(m);
   m.def("forward", &call_forward, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "out"_a.none(),
-        "lse"_a.none(), "block_counts"_a.none(), "causal"_a, "scale"_a.none(), "layout"_a, "stream"_a.none(),
-        "allow_tf32"_a, "deterministic_gradients"_a = nb::none());
+        "lse"_a.none(), "block_counts"_a.none(), "options"_a);
   m.def("backward", &call_backward, "config"_a.none(), "dout"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(),
         "out"_a.none(), "lse"_a.none(), "dlse"_a.none(), "dq"_a.none(), "dk"_a.none(), "dv"_a.none(),
-        "workspace"_a.none(), "causal"_a, "scale"_a.none(), "layout"_a, "deterministic"_a, "stream"_a.none());
+        "workspace"_a.none(), "options"_a);
   m.def("backward_workspace_size", &call_backward_workspace_size, "config"_a.none(), "q"_a.none(), "v"_a.none(),
-        "layout"_a, "deterministic"_a);
-  m.def("backward_config_for", &call_backward_config_for, "q"_a.none(), "k"_a.none(), "v"_a.none(), "layout"_a,
-        "deterministic"_a);
+        "options"_a);
+  m.def("backward_config_for", &call_backward_config_for, "q"_a.none(), "k"_a.none(), "v"_a.none(), "options"_a);
   m.def(
       "check_problem",
-      [](nb::handle q, nb::handle k, nb::handle v, std::optional<double> scale, std::string const& layout) {
+      [](nb::handle q, nb::handle k, nb::handle v, PythonOptions const& given) {
         Tensor const tq("q", q, nb::none()), tk("k", k, nb::none()), tv("v", v, nb::none());
-        check_problem(tq.view(), tk.view(), tv.view(), {.scale = scale, .layout = to_layout(layout)});
+        check_problem(tq.view(), tk.view(), tv.view(), given.options);
       },
-      "q"_a.none(), "k"_a.none(), "v"_a.none(), "scale"_a.none(), "layout"_a);
-  m.def("explain", &call_explain, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "causal"_a,
-        "scale"_a.none(), "layout"_a, "allow_tf32"_a);
+      "q"_a.none(), "k"_a.none(), "v"_a.none(), "options"_a);
+  m.def("explain", &call_explain, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "options"_a);
   m.def(
       "default_config",
       [](nb::handle dtype, int64_t head_dim, nb::handle arch, std::optional<int64_t> head_dim_v) {

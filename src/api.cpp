@@ -6,6 +6,7 @@
 #include <span>
 #include <variant>
 
+#include "call.hpp"
 #include "choose.hpp"
 #include "compiler_process.hpp"
 #include "cpu/backward.hpp"
@@ -72,18 +73,16 @@ void explain_idle_multiprocessors(Device device, Explanation& e) {
 
 /// Why a call does not run `config`, in words that all configurations with this reason share. `given`: the caller named
 /// another.
-std::string why_not(ForwardConfig const& config, bool given, TensorView const& q, TensorView const& k,
-                    TensorView const& v, ForwardOptions const& options) {
-  bool const gpu = q.device.type == DeviceType::cuda;
+std::string why_not(ForwardConfig const& config, bool given, Call const& call) {
   try {
-    if (config.dtype == q.dtype) {
-      if (ForwardConfigError const broken = check(config, arch_of(q.device)); broken != ForwardConfigError::none) {
+    if (config.dtype == call.q.view->dtype) {
+      if (ForwardConfigError const broken = check(config, call.arch); broken != ForwardConfigError::none) {
         return sentence(broken);
       }
     }
-    plan_forward(config, q, k, v, nullptr, nullptr, options);
+    plan_forward(config, call, {});
     return given ? "another configuration was asked for"
-                 : (gpu ? "not the default for these shapes" : "not the default on the CPU");
+                 : (call.on_gpu() ? "not the default for these shapes" : "not the default on the CPU");
   } catch (ConfigError const& error) {
     std::string_view const message = error.what();
     constexpr std::string_view argument = "cfg: ";  // which nobody passed
@@ -91,6 +90,21 @@ std::string why_not(ForwardConfig const& config, bool given, TensorView const& q
   } catch (Error const& error) {
     return error.what();
   }
+}
+
+void explain_others(Call const& call, ForwardConfig const& chosen, bool given, std::vector<GivenUp> const& given_up,
+                    Explanation& e) {
+  for (ForwardConfig const& other : configs()) {
+    bool const told = std::any_of(given_up.begin(), given_up.end(), [&](auto const& g) { return g.config == other; });
+    if (chosen == other || told) continue;
+    e.rejected.emplace_back(name(other).text, why_not(other, given, call));
+  }
+}
+
+/// The configuration of a call that brings none.
+ForwardConfig chosen_config(Call const& call, TensorView const* out, bool count_blocks) {
+  require_kernel(call);
+  return choose_config(forward_tensors(call, out), features_of(call, count_blocks), call.device);
 }
 
 CachedImage image_of(DiskCache::Entry const& entry) {
@@ -115,33 +129,35 @@ std::vector<std::pair<CachedImage, std::string>> in_words(DiskCache::Outcomes co
 
 }  // namespace
 
-void forward(ForwardConfig const& config, TensorView const& q, TensorView const& k, TensorView const& v,
-             TensorView const& out, TensorView const* lse, ForwardOptions const& options) {
-  ForwardPlan const plan = plan_forward(config, q, k, v, &out, lse, options);
-  if (plan.device.type == DeviceType::cuda) {
-    auto const gradients = [&]() -> std::vector<BackwardKernelId> {
-      BackwardOptions backward;
-      backward.layout = options.layout;
-      backward.deterministic = options.gradients == Gradients::deterministic;
-      try {
-        return kernels_of(backward_config_for(q, k, v, {{"out", &out}}, backward), plan.kernel.features);
-      } catch (UnsupportedError const&) {  // there are none, which the call for gradients will say
-        return {};
-      }
-    };
-    std::function<std::vector<BackwardKernelId>()> needed_next;
-    if (options.gradients != Gradients::none) needed_next = std::ref(gradients);  // which allocates nothing
-    launch(plan.kernel, plan.params, plan.device.index, options.stream, needed_next);
-  } else {
+void forward(std::optional<ForwardConfig> const& config, TensorView const& q, TensorView const& k, TensorView const& v,
+             TensorView const& out, TensorView const* lse, CallOptions const& options, TensorView const* block_counts) {
+  Call const call = checked_call(q, k, v, options);
+  ForwardOutputs const outputs{&out, lse, block_counts};
+  ForwardPlan const plan =
+      plan_forward(config ? *config : chosen_config(call, &out, block_counts != nullptr), call, outputs);
+  if (!call.on_gpu()) {
     cpu::forward(plan.kernel.config, plan.kernel.features, plan.params);
+    return;
   }
+  auto const gradients = [&]() -> std::vector<BackwardKernelId> {
+    try {
+      return kernels_of(aligned_backward_config(call), plan.kernel.features);
+    } catch (UnsupportedError const&) {  // there are none, which the call for gradients will say
+      return {};
+    }
+  };
+  std::function<std::vector<BackwardKernelId>()> needed_next;
+  if (options.gradients_follow) needed_next = std::ref(gradients);  // which allocates nothing
+  launch(plan.kernel, plan.params, plan.device.index, options.stream, needed_next);
 }
 
-void backward(BackwardConfig const& config, TensorView const& dout, TensorView const& q, TensorView const& k,
-              TensorView const& v, TensorView const& out, TensorView const& lse, TensorView const* dlse,
-              TensorView const& dq, TensorView const& dk, TensorView const& dv, BackwardOptions const& options) {
-  BackwardPlan const plan = plan_backward(config, dout, q, k, v, out, lse, dlse, dq, dk, dv, options);
-  if (plan.device.type == DeviceType::cuda) {
+void backward(std::optional<BackwardConfig> const& config, TensorView const& dout, TensorView const& q,
+              TensorView const& k, TensorView const& v, TensorView const& out, TensorView const& lse,
+              TensorView const* dlse, TensorView const& dq, TensorView const& dk, TensorView const& dv,
+              CallOptions const& options, TensorView const* workspace) {
+  Call const call = checked_call(q, k, v, options);
+  BackwardPlan const plan = plan_backward(config, call, {dout, out, lse, dlse, dq, dk, dv, workspace});
+  if (call.on_gpu()) {
     launch(plan.config, plan.features, plan.params, plan.device.index, options.stream);
   } else {
     cpu::backward(plan.config, plan.features, plan.params);
@@ -161,9 +177,8 @@ ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch, std::opti
 }
 
 ForwardConfig config_for(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out,
-                         ForwardOptions const& options) {
-  require_kernel(q.dtype, arch_of(q.device), "q: ");
-  return choose_config(forward_tensors(q, k, v, out, options), features_of(options), q.device);
+                         CallOptions const& options, bool count_blocks) {
+  return chosen_config(checked_call(q, k, v, options), out, count_blocks);
 }
 
 std::vector<ForwardConfig> configs() { return configs_among(forward_families); }
@@ -171,7 +186,7 @@ std::vector<ForwardConfig> configs() { return configs_among(forward_families); }
 std::vector<BackwardConfig> backward_configs() { return configs_among(backward_families); }
 
 Explanation explain(std::optional<ForwardConfig> const& config, TensorView const& q, TensorView const& k,
-                    TensorView const& v, ForwardOptions const& options) {
+                    TensorView const& v, CallOptions const& options) {
   Explanation e;
   bool const gpu = q.device.type == DeviceType::cuda;
   auto const backend_of = [&](Math math) { return !gpu ? "cpu" : math == Math::wgmma ? "sm90" : "sm80"; };
@@ -181,31 +196,27 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
   std::optional<ForwardConfig> chosen = config;
   std::vector<GivenUp> given_up;
   try {
-    require_kernel(q.dtype, arch_of(q.device), "q: ");
+    Call const call = checked_call(q, k, v, options);
+    require_kernel(call);
     std::string misaligned;
-    ForwardTensors const tensors = forward_tensors(q, k, v, nullptr, options, &misaligned);
-    if (!chosen) chosen = choose_config(tensors, features_of(options), q.device, &given_up);
+    ForwardTensors const tensors = forward_tensors(call, nullptr, &misaligned);
+    if (!chosen) chosen = choose_config(tensors, features_of(call), call.device, &given_up);
     here = backend_of(chosen->math);
     if (gpu && !config && !misaligned.empty()) {
-      if (arch_of(q.device) == 90 && size_of(q.dtype) == 2) e.rejected.emplace_back("sm90", misaligned);
+      if (call.arch == 90 && size_of(q.dtype) == 2) e.rejected.emplace_back("sm90", misaligned);
       if (tensors.alignment < 16) e.rejected.emplace_back("copy_bytes=16", misaligned);
     }
     explain_given_up(given_up, *chosen, e);
-    ForwardPlan const plan = plan_forward(*chosen, q, k, v, nullptr, nullptr, options);
+    explain_others(call, *chosen, config.has_value(), given_up, e);
+    ForwardPlan const plan = plan_forward(*chosen, call, {});
     e.backend = here;
     e.config = chosen;
     e.kernel = gpu ? name(plan.kernel).text : std::string(cpu::isa());
     if (chosen->math == Math::wgmma) explain_idle_multiprocessors(q.device, e);
-    Arch const arch = arch_of(q.device);
-    e.image = gpu ? image_origin(plan.kernel, arch) : "compiled into the library";
-    e.reasons = reasons_for(*chosen, config.has_value(), tensors, q.device, arch);
+    e.image = gpu ? image_origin(plan.kernel, call.arch) : "compiled into the library";
+    e.reasons = reasons_for(*chosen, config.has_value(), tensors, q.device, call.arch);
   } catch (Error const& error) {
     e.rejected.emplace_back(here, error.what());
-  }
-  for (ForwardConfig const& other : configs()) {
-    bool const told = std::any_of(given_up.begin(), given_up.end(), [&](auto const& g) { return g.config == other; });
-    if (chosen == other || told) continue;
-    e.rejected.emplace_back(name(other).text, why_not(other, config.has_value(), q, k, v, options));
   }
   return e;
 }

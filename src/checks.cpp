@@ -20,18 +20,6 @@ void require_rank(char const* argument, TensorView const& t, int rank, char cons
                       std::to_string(t.rank) + " (shape " + shape_text(t) + ")");
 }
 
-void require_equal(char const* argument, char const* what, int64_t got, char const* other, int64_t expected) {
-  if (got == expected) return;
-  throw ArgumentError(argument, std::string(what) + " " + std::to_string(expected) + " as in " + other,
-                      std::to_string(got));
-}
-
-void require_length(char const* argument, char const* what, int64_t value) {
-  constexpr int64_t limit = std::numeric_limits<int32_t>::max() - 1024;  // room to round up to a tile
-  if (value <= limit) return;
-  throw ArgumentError(argument, std::string(what) + " at most " + std::to_string(limit), std::to_string(value));
-}
-
 std::string text_of(std::array<int64_t, 4> const& numbers, int count) {
   std::string text = "(";
   for (int i = 0; i < std::min(count, 4); ++i) text += (i > 0 ? ", " : "") + std::to_string(numbers[i]);
@@ -65,24 +53,12 @@ bool is_empty(char const* argument, TensorView const& t) {
 
 std::string capability_text(Arch arch) { return std::to_string(arch / 10) + "." + std::to_string(arch % 10); }
 
-double checked_scale(std::optional<double> scale, int64_t d) {
-  cpu::DefaultFloatMode const mode;  // else the default would depend on how the caller's thread rounds
-  if (!scale) return d > 0 ? 1.0 / std::sqrt(static_cast<double>(d)) : 1.0;
-  if (!std::isfinite(*scale) || *scale < 0) {
-    throw ArgumentError("scale", "a finite number >= 0", std::to_string(*scale));
-  }
-  // The kernels multiply by scale * log2(e) in float.
-  if (*scale * std::numbers::log2e > std::numeric_limits<float>::max()) {
-    throw ArgumentError("scale", "at most 2e38", std::to_string(*scale));
-  }
-  return *scale;
-}
-
 /// Why nothing larger than `bytes` at a time can be copied from or to a tensor; "" if `bytes` can.
-std::string alignment_problem(Argument const& argument, Named const& n, int32_t bytes) {
+std::string alignment_problem(Operand const& tensor, int32_t bytes) {
+  Named const& n = tensor.dims;
   if (n.batch == 0 || n.row == 0 || n.head == 0 || n.d == 0) return "";
-  TensorView const& t = *argument.tensor;
-  auto const problem = [&](std::string const& what) { return std::string(argument.name) + "'s " + what; };
+  TensorView const& t = *tensor.view;
+  auto const problem = [&](std::string const& what) { return std::string(tensor.name) + "'s " + what; };
   if (auto const past = reinterpret_cast<std::uintptr_t>(t.data) % static_cast<unsigned>(bytes); past != 0) {
     return problem("address is " + std::to_string(past) + " bytes past a multiple of " + std::to_string(bytes));
   }
@@ -105,53 +81,52 @@ std::string to_string(Device device) {
 
 std::string shape_text(TensorView const& t) { return text_of(t.shape, t.rank); }
 
-Named named(char const* argument, TensorView const& t, Layout layout) {
+Operand operand(char const* name, TensorView const& t, Layout layout) {
   bool const bshd = layout == Layout::bshd;
-  require_rank(argument, t, 4, bshd ? "(batch, seqlen, heads, head_dim)" : "(batch, heads, seqlen, head_dim)");
+  require_rank(name, t, 4, bshd ? "(batch, seqlen, heads, head_dim)" : "(batch, heads, seqlen, head_dim)");
   int const row = bshd ? 1 : 2, head = bshd ? 2 : 1;
-  bool const empty = is_empty(argument, t);
+  bool const empty = is_empty(name, t);
   if (t.strides[3] != 1 && t.shape[3] > 1 && !empty) {
-    throw ArgumentError(argument, "last stride 1", std::to_string(t.strides[3]),
+    throw ArgumentError(name, "last stride 1", std::to_string(t.strides[3]),
                         "Nothing is copied silently: pass a contiguous copy");
   }
   if (t.data == nullptr && !empty) {
-    throw ArgumentError(argument, "a tensor with memory", "one without (a fake or wrapper tensor)");
+    throw ArgumentError(name, "a tensor with memory", "one without (a fake or wrapper tensor)");
   }
   // A dimension of size 1 is never stepped over: its stride may be anything, so it is made harmless.
   auto const stride = [&](int i) { return t.shape[i] > 1 && !empty ? t.strides[i] : 0; };
-  return {t.shape[0], t.shape[row], t.shape[head], t.shape[3], {stride(0), stride(row), stride(head)}};
+  return {name, &t, {t.shape[0], t.shape[row], t.shape[head], t.shape[3], {stride(0), stride(row), stride(head)}}};
 }
 
-void require_aligned(Argument const& argument, Named const& n, int32_t copy_bytes) {
-  std::string const problem = alignment_problem(argument, n, copy_bytes);
+void require_aligned(Operand const& tensor, int32_t copy_bytes) {
+  std::string const problem = alignment_problem(tensor, copy_bytes);
   if (problem.empty()) return;
   int32_t fitting = copy_bytes;
-  while (fitting > size_of(argument.tensor->dtype) && !alignment_problem(argument, n, fitting).empty()) fitting /= 2;
+  while (fitting > size_of(tensor.view->dtype) && !alignment_problem(tensor, fitting).empty()) fitting /= 2;
   throw ConfigError("cfg: copy_bytes " + std::to_string(copy_bytes) + " does not fit the tensors: " + problem +
                     ". Use copy_bytes=" + std::to_string(fitting) + (fitting < 4 ? " with async_copy=False" : "") +
                     ", or flash_attention, which chooses by itself");
 }
 
-std::string bulk_copy_problem(std::span<Argument const> arguments, Layout layout) {
+std::string bulk_copy_problem(std::span<Operand const> tensors) {
   constexpr int64_t limit = int64_t{1} << 40;  // of a stride in bytes
-  for (Argument const& argument : arguments) {
-    Named const n = named(argument.name, *argument.tensor, layout);
+  for (Operand const& tensor : tensors) {
+    Strides const& s = tensor.dims.stride;
     for (auto const& [what, stride] :
-         {std::pair{"batch", n.stride.batch}, std::pair{"seqlen", n.stride.row}, std::pair{"heads", n.stride.head}}) {
-      if (stride >= 0 && stride < limit / size_of(argument.tensor->dtype)) continue;
-      return std::string(argument.name) + "'s " + what + " stride " + std::to_string(stride) +
+         {std::pair{"batch", s.batch}, std::pair{"seqlen", s.row}, std::pair{"heads", s.head}}) {
+      if (stride >= 0 && stride < limit / size_of(tensor.view->dtype)) continue;
+      return std::string(tensor.name) + "'s " + what + " stride " + std::to_string(stride) +
              " is not among those that the copy engine (TMA) can follow, which are from 0 to 2^40 bytes";
     }
   }
   return "";
 }
 
-int32_t common_alignment(std::span<Argument const> arguments, Layout layout, std::string* misaligned) {
+int32_t common_alignment(std::span<Operand const> tensors, std::string* misaligned) {
   int32_t alignment = 16;
-  for (Argument const& argument : arguments) {
-    Named const n = named(argument.name, *argument.tensor, layout);
-    for (; alignment > size_of(argument.tensor->dtype); alignment /= 2) {
-      std::string const problem = alignment_problem(argument, n, alignment);
+  for (Operand const& tensor : tensors) {
+    for (; alignment > size_of(tensor.view->dtype); alignment /= 2) {
+      std::string const problem = alignment_problem(tensor, alignment);
       if (problem.empty()) break;
       if (misaligned != nullptr && misaligned->empty()) *misaligned = problem;
     }
@@ -224,45 +199,6 @@ void require_shape(char const* argument, TensorView const& t, DType dtype, Devic
   }
 }
 
-ForwardParams checked_problem(TensorView const& q, TensorView const& k, TensorView const& v, Named const& nq,
-                              Named const& nk, Named const& nv, std::optional<double> scale) {
-  require_equal("k", "batch size", nk.batch, "q", nq.batch);
-  require_equal("v", "batch size", nv.batch, "q", nq.batch);
-  require_equal("v", "seqlen", nv.row, "k", nk.row);
-  require_equal("v", "number of heads", nv.head, "k", nk.head);
-  require_equal("k", "head_dim", nk.d, "q", nq.d);
-  if (nq.head > 0 && (nk.head == 0 || nq.head % nk.head != 0)) {
-    throw ArgumentError("k", "a number of heads that divides q's " + std::to_string(nq.head), std::to_string(nk.head));
-  }
-  require_head_dim("q", nq.d);
-  require_head_dim("v", nv.d);
-  for (auto const& [argument, n] : {std::pair{"q", &nq}, std::pair{"k", &nk}}) {
-    require_length(argument, "batch size", n->batch);
-    require_length(argument, "seqlen", n->row);
-    require_length(argument, "number of heads", n->head);
-  }
-
-  ForwardParams p{};
-  p.scale = checked_scale(scale, nq.d);
-  // Base-2 softmax; with scale 0 a masked score must stay -inf, so the factor stays above 0.
-  p.scale_log2 = std::max(static_cast<float>(p.scale * std::numbers::log2e), std::numeric_limits<float>::min());
-  p.q = q.data;
-  p.k = k.data;
-  p.v = v.data;
-  p.q_stride = nq.stride;
-  p.k_stride = nk.stride;
-  p.v_stride = nv.stride;
-  p.batch = static_cast<int32_t>(nq.batch);
-  p.heads = static_cast<int32_t>(nq.head);
-  p.kv_heads = static_cast<int32_t>(nk.head);
-  p.seqlen_q = static_cast<int32_t>(nq.row);
-  p.seqlen_k = static_cast<int32_t>(nk.row);
-  p.head_dim = static_cast<int32_t>(nq.d);
-  p.head_dim_v = static_cast<int32_t>(nv.d);
-  p.causal_offset = p.seqlen_k - p.seqlen_q;
-  return p;
-}
-
 void throw_config_error(char const* sentence, std::string const& options, std::string const& details, Arch arch) {
   std::string message = std::string("cfg: ") + sentence + " (got " + options;
   if (!details.empty()) message += ": " + details;
@@ -281,16 +217,6 @@ void require_capability(Arch arch, std::string const& whose) {
   if (arch == cpu_arch || arch >= 80) return;
   throw DeviceError(whose + "a GPU of compute capability " + capability_text(arch) +
                     " is too old: the kernels need 8.0 or later. Use CPU tensors");
-}
-
-void check_problem(TensorView const& q, TensorView const& k, TensorView const& v, ForwardOptions const& options) {
-  require_float("q", q);
-  require_same_type("k", k, q);
-  require_same_type("v", v, q);
-  Named const nq = named("q", q, options.layout);
-  Named const nk = named("k", k, options.layout);
-  Named const nv = named("v", v, options.layout);
-  checked_problem(q, k, v, nq, nk, nv, options.scale);
 }
 
 }  // namespace flashcute

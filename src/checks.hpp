@@ -22,20 +22,27 @@ struct Named {
   int64_t all_heads() const { return row == 0 ? 0 : batch * head; }  // that have rows
 };
 
-/// A tensor of rank 4 with memory and unit last stride. The stride of a dimension that is never stepped over is 0. The
-/// number of elements, and the distance of any two, fit 64 bits, in bytes too.
-Named named(char const* argument, TensorView const& t, Layout layout);
+/// A tensor of a call: its name, and what it looks like.
+struct Operand {
+  char const* name;
+  TensorView const* view;
+  Named dims;
+};
+
+/// Of rank 4, with memory and unit last stride. The stride of a dimension that is never stepped over is 0. The number
+/// of elements, and the distance of any two, fit 64 bits, in bytes too.
+Operand operand(char const* name, TensorView const& t, Layout layout);
 
 /// Throws unless a kernel that copies `copy_bytes` at a time can read or write the tensor.
-void require_aligned(Argument const& argument, Named const& n, int32_t copy_bytes);
+void require_aligned(Operand const& tensor, int32_t copy_bytes);
 
 /// Why Hopper's copy engine cannot read one of the tensors, whose rows and strides are multiples of 16 bytes; "" if it
 /// can read all.
-std::string bulk_copy_problem(std::span<Argument const> arguments, Layout layout);
+std::string bulk_copy_problem(std::span<Operand const> tensors);
 
 /// How many bytes, at most 16, can be copied at a time from and to all tensors. `misaligned`, if given and empty,
 /// becomes the reason why there are fewer, if so.
-int32_t common_alignment(std::span<Argument const> arguments, Layout layout, std::string* misaligned = nullptr);
+int32_t common_alignment(std::span<Operand const> tensors, std::string* misaligned = nullptr);
 
 void require_float(char const* argument, TensorView const& t);
 void require_head_dim(char const* argument, int64_t d);
@@ -54,11 +61,6 @@ void require_shape_of_out(char const* argument, TensorView const& t, TensorView 
 inline constexpr char lse_dimensions[] = "(batch, heads, seqlen_q)";
 inline DType lse_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 
-/// Checks the sizes of q, k and v against each other, and the scale. The result lacks out, lse and what is not
-/// about the problem.
-ForwardParams checked_problem(TensorView const& q, TensorView const& k, TensorView const& v, Named const& nq,
-                              Named const& nk, Named const& nv, std::optional<double> scale);
-
 // ---- configurations ----------------------------------------------------------------------------------
 
 /// A rule that a configuration breaks: its sentence, the options, and what else there is to say of them.
@@ -71,24 +73,5 @@ void require_grid(int64_t blocks, char const* what);
 
 /// Throws DeviceError if a GPU is too old for all kernels. `whose` starts the message: "q: " or "".
 void require_capability(Arch arch, std::string const& whose);
-
-template <class Config>
-void require_dtype(Config const& config, TensorView const& q) {
-  if (config.dtype == q.dtype) return;
-  throw ConfigError(std::string("cfg: dtype ") + name_of(config.dtype) + " does not fit the tensors' " +
-                    name_of(q.dtype));
-}
-
-/// The compiled head dims must hold the tensors'.
-template <class Config>
-void require_width(Config const& config, ForwardParams const& p) {
-  auto const require = [](char const* option, int32_t compiled, int32_t d) {
-    if (d <= compiled) return;
-    throw ConfigError(std::string("cfg: ") + option + " " + std::to_string(compiled) +
-                      " is smaller than the tensors' " + std::to_string(d));
-  };
-  require("head_dim", config.head_dim, p.head_dim);
-  require("head_dim_v", config.head_dim_v, p.head_dim_v);
-}
 
 }  // namespace flashcute

@@ -36,7 +36,7 @@ std::vector<ForwardConfig> candidates(Wishes wishes, Arch arch) {
 
 }  // namespace
 
-ForwardConfig choose_config(ForwardTensors tensors, Features const& features, Device device,
+ForwardConfig choose_config(ForwardTensors const& tensors, Features const& features, Device device,
                             std::vector<GivenUp>* given_up) {
   if (device.type == DeviceType::cpu) return default_forward_config(tensors, cpu_arch);
   cuda::DeviceFacts const& facts = cuda::device_facts(device.index);

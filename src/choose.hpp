@@ -20,7 +20,7 @@ struct GivenUp {
 
 /// For tensors on the CPU, or on a GPU. If no configuration that serves the call can have an image, it is the default
 /// one, whose launch says what is missing. `given_up`, if not null, becomes what would be faster, the fastest first.
-ForwardConfig choose_config(ForwardTensors tensors, Features const& features, Device device,
+ForwardConfig choose_config(ForwardTensors const& tensors, Features const& features, Device device,
                             std::vector<GivenUp>* given_up = nullptr);
 
 }  // namespace flashcute

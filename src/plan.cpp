@@ -1,6 +1,5 @@
 #include "plan.hpp"
 
-#include <limits>
 #include <span>
 #include <vector>
 
@@ -11,27 +10,21 @@
 namespace flashcute {
 namespace {
 
-/// All tensors have q's dtype and device, and the dtype is one to compute with.
-void require_one_type(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out) {
-  require_float("q", q);
-  for (auto const& [argument, t] : {std::pair{"k", &k}, std::pair{"v", &v}, std::pair{"out", out}}) {
-    if (t != nullptr) require_same_type(argument, *t, q);
-  }
+/// `out` as its operand.
+Operand checked_out(TensorView const& out, Call const& call) {
+  require_same_type("out", out, *call.q.view);
+  require_writable("out", out);
+  require_shape_of_out("out", out, *call.q.view, call.v.dims.d);
+  Operand const operand_out = operand("out", out, call.options.layout);
+  require_no_overlap("out", out);
+  for (Operand const* other : {&call.q, &call.k, &call.v}) require_separate("out", out, other->name, *other->view);
+  return operand_out;
 }
 
 }  // namespace
 
 Arch arch_of(Device device) {
   return device.type == DeviceType::cpu ? cpu_arch : cuda::device_facts(device.index).arch;
-}
-
-void require_kernel(DType dtype, Arch arch, std::string const& whose) {
-  require_capability(arch, whose);
-  if (arch != cpu_arch && dtype == DType::float64) {
-    throw UnsupportedError(whose +
-                           "dtype float64 has no GPU kernel. Cast to float32, or use "
-                           "torch.nn.functional.scaled_dot_product_attention");
-  }
 }
 
 void check_config(ForwardConfig const& config, Arch arch) {
@@ -49,93 +42,69 @@ void check_config(ForwardConfig const& config, Arch arch) {
   throw_config_error(sentence(error), options_text(config, arch != cpu_arch, sentence(error)), details, arch);
 }
 
-ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, TensorView const& k, TensorView const& v,
-                         TensorView const* out, TensorView const* lse, ForwardOptions const& options) {
-  require_one_type(q, k, v, out);
-  Named const nq = named("q", q, options.layout);
-  Named const nk = named("k", k, options.layout);
-  Named const nv = named("v", v, options.layout);
+ForwardPlan plan_forward(ForwardConfig const& config, Call const& call, ForwardOutputs const& outputs) {
+  require_kernel(call);
+  require_fits(config, call);
+  ForwardParams p = call.params;
+  Named const& nq = call.q.dims;
 
-  require_dtype(config, q);
-  ForwardParams p = checked_problem(q, k, v, nq, nk, nv, options.scale);
-
-  bool const gpu = q.device.type == DeviceType::cuda;
-  Arch const arch = arch_of(q.device);
-  require_kernel(q.dtype, arch, "q: ");
-  check_config(config, arch);
-  require_width(config, p);
-
-  if (out != nullptr) {
-    require_writable("out", *out);
-    require_shape_of_out("out", *out, q, nv.d);
-    Named const no = named("out", *out, options.layout);
-    require_no_overlap("out", *out);
-    if (gpu) require_aligned({"out", out}, no, config.copy_bytes);
-    require_separate("out", *out, "q", q);
-    require_separate("out", *out, "k", k);
-    require_separate("out", *out, "v", v);
-    p.out = out->data;
-    p.out_stride = no.stride;
+  if (outputs.out != nullptr) {
+    Operand const out = checked_out(*outputs.out, call);
+    if (call.on_gpu()) require_aligned(out, config.copy_bytes);
+    p.out = out.view->data;
+    p.out_stride = out.dims.stride;
   }
   /// A contiguous result beside `out`, in memory of its own.
   auto const require_result = [&](char const* argument, TensorView const& t, DType dtype,
                                   std::vector<int64_t> const& shape, char const* dimensions) {
     require_writable(argument, t);
-    require_shape(argument, t, dtype, q.device, shape, dimensions, true);
-    for (auto const& [other_name, other] : {std::pair{"q", &q}, std::pair{"k", &k}, std::pair{"v", &v}}) {
-      require_separate(argument, t, other_name, *other);
-    }
-    if (out != nullptr) require_separate(argument, t, "out", *out);
+    require_shape(argument, t, dtype, call.device, shape, dimensions, true);
+    for (Operand const* other : {&call.q, &call.k, &call.v}) require_separate(argument, t, other->name, *other->view);
+    if (outputs.out != nullptr) require_separate(argument, t, "out", *outputs.out);
   };
-  if (lse != nullptr) {
-    require_result("lse", *lse, lse_dtype(q.dtype), {nq.batch, nq.head, nq.row}, lse_dimensions);
-    p.lse = lse->data;
+  if (outputs.lse != nullptr) {
+    require_result("lse", *outputs.lse, lse_dtype(config.dtype), {nq.batch, nq.head, nq.row}, lse_dimensions);
+    p.lse = outputs.lse->data;
   }
-  if (TensorView const* const counts = options.block_counts; counts != nullptr) {
+  if (TensorView const* const counts = outputs.block_counts; counts != nullptr) {
     require_result("block_counts", *counts, DType::int32,
                    {nq.batch, nq.head, ceil_div<int64_t>(nq.row, tile_rows(config)), 3},
                    "(batch, heads, row blocks, 3)");
-    if (lse != nullptr) require_separate("block_counts", *counts, "lse", *lse);
+    if (outputs.lse != nullptr) require_separate("block_counts", *counts, "lse", *outputs.lse);
     p.block_counts = static_cast<BlockCounts*>(counts->data);
   }
 
-  if (gpu) {
+  Operand const loaded[] = {call.q, call.k, call.v};
+  if (call.on_gpu()) {
     require_grid(QueryTile::count(p, tile_rows(config)) * config.cluster,
                  "q: batch * heads * ceil(seqlen_q / block_m)");
-    require_aligned({"q", &q}, nq, config.copy_bytes);
-    require_aligned({"k", &k}, nk, config.copy_bytes);
-    require_aligned({"v", &v}, nv, config.copy_bytes);
+    for (Operand const& tensor : loaded) require_aligned(tensor, config.copy_bytes);
   }
   if (config.math == Math::wgmma) {
-    Argument const arguments[] = {{"q", &q}, {"k", &k}, {"v", &v}};
-    if (std::string const problem = bulk_copy_problem(arguments, options.layout); !problem.empty()) {
+    if (std::string const problem = bulk_copy_problem(loaded); !problem.empty()) {
       throw ConfigError("cfg: math wgmma does not fit the tensors: " + problem +
                         ". Use math='tensor_core', or flash_attention, which chooses by itself");
     }
   }
-
-  return {kernel_of(config, features_of(options)), p, q.device};
+  return {kernel_of(config, features_of(call, outputs.block_counts != nullptr)), p, call.device};
 }
 
-Features features_of(ForwardOptions const& options) {
-  return {.mask = options.causal ? MaskKind::causal : MaskKind::full, .count_blocks = options.block_counts != nullptr};
+Features features_of(Call const& call, bool count_blocks) {
+  return {.mask = call.mask(), .count_blocks = count_blocks};
 }
 
-ForwardTensors forward_tensors(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out,
-                               ForwardOptions const& options, std::string* misaligned) {
-  require_one_type(q, k, v, out);
-  Named const nq = named("q", q, options.layout);
-  Named const nv = named("v", v, options.layout);
-  require_head_dim("q", nq.d);
-  require_head_dim("v", nv.d);
-  ForwardTensors t{q.dtype, static_cast<int32_t>(nq.d), static_cast<int32_t>(nv.d)};
-  t.allow_tf32 = options.allow_tf32;
-  t.heads = nq.all_heads();
-  t.seqlen_q = static_cast<int32_t>(std::min<int64_t>(nq.row, std::numeric_limits<int32_t>::max() - 1024));
-  std::vector<Argument> arguments{{"q", &q}, {"k", &k}, {"v", &v}};
-  if (out != nullptr) arguments.push_back({"out", out});
-  t.alignment = common_alignment(arguments, options.layout, misaligned);
-  std::string const problem = bulk_copy_problem(std::span(arguments).first(3), options.layout);  // out is not loaded
+ForwardTensors forward_tensors(Call const& call, TensorView const* out, std::string* misaligned) {
+  ForwardTensors t{call.q.view->dtype, call.params.head_dim, call.params.head_dim_v};
+  t.allow_tf32 = call.options.allow_tf32;
+  t.heads = call.q.dims.all_heads();
+  t.seqlen_q = call.params.seqlen_q;
+  std::vector<Operand> copied{call.q, call.k, call.v};
+  if (out != nullptr) {
+    require_same_type("out", *out, *call.q.view);
+    copied.push_back(operand("out", *out, call.options.layout));
+  }
+  t.alignment = common_alignment(copied, misaligned);
+  std::string const problem = bulk_copy_problem(std::span(copied).first(3));  // out is not loaded
   t.bulk_copies = problem.empty();
   if (misaligned != nullptr && misaligned->empty()) *misaligned = problem;
   return t;

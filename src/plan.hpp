@@ -1,11 +1,19 @@
-// From tensors and options to a launch, or to the exception that says why not. All input checks live here.
+// From a checked call to a launch, or to the exception that says why not.
 #pragma once
 
+#include "call.hpp"
 #include "flashcute/api.hpp"
 #include "flashcute/params.hpp"
 #include "flashcute/tiles.hpp"
 
 namespace flashcute {
+
+/// What a forward call writes; null: not asked for, or not there yet.
+struct ForwardOutputs {
+  TensorView const* out = nullptr;
+  TensorView const* lse = nullptr;
+  TensorView const* block_counts = nullptr;
+};
 
 struct ForwardPlan {
   ForwardKernelId kernel;
@@ -13,21 +21,15 @@ struct ForwardPlan {
   Device device;
 };
 
-/// Checks q, k, v (and out, lse if given) against each other, the configuration and the backend. Throws
-/// ArgumentError, ConfigError, UnsupportedError or DeviceError.
-ForwardPlan plan_forward(ForwardConfig const& config, TensorView const& q, TensorView const& k, TensorView const& v,
-                         TensorView const* out, TensorView const* lse, ForwardOptions const& options);
+/// Checks the outputs that are given, the configuration and the backend. Throws ArgumentError, ConfigError,
+/// UnsupportedError or DeviceError.
+ForwardPlan plan_forward(ForwardConfig const& config, Call const& call, ForwardOutputs const& outputs);
 
 /// What the default configuration of a call depends on. `misaligned`, if given, becomes the reason why fewer
 /// than 16 bytes can be copied at once, if so.
-ForwardTensors forward_tensors(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out,
-                               ForwardOptions const& options, std::string* misaligned = nullptr);
+ForwardTensors forward_tensors(Call const& call, TensorView const* out, std::string* misaligned = nullptr);
 
 /// What a call computes, as far as it changes the code.
-Features features_of(ForwardOptions const& options);
-
-/// Throws UnsupportedError, which says what to use instead, if no configuration can serve a dtype on `arch`;
-/// DeviceError if the GPU is too old. `whose` starts the message: "q: " or "".
-void require_kernel(DType dtype, Arch arch, std::string const& whose);
+Features features_of(Call const& call, bool count_blocks = false);
 
 }  // namespace flashcute

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 #include <span>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "checks.hpp"
@@ -13,15 +15,14 @@ namespace flashcute {
 namespace {
 
 /// A gradient to write: shaped like its input, in memory of its own.
-Named checked_gradient(Argument const& gradient, Argument const& input, Layout layout) {
-  require_writable(gradient.name, *gradient.tensor);
-  Named const n = named(gradient.name, *gradient.tensor, layout);
-  if (gradient.tensor->shape != input.tensor->shape) {
-    throw ArgumentError(gradient.name, "shape " + shape_text(*input.tensor) + " as " + input.name,
-                        shape_text(*gradient.tensor));
+Operand checked_gradient(char const* name, TensorView const& gradient, Operand const& input, Layout layout) {
+  require_writable(name, gradient);
+  Operand const checked = operand(name, gradient, layout);
+  if (gradient.shape != input.view->shape) {
+    throw ArgumentError(name, "shape " + shape_text(*input.view) + " as " + input.name, shape_text(gradient));
   }
-  require_no_overlap(gradient.name, *gradient.tensor);
-  return n;
+  require_no_overlap(name, gradient);
+  return checked;
 }
 
 /// The default configuration, of tensors that have a kernel.
@@ -36,18 +37,18 @@ BackwardConfig default_config_of(BackwardTensors const& t, Arch arch, std::strin
   return config;
 }
 
-/// What the default configuration of a call depends on, but for alignment.
-BackwardTensors checked_tensors(TensorView const& q, TensorView const& v, BackwardOptions const& options) {
-  require_float("q", q);
-  require_same_type("v", v, q);
-  require_kernel(q.dtype, arch_of(q.device), "q: ");
-  int64_t const d = named("q", q, options.layout).d, d_v = named("v", v, options.layout).d;
-  require_head_dim("q", d);
-  require_head_dim("v", d_v);
-  return {.dtype = q.dtype,
-          .head_dim = static_cast<int32_t>(d),
-          .head_dim_v = static_cast<int32_t>(d_v),
-          .deterministic = options.deterministic};
+BackwardTensors backward_tensors(Call const& call) {
+  require_kernel(call);
+  return {.dtype = call.q.view->dtype,
+          .head_dim = call.params.head_dim,
+          .head_dim_v = call.params.head_dim_v,
+          .deterministic = call.options.deterministic};
+}
+
+BackwardConfig config_for(Call const& call, std::span<Operand const> copied) {
+  BackwardTensors t = backward_tensors(call);
+  if (call.on_gpu()) t.alignment = common_alignment(copied);
+  return default_config_of(t, call.arch, "q: ");
 }
 
 /// How large the workspace of a call on a GPU must be, whose tiles of query rows one launch can compute.
@@ -132,96 +133,96 @@ BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch,
   return config;
 }
 
+BackwardConfig aligned_backward_config(Call const& call) {
+  return default_config_of(backward_tensors(call), call.arch, "q: ");
+}
+
 BackwardConfig backward_config_for(TensorView const& q, TensorView const& k, TensorView const& v,
-                                   std::initializer_list<Argument> others, BackwardOptions const& options) {
-  BackwardTensors t = checked_tensors(q, v, options);
-  if (q.device.type == DeviceType::cuda) {
-    std::vector<Argument> arguments{{"q", &q}, {"k", &k}, {"v", &v}};
-    arguments.insert(arguments.end(), others);
-    for (auto const& [name, tensor] : arguments) require_same_type(name, *tensor, q);
-    t.alignment = common_alignment(arguments, options.layout);
+                                   std::initializer_list<Argument> others, CallOptions const& options) {
+  Call const call = checked_call(q, k, v, options);
+  std::vector<Operand> copied{call.q, call.k, call.v};
+  for (auto const& [name, tensor] : others) {
+    require_same_type(name, *tensor, q);
+    copied.push_back(operand(name, *tensor, options.layout));
   }
-  return default_config_of(t, arch_of(q.device), "q: ");
+  return config_for(call, copied);
 }
 
 int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, TensorView const& q, TensorView const& v,
-                                BackwardOptions const& options) {
-  BackwardTensors const t = checked_tensors(q, v, options);
-  if (q.device.type == DeviceType::cpu) return 0;
-  Arch const arch = arch_of(q.device);
-  if (config) check_config(*config, arch);
-  Named const n = named("q", q, options.layout);
-  return checked_workspace_of(config ? *config : default_config_of(t, arch, "q: "), n).total();
-}
-
-BackwardPlan plan_backward(BackwardConfig const& config, TensorView const& dout, TensorView const& q,
-                           TensorView const& k, TensorView const& v, TensorView const& out, TensorView const& lse,
-                           TensorView const* dlse, TensorView const& dq, TensorView const& dk, TensorView const& dv,
-                           BackwardOptions const& options) {
+                                CallOptions const& options) {
   require_float("q", q);
-  Named const nq = named("q", q, options.layout);
-  Named const nk = named("k", k, options.layout);
-  Named const nv = named("v", v, options.layout);
-  for (auto const& [argument, t] :
-       {Argument{"k", &k}, Argument{"v", &v}, Argument{"out", &out}, Argument{"dout", &dout}, Argument{"dq", &dq},
-        Argument{"dk", &dk}, Argument{"dv", &dv}}) {
-    require_same_type(argument, *t, q);
-  }
-  require_dtype(config, q);
-  BackwardParams p{};
-  p.forward = checked_problem(q, k, v, nq, nk, nv, options.scale);
-  bool const gpu = q.device.type == DeviceType::cuda;
+  require_same_type("v", v, q);
   Arch const arch = arch_of(q.device);
   require_kernel(q.dtype, arch, "q: ");
-  check_config(config, arch);
-  require_width(config, p.forward);
+  Named const nq = operand("q", q, options.layout).dims, nv = operand("v", v, options.layout).dims;
+  require_head_dim("q", nq.d);
+  require_head_dim("v", nv.d);
+  if (arch == cpu_arch) return 0;
+  if (config) check_config(*config, arch);
+  BackwardTensors const t{.dtype = q.dtype,
+                          .head_dim = static_cast<int32_t>(nq.d),
+                          .head_dim_v = static_cast<int32_t>(nv.d),
+                          .deterministic = options.deterministic};
+  return checked_workspace_of(config ? *config : default_config_of(t, arch, "q: "), nq).total();
+}
 
-  require_shape_of_out("out", out, q, nv.d);
-  require_shape_of_out("dout", dout, q, nv.d);
-  p.forward.out = out.data;
-  Named const no = named("out", out, options.layout), ndout = named("dout", dout, options.layout);
-  p.forward.out_stride = no.stride;
-  p.dout = dout.data;
-  p.dout_stride = ndout.stride;
+BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call const& call, BackwardTensorViews const& t) {
+  require_kernel(call);
+  if (given) require_fits(*given, call);
+  TensorView const& q = *call.q.view;
+  Layout const layout = call.options.layout;
+  BackwardParams p{};
+  p.forward = call.params;
 
+  std::vector<Operand> copied{call.q, call.k, call.v};
+  for (auto const& [name, view] : {std::pair{"out", &t.out}, std::pair{"dout", &t.dout}}) {
+    require_same_type(name, *view, q);
+    require_shape_of_out(name, *view, q, call.v.dims.d);
+    copied.push_back(operand(name, *view, layout));
+  }
+  p.forward.out = t.out.data;
+  p.forward.out_stride = copied[3].dims.stride;
+  p.dout = t.dout.data;
+  p.dout_stride = copied[4].dims.stride;
+
+  Named const& nq = call.q.dims;
   std::vector<int64_t> const rows{nq.batch, nq.head, nq.row};
-  require_shape("lse", lse, lse_dtype(q.dtype), q.device, rows, lse_dimensions, true);
-  p.forward.lse = lse.data;
-  if (dlse != nullptr) {
-    require_shape("dlse", *dlse, lse_dtype(q.dtype), q.device, rows, lse_dimensions, false);
-    p.dlse = dlse->data;
-    p.dlse_stride = {.batch = dlse->strides[0], .row = dlse->strides[2], .head = dlse->strides[1]};
+  require_shape("lse", t.lse, lse_dtype(q.dtype), q.device, rows, lse_dimensions, true);
+  p.forward.lse = t.lse.data;
+  if (t.dlse != nullptr) {
+    require_shape("dlse", *t.dlse, lse_dtype(q.dtype), q.device, rows, lse_dimensions, false);
+    p.dlse = t.dlse->data;
+    p.dlse_stride = {.batch = t.dlse->strides[0], .row = t.dlse->strides[2], .head = t.dlse->strides[1]};
   }
 
-  Argument const gradients[] = {{"dq", &dq}, {"dk", &dk}, {"dv", &dv}};
-  Named const ndq = checked_gradient(gradients[0], {"q", &q}, options.layout);
-  Named const ndk = checked_gradient(gradients[1], {"k", &k}, options.layout);
-  Named const ndv = checked_gradient(gradients[2], {"v", &v}, options.layout);
-  p.dq_stride = ndq.stride;
-  p.dk_stride = ndk.stride;
-  p.dv_stride = ndv.stride;
-  std::vector<Argument> others{{"q", &q}, {"k", &k}, {"v", &v}, {"out", &out}, {"lse", &lse}, {"dout", &dout}};
-  if (dlse != nullptr) others.push_back({"dlse", dlse});
-  for (Argument const& gradient : gradients) {
-    for (auto const& [name, other] : others) require_separate(gradient.name, *gradient.tensor, name, *other);
-    others.push_back(gradient);
+  std::vector<Argument> others{{"q", &q},       {"k", call.k.view}, {"v", call.v.view},
+                               {"out", &t.out}, {"lse", &t.lse},    {"dout", &t.dout}};
+  if (t.dlse != nullptr) others.push_back({"dlse", t.dlse});
+  for (auto const& [name, view, input] :
+       {std::tuple{"dq", &t.dq, &call.q}, std::tuple{"dk", &t.dk, &call.k}, std::tuple{"dv", &t.dv, &call.v}}) {
+    require_same_type(name, *view, q);
+    copied.push_back(checked_gradient(name, *view, *input, layout));
+    for (auto const& [other_name, other] : others) require_separate(name, *view, other_name, *other);
+    others.push_back({name, view});
   }
-  p.dq = dq.data;
-  p.dk = dk.data;
-  p.dv = dv.data;
+  p.dq = t.dq.data;
+  p.dk = t.dk.data;
+  p.dv = t.dv.data;
+  p.dq_stride = copied[5].dims.stride;
+  p.dk_stride = copied[6].dims.stride;
+  p.dv_stride = copied[7].dims.stride;
 
-  if (gpu) {
-    std::pair<Argument, Named> const copied[] = {{{"q", &q}, nq},     {{"k", &k}, nk},          {{"v", &v}, nv},
-                                                 {{"out", &out}, no}, {{"dout", &dout}, ndout}, {{"dq", &dq}, ndq},
-                                                 {{"dk", &dk}, ndk},  {{"dv", &dv}, ndv}};
-    for (auto const& [argument, n] : copied) require_aligned(argument, n, config.copy_bytes);
+  BackwardConfig const config = given ? *given : config_for(call, copied);
+  if (!given) check_config(config, call.arch);
+  if (call.on_gpu()) {
+    for (Operand const& tensor : copied) require_aligned(tensor, config.copy_bytes);
     BackwardWorkspace const workspace = checked_workspace_of(config, nq);
     require_grid(KeyTile::count(p.forward, config.block_n), "k: batch * kv_heads * ceil(seqlen_k / block_n)");
-    float* const start = checked_workspace(options.workspace, workspace.total(), q.device, others);
+    float* const start = checked_workspace(t.workspace, workspace.total(), q.device, others);
     p.delta = start;
     if (workspace.dq_sums > 0) p.dq_sums = start + workspace.delta;
   }
-  return {config, {.mask = options.causal ? MaskKind::causal : MaskKind::full}, p, q.device};
+  return {config, {.mask = call.mask()}, p, call.device};
 }
 
 }  // namespace flashcute

@@ -1,6 +1,9 @@
 // plan.hpp for the backward.
 #pragma once
 
+#include <optional>
+
+#include "call.hpp"
 #include "flashcute/api.hpp"
 #include "flashcute/backward_params.hpp"
 
@@ -13,11 +16,24 @@ struct BackwardPlan {
   Device device;
 };
 
-/// Checks all tensors of `backward` against each other, the configuration and the backend. Throws ArgumentError,
-/// ConfigError, UnsupportedError or DeviceError.
-BackwardPlan plan_backward(BackwardConfig const& config, TensorView const& dout, TensorView const& q,
-                           TensorView const& k, TensorView const& v, TensorView const& out, TensorView const& lse,
-                           TensorView const* dlse, TensorView const& dq, TensorView const& dk, TensorView const& dv,
-                           BackwardOptions const& options);
+/// The tensors of a backward call beside q, k and v.
+struct BackwardTensorViews {
+  TensorView const& dout;
+  TensorView const& out;
+  TensorView const& lse;
+  TensorView const* dlse;  // may be null
+  TensorView const& dq;
+  TensorView const& dk;
+  TensorView const& dv;
+  TensorView const* workspace;  // not looked at on the CPU
+};
+
+/// Checks all tensors of `backward` against each other, the configuration, or the default one, and the backend. Throws
+/// ArgumentError, ConfigError, UnsupportedError or DeviceError.
+BackwardPlan plan_backward(std::optional<BackwardConfig> const& config, Call const& call,
+                           BackwardTensorViews const& tensors);
+
+/// The default configuration for tensors that are aligned to 16 bytes.
+BackwardConfig aligned_backward_config(Call const& call);
 
 }  // namespace flashcute

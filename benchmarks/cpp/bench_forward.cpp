@@ -49,7 +49,7 @@ void cpu_forward_f32(benchmark::State& state) {
   auto const same = [](float x) { return x; };
   std::vector<float> q = random_values<float>(problem.count(), same), k = random_values<float>(problem.count(), same),
                      v = random_values<float>(problem.count(), same), out(problem.count());
-  ForwardOptions options;
+  CallOptions options;
   options.causal = problem.causal;
   auto const view = [&](std::vector<float>& x) { return dense_view(x.data(), DType::float32, {}, problem.shape); };
   ForwardConfig const config = default_config(DType::float32, problem.shape[3], cpu_arch);
@@ -74,7 +74,7 @@ void gpu_forward_bf16(benchmark::State& state) {
   };
   auto const upload = [&] { return random_values<std::uint16_t>(problem.count(), truncate); };
   DeviceMemory const q(upload()), k(upload()), v(upload()), out(2 * problem.count());
-  ForwardOptions options;
+  CallOptions options;
   options.causal = problem.causal;
   Device const gpu{DeviceType::cuda, 0};
   auto const view = [&](DeviceMemory const& m) { return dense_view(m.data(), DType::bfloat16, gpu, problem.shape); };

@@ -48,20 +48,18 @@ struct Argument {
 /// bshd: (batch, seqlen, heads, head_dim); bhsd: (batch, heads, seqlen, head_dim).
 enum class Layout : uint8_t { bshd, bhsd };
 
-/// Which gradients of a forward call will be asked for.
-enum class Gradients : uint8_t { none, any_order, deterministic };
-
-struct ForwardOptions {
-  bool causal = false;          // key j is visible to query i iff j <= i + seqlen_k - seqlen_q
+/// What is computed of q, k and v, and how. One value for all calls: each looks at what concerns it.
+struct CallOptions {
+  bool causal = false;
+  // Causal: key j is visible to query i iff j <= i + diagonal. Default seqlen_k - seqlen_q: the last query sees the
+  // last key. With 0 the first query sees the first key.
+  std::optional<int64_t> diagonal;
   std::optional<double> scale;  // of the scores, finite and >= 0; default head_dim^-0.5
   Layout layout = Layout::bshd;
-  void* stream = nullptr;   // CUstream of the tensors' device; the default stream if null
-  bool allow_tf32 = false;  // a default configuration for float32 may use one product of TF32, not three
-  // If given: how each tile of query rows treated the K/V blocks, int32 (batch, heads, row blocks, 3), contiguous:
-  // how many were visited whole, visited with a test of elements, skipped.
-  TensorView const* block_counts = nullptr;
-  // A hint: if the call has to compile its kernel, it compiles those of these gradients at the same time.
-  Gradients gradients = Gradients::none;
+  void* stream = nullptr;         // CUstream of the tensors' device; the default stream if null
+  bool allow_tf32 = false;        // a default configuration for float32 may use one product of TF32, not three
+  bool deterministic = false;     // what a default configuration of the backward is to be
+  bool gradients_follow = false;  // a hint: if the forward has to compile, it compiles the backward's kernels along
 };
 
 /// What a call runs, and why.
@@ -90,24 +88,16 @@ std::string to_string(Explanation const& explanation);
 /// q (batch, seqlen_q, heads, d), k (batch, seqlen_k, kv_heads, d), v (batch, seqlen_k, kv_heads, d_v), out
 /// (batch, seqlen_q, heads, d_v), in the order that `options.layout` says; d, d_v <= 256; all of one dtype, on one
 /// device, with unit last stride. `lse`, if given, is (batch, heads, seqlen_q), contiguous, fp32 (fp64 with fp64
-/// inputs): log(sum(exp(scores))).
+/// inputs): log(sum(exp(scores))). `block_counts`, if given, becomes how each tile of query rows treated the K/V
+/// blocks, int32 (batch, heads, row blocks, 3), contiguous: how many were visited whole, visited with a test of
+/// elements, skipped. Without a configuration it is that of `config_for`.
 ///
 /// On a GPU the kernel is launched on `options.stream` and the call returns; on the CPU it returns when
 /// the output is there. Throws before anything is launched or written: ArgumentError, ConfigError,
 /// UnsupportedError, DeviceError; DriverError or CompileError if CUDA fails.
-void forward(ForwardConfig const& config, TensorView const& q, TensorView const& k, TensorView const& v,
-             TensorView const& out, TensorView const* lse, ForwardOptions const& options = {});
-
-struct BackwardOptions {
-  bool causal = false;          // as in the forward call
-  std::optional<double> scale;  // as in the forward call
-  Layout layout = Layout::bshd;
-  void* stream = nullptr;      // CUstream of the tensors' device; the default stream if null
-  bool deterministic = false;  // what a default configuration is to be
-  // On a GPU: float32, contiguous, at least backward_workspace_size elements, at a multiple of 16 bytes. It is
-  // overwritten, and free for other work on the stream after the call. Not looked at on the CPU.
-  TensorView const* workspace = nullptr;
-};
+void forward(std::optional<ForwardConfig> const& config, TensorView const& q, TensorView const& k, TensorView const& v,
+             TensorView const& out, TensorView const* lse, CallOptions const& options = {},
+             TensorView const* block_counts = nullptr);
 
 /// Computes the gradients dq, dk and dv of a forward call from those of its results.
 ///
@@ -122,16 +112,19 @@ struct BackwardOptions {
 /// result is the same bit for bit in every call; otherwise dq is a sum in any order.
 ///
 /// On a GPU, where q has float16, bfloat16 or float32, the kernels are launched on `options.stream` and the call
-/// returns; they need `options.workspace`. On the CPU it returns when the gradients are there. Throws, as `forward`
-/// does, before anything is launched or written.
-void backward(BackwardConfig const& config, TensorView const& dout, TensorView const& q, TensorView const& k,
-              TensorView const& v, TensorView const& out, TensorView const& lse, TensorView const* dlse,
-              TensorView const& dq, TensorView const& dk, TensorView const& dv, BackwardOptions const& options = {});
+/// returns; they need `workspace`: float32, contiguous, at least backward_workspace_size elements, at a multiple of 16
+/// bytes, which is overwritten, and free for other work on the stream after the call. It is not looked at on the CPU,
+/// where the call returns when the gradients are there. Throws, as `forward` does, before anything is launched or
+/// written.
+void backward(std::optional<BackwardConfig> const& config, TensorView const& dout, TensorView const& q,
+              TensorView const& k, TensorView const& v, TensorView const& out, TensorView const& lse,
+              TensorView const* dlse, TensorView const& dq, TensorView const& dk, TensorView const& dv,
+              CallOptions const& options = {}, TensorView const* workspace = nullptr);
 
 /// How many elements of float32 a call needs as its workspace, with the default configuration if none is given; 0 on
 /// the CPU.
 int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, TensorView const& q, TensorView const& v,
-                                BackwardOptions const& options = {});
+                                CallOptions const& options = {});
 
 /// The default configuration of the backward for a head dimension (of v: head_dim_v), where addresses and strides are
 /// multiples of 16 bytes. Throws UnsupportedError if there is none.
@@ -141,7 +134,7 @@ BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch,
 /// The same for these tensors. `others` are those of the call's that are copied too, as far as they are there: out,
 /// dout, dq, dk and dv.
 BackwardConfig backward_config_for(TensorView const& q, TensorView const& k, TensorView const& v,
-                                   std::initializer_list<Argument> others = {}, BackwardOptions const& options = {});
+                                   std::initializer_list<Argument> others = {}, CallOptions const& options = {});
 
 /// The configurations of the backward whose GPU kernels were compiled ahead of time.
 std::vector<BackwardConfig> backward_configs();
@@ -156,10 +149,11 @@ Arch arch_of(Device device);
 /// strides are multiples of 16 bytes, there is work for the whole GPU, and images can be had of all kernels.
 ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v = {});
 
-/// The configuration that `flash_attention` takes for these tensors (`out` may be null): the fastest of those whose
-/// kernel was compiled ahead of time or can be compiled now.
+/// The configuration that `forward` takes for these tensors (`out` may be null) if it is given none: the fastest of
+/// those whose kernel is at hand or, if none is, can be compiled. `count_blocks`: whether the call is given
+/// `block_counts`.
 ForwardConfig config_for(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out,
-                         ForwardOptions const& options = {});
+                         CallOptions const& options = {}, bool count_blocks = false);
 
 /// Throws ConfigError with the first rule that the configuration breaks and the values that broke it.
 void check_config(ForwardConfig const& config, Arch arch);
@@ -168,11 +162,11 @@ void check_config(ForwardConfig const& config, Arch arch);
 std::vector<ForwardConfig> configs();
 
 /// Throws ArgumentError if q, k, v and the scale do not fit together: for who computes them with something else.
-void check_problem(TensorView const& q, TensorView const& k, TensorView const& v, ForwardOptions const& options = {});
+void check_problem(TensorView const& q, TensorView const& k, TensorView const& v, CallOptions const& options = {});
 
 /// What a call with a given configuration, or with the default one, would run and why. Launches nothing.
 Explanation explain(std::optional<ForwardConfig> const& config, TensorView const& q, TensorView const& k,
-                    TensorView const& v, ForwardOptions const& options = {});
+                    TensorView const& v, CallOptions const& options = {});
 
 /// Makes the kernels of configurations available for compute capability `arch` (80 means 8.0): finds them among the
 /// ahead-of-time images or in the disk cache, or compiles them, several at the same time. Needs no GPU. Returns where

@@ -115,6 +115,19 @@ class Problem(NamedTuple):
         return self._replace(q=q, k=k, v=v, attn_mask=mask)
 
 
+def forward_options(problem: Problem, allow_tf32: bool = False) -> _core.CallOptions:
+    return _core.CallOptions(
+        bool(problem.causal),
+        scale=number(problem.scale),
+        layout=problem.layout,
+        allow_tf32=allow_tf32,
+    )
+
+
+def backward_options(layout: str) -> _core.CallOptions:
+    return _core.CallOptions(layout=layout, deterministic=deterministic())
+
+
 def attend(
     problem: Problem,
     return_lse: bool,
@@ -246,7 +259,7 @@ def missing_gradient(problem: Problem, traced: bool) -> str | None:
             f"kernel: train with {SDPA}"
         )
     try:
-        _core.backward_config_for(q, k, v, problem.layout, deterministic())
+        _core.backward_config_for(q, k, v, backward_options(problem.layout))
     except UnsupportedError as error:
         return f"gradients (requires_grad=True): {error}"
     return None
@@ -312,13 +325,12 @@ def gradients(
     dout = library_of(type(dout)).with_unit_stride(plain(dout))
     dlse = None if dlse is None else plain(dlse)
     dq, dk, dv = (gradient_like(x) for x in (q, k, v))
-    same_bits, workspace = deterministic(), None
+    options = _core.CallOptions(causal, None, scale, layout, None, False, deterministic())
+    workspace = None
     if q.is_cuda:
-        size = _core.backward_workspace_size(None, q, v, layout, same_bits)
+        size = _core.backward_workspace_size(None, q, v, options)
         workspace = torch.empty(size, dtype=torch.float32, device=q.device)
-    _core.backward(
-        None, dout, q, k, v, out, lse, dlse, dq, dk, dv, workspace, causal, scale, layout, same_bits, None
-    )  # fmt: skip
+    _core.backward(None, dout, q, k, v, out, lse, dlse, dq, dk, dv, workspace, options)
     return dq, dk, dv
 
 
@@ -617,7 +629,7 @@ def mask_for_sdpa(problem: Problem) -> tuple[Tensor | None, bool]:
 def check_sizes(problem: Problem) -> None:
     """Of q, k and v, as everywhere; in a traced call those that torch itself would broadcast away."""
     if not is_traced(problem):
-        _core.check_problem(*problem[:3], problem.scale, problem.layout)
+        _core.check_problem(*problem[:3], forward_options(problem))
         return
     batch, heads, _, keys = problem.sizes
     head, row = (2, 1) if problem.layout == "bshd" else (1, 2)
@@ -687,10 +699,9 @@ def explained(problem: Problem, allow_tf32: bool, fallback: str) -> Explanation:
             problem = problem.without_causal_bias().autocast()
         except ArgumentError as error:
             wrong = str(error)
-    q, k, v, causal, scale, layout, *_ = problem
-    found: Explanation = _core.explain(
-        None, q, k, v, bool(causal), number(scale), layout, allow_tf32
-    )
+    q, k, v = problem[:3]
+    options = forward_options(problem, allow_tf32)
+    found: Explanation = _core.explain(None, q, k, v, options)
     if wrong:
         return unsupported(found, wrong)
     missing = problem.missing
@@ -706,7 +717,7 @@ def explained(problem: Problem, allow_tf32: bool, fallback: str) -> Explanation:
         require_arrays(q=q, k=k, v=v)  # torch's own attention knows what a negated view is
     if missing:
         try:
-            _core.check_problem(q, k, v, number(scale), layout)
+            _core.check_problem(q, k, v, options)
             checked_mask(problem)
             checked_dropout(problem.dropout_p)
         except ArgumentError as error:
@@ -737,11 +748,12 @@ def explained(problem: Problem, allow_tf32: bool, fallback: str) -> Explanation:
 
 def how_gradients(problem: Problem) -> str:
     q, k, v, _, _, layout, *_ = problem
-    cfg = _core.backward_config_for(q, k, v, layout, deterministic())
+    options = backward_options(layout)
+    cfg = _core.backward_config_for(q, k, v, options)
     parts = [f"gradients by {cfg.name}"]
     if cfg.deterministic or not q.is_cuda:
         parts.append("the same bits in every run")
-    if size := _core.backward_workspace_size(None, q, v, layout, deterministic()):
+    if size := _core.backward_workspace_size(None, q, v, options):
         parts.append(f"with a workspace of {4 * size} bytes")
     copied = q[..., 0].numel() * v.shape[-1] * q.element_size()
     return (

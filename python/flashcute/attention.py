@@ -277,7 +277,8 @@ def _run_on(
     deterministic_gradients: bool | None,
 ) -> Any:
     if len(q.shape) != 4 or len(v.shape) != 4 or not 1 <= v.shape[3] <= 256:
-        _core.check_problem(q, k, v, number(scale), layout)  # raises before anything is allocated
+        options = _core.CallOptions(scale=number(scale), layout=layout)
+        _core.check_problem(q, k, v, options)  # raises before anything is allocated
     target = library.empty((*q.shape[:-1], v.shape[-1]), q) if out is None else out
     lse = None
     if return_lse and len(q.shape) == 4:
@@ -286,10 +287,11 @@ def _run_on(
             rows, heads = heads, rows
         double = str(q.dtype).endswith("float64")
         lse = library.empty((batch, heads, rows), q, "float64" if double else "float32")
-    _core.forward(
-        cfg, q, k, v, target, lse, None, bool(causal), number(scale), layout, stream, allow_tf32,
-        deterministic_gradients,
+    options = _core.CallOptions(
+        bool(causal), None, number(scale), layout, stream, allow_tf32,
+        bool(deterministic_gradients), deterministic_gradients is not None,
     )  # fmt: skip
+    _core.forward(cfg, q, k, v, target, lse, None, options)
     if out is not None:
         library_of(type(out)).wrote(out)
     result = library.finish(target, q) if out is None else out
@@ -354,7 +356,10 @@ def explain(
         problem = _torch.Problem(q, k, v, causal, scale, layout, attn_mask, dropout_p, window)
         return _torch.explained(problem, bool(allow_tf32), fallback)
     require_arrays(q=q, k=k, v=v)
-    found = _core.explain(cfg, q, k, v, bool(causal), number(scale), layout, bool(allow_tf32))
+    options = _core.CallOptions(
+        bool(causal), scale=number(scale), layout=layout, allow_tf32=bool(allow_tf32)
+    )
+    found = _core.explain(cfg, q, k, v, options)
     return unsupported(found, missing) if missing else found
 
 
@@ -387,7 +392,8 @@ def count_blocks(
     require_arrays(q=q, k=k, v=v)
     require_kind(q=q, k=k, v=v)
     require_options(causal, layout)
-    _core.check_problem(q, k, v, None, layout)
+    options = _core.CallOptions(bool(causal), layout=layout)
+    _core.check_problem(q, k, v, options)
     library = library_of(type(q))
     batch, rows, heads = q.shape[0], q.shape[1], q.shape[2]
     if layout == "bhsd":
@@ -396,7 +402,7 @@ def count_blocks(
     counts = library.empty(
         (batch, heads, -(-rows // max(cfg.block_m * cfg.cluster, 1)), 3), q, "int32"
     )
-    _core.forward(cfg, q, k, v, out, None, counts, bool(causal), None, layout, None, False)
+    _core.forward(cfg, q, k, v, out, None, counts, options)
     return library.finish(counts, q)
 
 

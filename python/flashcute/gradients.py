@@ -92,12 +92,15 @@ def backward(
             raise library.cannot_make(name, q)
     chosen = cfg.replace(deterministic=True) if deterministic else cfg
     address = stream_number(stream)
+    options = _core.CallOptions(
+        bool(causal), None, number(scale), layout, address, False, bool(deterministic)
+    )
     arrays = [*inputs.values(), *given.values()]
     with nullcontext() if address is None else library.use_stream(address, arrays):
         dout = library_of(type(dout)).with_unit_stride(dout)
         size = 0
         if workspace is None:
-            size = _core.backward_workspace_size(chosen, q, v, layout, bool(deterministic))
+            size = _core.backward_workspace_size(chosen, q, v, options)
         if size and type(library) is Library:
             raise library.cannot_make("workspace", q)
         to_dq, to_dk, to_dv = (
@@ -105,10 +108,7 @@ def backward(
             for x, like in ((dq, q), (dk, k), (dv, v))
         )
         work = library.empty((size,), q, "float32") if size else workspace
-        _core.backward(
-            chosen, dout, q, k, v, out, lse, dlse, to_dq, to_dk, to_dv, work, bool(causal), number(scale), layout,
-            bool(deterministic), address,
-        )  # fmt: skip
+        _core.backward(chosen, dout, q, k, v, out, lse, dlse, to_dq, to_dk, to_dv, work, options)
     for array in given.values():
         library_of(type(array)).wrote(array)
     return (
@@ -131,7 +131,8 @@ def backward_workspace_size(
     require_arrays(q=q, v=v)
     require_kind(q=q, v=v)
     require_options(False, layout)
-    return int(_core.backward_workspace_size(cfg, q, v, layout, cfg.deterministic))
+    options = _core.CallOptions(layout=layout, deterministic=cfg.deterministic)
+    return int(_core.backward_workspace_size(cfg, q, v, options))
 
 
 def default_backward_config(

@@ -96,7 +96,7 @@ TEST(Environment, BadValuesAreRefused) {
     std::function<void()> read;
   };
   Case const cases[] = {
-      {"FLASHCUTE_JIT", {"of", "ON", "1", " on"}, "on, off, force", [] { jit_mode(); }},
+      {"FLASHCUTE_JIT", {"of", "ON", "1", " on"}, "on, off, fastest, force", [] { jit_mode(); }},
       {"FLASHCUTE_CPU_ISA", {"avx", "AVX2"}, "auto, baseline, avx2, avx512", [] { cpu_isa(); }},
       {"FLASHCUTE_QUIET", {"yes", "2"}, "0, 1", [] { quiet(); }},
       {"FLASHCUTE_NUM_THREADS", {"0", "-1", "4x", "1025", "99999999999"}, "from 1 to 1024", [] { cpu_threads(); }},

@@ -159,7 +159,7 @@ TEST_F(Choice, OtherWishesAreGivenUpToo) {
   TensorView f32 = tensor({4, 4096, 16, 64});
   f32.dtype = DType::float32;
   TensorView const few = tensor({1, 64, 1, 128});
-  ForwardOptions tf32;
+  CallOptions tf32;
   tf32.allow_tf32 = true;
   auto const math = [&] { return config_for(f32, f32, f32, nullptr, tf32).math; };
   auto const rows = [&] { return config_for(few, few, few, nullptr).block_m; };
@@ -188,11 +188,7 @@ TEST_F(Choice, WhereNothingCanRunTheDefaultSaysWhatIsMissing) {
   EXPECT_EQ(chosen(), hoppers);
   EXPECT_EQ(explain(std::nullopt, q_, q_, q_).image, "none: flashcute was built without images, and FLASHCUTE_JIT=off");
   fake_images().targets = "80 80-ptx";
-  TensorView counts =
-      dense_view(reinterpret_cast<void*>(std::uintptr_t{1} << 50), DType::int32, q_.device, {4, 16, 32, 3});
-  ForwardOptions counting;
-  counting.block_counts = &counts;
-  EXPECT_EQ(config_for(q_, q_, q_, nullptr, counting), hoppers) << "no kernel that counts blocks has an image";
+  EXPECT_EQ(config_for(q_, q_, q_, nullptr, {}, true), hoppers) << "no kernel that counts blocks has an image";
   TensorView odd = q_;
   odd.shape[3] = 124;
   EXPECT_EQ(config_for(odd, odd, odd, nullptr).copy_bytes, 8) << "nor one of narrow copies";

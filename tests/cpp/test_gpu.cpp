@@ -117,7 +117,7 @@ class Gpu : public ::testing::TestWithParam<Shape> {
                v = random_values<Element>(count(v_shape), 3);
     std::vector<Element> expected(count(out_shape));
     std::vector<float> expected_lse(static_cast<std::size_t>(batch * heads * seqlen_q));
-    ForwardOptions options;
+    CallOptions options;
     options.causal = causal;
 
     auto const run = [&](Device device, void const* q_data, void const* k_data, void const* v_data, void* out,
@@ -222,14 +222,14 @@ class GpuBackward : public ::testing::TestWithParam<Shape> {
     TensorView const hq = view(q.data(), {}, q_shape), hk = view(k.data(), {}, k_shape),
                      hv = view(v.data(), {}, v_shape), ho = view(out.data(), {}, out_shape),
                      hlse = rows_view(lse.data(), {});
-    ForwardOptions forward_options;
+    CallOptions forward_options;
     forward_options.causal = causal;
     forward(config_for(hq, hk, hv, &ho), hq, hk, hv, ho, &hlse, forward_options);
 
     auto const run = [&](Device device, void const* q_data, void const* k_data, void const* v_data,
                          void const* out_data, void const* dout_data, void const* lse_data, void const* dlse_data,
                          void* dq, void* dk, void* dv) {
-      BackwardOptions options;
+      CallOptions options;
       options.causal = causal;
       options.deterministic = deterministic;
       TensorView const tq = view(q_data, device, q_shape), tk = view(k_data, device, k_shape),
@@ -238,14 +238,14 @@ class GpuBackward : public ::testing::TestWithParam<Shape> {
                        tdlse = rows_view(dlse_data, device);
       auto const size = backward_workspace_size({}, tq, tv, options);
       std::optional<DeviceMemory> memory;
-      TensorView workspace;
+      TensorView view_of_memory;
       if (size > 0) {
         memory.emplace(static_cast<std::size_t>(size) * sizeof(float));
-        workspace = dense_view(memory->data(), DType::float32, device, {1, 1, 1, size});
-        options.workspace = &workspace;
+        view_of_memory = dense_view(memory->data(), DType::float32, device, {1, 1, 1, size});
       }
       backward(backward_config_for(tq, tk, tv, {}, options), tdout, tq, tk, tv, to, tlse, &tdlse,
-               view(dq, device, q_shape), view(dk, device, k_shape), view(dv, device, v_shape), options);
+               view(dq, device, q_shape), view(dk, device, k_shape), view(dv, device, v_shape), options,
+               memory ? &view_of_memory : nullptr);
       EXPECT_TRUE(!memory || memory->guard_is_intact()) << "workspace";
     };
     Gradients expected{q, k, v};

@@ -28,7 +28,7 @@ using namespace testing;
 class Launch : public FakeGpu {
  protected:
   /// A call with one shape for all tensors.
-  void run(std::array<int64_t, 4> shape, int device = 0, ForwardOptions const& options = {}) {
+  void run(std::array<int64_t, 4> shape, int device = 0, CallOptions const& options = {}) {
     TensorView const t = tensor(shape, device);
     forward(default_config(DType::bfloat16, shape[3], arch_of(t.device)), t, t, t, output(shape, device), nullptr,
             options);
@@ -38,7 +38,7 @@ class Launch : public FakeGpu {
 // Guards against a wrong grid, too little shared memory, a stream or context that is not the caller's, and a
 // context that is left behind on the thread.
 TEST_F(Launch, PreparesOnceAndLaunchesOnTheCallersStream) {
-  ForwardOptions options;
+  CallOptions options;
   options.causal = true;
   options.stream = reinterpret_cast<void*>(std::uintptr_t{0x77});
   run({3, 1000, 4, 128}, 1, options);
@@ -307,7 +307,7 @@ TEST_F(ExplainCall, SaysWhyTheMmaSyncKernelWasChosen) {
       lines_with("Hopper's kernel takes float16 and bfloat16 only. It multiplies float32 on tensor cores by three",
                  exact),
       "");
-  ForwardOptions fast;
+  CallOptions fast;
   fast.allow_tf32 = true;
   EXPECT_NE(lines_with("FLASHCUTE_JIT=fastest", explain(std::nullopt, f32, f32, f32, fast)), "");
   {
@@ -352,7 +352,7 @@ struct BackwardCall {
   std::array<int64_t, 4> q_shape, k_shape;  // of v: k's
   DType dtype;
   Device device;
-  BackwardOptions options;
+  CallOptions options;
   TensorView q = place(1, q_shape), k = place(2, k_shape), v = place(3, k_shape), out = place(4, q_shape),
              dout = place(5, q_shape), dq = place(6, q_shape), dk = place(7, k_shape), dv = place(8, k_shape),
              lse = rows(9), dlse = rows(10), workspace = place(11, {1, 1, 1, 1 << 30}, DType::float32);
@@ -373,11 +373,7 @@ struct BackwardCall {
   }
 
   void run(std::optional<BackwardConfig> const& config = {}) {
-    options.workspace = with_workspace ? &workspace : nullptr;
-    std::initializer_list<Argument> const others = {
-        {"out", &out}, {"dout", &dout}, {"dq", &dq}, {"dk", &dk}, {"dv", &dv}};
-    backward(config ? *config : backward_config_for(q, k, v, others, options), dout, q, k, v, out, lse, &dlse, dq, dk,
-             dv, options);
+    backward(config, dout, q, k, v, out, lse, &dlse, dq, dk, dv, options, with_workspace ? &workspace : nullptr);
   }
 
   template <class Exception>
@@ -534,8 +530,8 @@ TEST_F(LaunchBackward, NothingIsLaunchedUnlessAllKernelsAreReady) {
   EXPECT_EQ(driver_->launches.size(), 3u);
 }
 
-// Guards against a training step that waits for two compilations, the forward's and then the backward's: with a compiler
-// that takes no time, what is seen is which kernels are in the disk cache.
+// Guards against a training step that waits for two compilations, the forward's and then the backward's: with a
+// compiler that takes no time, what is seen is which kernels are in the disk cache.
 TEST_F(LaunchBackward, ItsKernelsAreCompiledWithTheForwards) {
   ScopedVariable const force("FLASHCUTE_JIT", "force");
   std::array<int64_t, 4> const shape{1, 64, 2, 64};
@@ -549,21 +545,19 @@ TEST_F(LaunchBackward, ItsKernelsAreCompiledWithTheForwards) {
     }
     return all;
   };
-  ForwardOptions options;
+  CallOptions options;
   options.causal = true;
   TensorView const t = tensor(shape);
-  auto const forward_with = [&](Gradients gradients, int64_t head_dim) {
-    options.gradients = gradients;
-    TensorView view = t;
-    view.shape[3] = head_dim;
-    forward(config_for(view, view, view, nullptr, options), view, view, view, output(view.shape), nullptr, options);
+  auto const forward_with = [&](bool gradients) {
+    options.gradients_follow = gradients;
+    forward({}, t, t, t, output(shape), nullptr, options);
   };
-  forward_with(Gradients::none, 64);
+  forward_with(false);
   EXPECT_EQ(are_cached(false), std::vector<bool>(3, false));
-  forward_with(Gradients::any_order, 64);
+  forward_with(true);
   EXPECT_EQ(are_cached(false), std::vector<bool>(3, false)) << "a call that compiles nothing does not begin to";
   options.causal = false;
-  forward_with(Gradients::any_order, 64);
+  forward_with(true);
   options.causal = true;
   EXPECT_EQ(are_cached(false), (std::vector<bool>{true, false, true})) << "all but the other mask's";
   EXPECT_EQ(driver_->launches.size(), 3u);

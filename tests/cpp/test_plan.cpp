@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <set>
 #include <string_view>
 #include <utility>
@@ -36,7 +37,8 @@ struct Problem {
   std::vector<float> output = std::vector<float>(4096, -7.f);
   TensorView q = view(memory, {1, 4, 2, 8}), k = view(memory, {1, 5, 1, 8}), v = view(memory, {1, 5, 1, 8});
   TensorView out = view(output, {1, 4, 2, 8});
-  ForwardOptions options;
+  TensorView const* block_counts = nullptr;
+  CallOptions options;
   ForwardConfig config = default_config(DType::float32, 8, cpu_arch);
 
   static TensorView view(std::vector<float>& memory, std::array<int64_t, 4> shape) {
@@ -48,7 +50,7 @@ struct Problem {
     return t;
   }
 
-  void run() { forward(config, q, k, v, out, nullptr, options); }
+  void run() { forward(config, q, k, v, out, nullptr, options, block_counts); }
 
   template <class Exception>
   void expect(std::initializer_list<char const*> words) {
@@ -63,6 +65,28 @@ TEST(Plan, GoodInputRuns) {
   EXPECT_FLOAT_EQ(p.output[0], 1.f);
   EXPECT_FLOAT_EQ(p.output[63], 1.f);
   EXPECT_EQ(p.output[64], -7.f) << "written past the end";
+}
+
+// Guards against a diagonal that is taken for another, or wraps: with equal scores a row is the mean of what it sees.
+TEST(Plan, TheDiagonalSaysWhatARowSees) {
+  constexpr int64_t least = std::numeric_limits<int64_t>::min(), most = std::numeric_limits<int64_t>::max();
+  for (std::optional<int64_t> const diagonal :
+       {std::optional<int64_t>(), {0}, {-1}, {-3}, {2}, {100}, {-100}, {least}, {most}}) {
+    Problem p;
+    std::vector<float> zeros(4096, 0.f), values(4096);
+    for (int key = 0; key < 5; ++key)
+      std::fill_n(&values[static_cast<std::size_t>(key) * 8], 8, static_cast<float>(key));
+    p.q.data = zeros.data();
+    p.v.data = values.data();
+    p.options.causal = true;
+    p.options.diagonal = diagonal;
+    p.run();
+    for (int64_t row = 0; row < 4; ++row) {
+      int64_t const last = std::min<int64_t>(4, row + std::clamp<int64_t>(diagonal.value_or(1), -100, 100));
+      EXPECT_FLOAT_EQ(p.output[static_cast<std::size_t>(row) * 16], last < 0 ? 0.f : static_cast<float>(last) / 2)
+          << row;
+    }
+  }
 }
 
 TEST(Plan, WrongTensorsAreRefused) {
@@ -144,7 +168,7 @@ TEST(Plan, WrongTensorsAreRefused) {
   {
     Problem p;
     TensorView counts = p.out;
-    p.options.block_counts = &counts;
+    p.block_counts = &counts;
     p.expect<ArgumentError>({"block_counts", "int32", "float32"});
   }
   {
@@ -282,7 +306,7 @@ struct BackwardProblem {
   TensorView out = q, dout = q, lse = rows_of(memory), dlse = rows_of(memory);
   TensorView dq = Problem::view(dq_memory, {1, 4, 2, 8}), dk = Problem::view(dk_memory, {1, 5, 1, 8}),
              dv = Problem::view(dv_memory, {1, 5, 1, 8});
-  BackwardOptions options;
+  CallOptions options;
   BackwardConfig config = default_backward_config(DType::float32, 8, cpu_arch);
 
   static TensorView rows_of(std::vector<float>& memory) {

@@ -126,7 +126,7 @@ class FlashcuteGradients(Implementation):
             return str(self.config(case.head_dim, case.dtype).name)
         q = kit.empty((case.batch, case.seqlen_q, case.heads, case.head_dim), case.dtype)
         k = kit.empty((case.batch, case.seqlen_k, case.kv_heads, case.head_dim), case.dtype)
-        return str(_core.backward_config_for(q, k, k, "bshd", False).name)
+        return str(_core.backward_config_for(q, k, k, _core.CallOptions()).name)
 
     def gradients(self, inputs: Inputs, causal: bool, dout: Array) -> Call:
         """A call of `backward`, for changes."""
