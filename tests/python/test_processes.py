@@ -65,7 +65,7 @@ def check_end(setup: str, call: str) -> None:
         "fc.flash_attention(q, q, q)",
         "fc.backward(cfg, q, q, q, q, q, lse)",
         "fc.backward_workspace_size(cfg, q, q)",
-        "fc._core.backward_config_for(q, q, q, 'bshd', False)",
+        "fc._core.backward_config_for(q, q, q, fc._core.CallOptions())",
         "fc.explain(q, q, q)",
         "fc._core.driver_info()",
     ],
