@@ -242,8 +242,8 @@ class Problem {
     }
   }
 
-  /// Compares the counts of every tile with the mask, element by element. `from_end`: tiles are counted off from the last
-  /// row, so that an incomplete one is the first.
+  /// Compares the counts of every tile with the mask, element by element. `from_end`: tiles are counted off from the
+  /// last row, so that an incomplete one is the first.
   void expect_counts(bool from_end = false) const {
     int const m = tile_rows(id_.config), n = id_.config.block_n, tiles = ceil_div(s_.sq, m);
     for (size_t t = 0; t < block_counts.size(); ++t) {

@@ -235,8 +235,8 @@ FLASHCUTE_DEVICE void named_arrive(int id) {
 FLASHCUTE_DEVICE void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- products of a warpgroup ---------------------------------------------------------------------
-// They are begun in batches, and multiplied later. Until a batch is done, its accumulators and its operands in registers
-// must not be touched, and its operands in shared memory must not change.
+// They are begun in batches, and multiplied later. Until a batch is done, its accumulators and its operands in
+// registers must not be touched, and its operands in shared memory must not change.
 
 /// An operand in shared memory as a tensor of its descriptors, of CuTe's type `Descriptor`.
 template <class Descriptor, class Operand, class Element>
