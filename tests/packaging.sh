@@ -24,6 +24,9 @@ grep -q 'flashcute\[jit\]' "$scratch/log" || fail "the install log does not name
 
 $python -m venv "$scratch/venv"
 "$scratch/venv/bin/python" -m pip install --quiet "$scratch"/wheel/*.whl
+for program in "$scratch"/venv/lib/python3*/site-packages/flashcute/flashcute_compiler; do
+  [ -x "$program" ] || fail "$program, in which kernels are compiled, is not there or cannot be run"
+done
 (
   cd "$scratch"
   info=$(env -u CUDA_HOME PATH=/nowhere "$scratch/venv/bin/python" -m flashcute info)
