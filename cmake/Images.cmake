@@ -33,7 +33,7 @@ endif()
 
 if(NOT flashcute_with_images)
   message(WARNING "flashcute: built WITHOUT kernel images (${why}). The CPU backend works; on a GPU kernels are "
-                  "compiled at first use, which needs NVRTC: pip install \"flashcute[jit]\"")
+                  "compiled at first use, which needs NVRTC: ${flashcute_install_command}")
   target_compile_definitions(flashcute PRIVATE FLASHCUTE_WITH_IMAGES=0)
   return()
 endif()

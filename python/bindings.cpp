@@ -212,9 +212,9 @@ void bind_configs(nb::module_& m) {
   static constexpr char forward_signature[] =
       "def __init__(self, *, dtype: object = 'bfloat16', head_dim: int = 128, head_dim_v: int = ..., "
       "block_m: int = 128, block_n: int = 64, num_warps: int = 4, blocks_per_sm: int = 2, math: str = 'tensor_core', "
-      "stages: int = 1, copy_bytes: int = 16, "
-      "async_copy: bool = True, eager_load_blocks: bool = True, swizzled: bool = True, q_in_registers: bool = False, "
-      "k_tiles_per_load: int = 0, mma_double_buffer: bool = True, optimized_softmax: bool = True, "
+      "stages: int = 1, copy_bytes: int = 16, async_copy: bool = True, eager_load_blocks: bool = True, "
+      "swizzled: bool = True, q_in_registers: bool = False, k_tiles_per_load: int = 0, "
+      "mma_double_buffer: bool = True, optimized_softmax: bool = True, "
       "rescale_threshold: int = 8, pingpong: bool = True, overlap: bool = True, stale_max: bool = True, "
       "scores_ahead: bool = False, cluster: int = 1) -> None";
   auto forward = bind_config<ForwardConfig>(
@@ -222,8 +222,7 @@ void bind_configs(nb::module_& m) {
       "The static configuration of a forward kernel: immutable, hashable. See default_config.\n\n"
       "dtype: 'float16', 'bfloat16', 'float32', on the CPU also 'float64', or any library's dtype object.\n"
       "head_dim: compiled width of q and k; the kernel runs every head dimension up to it (on a GPU a multiple of 16, "
-      "at "
-      "most 256).\n"
+      "at most 256).\n"
       "head_dim_v: the same for v and the output; default head_dim.\n"
       "block_m: query rows per tile (B_r).  block_n: keys per K/V block (B_c).\n\n"
       "The CPU ignores the other options, but their rules hold there too:\n\n"
@@ -243,8 +242,7 @@ void bind_configs(nb::module_& m) {
       "0: pieces of 16 columns of one step.\n"
       "mma_double_buffer: fetch the next fragments while the tensor cores work on these.\n"
       "optimized_softmax: one multiply-add and one exp2 per score, and the row sum reduced once at the end; False: as "
-      "a "
-      "textbook has it.\n"
+      "a textbook has it.\n"
       "rescale_threshold: t: rescale a row's sums only when an exponential would exceed 2^t; 0: in every block.\n\n"
       "Only for math='wgmma', which has none of the options from copy_bytes to mma_double_buffer:\n\n"
       "pingpong: warpgroups take turns to start their products.\n"
@@ -568,7 +566,7 @@ NB_MODULE(_core, m) {
   m.def("clear_cached_images", &clear_cached_images, nb::call_guard<ReleaseGil>());
   m.def("environment_variables", [] {
     std::vector<std::vector<std::string>> rows;
-    for (auto const& v : environment_variables()) rows.push_back({v.name, v.default_value, v.meaning});
+    for (auto const& v : environment_variables()) rows.push_back({v.name, v.default_value, v.meaning, v.problem});
     return rows;
   });
   m.def(

@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <bit>
+#include <iterator>
 #include <optional>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
 #include <nanobind/ndarray.h>
 
@@ -81,33 +84,40 @@ ExchangeTable const* find_exchange_table(nb::handle type) {
   return usable ? table : nullptr;
 }
 
-bool refers_to(nb::object const& reference, PyTypeObject* type) {
+/// None or nothing if it is gone.
+nb::object referent_of(nb::object const& reference) {
 #if PY_VERSION_HEX >= 0x030d0000
   PyObject* referent = nullptr;
   if (PyWeakref_GetRef(reference.ptr(), &referent) < 0) throw nb::python_error();
-  nb::object const held = nb::steal(referent);
-  return referent == reinterpret_cast<PyObject*>(type);
+  return nb::steal(referent);
 #else
-  return PyWeakref_GetObject(reference.ptr()) == reinterpret_cast<PyObject*>(type);
+  return nb::borrow(PyWeakref_GetObject(reference.ptr()));
 #endif
 }
 
-/// The exchange table of an array's type, or null. Looked up once per type.
+/// The exchange table of an array's type, or null. Looked up once per type; a new type drops those that are gone.
 ExchangeTable const* exchange_table(nb::handle array) {
   PyTypeObject* const type = Py_TYPE(array.ptr());
+  nb::handle const object{reinterpret_cast<PyObject*>(type)};
   KnownTypes& known = known_types();
   {
     nb::ft_lock_guard const lock{known.mutex};
     auto const found = known.map.find(type);
-    if (found != known.map.end() && refers_to(found->second.reference, type)) return found->second.table;
+    if (found != known.map.end() && referent_of(found->second.reference).is(object)) return found->second.table;
   }
-  nb::handle const object{reinterpret_cast<PyObject*>(type)};
   KnownType entry{nb::steal(PyWeakref_NewRef(object.ptr(), nullptr)), find_exchange_table(object)};
   if (!entry.reference.is_valid()) throw nb::python_error();
   ExchangeTable const* const table = entry.table;
+  std::vector<nb::object> later;  // what goes when the lock has, because that may run code of others
   {
     nb::ft_lock_guard const lock{known.mutex};
-    std::swap(known.map[type], entry);  // what was there goes when the lock has
+    for (auto it = known.map.begin(); it != known.map.end();) {
+      later.push_back(referent_of(it->second.reference));
+      bool const alive = later.back().ptr() == reinterpret_cast<PyObject*>(it->first);
+      if (!alive) later.push_back(std::move(it->second.reference));
+      it = alive ? std::next(it) : known.map.erase(it);
+    }
+    known.map.insert_or_assign(type, std::move(entry));
   }
   return table;
 }

@@ -51,7 +51,7 @@ void explain_given_up(std::vector<GivenUp> const& given_up, ForwardConfig const&
                         (g.can_be_compiled
                              ? how
                              : " Its image comes with a build that has 90 in FLASHCUTE_ARCHS, or from the run-time "
-                               "compiler: pip install \"flashcute[jit]\""));
+                               "compiler: " + install_command()));
     } else if (g.config.math != chosen.math) {
       e.notes.push_back("float32 takes three products of TF32, although allow_tf32 allows one, which would be faster." +
                         how);
@@ -125,6 +125,41 @@ std::vector<std::pair<CachedImage, std::string>> in_words(DiskCache::Outcomes co
     }
   }
   return all;
+}
+
+/// What is wrong with the value of an environment variable, as the calls that read it say.
+std::string problem_of(std::string_view variable) {
+  struct Reader {
+    char const* variable;
+    void (*read)();
+  };
+  static constexpr Reader readers[] = {
+      {"FLASHCUTE_JIT", [] { jit_mode(); }},
+      {"FLASHCUTE_JIT_JOBS", [] { jit_jobs(); }},
+      {"FLASHCUTE_CACHE_DIR", [] { cache_folder(); }},
+      {"FLASHCUTE_CACHE_SIZE", [] { cache_limit(); }},
+      {"FLASHCUTE_NVRTC",
+       [] {
+         if (env("FLASHCUTE_NVRTC").empty()) return;  // nothing is looked for only to say that it can be found
+         if (std::string const problem = nvrtc_problem(); !problem.empty()) throw ArgumentError(problem);
+       }},
+      {"FLASHCUTE_CUDA_INCLUDE",
+       [] {
+         if (!env("FLASHCUTE_CUDA_INCLUDE").empty()) cuda_include_folder();
+       }},
+      {"FLASHCUTE_NUM_THREADS", [] { cpu_threads(); }},
+      {"FLASHCUTE_CPU_ISA", [] { cpu::isa(); }},
+      {"FLASHCUTE_QUIET", [] { quiet(); }},
+  };
+  for (Reader const& reader : readers) {
+    if (variable != reader.variable) continue;
+    try {
+      reader.read();
+    } catch (Error const& error) {
+      return error.what();
+    }
+  }
+  return "";
 }
 
 }  // namespace
@@ -286,7 +321,7 @@ std::vector<std::pair<CachedImage, std::string>> clear_cached_images() {
 
 std::vector<EnvironmentVariable> environment_variables() {
   std::vector<EnvironmentVariable> all;
-  for (Variable const& v : variables()) all.push_back({v.name, v.default_value, v.meaning});
+  for (Variable const& v : variables()) all.push_back({v.name, v.default_value, v.meaning, problem_of(v.name)});
   return all;
 }
 

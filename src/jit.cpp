@@ -67,9 +67,8 @@ std::string hash_once(std::map<std::string, std::string> Headers::* known, std::
 
 std::string toolkit_folder() {
   if (auto folder = cuda_include_folder()) return *folder;
-  throw UnsupportedError(
-      "Compiling at run time needs cuda_fp16.h, which was not found: install it with `pip install "
-      "\"flashcute[jit]\"`, or set FLASHCUTE_CUDA_INCLUDE to the folder that holds it");
+  throw UnsupportedError("Compiling at run time needs cuda_fp16.h, which was not found: install it with `" +
+                         install_command() + "`, or set FLASHCUTE_CUDA_INCLUDE to the folder that holds it");
 }
 
 CompileRequest request_for(KernelCode const& kernel, Arch arch) {

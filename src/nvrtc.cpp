@@ -144,12 +144,11 @@ Search search(std::vector<std::string> const& roots) {
     }
     tried += "  " + reason;
   }
-  std::string what =
-      "NVRTC, the run-time compiler, was not found: install it with `pip install \"flashcute[jit]\"`, "
-      "or set FLASHCUTE_NVRTC to the path of a libnvrtc.so";
+  std::string what = "NVRTC, the run-time compiler, was not found: install it with `" + install_command() +
+                     "`, or set FLASHCUTE_NVRTC to the path of a libnvrtc.so";
   if (std::string const chosen = env("FLASHCUTE_NVRTC"); !chosen.empty()) {
     what = "NVRTC, the run-time compiler, cannot be used from FLASHCUTE_NVRTC='" + chosen +
-           "': correct it, or unset it and install one with `pip install \"flashcute[jit]\"`";
+           "': correct it, or unset it and install one with `" + install_command() + "`";
   }
   return {std::nullopt, what + ". Tried:\n" + tried};
 }
@@ -242,6 +241,8 @@ void check_arch(Nvrtc const& nvrtc, std::string const& arch) {
 }
 
 }  // namespace
+
+std::string install_command() { return FLASHCUTE_INSTALL_COMMAND; }
 
 void set_search_roots(std::vector<std::string> roots) {
   Registry& r = registry();

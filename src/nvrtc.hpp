@@ -14,6 +14,9 @@ void set_search_roots(std::vector<std::string> roots);
 
 bool nvrtc_available();
 
+/// "pip install ...": what brings NVRTC and the headers that kernels include, where there is no CUDA toolkit.
+std::string install_command();
+
 /// Why there is no NVRTC and how to get one, in a sentence; "" where it is available.
 std::string nvrtc_problem();
 

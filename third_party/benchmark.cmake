@@ -1,7 +1,7 @@
 # Google Benchmark: an installed one, else fetched.
 find_package(benchmark QUIET)
 if(NOT benchmark_FOUND AND NOT FLASHCUTE_FETCH)
-  message(STATUS "flashcute: no bench_forward: Google Benchmark is not installed (libbenchmark-dev)")
+  message(STATUS "flashcute: no bench_forward, bench_host: Google Benchmark is not installed (libbenchmark-dev)")
 elseif(NOT benchmark_FOUND)
   message(STATUS "flashcute: fetching Google Benchmark (or install libbenchmark-dev)")
   include(FetchContent)

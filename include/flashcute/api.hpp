@@ -241,6 +241,7 @@ struct EnvironmentVariable {
   char const* name;
   char const* default_value;
   char const* meaning;
+  std::string problem;  // what is wrong with its value; empty: nothing
 };
 std::vector<EnvironmentVariable> environment_variables();
 

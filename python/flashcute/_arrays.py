@@ -302,9 +302,10 @@ def library_of(kind: type) -> Library:
     if issubclass(kind, _tensor):
         return _libraries["torch"]
     names = [base.__module__.partition(".")[0] for base in kind.__mro__]
-    known = next((_libraries[name] for name in names if name in _libraries), _other)
-    _library_of_type[kind] = known
-    return known
+    found = next((_libraries[name] for name in names if name in _libraries), _other)
+    if names[0] in _libraries:  # a class of a program may be one of many, and would be kept alive
+        _library_of_type[kind] = found
+    return found
 
 
 def remember_torch(tensor: type) -> None:

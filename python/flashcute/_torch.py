@@ -504,6 +504,13 @@ def _backward_vmap(info: Any, dims: Any, *arguments: Any) -> Any:
     return unfold(backward_operator(dout, q, k, v, out, lse.contiguous(), dlse, *options), size)
 
 
+# importlib.reload defines the operators again. torch forgets an operator's packet, also that of the new definition,
+# when the Library of a former one is collected as garbage, and FlopCounterMode does not know the packet that follows.
+_former_operators = [
+    *globals().get("_former_operators", ()),
+    *(globals().get(name) for name in ("forward_operator", "backward_operator")),
+]
+
 forward_operator = torch.library.custom_op(
     "flashcute::flash_attention_forward",
     _forward,
@@ -675,8 +682,9 @@ def checked_mask(problem: Problem) -> Tensor | None:
         raise ArgumentError(
             f"attn_mask: expected dtype bool or {problem.q.dtype} as in q, got {mask.dtype}"
         )
+    # Not `have in (1, want)`: Dynamo traces it as False where want is a symbol, whatever that stands for.
     fits = mask.dim() <= 4 and all(
-        have in (1, want)
+        have == 1 or have == want
         for have, want in zip(reversed(mask.shape), reversed(problem.sizes), strict=False)
     )
     if not fits:

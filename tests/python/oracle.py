@@ -3,7 +3,7 @@
 Written from the definition and from nothing in flashcute. Arrays are (batch, seqlen, heads, d),
 "bshd".
 
-The accuracy rule (`assert_accurate`) is that of the contract: an error of at most twice the
+What flashcute promises of its accuracy, `assert_accurate` demands: an error of at most twice the
 error of the naive computation in the inputs' dtype, plus one rounding of the output. For fp32
 and fp64 it is a relative bound.
 """
@@ -22,7 +22,7 @@ UNIT_ROUNDOFF = {
     "float64": 2.0**-53,
 }
 TF32_ROUNDOFF = 2.0**-11
-RELATIVE = {"float32": 1e-5, "float64": 1e-12}  # the contract's bounds
+RELATIVE = {"float32": 1e-5, "float64": 1e-12}  # as flashcute promises
 
 
 # ---- rounding ------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def assert_accurate(
     work = "float64" if p.dtype == "float64" else "float32"
     # A score is a sum of products, computed in `work`: no algorithm knows it better than to one
     # rounding of their size, and an error in the scores is a relative error of the probabilities.
-    # At the default scale that is within the contract's bounds; at a scale of 8 it is not.
+    # At the default scale that is within RELATIVE; at a scale of 8 it is not.
     conditioning = 0.0
     if p.scale is not None:
         products = scores_of(np.abs(p.q), np.abs(p.k), p.scale).max(initial=0)

@@ -1,5 +1,5 @@
-"""flashcute.backward: gradients against fp64, the contract's promises, and what a caller can get wrong. Each test
-names the failure that it guards against."""
+"""flashcute.backward: gradients against fp64, what README.md and docstrings promise of them, and what a caller can get
+wrong. Each test names the failure that it guards against."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_list_of_nothing(
     cache.rmdir()
     monkeypatch.setenv("FLASHCUTE_CACHE_SIZE", "512M")
     assert run() == (0, f"0 images, 0 B in {cache}; the limit is 512.0 MiB\n")
-    assert run("check") == (0, f"0 images, 0 B in {cache}; 0 damaged\n")
+    assert run("check") == (0, f"checked 0 images, 0 B in {cache}: 0 damaged, 0 removed\n")
     assert run("clear") == (0, f"removed 0 images, 0 B from {cache}\n")
     assert not cache.exists()
 
@@ -97,15 +97,31 @@ def test_check(cache: Path, run: Callable[..., tuple[int, str]]) -> None:
     """Damage that is not found, not told or not removed; a whole image that is removed or counts as used."""
     whole, damaged = add_image(cache, "whole", minutes_ago=10), add_image(cache, "damaged")
     used = whole.stat().st_mtime_ns
-    assert run("check") == (0, f"2 images, 2.0 MiB in {cache}; 0 damaged\n")
+    assert run("check") == (0, f"checked 2 images, 2.0 MiB in {cache}: 0 damaged, 0 removed\n")
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"y")
     code, text = run("check")
     assert code == 1
-    assert text.splitlines()[0] == "damaged for sm_80: damaged, removed"
-    assert text.endswith("; 1 damaged\n")
+    assert text.splitlines() == [
+        "damaged for sm_80: damaged, removed",
+        f"checked 2 images, 2.0 MiB in {cache}: 1 damaged, 1 removed",
+    ]
     assert list(cache.iterdir()) == [whole]
     assert whole.stat().st_mtime_ns == used
-    assert run("check")[0] == 0
+    assert run("check") == (0, f"checked 1 image, 1.0 MiB in {cache}: 0 damaged, 0 removed\n")
+
+
+def test_check_beside_another_process(cache: Path, run: Callable[..., tuple[int, str]]) -> None:
+    """A damaged image that stays, because another process holds its lock, and counts as removed."""
+    damaged = add_image(cache, "damaged")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"y")
+    with damaged.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run("check") == (
+            1,
+            "damaged for sm_80: damaged; another process is working on it: not touched\n"
+            f"checked 1 image, 1.0 MiB in {cache}: 1 damaged, 0 removed\n",
+        )
+    assert damaged.exists()
 
 
 def test_clear(cache: Path, run: Callable[..., tuple[int, str]]) -> None:

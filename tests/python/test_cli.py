@@ -48,7 +48,7 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("FLASHCUTE_QUIET", "1")
     monkeypatch.setenv("FLASHCUTE_CACHE_SIZE", "2G")
     monkeypatch.delenv("FLASHCUTE_JIT", raising=False)
-    meanings = {name: meaning for name, _, meaning in _core.environment_variables()}
+    meanings = {name: meaning for name, _, meaning, _ in _core.environment_variables()}
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in meanings)
@@ -61,6 +61,58 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert "numpy " + np.__version__ in text
     line = next(x for x in text.splitlines() if "FLASHCUTE_QUIET" in x)
     assert line.split() == ["FLASHCUTE_QUIET", "1", "0"]
+
+
+WRONG_VALUES = {
+    "FLASHCUTE_JIT": "yes",
+    "FLASHCUTE_CACHE_DIR": "cache",
+    "FLASHCUTE_CACHE_SIZE": "12Q",
+    "FLASHCUTE_NVRTC": "/nonexistent/libnvrtc.so",
+    "FLASHCUTE_CUDA_INCLUDE": "/nonexistent",
+    "FLASHCUTE_NUM_THREADS": "0",
+    "FLASHCUTE_CPU_ISA": "mmx",
+    "FLASHCUTE_QUIET": "yes",
+}
+
+
+def info_with(settings: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """In a new process: what is found of NVRTC stays for a process."""
+    inherited = {name: x for name, x in os.environ.items() if not name.startswith("FLASHCUTE_")}
+    return subprocess.run(
+        [sys.executable, "-m", "flashcute", "info"],
+        env=inherited | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in _core.environment_variables()])
+def test_info_with_a_wrong_setting(name: str) -> None:
+    """An error in place of all facts; a wrong value that no line tells, or that ends with exit code 0."""
+    facts = info_with({}).stdout.partition("environment\n")[0]
+    value = WRONG_VALUES[name]
+    done = info_with({name: value})
+    assert done.returncode == 1
+    assert done.stdout.startswith(facts)
+    settings = done.stdout.removeprefix(facts).splitlines()
+    row = next(i for i, line in enumerate(settings) if line.split()[:2] == [name, value])
+    assert settings[row + 2].startswith("      error: ")
+    assert name in settings[row + 2]
+    assert value in settings[row + 2]
+    assert done.stdout.count("error: ") == 1
+
+
+def test_info_with_wrong_settings() -> None:
+    """The first of several alone."""
+    assert info_with(WRONG_VALUES).stdout.count("      error: ") == len(WRONG_VALUES)
+
+
+def test_info_leaves_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong variable that is no longer set afterwards."""
+    monkeypatch.setenv("FLASHCUTE_QUIET", "yes")
+    assert main(["info"]) == 1
+    assert os.environ["FLASHCUTE_QUIET"] == "yes"
 
 
 def test_info_imports_no_array_library() -> None:

@@ -483,10 +483,27 @@ def test_types_of_arrays_are_not_kept_alive() -> None:
     q = np.ones((1, 2, 1, 8), np.float32)
     fc._core.check_problem(q.view(kind), q, q, fc._core.CallOptions())
     gone = weakref.ref(kind)
-    fc._arrays._library_of_type.pop(kind)
     del kind
     gc.collect()
     assert gone() is None
+
+
+def test_types_of_arrays_that_are_gone_are_forgotten() -> None:
+    """An entry that stayed for every class of arrays until another class got its address."""
+    q = np.ones((1, 2, 1, 8), np.float32)
+
+    def dead_references_after(count: int) -> int:
+        kinds = [type("Array", (np.ndarray,), {}) for _ in range(count)]
+        for kind in kinds:
+            fc._core.check_problem(q.view(kind), q, q, None, "bshd")
+        del kind, kinds
+        gc.collect()
+        another = type("Array", (np.ndarray,), {})
+        fc._core.check_problem(q.view(another), q, q, None, "bshd")
+        return sum(type(x) is weakref.ref and x() is None for x in gc.get_objects())
+
+    before = dead_references_after(1)
+    assert dead_references_after(100) < before + 50
 
 
 class DLTensor(ctypes.Structure):

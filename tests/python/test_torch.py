@@ -546,6 +546,28 @@ def test_compile_with_dynamic_shapes(
     assert len(graphs) == 1
 
 
+MADE_MASKS: dict[str, Callable[[], torch.Tensor]] = {
+    "square": lambda: torch.ones(7, 7, dtype=torch.bool).tril(),
+    "whole": lambda: torch.ones(2, 4, 7, 7, dtype=torch.bool).tril(),
+    "keys": lambda: torch.arange(7) < 5,
+}
+
+
+@pytest.mark.parametrize("mask", MADE_MASKS)
+def test_compile_with_a_mask_of_its_own(compiled: Any, mask: str) -> None:
+    """A mask whose sizes are numbers, because the function makes it, beside tensors whose sizes are symbols: it was
+    refused as one of another shape."""
+
+    def attend(*tensors: torch.Tensor) -> torch.Tensor:
+        made = MADE_MASKS[mask]()
+        return fc.flash_attention(*tensors, attn_mask=made, on_unsupported="silent")
+
+    tensors = qkv(sq=7, sk=7, heads=4, kv_heads=2)
+    assert_same(gradients(compiled(attend), tensors), gradients(attend, tensors))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="expected a shape that broadcasts"):
+        compiled(attend)(*qkv(sq=7, sk=8, heads=4, kv_heads=2))
+
+
 @pytest.mark.gpu
 def test_compile_where_a_gpu_has_no_gradients(compiled: Any) -> None:
     """torch's own attention in the graph, as in an eager call; without gradients the operator."""

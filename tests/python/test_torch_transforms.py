@@ -411,6 +411,23 @@ def test_operators_can_be_registered_again(fresh: Runner) -> None:
     """)
 
 
+def test_flops_after_operators_were_registered_again(fresh: Runner) -> None:
+    """FLOPs that were not counted: the former operators were collected as garbage after the new ones were known to the
+    counter, and torch made other packets of these at their first call."""
+    fresh("""
+        import gc, importlib
+        import torch, flashcute as fc
+        from torch.utils.flop_counter import FlopCounterMode
+        for _ in range(2):
+            importlib.reload(fc._torch)
+            gc.collect()
+        inputs = [torch.randn(1, 4, 2, 8, requires_grad=True) for _ in range(3)]
+        with FlopCounterMode(display=False) as counter:
+            fc.flash_attention(*inputs).sum().backward()
+        assert counter.get_total_flops() == (2 + 5) * 2 * (2 * 4 * 4) * 8, counter.get_flop_counts()
+    """)
+
+
 # ---- what a trace decides about a GPU ------------------------------------------------------------
 
 

@@ -65,7 +65,10 @@ def check() -> int:
     }
     for image, outcome in damaged:
         print(f"{described(image)}: {sentences[outcome]}")
-    print(f"{total(image for image, _ in outcomes)} in {folder()}; {len(damaged)} damaged")
+    removed = [image for image, outcome in damaged if outcome == "removed"]
+    print(
+        f"checked {total(image for image, _ in outcomes)} in {folder()}: {len(damaged)} damaged, {len(removed)} removed"
+    )
     return 1 if damaged else 0
 
 

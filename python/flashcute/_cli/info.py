@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 
 from .. import __version__, _core
@@ -35,20 +37,19 @@ def add_command(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    build, driver = _core.build_info(), _core.driver_info()
+    variables = _core.environment_variables()
+    problems = {name: problem for name, _, _, problem in variables if problem}
+    with without(problems):
+        build, driver = _core.build_info(), _core.driver_info()
     print(f"flashcute {__version__}, Python {platform.python_version()}, {platform.machine()}")
 
     if build.image_archs:
         images = f"{build.image_archs} ({build.image_compiler})"
     else:
-        images = "built without images: each GPU kernel is compiled at its first use" + (
-            "" if build.jit_compiler else ', which needs pip install "flashcute[jit]"'
-        )
-    jit = build.jit_compiler or build.jit_problem
-    if not options.verbose:
-        jit = jit.partition(" Tried:")[0]
+        images = "none: each GPU kernel is compiled at its first use"
+    jit = told(build.jit_compiler or build.jit_problem, options.verbose)
     print(f"images     {images}")
-    print(f"compiler   {jit.rstrip()}")
+    print(f"compiler   {jit}")
     print(f"cache      {build.cache_folder}, at most {format_bytes(build.cache_limit)}")
     print(f"CPU        {build.cpu_isa}, {build.cpu_threads} threads")
     if driver.available:
@@ -65,21 +66,42 @@ def run(options: argparse.Namespace) -> int:
         "libraries  " + ", ".join(f"{name} {v}" if v else f"no {name}" for name, v in found.items())
     )
 
-    variables = _core.environment_variables()
     listed = [v for v in variables if options.verbose or v[0] in os.environ]
-    others = [name for name, _, _ in variables if name not in os.environ]
+    others = [v[0] for v in variables if v[0] not in os.environ]
     print("\nenvironment")
     if listed:
         rows = [
-            (f"  {name}", os.environ.get(name, "(not set)"), default) for name, default, _ in listed
+            (f"  {name}", os.environ.get(name, "(not set)"), default)
+            for name, default, _, _ in listed
         ]
         settings = format_table(("  variable", "value", "default"), rows, left=3).splitlines()
         print(settings[0])
-        for line, (_, _, meaning) in zip(settings[1:], listed, strict=True):
+        for line, (_, _, meaning, problem) in zip(settings[1:], listed, strict=True):
             print(f"{line}\n      {meaning}")
+            if problem:
+                print(f"      error: {told(problem, options.verbose)}")
     if others and not options.verbose:
         print(f"  not set (--verbose explains them): {', '.join(others)}")
-    return 0
+    if problems:
+        print(
+            f"\nThe facts above hold without {', '.join(problems)}; calls that read a wrong value raise its error."
+        )
+    return 1 if problems else 0
+
+
+@contextmanager
+def without(names: Iterable[str]) -> Iterator[None]:
+    """Where these environment variables are not set."""
+    values = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(values)
+
+
+def told(text: str, verbose: bool) -> str:
+    """A message, with what was tried only where that was asked for."""
+    return (text if verbose else text.partition(" Tried:")[0]).rstrip()
 
 
 def installed_version(library: str) -> str | None:
