@@ -311,10 +311,15 @@ std::optional<std::string> cuda_include_folder() {
 }
 
 std::vector<std::string> options_without_paths(CompileRequest const& request) {
-  // default-device: the shared headers have plain constexpr functions that NVRTC would take for host code.
+  // diag-suppress: our headers and CuTe's have plain constexpr functions, for constant expressions. NVRTC calls each of
+  // them an error, 20217, because it is not marked __device__; without that error a call at run time still fails, in
+  // the assembler. -default-device would make device functions of them, but also a variable of every constant in a
+  // namespace, with a symbol in the image (decision 0012).
+  // CCCL_DISABLE_FP16_SUPPORT: numeric_limits of CUDA's narrow types are such variables too, and no kernel needs them.
   // no-source-include: else NVRTC looks for headers in the current directory first, whatever lies there.
-  std::vector<std::string> options = {"--gpu-architecture=" + request.arch, "-std=c++20", "-default-device",
-                                      "-no-source-include", "-DNDEBUG"};
+  std::vector<std::string> options = {
+      "--gpu-architecture=" + request.arch, "-std=c++20", "--diag-suppress=20217", "-no-source-include", "-DNDEBUG",
+      "-DCCCL_DISABLE_FP16_SUPPORT"};
   options.insert(options.end(), request.options.begin(), request.options.end());
   return options;
 }

@@ -6,6 +6,13 @@
 
 namespace flashcute {
 
+/// Lanes that share a row: as few as read it at once, at most a warp.
+constexpr int lanes_of_row(int columns, int columns_of_lane) {
+  int count = 1;
+  while (count < 32 && count * columns_of_lane < columns) count *= 2;
+  return count;
+}
+
 /// Of tiles of TileRows rows.
 template <ForwardConfig C, int TileRows>
 class Delta {
@@ -13,13 +20,7 @@ class Delta {
   using Element = typename L::Element;
   static constexpr int vector = C.copy_bytes / sizeof(Element);
   using Word = cute::uint_bit_t<8 * C.copy_bytes>;
-
-  /// Lanes that share a row: as few as read it at once, at most a warp.
-  static constexpr int lanes = [] {
-    int count = 1;
-    while (count < 32 && count * vector < C.head_dim_v) count *= 2;
-    return count;
-  }();
+  static constexpr int lanes = lanes_of_row(C.head_dim_v, vector);
   static constexpr int rows_per_pass = L::threads / lanes;
 
  public:

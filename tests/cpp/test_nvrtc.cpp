@@ -203,8 +203,27 @@ TEST_F(NvrtcTest, OptionsWithoutPaths) {
   std::vector<std::string> const options = options_without_paths(r);
   EXPECT_EQ(std::count(options.begin(), options.end(), "-DMINE"), 1);
   EXPECT_EQ(std::count(options.begin(), options.end(), "-std=c++20"), 1);
-  EXPECT_EQ(std::count(options.begin(), options.end(), "-default-device"), 1);
   for (std::string const& option : options) EXPECT_EQ(option.find('/'), std::string::npos) << option;
+}
+
+// Guards against constants that become variables of an image, with symbols several times as large as the code, and
+// against plain constexpr functions being refused.
+TEST_F(NvrtcTest, ConstantsAreNoVariablesOfTheImage) {
+  std::string const image = nvrtc_compile(
+      request("template <int N> inline constexpr bool some_constant = N == 2;\n"
+              "constexpr int plain_function(int a) { return some_constant<2> ? a + 1 : a; }\n"
+              "extern \"C\" __global__ void some_kernel(int* p) { constexpr int a = plain_function(2); *p = a; }\n"));
+  EXPECT_TRUE(contains(image, "some_kernel"));
+  EXPECT_FALSE(contains(image, "some_constant"));
+}
+
+// Guards against device code that calls at run time what only constant expressions may call. Only the assembler
+// notices.
+TEST_F(NvrtcTest, DeviceCodeCallsNoHostFunction) {
+  CompileRequest const r = request(
+      "constexpr int plain_function(int a) { return a + 1; }\n"
+      "extern \"C\" __global__ void some_kernel(int* p) { *p = plain_function(*p); }\n");
+  EXPECT_TRUE(contains(message_of<CompileError>([&] { nvrtc_compile(r); }), "plain_function"));
 }
 
 // Guards against a compiler that only one thread may use: each thread's image holds its own kernel.
