@@ -71,7 +71,7 @@ class NvrtcMissing : public ::testing::Test {
   }
 
   static constexpr char const* told =
-      "available: 0\nproblem: .*FLASHCUTE_NVRTC='.*pip install \"flashcute\\[jit\\]\"(.|\n)*UnsupportedError: NVRTC";
+      "available: 0\nproblem: .*FLASHCUTE_NVRTC='.*pip install nvidia-cuda-nvrtc==(.|\n)*UnsupportedError: NVRTC";
 };
 
 // Guards against a crash, or a silent search elsewhere, where the user named a library that does not exist.
