@@ -51,7 +51,8 @@ void explain_given_up(std::vector<GivenUp> const& given_up, ForwardConfig const&
                         (g.can_be_compiled
                              ? how
                              : " Its image comes with a build that has 90 in FLASHCUTE_ARCHS, or from the run-time "
-                               "compiler: " + install_command()));
+                               "compiler: " +
+                                   install_command()));
     } else if (g.config.math != chosen.math) {
       e.notes.push_back("float32 takes three products of TF32, although allow_tf32 allows one, which would be faster." +
                         how);

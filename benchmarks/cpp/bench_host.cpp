@@ -22,8 +22,8 @@ BENCHMARK(read_cpu_quota)->Unit(benchmark::kMicrosecond);
 /// Of a causal call to the thread blocks of 132 multiprocessors. More sizes than a thread remembers take turns, so each
 /// call deals anew.
 void deal_tiles_anew(benchmark::State& state) {
-  ForwardKernelId const kernel{default_forward_config(DType::bfloat16, static_cast<int32_t>(state.range(0)), 90),
-                               {.mask = MaskKind::causal}};
+  ForwardKernelId const kernel = kernel_of(
+      default_forward_config(DType::bfloat16, static_cast<int32_t>(state.range(0)), 90), {.mask = MaskKind::causal});
   ForwardParams params{};
   params.batch = static_cast<int32_t>(16384 / state.range(1));
   params.heads = params.kv_heads = static_cast<int32_t>(2048 / state.range(0));

@@ -65,6 +65,7 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 WRONG_VALUES = {
     "FLASHCUTE_JIT": "yes",
+    "FLASHCUTE_JIT_JOBS": "0",
     "FLASHCUTE_CACHE_DIR": "cache",
     "FLASHCUTE_CACHE_SIZE": "12Q",
     "FLASHCUTE_NVRTC": "/nonexistent/libnvrtc.so",
