@@ -43,23 +43,43 @@ constexpr void for_each_feature(F& f, Visitor&& visit) {
   visit(Feature{"count_blocks", "counting", Readers::forward}, f.count_blocks);
 }
 
+// Visitors that kernels' headers need are structs: NVRTC takes a lambda of a plain constexpr function for host code and
+// refuses it.
+
+struct FeatureBytes {
+  size_t sum = 0;
+
+  template <class Field>
+  constexpr void operator()(Feature const&, Field const&) {
+    sum += sizeof(Field);
+  }
+};
+
 /// The bytes of the fields that the table has.
 constexpr size_t bytes_of_features() {
-  size_t bytes = 0;
   Features const features;
-  for_each_feature(features, [&](Feature const&, auto const& field) { bytes += sizeof field; });
-  return bytes;
+  FeatureBytes bytes;
+  for_each_feature(features, bytes);
+  return bytes.sum;
 }
 static_assert(bytes_of_features() == sizeof(Features),
               "every field of Features needs a row in for_each_feature (and there may be no padding)");
+
+template <class Pass>
+struct ForgetUnread {
+  Pass pass;
+
+  template <class Field>
+  constexpr void operator()(Feature const& feature, Field& field) const {
+    if (!reads(pass, feature.readers)) field = {};
+  }
+};
 
 /// The features that the pass reads; the others are as in Features{}, the zeros of their types. Calls that differ in no
 /// more than those share the pass's kernel.
 template <class Pass>
 constexpr Features relevant(Features features, Pass pass) {
-  for_each_feature(features, [&](Feature const& feature, auto& field) {
-    if (!reads(pass, feature.readers)) field = {};
-  });
+  for_each_feature(features, ForgetUnread<Pass>{pass});
   return features;
 }
 
