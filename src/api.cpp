@@ -93,12 +93,15 @@ std::string why_not(ForwardConfig const& config, bool given, Call const& call) {
   }
 }
 
-void explain_others(Call const& call, ForwardConfig const& chosen, bool given, std::vector<GivenUp> const& given_up,
-                    Explanation& e) {
+/// Why each ahead-of-time configuration but the chosen one is not taken, unless it has been told already. `why` finds
+/// it out.
+template <class Why>
+void explain_others(std::optional<ForwardConfig> const& chosen, std::vector<GivenUp> const& given_up, Explanation& e,
+                    Why const& why) {
   for (ForwardConfig const& other : configs()) {
     bool const told = std::any_of(given_up.begin(), given_up.end(), [&](auto const& g) { return g.config == other; });
     if (chosen == other || told) continue;
-    e.rejected.emplace_back(name(other).text, why_not(other, given, call));
+    e.rejected.emplace_back(name(other).text, why(other));
   }
 }
 
@@ -231,29 +234,34 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
                                                     : std::string("the tensors are on the CPU"));
   std::optional<ForwardConfig> chosen = config;
   std::vector<GivenUp> given_up;
+  std::optional<Call> call;
+  std::string problem;  // of the arguments, whatever the configuration
   try {
-    Call const call = checked_call(q, k, v, options);
-    require_kernel(call);
+    call = checked_call(q, k, v, options);
+    require_kernel(*call);
     std::string misaligned;
-    ForwardTensors const tensors = forward_tensors(call, nullptr, &misaligned);
-    if (!chosen) chosen = choose_config(tensors, features_of(call), call.device, &given_up);
+    ForwardTensors const tensors = forward_tensors(*call, nullptr, &misaligned);
+    if (!chosen) chosen = choose_config(tensors, features_of(*call), call->device, &given_up);
     here = backend_of(chosen->math);
     if (gpu && !config && !misaligned.empty()) {
-      if (call.arch == 90 && size_of(q.dtype) == 2) e.rejected.emplace_back("sm90", misaligned);
+      if (call->arch == 90 && size_of(q.dtype) == 2) e.rejected.emplace_back("sm90", misaligned);
       if (tensors.alignment < 16) e.rejected.emplace_back("copy_bytes=16", misaligned);
     }
     explain_given_up(given_up, *chosen, e);
-    explain_others(call, *chosen, config.has_value(), given_up, e);
-    ForwardPlan const plan = plan_forward(*chosen, call, {});
+    ForwardPlan const plan = plan_forward(*chosen, *call, {});
     e.backend = here;
     e.config = chosen;
     e.kernel = gpu ? name(plan.kernel).text : std::string(cpu::isa());
     if (chosen->math == Math::wgmma) explain_idle_multiprocessors(q.device, e);
-    e.image = gpu ? image_origin(plan.kernel, call.arch) : "compiled into the library";
-    e.reasons = reasons_for(*chosen, config.has_value(), tensors, q.device, call.arch);
+    e.image = gpu ? image_origin(plan.kernel, call->arch) : "compiled into the library";
+    e.reasons = reasons_for(*chosen, config.has_value(), tensors, q.device, call->arch);
   } catch (Error const& error) {
-    e.rejected.emplace_back(here, error.what());
+    problem = error.what();
+    e.rejected.emplace_back(here, problem);
   }
+  explain_others(chosen, given_up, e, [&](ForwardConfig const& other) {
+    return call ? why_not(other, config.has_value(), *call) : problem;
+  });
   return e;
 }
 
