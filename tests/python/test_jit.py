@@ -327,6 +327,7 @@ def test_ctrl_c_ends_a_compilation(cache: Path) -> None:
     KeyboardInterrupt, not an error of the compiler, and nothing is left."""
     process = start(hidden_toolkit(cache), start_new_session=True)
     read_until(process, "compiling")
+    time.sleep(1)  # it is said just before the compiler's processes are started
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT, errors
