@@ -481,7 +481,7 @@ def test_types_of_arrays_are_not_kept_alive() -> None:
     """What is remembered of an array's type held the type for ever."""
     kind = type("Array", (np.ndarray,), {})
     q = np.ones((1, 2, 1, 8), np.float32)
-    fc._core.check_problem(q.view(kind), q, q, None, "bshd")
+    fc._core.check_problem(q.view(kind), q, q, fc._call.Options())
     gone = weakref.ref(kind)
     fc._arrays._library_of_type.pop(kind)
     del kind
@@ -554,7 +554,7 @@ def test_arrays_whose_library_works_on_another_stream_are_refused(name: str) -> 
     }
     arrays = [(there if n == name else here)(*shape) for n, shape in shapes.items()]
     with pytest.raises(fc.ArgumentError, match=f"^{name}: .*works on q's stream"):
-        fc._core.forward(None, *arrays, False, None, "bshd", None, False)
+        fc._core.forward(None, *arrays, fc._call.Options())
 
 
 # ---- alignment -----------------------------------------------------------------------------------
