@@ -52,9 +52,8 @@ def checked_options(
     the rest is checked with them, in C++."""
     if layout != "bshd" and layout != "bhsd":
         raise ArgumentError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
-    # NumPy's bool is a type of its own, named bool or, before NumPy 2, bool_.
     if causal is not True and causal is not False:
-        if type(causal).__name__ not in ("bool", "bool_"):
+        if not is_boolean(causal):
             raise ArgumentError(f"causal: expected True or False, got {causal!r}")
         causal = bool(causal)
     at_end = isinstance(diagonal, str) and diagonal == "end"
@@ -71,11 +70,18 @@ def checked_options(
     )
 
 
+def is_boolean(x: object) -> bool:
+    """NumPy's bool is a type of its own, named bool or, before NumPy 2, bool_."""
+    return type(x).__name__ in ("bool", "bool_")
+
+
 def checked_diagonal(diagonal: object, causal: object) -> int | None:
     """As a number; None for "end"."""
     value: Any = {"end": None, "start": 0}
     if isinstance(diagonal, str):
-        value = value.get(diagonal, diagonal)
+        value = value.get(diagonal, "")
+    elif is_boolean(diagonal):  # which operator.index takes for 0 or 1
+        value = ""
     elif isinstance(diagonal, int) or type(diagonal).__name__ == "SymInt":
         value = diagonal  # a symbol of torch.export stays one: operator.index would fix its value
     else:
@@ -84,7 +90,7 @@ def checked_diagonal(diagonal: object, causal: object) -> int | None:
         except (TypeError, ValueError, RuntimeError):  # the last: a tensor without a value
             value = ""
     too_long = isinstance(value, int) and not -(2**63) <= value < 2**63
-    if isinstance(value, str | bool) or too_long:
+    if isinstance(value, str) or too_long:
         raise ArgumentError(
             f"diagonal: expected 'end', 'start' or an integer of 64 bits, got {diagonal!r}"
         )

@@ -1171,9 +1171,11 @@ def test_block_counts_are_what_the_mask_says(
     assert torch.equal(counts.cpu(), expected_block_counts(cfg, sq, sk, causal).expand(2, 4, -1, 3))
 
 
-def expected_block_counts(cfg: fc.ForwardConfig, sq: int, sk: int, causal: bool) -> torch.Tensor:
+def expected_block_counts(
+    cfg: fc.ForwardConfig, sq: int, sk: int, causal: bool, diagonal: int | None = None
+) -> torch.Tensor:
     """By brute force: (tiles, 3)."""
-    seen = oracle.visible(sq, sk, causal)
+    seen = oracle.visible(sq, sk, causal, diagonal)
     expected = []
     rows = cfg.block_m * cfg.cluster
     first = -(-sq // rows) * rows - sq if cfg.math == "wgmma" else 0  # rows that the first lacks

@@ -56,7 +56,8 @@ def forward_to(out: torch.Tensor, *inputs: torch.Tensor, **options: Any) -> None
 def backward_to(**outputs: torch.Tensor) -> None:
     """Gradients of a call like that of `written`, some to memory that is given."""
     dout, q, k, v, out, lse = inputs_of_backward(next(iter(outputs.values())).device.type)
-    cfg = fc.default_backward_config(64, q.dtype, "cpu" if q.device.type == "cpu" else "sm_80")
+    arch = "cpu" if q.device.type == "cpu" else "sm_80"
+    cfg = fc.default_backward_config(64, q.dtype, arch, deterministic=False)
     fc.backward(cfg, dout, q, k, v, out, lse, **outputs)
 
 
@@ -123,7 +124,7 @@ def test_writing_inference_tensors_outside_of_inference_mode() -> None:
 def test_writing_to_the_workspace_is_noticed() -> None:
     """It is overwritten as an output is."""
     dout, q, k, v, out, lse = inputs_of_backward("cuda")
-    cfg = fc.default_backward_config(64, q.dtype, "sm_80")
+    cfg = fc.default_backward_config(64, q.dtype, "sm_80", deterministic=False)
     size = fc.backward_workspace_size(cfg, q, v)
     workspace = torch.empty(size, dtype=torch.float32, device="cuda")
     fc.backward(cfg, dout, q, k, v, out, lse, workspace=workspace)
@@ -278,7 +279,9 @@ def test_a_single_tensor_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> Non
     seen = []
     real = _torch.run
 
-    def run(cfg: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any, **more: Any) -> Any:
+    def run(
+        cfg: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any, **more: Any
+    ) -> Any:
         seen.append((k, v))
         return real(cfg, q, k, v, *others, **more)
 
