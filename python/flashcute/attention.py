@@ -129,6 +129,8 @@ def flash_attention(
         `explain` says how much. Masks mean there what they mean here, and a row that sees no key is 0. But a NaN in a
         key or value that only some rows see reaches the others too (0 * NaN); one that no row sees reaches none.
         "error" raises UnsupportedError, as arrays of other libraries always do.
+
+    Packed sequences are not supported yet: call flash_attention per sequence, or use torch.nn.attention.varlen.
     """
     options = checked_options(causal, diagonal, scale, layout, stream, allow_tf32, deterministic)
     library = library_of(type(q))
