@@ -222,7 +222,9 @@ def _run(
     out: Array | None,
     return_lse: bool,
 ) -> Any:
-    if len(q.shape) != 4 or len(v.shape) != 4 or not 1 <= v.shape[3] <= 256:
+    if (out is None or return_lse) and not (
+        len(q.shape) == 4 and len(v.shape) == 4 and 1 <= v.shape[3] <= 256
+    ):
         _core.check_problem(q, k, v, options)  # raises before anything is allocated
     target = library.empty((*q.shape[:-1], v.shape[-1]), q) if out is None else out
     lse = None

@@ -289,9 +289,9 @@ def has_gradients(
     return True
 
 
-def decided(options: Options) -> Options:
-    """With a yes or no for what follows torch's switch, as it is now."""
-    return options._replace(deterministic=same_bits(options.deterministic))
+def decided(options: Options, **changes: Any) -> Options:
+    """With a yes or no for what follows torch's switch, as it is now, and with changes."""
+    return options._replace(deterministic=same_bits(options.deterministic), **changes)
 
 
 def _keep_out_of_the_trace() -> None:
@@ -323,7 +323,7 @@ def gradients(
     dout = library_of(type(dout)).with_unit_stride(plain(dout))
     dlse = None if dlse is None else plain(dlse)
     dq, dk, dv = (gradient_like(x) for x in (q, k, v))
-    options, workspace = decided(options)._replace(stream=None), None
+    options, workspace = decided(options, stream=None), None
     if q.is_cuda:
         size = _core.backward_workspace_size(None, q, v, options)
         workspace = torch.empty(size, dtype=torch.float32, device=q.device)
@@ -393,9 +393,7 @@ class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
         options: Options,
         return_lse: bool,
     ) -> Any:
-        out, lse = run(
-            None, q, k, v, decided(options)._replace(gradients_follow=True), return_lse=True
-        )
+        out, lse = run(None, q, k, v, decided(options, gradients_follow=True), return_lse=True)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.options = options
         ctx.set_materialize_grads(False)
