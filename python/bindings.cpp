@@ -3,8 +3,10 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <tuple>
 
 #include "dlpack.hpp"
@@ -17,9 +19,62 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace flashcute::python {
+
+/// CallOptions as Python has them: without a stream, q's library says on which one a call on a GPU runs.
+struct PythonOptions {
+  CallOptions options;
+  std::optional<std::uintptr_t> stream;
+
+  /// What a tensor's library is told when it exports q.
+  nb::object stream_object() const { return stream ? nb::object(nb::int_(*stream)) : nb::none(); }
+};
+
+// The members of the tuple Options of _call.py. Python makes one in every call, so it is read by position.
+constexpr std::array option_names = {"causal", "diagonal",   "scale",         "layout",
+                                     "stream", "allow_tf32", "deterministic", "gradients_follow"};
+
+}  // namespace flashcute::python
+
+template <>
+struct nanobind::detail::type_caster<flashcute::python::PythonOptions> {
+  NB_TYPE_CASTER(flashcute::python::PythonOptions, const_name("flashcute._call.Options"))
+
+  bool from_python(handle source, uint8_t, cleanup_list*) noexcept {
+    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != flashcute::python::option_names.size()) {
+      return false;
+    }
+    flashcute::CallOptions& o = value.options;
+    Py_ssize_t next = 0;
+    auto const item = [&] { return handle(PyTuple_GET_ITEM(source.ptr(), next++)); };
+    return read(item(), o.causal) && read(item(), o.diagonal) && read(item(), o.scale) && read(item(), o.layout) &&
+           read(item(), value.stream) && read(item(), o.allow_tf32) && read(item(), o.deterministic) &&
+           read(item(), o.gradients_follow);
+  }
+
+ private:
+  /// None is a deterministic that nobody decided.
+  static bool read(handle object, bool& option) {
+    option = object.ptr() == Py_True;
+    return option || object.ptr() == Py_False || object.is_none();
+  }
+
+  static bool read(handle object, flashcute::Layout& option) {
+    if (!PyUnicode_Check(object.ptr())) return false;
+    bool const bhsd = PyUnicode_CompareWithASCIIString(object.ptr(), "bhsd") == 0;
+    option = bhsd ? flashcute::Layout::bhsd : flashcute::Layout::bshd;
+    return bhsd || PyUnicode_CompareWithASCIIString(object.ptr(), "bshd") == 0;
+  }
+
+  template <class Value>
+  static bool read(handle object, std::optional<Value>& option) {
+    return object.is_none() || try_cast(object, option);
+  }
+};
+
+namespace flashcute::python {
 namespace {
 
-// ---- dtypes, layouts, architectures ----------------------------------------------------------------
+// ---- dtypes, architectures ------------------------------------------------------------------------
 
 /// "bfloat16", torch.bfloat16, numpy.dtype("float16"), numpy.float16, ...
 DType to_dtype(nb::handle object) {
@@ -39,12 +94,6 @@ DType to_dtype(nb::handle object) {
     if (dtype == name_of(t)) return t;
   }
   throw ArgumentError("dtype", "float16, bfloat16, float32 or float64", nb::cast<std::string>(nb::repr(object)));
-}
-
-Layout to_layout(std::string const& layout) {
-  if (layout == "bshd") return Layout::bshd;
-  if (layout == "bhsd") return Layout::bhsd;
-  throw ArgumentError("layout", "'bshd' or 'bhsd'", "'" + layout + "'");
 }
 
 /// "sm_80", "cpu", 80.
@@ -288,46 +337,6 @@ void bind_configs(nb::module_& m) {
 
 // ---- calls -----------------------------------------------------------------------------------------
 
-/// CallOptions as Python has them: without a stream, q's library says on which one a call on a GPU runs.
-struct PythonOptions {
-  CallOptions options;
-  std::optional<std::uintptr_t> stream;
-
-  /// What a tensor's library is told when it exports q.
-  nb::object stream_object() const { return stream ? nb::object(nb::int_(*stream)) : nb::none(); }
-};
-
-void bind_options(nb::module_& m) {
-  nb::class_<PythonOptions> cls(m, "CallOptions",
-                                "What is computed of q, k and v, and how: one value for all calls, each of which looks "
-                                "at what concerns it. The arguments of flash_attention, checked.");
-  cls.def(
-      "__init__",
-      [](PythonOptions* self, bool causal, std::optional<int64_t> diagonal, std::optional<double> scale,
-         std::string const& layout, std::optional<std::uintptr_t> stream, bool allow_tf32, bool deterministic,
-         bool gradients_follow) {
-        new (self) PythonOptions{{.causal = causal,
-                                  .diagonal = diagonal,
-                                  .scale = scale,
-                                  .layout = to_layout(layout),
-                                  .stream = nullptr,
-                                  .allow_tf32 = allow_tf32,
-                                  .deterministic = deterministic,
-                                  .gradients_follow = gradients_follow},
-                                 stream};
-      },
-      "causal"_a = false, "diagonal"_a = nb::none(), "scale"_a = nb::none(), "layout"_a = "bshd",
-      "stream"_a = nb::none(), "allow_tf32"_a = false, "deterministic"_a = false, "gradients_follow"_a = false);
-  cls.def_prop_ro("causal", [](PythonOptions const& o) { return o.options.causal; });
-  cls.def_prop_ro("diagonal", [](PythonOptions const& o) { return o.options.diagonal; });
-  cls.def_prop_ro("scale", [](PythonOptions const& o) { return o.options.scale; });
-  cls.def_prop_ro("layout", [](PythonOptions const& o) { return o.options.layout == Layout::bshd ? "bshd" : "bhsd"; });
-  cls.def_prop_ro("stream", [](PythonOptions const& o) { return o.stream; });
-  cls.def_prop_ro("allow_tf32", [](PythonOptions const& o) { return o.options.allow_tf32; });
-  cls.def_prop_ro("deterministic", [](PythonOptions const& o) { return o.options.deterministic; });
-  cls.def_prop_ro("gradients_follow", [](PythonOptions const& o) { return o.options.gradients_follow; });
-}
-
 /// q's library says on which stream a call on a GPU runs, unless the caller does: sets `launch_stream`, and returns
 /// what the libraries of the other arrays are told.
 nb::object choose_stream(Tensor const& q, PythonOptions const& options, void*& launch_stream) {
@@ -526,7 +535,7 @@ NB_MODULE(_core, m) {
   bind_configs(m);
   bind_explanation(m);
   bind_facts(m);
-  bind_options(m);
+  m.def("option_names", [] { return std::vector<std::string>(option_names.begin(), option_names.end()); });
   m.def("forward", &call_forward, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "out"_a.none(),
         "lse"_a.none(), "block_counts"_a.none(), "options"_a);
   m.def("backward", &call_backward, "config"_a.none(), "dout"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(),

@@ -16,19 +16,20 @@ from typing import Any, NamedTuple
 
 from . import _core
 from ._arrays import has_own_dispatch, library_of, remember_torch, stream_number
-from ._core import ArgumentError, ConfigError, Explanation, UnsupportedError
-from ._import_hook import when_imported
-from .attention import (
+from ._call import (
     SDPA,
+    Options,
     checked_window,
     missing_feature,
-    number,
     require_arrays,
     require_kind,
-    require_options,
+    rows_of_heads,
     run,
+    same_bits,
     unsupported,
 )
+from ._core import ArgumentError, ConfigError, Explanation, UnsupportedError
+from ._import_hook import when_imported
 
 torch: Any = import_module("torch")
 Tensor = Any
@@ -41,9 +42,7 @@ class Problem(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    causal: bool
-    scale: float | None
-    layout: str
+    options: Options
     attn_mask: Tensor | None
     dropout_p: float
     window: tuple[int, int] | None
@@ -68,8 +67,14 @@ class Problem(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """batch, heads, seqlen_q, seqlen_k."""
-        head, row = (2, 1) if self.layout == "bshd" else (1, 2)
-        return self.q.shape[0], self.q.shape[head], self.q.shape[row], self.k.shape[row]
+        row = 1 if self.options.layout == "bshd" else 2
+        return *rows_of_heads(self.q, self.options.layout), self.k.shape[row]
+
+    @property
+    def diagonal(self) -> int:
+        """Of the causal mask and the window."""
+        _, _, rows, keys = self.sizes
+        return self.options.offset(rows, keys)
 
     @property
     def missing(self) -> str | None:
@@ -87,18 +92,30 @@ class Problem(NamedTuple):
         module, mask = sys.modules.get("torch.nn.attention.bias"), self.attn_mask
         if module is None or not isinstance(mask, module.CausalBias):
             return self
+        lower_right = mask.variant == module.CausalVariant.LOWER_RIGHT
         if self.q.dim() != 4 or self.k.dim() != 4:  # who computes will say so
-            return self._replace(causal=True, attn_mask=None)
+            return self.causal_at(None if lower_right else 0)
         _, _, rows, keys = self.sizes
         if (mask.seq_len_q, mask.seq_len_kv) != (rows, keys):
             raise ArgumentError(
                 f"attn_mask: expected a CausalBias of q's and k's lengths, ({rows}, {keys}), got one of "
                 f"({mask.seq_len_q}, {mask.seq_len_kv})"
             )
-        if rows == keys or mask.variant == module.CausalVariant.LOWER_RIGHT:
-            return self._replace(causal=True, attn_mask=None)
-        seen = torch.ones(rows, keys, dtype=torch.bool, device=self.q.device).tril()
+        bias = keys - rows if lower_right else 0
+        if self.options.causal:  # both masks hold
+            bias = min(bias, self.diagonal)
+        if bias == self.diagonal:
+            return self.causal_at(self.options.diagonal)
+        if checked_window(self.window) == (-1, -1):
+            return self.causal_at(bias)
+        # The window has a diagonal of its own.
+        seen = torch.ones(rows, keys, dtype=torch.bool, device=self.q.device).tril(bias)
         return self._replace(attn_mask=seen)
+
+    def causal_at(self, diagonal: int | None) -> Problem:
+        """Without a mask of elements."""
+        options = self.options._replace(causal=True, diagonal=diagonal)
+        return self._replace(options=options, attn_mask=None)
 
     def autocast(self) -> Problem:
         """With inputs as torch.amp.custom_fwd casts them: all but float64, to autocast's dtype."""
@@ -115,37 +132,16 @@ class Problem(NamedTuple):
         return self._replace(q=q, k=k, v=v, attn_mask=mask)
 
 
-def forward_options(problem: Problem, allow_tf32: bool = False) -> _core.CallOptions:
-    return _core.CallOptions(
-        bool(problem.causal),
-        scale=number(problem.scale),
-        layout=problem.layout,
-        allow_tf32=allow_tf32,
-    )
-
-
-def backward_options(layout: str) -> _core.CallOptions:
-    return _core.CallOptions(layout=layout, deterministic=deterministic())
-
-
-def attend(
-    problem: Problem,
-    return_lse: bool,
-    out: Tensor | None,
-    stream: object,
-    allow_tf32: bool,
-    fallback: str,
-) -> Any:
+def attend(problem: Problem, out: Tensor | None, return_lse: bool, fallback: str) -> Any:
     """flash_attention where it is more than one call of the library. fallback: "warn", "error" or "silent"."""
     if problem.stranger:
         for name in ("q", "k", "v"):
             if not isinstance(getattr(problem, name), torch.Tensor):
-                require_arrays(**{name: getattr(problem, name)})
+                require_arrays({name: getattr(problem, name)})
         raise ArgumentError(problem.stranger)
-    require_options(problem.causal, problem.layout)
+    stream = problem.options.stream
     traced = is_traced(problem)
     problem.require_kinds(traced)
-    problem = problem._replace(causal=bool(problem.causal), scale=number(problem.scale))
     problem = problem.without_causal_bias().autocast()
     wanted = torch.is_grad_enabled() and getattr(out, "requires_grad", False)
     if out is not None and (problem.recording or wanted):
@@ -168,13 +164,13 @@ def attend(
             warn(f"computed by {SDPA}: {missing}. on_unsupported='silent' accepts that")
         result = sdpa(problem)
         return result if out is None else out.copy_(result)
-    q, k, v, causal, scale, layout, *_ = problem
+    q, k, v, options, *_ = problem
     if traced:
-        out, lse = forward_operator(q, k, v, causal, scale, layout, allow_tf32)
+        out, lse = forward_by_operator(q, k, v, options)
         return (out, lse) if return_lse else out
     if problem.recording:
-        return FlashAttention.apply(q, k, v, causal, scale, layout, return_lse, stream, allow_tf32)
-    return run(None, q, k, v, causal, scale, layout, out, return_lse, stream, allow_tf32)
+        return FlashAttention.apply(q, k, v, options, return_lse)
+    return run(None, q, k, v, options, out, return_lse)
 
 
 def is_traced(problem: Problem) -> bool:
@@ -252,14 +248,14 @@ def missing_gradient(problem: Problem, traced: bool) -> str | None:
         return None
     if traced:  # there is no memory to look at
         d, d_v = as_constant(q.shape[-1]), as_constant(v.shape[-1])
-        if has_gradients(q.dtype, q.device, d, d_v, deterministic()):
+        if has_gradients(q.dtype, q.device, d, d_v, same_bits(problem.options.deterministic)):
             return None
         return (
             f"gradients (requires_grad=True) of {q.dtype} with head dimensions {d} and {d_v} on this GPU have no "
             f"kernel: train with {SDPA}"
         )
     try:
-        _core.backward_config_for(q, k, v, backward_options(problem.layout))
+        _core.backward_config_for(q, k, v, decided(problem.options))
     except UnsupportedError as error:
         return f"gradients (requires_grad=True): {error}"
     return None
@@ -277,11 +273,15 @@ def as_constant(head_dim: int) -> int:
     return low
 
 
-def has_gradients(dtype: Any, device: Any, head_dim: int, head_dim_v: int, same_bits: bool) -> bool:
+def has_gradients(
+    dtype: Any, device: Any, head_dim: int, head_dim_v: int, deterministic: bool
+) -> bool:
     """Whether a GPU has kernels for gradients."""
     major, minor = torch.cuda.get_device_capability(device)
     try:
-        _core.default_backward_config(dtype, head_dim, 10 * major + minor, head_dim_v, same_bits)
+        _core.default_backward_config(
+            dtype, head_dim, 10 * major + minor, head_dim_v, deterministic
+        )
     except (ConfigError, UnsupportedError):
         return False
     except ArgumentError:  # no call takes such a head dimension: the operator names the tensor
@@ -289,9 +289,9 @@ def has_gradients(dtype: Any, device: Any, head_dim: int, head_dim_v: int, same_
     return True
 
 
-def deterministic() -> bool:
-    """Whether torch is told to give the same bits in every run."""
-    return bool(torch.are_deterministic_algorithms_enabled())
+def decided(options: Options, **changes: Any) -> Options:
+    """With a yes or no for what follows torch's switch, as it is now, and with changes."""
+    return options._replace(deterministic=same_bits(options.deterministic), **changes)
 
 
 def _keep_out_of_the_trace() -> None:
@@ -314,19 +314,16 @@ def gradients(
     out: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
-    causal: bool,
-    scale: float | None,
-    layout: str,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, in the memory order of q, k and v."""
+    """dq, dk, dv, in the memory order of q, k and v, on the current stream."""
     if dout is None:  # only the LSE was used
         dout = out.new_zeros(out.shape[-1:]).expand(out.shape)
     # A negated view is none to DLPack, and neighbours of an expanded gradient are not adjacent.
     dout = library_of(type(dout)).with_unit_stride(plain(dout))
     dlse = None if dlse is None else plain(dlse)
     dq, dk, dv = (gradient_like(x) for x in (q, k, v))
-    options = _core.CallOptions(causal, None, scale, layout, None, False, deterministic())
-    workspace = None
+    options, workspace = decided(options, stream=None), None
     if q.is_cuda:
         size = _core.backward_workspace_size(None, q, v, options)
         workspace = torch.empty(size, dtype=torch.float32, device=q.device)
@@ -334,21 +331,21 @@ def gradients(
     return dq, dk, dv
 
 
-def gradients_on(
-    stream: object, compute: Callable[..., tuple[Tensor, Tensor, Tensor]], *arguments: Any
+def gradients_on_stream(
+    compute: Callable[..., tuple[Tensor, Tensor, Tensor]], *tensors: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`compute`, which is `gradients` or their operator, on the stream that the forward call was given, if any. Its
     order with the current stream, on which autograd works, is kept in both directions."""
-    address = stream_number(stream)
+    address = stream_number(options.stream)
     if address is None:
-        return compute(*arguments)
-    q = arguments[1]
+        return compute(*tensors, options)
+    q: Tensor = tensors[1]
     current = torch.cuda.current_stream(q.device)
-    used = [x for x in arguments if isinstance(x, torch.Tensor)]
+    used = [x for x in tensors if x is not None]
     with library_of(type(q)).use_stream(address, used):
         other = torch.cuda.current_stream(q.device)
         other.wait_stream(current)
-        found = compute(*arguments)
+        found = compute(*tensors, options)
     current.wait_stream(other)
     for x in found:
         x.record_stream(current)
@@ -378,8 +375,8 @@ class Gradients(torch.autograd.Function):  # type: ignore[misc]
     depends on them silently wrong."""
 
     @staticmethod
-    def forward(ctx: Any, stream: object, *arguments: Any) -> Any:
-        return gradients_on(stream, gradients, *arguments)
+    def forward(ctx: Any, options: Options, *tensors: Tensor | None) -> Any:
+        return gradients_on_stream(gradients, *tensors, options=options)
 
     backward = staticmethod(no_second_derivative)
 
@@ -393,19 +390,12 @@ class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        causal: bool,
-        scale: float | None,
-        layout: str,
+        options: Options,
         return_lse: bool,
-        stream: object,
-        allow_tf32: bool,
     ) -> Any:
-        out, lse = run(
-            None, q, k, v, causal, scale, layout, None, True, stream, allow_tf32, deterministic()
-        )
+        out, lse = run(None, q, k, v, decided(options, gradients_follow=True), return_lse=True)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.stream = stream
-        ctx.options = causal, scale, layout
+        ctx.options = options
         ctx.set_materialize_grads(False)
         return (out, lse) if return_lse else out
 
@@ -413,17 +403,21 @@ class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
         found = (None, None, None)
         if dout is not None or dlse is not None:
-            arguments = (dout, *ctx.saved_tensors, dlse, *ctx.options)
+            tensors = (dout, *ctx.saved_tensors, dlse)
             if is_observed(dout, dlse):  # a batch of gradients, a counter of FLOPs
-                found = gradients_on(ctx.stream, backward_operator, *arguments)
+                found = gradients_on_stream(backward_by_operator, *tensors, options=ctx.options)
             elif torch.is_grad_enabled():
-                found = Gradients.apply(ctx.stream, *arguments)
+                found = Gradients.apply(ctx.options, *tensors)
             else:
-                found = gradients_on(ctx.stream, gradients, *arguments)
-        return (*found, None, None, None, None, None, None)
+                found = gradients_on_stream(gradients, *tensors, options=ctx.options)
+        return (*found, None, None)
 
 
 # ---- operators, for what traces ----------------------------------------------------------------
+
+
+# Arguments were appended, with defaults that mean what the operators did before: programs that were saved without them
+# load. An operator has no stream; its deterministic=None follows torch's switch when the gradients are computed.
 
 
 def _forward(
@@ -434,23 +428,50 @@ def _forward(
     scale: float | None,
     layout: str,
     allow_tf32: bool,
+    diagonal: int | None = None,
+    deterministic: bool | None = None,
 ) -> Any:
-    return run(None, q, k, v, causal, scale, layout, None, True, None, allow_tf32)
+    options = Options(causal, diagonal, scale, layout, None, allow_tf32)
+    return run(None, q, k, v, options, return_lse=True)
 
 
 def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, layout: str, *others: object
+) -> Any:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty(rows_of_heads(q, layout), dtype=lse_dtype)
+
+
+def _backward_of(
+    dout: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
     causal: bool,
     scale: float | None,
     layout: str,
-    allow_tf32: bool,
-) -> Any:
-    batch, rows, heads = q.shape[:3] if layout == "bshd" else (q.shape[0], q.shape[2], q.shape[1])
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    return out, q.new_empty((batch, heads, rows), dtype=lse_dtype)
+    diagonal: int | None = None,
+    deterministic: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = Options(causal, diagonal, scale, layout, deterministic=deterministic)
+    return gradients(dout, q, k, v, out, lse, dlse, options)
+
+
+def forward_by_operator(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Any:
+    o = options
+    return forward_operator(
+        q, k, v, o.causal, o.scale, o.layout, o.allow_tf32, o.diagonal, o.deterministic
+    )
+
+
+def backward_by_operator(*arguments: Any) -> Any:
+    """Of tensors and Options, as `gradients`."""
+    *tensors, o = arguments
+    return backward_operator(*tensors, o.causal, o.scale, o.layout, o.diagonal, o.deterministic)
 
 
 def _backward_fake(
@@ -460,17 +481,17 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, causal, scale, layout, _ = inputs
+    q, k, v, causal, scale, layout, _, diagonal, deterministic = inputs
     ctx.save_for_backward(q, k, v, *output)
-    ctx.options = causal, scale, layout
+    ctx.options = Options(causal, diagonal, scale, layout, deterministic=deterministic)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
     found = (None, None, None)
     if dout is not None or dlse is not None:
-        found = backward_operator(dout, *ctx.saved_tensors, dlse, *ctx.options)
-    return (*found, None, None, None, None)
+        found = backward_by_operator(dout, *ctx.saved_tensors, dlse, ctx.options)
+    return (*found, *[None] * 6)
 
 
 # A vmapped dimension becomes part of the batch.
@@ -515,8 +536,8 @@ forward_operator = torch.library.custom_op(
     "flashcute::flash_attention_forward",
     _forward,
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, bool causal, float? scale, str layout, bool allow_tf32)"
-    " -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, bool causal, float? scale, str layout, bool allow_tf32,"
+    " SymInt? diagonal=None, bool? deterministic=None) -> (Tensor, Tensor)",
 )
 forward_operator.register_fake(_forward_fake)
 forward_operator.register_autograd(_backward, setup_context=_save)
@@ -524,10 +545,10 @@ forward_operator.register_vmap(_forward_vmap)
 
 backward_operator = torch.library.custom_op(
     "flashcute::flash_attention_backward",
-    gradients,
+    _backward_of,
     mutates_args=(),
     schema="(Tensor? dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, bool causal,"
-    " float? scale, str layout) -> (Tensor, Tensor, Tensor)",
+    " float? scale, str layout, SymInt? diagonal=None, bool? deterministic=None) -> (Tensor, Tensor, Tensor)",
 )
 backward_operator.register_fake(_backward_fake)
 backward_operator.register_autograd(no_second_derivative)
@@ -538,22 +559,21 @@ def _forward_flops(
     q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], causal: bool, scale: Any, layout: str,
     *_: object, **__: object,
 ) -> int:  # fmt: skip
-    """As torch counts its own attention: of the whole matrix, causal or not."""
+    """As torch counts its own attention: of the whole matrix, causal or not, wherever the diagonal is."""
     return _scores(q, k, layout) * 2 * (q[-1] + v[-1])
 
 
 def _backward_flops(
     dout: Any, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], out: Any, lse: Any, dlse: Any,
-    causal: bool, scale: Any, layout: str, **_: object,
+    causal: bool, scale: Any, layout: str, *_: object, **__: object,
 ) -> int:  # fmt: skip
     """The scores again, dP and dV, dQ and dK."""
     return _scores(q, k, layout) * 2 * (3 * q[-1] + 2 * v[-1])
 
 
 def _scores(q: tuple[int, ...], k: tuple[int, ...], layout: str) -> int:
-    rows, keys = (q[1], k[1]) if layout == "bshd" else (q[2], k[2])
-    heads = q[2] if layout == "bshd" else q[1]
-    return q[0] * heads * rows * keys
+    keys = k[1] if layout == "bshd" else k[2]
+    return math.prod(q[:3]) * keys
 
 
 def _register_flops() -> None:
@@ -576,7 +596,7 @@ def sdpa(problem: Problem) -> Tensor:
     """The output by scaled_dot_product_attention."""
     check_sizes(problem)
     q, k, v = problem[:3]
-    if problem.layout == "bshd":
+    if problem.options.layout == "bshd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask, is_causal = mask_for_sdpa(problem)
     empty = None
@@ -603,27 +623,30 @@ def sdpa(problem: Problem) -> Tensor:
         attn_mask=mask,
         dropout_p=problem.dropout_p,
         is_causal=is_causal,
-        scale=problem.scale,
+        scale=problem.options.scale,
         enable_gqa=grouped,
     )
     if empty is not None:
         out = out.masked_fill(empty, 0.0)
-    return out.transpose(1, 2) if problem.layout == "bshd" else out
+    return out.transpose(1, 2) if problem.options.layout == "bshd" else out
 
 
 def mask_for_sdpa(problem: Problem) -> tuple[Tensor | None, bool]:
-    """attn_mask and is_causal. torch aligns is_causal to the first key, so it serves for equal lengths only."""
+    """attn_mask and is_causal, which is torch's name for the diagonal 0."""
     _, _, rows, keys = problem.sizes
-    given, window = checked_mask(problem), checked_window(problem.window)
+    causal, device = problem.options.causal, problem.q.device
+    given, (left, right) = checked_mask(problem), checked_window(problem.window)
     if needs_no_mask(problem):
-        return None, problem.causal
-    # The last key that a row of the diagonal sees is its own.
-    left, right = window
+        return None, causal
     seen = None
-    offset = torch.arange(keys, device=problem.q.device) - (keys - rows)
-    distance = offset[None, :] - torch.arange(rows, device=problem.q.device)[:, None]
-    if problem.causal or right >= 0:
-        seen = distance <= (0 if problem.causal else right)
+    # How far after the diagonal a key lies. int64 holds it: the diagonal came as one, and counts up to 2^62.
+    diagonal = problem.diagonal
+    if problem.options.diagonal is not None:
+        diagonal = max(-(2**62), min(diagonal, 2**62))
+    distance = torch.arange(keys, device=device) - diagonal
+    distance = distance[None, :] - torch.arange(rows, device=device)[:, None]
+    if causal or right >= 0:
+        seen = distance <= (0 if causal else right)
     if left >= 0:
         seen = distance >= -left if seen is None else seen & (distance >= -left)
     if given is None or seen is None:
@@ -636,10 +659,10 @@ def mask_for_sdpa(problem: Problem) -> tuple[Tensor | None, bool]:
 def check_sizes(problem: Problem) -> None:
     """Of q, k and v, as everywhere; in a traced call those that torch itself would broadcast away."""
     if not is_traced(problem):
-        _core.check_problem(*problem[:3], forward_options(problem))
+        _core.check_problem(*problem[:3], problem.options)
         return
     batch, heads, _, keys = problem.sizes
-    head, row = (2, 1) if problem.layout == "bshd" else (1, 2)
+    head, row = (2, 1) if problem.options.layout == "bshd" else (1, 2)
     for name, x in (("k", problem.k), ("v", problem.v)):
         if x.dim() != 4 or x.shape[0] != batch:
             raise ArgumentError(
@@ -653,8 +676,9 @@ def check_sizes(problem: Problem) -> None:
             raise ArgumentError(
                 f"{name}: expected seqlen {keys} and dtype {problem.q.dtype}, got {tuple(x.shape)}, {x.dtype}"
             )
-    if problem.scale is not None and not 0 <= problem.scale < math.inf:
-        raise ArgumentError(f"scale: expected a finite number >= 0, got {problem.scale}")
+    scale = problem.options.scale
+    if scale is not None and not 0 <= scale < math.inf:
+        raise ArgumentError(f"scale: expected a finite number >= 0, got {scale}")
 
 
 def checked_dropout(probability: object) -> None:
@@ -663,9 +687,11 @@ def checked_dropout(probability: object) -> None:
 
 
 def needs_no_mask(problem: Problem) -> bool:
+    """Whether torch's is_causal says it all. Keys that no row sees need a mask: they may hold NaN."""
     _, _, rows, keys = problem.sizes
-    bounded = checked_window(problem.window) != (-1, -1)
-    return problem.attn_mask is None and not bounded and (rows == keys or not problem.causal)
+    if problem.attn_mask is not None or checked_window(problem.window) != (-1, -1):
+        return False
+    return not problem.options.causal or (keys <= rows and problem.diagonal == 0)
 
 
 def checked_mask(problem: Problem) -> Tensor | None:
@@ -698,7 +724,7 @@ def checked_mask(problem: Problem) -> Tensor | None:
 # ---- what will happen --------------------------------------------------------------------------
 
 
-def explained(problem: Problem, allow_tf32: bool, fallback: str) -> Explanation:
+def explained(problem: Problem, fallback: str) -> Explanation:
     """What attend would do."""
     wrong = None
     if not problem.stranger:
@@ -708,8 +734,7 @@ def explained(problem: Problem, allow_tf32: bool, fallback: str) -> Explanation:
         except ArgumentError as error:
             wrong = str(error)
     q, k, v = problem[:3]
-    options = forward_options(problem, allow_tf32)
-    found: Explanation = _core.explain(None, q, k, v, options)
+    found: Explanation = _core.explain(None, q, k, v, decided(problem.options))
     if wrong:
         return unsupported(found, wrong)
     missing = problem.missing
@@ -722,10 +747,12 @@ def explained(problem: Problem, allow_tf32: bool, fallback: str) -> Explanation:
     if missing and fallback == "error":
         return unsupported(found, missing)
     if not missing:
-        require_arrays(q=q, k=k, v=v)  # torch's own attention knows what a negated view is
+        require_arrays(
+            {"q": q, "k": k, "v": v}
+        )  # torch's own attention knows what a negated view is
     if missing:
         try:
-            _core.check_problem(q, k, v, options)
+            _core.check_problem(q, k, v, problem.options)
             checked_mask(problem)
             checked_dropout(problem.dropout_p)
         except ArgumentError as error:
@@ -755,8 +782,8 @@ def explained(problem: Problem, allow_tf32: bool, fallback: str) -> Explanation:
 
 
 def how_gradients(problem: Problem) -> str:
-    q, k, v, _, _, layout, *_ = problem
-    options = backward_options(layout)
+    q, k, v = problem[:3]
+    options = decided(problem.options)
     cfg = _core.backward_config_for(q, k, v, options)
     parts = [f"gradients by {cfg.name}"]
     if cfg.deterministic or not q.is_cuda:

@@ -7,15 +7,9 @@ from typing import Any
 
 from . import _core
 from ._arrays import Array, Library, library_of, stream_number
+from ._call import checked_options, require_arrays, require_kind, same_bits
 from ._core import ArgumentError, BackwardConfig
-from .attention import (
-    integer,
-    number,
-    optional_integer,
-    require_arrays,
-    require_kind,
-    require_options,
-)
+from .attention import arch_or_default, integer, optional_integer
 
 
 def backward(
@@ -29,9 +23,9 @@ def backward(
     *,
     dlse: Array | None = None,
     causal: bool = False,
+    diagonal: str | int = "end",
     scale: float | None = None,
     layout: str = "bshd",
-    deterministic: bool = False,
     dq: Array | None = None,
     dk: Array | None = None,
     dv: Array | None = None,
@@ -44,14 +38,13 @@ def backward(
         ever is.
     q, k, v, out, lse: the arrays that `forward` took, and those that it returned with return_lse=True; lse contiguous.
     dlse: the gradient of lse, (batch, heads, seqlen_q), with lse's dtype and any strides; default none.
-    causal, scale, layout: as in the forward call.
-    deterministic: compute the same bits in every run, whatever cfg.deterministic says. The CPU always does. A GPU then
-        takes two passes instead of one that adds to dq by atomics, and cfg.block_m must be a multiple of
-        16 * num_warps / column_warps.
+    causal, diagonal, scale, layout: as in the forward call.
     dq, dk, dv: arrays to write to, shaped like q, k and v; default new arrays of q's library.
     workspace: memory for a call on a GPU, float32, at least `backward_workspace_size` elements, which the call
         overwrites; default a new array of q's library.
     stream: the CUDA stream to launch on; default the library's current one. The call does not synchronise.
+
+    With cfg.deterministic, and always on the CPU, the result is the same bit for bit in every call.
 
     Returns (dq, dk, dv): with P = exp(scale q kᵀ - lse) and dS = P * (dout vᵀ - rowsum(dout * out) + dlse)
 
@@ -72,9 +65,9 @@ def backward(
         inputs["dlse"] = dlse
     outputs = {"dq": dq, "dk": dk, "dv": dv, "workspace": workspace}
     given = {name: x for name, x in outputs.items() if x is not None}
-    require_arrays(**inputs, **given)
+    require_arrays({**inputs, **given})
     require_kind(**inputs, **given)
-    require_options(causal, layout)
+    options = checked_options(causal, diagonal, scale, layout, stream)
     for name, array in {**inputs, **given}.items():
         library = library_of(type(array))
         if library.wants_gradient(array):
@@ -90,17 +83,12 @@ def backward(
     for name in ("dq", "dk", "dv"):
         if name not in given and type(library) is Library:
             raise library.cannot_make(name, q)
-    chosen = cfg.replace(deterministic=True) if deterministic else cfg
     address = stream_number(stream)
-    options = _core.CallOptions(
-        bool(causal), None, number(scale), layout, address, False, bool(deterministic)
-    )
+    options = options._replace(stream=address)
     arrays = [*inputs.values(), *given.values()]
     with nullcontext() if address is None else library.use_stream(address, arrays):
         dout = library_of(type(dout)).with_unit_stride(dout)
-        size = 0
-        if workspace is None:
-            size = _core.backward_workspace_size(chosen, q, v, options)
+        size = _core.backward_workspace_size(cfg, q, v, options) if workspace is None else 0
         if size and type(library) is Library:
             raise library.cannot_make("workspace", q)
         to_dq, to_dk, to_dv = (
@@ -108,7 +96,7 @@ def backward(
             for x, like in ((dq, q), (dk, k), (dv, v))
         )
         work = library.empty((size,), q, "float32") if size else workspace
-        _core.backward(chosen, dout, q, k, v, out, lse, dlse, to_dq, to_dk, to_dv, work, options)
+        _core.backward(cfg, dout, q, k, v, out, lse, dlse, to_dq, to_dk, to_dv, work, options)
     for array in given.values():
         library_of(type(array)).wrote(array)
     return (
@@ -128,33 +116,35 @@ def backward_workspace_size(
 ) -> int:
     """How many float32 elements the workspace of a `backward` call with `cfg` must have: 0 on the CPU."""
     require_config(cfg)
-    require_arrays(q=q, v=v)
+    require_arrays({"q": q, "v": v})
     require_kind(q=q, v=v)
-    require_options(False, layout)
-    options = _core.CallOptions(layout=layout, deterministic=cfg.deterministic)
-    return int(_core.backward_workspace_size(cfg, q, v, options))
+    return int(
+        _core.backward_workspace_size(cfg, q, v, checked_options(False, "end", None, layout))
+    )
 
 
 def default_backward_config(
     head_dim: int,
     dtype: object = "bfloat16",
-    arch: str | int = "cpu",
+    arch: str | int | None = None,
     *,
     head_dim_v: int | None = None,
-    deterministic: bool = False,
+    deterministic: bool | None = None,
 ) -> BackwardConfig:
     """The configuration that gradients of `flash_attention` take for a head dimension on `arch` ("cpu", "sm_90",
     ...), if addresses and strides are multiples of 16 bytes.
 
+    arch: default the architecture of GPU 0 or, where there is no GPU, "cpu".
     head_dim_v: the head dimension of v, if it differs.
-    deterministic: choose among the configurations that give the same bits in every run.
+    deterministic: choose among the configurations that give the same bits in every run. None: if
+        torch.use_deterministic_algorithms is on.
 
     Raises UnsupportedError where no kernel computes gradients.
     """
     return _core.default_backward_config(
         dtype,
         integer("head_dim", head_dim),
-        arch,
+        arch_or_default(arch),
         optional_integer("head_dim_v", head_dim_v),
-        bool(deterministic),
+        same_bits(deterministic),
     )

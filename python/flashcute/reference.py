@@ -12,9 +12,9 @@ For one head with queries q (seqlen_q, d), keys k (seqlen_k, d) and values v (se
     O = P v                             output          (seqlen_q, d)
     L = log(rowsum(exp(S)))             log-sum-exp     (seqlen_q,)
 
-With a causal mask, query i sees key j iff j <= i + seqlen_k - seqlen_q: the last query sees every
-key. A row that sees no key has O = 0 and L = -inf. A key that a row does not see never enters its
-sums, not even as 0 * NaN; a NaN that it does see comes out.
+With a causal mask, query i sees key j iff j <= i + diagonal, which is seqlen_k - seqlen_q by
+default: the last query sees every key. A row that sees no key has O = 0 and L = -inf. A key that a
+row does not see never enters its sums, not even as 0 * NaN; a NaN that it does see comes out.
 
 From the gradients dO and dL of the results to those of q, k and v:
 
@@ -28,6 +28,7 @@ import math
 import sys
 from typing import Any, NamedTuple
 
+from ._call import checked_diagonal
 from ._core import ArgumentError
 
 Array = Any
@@ -44,6 +45,7 @@ def naive(
     v: Array,
     causal: bool = False,
     *,
+    diagonal: str | int = "end",
     scale: float | None = None,
     layout: str = "bshd",
     return_lse: bool = False,
@@ -52,6 +54,7 @@ def naive(
 
     q: (batch, seqlen_q, heads, d).  k, v: (batch, seqlen_k, kv_heads, d), kv_heads dividing heads.
     layout: "bshd" as above, or "bhsd" with heads before seqlen.
+    diagonal: of the causal mask: "end" (seqlen_k - seqlen_q), "start" (0) or an integer.
     scale: default d**-0.5.
     return_lse: also return L, (batch, heads, seqlen_q), float32 (float64 for float64 arrays).
 
@@ -63,7 +66,7 @@ def naive(
     Returns out, or (out, lse).
     """
     xp = namespace(q)
-    shape, q, k, v = _split_heads(xp, q, k, v, layout)
+    shape, q, k, v = _split_heads(xp, q, k, v, layout, checked_diagonal(diagonal, causal))
     seen = _visible(xp, shape, 0, shape.rows, 0, shape.keys, q) if causal else None  # (rows, keys)
 
     scores = _cast(xp, _matmul(xp, q, _swap(xp, k, -1, -2)), _wide(xp, q))
@@ -88,6 +91,7 @@ def naive_gradients(
     causal: bool = False,
     *,
     dlse: Array | None = None,
+    diagonal: str | int = "end",
     scale: float | None = None,
     layout: str = "bshd",
 ) -> tuple[Array, Array, Array]:
@@ -101,11 +105,13 @@ def naive_gradients(
     Returns (dq, dk, dv), in the dtypes of q, k and v.
     """
     xp = namespace(q)
-    out, lse = naive(q, k, v, causal, scale=scale, layout=layout, return_lse=True)
+    out, lse = naive(
+        q, k, v, causal, diagonal=diagonal, scale=scale, layout=layout, return_lse=True
+    )
     dtype, wide = q.dtype, _wide(xp, q)
     shape, q, k, v = (
         x if isinstance(x, _Shape) else _cast(xp, x, wide)
-        for x in _split_heads(xp, q, k, v, layout)
+        for x in _split_heads(xp, q, k, v, layout, checked_diagonal(diagonal, causal))
     )
     scale = shape.head_dim**-0.5 if scale is None else scale
     seen = _visible(xp, shape, 0, shape.rows, 0, shape.keys, q) if causal else None  # (rows, keys)
@@ -138,6 +144,7 @@ def chunked(
     v: Array,
     causal: bool = False,
     *,
+    diagonal: str | int = "end",
     scale: float | None = None,
     layout: str = "bshd",
     block_m: int = 64,
@@ -168,7 +175,7 @@ def chunked(
             raise ArgumentError(f"{name}: expected at least 1, got {block}")
     xp = namespace(q)
     dtype, wide = q.dtype, _wide(xp, q)
-    shape, q, k, v = _split_heads(xp, q, k, v, layout)
+    shape, q, k, v = _split_heads(xp, q, k, v, layout, checked_diagonal(diagonal, causal))
     scale = shape.head_dim**-0.5 if scale is None else scale
 
     tiles: list[tuple[Array, Array]] = []
@@ -248,15 +255,16 @@ class _Shape(NamedTuple):
     rows: int  # seqlen_q
     keys: int  # seqlen_k
     head_dim: int
+    diagonal: int  # of the causal mask
     out: tuple[int, ...]  # (batch, kv_heads, group, seqlen_q, d)
 
     def keys_seen_by(self, row: int) -> int:
         """How many keys a row sees under the causal mask: the first ones."""
-        return max(0, min(self.keys, row + 1 + self.keys - self.rows))
+        return max(0, min(self.keys, row + 1 + self.diagonal))
 
 
 def _split_heads(
-    xp: Namespace, q: Array, k: Array, v: Array, layout: str
+    xp: Namespace, q: Array, k: Array, v: Array, layout: str, diagonal: int | None
 ) -> tuple[_Shape, Array, Array, Array]:
     """q as (batch, kv_heads, group, seqlen_q, d), k and v as (batch, kv_heads, 1, seqlen_k, d).
 
@@ -272,7 +280,9 @@ def _split_heads(
     if kv_heads == 0 or heads % kv_heads != 0:
         raise ArgumentError(f"k: expected a head count that divides q's {heads}, got {kv_heads}")
     group = heads // kv_heads
-    shape = _Shape(rows, keys, head_dim, (batch, kv_heads, group, rows, v.shape[-1]))
+    diagonal = keys - rows if diagonal is None else diagonal
+    diagonal = max(-rows, min(diagonal, keys))  # beyond these it shows or hides nothing more
+    shape = _Shape(rows, keys, head_dim, diagonal, (batch, kv_heads, group, rows, v.shape[-1]))
     q = xp.reshape(q, (batch, kv_heads, group, rows, head_dim))
     return shape, q, k[:, :, None, :, :], v[:, :, None, :, :]
 
@@ -299,7 +309,7 @@ def _visible(
     """The causal mask of a block of scores, (i_end - i, j_end - j): True where row sees key."""
     rows = _positions(xp, i, i_end, like)[:, None]
     keys = _positions(xp, j, j_end, like)[None, :]
-    return keys <= rows + (shape.keys - shape.rows)
+    return keys <= rows + shape.diagonal
 
 
 # ---- what array libraries spell differently ----------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -48,11 +49,12 @@ def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
 # ---- the definition ------------------------------------------------------------------------------
 
 
-def visible(seqlen_q: int, seqlen_k: int, causal: bool) -> np.ndarray:
-    """(seqlen_q, seqlen_k): whether query i sees key j."""
+def visible(seqlen_q: int, seqlen_k: int, causal: bool, diagonal: int | None = None) -> np.ndarray:
+    """(seqlen_q, seqlen_k): whether query i sees key j. Without a diagonal the last query sees all keys."""
     i = np.arange(seqlen_q)[:, None]
     j = np.arange(seqlen_k)[None, :]
-    return (j <= i + seqlen_k - seqlen_q) if causal else np.ones((seqlen_q, seqlen_k), bool)
+    diagonal = seqlen_k - seqlen_q if diagonal is None else diagonal
+    return (j - i <= diagonal) if causal else np.ones((seqlen_q, seqlen_k), bool)
 
 
 def scores_of(q: np.ndarray, k: np.ndarray, scale: float) -> np.ndarray:
@@ -94,13 +96,18 @@ def softmax(s: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, *, causal: bool = False, scale: float | None = None
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    diagonal: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """out (batch, seqlen_q, heads, d) and LSE (batch, heads, seqlen_q) of finite inputs, in
     fp64."""
-    p, lse = softmax(
-        scores_of(q, k, default_scale(q, scale)), visible(q.shape[1], k.shape[1], causal)
-    )
+    seen = visible(q.shape[1], k.shape[1], causal, diagonal)
+    p, lse = softmax(scores_of(q, k, default_scale(q, scale)), seen)
     return weighted_values(p, v), lse
 
 
@@ -112,11 +119,12 @@ def naive(
     *,
     causal: bool = False,
     scale: float | None = None,
+    diagonal: int | None = None,
 ) -> np.ndarray:
     """What three separate kernels in `dtype` give: scores, probabilities and output are each
     rounded to it when they are stored; sums are taken in higher precision, as matrix units do."""
     s = rounded(scores_of(q, k, default_scale(q, scale)), dtype)
-    p, _ = softmax(s, visible(q.shape[1], k.shape[1], causal))
+    p, _ = softmax(s, visible(q.shape[1], k.shape[1], causal, diagonal))
     return rounded(weighted_values(rounded(p, dtype), v), dtype)
 
 
@@ -169,9 +177,14 @@ class Problem:
     dtype: str
     causal: bool = False
     scale: float | None = None
+    diagonal: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"causal": self.causal, "scale": self.scale, "diagonal": self.diagonal}
 
     def expected(self) -> tuple[np.ndarray, np.ndarray]:
-        return attention(self.q, self.k, self.v, causal=self.causal, scale=self.scale)
+        return attention(self.q, self.k, self.v, **self.options)
 
 
 def make_problem(
@@ -187,13 +200,14 @@ def make_problem(
     d_v: int | None = None,
     causal: bool = False,
     scale: float | None = None,
+    diagonal: int | None = None,
 ) -> Problem:
     kv_heads = heads if kv_heads is None else kv_heads
     d_v = d if d_v is None else d_v
     q = rng.standard_normal((batch, seqlen_q, heads, d))
     k = rng.standard_normal((batch, seqlen_k, kv_heads, d))
     v = rng.standard_normal((batch, seqlen_k, kv_heads, d_v))
-    return Problem(*(rounded(x, dtype) for x in (q, k, v)), dtype, causal, scale)
+    return Problem(*(rounded(x, dtype) for x in (q, k, v)), dtype, causal, scale, diagonal)
 
 
 def assert_accurate(
@@ -226,7 +240,7 @@ def assert_accurate(
         tolerance = max(RELATIVE[p.dtype] * top, 2 * conditioning * values)
         tolerance += 2 * TF32_ROUNDOFF * values if tf32 else 0
     else:
-        rounded_error = naive(p.q, p.k, p.v, p.dtype, causal=p.causal, scale=p.scale) - expected
+        rounded_error = naive(p.q, p.k, p.v, p.dtype, **p.options) - expected
         tolerance = 2 * np.abs(rounded_error).max(initial=0) + u * top + (u * values if tiny else 0)
     assert_close(out, expected, tolerance, "out")
     if p.dtype not in RELATIVE and not tiny:

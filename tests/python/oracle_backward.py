@@ -32,6 +32,7 @@ class BackwardProblem:
     causal: bool = False
     scale: float | None = None
     dlse: np.ndarray | None = None  # (batch, heads, seqlen_q)
+    diagonal: int | None = None
 
     def gradients(self, dtype: str = "float64") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """dq, dk, dv. In a narrower dtype: as separate kernels give them, which round whatever they store."""
@@ -42,7 +43,7 @@ class BackwardProblem:
         q, k, v, dout = self.q, self.k, self.v, self.dout
         heads, kv_heads = q.shape[2], k.shape[2]
         scale = oracle.default_scale(q, self.scale)
-        seen = oracle.visible(q.shape[1], k.shape[1], self.causal)
+        seen = oracle.visible(q.shape[1], k.shape[1], self.causal, self.diagonal)
         repeated_k, repeated_v = (np.repeat(x, heads // kv_heads, axis=2) for x in (k, v))
         p, _ = oracle.softmax(stored(oracle.scores_of(q, k, scale)), seen)
         out = stored(oracle.weighted_values(stored(p), v))
@@ -70,7 +71,7 @@ def make_problem(
     dout = rounded(rng.standard_normal((batch, rows, heads, p.v.shape[3])), dtype)
     dlse = rng.standard_normal((batch, heads, rows)).astype(np.float32).astype(np.float64)
     return BackwardProblem(
-        p.q, p.k, p.v, dout, dtype, p.causal, p.scale, dlse if with_dlse else None
+        p.q, p.k, p.v, dout, dtype, p.causal, p.scale, dlse if with_dlse else None, p.diagonal
     )
 
 

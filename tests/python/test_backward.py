@@ -72,9 +72,9 @@ def default_config(q: torch.Tensor, v: torch.Tensor, backend: str) -> fc.Backwar
 
 
 def run(
-    p: BackwardProblem, layout: str = "bshd", backend: str = "cpu", **options: Any
+    p: BackwardProblem, layout: str = "bshd", backend: str = "cpu", **changes: Any
 ) -> tuple[torch.Tensor, ...]:
-    """Forward, then backward with the default configuration; gradients as bshd."""
+    """Forward, then backward with the default configuration, or with changes to it; gradients as bshd."""
     device = device_of(backend)
     q, k, v, dout = (as_tensor(x, p.dtype, device) for x in (p.q, p.k, p.v, p.dout))
     if layout == "bhsd":
@@ -82,8 +82,8 @@ def run(
     common = {"causal": p.causal, "scale": p.scale, "layout": layout}
     out, lse = fc.flash_attention(q, k, v, return_lse=True, **common)
     dlse = None if p.dlse is None else torch.tensor(p.dlse, dtype=lse.dtype, device=device)
-    cfg = default_config(q, v, backend)
-    found = fc.backward(cfg, dout, q, k, v, out, lse, dlse=dlse, **common, **options)
+    cfg = default_config(q, v, backend).replace(**changes)
+    found = fc.backward(cfg, dout, q, k, v, out, lse, dlse=dlse, **common)
     return tuple(x.transpose(1, 2) if layout == "bhsd" else x for x in found)
 
 
@@ -296,7 +296,7 @@ def test_libraries(rng: np.random.Generator, library: str) -> None:
         arrays = [jax.numpy.asarray(x) for x in arrays]
     q, k, v, dout = arrays
     out, lse = fc.flash_attention(q, k, v, return_lse=True)
-    cfg = fc.default_backward_config(16, "float32")
+    cfg = fc.default_backward_config(16, "float32", "cpu")
     found = fc.backward(cfg, dout, q, k, v, out, lse)
     assert all(type(x) is type(out) for x in found)
     assert_accurate(p, found)
@@ -335,7 +335,7 @@ def test_strides_of_dout(rng: np.random.Generator, library: str, kind: str) -> N
             "permuted": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
         }[kind]
         arrays = [make(torch.from_numpy(dout)), *plain[1:]]
-    cfg = fc.default_backward_config(16, "float32")
+    cfg = fc.default_backward_config(16, "float32", "cpu")
     for a, b in zip(fc.backward(cfg, *arrays), fc.backward(cfg, *plain), strict=True):
         assert (a == b).all()
 
@@ -346,7 +346,7 @@ def test_number_of_threads_does_not_change_bits(fresh: Runner) -> None:
         import hashlib, torch, flashcute as fc
         torch.manual_seed(0)
         q, k, v, g = (torch.randn(2, 300, 4, 40) for _ in range(4))
-        cfg = fc.default_backward_config(40, "float32")
+        cfg = fc.default_backward_config(40, "float32", "cpu")
         out, lse = fc.flash_attention(q, k, v, True, return_lse=True)
         found = fc.backward(cfg, g, q, k, v, out, lse, causal=True)
         print(hashlib.sha256(b"".join(x.numpy().tobytes() for x in found)).hexdigest())
@@ -487,7 +487,7 @@ def good(device: str = "cpu") -> SimpleNamespace:
     lse, dlse = (torch.randn(2, 4, 5).to(device) for _ in range(2))
     dq, dk, dv = (torch.full_like(x, 7.0) for x in (q, k, v))
     return SimpleNamespace(
-        cfg=fc.default_backward_config(8, "float16", arch_of(device)),
+        cfg=fc.default_backward_config(8, "float16", arch_of(device), deterministic=False),
         positional=["dout", "q", "k", "v", "out", "lse"],
         arrays={"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse, "dlse": dlse,
                 "dq": dq, "dk": dk, "dv": dv},
@@ -636,7 +636,7 @@ def test_the_raw_call_copies_no_dout() -> None:
     strided = a.arrays["dout"].repeat_interleave(2, -1)[..., ::2]
     rest = [a.arrays[n] for n in ("q", "k", "v", "out", "lse", "dlse", "dq", "dk", "dv")]
     with pytest.raises(fc.ArgumentError, match=r"^dout: expected last stride 1, got 2"):
-        fc._core.backward(None, strided, *rest, None, fc._core.CallOptions())
+        fc._core.backward(None, strided, *rest, None, fc._call.Options())
 
 
 @pytest.mark.parametrize("cfg", ["fast", None, fc.ForwardConfig()], ids=lambda x: type(x).__name__)
@@ -721,7 +721,7 @@ def test_rules(rule: str, cfg: fc.BackwardConfig, arch: str) -> None:
 
 def test_configuration_is_a_value() -> None:
     """Hashable, comparable, named; head_dim_v follows head_dim; what differs from the default shows in the name."""
-    cfg = fc.default_backward_config(64, torch.float32)
+    cfg = fc.default_backward_config(64, torch.float32, "cpu", deterministic=False)
     cfg.check("cpu")
     assert cfg == eval(repr(cfg), {"BackwardConfig": fc.BackwardConfig})
     assert len({cfg, cfg.replace(), cfg.replace(block_m=32)}) == 2
@@ -769,9 +769,9 @@ def test_default_configuration_that_no_gpu_has() -> None:
 @pytest.mark.parametrize(
     ("cfg", "says"),
     [
-        (fc.default_backward_config(8, "float64"), "^cfg: dtype float64 does not fit .* float16"),
-        (fc.default_backward_config(4, "float16"), "^cfg: head_dim 4 is smaller than the tensors' 8"),
-        (fc.default_backward_config(8, "float16", head_dim_v=4), "^cfg: head_dim_v 4 is smaller"),
+        (fc.default_backward_config(8, "float64", "cpu"), "^cfg: dtype float64 does not fit .* float16"),
+        (fc.default_backward_config(4, "float16", "cpu"), "^cfg: head_dim 4 is smaller than the tensors' 8"),
+        (fc.default_backward_config(8, "float16", "cpu", head_dim_v=4), "^cfg: head_dim_v 4 is smaller"),
     ],
 )  # fmt: skip
 def test_configuration_that_does_not_fit(cfg: fc.BackwardConfig, says: str) -> None:
@@ -795,29 +795,12 @@ def test_dtype_that_no_gpu_kernel_has() -> None:
 
 
 @pytest.mark.gpu
-def test_deterministic_by_argument() -> None:
-    """It overrides the configuration, whose tile may then break a rule."""
-    a = good("cuda")
-    expected = fc.default_backward_config(8, "float16", arch_of("cuda"), deterministic=True)
-    a.cfg = expected.replace(deterministic=False)
-    a.options = {"deterministic": True}
-    q, v = a.arrays["q"], a.arrays["v"]
-    size = fc.backward_workspace_size(expected, q, v)
-    assert size < fc.backward_workspace_size(a.cfg, q, v)
-    a.options["workspace"] = torch.empty(size, device="cuda")  # too small for the other way
-    call(a)
-    a.cfg = a.cfg.replace(block_m=32)
-    with pytest.raises(fc.ConfigError, match=r"multiples of 16 times the warps"):
-        call(a)
-
-
-@pytest.mark.gpu
 def test_cupy(rng: np.random.Generator) -> None:
     """Another library's memory, current stream and copies."""
     cupy = pytest.importorskip("cupy")
     p = make_problem(rng, "float16", seqlen_q=50, seqlen_k=60, d=64)
     q, k, v, dout = (cupy.asarray(x.astype(np.float16)) for x in (p.q, p.k, p.v, p.dout))
-    cfg = fc.default_backward_config(64, "float16", arch_of("cuda"))
+    cfg = fc.default_backward_config(64, "float16", arch_of("cuda"), deterministic=False)
     with cupy.cuda.Stream(non_blocking=True) as stream:
         out, lse = fc.flash_attention(q, k, v, return_lse=True)
         for strange in (dout, cupy.repeat(dout, 2, axis=-1)[..., ::2]):
@@ -845,7 +828,7 @@ def test_arrays_of_an_unknown_library() -> None:
     rng = np.random.default_rng(0)
     q, k, v, dout = (rng.standard_normal((1, 4, 2, 8)).astype(np.float32) for _ in range(4))
     out, lse = fc.flash_attention(q, k, v, return_lse=True)
-    cfg = fc.default_backward_config(8, "float32")
+    cfg = fc.default_backward_config(8, "float32", "cpu")
     expected = fc.backward(cfg, dout, q, k, v, out, lse)
     dq, dk, dv = (np.empty_like(x) for x in (q, k, v))
     foreign = [OnlyDlpack(x) for x in (q, k, v)]

@@ -65,7 +65,7 @@ def check_end(setup: str, call: str) -> None:
         "fc.flash_attention(q, q, q)",
         "fc.backward(cfg, q, q, q, q, q, lse)",
         "fc.backward_workspace_size(cfg, q, q)",
-        "fc._core.backward_config_for(q, q, q, fc._core.CallOptions())",
+        "fc._core.backward_config_for(q, q, q, fc._call.Options())",
         "fc.explain(q, q, q)",
         "fc._core.driver_info()",
     ],
@@ -77,7 +77,7 @@ def test_exit_while_daemon_threads_are_in_calls(call: str, rows: int) -> None:
     setup = f"""
         q = np.ones((1, {rows}, 4, 64), np.float32)
         _, lse = fc.flash_attention(q, q, q, return_lse=True)
-        cfg = fc.default_backward_config(64, "float32")
+        cfg = fc.default_backward_config(64, "float32", "cpu")
     """
     check_end(setup, call)
 
@@ -225,7 +225,7 @@ def test_bits_do_not_depend_on_the_floating_point_mode(fresh: Runner) -> None:
         q, k, v = (rng.standard_normal((2, 200, 4, 24)).astype(np.float32) for _ in range(3))
         v *= 1e-39  # subnormal
         dout = rng.standard_normal(v.shape).astype(np.float32)
-        cfg = fc.default_backward_config(24, "float32")
+        cfg = fc.default_backward_config(24, "float32", "cpu")
 
         def bits():
             out, lse = fc.flash_attention(q, k, v, return_lse=True)

@@ -481,7 +481,7 @@ def test_types_of_arrays_are_not_kept_alive() -> None:
     """What is remembered of an array's type held the type for ever."""
     kind = type("Array", (np.ndarray,), {})
     q = np.ones((1, 2, 1, 8), np.float32)
-    fc._core.check_problem(q.view(kind), q, q, fc._core.CallOptions())
+    fc._core.check_problem(q.view(kind), q, q, fc._call.Options())
     gone = weakref.ref(kind)
     del kind
     gc.collect()
@@ -571,7 +571,7 @@ def test_arrays_whose_library_works_on_another_stream_are_refused(name: str) -> 
     }
     arrays = [(there if n == name else here)(*shape) for n, shape in shapes.items()]
     with pytest.raises(fc.ArgumentError, match=f"^{name}: .*works on q's stream"):
-        fc._core.forward(None, *arrays, fc._core.CallOptions())
+        fc._core.forward(None, *arrays, fc._call.Options())
 
 
 # ---- alignment -----------------------------------------------------------------------------------
@@ -1188,9 +1188,11 @@ def test_block_counts_are_what_the_mask_says(
     assert torch.equal(counts.cpu(), expected_block_counts(cfg, sq, sk, causal).expand(2, 4, -1, 3))
 
 
-def expected_block_counts(cfg: fc.ForwardConfig, sq: int, sk: int, causal: bool) -> torch.Tensor:
+def expected_block_counts(
+    cfg: fc.ForwardConfig, sq: int, sk: int, causal: bool, diagonal: int | None = None
+) -> torch.Tensor:
     """By brute force: (tiles, 3)."""
-    seen = oracle.visible(sq, sk, causal)
+    seen = oracle.visible(sq, sk, causal, diagonal)
     expected = []
     rows = cfg.block_m * cfg.cluster
     first = -(-sq // rows) * rows - sq if cfg.math == "wgmma" else 0  # rows that the first lacks

@@ -335,7 +335,7 @@ def test_import_loads_no_torch(fresh: Runner) -> None:
         x = np.ones((1, 4, 1, 8), np.float32)
         fc.explain(x, x, x)
         out, lse = fc.flash_attention(x, x, x, return_lse=True)
-        fc.backward(fc.default_backward_config(8, "float32"), out, x, x, x, out, lse)
+        fc.backward(fc.default_backward_config(8, "float32", "cpu"), out, x, x, x, out, lse)
         assert "torch" not in sys.modules
     """)
 

@@ -16,6 +16,7 @@ pytest.importorskip("torch", reason=REASON, exc_type=ImportError)
 import torch
 from conftest import Runner, backward_configurations_of_first_use
 from flashcute import _torch
+from flashcute._call import Options
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,7 +56,8 @@ def forward_to(out: torch.Tensor, *inputs: torch.Tensor, **options: Any) -> None
 def backward_to(**outputs: torch.Tensor) -> None:
     """Gradients of a call like that of `written`, some to memory that is given."""
     dout, q, k, v, out, lse = inputs_of_backward(next(iter(outputs.values())).device.type)
-    cfg = fc.default_backward_config(64, q.dtype, "cpu" if q.device.type == "cpu" else "sm_80")
+    arch = "cpu" if q.device.type == "cpu" else "sm_80"
+    cfg = fc.default_backward_config(64, q.dtype, arch, deterministic=False)
     fc.backward(cfg, dout, q, k, v, out, lse, **outputs)
 
 
@@ -122,7 +124,7 @@ def test_writing_inference_tensors_outside_of_inference_mode() -> None:
 def test_writing_to_the_workspace_is_noticed() -> None:
     """It is overwritten as an output is."""
     dout, q, k, v, out, lse = inputs_of_backward("cuda")
-    cfg = fc.default_backward_config(64, q.dtype, "sm_80")
+    cfg = fc.default_backward_config(64, q.dtype, "sm_80", deterministic=False)
     size = fc.backward_workspace_size(cfg, q, v)
     workspace = torch.empty(size, dtype=torch.float32, device="cuda")
     fc.backward(cfg, dout, q, k, v, out, lse, workspace=workspace)
@@ -277,9 +279,11 @@ def test_a_single_tensor_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> Non
     seen = []
     real = _torch.run
 
-    def run(cfg: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any) -> Any:
+    def run(
+        cfg: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any, **more: Any
+    ) -> Any:
         seen.append((k, v))
-        return real(cfg, q, k, v, *others)
+        return real(cfg, q, k, v, *others, **more)
 
     monkeypatch.setattr(_torch, "run", run)
     torch.func.vmap(fc.flash_attention, (0, None, None))(stacked(q, 0), k, v)
@@ -471,7 +475,7 @@ def test_a_trace_asks_for_the_kernel_of_the_call(
         q, k, v = (
             torch.empty(1, 4, 2, width, device="cuda", requires_grad=True) for width in (d, d, d_v)
         )
-        problem = _torch.Problem(q, k, v, False, None, "bshd", None, 0.0, None)
+        problem = _torch.Problem(q, k, v, Options(), None, 0.0, None)
         missing = _torch.missing_gradient(problem, traced=True)
     assert asked == [(torch.float32, d, 10 * arch[0] + arch[1], d_v, same_bits)]
     if served:

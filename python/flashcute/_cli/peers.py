@@ -18,6 +18,7 @@ from .. import (
     forward,
     reference,
 )
+from .._call import Options
 from .kits import Array, Call, Inputs, Kit, in_layout
 from .options import UsageError, changed_backward_config, changed_config
 from .problem import ITEM_BYTES, Case, Result
@@ -126,7 +127,7 @@ class FlashcuteGradients(Implementation):
             return str(self.config(case.head_dim, case.dtype).name)
         q = kit.empty((case.batch, case.seqlen_q, case.heads, case.head_dim), case.dtype)
         k = kit.empty((case.batch, case.seqlen_k, case.kv_heads, case.head_dim), case.dtype)
-        return str(_core.backward_config_for(q, k, k, _core.CallOptions()).name)
+        return str(_core.backward_config_for(q, k, k, Options()).name)
 
     def gradients(self, inputs: Inputs, causal: bool, dout: Array) -> Call:
         """A call of `backward`, for changes."""

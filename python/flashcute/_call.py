@@ -1,0 +1,256 @@
+"""One call: its options as one value, the checks of its arguments, and the call of the library.
+
+All public functions make `Options` here and hand them down; nothing below them takes causal, scale and the others apart
+again. This module imports neither those functions nor what belongs to torch.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from typing import Any, NamedTuple
+
+from . import _core
+from ._arrays import Array, Library, library_of, stream_number, would_record
+from ._core import ArgumentError, Explanation, ForwardConfig
+
+SDPA = "torch.nn.functional.scaled_dot_product_attention"
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+
+class Options(NamedTuple):
+    """What a call computes of q, k and v, and how: CallOptions of the C++ interface, which reads them by position. A
+    tuple, because torch.compile traces how it is made, and because it is made in every call."""
+
+    causal: bool = False
+    diagonal: int | None = None  # key j is visible to query i iff j <= i + diagonal; None: "end"
+    scale: float | None = None
+    layout: str = "bshd"
+    # As the caller gave it, which keeps it alive until the gradients are computed. C++ takes its address.
+    stream: object = None
+    allow_tf32: bool = False
+    deterministic: bool | None = None  # None: what `same_bits` says when gradients are computed
+    gradients_follow: bool = False
+
+    def offset(self, rows: int, keys: int) -> int:
+        """The diagonal as a number."""
+        return keys - rows if self.diagonal is None else self.diagonal
+
+
+def checked_options(
+    causal: object,
+    diagonal: object,
+    scale: object,
+    layout: object,
+    stream: object = None,
+    allow_tf32: object = False,
+    deterministic: object = None,
+) -> Options:
+    """The arguments of a public function as one value. Raises ArgumentError for what is wrong whatever q, k and v are;
+    the rest is checked with them, in C++."""
+    if layout != "bshd" and layout != "bhsd":
+        raise ArgumentError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
+    if causal is not True and causal is not False:
+        if not is_boolean(causal):
+            raise ArgumentError(f"causal: expected True or False, got {causal!r}")
+        causal = bool(causal)
+    at_end = isinstance(diagonal, str) and diagonal == "end"
+    offset = None if at_end else checked_diagonal(diagonal, causal)
+    if stream is not None:
+        stream_number(stream)
+    if deterministic is not None and not isinstance(deterministic, bool):
+        raise ArgumentError(f"deterministic: expected True, False or None, got {deterministic!r}")
+    factor = None if scale is None else number(scale)
+    # Options(...) without the function that a NamedTuple defines for it, which takes twice the time.
+    return tuple.__new__(
+        Options,
+        (causal, offset, factor, layout, stream, bool(allow_tf32), deterministic, False),
+    )
+
+
+def is_boolean(x: object) -> bool:
+    """NumPy's bool is a type of its own, named bool or, before NumPy 2, bool_."""
+    return type(x).__name__ in ("bool", "bool_")
+
+
+def checked_diagonal(diagonal: object, causal: object) -> int | None:
+    """As a number; None for "end"."""
+    value: Any = {"end": None, "start": 0}
+    if isinstance(diagonal, str):
+        value = value.get(diagonal, "")
+    elif is_boolean(diagonal):  # which operator.index takes for 0 or 1
+        value = ""
+    elif isinstance(diagonal, int) or type(diagonal).__name__ == "SymInt":
+        value = diagonal  # a symbol of torch.export stays one: operator.index would fix its value
+    else:
+        try:
+            value = operator.index(diagonal)  # type: ignore[arg-type]
+        except (TypeError, ValueError, RuntimeError):  # the last: a tensor without a value
+            value = ""
+    too_long = isinstance(value, int) and not -(2**63) <= value < 2**63
+    if isinstance(value, str) or too_long:
+        raise ArgumentError(
+            f"diagonal: expected 'end', 'start' or an integer of 64 bits, got {diagonal!r}"
+        )
+    if value is not None and not causal:
+        raise ArgumentError(f"diagonal: expected 'end' without causal=True, got {diagonal!r}")
+    found: int | None = value
+    return found
+
+
+def number(scale: object) -> float:
+    """The value of `scale`, of which no gradient is computed."""
+    if isinstance(scale, float):
+        return scale
+    if would_record(scale):
+        raise ArgumentError(
+            "scale: expected a number or None, got a tensor that requires gradients. There is no gradient of "
+            "scale: multiply q by it, flash_attention(q * scale, k, v, scale=1.0), or pass its value, scale.item()"
+        )
+    try:
+        return float(scale)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):  # the last: a tensor of several numbers
+        raise ArgumentError(f"scale: expected a number or None, got {scale!r}") from None
+
+
+def same_bits(asked: bool | None) -> bool:
+    """Whether gradients are to have the same bits in every run: as the call asks, or as torch was told."""
+    if asked is not None:
+        return bool(asked)
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.are_deterministic_algorithms_enabled())
+
+
+# ---- arguments that no kernel serves yet -----------------------------------------------------------
+
+
+def missing_feature(
+    attn_mask: Array | None, dropout_p: float, window: tuple[int, int] | None
+) -> str | None:
+    """The first of these features that is asked for, and what to use instead: no kernel has it yet."""
+    if attn_mask is not None:
+        return f"attn_mask is not supported yet: use {SDPA}(attn_mask=...)"
+    if not isinstance(dropout_p, float) and would_record(dropout_p):
+        raise ArgumentError(
+            f"dropout_p: expected a number, got a tensor that requires gradients: {dropout_p!r}. There is no "
+            "gradient of dropout_p: pass its value, dropout_p.item()"
+        )
+    if dropout_p != 0.0:
+        return f"dropout_p={dropout_p} is not supported yet: use {SDPA}(dropout_p=...)"
+    if checked_window(window) != (-1, -1):
+        return (
+            "window is not supported yet: use torch.nn.attention.flex_attention with a block mask"
+        )
+    return None
+
+
+def checked_window(window: object) -> tuple[int, int]:
+    """(left, right); -1: no limit."""
+    if window is None:
+        return -1, -1
+    try:
+        left, right = (operator.index(bound) for bound in window)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        left = right = -2
+    if min(left, right) < -1:
+        raise ArgumentError(f"window: expected two integers >= -1, (left, right), got {window!r}")
+    return left, right
+
+
+# ---- arrays ----------------------------------------------------------------------------------------
+
+
+def require_kind(traced: bool = False, **arrays: Array) -> None:
+    """Raises ArgumentError for nested, sparse and other arrays that no call takes."""
+    for name, array in arrays.items():
+        problem = library_of(type(array)).kind_problem(array, traced)
+        if problem:
+            raise ArgumentError(f"{name}: expected {problem}")
+
+
+def require_arrays(arrays: dict[str, Array]) -> None:
+    for name, array in arrays.items():
+        if not hasattr(array, "__dlpack__"):
+            raise ArgumentError(
+                f"{name}: expected an array that supports DLPack (NumPy, torch, CuPy, JAX, ...), got "
+                f"{type(array).__module__}.{type(array).__qualname__}"
+            )
+        problem = library_of(type(array)).problem(array)
+        if problem:
+            raise ArgumentError(f"{name}: expected {problem}")
+
+
+# ---- the call --------------------------------------------------------------------------------------
+
+
+def run(
+    cfg: ForwardConfig | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    options: Options,
+    out: Array | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """The forward, on the stream of the options."""
+    arrays = {"q": q, "k": k, "v": v} if out is None else {"q": q, "k": k, "v": v, "out": out}
+    require_arrays(arrays)
+    if out is not None and library_of(type(out)).immutable:
+        raise ArgumentError("out: expected a writable array, got an immutable one of JAX. Omit out")
+    library = library_of(type(q))
+    try:
+        address = None if options.stream is None else stream_number(options.stream)
+        if address is None:
+            return _run(library, cfg, q, k, v, options, out, return_lse)
+        with library.use_stream(address, list(arrays.values())):
+            options = options._replace(stream=address)
+            return _run(library, cfg, q, k, v, options, out, return_lse)
+    except (ArgumentError, RuntimeError):
+        require_kind(**arrays)  # says it better, if that is the reason
+        raise
+
+
+def _run(
+    library: Library,
+    cfg: ForwardConfig | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    options: Options,
+    out: Array | None,
+    return_lse: bool,
+) -> Any:
+    if (out is None or return_lse) and not (
+        len(q.shape) == 4 and len(v.shape) == 4 and 1 <= v.shape[3] <= 256
+    ):
+        _core.check_problem(q, k, v, options)  # raises before anything is allocated
+    target = library.empty((*q.shape[:-1], v.shape[-1]), q) if out is None else out
+    lse = None
+    if return_lse:
+        double = str(q.dtype).endswith("float64")
+        lse = library.empty(rows_of_heads(q, options.layout), q, "float64" if double else "float32")
+    _core.forward(cfg, q, k, v, target, lse, None, options)
+    if out is not None:
+        library_of(type(out)).wrote(out)
+    result = library.finish(target, q) if out is None else out
+    return (result, library.finish(lse, q)) if return_lse else result
+
+
+def rows_of_heads(q: Array, layout: str) -> tuple[int, int, int]:
+    """The shape of the log-sum-exp: (batch, heads, seqlen_q)."""
+    rows, heads = (1, 2) if layout == "bshd" else (2, 1)
+    return q.shape[0], q.shape[heads], q.shape[rows]
+
+
+def unsupported(found: Explanation, missing: str) -> Explanation:
+    """The explanation of a call that raises UnsupportedError."""
+    return Explanation(
+        backend="",
+        config=None,
+        kernel="",
+        image="",
+        rejected=[(found.backend, missing), *found.rejected],
+        notes=[],
+    )
