@@ -104,8 +104,9 @@ def flash_attention(
     On a GPU every head dimension and alignment runs; multiples of 16 bytes are fastest. They need no compilation at the
     first call if the build has GPU kernels, except for float32 or deterministic gradients.
 
-    allow_tf32: let a GPU round float32 inputs to TF32 (10 bits of fraction). Without it, and always for gradients,
-        three TF32 products take the place of one, which is about as exact as float32.
+    allow_tf32: let a GPU round float32 inputs to TF32 (10 bits of fraction), once that kernel is compiled (`prebuild`,
+        or FLASHCUTE_JIT=fastest). Without it, and always for gradients, three TF32 products take the place of one,
+        which is about as exact as float32.
     deterministic: whether the gradients have the same bits in every run. On a GPU atomic additions sum the gradient of
         q, so its last bits differ from run to run; True takes two passes instead. The CPU always gives the same bits,
         and so does the output everywhere. None: as torch.use_deterministic_algorithms says when they are computed.

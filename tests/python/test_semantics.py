@@ -495,11 +495,11 @@ def test_types_of_arrays_that_are_gone_are_forgotten() -> None:
     def dead_references_after(count: int) -> int:
         kinds = [type("Array", (np.ndarray,), {}) for _ in range(count)]
         for kind in kinds:
-            fc._core.check_problem(q.view(kind), q, q, fc._core.CallOptions())
+            fc._core.check_problem(q.view(kind), q, q, fc._call.Options())
         del kind, kinds
         gc.collect()
         another = type("Array", (np.ndarray,), {})
-        fc._core.check_problem(q.view(another), q, q, fc._core.CallOptions())
+        fc._core.check_problem(q.view(another), q, q, fc._call.Options())
         return sum(type(x) is weakref.ref and x() is None for x in gc.get_objects())
 
     before = dead_references_after(1)
