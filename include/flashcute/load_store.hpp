@@ -146,7 +146,7 @@ class ForwardLoader {
   /// Starts loading Q and, if blocks are to be loaded eagerly, what the last block of `range` has a place for.
   FLASHCUTE_DEVICE ForwardLoader(ForwardParams const& p, QueryTile const& tile, KvRange const& range,
                                  typename L::SharedStorage& smem)
-      : p_(p), smem_(smem), begin_(range.begin) {
+      : p_(p), tile_(tile), smem_(smem), begin_(range.begin) {
     auto const q = CopyQ::first(static_cast<Element const*>(p.q) + tile.q_offset(p), p.q_stride.row);
     CopyQ::load(q, p.q_stride.row, tile.rows, p.head_dim, smem_.q, std_::true_type{});
 
@@ -237,17 +237,18 @@ class ForwardLoader {
   // Blocks are loaded from the last to the first.
   template <class Partial>
   FLASHCUTE_DEVICE void load_key(int n, Partial partial) {
-    CopyK::load(k_, p_.k_stride.row, p_.seqlen_k - n * C.block_n, p_.head_dim, key_place(n), partial);
+    CopyK::load(k_, p_.k_stride.row, tile_.sequence(p_).keys() - n * C.block_n, p_.head_dim, key_place(n), partial);
     k_ -= C.block_n * p_.k_stride.row;
   }
 
   template <class Partial>
   FLASHCUTE_DEVICE void load_value(int n, Partial partial) {
-    CopyV::load(v_, p_.v_stride.row, p_.seqlen_k - n * C.block_n, p_.head_dim_v, value_place(n), partial);
+    CopyV::load(v_, p_.v_stride.row, tile_.sequence(p_).keys() - n * C.block_n, p_.head_dim_v, value_place(n), partial);
     v_ -= C.block_n * p_.v_stride.row;
   }
 
   ForwardParams const& p_;
+  QueryTile const tile_;
   typename L::SharedStorage& smem_;
   Element const* k_;  // this thread's first element of the K block to load next
   Element const* v_;

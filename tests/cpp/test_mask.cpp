@@ -3,7 +3,6 @@
 
 #include <set>
 
-#include "flashcute/backward_params.hpp"
 #include "flashcute/mask.hpp"
 
 namespace flashcute {
@@ -42,7 +41,7 @@ void check_all_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
       for (int32_t q = tile.row0; q < tile.row0 + tile.rows; ++q) {
         for (int32_t k = n * block_n; k < (n + 1) * block_n; ++k) {
           bool const visible = sees(Kind, q, k, p);
-          EXPECT_EQ((Mask<Kind>::visible(q, k, p)), visible);
+          EXPECT_EQ((Mask<Kind>::visible(q, k, tile.sequence(p))), visible);
           any = any || visible;
           all = all && visible;
         }
@@ -74,7 +73,7 @@ template <MaskKind Kind>
 void check_all_key_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
   for (int64_t index = 0; index < KeyTile::count(p, block_n); ++index) {
     KeyTile const tile = KeyTile::at(p, index, block_n);
-    QueryRange const range = Mask<Kind>::query_range(tile.row0, tile.rows, p, block_m);
+    QueryRange const range = Mask<Kind>::query_range(tile, p, block_m);
     std::set<int32_t> visited, full;
     range.for_each([&](int32_t m, auto partial) {
       EXPECT_TRUE(visited.empty() || m > *visited.rbegin()) << "blocks must come from the first to the last";
@@ -141,8 +140,8 @@ TEST(Mask, EmptyRowsAreThoseThatSeeNoKey) {
           any_full = any_full || sees(MaskKind::full, q, k, p);
           any_causal = any_causal || sees(MaskKind::causal, q, k, p);
         }
-        EXPECT_EQ(Mask<MaskKind::full>::empty_row(q, p), !any_full);
-        EXPECT_EQ(Mask<MaskKind::causal>::empty_row(q, p), !any_causal);
+        EXPECT_EQ(Mask<MaskKind::full>::empty_row(q, Sequence::uniform(p)), !any_full);
+        EXPECT_EQ(Mask<MaskKind::causal>::empty_row(q, Sequence::uniform(p)), !any_causal);
       }
     }
   }

@@ -37,7 +37,7 @@ struct ForwardPass {
     }
 
     // Before the registers change hands: it needs more than the loading warpgroup will have.
-    if (Mask::empty_row(0, p.forward) && thread_index() < 32) store_empty_tiles(p.forward);
+    if (Mask::empty_row(0, Sequence::uniform(p.forward)) && thread_index() < 32) store_empty_tiles(p.forward);
 
     // One if/else, each branch with its own number of registers: the compiler wants to see no more than that.
     int const warpgroup = warpgroup_index();
@@ -81,7 +81,8 @@ struct ForwardPass {
 
   FLASHCUTE_DEVICE static void store_counts(Counter const& counter, ForwardParams const& p, QueryTile const& tile) {
     if constexpr (Id.features.count_blocks) {
-      global_store(p.block_counts + tile.block_counts_offset(p, L::tile_rows), counter.counts(p, C.block_n));
+      global_store(p.block_counts + tile.block_counts_offset(p, L::tile_rows),
+                   counter.counts(tile.sequence(p), C.block_n));
     }
   }
 
@@ -387,10 +388,11 @@ struct ForwardPass {
       if (n < range_.full_end) return;
       auto s = by_row_and_column(s_);  // (row, column)
       int const key = n * C.block_n + L::first_column();
-      int const row0 = tiles_.work(0).rows.row0;
+      QueryTile const& rows = tiles_.work(0).rows;
+      int const row0 = rows.row0;
       CUTE_UNROLL
       for (int i = 0; i < cute::size<0>(s); ++i) {
-        auto const seen = Mask::from(row0 + L::row(i), key, p_);
+        auto const seen = Mask::from(row0 + L::row(i), key, rows.sequence(p_));
         // As bits, of which an instruction turns several into predicates.
         int const columns = L::columns_before(seen.count);
         CUTE_UNROLL
@@ -409,7 +411,7 @@ struct ForwardPass {
       Work const& work = tiles_.work(before);
       QueryTile const tile = work.rows;
       Softmax& softmax = sums.softmax;
-      softmax.finish(o_, [&](int i) { return Mask::empty_row(tile.row0 + L::row(i), p_); });
+      softmax.finish(o_, [&](int i) { return Mask::empty_row(tile.row0 + L::row(i), tile.sequence(p_)); });
       if (counts()) store_counts(sums.counter, p_, tile);
       if (p_.lse != nullptr) {
         float* const lse = static_cast<float*>(p_.lse) + tile.lse_offset(p_);
@@ -421,7 +423,7 @@ struct ForwardPass {
       }
       store_output<C>(o_, p_, tile);
       if (Mask::rows_differ && tiles_.dropped(before)) {
-        int const end = min_of(work.loaded.end * C.block_n, p_.seqlen_k);
+        int const end = min_of(work.loaded.end * C.block_n, tile.sequence(p_).keys());
         add_dropped<C, Mask>(work.loaded.full_end * C.block_n, end, p_, tile);
       }
       // Lanes whose rows do not exist were left behind. The compiler would take all that follows for code that lanes go

@@ -9,7 +9,7 @@
 
 namespace flashcute::sm90 {
 
-/// What a warpgroup has to do next, as the warp that loads tells it.
+/// What a warpgroup has to do next. The loading warp writes it to shared memory.
 struct Work {
   QueryTile rows;  // its part of a tile; it may have none
   KvRange range;   // of keys that its rows see

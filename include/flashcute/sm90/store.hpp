@@ -73,7 +73,7 @@ FLASHCUTE_DEVICE void add_dropped(int first, int end, ForwardParams const& p, Qu
 #pragma unroll 1
         for (int key = first; key < end; ++key) {
           auto const x = static_cast<float>(global_load<Element>(values + key * p.v_stride.row + column));
-          if (!is_finite(x) && Mask::visible(tile.row0 + row, key, p)) sum += x;
+          if (!is_finite(x) && Mask::visible(tile.row0 + row, key, tile.sequence(p))) sum += x;
         }
         if (sum == 0) continue;
         global_store(out + column, static_cast<Element>(static_cast<float>(global_load<Element>(out + column)) + sum));
