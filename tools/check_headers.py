@@ -21,7 +21,7 @@ LEVELS = [
     ["config", "error"],
     ["params", "backward_config"],
     ["sequence", "instructions", "backward_params", "tiles", "api", "tensor_map"],
-    ["query_tile"],
+    ["query_tile", "kv_blocks"],
     ["mask", "tile_rounds"],
     ["block_counter", "layout", "hopper_params"],
     ["fragment", "sm90/instructions"],
@@ -32,7 +32,18 @@ LEVELS = [
     ["forward", "backward", "sm90/forward"],
     ["entry", "sm90/entry"],
 ]
-PLAIN = ["std", "config", "error", "params", "sequence", "query_tile", "tiles", "api", "mask"]
+PLAIN = [
+    "std",
+    "config",
+    "error",
+    "params",
+    "sequence",
+    "query_tile",
+    "kv_blocks",
+    "tiles",
+    "api",
+    "mask",
+]
 PLAIN += ["block_counter", "backward_config", "backward_params", "tensor_map", "tile_rounds"]
 PLAIN += ["hopper_params"]
 # Above the instructions, which tests/cpp/emulation replaces. The entries need a CUDA compiler, and so do all headers of

@@ -21,27 +21,6 @@
 
 namespace flashcute {
 
-/// Blocks [begin, end) of rows that pass by a tile, one head's after the other's. Those in [full_begin, full_end) have
-/// nothing to test; in the others rows see different things, or are none.
-struct PassingBlocks {
-  int begin, end, full_begin, full_end;
-  int head, block, left;  // from this one on
-
-  FLASHCUTE_DEVICE static PassingBlocks of(RowRange const& all, RowRange const& full, int first_head, int heads) {
-    return {all.begin, all.end, full.begin, full.end, first_head, all.begin, heads * max_of(0, all.end - all.begin)};
-  }
-
-  FLASHCUTE_DEVICE bool partial() const { return block < full_begin || block >= full_end; }
-
-  FLASHCUTE_DEVICE PassingBlocks after() const {
-    PassingBlocks next = *this;
-    next.left = left - 1;
-    next.block = block + 1;
-    if (next.block == end) next.block = begin, next.head = head + 1;
-    return next;
-  }
-};
-
 /// Tiles of scores that go through shared memory.
 template <class Element, int Count, int Size>
 struct ScoreTiles {
@@ -116,11 +95,10 @@ struct TileGradients {
 
     auto const range = Mask::kv_range(tile, f, C.block_n);
     TileGradients gradients{p, smem, tile};
-    gradients.add_all(PassingBlocks::of({range.begin, range.end}, {range.begin, range.full_end}, tile.kv_head, 1));
+    gradients.add_all(PassingBlocks::of(range, tile.kv_head));
     gradients.stage_results();
-    int const first_block = P::wants_finite ? range.begin : range.full_end;  // of those that were looked at
-    gradients.add_dropped(tile.kv_head, 1,
-                          {first_block * C.block_n, min_of(range.end * C.block_n, tile.sequence(f).keys())}, tile.rows);
+    auto const looked_at = range.keys(!P::wants_finite, C.block_n, tile.sequence(f));
+    gradients.add_dropped(tile.kv_head, 1, looked_at, tile.rows);
     store<SmemX>(smem.x, p.dq, p.dq_stride, tile.batch, tile.head, tile.row0, tile.rows, f.head_dim);
   }
 
@@ -134,12 +112,11 @@ struct TileGradients {
     auto const range = Mask::query_range(tile, f, C.block_n);
     int const group = f.heads / f.kv_heads, first_head = tile.kv_head * group;
     TileGradients gradients{p, smem, tile};
-    gradients.add_all(PassingBlocks::of({range.begin, range.end},
-                                        {range.full_begin, tile.sequence(f).rows() / C.block_n}, first_head, group));
+    int const complete = tile.sequence(f).rows() / C.block_n;
+    gradients.add_all(PassingBlocks::of(range, complete, first_head, group));
     gradients.stage_results();
-    int const end_block = P::wants_finite ? range.end : range.full_begin;  // of those that were looked at
-    gradients.add_dropped(first_head, group,
-                          {range.begin * C.block_n, min_of(end_block * C.block_n, tile.sequence(f).rows())}, tile.rows);
+    auto const looked_at = range.rows(!P::wants_finite, C.block_n, tile.sequence(f));
+    gradients.add_dropped(first_head, group, looked_at, tile.rows);
     store<SmemX>(smem.x, p.dk, p.dk_stride, tile.batch, tile.kv_head, tile.row0, tile.rows, f.head_dim);
     store<SmemY>(smem.y, p.dv, p.dv_stride, tile.batch, tile.kv_head, tile.row0, tile.rows, f.head_dim_v);
   }

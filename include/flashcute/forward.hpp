@@ -65,9 +65,8 @@ struct ForwardPass {
   FLASHCUTE_DEVICE static void add_dropped_values(KvRange const& range, ForwardParams const& p, QueryTile const& tile,
                                                   typename L::SharedStorage& smem) {
     auto const v = Rows<typename L::Element>::of(p.v, p.v_stride, tile.batch, tile.kv_head);
-    int const first_key = (P::wants_finite ? range.begin : range.full_end) * C.block_n;  // of those that were looked at
-    int const last_key = min_of(range.end * C.block_n, tile.sequence(p).keys());
-    add_dropped<C, typename L::SmemO>(v, {first_key, last_key}, tile.rows, p.head_dim_v, smem.q, [&](int row, int key) {
+    auto const looked_at = range.keys(!P::wants_finite, C.block_n, tile.sequence(p));
+    add_dropped<C, typename L::SmemO>(v, looked_at, tile.rows, p.head_dim_v, smem.q, [&](int row, int key) {
       return Mask::visible(tile.row0 + row, key, tile.sequence(p));
     });
     block_sync();  // all elements are corrected

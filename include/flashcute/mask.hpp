@@ -5,40 +5,10 @@
 #pragma once
 
 #include "flashcute/config.hpp"
+#include "flashcute/kv_blocks.hpp"
 #include "flashcute/query_tile.hpp"
 
 namespace flashcute {
-
-/// K/V blocks [begin, end) hold at least one visible element. Those in [begin, full_end) hold only
-/// visible elements, so they need no test; the others are partial.
-struct KvRange {
-  int32_t begin, full_end, end;
-
-  FLASHCUTE_HD bool empty() const { return begin >= end; }
-
-  /// Calls body(n, partial) from the last block to the first; `partial` is a bool_constant, so that a
-  /// full block pays nothing for the existence of partial ones.
-  template <class Body>
-  FLASHCUTE_HD void for_each_backward(Body&& body) const {
-    int32_t n = end - 1;
-    for (; n >= full_end; --n) body(n, std_::true_type{});
-    for (; n >= begin; --n) body(n, std_::false_type{});
-  }
-};
-
-/// Blocks [begin, end) of query rows hold at least one row that sees a key of a block of keys. Those in
-/// [full_begin, end) hold only rows that see all of them; the others are partial.
-struct QueryRange {
-  int32_t begin, full_begin, end;
-
-  /// Calls body(m, partial) from the first block to the last, as KvRange does.
-  template <class Body>
-  FLASHCUTE_HD void for_each(Body&& body) const {
-    int32_t m = begin;
-    for (; m < min_of(full_begin, end); ++m) body(m, std_::true_type{});
-    for (; m < end; ++m) body(m, std_::false_type{});
-  }
-};
 
 /// What a query sees of the keys from some key on, if it sees a prefix of all keys.
 struct KeysSeen {

@@ -22,6 +22,48 @@ bool sees(MaskKind kind, int32_t q, int32_t k, ForwardParams const& p) {
   return k < p.seqlen_k && (kind == MaskKind::full || k <= int64_t{q} + p.causal_offset);
 }
 
+/// A loop that asks the range for one block after another visits the same blocks in the same order, and knows how many
+/// are left.
+void check_walk(KvRange const& range, std::set<int32_t> const& visited) {
+  auto expected = visited.rbegin();
+  auto left = static_cast<int32_t>(visited.size());
+  for (int32_t n = range.first(); range.left(n) > 0; n = range.next(n), ++expected, --left) {
+    ASSERT_NE(expected, visited.rend());
+    EXPECT_EQ(n, *expected);
+    EXPECT_EQ(range.left(n), left);
+    EXPECT_EQ(range.is_last(n), left == 1);
+    EXPECT_EQ(range.next(n), n + KvRange::step);
+  }
+  EXPECT_EQ(expected, visited.rend());
+}
+
+/// What is corrected for values that are not finite must be looked for in exactly the keys of the blocks visited, or of
+/// the partial ones, and never beyond the sequence.
+void check_keys(KvRange const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full, int32_t block_n,
+                Sequence const& sequence) {
+  for (bool const only_partial : {false, true}) {
+    RowRange const keys = range.keys(only_partial, block_n, sequence);
+    for (int32_t k = 0; k < sequence.keys() + 2 * block_n; ++k) {
+      int32_t const n = k / block_n;
+      bool const expected = k < sequence.keys() && visited.contains(n) && !(only_partial && full.contains(n));
+      ASSERT_EQ(keys.begin <= k && k < keys.end, expected) << "key " << k;
+    }
+  }
+}
+
+/// The GPU's backward visits the same blocks of one K/V head from the first to the last.
+void check_passing_blocks(KvRange const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full) {
+  auto blocks = PassingBlocks::of(range, 5);
+  for (int32_t const n : visited) {
+    ASSERT_GT(blocks.left, 0);
+    EXPECT_EQ(blocks.head, 5);
+    EXPECT_EQ(blocks.block, n);
+    EXPECT_EQ(blocks.partial(), !full.contains(n)) << "block " << n;
+    blocks = blocks.after();
+  }
+  EXPECT_EQ(blocks.left, 0);
+}
+
 template <MaskKind Kind>
 void check_all_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
   for (int64_t index = 0; index < QueryTile::count(p, block_m); ++index) {
@@ -36,6 +78,9 @@ void check_all_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
       if (!decltype(partial)::value) full.insert(n);
     });
     EXPECT_EQ(range.empty(), visited.empty());
+    check_walk(range, visited);
+    check_keys(range, visited, full, block_n, tile.sequence(p));
+    check_passing_blocks(range, visited, full);
     for (int32_t n = 0; n * block_n < p.seqlen_k + 2 * block_n; ++n) {
       bool any = false, all = true;
       for (int32_t q = tile.row0; q < tile.row0 + tile.rows; ++q) {
@@ -69,6 +114,38 @@ TEST(Mask, BlockRangesAgreeWithElementVisibility) {
   }
 }
 
+/// As check_keys.
+void check_rows(QueryRange const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full,
+                int32_t block_m, Sequence const& sequence) {
+  if (range.empty()) return;
+  for (bool const only_partial : {false, true}) {
+    RowRange const rows = range.rows(only_partial, block_m, sequence);
+    for (int32_t q = 0; q < sequence.rows() + 2 * block_m; ++q) {
+      int32_t const m = q / block_m;
+      bool const expected = q < sequence.rows() && visited.contains(m) && !(only_partial && full.contains(m));
+      ASSERT_EQ(rows.begin <= q && q < rows.end, expected) << "row " << q;
+    }
+  }
+}
+
+/// The GPU's backward walks over the same blocks once for each head, and also tests the elements of a block that lacks
+/// rows.
+void check_passing_blocks(QueryRange const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full,
+                          int32_t complete) {
+  constexpr int32_t first_head = 3, heads = 2;
+  auto blocks = PassingBlocks::of(range, complete, first_head, heads);
+  for (int32_t head = first_head; head < first_head + heads; ++head) {
+    for (int32_t const m : visited) {
+      ASSERT_GT(blocks.left, 0);
+      EXPECT_EQ(blocks.head, head);
+      EXPECT_EQ(blocks.block, m);
+      EXPECT_EQ(blocks.partial(), !full.contains(m) || m >= complete) << "block " << m;
+      blocks = blocks.after();
+    }
+  }
+  EXPECT_EQ(blocks.left, 0);
+}
+
 template <MaskKind Kind>
 void check_all_key_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
   for (int64_t index = 0; index < KeyTile::count(p, block_n); ++index) {
@@ -80,7 +157,9 @@ void check_all_key_tiles(ForwardParams const& p, int32_t block_m, int32_t block_
       visited.insert(m);
       if (!decltype(partial)::value) full.insert(m);
     });
-    EXPECT_EQ((range.begin >= range.end), visited.empty());
+    EXPECT_EQ(range.empty(), visited.empty());
+    check_rows(range, visited, full, block_m, tile.sequence(p));
+    check_passing_blocks(range, visited, full, p.seqlen_q / block_m);
     for (int32_t m = 0; m * block_m < p.seqlen_q + 2 * block_m; ++m) {
       bool any = false, all = true;
       for (int32_t q = m * block_m; q < std::min((m + 1) * block_m, p.seqlen_q); ++q) {

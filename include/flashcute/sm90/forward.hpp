@@ -127,7 +127,7 @@ struct ForwardPass {
         sums_ = Sums{p_};
         skip_keys();
         skip_values();
-        for (int n = range_.end - 1; n >= range_.begin; --n) {
+        for (int n = range_.first(); range_.left(n) > 0; n = range_.next(n)) {
           begin_scores(s_);
           P::template finish<0>(s_);
           release_operands(n);
@@ -135,7 +135,7 @@ struct ForwardPass {
           sums_.softmax.update(s_, o_);
           auto probabilities = P::probabilities(s_);
           tiles_.await_value();
-          P::begin_output(o_, probabilities, tiles_.arrived_value(), n == range_.end - 1);  // O += P V
+          P::begin_output(o_, probabilities, tiles_.arrived_value(), n == range_.first());  // O += P V
           P::template finish<0>(o_);
           tiles_.release_value();
         }
@@ -165,10 +165,10 @@ struct ForwardPass {
           tiles_.await_value();
           fresh_ = true;
           replace(probabilities, next);
-          for (int n = range_.end - 2; n >= range_.begin; --n) {
-            if (C.stale_max && n < range_.full_end && n - range_.begin >= pairs_from) {
+          for (int n = range_.next(range_.first()); range_.left(n) > 0; n = range_.next(n)) {
+            if (C.stale_max && n < range_.full_end && range_.left(n) > pairs_from) {
               n = attend_pairs(n, probabilities, next);
-              if (n < range_.begin) break;
+              if (range_.left(n) <= 0) break;
             }
             attend<Mask::rows_differ>(n, probabilities, next);
             replace(probabilities, next);
@@ -221,21 +221,23 @@ struct ForwardPass {
         release_operands(n);
         do {
           attend_ahead(n, even, odd, probabilities, next);
-          attend_ahead(n - 1, odd, even, next, probabilities);
-          n -= 2;
-        } while (n > range_.begin + 1);
+          n = range_.next(n);
+          attend_ahead(n, odd, even, next, probabilities);
+          n = range_.next(n);
+        } while (range_.left(n) > 2);
         begin_output(probabilities);
         auto const correction = sums_.softmax.update_by_stale_max(next, even);
         tiles_.await_value_after();
         finish_block(correction);
         P::move(next, probabilities);
-        return n - 1;
+        return range_.next(n);
       } else {
         do {
           attend<false>(n, probabilities, next);
-          attend<false>(n - 1, next, probabilities);
-          n -= 2;
-        } while (n > range_.begin);
+          n = range_.next(n);
+          attend<false>(n, next, probabilities);
+          n = range_.next(n);
+        } while (range_.left(n) > 1);
         return n;
       }
     }
@@ -254,15 +256,15 @@ struct ForwardPass {
       tiles_.look_for_key_after();
       auto const correction = sums_.softmax.update_by_stale_max(next, scores);
       finish_block(correction, after);
-      release_operands(n - 1);
+      release_operands(range_.next(n));
     }
 
     // With stale maxima the scores stay, in case that their exponentials have to be done again, and probabilities are
     // made beside them; else in their place.
 
     FLASHCUTE_DEVICE void first_softmax(Probabilities& next) {
-      release_operands(range_.end - 1);
-      apply_mask(range_.end - 1);
+      release_operands(range_.first());
+      apply_mask(range_.first());
       if constexpr (C.stale_max) {
         sums_.softmax.update_into(next, s_);
       } else {
@@ -324,7 +326,7 @@ struct ForwardPass {
     FLASHCUTE_DEVICE void release_operands(int n) {
       count_block(n);
       tiles_.release_key();
-      if (n == range_.begin) tiles_.release_query();
+      if (range_.is_last(n)) tiles_.release_query();
     }
 
     // Blocks of keys that only other warpgroups' rows see. The barrier that takes a place back is not in the right
@@ -344,7 +346,7 @@ struct ForwardPass {
     FLASHCUTE_DEVICE void skip_tile() {
       sums_ = Sums{p_};
 #pragma unroll 1
-      for (int n = range_.end - 1; n >= range_.begin; --n) {
+      for (int n = range_.first(); range_.left(n) > 0; n = range_.next(n)) {
         skip_key(n);
         skip_value();
       }
@@ -372,7 +374,7 @@ struct ForwardPass {
     }
 
     /// As the tile sees it.
-    FLASHCUTE_DEVICE void count_block(int n) { sums_.counter.visit(n >= tiles_.work(0).loaded.full_end); }
+    FLASHCUTE_DEVICE void count_block(int n) { sums_.counter.visit(tiles_.work(0).loaded.full_end <= n); }
 
     /// Goes on to the next tile. False if there are no more.
     FLASHCUTE_DEVICE bool next_tile() {

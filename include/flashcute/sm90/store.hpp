@@ -54,7 +54,7 @@ FLASHCUTE_DEVICE void store_output(Output const& output, ForwardParams const& p,
 }
 
 /// Adds to the output, where this thread has written it, the values that are not finite and were dropped, as far as
-/// they are visible: of the keys [first, end). Slow, and rare.
+/// they are visible: of `keys`. Slow, and rare.
 template <ForwardConfig C, class Mask>
 FLASHCUTE_DEVICE void add_dropped(int first, int end, ForwardParams const& p, QueryTile const& tile) {
   using L = ForwardLayout<C>;
