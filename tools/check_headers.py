@@ -25,6 +25,7 @@ LEVELS = [
     ["mask", "tile_rounds"],
     ["block_counter", "layout", "hopper_params"],
     ["fragment", "sm90/instructions"],
+    ["apply"],
     ["gemm", "softmax", "nonfinite", "sm90/layout", "sm90/schedule"],
     ["cuda_core", "tf32x3", "sm90/gemm", "sm90/loader", "sm90/store"],
     ["load_store"],
@@ -51,6 +52,7 @@ PLAIN += ["hopper_params"]
 KERNEL = [
     "layout",
     "fragment",
+    "apply",
     "gemm",
     "cuda_core",
     "tf32x3",

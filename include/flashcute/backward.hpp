@@ -16,6 +16,7 @@
 // which `queries` exchanges the loops.
 #pragma once
 
+#include "flashcute/apply.hpp"
 #include "flashcute/backward_delta.hpp"
 #include "flashcute/backward_sums.hpp"
 
@@ -271,7 +272,7 @@ struct TileGradients {
         int const query = keys_stay ? get<1>(c(0, j)) : get<0>(c(i, 0));
         float const x = s(i, j) * p_.forward.scale_log2 - shared_load<float>(&queries.lse[query]) * log2_e;
         float const probability = exp2_approx(x);
-        s(i, j) = !Partial || visible(i, j, c, block_row0) ? probability : 0.f;
+        s(i, j) = !Partial || visible_elements(c, block_row0).at(i, j) ? probability : 0.f;
       }
     }
   }
@@ -299,7 +300,7 @@ struct TileGradients {
       for (int i = 0; i < size<0>(ds); ++i) {
         int const query = keys_stay ? get<1>(c(0, j)) : get<0>(c(i, 0));
         float const x = static_cast<float>(p(i, j)) * (ds(i, j) - shared_load<float>(&queries.delta[query]));
-        ds(i, j) = !Partial || visible(i, j, c, block_row0) ? x : 0.f;
+        ds(i, j) = !Partial || visible_elements(c, block_row0).at(i, j) ? x : 0.f;
       }
     }
   }
@@ -310,18 +311,11 @@ struct TileGradients {
         L::template coordinates<typename L::BlockM, typename L::BlockN, column_warps>(thread_index()));
   }
 
-  /// Whether element (i, j) of this thread is of a query and a key that it sees. (Rows that stay and do not exist are
-  /// never stored, so they may see.)
+  /// Which elements of a block this thread holds are of a query and a key that it sees.
   template <class Coordinates>
-  FLASHCUTE_DEVICE bool visible(int i, int j, Coordinates const& c, int block_row0) const {
+  FLASHCUTE_DEVICE auto visible_elements(Coordinates const& c, int block_row0) const {
     int const row = tile_.row0 + cute::get<0>(c(0, 0)), column = block_row0 + cute::get<1>(c(0, 0));
-    int const down = L::template row_distance<column_warps>(i), across = L::template column_distance<column_warps>(j);
-    if constexpr (keys_stay) {
-      bool const exists = column + across < sequence().rows();
-      return exists & Mask::from(column + across, row, sequence()).at(down);
-    } else {
-      return Mask::from(row + down, column, sequence()).at(across);
-    }
+    return VisibleElements<L, Mask, keys_stay, column_warps>{row, column, sequence()};
   }
 
   /// Adds dS X to the sums of the queries that pass by.

@@ -3,6 +3,7 @@
 // Source: Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 1.
 #pragma once
 
+#include "flashcute/apply.hpp"
 #include "flashcute/block_counter.hpp"
 #include "flashcute/load_store.hpp"
 #include "flashcute/softmax.hpp"
@@ -72,21 +73,10 @@ struct ForwardPass {
     block_sync();  // all elements are corrected
   }
 
-  /// Scores of keys that a query does not see become -inf, by selection: what they were does not matter.
   template <class Scores>
   FLASHCUTE_DEVICE static void apply_mask(Scores& scores, QueryTile const& tile, int n, ForwardParams const& p) {
-    using namespace cute;
-    auto s = by_row_and_column(scores);  // (row, column)
-    auto const c = coordinates();
-    int const key = n * C.block_n + get<1>(c(0, 0));
-    CUTE_UNROLL
-    for (int i = 0; i < size<0>(s); ++i) {
-      auto const seen = Mask::from(tile.row0 + row_of(i), key, tile.sequence(p));
-      CUTE_UNROLL
-      for (int j = 0; j < size<1>(s); ++j) {
-        if (!seen.at(L::column_distance(j))) s(i, j) = -infinity;
-      }
-    }
+    int const key = n * C.block_n + cute::get<1>(coordinates()(0, 0));
+    flashcute::apply_mask<L, Mask>(scores, [&](int i) { return tile.row0 + row_of(i); }, key, tile.sequence(p));
   }
 
   FLASHCUTE_DEVICE static void store_lse(Softmax const& softmax, ForwardParams const& p, QueryTile const& tile) {

@@ -1,7 +1,7 @@
-// Which keys a query sees. A mask is four functions: `kv_range`, the K/V blocks that a tile of query
-// rows must visit; `query_range`, the blocks of query rows that a block of keys must; `visible`, the truth
-// about one element; and `from`, the same for many keys of one query, at constant distances from the first.
-// GPU kernels, the CPU backend and the tests share them.
+// Which keys a query sees. A mask has five functions: `kv_range` tells which blocks of keys a tile of query rows must
+// visit, `query_range` which blocks of query rows a tile of keys must visit, `visible` whether a query sees a key,
+// `seen` which of many keys a query sees, and `seen_by` which of many queries see which keys. GPU kernels, the CPU
+// backend and the tests share them.
 #pragma once
 
 #include "flashcute/config.hpp"
@@ -10,11 +10,36 @@
 
 namespace flashcute {
 
-/// What a query sees of the keys from some key on, if it sees a prefix of all keys.
-struct KeysSeen {
+/// The lowest `count` bits, for any `count`.
+FLASHCUTE_HD uint32_t low_bits(int32_t count) { return count >= 32 ? ~0u : (1u << max_of(count, 0)) - 1; }
+
+/// What one query sees of the keys from some key on: the first `count` of them.
+struct Seen {
   int32_t count;
 
   FLASHCUTE_HD bool at(int32_t distance) const { return distance < count; }
+
+  /// The same for 32 of a thread's columns, from its `first`-th on, as bits. `Columns::columns_before(distance)` tells
+  /// how many of the thread's columns are less than `distance` from its first.
+  template <class Columns>
+  FLASHCUTE_HD uint32_t bits(int32_t first) const {
+    return low_bits(Columns::columns_before(count) - first);
+  }
+};
+
+/// The same where keys stay and queries pass by: which of the queries from `query0` on see which of the keys from
+/// `key0` on.
+template <class Mask>
+struct SeenBy {
+  int32_t key0, query0;
+  Sequence sequence;
+
+  /// Whether the query exists and sees the key. (Of the keys that stay, those that do not exist are never stored.)
+  /// Query by query: with a range of queries for each key nvcc 13.0 makes other code.
+  FLASHCUTE_HD bool at(int32_t query, int32_t key) const {
+    bool const exists = query0 + query < sequence.rows();
+    return exists & Mask::seen(query0 + query, key0, sequence).at(key);
+  }
 };
 
 /// A mask under which a row sees a prefix of the keys that never shrinks from row to row: the last row
@@ -23,9 +48,13 @@ template <class Derived>
 struct PrefixMask {
   FLASHCUTE_HD static bool visible(int32_t q, int32_t k, Sequence const& s) { return k < Derived::visible_keys(q, s); }
 
-  /// Of query q: what it sees of the keys from `key` on.
-  FLASHCUTE_HD static KeysSeen from(int32_t q, int32_t key, Sequence const& s) {
-    return {Derived::visible_keys(q, s) - key};
+  /// What query `q` sees of the keys from `key0` on.
+  FLASHCUTE_HD static Seen seen(int32_t q, int32_t key0, Sequence const& s) {
+    return {Derived::visible_keys(q, s) - key0};
+  }
+
+  FLASHCUTE_HD static SeenBy<Derived> seen_by(int32_t key0, int32_t query0, Sequence const& s) {
+    return {key0, query0, s};
   }
 
   FLASHCUTE_HD static KvRange kv_range(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {

@@ -1,6 +1,8 @@
 // The blocks that a tile visits against the truth about every element, for all small sizes.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <random>
 #include <set>
 
 #include "flashcute/mask.hpp"
@@ -189,6 +191,76 @@ TEST(Mask, QueryRangesAgreeWithElementVisibility) {
       }
     }
   }
+}
+
+/// Columns as a thread of Hopper's kernel has them: pairs, 8 apart.
+struct PairsOfColumns {
+  static int32_t distance(int32_t j) { return j % 2 + j / 2 * 8; }
+  static int32_t columns_before(int32_t distance) {
+    int32_t count = 0;
+    while (PairsOfColumns::distance(count) < distance) ++count;
+    return count;
+  }
+};
+
+/// Columns side by side.
+struct AllColumns {
+  static int32_t distance(int32_t j) { return j; }
+  static int32_t columns_before(int32_t distance) { return std::max(distance, 0); }
+};
+
+template <MaskKind Kind, class Columns>
+void expect_bits(Sequence const& s, int32_t q, int32_t key0, ForwardParams const& p) {
+  for (int32_t const first : {0, 32, 64}) {
+    uint32_t const bits = Mask<Kind>::seen(q, key0, s).template bits<Columns>(first);
+    for (int32_t bit = 0; bit < 32; ++bit) {
+      int32_t const k = key0 + Columns::distance(first + bit);
+      ASSERT_EQ(bits >> bit & 1, sees(Kind, q, k, p)) << "query " << q << ", key " << k << ", column " << first + bit;
+    }
+  }
+}
+
+/// From random places in and around a sequence of random lengths: `seen` one by one and as bits, and `seen_by`.
+template <MaskKind Kind>
+void check_seen(std::mt19937& random) {
+  auto const from_to = [&](int32_t low, int32_t high) { return std::uniform_int_distribution(low, high)(random); };
+  int32_t const sq = from_to(0, 200), sk = from_to(0, 700);
+  ForwardParams const p = problem(sq, sk, from_to(0, 1) == 0 ? sk - sq : from_to(-300, 700));
+  auto const s = Sequence::uniform(p);
+  SCOPED_TRACE(testing::Message() << "sq " << sq << " sk " << sk << " offset " << p.causal_offset);
+  int32_t const q0 = from_to(0, sq + 64), key0 = from_to(0, sk + 64);
+  expect_bits<Kind, PairsOfColumns>(s, q0, key0, p);
+  expect_bits<Kind, AllColumns>(s, q0, key0, p);
+  auto const seen_by = Mask<Kind>::seen_by(key0, q0, s);
+  for (int32_t i = 0; i < 40; ++i) {
+    for (int32_t j = 0; j < 40; ++j) {
+      bool const visible = sees(Kind, q0 + i, key0 + j, p);
+      ASSERT_EQ(Mask<Kind>::seen(q0 + i, key0, s).at(j), visible) << "query " << q0 + i << ", key " << key0 + j;
+      ASSERT_EQ(seen_by.at(i, j), q0 + i < sq && visible) << "query " << q0 + i << ", key " << key0 + j;
+    }
+  }
+}
+
+// Guards against kernels that hide a visible key or show a hidden one: they do not ask `visible`, but what one query
+// sees of many keys, on Hopper 32 at a time, or which queries see the keys that stay.
+TEST(Mask, SeenAgreesWithElementVisibility) {
+  std::mt19937 random(1);
+  for (int i = 0; i < 2000; ++i) {
+    check_seen<MaskKind::full>(random);
+    check_seen<MaskKind::causal>(random);
+  }
+}
+
+// Guards against shifts by 32 or more, or by less than 0, which are undefined.
+TEST(Mask, LowBitsOfAnyCount) {
+  EXPECT_EQ(low_bits(INT32_MIN), 0u);
+  EXPECT_EQ(low_bits(-1), 0u);
+  EXPECT_EQ(low_bits(0), 0u);
+  EXPECT_EQ(low_bits(1), 1u);
+  EXPECT_EQ(low_bits(31), 0x7fffffffu);
+  EXPECT_EQ(low_bits(32), 0xffffffffu);
+  EXPECT_EQ(low_bits(33), 0xffffffffu);
+  EXPECT_EQ(low_bits(INT32_MAX), 0xffffffffu);
 }
 
 // Guards against keys whose gradient is computed twice or never.

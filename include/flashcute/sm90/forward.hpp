@@ -3,6 +3,7 @@
 // Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, algorithms 1 and 2.
 #pragma once
 
+#include "flashcute/apply.hpp"
 #include "flashcute/block_counter.hpp"
 #include "flashcute/sm90/gemm.hpp"
 #include "flashcute/sm90/loader.hpp"
@@ -130,8 +131,7 @@ struct ForwardPass {
         for (int n = range_.first(); range_.left(n) > 0; n = range_.next(n)) {
           begin_scores(s_);
           P::template finish<0>(s_);
-          release_operands(n);
-          apply_mask(n);
+          scores_ready(n, s_);
           sums_.softmax.update(s_, o_);
           auto probabilities = P::probabilities(s_);
           tiles_.await_value();
@@ -203,8 +203,7 @@ struct ForwardPass {
     template <bool Partial>
     FLASHCUTE_DEVICE void attend(int n, Probabilities& probabilities, Probabilities& next) {
       begin_products(probabilities);
-      release_operands(n);
-      if constexpr (Partial) apply_mask(n);
+      scores_ready<Partial>(n, s_);
       auto const correction = next_softmax(next);
       // Waiting here, for the next V, which has arrived long ago, keeps the compiler from moving exponentials behind
       // the product.
@@ -218,7 +217,7 @@ struct ForwardPass {
         Scores even, odd;
         begin_scores(even);
         P::template finish<0>(even);
-        release_operands(n);
+        scores_ready<false>(n, even);
         do {
           attend_ahead(n, even, odd, probabilities, next);
           n = range_.next(n);
@@ -256,15 +255,16 @@ struct ForwardPass {
       tiles_.look_for_key_after();
       auto const correction = sums_.softmax.update_by_stale_max(next, scores);
       finish_block(correction, after);
-      release_operands(range_.next(n));
+      scores_ready<false>(range_.next(n), after);
     }
 
     // With stale maxima the scores stay, in case that their exponentials have to be done again, and probabilities are
     // made beside them; else in their place.
 
     FLASHCUTE_DEVICE void first_softmax(Probabilities& next) {
+      // As scores_ready does. With a call of it nvcc 13.0 orders instructions differently.
       release_operands(range_.first());
-      apply_mask(range_.first());
+      apply(range_.first(), s_);
       if constexpr (C.stale_max) {
         sums_.softmax.update_into(next, s_);
       } else {
@@ -322,11 +322,26 @@ struct ForwardPass {
       if (correction.any) Softmax::rescale(o_, correction);
     }
 
-    /// S(n) is done: nobody reads K(n) any more, and Q if there are no more keys.
+    /// The product S(n) is done. Every block's scores come by here before their softmax.
+    template <bool MayBePartial = true>
+    FLASHCUTE_DEVICE void scores_ready(int n, Scores& s) {
+      release_operands(n);
+      if constexpr (MayBePartial) apply(n, s);
+    }
+
+    /// K(n) is not read any more, nor is Q after the last block.
     FLASHCUTE_DEVICE void release_operands(int n) {
       count_block(n);
       tiles_.release_key();
       if (range_.is_last(n)) tiles_.release_query();
+    }
+
+    /// Everything that changes the scores of a block.
+    FLASHCUTE_DEVICE void apply(int n, Scores& s) {
+      if (n < range_.full_end) return;
+      QueryTile const& rows = tiles_.work(0).rows;
+      int const key = n * C.block_n + L::first_column(), row0 = rows.row0;
+      flashcute::apply_mask<L, Mask>(s, [&](int i) { return row0 + L::row(i); }, key, rows.sequence(p_));
     }
 
     // Blocks of keys that only other warpgroups' rows see. The barrier that takes a place back is not in the right
@@ -383,29 +398,6 @@ struct ForwardPass {
       skipped_ = Mask::rows_differ ? uniform(work.loaded.end) - range_.end : 0;
       absent_ = uniform(work.rows.rows <= 0);
       return uniform(work.exists);
-    }
-
-    /// Scores of keys that a query does not see become -inf, by selection: what they were does not matter.
-    FLASHCUTE_DEVICE void apply_mask(int n) {
-      if (n < range_.full_end) return;
-      auto s = by_row_and_column(s_);  // (row, column)
-      int const key = n * C.block_n + L::first_column();
-      QueryTile const& rows = tiles_.work(0).rows;
-      int const row0 = rows.row0;
-      CUTE_UNROLL
-      for (int i = 0; i < cute::size<0>(s); ++i) {
-        auto const seen = Mask::from(row0 + L::row(i), key, rows.sequence(p_));
-        // As bits, of which an instruction turns several into predicates.
-        int const columns = L::columns_before(seen.count);
-        CUTE_UNROLL
-        for (int first = 0; first < cute::size<1>(s); first += 32) {
-          uint32_t const bits = low_bits(columns - first);
-          CUTE_UNROLL
-          for (int j = first; j < min_of<int>(first + 32, cute::size<1>(s)); ++j) {
-            if (!(bits & 1u << (j - first))) s(i, j) = -infinity;
-          }
-        }
-      }
     }
 
     /// Writes the output of the tile, or of one `before`.

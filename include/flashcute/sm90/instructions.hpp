@@ -41,9 +41,6 @@ FLASHCUTE_DEVICE uint32_t moved(uint32_t word) {
 /// and then hold its parts for code that lanes go through apart.
 FLASHCUTE_DEVICE int opaque(int x) { return uniform(static_cast<int>(moved(static_cast<uint32_t>(x)))); }
 
-/// The lowest `count` bits, of 0 to 32; others count as the nearest.
-FLASHCUTE_DEVICE uint32_t low_bits(int count) { return count >= 32 ? ~0u : (1u << max_of(count, 0)) - 1; }
-
 /// The lanes of the warp meet.
 FLASHCUTE_DEVICE void reconverge() { __syncwarp(); }
 
