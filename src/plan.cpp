@@ -5,6 +5,7 @@
 
 #include "checks.hpp"
 #include "driver.hpp"
+#include "flashcute/query_tile.hpp"
 #include "text.hpp"
 
 namespace flashcute {

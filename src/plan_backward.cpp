@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "checks.hpp"
+#include "flashcute/query_tile.hpp"
 #include "flashcute/tiles.hpp"
 #include "plan.hpp"
 #include "text.hpp"

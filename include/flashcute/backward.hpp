@@ -16,31 +16,11 @@
 // which `queries` exchanges the loops.
 #pragma once
 
+#include "flashcute/apply.hpp"
 #include "flashcute/backward_delta.hpp"
 #include "flashcute/backward_sums.hpp"
 
 namespace flashcute {
-
-/// Blocks [begin, end) of rows that pass by a tile, one head's after the other's. Those in [full_begin, full_end) have
-/// nothing to test; in the others rows see different things, or are none.
-struct PassingBlocks {
-  int begin, end, full_begin, full_end;
-  int head, block, left;  // from this one on
-
-  FLASHCUTE_DEVICE static PassingBlocks of(RowRange const& all, RowRange const& full, int first_head, int heads) {
-    return {all.begin, all.end, full.begin, full.end, first_head, all.begin, heads * max_of(0, all.end - all.begin)};
-  }
-
-  FLASHCUTE_DEVICE bool partial() const { return block < full_begin || block >= full_end; }
-
-  FLASHCUTE_DEVICE PassingBlocks after() const {
-    PassingBlocks next = *this;
-    next.left = left - 1;
-    next.block = block + 1;
-    if (next.block == end) next.block = begin, next.head = head + 1;
-    return next;
-  }
-};
 
 /// Tiles of scores that go through shared memory.
 template <class Element, int Count, int Size>
@@ -70,6 +50,7 @@ struct TileGradients {
   using Sums = QueryGradientSums<Id.config>;
   using Element = typename L::Element;
   using Rows = flashcute::Rows<Element>;
+  using Tile = std_::conditional_t<keys_stay, KeyTile, QueryTile>;
   using SmemX = typename L::SmemQ;
   using SmemY = typename L::SmemO;
   using SmemBlockX = typename L::SmemK;
@@ -115,12 +96,11 @@ struct TileGradients {
     prepare_statistics(p, tile, smem);
 
     auto const range = Mask::kv_range(tile, f, C.block_n);
-    TileGradients gradients{p, smem, tile.batch, tile.row0};
-    gradients.add_all(PassingBlocks::of({range.begin, range.end}, {range.begin, range.full_end}, tile.kv_head, 1));
+    TileGradients gradients{p, smem, tile};
+    gradients.add_all(PassingBlocks::of(range, tile.kv_head));
     gradients.stage_results();
-    int const first_block = P::wants_finite ? range.begin : range.full_end;  // of those that were looked at
-    gradients.add_dropped(tile.kv_head, 1, {first_block * C.block_n, min_of(range.end * C.block_n, f.seqlen_k)},
-                          tile.rows);
+    auto const looked_at = range.keys(!P::wants_finite, C.block_n, tile.sequence(f));
+    gradients.add_dropped(tile.kv_head, 1, looked_at, tile.rows);
     store<SmemX>(smem.x, p.dq, p.dq_stride, tile.batch, tile.head, tile.row0, tile.rows, f.head_dim);
   }
 
@@ -131,21 +111,22 @@ struct TileGradients {
     load<SmemX>(Rows::of(f.k, f.k_stride, tile.batch, tile.kv_head), tile.row0, tile.rows, f.head_dim, smem.x);
     load<SmemY>(Rows::of(f.v, f.v_stride, tile.batch, tile.kv_head), tile.row0, tile.rows, f.head_dim_v, smem.y);
 
-    auto const range = Mask::query_range(tile.row0, tile.rows, f, C.block_n);
+    auto const range = Mask::query_range(tile, f, C.block_n);
     int const group = f.heads / f.kv_heads, first_head = tile.kv_head * group;
-    TileGradients gradients{p, smem, tile.batch, tile.row0};
-    gradients.add_all(
-        PassingBlocks::of({range.begin, range.end}, {range.full_begin, f.seqlen_q / C.block_n}, first_head, group));
+    TileGradients gradients{p, smem, tile};
+    int const complete = tile.sequence(f).rows() / C.block_n;
+    gradients.add_all(PassingBlocks::of(range, complete, first_head, group));
     gradients.stage_results();
-    int const end_block = P::wants_finite ? range.end : range.full_begin;  // of those that were looked at
-    gradients.add_dropped(first_head, group, {range.begin * C.block_n, min_of(end_block * C.block_n, f.seqlen_q)},
-                          tile.rows);
+    auto const looked_at = range.rows(!P::wants_finite, C.block_n, tile.sequence(f));
+    gradients.add_dropped(first_head, group, looked_at, tile.rows);
     store<SmemX>(smem.x, p.dk, p.dk_stride, tile.batch, tile.kv_head, tile.row0, tile.rows, f.head_dim);
     store<SmemY>(smem.y, p.dv, p.dv_stride, tile.batch, tile.kv_head, tile.row0, tile.rows, f.head_dim_v);
   }
 
-  FLASHCUTE_DEVICE TileGradients(BackwardParams const& p, SharedStorage& smem, int batch, int row0)
-      : p_(p), smem_(smem), batch_(batch), row0_(row0) {}
+  FLASHCUTE_DEVICE TileGradients(BackwardParams const& p, SharedStorage& smem, Tile const& tile)
+      : p_(p), smem_(smem), tile_(tile) {}
+
+  FLASHCUTE_DEVICE Sequence sequence() const { return tile_.sequence(p_.forward); }
 
   // ---- the main loop ---------------------------------------------------------------------------------
 
@@ -186,12 +167,12 @@ struct TileGradients {
     ForwardParams const& f = p_.forward;
     int64_t const x_stride = keys_stay ? f.q_stride.row : f.k_stride.row;
     int64_t const y_stride = keys_stay ? p_.dout_stride.row : f.v_stride.row;
-    int const row0 = at.block * C.block_n, rows = (keys_stay ? f.seqlen_q : f.seqlen_k) - row0;
+    int const row0 = at.block * C.block_n, rows = (keys_stay ? sequence().rows() : sequence().keys()) - row0;
     if (at.block == at.begin) {
       Rows const x =
-          keys_stay ? Rows::of(f.q, f.q_stride, batch_, at.head) : Rows::of(f.k, f.k_stride, batch_, at.head);
-      Rows const y =
-          keys_stay ? Rows::of(p_.dout, p_.dout_stride, batch_, at.head) : Rows::of(f.v, f.v_stride, batch_, at.head);
+          keys_stay ? Rows::of(f.q, f.q_stride, tile_.batch, at.head) : Rows::of(f.k, f.k_stride, tile_.batch, at.head);
+      Rows const y = keys_stay ? Rows::of(p_.dout, p_.dout_stride, tile_.batch, at.head)
+                               : Rows::of(f.v, f.v_stride, tile_.batch, at.head);
       next_x_ = TileCopy<C, SmemBlockX>::first(x.first + row0 * x_stride, x_stride);
       next_y_ = TileCopy<C, SmemBlockY>::first(y.first + row0 * y_stride, y_stride);
     }
@@ -292,7 +273,7 @@ struct TileGradients {
         int const query = keys_stay ? get<1>(c(0, j)) : get<0>(c(i, 0));
         float const x = s(i, j) * p_.forward.scale_log2 - shared_load<float>(&queries.lse[query]) * log2_e;
         float const probability = exp2_approx(x);
-        s(i, j) = !Partial || visible(i, j, c, block_row0) ? probability : 0.f;
+        s(i, j) = !Partial || visible_elements(c, block_row0).at(i, j) ? probability : 0.f;
       }
     }
   }
@@ -320,7 +301,7 @@ struct TileGradients {
       for (int i = 0; i < size<0>(ds); ++i) {
         int const query = keys_stay ? get<1>(c(0, j)) : get<0>(c(i, 0));
         float const x = static_cast<float>(p(i, j)) * (ds(i, j) - shared_load<float>(&queries.delta[query]));
-        ds(i, j) = !Partial || visible(i, j, c, block_row0) ? x : 0.f;
+        ds(i, j) = !Partial || visible_elements(c, block_row0).at(i, j) ? x : 0.f;
       }
     }
   }
@@ -331,23 +312,16 @@ struct TileGradients {
         L::template coordinates<typename L::BlockM, typename L::BlockN, column_warps>(thread_index()));
   }
 
-  /// Whether element (i, j) of this thread is of a query and a key that it sees. (Rows that stay and do not exist are
-  /// never stored, so they may see.)
+  /// Which elements of a block this thread holds are of a query and a key that it sees.
   template <class Coordinates>
-  FLASHCUTE_DEVICE bool visible(int i, int j, Coordinates const& c, int block_row0) const {
-    int const row = row0_ + cute::get<0>(c(0, 0)), column = block_row0 + cute::get<1>(c(0, 0));
-    int const down = L::template row_distance<column_warps>(i), across = L::template column_distance<column_warps>(j);
-    if constexpr (keys_stay) {
-      bool const exists = column + across < p_.forward.seqlen_q;
-      return exists & Mask::from(column + across, row, p_.forward).at(down);
-    } else {
-      return Mask::from(row + down, column, p_.forward).at(across);
-    }
+  FLASHCUTE_DEVICE auto visible_elements(Coordinates const& c, int block_row0) const {
+    int const row = tile_.row0 + cute::get<0>(c(0, 0)), column = block_row0 + cute::get<1>(c(0, 0));
+    return VisibleElements<L, Mask, keys_stay, column_warps>{row, column, sequence()};
   }
 
   /// Adds dS X to the sums of the queries that pass by.
   FLASHCUTE_DEVICE void add_dq(PassingBlocks const& at, bool finite) const {
-    Sums const sums(p_, batch_, at.head, at.block);
+    Sums const sums(p_, tile_.batch, at.head, at.block);
     if (finite) {
       sums.add_product(Sums::Products::template columns_as_a<SmemScores>(ds_tile()),
                        Sums::Products::template columns_as_b<SmemX>(smem_.x));
@@ -390,7 +364,7 @@ struct TileGradients {
       float sum = 0;
       CUTE_NO_UNROLL
       for (int key = 0; key < C.block_m; ++key) {
-        if (!Mask::visible(block_row0 + query, row0_ + key, p_.forward)) continue;
+        if (!Mask::visible(block_row0 + query, tile_.row0 + key, sequence())) continue;
         sum += static_cast<float>(shared_load<Element>(&ds(key, query))) *
                static_cast<float>(shared_load<Element>(&x(key, column)));
       }
@@ -419,7 +393,7 @@ struct TileGradients {
   /// Starts loading LSE and delta of a block's rows; 0 where there is no row.
   FLASHCUTE_DEVICE void load_statistics(int head, int row0, int rows, Statistics<C.block_n>& to) const {
     ForwardParams const& f = p_.forward;
-    int64_t const first = (static_cast<int64_t>(batch_) * f.heads + head) * f.seqlen_q + row0;
+    int64_t const first = lse_offset(f, tile_.batch, head) + row0;
     CUTE_UNROLL
     for (int pass = 0; pass < ceil_div(C.block_n, L::threads); ++pass) {
       int const i = pass * L::threads + thread_index();
@@ -448,13 +422,15 @@ struct TileGradients {
     if (!(P::wants_finite || Mask::rows_differ) || !dropped_) return;
     ForwardParams const& f = p_.forward;
     auto const sees = [&](int row, int other) {
-      return keys_stay ? Mask::visible(other, row0_ + row, f) : Mask::visible(row0_ + row, other, f);
+      return keys_stay ? Mask::visible(other, tile_.row0 + row, sequence())
+                       : Mask::visible(tile_.row0 + row, other, sequence());
     };
     for (int head = first_head; head < first_head + heads; ++head) {
-      Rows const x = keys_stay ? Rows::of(f.q, f.q_stride, batch_, head) : Rows::of(f.k, f.k_stride, batch_, head);
+      Rows const x =
+          keys_stay ? Rows::of(f.q, f.q_stride, tile_.batch, head) : Rows::of(f.k, f.k_stride, tile_.batch, head);
       flashcute::add_dropped<C, SmemX>(x, others, rows, f.head_dim, smem_.x, sees);
       if constexpr (keys_stay) {
-        Rows const y = Rows::of(p_.dout, p_.dout_stride, batch_, head);
+        Rows const y = Rows::of(p_.dout, p_.dout_stride, tile_.batch, head);
         flashcute::add_dropped<C, SmemY>(y, others, rows, f.head_dim_v, smem_.y, sees);
       }
     }
@@ -485,10 +461,9 @@ struct TileGradients {
 
   BackwardParams const& p_;
   SharedStorage& smem_;
-  int const batch_;
+  Tile const tile_;
   Element const* next_x_ = nullptr;  // this thread's first element of the block to load next
   Element const* next_y_ = nullptr;
-  int const row0_;  // of the tile
   AccumulatorX dx_ =
       L::template accumulator<typename L::BlockM, typename L::HeadDim, column_warps>();  // (MMA, MMA_M, MMA_D)
   AccumulatorY dy_ =

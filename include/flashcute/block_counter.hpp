@@ -13,8 +13,8 @@ struct BlockCounter {
   FLASHCUTE_HD void visit(bool is_partial) { ++(is_partial ? partial : full); }
 
   /// The counts, and that all other blocks of the sequence were skipped.
-  FLASHCUTE_HD BlockCounts counts(ForwardParams const& p, int32_t block_n) const {
-    return {full, partial, ceil_div(p.seqlen_k, block_n) - full - partial};
+  FLASHCUTE_HD BlockCounts counts(Sequence const& sequence, int32_t block_n) const {
+    return {full, partial, ceil_div(sequence.keys(), block_n) - full - partial};
   }
 };
 

@@ -3,6 +3,7 @@
 // Source: Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 1.
 #pragma once
 
+#include "flashcute/apply.hpp"
 #include "flashcute/block_counter.hpp"
 #include "flashcute/load_store.hpp"
 #include "flashcute/softmax.hpp"
@@ -43,7 +44,7 @@ struct ForwardPass {
       P::gemm(o, P::probabilities(s), v);  // O += P V
     });
 
-    softmax.finish(o, [&](int i) { return Mask::empty_row(tile.row0 + row_of(i), p); });
+    softmax.finish(o, [&](int i) { return Mask::empty_row(tile.row0 + row_of(i), tile.sequence(p)); });
     store_lse(softmax, p, tile);
     store_counts(counter, p, tile);
     stage_output<C>(o, smem);
@@ -66,28 +67,17 @@ struct ForwardPass {
   FLASHCUTE_DEVICE static void add_dropped_values(KvRange const& range, ForwardParams const& p, QueryTile const& tile,
                                                   typename L::SharedStorage& smem) {
     auto const v = Rows<typename L::Element>::of(p.v, p.v_stride, tile.batch, tile.kv_head);
-    int const first_key = (P::wants_finite ? range.begin : range.full_end) * C.block_n;  // of those that were looked at
-    int const last_key = min_of(range.end * C.block_n, p.seqlen_k);
-    add_dropped<C, typename L::SmemO>(v, {first_key, last_key}, tile.rows, p.head_dim_v, smem.q,
-                                      [&](int row, int key) { return Mask::visible(tile.row0 + row, key, p); });
+    auto const looked_at = range.keys(!P::wants_finite, C.block_n, tile.sequence(p));
+    add_dropped<C, typename L::SmemO>(v, looked_at, tile.rows, p.head_dim_v, smem.q, [&](int row, int key) {
+      return Mask::visible(tile.row0 + row, key, tile.sequence(p));
+    });
     block_sync();  // all elements are corrected
   }
 
-  /// Scores of keys that a query does not see become -inf, by selection: what they were does not matter.
   template <class Scores>
   FLASHCUTE_DEVICE static void apply_mask(Scores& scores, QueryTile const& tile, int n, ForwardParams const& p) {
-    using namespace cute;
-    auto s = by_row_and_column(scores);  // (row, column)
-    auto const c = coordinates();
-    int const key = n * C.block_n + get<1>(c(0, 0));
-    CUTE_UNROLL
-    for (int i = 0; i < size<0>(s); ++i) {
-      auto const seen = Mask::from(tile.row0 + row_of(i), key, p);
-      CUTE_UNROLL
-      for (int j = 0; j < size<1>(s); ++j) {
-        if (!seen.at(L::column_distance(j))) s(i, j) = -infinity;
-      }
-    }
+    int const key = n * C.block_n + cute::get<1>(coordinates()(0, 0));
+    flashcute::apply_mask<L, Mask>(scores, [&](int i) { return tile.row0 + row_of(i); }, key, tile.sequence(p));
   }
 
   FLASHCUTE_DEVICE static void store_lse(Softmax const& softmax, ForwardParams const& p, QueryTile const& tile) {
@@ -103,7 +93,8 @@ struct ForwardPass {
                                             ForwardParams const& p, QueryTile const& tile) {
     if constexpr (Id.features.count_blocks) {
       if (thread_index() != 0) return;
-      global_store(p.block_counts + tile.block_counts_offset(p, C.block_m), counter.counts(p, C.block_n));
+      global_store(p.block_counts + tile.block_counts_offset(p, C.block_m),
+                   counter.counts(tile.sequence(p), C.block_n));
     }
   }
 };

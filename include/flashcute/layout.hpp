@@ -68,6 +68,7 @@ struct ForwardLayout {
 
   static constexpr int threads = num_threads(C);
   static constexpr int rows_per_thread = 2 * C.block_m / (16 * C.num_warps);
+  static constexpr bool masks_by_bits = false;  // comparisons with constants are as cheap here
 
   // What a thread holds of a matrix that is multiplied so. CuTe's partition_fragment_A, _B and _C derive the same
   // (tests/cpp/test_layout.cpp compares), but at a third of what a kernel costs to compile.

@@ -146,18 +146,18 @@ class ForwardLoader {
   /// Starts loading Q and, if blocks are to be loaded eagerly, what the last block of `range` has a place for.
   FLASHCUTE_DEVICE ForwardLoader(ForwardParams const& p, QueryTile const& tile, KvRange const& range,
                                  typename L::SharedStorage& smem)
-      : p_(p), smem_(smem), begin_(range.begin) {
+      : p_(p), tile_(tile), smem_(smem), range_(range) {
     auto const q = CopyQ::first(static_cast<Element const*>(p.q) + tile.q_offset(p), p.q_stride.row);
     CopyQ::load(q, p.q_stride.row, tile.rows, p.head_dim, smem_.q, std_::true_type{});
 
     // Without blocks, and after the first, these point before the tensor, as a partial block's last rows point behind
     // it: addresses that are computed and never read.
-    int64_t const last_row = (range.end - 1) * static_cast<int64_t>(C.block_n);
+    int64_t const last_row = range.first() * static_cast<int64_t>(C.block_n);
     k_ = CopyK::first(static_cast<Element const*>(p.k) + tile.k_offset(p) + last_row * p.k_stride.row, p.k_stride.row);
     v_ = CopyV::first(static_cast<Element const*>(p.v) + tile.v_offset(p) + last_row * p.v_stride.row, p.v_stride.row);
     if (C.eager_load_blocks && !range.empty()) {
-      load_key(range.end - 1, std_::true_type{});
-      if (C.stages > 1) load_value(range.end - 1, std_::true_type{});
+      load_key(range.first(), std_::true_type{});
+      if (C.stages > 1) load_value(range.first(), std_::true_type{});
     }
   }
 
@@ -185,9 +185,9 @@ class ForwardLoader {
         [&] { return CopyK::is_finite(key_place(n)) && (C.stages == 1 || CopyV::is_finite(value_place(n))); });
     if constexpr (C.stages > 1) {
       value_finite_ = finite;
-      if (n > begin_) {
-        load_key(n - 1, partial);
-        load_value(n - 1, partial);
+      if (range_.left(n) > 1) {
+        load_key(n + KvRange::step, partial);
+        load_value(n + KvRange::step, partial);
       }
     } else if constexpr (C.eager_load_blocks) {
       load_value(n, partial);
@@ -203,7 +203,7 @@ class ForwardLoader {
       if constexpr (!C.eager_load_blocks) load_value(n, partial);
       // V(n) has arrived, and all warps have finished reading K(n): its place may be refilled.
       value_finite_ = arrive_and_sync([&] { return CopyV::is_finite(value_place(n)); });
-      if (C.eager_load_blocks && n > begin_) load_key(n - 1, partial);
+      if (C.eager_load_blocks && range_.left(n) > 1) load_key(n + KvRange::step, partial);
     }
     return P::value(ArrivedTile<Element>{value_place(n), value_finite_});
   }
@@ -234,24 +234,25 @@ class ForwardLoader {
   FLASHCUTE_DEVICE Element* key_place(int n) const { return smem_.k[n % C.stages]; }
   FLASHCUTE_DEVICE Element* value_place(int n) const { return smem_.v[n % C.stages]; }
 
-  // Blocks are loaded from the last to the first.
+  // Blocks are loaded in the order of the range.
   template <class Partial>
   FLASHCUTE_DEVICE void load_key(int n, Partial partial) {
-    CopyK::load(k_, p_.k_stride.row, p_.seqlen_k - n * C.block_n, p_.head_dim, key_place(n), partial);
+    CopyK::load(k_, p_.k_stride.row, tile_.sequence(p_).keys() - n * C.block_n, p_.head_dim, key_place(n), partial);
     k_ -= C.block_n * p_.k_stride.row;
   }
 
   template <class Partial>
   FLASHCUTE_DEVICE void load_value(int n, Partial partial) {
-    CopyV::load(v_, p_.v_stride.row, p_.seqlen_k - n * C.block_n, p_.head_dim_v, value_place(n), partial);
+    CopyV::load(v_, p_.v_stride.row, tile_.sequence(p_).keys() - n * C.block_n, p_.head_dim_v, value_place(n), partial);
     v_ -= C.block_n * p_.v_stride.row;
   }
 
   ForwardParams const& p_;
+  QueryTile const tile_;
   typename L::SharedStorage& smem_;
   Element const* k_;  // this thread's first element of the K block to load next
   Element const* v_;
-  int32_t begin_;
+  KvRange const range_;
   bool dropped_ = false;
   bool value_finite_ = true;  // V(n), once it has arrived
 };
@@ -295,11 +296,6 @@ struct Rows {
   }
 
   FLASHCUTE_DEVICE Element at(int row, int column) const { return global_load<Element>(first + row * stride + column); }
-};
-
-/// Half-open.
-struct RowRange {
-  int begin, end;
 };
 
 /// Adds to each element of a staged tile what its row sees, of the rows `others` of a tensor, that is not finite and

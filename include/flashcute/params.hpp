@@ -54,71 +54,9 @@ static_assert(offsetof(ForwardParams, batch) == 156);
 static_assert(offsetof(ForwardParams, causal_offset) == 184);
 #endif
 
-/// One tile of query rows of one head: what a thread block, or a CPU task, computes.
-struct QueryTile {
-  int32_t batch, head, kv_head;
-  int32_t row0;  // first query row
-  int32_t rows;  // rows that exist: block_m, or fewer at the end of the sequence
-
-  /// Tile `index` of `count(p, block_m)`. Within a head the last rows come first: under a causal mask they
-  /// are the longest tiles, and the long ones should start early. A GPU passes its 32-bit block index, to
-  /// be spared a 64-bit division.
-  template <class Index>
-  FLASHCUTE_HD static QueryTile at(ForwardParams const& p, Index index, int32_t block_m) {
-    auto const row_blocks = static_cast<Index>(ceil_div(p.seqlen_q, block_m));
-    return of(p, index / row_blocks, static_cast<int32_t>(row_blocks - 1 - index % row_blocks), block_m);
-  }
-
-  /// Of the `head_index`-th head of all batches, the `block`-th tile.
-  template <class Index>
-  FLASHCUTE_HD static QueryTile of(ForwardParams const& p, Index head_index, int32_t block, int32_t block_m) {
-    QueryTile t = whole_head(p, head_index);
-    t.row0 = block * block_m;
-    t.rows = min_of(block_m, p.seqlen_q - t.row0);
-    return t;
-  }
-
-  /// All rows of the `head_index`-th head of all batches.
-  template <class Index>
-  FLASHCUTE_HD static QueryTile whole_head(ForwardParams const& p, Index head_index) {
-    auto const heads = static_cast<Index>(p.heads);
-    QueryTile t;
-    t.batch = static_cast<int32_t>(head_index / heads);
-    t.head = static_cast<int32_t>(head_index % heads);
-    t.kv_head = t.head / (p.heads / p.kv_heads);
-    t.row0 = 0;
-    t.rows = p.seqlen_q;
-    return t;
-  }
-
-  /// The `i`-th of the parts of `size` rows into which the tile is cut from its last row on. That of its first rows may
-  /// have fewer, and those after that have none.
-  FLASHCUTE_HD QueryTile part_from_end(int32_t i, int32_t size) const {
-    int32_t const end = row0 + rows - i * size;
-    QueryTile part = *this;
-    part.row0 = max_of(row0, end - size);
-    part.rows = end - part.row0;
-    return part;
-  }
-
-  FLASHCUTE_HD static int64_t count(ForwardParams const& p, int32_t block_m) {
-    return static_cast<int64_t>(p.batch) * p.heads * ceil_div<int64_t>(p.seqlen_q, block_m);
-  }
-
-  /// Where the counts of the tile, or of the one of which this is a part, lie; whether tiles are cut from the first
-  /// row on or from the last.
-  FLASHCUTE_HD int64_t block_counts_offset(ForwardParams const& p, int32_t block_m) const {
-    int64_t const heads_to_here = static_cast<int64_t>(batch) * p.heads + head + 1;
-    return heads_to_here * ceil_div(p.seqlen_q, block_m) - ceil_div(p.seqlen_q - row0, block_m);
-  }
-
-  FLASHCUTE_HD int64_t q_offset(ForwardParams const& p) const { return row_offset(p.q_stride, batch, head, row0); }
-  FLASHCUTE_HD int64_t k_offset(ForwardParams const& p) const { return row_offset(p.k_stride, batch, kv_head, 0); }
-  FLASHCUTE_HD int64_t v_offset(ForwardParams const& p) const { return row_offset(p.v_stride, batch, kv_head, 0); }
-  FLASHCUTE_HD int64_t out_offset(ForwardParams const& p) const { return row_offset(p.out_stride, batch, head, row0); }
-  FLASHCUTE_HD int64_t lse_offset(ForwardParams const& p) const {
-    return (static_cast<int64_t>(batch) * p.heads + head) * p.seqlen_q + row0;
-  }
-};
+/// Where the LSE of a head's first query lies, in a contiguous tensor of (batch, heads, seqlen_q). Delta lies likewise.
+FLASHCUTE_HD int64_t lse_offset(ForwardParams const& p, int32_t batch, int32_t head) {
+  return (static_cast<int64_t>(batch) * p.heads + head) * p.seqlen_q;
+}
 
 }  // namespace flashcute

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "flashcute/config.hpp"
-#include "flashcute/params.hpp"
+#include "flashcute/query_tile.hpp"
 
 namespace flashcute {
 

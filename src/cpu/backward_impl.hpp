@@ -103,8 +103,8 @@ class BackwardTile {
 
     Mask::kv_range(tile, f_, block_n_).for_each_backward([&](int n, auto partial) {
       int const key0 = n * block_n_;
-      int const keys = min_of(block_n_, f_.seqlen_k - key0);  // nothing beyond the sequence is touched
-      auto const visible = [&](int r, int c) { return Mask::visible(tile.row0 + c, key0 + r, f_); };
+      int const keys = min_of(block_n_, tile.sequence(f_).keys() - key0);  // nothing beyond the sequence is touched
+      auto const visible = [&](int r, int c) { return Mask::visible(tile.row0 + c, key0 + r, tile.sequence(f_)); };
       RowMajor<T> const k = load_block(at(f_.k, f_.k_stride, tile.batch, tile.kv_head, key0), f_.k_stride.row, keys,
                                        f_.head_dim, memory_ + layout_.block_x);
       RowMajor<T> const v = load_block(at(f_.v, f_.v_stride, tile.batch, tile.kv_head, key0), f_.v_stride.row, keys,
@@ -127,17 +127,17 @@ class BackwardTile {
     Totals<T> dk = totals(layout_.dx, layout_.dx_totals, layout_.dx_errors, f_.head_dim);
     Totals<T> dv = totals(layout_.dy, layout_.dy_totals, layout_.dy_errors, f_.head_dim_v);
     int blocks = 0;
-    auto const range = Mask::query_range(tile.row0, tile.rows, f_, block_m_);
+    auto const range = Mask::query_range(tile, f_, block_m_);
     for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
       range.for_each([&](int m, auto partial) {
         int const row0 = m * block_m_;
-        int const rows = min_of(block_m_, f_.seqlen_q - row0);
-        auto const visible = [&](int r, int c) { return Mask::visible(row0 + r, tile.row0 + c, f_); };
+        int const rows = min_of(block_m_, tile.sequence(f_).rows() - row0);
+        auto const visible = [&](int r, int c) { return Mask::visible(row0 + r, tile.row0 + c, tile.sequence(f_)); };
         RowMajor<T> const q = load_block(at(f_.q, f_.q_stride, tile.batch, head, row0), f_.q_stride.row, rows,
                                          f_.head_dim, memory_ + layout_.block_x);
         RowMajor<T> const dout = load_block(at(p_.dout, p_.dout_stride, tile.batch, head, row0), p_.dout_stride.row,
                                             rows, f_.head_dim_v, memory_ + layout_.block_y);
-        int64_t const first = (static_cast<int64_t>(tile.batch) * f_.heads + head) * f_.seqlen_q + row0;
+        int64_t const first = lse_offset(f_, tile.batch, head) + row0;
         load_per_query(static_cast<T const*>(f_.lse) + first, log2_e, rows, rows, lse);
         load_per_query(static_cast<T const*>(p_.delta) + first, dx_factor_.before, rows, rows, delta);
         if (blocks++ == blocks_per_total) dk.add(), dv.add(), blocks = 1;

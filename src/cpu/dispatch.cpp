@@ -11,6 +11,7 @@
 #include "cores.hpp"
 #include "environment.hpp"
 #include "flashcute/error.hpp"
+#include "flashcute/query_tile.hpp"
 #include "forward_isa.hpp"
 #include "forward_scratch.hpp"
 #include "thread_pool.hpp"

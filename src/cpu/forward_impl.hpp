@@ -130,7 +130,7 @@ class ForwardTile {
     range.for_each_backward([&](int n, auto partial) {
       counter.visit(partial.value);
       int const key0 = n * block_n_;
-      int const keys = min_of(block_n_, p_.seqlen_k - key0);  // nothing beyond the sequence is touched
+      int const keys = min_of(block_n_, tile_.sequence(p_).keys() - key0);  // nothing beyond the sequence is touched
       RowMajor<T> const k = load_block(key_block(p_.k, tile_.k_offset(p_), p_.k_stride, key0), p_.k_stride.row, keys,
                                        p_.head_dim, memory_ + layout_.k);
       RowMajor<T> const v = load_block(key_block(p_.v, tile_.v_offset(p_), p_.v_stride, key0), p_.v_stride.row, keys,
@@ -146,7 +146,7 @@ class ForwardTile {
       if constexpr (partial.value) {
         if (seen_v.data != v.data) {
           add_not_finite(v, keys, p_.head_dim_v, s, o, ld, tile_.rows,
-                         [&](int n, int m) { return Mask::visible(tile_.row0 + m, key0 + n, p_); });
+                         [&](int n, int m) { return Mask::visible(tile_.row0 + m, key0 + n, tile_.sequence(p_)); });
         }
       }
       // By the block's number, not by how many have been: a row's sums do not depend on the tile it is in.
@@ -156,7 +156,7 @@ class ForwardTile {
     store_out(o, softmax);
     if (p_.lse != nullptr) store_lse(softmax);
     if (p_.block_counts != nullptr) {
-      p_.block_counts[tile_.block_counts_offset(p_, block_m_)] = counter.counts(p_, block_n_);
+      p_.block_counts[tile_.block_counts_offset(p_, block_m_)] = counter.counts(tile_.sequence(p_), block_n_);
     }
   }
 
@@ -184,7 +184,7 @@ class ForwardTile {
     for (int n = 0; n < keys; ++n) {
       for (int m = 0; m < tile_.rows; ++m) {
         T const score = s[n * layout_.ld + m];
-        s[n * layout_.ld + m] = Mask::visible(tile_.row0 + m, key0 + n, p_) ? score : -infinity<T>;
+        s[n * layout_.ld + m] = Mask::visible(tile_.row0 + m, key0 + n, tile_.sequence(p_)) ? score : -infinity<T>;
       }
     }
   }
@@ -193,7 +193,7 @@ class ForwardTile {
   void store_out(T* o, OnlineSoftmax<T> const& softmax) const {
     Element* const to = static_cast<Element*>(p_.out) + tile_.out_offset(p_);
     for (int m = 0; m < tile_.rows; ++m) {
-      bool const empty = Mask::empty_row(tile_.row0 + m, p_);
+      bool const empty = Mask::empty_row(tile_.row0 + m, tile_.sequence(p_));
       for (int d = 0; d < p_.head_dim_v; ++d) {
         T const x = empty ? T{0} : o[d * layout_.ld + m] / softmax.row_sum[m];
         from_float(x, to[m * p_.out_stride.row + d]);

@@ -1,9 +1,10 @@
 // The blocks that a tile visits against the truth about every element, for all small sizes.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <random>
 #include <set>
 
-#include "flashcute/backward_params.hpp"
 #include "flashcute/mask.hpp"
 
 namespace flashcute {
@@ -27,6 +28,48 @@ bool sees(MaskKind kind, int32_t q, int32_t k, ForwardParams const& p) {
   return false;
 }
 
+/// A loop that asks the range for one block after another visits the same blocks in the same order, and knows how many
+/// are left.
+void check_walk(KvRange const& range, std::set<int32_t> const& visited) {
+  auto expected = visited.rbegin();
+  auto left = static_cast<int32_t>(visited.size());
+  for (int32_t n = range.first(); range.left(n) > 0; n = range.next(n), ++expected, --left) {
+    ASSERT_NE(expected, visited.rend());
+    EXPECT_EQ(n, *expected);
+    EXPECT_EQ(range.left(n), left);
+    EXPECT_EQ(range.is_last(n), left == 1);
+    EXPECT_EQ(range.next(n), n + KvRange::step);
+  }
+  EXPECT_EQ(expected, visited.rend());
+}
+
+/// What is corrected for values that are not finite must be looked for in exactly the keys of the blocks visited, or of
+/// the partial ones, and never beyond the sequence.
+void check_keys(KvRange const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full, int32_t block_n,
+                Sequence const& sequence) {
+  for (bool const only_partial : {false, true}) {
+    RowRange const keys = range.keys(only_partial, block_n, sequence);
+    for (int32_t k = 0; k < sequence.keys() + 2 * block_n; ++k) {
+      int32_t const n = k / block_n;
+      bool const expected = k < sequence.keys() && visited.contains(n) && !(only_partial && full.contains(n));
+      ASSERT_EQ(keys.begin <= k && k < keys.end, expected) << "key " << k;
+    }
+  }
+}
+
+/// The GPU's backward visits the same blocks of one K/V head from the first to the last.
+void check_passing_blocks(KvRange const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full) {
+  auto blocks = PassingBlocks::of(range, 5);
+  for (int32_t const n : visited) {
+    ASSERT_GT(blocks.left, 0);
+    EXPECT_EQ(blocks.head, 5);
+    EXPECT_EQ(blocks.block, n);
+    EXPECT_EQ(blocks.partial(), !full.contains(n)) << "block " << n;
+    blocks = blocks.after();
+  }
+  EXPECT_EQ(blocks.left, 0);
+}
+
 template <MaskKind Kind>
 void check_all_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
   for (int64_t index = 0; index < QueryTile::count(p, block_m); ++index) {
@@ -41,12 +84,15 @@ void check_all_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
       if (!decltype(partial)::value) full.insert(n);
     });
     EXPECT_EQ(range.empty(), visited.empty());
+    check_walk(range, visited);
+    check_keys(range, visited, full, block_n, tile.sequence(p));
+    check_passing_blocks(range, visited, full);
     for (int32_t n = 0; n * block_n < p.seqlen_k + 2 * block_n; ++n) {
       bool any = false, all = true;
       for (int32_t q = tile.row0; q < tile.row0 + tile.rows; ++q) {
         for (int32_t k = n * block_n; k < (n + 1) * block_n; ++k) {
           bool const visible = sees(Kind, q, k, p);
-          EXPECT_EQ((Mask<Kind>::visible(q, k, p)), visible);
+          EXPECT_EQ((Mask<Kind>::visible(q, k, tile.sequence(p))), visible);
           any = any || visible;
           all = all && visible;
         }
@@ -74,18 +120,52 @@ TEST(Mask, BlockRangesAgreeWithElementVisibility) {
   }
 }
 
+/// As check_keys.
+void check_rows(QueryRange const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full,
+                int32_t block_m, Sequence const& sequence) {
+  if (range.empty()) return;
+  for (bool const only_partial : {false, true}) {
+    RowRange const rows = range.rows(only_partial, block_m, sequence);
+    for (int32_t q = 0; q < sequence.rows() + 2 * block_m; ++q) {
+      int32_t const m = q / block_m;
+      bool const expected = q < sequence.rows() && visited.contains(m) && !(only_partial && full.contains(m));
+      ASSERT_EQ(rows.begin <= q && q < rows.end, expected) << "row " << q;
+    }
+  }
+}
+
+/// The GPU's backward walks over the same blocks once for each head, and also tests the elements of a block that lacks
+/// rows.
+void check_passing_blocks(QueryRange const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full,
+                          int32_t complete) {
+  constexpr int32_t first_head = 3, heads = 2;
+  auto blocks = PassingBlocks::of(range, complete, first_head, heads);
+  for (int32_t head = first_head; head < first_head + heads; ++head) {
+    for (int32_t const m : visited) {
+      ASSERT_GT(blocks.left, 0);
+      EXPECT_EQ(blocks.head, head);
+      EXPECT_EQ(blocks.block, m);
+      EXPECT_EQ(blocks.partial(), !full.contains(m) || m >= complete) << "block " << m;
+      blocks = blocks.after();
+    }
+  }
+  EXPECT_EQ(blocks.left, 0);
+}
+
 template <MaskKind Kind>
 void check_all_key_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
   for (int64_t index = 0; index < KeyTile::count(p, block_n); ++index) {
     KeyTile const tile = KeyTile::at(p, index, block_n);
-    QueryRange const range = Mask<Kind>::query_range(tile.row0, tile.rows, p, block_m);
+    QueryRange const range = Mask<Kind>::query_range(tile, p, block_m);
     std::set<int32_t> visited, full;
     range.for_each([&](int32_t m, auto partial) {
       EXPECT_TRUE(visited.empty() || m > *visited.rbegin()) << "blocks must come from the first to the last";
       visited.insert(m);
       if (!decltype(partial)::value) full.insert(m);
     });
-    EXPECT_EQ((range.begin >= range.end), visited.empty());
+    EXPECT_EQ(range.empty(), visited.empty());
+    check_rows(range, visited, full, block_m, tile.sequence(p));
+    check_passing_blocks(range, visited, full, p.seqlen_q / block_m);
     for (int32_t m = 0; m * block_m < p.seqlen_q + 2 * block_m; ++m) {
       bool any = false, all = true;
       for (int32_t q = m * block_m; q < std::min((m + 1) * block_m, p.seqlen_q); ++q) {
@@ -117,6 +197,76 @@ TEST(Mask, QueryRangesAgreeWithElementVisibility) {
   }
 }
 
+/// Columns as a thread of Hopper's kernel has them: pairs, 8 apart.
+struct PairsOfColumns {
+  static int32_t distance(int32_t j) { return j % 2 + j / 2 * 8; }
+  static int32_t columns_before(int32_t distance) {
+    int32_t count = 0;
+    while (PairsOfColumns::distance(count) < distance) ++count;
+    return count;
+  }
+};
+
+/// Columns side by side.
+struct AllColumns {
+  static int32_t distance(int32_t j) { return j; }
+  static int32_t columns_before(int32_t distance) { return std::max(distance, 0); }
+};
+
+template <MaskKind Kind, class Columns>
+void expect_bits(Sequence const& s, int32_t q, int32_t key0, ForwardParams const& p) {
+  for (int32_t const first : {0, 32, 64}) {
+    uint32_t const bits = Mask<Kind>::seen(q, key0, s).template bits<Columns>(first);
+    for (int32_t bit = 0; bit < 32; ++bit) {
+      int32_t const k = key0 + Columns::distance(first + bit);
+      ASSERT_EQ(bits >> bit & 1, sees(Kind, q, k, p)) << "query " << q << ", key " << k << ", column " << first + bit;
+    }
+  }
+}
+
+/// From random places in and around a sequence of random lengths: `seen` one by one and as bits, and `seen_by`.
+template <MaskKind Kind>
+void check_seen(std::mt19937& random) {
+  auto const from_to = [&](int32_t low, int32_t high) { return std::uniform_int_distribution(low, high)(random); };
+  int32_t const sq = from_to(0, 200), sk = from_to(0, 700);
+  ForwardParams const p = problem(sq, sk, from_to(0, 1) == 0 ? sk - sq : from_to(-300, 700));
+  auto const s = Sequence::uniform(p);
+  SCOPED_TRACE(testing::Message() << "sq " << sq << " sk " << sk << " offset " << p.causal_offset);
+  int32_t const q0 = from_to(0, sq + 64), key0 = from_to(0, sk + 64);
+  expect_bits<Kind, PairsOfColumns>(s, q0, key0, p);
+  expect_bits<Kind, AllColumns>(s, q0, key0, p);
+  auto const seen_by = Mask<Kind>::seen_by(key0, q0, s);
+  for (int32_t i = 0; i < 40; ++i) {
+    for (int32_t j = 0; j < 40; ++j) {
+      bool const visible = sees(Kind, q0 + i, key0 + j, p);
+      ASSERT_EQ(Mask<Kind>::seen(q0 + i, key0, s).at(j), visible) << "query " << q0 + i << ", key " << key0 + j;
+      ASSERT_EQ(seen_by.at(i, j), q0 + i < sq && visible) << "query " << q0 + i << ", key " << key0 + j;
+    }
+  }
+}
+
+// Guards against kernels that hide a visible key or show a hidden one: they do not ask `visible`, but what one query
+// sees of many keys, on Hopper 32 at a time, or which queries see the keys that stay.
+TEST(Mask, SeenAgreesWithElementVisibility) {
+  std::mt19937 random(1);
+  for (int i = 0; i < 2000; ++i) {
+    check_seen<MaskKind::full>(random);
+    check_seen<MaskKind::causal>(random);
+  }
+}
+
+// Guards against shifts by 32 or more, or by less than 0, which are undefined.
+TEST(Mask, LowBitsOfAnyCount) {
+  EXPECT_EQ(low_bits(INT32_MIN), 0u);
+  EXPECT_EQ(low_bits(-1), 0u);
+  EXPECT_EQ(low_bits(0), 0u);
+  EXPECT_EQ(low_bits(1), 1u);
+  EXPECT_EQ(low_bits(31), 0x7fffffffu);
+  EXPECT_EQ(low_bits(32), 0xffffffffu);
+  EXPECT_EQ(low_bits(33), 0xffffffffu);
+  EXPECT_EQ(low_bits(INT32_MAX), 0xffffffffu);
+}
+
 // Guards against keys whose gradient is computed twice or never.
 TEST(KeyTile, TilesCoverEveryKeyOnce) {
   for (int32_t sk : {1, 15, 16, 17, 33}) {
@@ -145,8 +295,8 @@ TEST(Mask, EmptyRowsAreThoseThatSeeNoKey) {
           any_full = any_full || sees(MaskKind::full, q, k, p);
           any_causal = any_causal || sees(MaskKind::causal, q, k, p);
         }
-        EXPECT_EQ(Mask<MaskKind::full>::empty_row(q, p), !any_full);
-        EXPECT_EQ(Mask<MaskKind::causal>::empty_row(q, p), !any_causal);
+        EXPECT_EQ(Mask<MaskKind::full>::empty_row(q, Sequence::uniform(p)), !any_full);
+        EXPECT_EQ(Mask<MaskKind::causal>::empty_row(q, Sequence::uniform(p)), !any_causal);
       }
     }
   }

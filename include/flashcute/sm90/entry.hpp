@@ -1,6 +1,12 @@
 // The __global__ functions of the Hopper kernels, as flashcute/entry.hpp.
 #pragma once
 
+// Built for plain sm_90, WGMMA and the register hand-over compile to a trap that only shows on the GPU. The
+// host, whose compiler defines no __CUDA_ARCH__, may read these headers.
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "Hopper's kernels must be compiled for sm_90a: plain sm_90 lacks their instructions (WGMMA, setmaxnreg)"
+#endif
+
 #include "flashcute/sm90/forward.hpp"
 
 /// Defines the kernel NAME for the ForwardKernelId that follows.

@@ -3,6 +3,7 @@
 // Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, algorithms 1 and 2.
 #pragma once
 
+#include "flashcute/apply.hpp"
 #include "flashcute/block_counter.hpp"
 #include "flashcute/sm90/gemm.hpp"
 #include "flashcute/sm90/loader.hpp"
@@ -38,7 +39,7 @@ struct ForwardPass {
     }
 
     // Before the registers change hands: it needs more than the loading warpgroup will have.
-    if (Mask::empty_row(0, p.forward) && thread_index() < 32) store_empty_tiles(p.forward);
+    if (Mask::empty_row(0, Sequence::uniform(p.forward)) && thread_index() < 32) store_empty_tiles(p.forward);
 
     // One if/else, each branch with its own number of registers: the compiler wants to see no more than that.
     int const warpgroup = warpgroup_index();
@@ -82,7 +83,8 @@ struct ForwardPass {
 
   FLASHCUTE_DEVICE static void store_counts(Counter const& counter, ForwardParams const& p, QueryTile const& tile) {
     if constexpr (Id.features.count_blocks) {
-      global_store(p.block_counts + tile.block_counts_offset(p, L::tile_rows), counter.counts(p, C.block_n));
+      global_store(p.block_counts + tile.block_counts_offset(p, L::tile_rows),
+                   counter.counts(tile.sequence(p), C.block_n));
     }
   }
 
@@ -127,15 +129,14 @@ struct ForwardPass {
         sums_ = Sums{p_};
         skip_keys();
         skip_values();
-        for (int n = range_.end - 1; n >= range_.begin; --n) {
+        for (int n = range_.first(); range_.left(n) > 0; n = range_.next(n)) {
           begin_scores(s_);
           P::template finish<0>(s_);
-          release_operands(n);
-          apply_mask(n);
+          scores_ready(n, s_);
           sums_.softmax.update(s_, o_);
           auto probabilities = P::probabilities(s_);
           tiles_.await_value();
-          P::begin_output(o_, probabilities, tiles_.arrived_value(), n == range_.end - 1);  // O += P V
+          P::begin_output(o_, probabilities, tiles_.arrived_value(), n == range_.first());  // O += P V
           P::template finish<0>(o_);
           tiles_.release_value();
         }
@@ -165,10 +166,10 @@ struct ForwardPass {
           tiles_.await_value();
           fresh_ = true;
           replace(probabilities, next);
-          for (int n = range_.end - 2; n >= range_.begin; --n) {
-            if (C.stale_max && n < range_.full_end && n - range_.begin >= pairs_from) {
+          for (int n = range_.next(range_.first()); range_.left(n) > 0; n = range_.next(n)) {
+            if (C.stale_max && n < range_.full_end && range_.left(n) > pairs_from) {
               n = attend_pairs(n, probabilities, next);
-              if (n < range_.begin) break;
+              if (range_.left(n) <= 0) break;
             }
             attend<Mask::rows_differ>(n, probabilities, next);
             replace(probabilities, next);
@@ -203,8 +204,7 @@ struct ForwardPass {
     template <bool Partial>
     FLASHCUTE_DEVICE void attend(int n, Probabilities& probabilities, Probabilities& next) {
       begin_products(probabilities);
-      release_operands(n);
-      if constexpr (Partial) apply_mask(n);
+      scores_ready<Partial>(n, s_);
       auto const correction = next_softmax(next);
       // Waiting here, for the next V, which has arrived long ago, keeps the compiler from moving exponentials behind
       // the product.
@@ -218,24 +218,26 @@ struct ForwardPass {
         Scores even, odd;
         begin_scores(even);
         P::template finish<0>(even);
-        release_operands(n);
+        scores_ready<false>(n, even);
         do {
           attend_ahead(n, even, odd, probabilities, next);
-          attend_ahead(n - 1, odd, even, next, probabilities);
-          n -= 2;
-        } while (n > range_.begin + 1);
+          n = range_.next(n);
+          attend_ahead(n, odd, even, next, probabilities);
+          n = range_.next(n);
+        } while (range_.left(n) > 2);
         begin_output(probabilities);
         auto const correction = sums_.softmax.update_by_stale_max(next, even);
         tiles_.await_value_after();
         finish_block(correction);
         P::move(next, probabilities);
-        return n - 1;
+        return range_.next(n);
       } else {
         do {
           attend<false>(n, probabilities, next);
-          attend<false>(n - 1, next, probabilities);
-          n -= 2;
-        } while (n > range_.begin);
+          n = range_.next(n);
+          attend<false>(n, next, probabilities);
+          n = range_.next(n);
+        } while (range_.left(n) > 1);
         return n;
       }
     }
@@ -254,15 +256,16 @@ struct ForwardPass {
       tiles_.look_for_key_after();
       auto const correction = sums_.softmax.update_by_stale_max(next, scores);
       finish_block(correction, after);
-      release_operands(n - 1);
+      scores_ready<false>(range_.next(n), after);
     }
 
     // With stale maxima the scores stay, in case that their exponentials have to be done again, and probabilities are
     // made beside them; else in their place.
 
     FLASHCUTE_DEVICE void first_softmax(Probabilities& next) {
-      release_operands(range_.end - 1);
-      apply_mask(range_.end - 1);
+      // As scores_ready does. With a call of it nvcc 13.0 orders instructions differently.
+      release_operands(range_.first());
+      apply(range_.first(), s_);
       if constexpr (C.stale_max) {
         sums_.softmax.update_into(next, s_);
       } else {
@@ -320,11 +323,26 @@ struct ForwardPass {
       if (correction.any) Softmax::rescale(o_, correction);
     }
 
-    /// S(n) is done: nobody reads K(n) any more, and Q if there are no more keys.
+    /// The product S(n) is done. Every block's scores come by here before their softmax.
+    template <bool MayBePartial = true>
+    FLASHCUTE_DEVICE void scores_ready(int n, Scores& s) {
+      release_operands(n);
+      if constexpr (MayBePartial) apply(n, s);
+    }
+
+    /// K(n) is not read any more, nor is Q after the last block.
     FLASHCUTE_DEVICE void release_operands(int n) {
       count_block(n);
       tiles_.release_key();
-      if (n == range_.begin) tiles_.release_query();
+      if (range_.is_last(n)) tiles_.release_query();
+    }
+
+    /// Everything that changes the scores of a block.
+    FLASHCUTE_DEVICE void apply(int n, Scores& s) {
+      if (n < range_.full_end) return;
+      QueryTile const& rows = tiles_.work(0).rows;
+      int const key = n * C.block_n + L::first_column(), row0 = rows.row0;
+      flashcute::apply_mask<L, Mask>(s, [&](int i) { return row0 + L::row(i); }, key, rows.sequence(p_));
     }
 
     // Blocks of keys that only other warpgroups' rows see. The barrier that takes a place back is not in the right
@@ -344,7 +362,7 @@ struct ForwardPass {
     FLASHCUTE_DEVICE void skip_tile() {
       sums_ = Sums{p_};
 #pragma unroll 1
-      for (int n = range_.end - 1; n >= range_.begin; --n) {
+      for (int n = range_.first(); range_.left(n) > 0; n = range_.next(n)) {
         skip_key(n);
         skip_value();
       }
@@ -372,7 +390,7 @@ struct ForwardPass {
     }
 
     /// As the tile sees it.
-    FLASHCUTE_DEVICE void count_block(int n) { sums_.counter.visit(n >= tiles_.work(0).loaded.full_end); }
+    FLASHCUTE_DEVICE void count_block(int n) { sums_.counter.visit(tiles_.work(0).loaded.full_end <= n); }
 
     /// Goes on to the next tile. False if there are no more.
     FLASHCUTE_DEVICE bool next_tile() {
@@ -383,34 +401,12 @@ struct ForwardPass {
       return uniform(work.exists);
     }
 
-    /// Scores of keys that a query does not see become -inf, by selection: what they were does not matter.
-    FLASHCUTE_DEVICE void apply_mask(int n) {
-      if (n < range_.full_end) return;
-      auto s = by_row_and_column(s_);  // (row, column)
-      int const key = n * C.block_n + L::first_column();
-      int const row0 = tiles_.work(0).rows.row0;
-      CUTE_UNROLL
-      for (int i = 0; i < cute::size<0>(s); ++i) {
-        auto const seen = Mask::from(row0 + L::row(i), key, p_);
-        // As bits, of which an instruction turns several into predicates.
-        int const columns = L::columns_before(seen.count);
-        CUTE_UNROLL
-        for (int first = 0; first < cute::size<1>(s); first += 32) {
-          uint32_t const bits = low_bits(columns - first);
-          CUTE_UNROLL
-          for (int j = first; j < min_of<int>(first + 32, cute::size<1>(s)); ++j) {
-            if (!(bits & 1u << (j - first))) s(i, j) = -infinity;
-          }
-        }
-      }
-    }
-
     /// Writes the output of the tile, or of one `before`.
     FLASHCUTE_DEVICE void store(uint32_t before, Sums& sums) {
       Work const& work = tiles_.work(before);
       QueryTile const tile = work.rows;
       Softmax& softmax = sums.softmax;
-      softmax.finish(o_, [&](int i) { return Mask::empty_row(tile.row0 + L::row(i), p_); });
+      softmax.finish(o_, [&](int i) { return Mask::empty_row(tile.row0 + L::row(i), tile.sequence(p_)); });
       if (counts()) store_counts(sums.counter, p_, tile);
       if (p_.lse != nullptr) {
         float* const lse = static_cast<float*>(p_.lse) + tile.lse_offset(p_);
@@ -422,7 +418,7 @@ struct ForwardPass {
       }
       store_output<C>(o_, p_, tile);
       if (Mask::rows_differ && tiles_.dropped(before)) {
-        int const end = min_of(work.loaded.end * C.block_n, p_.seqlen_k);
+        int const end = min_of(work.loaded.end * C.block_n, tile.sequence(p_).keys());
         add_dropped<C, Mask>(work.loaded.full_end * C.block_n, end, p_, tile);
       }
       // Lanes whose rows do not exist were left behind. The compiler would take all that follows for code that lanes go

@@ -4,12 +4,6 @@
 // this header.
 #pragma once
 
-// Built for plain sm_90, CuTe's WGMMA and the register hand-over compile to a trap that only shows on the GPU. The
-// host, whose compiler defines no __CUDA_ARCH__, may read these headers.
-#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#error "Hopper's kernels must be compiled for sm_90a: plain sm_90 lacks their instructions (WGMMA, setmaxnreg)"
-#endif
-
 // CuTe has WGMMA for 8, 16, 32, 64, 96, 128, 192 and 256 columns. For others a translation unit defines
 // CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED first (src/source.cpp does where a configuration asks for it).
 #include "flashcute/hopper_params.hpp"
@@ -44,9 +38,6 @@ FLASHCUTE_DEVICE uint32_t moved(uint32_t word) {
 /// The same number, which the compiler takes for any: what it knows of a loop's flag it would use to split the loop,
 /// and then hold its parts for code that lanes go through apart.
 FLASHCUTE_DEVICE int opaque(int x) { return uniform(static_cast<int>(moved(static_cast<uint32_t>(x)))); }
-
-/// The lowest `count` bits, of 0 to 32; others count as the nearest.
-FLASHCUTE_DEVICE uint32_t low_bits(int count) { return count >= 32 ? ~0u : (1u << max_of(count, 0)) - 1; }
 
 /// The lanes of the warp meet.
 FLASHCUTE_DEVICE void reconverge() { __syncwarp(); }

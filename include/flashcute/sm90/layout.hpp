@@ -9,7 +9,7 @@
 
 namespace flashcute::sm90 {
 
-/// What a warpgroup has to do next, as the warp that loads tells it.
+/// What a warpgroup has to do next. The loading warp writes it to shared memory.
 struct Work {
   QueryTile rows;  // its part of a tile; it may have none
   KvRange range;   // of keys that its rows see
@@ -102,6 +102,7 @@ struct ForwardLayout {
                                           cute::GMMA::Major::K, cute::GMMA::Major::MN>())>;
 
   static constexpr int rows_per_thread = 2;
+  static constexpr bool masks_by_bits = true;
 
   /// This thread's part of a warpgroup's 64 x Columns accumulator, as mma.sync would hold it: what reads it by row and
   /// column serves both.

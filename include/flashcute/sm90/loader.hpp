@@ -49,10 +49,10 @@ class Loader {
       int const row = rows_of(tile, w).row0;
       for_each_page<C.head_dim>([&](int column) { prefetch_box(p_.q, column, row, tile.head, tile.batch); });
     }
-    for (int n = range.end - 1; n >= range.begin; --n) {
+    for (int n = range.first(); range.left(n) > 0; n += KvRange::step) {
       load_key(tile, n);
       load_value_left();
-      if (n == range.end - 1) announce(tile, range);
+      if (n == range.first()) announce(tile, range);
       left_ = {tile, n, n >= range.full_end, true};
     }
   }

@@ -54,7 +54,7 @@ FLASHCUTE_DEVICE void store_output(Output const& output, ForwardParams const& p,
 }
 
 /// Adds to the output, where this thread has written it, the values that are not finite and were dropped, as far as
-/// they are visible: of the keys [first, end). Slow, and rare.
+/// they are visible: of `keys`. Slow, and rare.
 template <ForwardConfig C, class Mask>
 FLASHCUTE_DEVICE void add_dropped(int first, int end, ForwardParams const& p, QueryTile const& tile) {
   using L = ForwardLayout<C>;
@@ -73,7 +73,7 @@ FLASHCUTE_DEVICE void add_dropped(int first, int end, ForwardParams const& p, Qu
 #pragma unroll 1
         for (int key = first; key < end; ++key) {
           auto const x = static_cast<float>(global_load<Element>(values + key * p.v_stride.row + column));
-          if (!is_finite(x) && Mask::visible(tile.row0 + row, key, p)) sum += x;
+          if (!is_finite(x) && Mask::visible(tile.row0 + row, key, tile.sequence(p))) sum += x;
         }
         if (sum == 0) continue;
         global_store(out + column, static_cast<Element>(static_cast<float>(global_load<Element>(out + column)) + sum));
