@@ -73,7 +73,7 @@ for step in "${steps[@]}"; do
       run o1_build 300 cmake --build build/o1 --target test_gpu
       run o1 200 build/o1/tests/cpp/test_gpu ;;
     # The mma.sync kernels, also where Hopper's are the default.
-    forward) bench forward 300 --grid peers --rounds 8 --head-dims 64,128,256 --config math=tensor_core --impls sdpa_flash ;;
+    forward) bench forward 300 --grid peers --rounds 8 --head-dims 64,128,256 --config kernel=sm80 --impls sdpa_flash ;;
     forward_cudnn) # Apart: cuDNN's WGMMA kernels heat the chip so that all others run at lower clocks.
       bench forward_cudnn 300 --grid peers --head-dims 64,128,256 --impls flashcute,sdpa_flash,sdpa_cudnn ;;
     forward_hopper) # Needs the package fa3-fwd.
@@ -98,7 +98,7 @@ for step in "${steps[@]}"; do
     options_hopper)
       for d in 64 128 256; do
         # shellcheck disable=SC2046 # one argument a word
-        variants "options_hopper_$d" $d $(python3 tools/option_table.py --math wgmma --bench-arguments --head-dims $d)
+        variants "options_hopper_$d" $d $(python3 tools/option_table.py --kernel sm90 --bench-arguments --head-dims $d)
       done ;;
     tiles)
       for d in 64 128 256; do
@@ -106,7 +106,7 @@ for step in "${steps[@]}"; do
         for tile in ${tiles[$d]}; do
           IFS=x read -r m n w b <<< "$tile"
           for q in 0 1; do
-            arguments+=(--config "math=tensor_core,block_m=$m,block_n=$n,num_warps=$w,blocks_per_sm=$b,q_in_registers=$q")
+            arguments+=(--config "kernel=sm80,block_m=$m,block_n=$n,num_warps=$w,blocks_per_sm=$b,q_in_registers=$q")
           done
         done
         variants "tiles_$d" $d "${arguments[@]}"

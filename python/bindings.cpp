@@ -169,10 +169,10 @@ void set_options(Config& config, nb::kwargs const& options) {
     std::string const option = nb::cast<std::string>(key);
     std::string known;
     bool found = false;
-    for_each_option(config, [&](char const* name, auto& member) {
-      known += (known.empty() ? "" : ", ") + std::string(name);
-      if (option != name) return;
-      option_from_python(name, value, member);
+    for_each_option(config, [&](Option const& row, auto& member) {
+      known += (known.empty() ? "" : ", ") + std::string(row.name);
+      if (option != row.name) return;
+      option_from_python(row.name, value, member);
       found = true;
     });
     if (!found) throw ArgumentError(class_name<Config>, "options among " + known, "'" + option + "'");
@@ -183,27 +183,18 @@ void set_options(Config& config, nb::kwargs const& options) {
 template <class Config>
 nb::tuple options_of(Config const& config) {
   nb::list values;
-  for_each_option(config, [&](char const*, auto value) { values.append(option_to_python(value)); });
+  for_each_option(config, [&](Option const&, auto value) { values.append(option_to_python(value)); });
   return nb::tuple(values);
 }
 
-/// Read-only properties, one for each option, that look up the member by its name.
+/// A read-only property for each option.
 template <class Config>
 void bind_options(nb::class_<Config>& cls) {
-  Config const defaults;
-  for_each_option(defaults, [&](char const* option, auto value) {
-    using Value = decltype(value);
+  Config::for_each_member([&]<class Value>(Option const& option, Value Config::*member) {
     std::string const type = std::is_enum_v<Value> ? "str" : std::is_same_v<Value, bool> ? "bool" : "int";
-    std::string const signature = "def " + std::string(option) + "(self) -> " + type;
+    std::string const signature = "def " + std::string(option.name) + "(self) -> " + type;
     cls.def_prop_ro(
-        option,
-        [option](Config const& config) {
-          nb::object result;
-          for_each_option(config, [&](char const* name, auto member) {
-            if (std::string_view(name) == option) result = option_to_python(member);
-          });
-          return result;
-        },
+        option.name, [member](Config const& config) { return option_to_python(config.*member); },
         nb::sig(signature.c_str()));
   });
 }
@@ -250,7 +241,7 @@ nb::class_<Config> bind_config(nb::module_& m, char const* signature, char const
                               std::to_string(values.size()));
         }
         for_each_option(config,
-                        [&](char const* option, auto& member) { option_from_python(option, values[i++], member); });
+                        [&](Option const& row, auto& member) { option_from_python(row.name, values[i++], member); });
         new (&self) Config(config);
       },
       nb::sig("def __setstate__(self, values: tuple[object, ...], /) -> None"));
@@ -260,7 +251,8 @@ nb::class_<Config> bind_config(nb::module_& m, char const* signature, char const
 void bind_configs(nb::module_& m) {
   static constexpr char forward_signature[] =
       "def __init__(self, *, dtype: object = 'bfloat16', head_dim: int = 128, head_dim_v: int = ..., "
-      "block_m: int = 128, block_n: int = 64, num_warps: int = 4, blocks_per_sm: int = 2, math: str = 'tensor_core', "
+      "block_m: int = 128, block_n: int = 64, num_warps: int = 4, kernel: str = 'sm80', blocks_per_sm: int = 2, "
+      "math: str = 'tensor_core', "
       "stages: int = 1, copy_bytes: int = 16, async_copy: bool = True, eager_load_blocks: bool = True, "
       "swizzled: bool = True, q_in_registers: bool = False, k_tiles_per_load: int = 0, "
       "mma_double_buffer: bool = True, optimized_softmax: bool = True, "
@@ -274,13 +266,18 @@ void bind_configs(nb::module_& m) {
       "at most 256).\n"
       "head_dim_v: the same for v and the output; default head_dim.\n"
       "block_m: query rows per tile (B_r).  block_n: keys per K/V block (B_c).\n\n"
-      "The CPU ignores the other options, but their rules hold there too:\n\n"
-      "num_warps: warps per thread block; each owns 16-row slices of the tile.\n"
-      "blocks_per_sm: thread blocks that must fit a multiprocessor at once, which limits their registers.\n"
-      "math: 'tensor_core' (mma.sync; float32 is rounded to TF32, 10 bits of fraction), 'tf32x3' (float32 on tensor "
-      "cores, three TF32 products for one), 'cuda_core' (fp32) or 'wgmma' (Hopper's kernel: copies by TMA, products by "
-      "WGMMA, specialised warps; num_warps counts the warps that compute, block_m / 16).\n"
+      "The CPU runs any configuration and ignores the other options:\n\n"
+      "num_warps: warps of a thread block that compute; each owns 16-row slices of the tile.\n"
+      "kernel: 'sm80' (cp.async, mma.sync; for every GPU of compute capability 8.0 or later) or 'sm90' (Hopper's: copies "
+      "by TMA, products by WGMMA, specialised warps; num_warps is block_m / 16).\n"
+      "math: 'tensor_core' (float32 is rounded to TF32, 10 bits of fraction), 'tf32x3' (float32 on tensor cores, three "
+      "TF32 products for one) or 'cuda_core' (fp32); sm90: 'tensor_core'.\n"
       "stages: K/V blocks that shared memory holds; with 2 one arrives while the other is multiplied.\n"
+      "optimized_softmax: one multiply-add and one exp2 per score, and the row sum reduced once at the end; False: as "
+      "a textbook has it.\n"
+      "rescale_threshold: t: rescale a row's sums only when an exponential would exceed 2^t; 0: in every block.\n\n"
+      "A kernel refuses options that only the other one reads, unless they have their defaults. Of kernel='sm80':\n\n"
+      "blocks_per_sm: thread blocks that must fit a multiprocessor at once, which limits their registers.\n"
       "copy_bytes: 16, 8, 4 or 2: how many bytes a thread copies between global and shared memory at once; addresses "
       "and strides of all tensors must be multiples of it.\n"
       "async_copy: copy to shared memory by cp.async; False: through registers.\n"
@@ -289,11 +286,8 @@ void bind_configs(nb::module_& m) {
       "q_in_registers: hold Q's fragments in registers through the K/V loop.\n"
       "k_tiles_per_load: how many K-steps of K or V each fetch brings from shared memory into registers (1 or 2); "
       "0: pieces of 16 columns of one step.\n"
-      "mma_double_buffer: fetch the next fragments while the tensor cores work on these.\n"
-      "optimized_softmax: one multiply-add and one exp2 per score, and the row sum reduced once at the end; False: as "
-      "a textbook has it.\n"
-      "rescale_threshold: t: rescale a row's sums only when an exponential would exceed 2^t; 0: in every block.\n\n"
-      "Only for math='wgmma', which has none of the options from copy_bytes to mma_double_buffer:\n\n"
+      "mma_double_buffer: fetch the next fragments while the tensor cores work on these.\n\n"
+      "Of kernel='sm90':\n\n"
       "pingpong: warpgroups take turns to start their products.\n"
       "overlap: the softmax of a block runs while P V of the block before is multiplied.\n"
       "stale_max: exponentials are taken relative to the maximum so far, and redone if they turn out too large.\n"
@@ -305,8 +299,8 @@ void bind_configs(nb::module_& m) {
       "Shared memory of a thread block, in bytes (GPU only).");
   static constexpr char backward_signature[] =
       "def __init__(self, *, dtype: object = 'bfloat16', head_dim: int = 128, head_dim_v: int = ..., "
-      "block_m: int = 64, block_n: int = 64, num_warps: int = 4, column_warps: int = 1, blocks_per_sm: int = 2, "
-      "math: str = 'tensor_core', stages: int = 2, copy_bytes: int = 16, async_copy: bool = True, "
+      "block_m: int = 64, block_n: int = 64, num_warps: int = 4, kernel: str = 'sm80', column_warps: int = 1, "
+      "blocks_per_sm: int = 2, math: str = 'tensor_core', stages: int = 2, copy_bytes: int = 16, async_copy: bool = True, "
       "swizzled: bool = True, k_tiles_per_load: int = 0, mma_double_buffer: bool = True, deterministic: bool = False) "
       "-> None";
   bind_config<BackwardConfig>(
@@ -319,10 +313,11 @@ void bind_configs(nb::module_& m) {
       "block_m: query rows per tile (B_r).  block_n: keys per tile (B_c).\n\n"
       "The CPU ignores the other options; it gives the same bits in every run anyway:\n\n"
       "num_warps: warps per thread block.\n"
+      "kernel: 'sm80' (cp.async, mma.sync); there is no other yet.\n"
       "column_warps: how many of the warps share the columns of a tile of scores, while num_warps / column_warps share "
       "its rows; with 1, P and dS stay in registers.\n"
       "blocks_per_sm: thread blocks that must fit a multiprocessor at once, which limits their registers.\n"
-      "math: 'tensor_core' (mma.sync), for float32 'tf32x3' (three TF32 products for one).\n"
+      "math: 'tensor_core', for float32 'tf32x3' (three TF32 products for one).\n"
       "stages: blocks of the other side that shared memory holds; with 2 one arrives while the other is multiplied.\n"
       "copy_bytes: 16, 8, 4 or 2: how many bytes a thread copies between global and shared memory at once; addresses "
       "and strides of all tensors must be multiples of it.\n"

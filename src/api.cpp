@@ -39,7 +39,7 @@ std::vector<Config> configs_among(Family<Config> const (&families)[n]) {
 /// What would be faster than the chosen configuration but has no image at hand, and how much faster that is.
 void explain_given_up(std::vector<GivenUp> const& given_up, ForwardConfig const& chosen, Explanation& e) {
   for (GivenUp const& g : given_up) {
-    bool const hopper = g.config.math == Math::wgmma;
+    bool const hopper = g.config.kernel == Kernel::sm90;
     e.rejected.emplace_back(hopper ? "sm90" : name(g.config).text,
                             g.can_be_compiled ? "its kernel is not compiled yet (" + g.why + "), and another is at hand"
                                               : "there is no image of its kernel: " + g.why);
@@ -228,8 +228,8 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
                     TensorView const& v, CallOptions const& options) {
   Explanation e;
   bool const gpu = q.device.type == DeviceType::cuda;
-  auto const backend_of = [&](Math math) { return !gpu ? "cpu" : math == Math::wgmma ? "sm90" : "sm80"; };
-  char const* here = backend_of(config ? config->math : Math::tensor_core);
+  auto const backend_of = [&](Kernel kernel) { return gpu ? name_of(kernel) : "cpu"; };
+  char const* here = backend_of(config ? config->kernel : Kernel::sm80);
   e.rejected.emplace_back(gpu ? "cpu" : "sm80", gpu ? "the tensors are on " + to_string(q.device)
                                                     : std::string("the tensors are on the CPU"));
   std::optional<ForwardConfig> chosen = config;
@@ -242,7 +242,7 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
     std::string misaligned;
     ForwardTensors const tensors = forward_tensors(*call, nullptr, &misaligned);
     if (!chosen) chosen = choose_config(tensors, features_of(*call), call->device, &given_up);
-    here = backend_of(chosen->math);
+    here = backend_of(chosen->kernel);
     if (gpu && !config && !misaligned.empty()) {
       if (call->arch == 90 && size_of(q.dtype) == 2) e.rejected.emplace_back("sm90", misaligned);
       if (tensors.alignment < 16) e.rejected.emplace_back("copy_bytes=16", misaligned);
@@ -252,7 +252,7 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
     e.backend = here;
     e.config = chosen;
     e.kernel = gpu ? name(plan.kernel).text : std::string(cpu::isa());
-    if (chosen->math == Math::wgmma) explain_idle_multiprocessors(q.device, e);
+    if (chosen->kernel == Kernel::sm90) explain_idle_multiprocessors(q.device, e);
     e.image = gpu ? image_origin(plan.kernel, call->arch) : "compiled into the library";
     e.reasons = reasons_for(*chosen, config.has_value(), tensors, q.device, call->arch);
   } catch (Error const& error) {

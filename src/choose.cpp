@@ -15,10 +15,10 @@ struct Wishes {
   int32_t multiprocessors;
 };
 
-/// What can be given up without changing what a call computes, one after the other: Hopper's kernel, for mma.sync's;
+/// What can be given up without changing what a call computes, one after the other: Hopper's kernel, for the sm80 one;
 /// one product of TF32, which is allowed and not demanded, for three; a tile for small grids, for the usual one.
 constexpr void (*concessions[])(Wishes&) = {
-    [](Wishes& wishes) { wishes.tensors.allow_wgmma = false; },
+    [](Wishes& wishes) { wishes.tensors.allow_sm90 = false; },
     [](Wishes& wishes) { wishes.tensors.allow_tf32 = false; },
     [](Wishes& wishes) { wishes.multiprocessors = 0; },
 };

@@ -11,11 +11,11 @@ namespace {
 constexpr char const* asked_for = "cfg asks for this configuration.";
 
 std::string why_this_kernel(ForwardConfig const& chosen, ForwardTensors const& tensors, Arch arch) {
-  if (chosen.math == Math::wgmma) {
+  if (chosen.kernel == Kernel::sm90) {
     return "Hopper's kernel (copies by TMA, products by WGMMA, specialised warps) takes float16 and bfloat16 tensors "
            "whose addresses, strides and rows are multiples of 16 bytes, as these are.";
   }
-  std::string text = "The mma.sync kernel runs on every GPU of compute capability 8.0 or later";
+  std::string text = "The sm80 kernel (cp.async, mma.sync) runs on every GPU of compute capability 8.0 or later";
   if (arch == 90 && tensors.dtype == DType::float32) text += "; Hopper's kernel takes float16 and bfloat16 only";
   text += ".";
   if (chosen.math == Math::tf32x3) {
@@ -33,7 +33,7 @@ std::string why_this_tile(ForwardConfig const& chosen, ForwardTensors const& ten
   ForwardTensors of_a_large_grid = tensors;
   of_a_large_grid.heads = 0;
   ForwardConfig const larger = default_forward_config(of_a_large_grid, arch);
-  if (larger.math == chosen.math && larger.block_m > chosen.block_m) {
+  if (larger.kernel == chosen.kernel && larger.math == chosen.math && larger.block_m > chosen.block_m) {
     text += " where tiles of " + std::to_string(larger.block_m) + " rows would leave multiprocessors without work";
   }
   text += ".";

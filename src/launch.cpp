@@ -105,7 +105,7 @@ Function load(KernelId const& id, Image const& image, DeviceFacts const& device)
   unsigned const options = image.storage.empty() ? 1 : 0;
   check_result(driver().cuLibraryLoadData(&library, image.view().data(), nullptr, nullptr, 0, &option, &value, options),
                std::string("cuLibraryLoadData(") + entry.text + ", " + image.origin + ")");
-  Kernel kernel = nullptr;
+  cuda::Kernel kernel = nullptr;
   check_result(driver().cuLibraryGetKernel(&kernel, library, entry.text),
                std::string("cuLibraryGetKernel(") + entry.text + ")");
   check_result(driver().cuKernelSetAttribute(attribute_max_dynamic_shared_bytes, static_cast<int>(shared_bytes), kernel,
@@ -197,7 +197,7 @@ void launch(ForwardKernelId const& kernel, ForwardParams const& params, int devi
             std::function<std::vector<BackwardKernelId>()> const& needed_next) {
   ForwardConfig const& c = kernel.config;
   int64_t const tiles = QueryTile::count(params, tile_rows(c));
-  bool const hopper = c.math == Math::wgmma;
+  bool const hopper = c.kernel == flashcute::Kernel::sm90;
   int32_t const clusters = hopper ? persistent_clusters(c, tiles, device_facts(device).multiprocessors) : 0;
   Launch<ForwardKernelId> ready{kernel, hopper ? clusters * c.cluster : tiles};
   if (tiles == 0) return;

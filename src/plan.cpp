@@ -36,10 +36,11 @@ void check_config(ForwardConfig const& config, Arch arch) {
     details = std::to_string(smem_bytes(config)) + " of " + std::to_string(max_smem_bytes(arch)) + " bytes";
   }
   if (error == ForwardConfigError::copy_rows) {
-    int32_t const rows[] = {CopyShape::of(config, config.head_dim).rows_per_pass,
-                            CopyShape::of(config, config.head_dim_v).rows_per_pass};
+    int32_t const rows[] = {CopyShape::of(tile_of(config), config.head_dim).rows_per_pass,
+                            CopyShape::of(tile_of(config), config.head_dim_v).rows_per_pass};
     details = std::to_string(max_of(rows[0], rows[1])) + " rows";
   }
+  if (error == ForwardConfigError::other_kernel) details = options_of_other_kernels(config);
   throw_config_error(sentence(error), options_text(config, arch != cpu_arch, sentence(error)), details, arch);
 }
 
@@ -69,7 +70,7 @@ ForwardPlan plan_forward(ForwardConfig const& config, Call const& call, ForwardO
   }
   if (TensorView const* const counts = outputs.block_counts; counts != nullptr) {
     require_result("block_counts", *counts, DType::int32,
-                   {nq.batch, nq.head, ceil_div<int64_t>(nq.row, tile_rows(config)), 3},
+                   {nq.batch, nq.head, ceil_div<int64_t>(nq.row, call.on_gpu() ? tile_rows(config) : config.block_m), 3},
                    "(batch, heads, row blocks, 3)");
     if (outputs.lse != nullptr) require_separate("block_counts", *counts, "lse", *outputs.lse);
     p.block_counts = static_cast<BlockCounts*>(counts->data);
@@ -81,10 +82,10 @@ ForwardPlan plan_forward(ForwardConfig const& config, Call const& call, ForwardO
                  "q: batch * heads * ceil(seqlen_q / block_m)");
     for (Operand const& tensor : loaded) require_aligned(tensor, config.copy_bytes);
   }
-  if (config.math == Math::wgmma) {
+  if (call.on_gpu() && config.kernel == Kernel::sm90) {
     if (std::string const problem = bulk_copy_problem(loaded); !problem.empty()) {
-      throw ConfigError("cfg: math wgmma does not fit the tensors: " + problem +
-                        ". Use math='tensor_core', or flash_attention, which chooses by itself");
+      throw ConfigError("cfg: kernel sm90 does not fit the tensors: " + problem +
+                        ". Use kernel='sm80', or flash_attention, which chooses by itself");
     }
   }
   return {kernel_of(config, features_of(call, outputs.block_counts != nullptr)), p, call.device};

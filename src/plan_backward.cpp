@@ -111,7 +111,7 @@ void check_config(BackwardConfig const& config, Arch arch) {
     details = std::to_string(config.column_warps) + " of " + std::to_string(config.num_warps) + " warps share columns";
   }
   if (error == BackwardConfigError::copy_rows) {
-    ForwardConfig const tile = tile_of(config, BackwardPass::keys);
+    TileConfig const tile = tile_of(config, BackwardPass::keys);
     details = std::to_string(max_of(CopyShape::of(tile, config.head_dim).rows_per_pass,
                                     CopyShape::of(tile, config.head_dim_v).rows_per_pass)) +
               " rows";

@@ -28,7 +28,7 @@ class Initializer {
 template <class Config>
 std::string initializer(Config const& config) {
   Initializer all;
-  for_each_option(config, [&](char const* option, auto value) { all.add(option, value); });
+  for_each_option(config, [&](Option const& option, auto value) { all.add(option.name, value); });
   return all.text();
 }
 
@@ -44,9 +44,10 @@ struct Entry {
   char const* id;
 };
 Entry entry_of(ForwardConfig const& config) {
-  return {config.math == Math::wgmma ? "FLASHCUTE_HOPPER_FORWARD_ENTRY" : "FLASHCUTE_FORWARD_ENTRY", "ForwardKernelId"};
+  return {config.kernel == Kernel::sm90 ? "FLASHCUTE_SM90_FORWARD_ENTRY" : "FLASHCUTE_SM80_FORWARD_ENTRY",
+          "ForwardKernelId"};
 }
-Entry entry_of(BackwardConfig const&) { return {"FLASHCUTE_BACKWARD_ENTRY", "BackwardKernelId"}; }
+Entry entry_of(BackwardConfig const&) { return {"FLASHCUTE_SM80_BACKWARD_ENTRY", "BackwardKernelId"}; }
 
 /// The kernel as the C++ line that defines it.
 template <class Config>
@@ -70,7 +71,7 @@ bool needs_extended_wgmma(BackwardKernelId const&) { return false; }
 
 template <class KernelId>
 std::string source_of(std::span<KernelId const> kernels) {
-  bool const hopper = !kernels.empty() && kernels[0].config.math == Math::wgmma;
+  bool const hopper = !kernels.empty() && kernels[0].config.kernel == Kernel::sm90;
   std::string text;
   if (hopper && std::any_of(kernels.begin(), kernels.end(), [](auto const& k) { return needs_extended_wgmma(k); })) {
     // Parsing these shapes takes longer than all the rest of a compilation.
@@ -87,7 +88,7 @@ KernelCode checked_code_of(KernelId const& kernel, Arch arch) {
   if (auto const e = check(kernel.config, arch); e != decltype(e){}) {
     throw ConfigError(std::string(name(kernel.config).text) + " for " + target + ": " + sentence(e));
   }
-  return {name(kernel).text, source_of(std::span(&kernel, 1)), kernel.config.math == Math::wgmma};
+  return {name(kernel).text, source_of(std::span(&kernel, 1)), kernel.config.kernel == Kernel::sm90};
 }
 
 }  // namespace

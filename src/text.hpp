@@ -23,20 +23,27 @@ std::string python_text(Enum value) {
 /// ignores them, but for those that `sentence` names.
 template <class Config>
 std::string options_text(Config const& config, bool gpu_options = true, std::string_view sentence = {}) {
-  Config const defaults;
   std::string text;
-  for_each_option(config, [&](std::string_view option, auto const& value) {
+  Config::for_each_member([&](Option const& row, auto member) {
+    std::string_view const option = row.name;
     bool const always = option == "dtype" || option == "head_dim" || option == "block_m" || option == "block_n";
-    bool differs = false;
-    for_each_option(defaults, [&](std::string_view other, auto const& usual) {
-      if constexpr (std::is_same_v<decltype(usual), decltype(value)>) differs |= option == other && usual != value;
-    });
-    bool shown = always || (differs && gpu_options);
+    bool shown = always || (gpu_options && config.*member != Config{}.*member);
     if (option == "head_dim_v") shown = config.head_dim_v != config.head_dim;
     if (!shown && sentence.find(option) == std::string_view::npos) return;
-    text += (text.empty() ? "" : ", ") + std::string(option) + "=" + python_text(value);
+    text += (text.empty() ? "" : ", ") + std::string(option) + "=" + python_text(config.*member);
   });
   return text;
+}
+
+/// "swizzled, blocks_per_sm": the options that the configuration's kernel does not read and that were set.
+template <class Config>
+std::string options_of_other_kernels(Config const& config) {
+  std::string names;
+  Config::for_each_member([&](Option const& option, auto member) {
+    if (reads(config.kernel, option.readers) || config.*member == Config{}.*member) return;
+    names += (names.empty() ? "" : ", ") + std::string(option.name);
+  });
+  return names;
 }
 
 }  // namespace flashcute

@@ -8,7 +8,7 @@
 namespace flashcute {
 
 /// Scores of keys that a query does not see become -inf. They are selected, not added to: a hidden score may be NaN.
-/// `query(i)` is the query of the thread's i-th row, `key` the key of its first column. L is the ForwardLayout of the
+/// `query(i)` is the query of the thread's i-th row, `key` the key of its first column. L is the TileLayout of the
 /// kernel, which knows the distances between a thread's columns.
 template <class L, class Mask, class Scores, class Query>
 FLASHCUTE_DEVICE void apply_mask(Scores& scores, Query const& query, int key, Sequence const& sequence) {

@@ -35,7 +35,7 @@ template <BackwardKernelId Id>
 struct TileGradients {
   static_assert(has_only<&Features::mask>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
   static constexpr BackwardPass pass = Id.pass;
-  static constexpr ForwardConfig C = tile_of(Id.config, pass);
+  static constexpr TileConfig C = tile_of(Id.config, pass);
   static constexpr bool keys_stay = flashcute::keys_stay(pass);
   static constexpr bool adds_dq = pass == BackwardPass::gradients;
   static constexpr bool stores_p = flashcute::stores_p(Id.config, pass);
@@ -44,7 +44,7 @@ struct TileGradients {
   /// Whether the next block's copies are started between the products, not before them: their addresses then spill
   /// nothing, unless P and dS are in registers too.
   static constexpr bool loads_late = column_warps > 1;
-  using L = ForwardLayout<C>;
+  using L = TileLayout<C>;
   using P = TileProducts<C, column_warps>;
   using Mask = flashcute::Mask<Id.features.mask>;
   using Sums = QueryGradientSums<Id.config>;
@@ -476,7 +476,7 @@ struct TileGradients {
 template <BackwardKernelId Id>
 struct PrepareGradients {
   static_assert(has_only<>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
-  static constexpr ForwardConfig C = tile_of(Id.config, Id.pass);
+  static constexpr TileConfig C = tile_of(Id.config, Id.pass);
 
   struct SharedStorage {};
 
@@ -493,8 +493,8 @@ struct PrepareGradients {
 template <BackwardKernelId Id>
 struct FinishGradients {
   static_assert(has_only<>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
-  static constexpr ForwardConfig C = tile_of(Id.config, Id.pass);
-  using L = ForwardLayout<C>;
+  static constexpr TileConfig C = tile_of(Id.config, Id.pass);
+  using L = TileLayout<C>;
   using Sums = QueryGradientSums<Id.config>;
 
   struct SharedStorage {

@@ -5,7 +5,7 @@
 
 namespace flashcute {
 
-/// How to compute gradients: the options a user may choose. What they say of a kernel, a ForwardConfig says too.
+/// How to compute gradients: the options a user may choose. What ForwardConfig has too means the same here.
 struct BackwardConfig {
   using Pass = BackwardPass;
 
@@ -15,6 +15,7 @@ struct BackwardConfig {
   int32_t block_m = 64;           // B_r: query rows per tile
   int32_t block_n = 64;           // B_c: keys per tile
   int32_t num_warps = 4;
+  Kernel kernel = Kernel::sm80;  // Hopper has no other yet
   int32_t column_warps = 1;  // of them share the columns of a score tile, the others its rows; 1: P and dS in registers
   int32_t blocks_per_sm = 2;
   Math math = Math::tensor_core;
@@ -27,50 +28,36 @@ struct BackwardConfig {
   bool deterministic = false;  // the same bits in every run, by two passes without atomics; the CPU always gives them
 
   constexpr bool operator==(BackwardConfig const&) const = default;
-};
 
-/// Calls f(name, member) for every option, in order.
-template <class Config, class F>
-  requires std_::is_same_v<std_::remove_const_t<Config>, BackwardConfig>
-constexpr void for_each_option(Config& c, F&& f) {
-  f("dtype", c.dtype);
-  f("head_dim", c.head_dim);
-  f("head_dim_v", c.head_dim_v);
-  f("block_m", c.block_m);
-  f("block_n", c.block_n);
-  f("num_warps", c.num_warps);
-  f("column_warps", c.column_warps);
-  f("blocks_per_sm", c.blocks_per_sm);
-  f("math", c.math);
-  f("stages", c.stages);
-  f("copy_bytes", c.copy_bytes);
-  f("async_copy", c.async_copy);
-  f("swizzled", c.swizzled);
-  f("k_tiles_per_load", c.k_tiles_per_load);
-  f("mma_double_buffer", c.mma_double_buffer);
-  f("deterministic", c.deterministic);
-}
+  /// The table of the options.
+  template <class Visit>
+  static constexpr void for_each_member(Visit&& visit) {
+    using C = BackwardConfig;
+    using enum ReadBy;
+    visit(Option{"dtype", all, nullptr}, &C::dtype);
+    visit(Option{"head_dim", all, nullptr}, &C::head_dim);
+    visit(Option{"head_dim_v", all, nullptr}, &C::head_dim_v);
+    visit(Option{"block_m", all, nullptr}, &C::block_m);
+    visit(Option{"block_n", all, nullptr}, &C::block_n);
+    visit(Option{"num_warps", all, nullptr}, &C::num_warps);
+    visit(Option{"kernel", all}, &C::kernel);
+    visit(Option{"column_warps", sm80, "c"}, &C::column_warps);
+    visit(Option{"blocks_per_sm", sm80, "b"}, &C::blocks_per_sm);
+    visit(Option{"math", all}, &C::math);
+    visit(Option{"stages", all, "st"}, &C::stages);
+    visit(Option{"copy_bytes", sm80, "copy"}, &C::copy_bytes);
+    visit(Option{"async_copy", sm80, "sync"}, &C::async_copy);
+    visit(Option{"swizzled", sm80, "unswizzled"}, &C::swizzled);
+    visit(Option{"k_tiles_per_load", sm80, "k"}, &C::k_tiles_per_load);
+    visit(Option{"mma_double_buffer", sm80, "single"}, &C::mma_double_buffer);
+    visit(Option{"deterministic", all, "deterministic"}, &C::deterministic);
+  }
+};
 
 using BackwardKernelId = KernelId<BackwardConfig>;
 
 /// Canonical name: "bwd_f32_d64_m64_n64_w4" and a word for every option that differs from the defaults.
-constexpr Name name(BackwardConfig const& c) {
-  Name s;
-  s << "bwd_" << word_of(c.dtype) << "_d" << c.head_dim;
-  if (c.head_dim_v != c.head_dim) s << "_dv" << c.head_dim_v;
-  s << "_m" << c.block_m << "_n" << c.block_n << "_w" << c.num_warps;
-  if (c.column_warps != 1) s << "_c" << c.column_warps;
-  if (c.blocks_per_sm != 2) s << "_b" << c.blocks_per_sm;
-  s.add_word(word_of(c.math));
-  if (c.stages != 2) s << "_st" << c.stages;
-  if (c.copy_bytes != 16) s << "_copy" << c.copy_bytes;
-  if (!c.async_copy) s << "_sync";
-  if (!c.swizzled) s << "_unswizzled";
-  if (c.k_tiles_per_load != 0) s << "_k" << c.k_tiles_per_load;
-  if (!c.mma_double_buffer) s << "_single";
-  if (c.deterministic) s << "_deterministic";
-  return s;
-}
+constexpr Name name(BackwardConfig const& c) { return option_words("bwd", c); }
 
 // ---- passes --------------------------------------------------------------------------------------
 
@@ -92,16 +79,14 @@ constexpr BackwardPasses passes_of(BackwardConfig const& c) {
 /// Whether the tiles of a pass are of keys, or of queries.
 constexpr bool keys_stay(BackwardPass pass) { return pass == BackwardPass::keys || pass == BackwardPass::gradients; }
 
-/// The tile of a pass as a forward kernel would have it: block_m rows that stay, block_n rows that pass by. prepare and
-/// finish take that of gradients.
-constexpr ForwardConfig tile_of(BackwardConfig const& c, BackwardPass pass) {
+/// The tile of a pass. prepare and finish take that of gradients.
+constexpr TileConfig tile_of(BackwardConfig const& c, BackwardPass pass) {
   return {.dtype = c.dtype,
           .head_dim = c.head_dim,
           .head_dim_v = c.head_dim_v,
           .block_m = pass == BackwardPass::queries ? c.block_m : c.block_n,
           .block_n = pass == BackwardPass::queries ? c.block_n : c.block_m,
           .num_warps = c.num_warps,
-          .blocks_per_sm = c.blocks_per_sm,
           .math = c.math,
           .stages = c.stages,
           .copy_bytes = c.copy_bytes,
@@ -131,7 +116,7 @@ constexpr int64_t smem_bytes(BackwardKernelId const& k) {
   int64_t const size = size_of(c.dtype);
   if (k.pass == BackwardPass::prepare) return 0;
   if (k.pass == BackwardPass::finish) return c.block_m * c.head_dim * size;
-  ForwardConfig const t = tile_of(c, k.pass);
+  TileConfig const t = tile_of(c, k.pass);
   int64_t const stay = t.block_m, pass_by = int64_t{t.stages} * t.block_n;
   int64_t bytes = (stay + pass_by) * (c.head_dim + c.head_dim_v) * size;
   int64_t const score_tiles = (stores_p(c, k.pass) ? 1 : 0) + (stores_ds(c, k.pass) ? 1 : 0);
@@ -154,15 +139,16 @@ constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads,
 
 // Every rule: an identifier and the sentence that C++ and Python show.
 #define FLASHCUTE_BACKWARD_CONFIG_RULES(RULE)                                                                        \
-  RULE(arch_too_old, "the mma.sync kernels need a GPU of compute capability 8.0 or later")                           \
-  RULE(gpu_dtype, "dtype must be float16, bfloat16 or float32 on a GPU")                                             \
-  RULE(gpu_head_dim, "head_dim and head_dim_v must be multiples of 16 between 16 and 256 on a GPU")                  \
   RULE(dtype, "dtype must be float16, bfloat16, float32 or float64")                                                 \
   RULE(head_dim, "head_dim and head_dim_v must be between 1 and 256")                                                \
-  RULE(num_warps, "num_warps must be 4 or 8")                                                                        \
-  RULE(column_warps, "column_warps must be 1, 2 or 4, and less than num_warps")                                      \
   RULE(block_m, "block_m must be a positive multiple of 16, at most 256")                                            \
   RULE(block_n, "block_n must be a positive multiple of 16, at most 256")                                            \
+  RULE(kernel, "the backward has no other kernel than sm80 yet")                                                     \
+  RULE(arch_too_old, "the sm80 kernels need a GPU of compute capability 8.0 or later")                               \
+  RULE(gpu_dtype, "dtype must be float16, bfloat16 or float32 on a GPU")                                             \
+  RULE(gpu_head_dim, "head_dim and head_dim_v must be multiples of 16 between 16 and 256 on a GPU")                  \
+  RULE(num_warps, "num_warps must be 4 or 8")                                                                        \
+  RULE(column_warps, "column_warps must be 1, 2 or 4, and less than num_warps")                                      \
   RULE(shares,                                                                                                       \
        "the rows and columns of a score tile, and head_dim and head_dim_v, must be multiples of 16 times the warps " \
        "that share them")                                                                                            \
@@ -194,24 +180,16 @@ constexpr char const* sentence(BackwardConfigError e) {
   return "?";
 }
 
-/// The first rule that `c` breaks on `arch`.
-constexpr BackwardConfigError check(BackwardConfig const& c, Arch arch) {
+/// The first rule of the sm80 kernels that `c` breaks on `arch`.
+constexpr BackwardConfigError check_sm80(BackwardConfig const& c, Arch arch) {
   using enum BackwardConfigError;
-  if (c.dtype == DType::int32) return dtype;
-  int32_t const widths[] = {c.head_dim, c.head_dim_v};
-  for (int32_t const d : widths) {
-    if (d < 1 || d > 256) return head_dim;
-  }
   if (c.num_warps != 4 && c.num_warps != 8) return num_warps;
   if (c.column_warps != 1 && c.column_warps != 2 && c.column_warps != 4) return column_warps;
   if (c.column_warps >= c.num_warps) return column_warps;
-  if (c.block_m <= 0 || c.block_m > 256 || c.block_m % 16 != 0) return block_m;
-  if (c.block_n <= 0 || c.block_n > 256 || c.block_n % 16 != 0) return block_n;
   if (c.blocks_per_sm < 1 || c.blocks_per_sm > 16) return blocks_per_sm;
   if (c.stages != 1 && c.stages != 2) return stages;
   if (c.copy_bytes != 16 && c.copy_bytes != 8 && c.copy_bytes != 4 && c.copy_bytes != 2) return copy_bytes;
   if (c.k_tiles_per_load < 0 || c.k_tiles_per_load > 2) return k_tiles_per_load;
-  if (arch == cpu_arch) return none;
   if (arch < 80) return arch_too_old;
   if (c.dtype == DType::float64) return gpu_dtype;
   if (c.math != (c.dtype == DType::float32 ? Math::tf32x3 : Math::tensor_core)) return math;
@@ -219,6 +197,7 @@ constexpr BackwardConfigError check(BackwardConfig const& c, Arch arch) {
   if (c.math != Math::tensor_core && c.k_tiles_per_load != 0) return k_tiles_per_load;
   if (32 * c.num_warps * c.blocks_per_sm > max_threads_per_sm(arch)) return blocks_per_sm;
   if (c.async_copy && c.copy_bytes < 4) return async_copy;
+  int32_t const widths[] = {c.head_dim, c.head_dim_v};
   for (int32_t const d : widths) {
     if (d < 16 || d % 16 != 0) return gpu_head_dim;
     int32_t const rows = CopyShape::of(tile_of(c, BackwardPass::keys), d).rows_per_pass;
@@ -226,7 +205,7 @@ constexpr BackwardConfigError check(BackwardConfig const& c, Arch arch) {
     if (c.k_tiles_per_load == 2 && (d % 32 != 0 || c.block_m % 32 != 0)) return k_tiles_per_load;
   }
   for (BackwardPass const pass : passes_of(c)) {
-    ForwardConfig const t = tile_of(c, pass);
+    TileConfig const t = tile_of(c, pass);
     if (t.block_m % (16 * c.num_warps / c.column_warps) != 0 || t.block_n % (16 * c.column_warps) != 0) return shares;
     if (c.head_dim % (16 * c.column_warps) != 0 || c.head_dim_v % (16 * c.column_warps) != 0) return shares;
     if (pass == BackwardPass::gradients) {
@@ -236,6 +215,20 @@ constexpr BackwardConfigError check(BackwardConfig const& c, Arch arch) {
     if (smem_bytes(kernel_of(c, pass, {})) > max_smem_bytes(arch)) return smem;
   }
   return none;
+}
+
+/// The first rule that `c` breaks on `arch`. The first four are all that the CPU has.
+constexpr BackwardConfigError check(BackwardConfig const& c, Arch arch) {
+  using enum BackwardConfigError;
+  if (c.dtype == DType::int32) return dtype;
+  int32_t const widths[] = {c.head_dim, c.head_dim_v};
+  for (int32_t const d : widths) {
+    if (d < 1 || d > 256) return head_dim;
+  }
+  if (c.block_m <= 0 || c.block_m > 256 || c.block_m % 16 != 0) return block_m;
+  if (c.block_n <= 0 || c.block_n > 256 || c.block_n % 16 != 0) return block_n;
+  if (arch == cpu_arch) return none;
+  return c.kernel == Kernel::sm80 ? check_sm80(c, arch) : kernel;
 }
 
 /// The configuration of the CPU backend: a tile and a block that fit the level 2 cache at every head dim.

@@ -14,9 +14,9 @@ constexpr int lanes_of_row(int columns, int columns_of_lane) {
 }
 
 /// Of tiles of TileRows rows.
-template <ForwardConfig C, int TileRows>
+template <TileConfig C, int TileRows>
 class Delta {
-  using L = ForwardLayout<C>;
+  using L = TileLayout<C>;
   using Element = typename L::Element;
   static constexpr int vector = C.copy_bytes / sizeof(Element);
   using Word = cute::uint_bit_t<8 * C.copy_bytes>;

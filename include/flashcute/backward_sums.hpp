@@ -12,8 +12,8 @@ namespace flashcute {
 /// The sums of tiles of `block_m` queries, of the kernels of B.
 template <BackwardConfig B>
 class QueryGradientSums {
-  static constexpr ForwardConfig C = tile_of(B, BackwardPass::gradients);
-  using L = ForwardLayout<C>;
+  static constexpr TileConfig C = tile_of(B, BackwardPass::gradients);
+  using L = TileLayout<C>;
 
  public:
   static constexpr int warps_n = dq_column_warps(B);

@@ -7,9 +7,9 @@
 
 namespace flashcute {
 
-template <ForwardConfig C>
+template <TileConfig C>
 struct Products<C, Math::cuda_core> {
-  using L = ForwardLayout<C>;
+  using L = TileLayout<C>;
   using Element = typename L::Element;
 
   static constexpr bool wants_finite = false;

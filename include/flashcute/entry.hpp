@@ -6,7 +6,7 @@
 #include "flashcute/forward.hpp"
 
 /// Defines the kernel NAME for the ForwardKernelId that follows.
-#define FLASHCUTE_FORWARD_ENTRY(NAME, ...)                                                   \
+#define FLASHCUTE_SM80_FORWARD_ENTRY(NAME, ...)                                                   \
   extern "C" __global__ void __launch_bounds__(flashcute::num_threads((__VA_ARGS__).config), \
                                                (__VA_ARGS__).config.blocks_per_sm)           \
       NAME(__grid_constant__ flashcute::ForwardParams const params) {                        \
@@ -16,7 +16,7 @@
   }
 
 /// Defines the kernel NAME for the BackwardKernelId that follows.
-#define FLASHCUTE_BACKWARD_ENTRY(NAME, ...)                                         \
+#define FLASHCUTE_SM80_BACKWARD_ENTRY(NAME, ...)                                         \
   extern "C" __global__ void __launch_bounds__(flashcute::num_threads(__VA_ARGS__), \
                                                (__VA_ARGS__).config.blocks_per_sm)  \
       NAME(__grid_constant__ flashcute::BackwardParams const params) {              \

@@ -77,13 +77,19 @@ constexpr int32_t size_of(DType t) {
   return t == DType::float64 ? 8 : t == DType::float32 || t == DType::int32 ? 4 : 2;
 }
 
+// Which kernels: those that every GPU from compute capability 8.0 on runs (cp.async, ldmatrix, mma.sync), or Hopper's own
+// (copies by TMA, products by WGMMA, specialised warps).
+#define FLASHCUTE_KERNELS(ROW) \
+  ROW(sm80, "")                \
+  ROW(sm90, "sm90")
+FLASHCUTE_ENUM(Kernel, FLASHCUTE_KERNELS)
+
 // Who multiplies. With float32 the tensor cores compute in TF32, 10 bits of fraction; tf32x3 makes up for that by
-// three products in place of one. wgmma is Hopper's kernel, with its own instructions to load and multiply.
+// three products in place of one.
 #define FLASHCUTE_MATHS(ROW) \
   ROW(tensor_core, "")       \
   ROW(tf32x3, "tf32x3")      \
-  ROW(cuda_core, "cudacore") \
-  ROW(wgmma, "wgmma")
+  ROW(cuda_core, "cudacore")
 FLASHCUTE_ENUM(Math, FLASHCUTE_MATHS)
 
 // Which keys a query sees: mask.hpp has a Mask for each.

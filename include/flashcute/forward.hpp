@@ -12,22 +12,24 @@ namespace flashcute {
 
 template <ForwardKernelId Id>
 struct ForwardPass {
-  static constexpr ForwardConfig C = Id.config;
-#define FLASHCUTE_RULE(id, sentence) static_assert(check(C, compiled_arch) != ForwardConfigError::id, sentence);
+  static constexpr ForwardConfig F = Id.config;
+  static constexpr TileConfig C = tile_of(F);
+#define FLASHCUTE_RULE(id, sentence) static_assert(check(F, compiled_arch) != ForwardConfigError::id, sentence);
   FLASHCUTE_FORWARD_CONFIG_RULES(FLASHCUTE_RULE)
 #undef FLASHCUTE_RULE
   static_assert(has_only<&Features::mask, &Features::count_blocks>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
 
-  using L = ForwardLayout<C>;
+  using L = TileLayout<C>;
+  static_assert(sizeof(typename L::SharedStorage) == smem_bytes(F));
   using P = Products<C>;
   using Mask = flashcute::Mask<Id.features.mask>;
-  using Softmax = OnlineSoftmax<L::rows_per_thread, C.optimized_softmax, C.rescale_threshold>;
+  using Softmax = OnlineSoftmax<L::rows_per_thread, F.optimized_softmax, F.rescale_threshold>;
 
   FLASHCUTE_DEVICE static void run(ForwardParams const& p, typename L::SharedStorage& smem) {
     using namespace cute;
     auto const tile = QueryTile::at(p, block_index(), C.block_m);
     auto const range = Mask::kv_range(tile, p, C.block_n);
-    ForwardLoader<C> loader{p, tile, range, smem};
+    ForwardLoader<F> loader{p, tile, range, smem};
     Softmax softmax{p};
     BlockCounter<Id.features.count_blocks> counter;
 

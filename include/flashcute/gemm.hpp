@@ -7,7 +7,7 @@
 namespace flashcute {
 
 /// The two products of attention as C.math computes them: operands for S = Q K^T and O += P V, and `gemm`.
-template <ForwardConfig C, Math = C.math>
+template <TileConfig C, Math = C.math>
 struct Products;
 
 /// A tile in shared memory that all threads may read.
@@ -176,9 +176,9 @@ FLASHCUTE_DEVICE auto held(Operand a) {
 }
 
 /// Products by tensor cores. WarpsN warps share the columns of a result, the others its rows.
-template <ForwardConfig C, int WarpsN = 1>
+template <TileConfig C, int WarpsN = 1>
 struct TensorCoreProducts {
-  using L = ForwardLayout<C>;
+  using L = TileLayout<C>;
   using Element = typename L::Element;
   static constexpr int warps_m = C.num_warps / WarpsN;
 
@@ -353,7 +353,7 @@ struct TensorCoreProducts {
   }
 };
 
-template <ForwardConfig C>
+template <TileConfig C>
 struct Products<C, Math::tensor_core> : TensorCoreProducts<C> {};
 
 }  // namespace flashcute

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "flashcute/features.hpp"
+#include "flashcute/options.hpp"
 
 namespace flashcute {
 
@@ -26,7 +27,7 @@ template <class Config>
 constexpr size_t hash_of(KernelId<Config> const& kernel) {
   size_t hash = static_cast<size_t>(kernel.pass);
   auto const add = [&](auto value) { hash = hash * 1000003 + static_cast<size_t>(value); };
-  for_each_option(kernel.config, [&](char const*, auto option) { add(option); });
+  for_each_option(kernel.config, [&](Option const&, auto value) { add(value); });
   for_each_feature(kernel.features, [&](Feature const&, auto field) { add(field); });
   return hash;
 }
@@ -65,12 +66,44 @@ struct Name {
 constexpr char const* word_of(Feature const& feature, bool value) { return value ? feature.word : ""; }
 constexpr char const* word_of(Feature const&, TabulatedEnum auto value) { return word_of(value); }
 
+/// What a name says of an option: nothing of a default.
+template <class Config>
+struct OptionWord {
+  Name& name;
+  Config const& config;
+
+  template <class T>
+  constexpr void operator()(Option const& option, T Config::*member) const {
+    T const value = config.*member;
+    if (option.word == nullptr || value == Config{}.*member) return;
+    if constexpr (TabulatedEnum<T>) {
+      name.add_word(word_of(value));
+    } else {
+      name.add_word(option.word);
+      if constexpr (!std_::is_same_v<T, bool>) name << value;
+    }
+  }
+};
+
+/// "fwd_bf16_d128_m64_n64_w4", where "fwd" is the kind, and a word for every option that differs from the defaults.
+template <class Config>
+constexpr Name option_words(char const* kind, Config const& c) {
+  Name s;
+  s << kind << "_" << word_of(c.dtype) << "_d" << c.head_dim;
+  if (c.head_dim_v != c.head_dim) s << "_dv" << c.head_dim_v;
+  s << "_m" << c.block_m << "_n" << c.block_n << "_w" << c.num_warps;
+  Config::for_each_member(OptionWord<Config>{s, c});
+  return s;
+}
+
 /// Name of a GPU kernel, which is also its entry point: "flashcute_sm80_fwd_..._causal",
 /// "flashcute_sm80_bwd_..._gradients_causal".
 template <class Config>
 constexpr Name name(KernelId<Config> const& kernel) {
+  Config rest = kernel.config;
+  rest.kernel = {};  // said in front
   Name s;
-  s << (kernel.config.math == Math::wgmma ? "flashcute_sm90_" : "flashcute_sm80_") << name(kernel.config).text;
+  s << "flashcute_" << name_of(kernel.config.kernel) << "_" << name(rest).text;
   s.add_word(word_of(kernel.pass));
   for_each_feature(kernel.features, [&](Feature const& feature, auto value) {
     if (reads(kernel.pass, feature.readers)) s.add_word(word_of(feature, value));

@@ -13,8 +13,8 @@ inline constexpr Arch compiled_arch = __CUDA_ARCH__ / 10;
 inline constexpr Arch compiled_arch = 80;
 #endif
 
-template <ForwardConfig C>
-struct ForwardLayout {
+template <TileConfig C>
+struct TileLayout {
   using Element = typename TensorCore<C.dtype>::Element;
   using Operand = std_::conditional_t<C.math == Math::tf32x3, Element, typename TensorCore<C.dtype>::Operand>;
   using BlockM = cute::Int<C.block_m>;
@@ -28,7 +28,7 @@ struct ForwardLayout {
   /// column with the row.
   template <class Rows, class Columns>
   struct Smem {
-    using Element = typename ForwardLayout::Element;
+    using Element = typename TileLayout::Element;
     using TileRows = Rows;
     using TileColumns = Columns;
     static constexpr int rows = Rows::value;
@@ -57,7 +57,6 @@ struct ForwardLayout {
     alignas(128) Element k[C.stages][C.block_n * C.head_dim];
     alignas(128) Element v[C.stages][C.block_n * C.head_dim_v];
   };
-  static_assert(sizeof(SharedStorage) == smem_bytes(C));
 
   // ---- tensor cores ----
   // (The CUDA cores compute the elements that the tensor cores would.)

@@ -34,10 +34,10 @@ class Places {
   int first_;
 };
 
-/// Copies tiles of one shape, `Smem` being a ForwardLayout::Smem: this thread's part of each.
-template <ForwardConfig C, class Smem>
+/// Copies tiles of one shape, `Smem` being a TileLayout::Smem: this thread's part of each.
+template <TileConfig C, class Smem>
 class TileCopy {
-  using Element = typename ForwardLayout<C>::Element;
+  using Element = typename TileLayout<C>::Element;
   using Word = cute::uint_bit_t<8 * C.copy_bytes>;
   static constexpr CopyShape shape = Smem::shape;
 
@@ -133,9 +133,10 @@ class TileCopy {
   FLASHCUTE_DEVICE static int column() { return thread_index() % shape.threads_per_row * shape.vector; }
 };
 
-template <ForwardConfig C>
+template <ForwardConfig F>
 class ForwardLoader {
-  using L = ForwardLayout<C>;
+  static constexpr TileConfig C = tile_of(F);
+  using L = TileLayout<C>;
   using P = Products<C>;
   using Element = typename L::Element;
   using CopyQ = TileCopy<C, typename L::SmemQ>;
@@ -155,7 +156,7 @@ class ForwardLoader {
     int64_t const last_row = range.first() * static_cast<int64_t>(C.block_n);
     k_ = CopyK::first(static_cast<Element const*>(p.k) + tile.k_offset(p) + last_row * p.k_stride.row, p.k_stride.row);
     v_ = CopyV::first(static_cast<Element const*>(p.v) + tile.v_offset(p) + last_row * p.v_stride.row, p.v_stride.row);
-    if (C.eager_load_blocks && !range.empty()) {
+    if (F.eager_load_blocks && !range.empty()) {
       load_key(range.first(), std_::true_type{});
       if (C.stages > 1) load_value(range.first(), std_::true_type{});
     }
@@ -166,7 +167,7 @@ class ForwardLoader {
   FLASHCUTE_DEVICE auto query() {
     if constexpr (P::wants_finite) {
       return P::query({smem_.q, arrive_and_sync([&] { return CopyQ::is_finite(smem_.q); })});
-    } else if constexpr (C.q_in_registers) {
+    } else if constexpr (F.q_in_registers) {
       arrive_and_sync([] { return true; });  // Q has arrived
       return P::held_query(smem_.q);
     } else {
@@ -178,7 +179,7 @@ class ForwardLoader {
   template <class Partial>
   FLASHCUTE_DEVICE auto key(int n, Partial partial) {
     // Lazily: K's place is free since all warps have passed `value`.
-    if constexpr (!C.eager_load_blocks) load_key(n, partial);
+    if constexpr (!F.eager_load_blocks) load_key(n, partial);
     // K(n) (and Q; with two stages also V(n)) have arrived, and all warps have finished reading V(n + 1) (with two
     // stages all of block n + 1): its place may be refilled.
     bool const finite = arrive_and_sync(
@@ -189,7 +190,7 @@ class ForwardLoader {
         load_key(n + KvRange::step, partial);
         load_value(n + KvRange::step, partial);
       }
-    } else if constexpr (C.eager_load_blocks) {
+    } else if constexpr (F.eager_load_blocks) {
       load_value(n, partial);
     }
     return P::key(ArrivedTile<Element>{key_place(n), finite});
@@ -200,10 +201,10 @@ class ForwardLoader {
   FLASHCUTE_DEVICE auto value(int n, Partial partial) {
     if constexpr (C.stages == 1) {
       // Lazily: V's place is free since all warps have passed `key`.
-      if constexpr (!C.eager_load_blocks) load_value(n, partial);
+      if constexpr (!F.eager_load_blocks) load_value(n, partial);
       // V(n) has arrived, and all warps have finished reading K(n): its place may be refilled.
       value_finite_ = arrive_and_sync([&] { return CopyV::is_finite(value_place(n)); });
-      if (C.eager_load_blocks && range_.left(n) > 1) load_key(n + KvRange::step, partial);
+      if (F.eager_load_blocks && range_.left(n) > 1) load_key(n + KvRange::step, partial);
     }
     return P::value(ArrivedTile<Element>{value_place(n), value_finite_});
   }
@@ -259,10 +260,10 @@ class ForwardLoader {
 
 /// Stores a fragment of elements (MMA = (2, 2), MMA_M, MMA_N), whose columns WarpsN warps share, to a tile in shared
 /// memory: each thread two neighbouring columns at a time.
-template <ForwardConfig C, class Smem, int WarpsN = 1, class Fragment>
+template <TileConfig C, class Smem, int WarpsN = 1, class Fragment>
 FLASHCUTE_DEVICE void stage_fragment(Fragment const& fragment, typename Smem::Element* tile) {
   using namespace cute;
-  using L = ForwardLayout<C>;
+  using L = TileLayout<C>;
   auto const first = L::template first_coordinate<WarpsN>(thread_index());
   Places<Smem> const places{tile, get<0>(first), get<1>(first)};
   auto const pairs = recast<uint_bit_t<16 * sizeof(typename Smem::Element)> const>(fragment);  // ((1, 2), MMA_M, MMA_N)
@@ -280,7 +281,7 @@ FLASHCUTE_DEVICE void stage_fragment(Fragment const& fragment, typename Smem::El
 }
 
 /// Rounds a fragment of sums and stores it likewise.
-template <ForwardConfig C, class Smem, int WarpsN = 1, class Fragment>
+template <TileConfig C, class Smem, int WarpsN = 1, class Fragment>
 FLASHCUTE_DEVICE void stage_tile(Fragment const& sums, typename Smem::Element* tile) {
   stage_fragment<C, Smem, WarpsN>(convert<typename Smem::Element>(sums), tile);
 }
@@ -300,12 +301,12 @@ struct Rows {
 
 /// Adds to each element of a staged tile what its row sees, of the rows `others` of a tensor, that is not finite and
 /// was therefore dropped from its product. Slow, and rare.
-template <ForwardConfig C, class Smem, class Sees>
+template <TileConfig C, class Smem, class Sees>
 FLASHCUTE_DEVICE void add_dropped(Rows<typename Smem::Element> const& from, RowRange const& others, int rows,
                                   int columns, typename Smem::Element* tile, Sees const& sees) {
   using Element = typename Smem::Element;
   auto staged = cute::make_tensor(cute::make_smem_ptr(tile), typename Smem::Layout{});
-  for (int i = thread_index(); i < rows * columns; i += ForwardLayout<C>::threads) {
+  for (int i = thread_index(); i < rows * columns; i += TileLayout<C>::threads) {
     int const row = i / columns, column = i % columns;
     float sum = 0;
     for (int other = others.begin; other < others.end; ++other) {
@@ -320,20 +321,20 @@ FLASHCUTE_DEVICE void add_dropped(Rows<typename Smem::Element> const& from, RowR
 }
 
 /// Puts the output into shared memory, in Q's place.
-template <ForwardConfig C, class Fragment>
-FLASHCUTE_DEVICE void stage_output(Fragment const& o, typename ForwardLayout<C>::SharedStorage& smem) {
+template <TileConfig C, class Fragment>
+FLASHCUTE_DEVICE void stage_output(Fragment const& o, typename TileLayout<C>::SharedStorage& smem) {
   // All warps have finished reading Q, and no copy into shared memory is under way.
   copies_wait();
   block_sync();
-  stage_tile<C, typename ForwardLayout<C>::SmemO>(o, smem.q);
+  stage_tile<C, typename TileLayout<C>::SmemO>(o, smem.q);
   block_sync();  // the whole tile is in shared memory
 }
 
 /// Writes it from there, copy_bytes a thread.
-template <ForwardConfig C>
+template <TileConfig C>
 FLASHCUTE_DEVICE void store_output(ForwardParams const& p, QueryTile const& tile,
-                                   typename ForwardLayout<C>::SharedStorage& smem) {
-  using L = ForwardLayout<C>;
+                                   typename TileLayout<C>::SharedStorage& smem) {
+  using L = TileLayout<C>;
   using Copy = TileCopy<C, typename L::SmemO>;
   auto* const out = Copy::first(static_cast<typename L::Element*>(p.out) + tile.out_offset(p), p.out_stride.row);
   Copy::store(smem.q, out, p.out_stride.row, tile.rows, p.head_dim_v);

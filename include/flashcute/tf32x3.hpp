@@ -24,9 +24,9 @@ struct Tf32Pair {
 };
 
 /// Products of finite numbers, as TensorCoreProducts.
-template <ForwardConfig C, int WarpsN = 1>
+template <TileConfig C, int WarpsN = 1>
 struct Tf32x3Products : TensorCoreProducts<C, WarpsN> {
-  using L = ForwardLayout<C>;
+  using L = TileLayout<C>;
   using TensorCoreProducts<C, WarpsN>::mma;
   using Element = typename L::Element;
 
@@ -121,13 +121,13 @@ struct Tf32x3Products : TensorCoreProducts<C, WarpsN> {
 };
 
 /// Products whose columns WarpsN warps share, as C.math computes them.
-template <ForwardConfig C, int WarpsN>
+template <TileConfig C, int WarpsN>
 using TileProducts =
     std_::conditional_t<C.math == Math::tf32x3, Tf32x3Products<C, WarpsN>, TensorCoreProducts<C, WarpsN>>;
 
-template <ForwardConfig C>
+template <TileConfig C>
 struct Products<C, Math::tf32x3> {
-  using L = ForwardLayout<C>;
+  using L = TileLayout<C>;
   using Tf32x3 = Tf32x3Products<C>;
   using Tile = ArrivedTile<typename L::Element>;
 

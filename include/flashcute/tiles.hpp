@@ -31,17 +31,16 @@ inline constexpr ForwardTile forward_tiles[] = {
      {.head_dim = 64,
       .block_m = 192,
       .num_warps = 12,
-      .blocks_per_sm = 1,
-      .math = Math::wgmma,
+      .kernel = Kernel::sm90,
       .stages = 4,
       .pingpong = false,
       .scores_ahead = true},
      "times on an H200: docs/sm90_forward.md"},
     {Grid::large,
-     {.head_dim = 128, .block_n = 128, .num_warps = 8, .blocks_per_sm = 1, .math = Math::wgmma, .stages = 3},
+     {.head_dim = 128, .block_n = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 3},
      "times on an H200: docs/sm90_forward.md"},
     {Grid::large,
-     {.head_dim = 256, .num_warps = 8, .blocks_per_sm = 1, .math = Math::wgmma, .stages = 2, .pingpong = false},
+     {.head_dim = 256, .num_warps = 8, .kernel = Kernel::sm90, .stages = 2, .pingpong = false},
      "times on an H200: docs/sm90_forward.md"},
     {Grid::large,
      {.dtype = DType::float32, .head_dim = 64, .block_n = 32, .math = Math::tf32x3},
@@ -62,12 +61,12 @@ inline constexpr ForwardTile forward_tiles[] = {
 };
 
 /// The entry for tensors whose wider head dimension is `d`, at most 256. Not every bucket has one for small grids.
-constexpr ForwardTile const& forward_tile(DType dtype, Math math, int32_t d, Grid grid) {
+constexpr ForwardTile const& forward_tile(DType dtype, Kernel kernel, Math math, int32_t d, Grid grid) {
   ForwardTile const* chosen = &forward_tiles[0];  // only for types without a kernel, which `check` will refuse
   int32_t width = 0;
   for (auto const& tile : forward_tiles) {
     ForwardConfig const& c = tile.config;
-    if (size_of(c.dtype) != size_of(dtype) || c.math != math || c.head_dim < d) continue;
+    if (size_of(c.dtype) != size_of(dtype) || c.kernel != kernel || c.math != math || c.head_dim < d) continue;
     if (width != 0 && c.head_dim != width) break;  // the buckets are in order
     width = c.head_dim;
     if (tile.grid == Grid::large || tile.grid == grid) chosen = &tile;
@@ -84,15 +83,20 @@ struct ForwardTensors {
   int64_t heads = 0;        // of all batches; 0: very many
   int32_t seqlen_q = 0;
   bool bulk_copies = true;  // Hopper's copy engine can walk the strides
-  bool allow_wgmma = true;  // Hopper's kernel may be chosen
+  bool allow_sm90 = true;   // Hopper's kernel may be chosen
 };
 
-/// Who multiplies. Rows that are no multiples of 16 bytes, and strides that the copy engine cannot walk, take the road
-/// of mma.sync on a Hopper GPU too.
-constexpr Math math_for(ForwardTensors const& t, Arch arch) {
-  if (size_of(t.dtype) != 2) return t.allow_tf32 ? Math::tensor_core : Math::tf32x3;
-  bool const hopper = arch == 90 && t.alignment == 16 && t.bulk_copies && t.allow_wgmma;
-  return hopper ? Math::wgmma : Math::tensor_core;
+/// Which kernel. Rows that are no multiples of 16 bytes, and strides that the copy engine cannot walk, take the sm80
+/// kernel on a Hopper GPU too.
+constexpr Kernel kernel_for(ForwardTensors const& t, Arch arch) {
+  bool const hoppers =
+      arch == 90 && size_of(t.dtype) == 2 && t.alignment == 16 && t.bulk_copies && t.allow_sm90;
+  return hoppers ? Kernel::sm90 : Kernel::sm80;
+}
+
+/// Who multiplies.
+constexpr Math math_for(ForwardTensors const& t) {
+  return size_of(t.dtype) == 2 || t.allow_tf32 ? Math::tensor_core : Math::tf32x3;
 }
 
 constexpr Grid grid_of(ForwardTensors const& t, ForwardTile const& tile, int32_t multiprocessors) {
@@ -105,11 +109,14 @@ constexpr ForwardConfig default_forward_config(ForwardTensors const& t, Arch arc
   if (arch == cpu_arch) {
     return {.dtype = t.dtype, .head_dim = t.head_dim, .head_dim_v = t.head_dim_v, .block_m = 64, .block_n = 128};
   }
-  Math const math = math_for(t, arch);
+  Kernel const kernel = kernel_for(t, arch);
   int32_t const d = max_of(t.head_dim, t.head_dim_v);
-  Grid const grid = grid_of(t, forward_tile(t.dtype, math, d, Grid::large), multiprocessors);
-  ForwardConfig config = forward_tile(t.dtype, math, d, grid).config;
+  auto const tile_for = [&](Grid grid) -> ForwardTile const& {
+    return forward_tile(t.dtype, kernel, math_for(t), d, grid);
+  };
+  ForwardConfig config = tile_for(grid_of(t, tile_for(Grid::large), multiprocessors)).config;
   config.dtype = t.dtype;
+  if (kernel == Kernel::sm90) return config;
   config.copy_bytes = t.alignment;
   config.async_copy = t.alignment >= 4;
   // Stages are worth less than thread blocks that share a multiprocessor.

@@ -234,8 +234,8 @@ def count_blocks(
 
     Returns an int32 array (batch, heads, tiles, 3) of q's library and device. Its last dimension counts the blocks of
     cfg.block_n keys that were (0) visited with all elements visible, (1) visited with a test of each element,
-    (2) skipped. A tile is cfg.block_m * cfg.cluster query rows. If one is incomplete, it is the last, with
-    math='wgmma' the first.
+    (2) skipped. A tile is cfg.block_m * cfg.cluster query rows. If one is incomplete, it is the last, on a GPU
+    with kernel='sm90' the first.
     """
     if not isinstance(cfg, ForwardConfig):
         raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
@@ -245,7 +245,8 @@ def count_blocks(
     _core.check_problem(q, k, v, options)
     library = library_of(type(q))
     batch, heads, rows = rows_of_heads(q, layout)
-    tiles = -(-rows // max(cfg.block_m * cfg.cluster, 1))
+    on_cpu = q.__dlpack_device__()[0] == 1  # kDLCPU, where clusters are no option
+    tiles = -(-rows // max(cfg.block_m if on_cpu else cfg.block_m * cfg.cluster, 1))
     out = library.empty((*q.shape[:-1], v.shape[-1]), q)
     counts = library.empty((batch, heads, tiles, 3), q, "int32")
     _core.forward(cfg, q, k, v, out, None, counts, options)

@@ -9,7 +9,13 @@ namespace {
 template <BackwardConfig B, MaskKind Kind>
 class BackwardProblem {
   static constexpr DType dtype = B.dtype;
-  static constexpr ForwardConfig forward_config = tile_of(B, BackwardPass::queries);
+  static constexpr ForwardConfig forward_config = {.dtype = dtype,
+                                                   .head_dim = B.head_dim,
+                                                   .head_dim_v = B.head_dim_v,
+                                                   .block_m = B.block_m,
+                                                   .block_n = B.block_n,
+                                                   .math = B.math,
+                                                   .copy_bytes = B.copy_bytes};
 
  public:
   explicit BackwardProblem(Shape const& s, bool with_dlse = false)

@@ -241,14 +241,14 @@ TEST(Source, SpellsEveryOption) {
   std::vector<ForwardKernelId> const kernels = {kernel, ForwardKernelId{}};
   std::string const text = generated_source(kernels);
   EXPECT_TRUE(text.starts_with("#include \"flashcute/entry.hpp\"\n")) << text;
-  EXPECT_TRUE(contains(text, std::string("FLASHCUTE_FORWARD_ENTRY(") + name(kernel).text + ","));
-  EXPECT_TRUE(contains(text, std::string("FLASHCUTE_FORWARD_ENTRY(") + name(ForwardKernelId{}).text + ","));
+  EXPECT_TRUE(contains(text, std::string("FLASHCUTE_SM80_FORWARD_ENTRY(") + name(kernel).text + ","));
+  EXPECT_TRUE(contains(text, std::string("FLASHCUTE_SM80_FORWARD_ENTRY(") + name(ForwardKernelId{}).text + ","));
   EXPECT_TRUE(contains(text, ".mask = flashcute::MaskKind::causal"));
   EXPECT_TRUE(contains(text, ".dtype = flashcute::DType::float16"));
   EXPECT_TRUE(contains(text, ".swizzled = false"));
   EXPECT_TRUE(contains(text, ".q_in_registers = true"));
   for_each_option(kernel.config,
-                  [&](char const* option, auto) { EXPECT_TRUE(contains(text, "." + std::string(option) + " = ")); });
+                  [&](Option const& option, auto) { EXPECT_TRUE(contains(text, "." + std::string(option.name) + " = ")); });
 }
 
 // Guards against code that lacks the kernel it is named after, and against code of a kernel that breaks a rule.

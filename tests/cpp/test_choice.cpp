@@ -38,7 +38,7 @@ class Choice : public FakeGpuAndCompiler {
 
   /// What mma.sync's kernel takes for q_.
   static ForwardConfig mma_sync() {
-    return default_forward_config({.dtype = DType::bfloat16, .head_dim = 128, .head_dim_v = 128, .allow_wgmma = false},
+    return default_forward_config({.dtype = DType::bfloat16, .head_dim = 128, .head_dim_v = 128, .allow_sm90 = false},
                                   90);
   }
 
@@ -70,7 +70,7 @@ TEST_F(Choice, WithoutACompilerHopperGpusTakeTheKernelThatHasAnImage) {
 // is loaded. PTX of a slower kernel is not at hand: the driver would compile it.
 TEST_F(Choice, FollowsTheEnvironmentFromCallToCall) {
   ForwardConfig const hoppers = default_config(DType::bfloat16, 128, 90);
-  ASSERT_EQ(hoppers.math, Math::wgmma);
+  ASSERT_EQ(hoppers.kernel, Kernel::sm90);
   EXPECT_EQ(chosen(), hoppers) << "it can be compiled";
   EXPECT_TRUE(
       contains(explain(std::nullopt, q_, q_, q_).image, "run-time compilation, once (the build has no image of it"));

@@ -59,20 +59,25 @@ std::vector<Features> all_features() {
 /// The defaults, and every configuration that differs from them in one option or two.
 std::vector<ForwardConfig> sample() {
   auto const values = []<class T>(T) -> std::vector<T> {
-    if constexpr (std::is_same_v<T, DType>) return {DType::float16, DType::bfloat16, DType::float32, DType::float64};
-    if constexpr (std::is_same_v<T, Math>) return all_values<Math>();
-    if constexpr (std::is_same_v<T, bool>) return {false, true};
-    if constexpr (std::is_same_v<T, int32_t>) return {1, 2, 12, 16, 112, 128};
+    if constexpr (std::is_same_v<T, DType>) {
+      return {DType::float16, DType::bfloat16, DType::float32, DType::float64};
+    } else if constexpr (TabulatedEnum<T>) {
+      return all_values<T>();
+    } else if constexpr (std::is_same_v<T, bool>) {
+      return {false, true};
+    } else {
+      return {1, 2, 12, 16, 112, 128};
+    }
   };
   std::vector<ForwardConfig> all{ForwardConfig{}};
   for (int changes = 0; changes < 2; ++changes) {
     for (ForwardConfig const config : std::vector(all)) {
-      for_each_option(config, [&](char const* option, auto value) {
+      for_each_option(config, [&](Option const& option, auto value) {
         for (auto const changed : values(value)) {
           ForwardConfig other = config;
-          for_each_option(other, [&](char const* name, auto& member) {
+          for_each_option(other, [&](Option const& row, auto& member) {
             if constexpr (std::is_same_v<decltype(changed), std::remove_reference_t<decltype(member)> const>) {
-              if (std::string_view(name) == option) member = changed;
+              if (std::string_view(row.name) == option.name) member = changed;
             }
           });
           if (std::find(all.begin(), all.end(), other) == all.end()) all.push_back(other);
@@ -124,7 +129,7 @@ KernelId<Config> longest_kernel(int32_t extreme) {
       value = longest_word<T>();
     }
   };
-  for_each_option(kernel.config, [&](char const*, auto& option) { choose(option); });
+  for_each_option(kernel.config, [&](Option const&, auto& option) { choose(option); });
   kernel.config.head_dim_v = extreme + (extreme < 0 ? 1 : -1);
   choose(kernel.pass);
   for_each_feature(kernel.features, [&](Feature const&, auto& field) { choose(field); });
@@ -212,9 +217,9 @@ TEST(Features, TheGeneratedUnitSpellsEach) {
 TEST(Config, EveryByteOfTheConfigurationIsAnOption) {
   size_t bytes = 0;
   ForwardConfig const config;
-  for_each_option(config, [&](char const*, auto const& option) { bytes += sizeof option; });
-  // Padding: 3 bytes after dtype and after math, 2 before rescale_threshold. A new member would change it.
-  EXPECT_EQ(sizeof(ForwardConfig) - bytes, 8u);
+  for_each_option(config, [&](Option const&, auto const& option) { bytes += sizeof option; });
+  // Padding: 3 bytes after dtype, kernel and math, 2 before rescale_threshold. A new member would change it.
+  EXPECT_EQ(sizeof(ForwardConfig) - bytes, 11u);
 }
 
 // Guards against a rule that cannot fire, or fires with another rule's sentence.
@@ -250,6 +255,8 @@ TEST(Config, EachRuleFires) {
   EXPECT_EQ(broken([](auto& c) { c.k_tiles_per_load = 2, c.block_n = 48; }), k_tiles_per_load);
   EXPECT_EQ(broken([](auto& c) { c.head_dim = 257; }, cpu_arch), cpu_head_dim);
   EXPECT_EQ(broken([](auto& c) { c.head_dim = 0; }, cpu_arch), cpu_head_dim);
+  EXPECT_EQ(broken([](auto& c) { c.block_m = 24; }, cpu_arch), cpu_block_m);
+  EXPECT_EQ(broken([](auto& c) { c.block_n = 24; }, cpu_arch), block_n);
   EXPECT_EQ(broken([](auto& c) { c.num_warps = 3; }), num_warps);
   EXPECT_EQ(broken([](auto& c) { c.block_m = 96; }), block_m);
   EXPECT_EQ(broken([](auto& c) { c.block_m = 0; }), block_m);
@@ -258,11 +265,8 @@ TEST(Config, EachRuleFires) {
   EXPECT_EQ(broken([](auto& c) { c.block_m = 256, c.block_n = 256; }), smem);
   EXPECT_EQ(broken([](auto& c) { c.block_n = 128; }, 89), none);
   EXPECT_EQ(broken([](auto& c) { c.block_n = 144; }, 89), smem);
-  EXPECT_EQ(broken([](auto& c) { c.pingpong = false; }), wgmma_only);
-  EXPECT_EQ(broken([](auto& c) { c.overlap = false; }), wgmma_only);
-  EXPECT_EQ(broken([](auto& c) { c.stale_max = false; }), wgmma_only);
-  EXPECT_EQ(broken([](auto& c) { c.scores_ahead = true; }), wgmma_only);
-  EXPECT_EQ(broken([](auto& c) { c.cluster = 2; }), wgmma_only);
+  EXPECT_EQ(broken([](auto& c) { c.pingpong = false; }), other_kernel);
+  EXPECT_EQ(broken([](auto& c) { c.cluster = 2; }), other_kernel);
 
   auto const broken_hopper = [&](auto change, Arch arch = 90) {
     ForwardConfig c = default_forward_config(DType::bfloat16, 128, 90);
@@ -270,18 +274,19 @@ TEST(Config, EachRuleFires) {
     return check(c, arch);
   };
   EXPECT_EQ(broken_hopper([](auto&) {}), none);
-  EXPECT_EQ(broken_hopper([](auto&) {}, 100), wgmma_arch);
-  EXPECT_EQ(broken_hopper([](auto&) {}, cpu_arch), wgmma_arch);
-  EXPECT_EQ(broken_hopper([](auto& c) { c.dtype = DType::float32; }), wgmma_dtype);
-  EXPECT_EQ(broken_hopper([](auto& c) { c.head_dim_v = 96; }), wgmma_head_dim);
-  EXPECT_EQ(broken_hopper([](auto& c) { c.num_warps = 4; }), wgmma_block_m);
-  EXPECT_EQ(broken_hopper([](auto& c) { c.block_m = 256, c.num_warps = 16; }), wgmma_block_m);
+  EXPECT_EQ(broken_hopper([](auto&) {}, 100), sm90_arch);
+  EXPECT_EQ(broken_hopper([](auto&) {}, cpu_arch), none);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.dtype = DType::float32; }), sm90_dtype);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.math = Math::cuda_core; }), sm90_math);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.head_dim_v = 96; }), sm90_head_dim);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.num_warps = 4; }), sm90_block_m);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.block_m = 256, c.num_warps = 16; }), sm90_block_m);
   EXPECT_EQ(broken_hopper([](auto& c) { c.block_n = 72; }), block_n);
-  EXPECT_EQ(broken_hopper([](auto& c) { c.stages = 1; }), wgmma_stages);
-  EXPECT_EQ(broken_hopper([](auto& c) { c.cluster = 4; }), wgmma_cluster);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.stages = 1; }), sm90_stages);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.cluster = 4; }), cluster);
   EXPECT_EQ(broken_hopper([](auto& c) { c.cluster = 2; }), none);
-  EXPECT_EQ(broken_hopper([](auto& c) { c.swizzled = false; }), wgmma_options);
-  EXPECT_EQ(broken_hopper([](auto& c) { c.blocks_per_sm = 2; }), wgmma_options);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.swizzled = false; }), other_kernel);
+  EXPECT_EQ(broken_hopper([](auto& c) { c.blocks_per_sm = 1; }), other_kernel);
   EXPECT_EQ(broken_hopper([](auto& c) { c.overlap = false; }), stale_max);
   EXPECT_EQ(broken_hopper([](auto& c) { c.overlap = c.stale_max = false; }), none);
   EXPECT_EQ(broken_hopper([](auto& c) { c.rescale_threshold = 0; }), stale_max);
@@ -341,7 +346,7 @@ TEST(Config, DefaultsAreCompiledAheadOfTime) {
 // Guards against a row whose bits depend on how many others there are.
 TEST(Config, TheTilesOfABucketHaveTheSameBits) {
   for (auto const& [grid, tile, reason] : forward_tiles) {
-    auto const& large = forward_tile(tile.dtype, tile.math, tile.head_dim, Grid::large).config;
+    auto const& large = forward_tile(tile.dtype, tile.kernel, tile.math, tile.head_dim, Grid::large).config;
     EXPECT_EQ(large.head_dim, tile.head_dim);
     EXPECT_EQ(large.block_n, tile.block_n);
     EXPECT_EQ(large.rescale_threshold, tile.rescale_threshold);
@@ -369,10 +374,10 @@ TEST(Config, TheGeneratedUnitSpellsEveryOption) {
   auto const kernels = kernels_of(forward_families[0]);
   std::string const text = generated_source(kernels);
   for (auto const& kernel : kernels) {
-    EXPECT_NE(text.find(std::string("FLASHCUTE_FORWARD_ENTRY(") + name(kernel).text + ","), std::string::npos);
+    EXPECT_NE(text.find(std::string("FLASHCUTE_SM80_FORWARD_ENTRY(") + name(kernel).text + ","), std::string::npos);
   }
-  for_each_option(kernels[0].config, [&](char const* option, auto) {
-    EXPECT_NE(text.find(std::string(".") + option + " = "), std::string::npos) << option;
+  for_each_option(kernels[0].config, [&](Option const& option, auto) {
+    EXPECT_NE(text.find(std::string(".") + option.name + " = "), std::string::npos) << option.name;
   });
 }
 
@@ -382,9 +387,9 @@ TEST(Config, TheGeneratedUnitSpellsEveryOption) {
 TEST(BackwardConfig, EveryByteOfTheConfigurationIsAnOption) {
   size_t bytes = 0;
   BackwardConfig const config;
-  for_each_option(config, [&](char const*, auto const& option) { bytes += sizeof option; });
-  // Padding: 3 bytes after dtype and after math, 2 after swizzled and in the end.
-  EXPECT_EQ(sizeof(BackwardConfig) - bytes, 10u);
+  for_each_option(config, [&](Option const&, auto const& option) { bytes += sizeof option; });
+  // Padding: 3 bytes after dtype, kernel and math, 2 after swizzled and in the end.
+  EXPECT_EQ(sizeof(BackwardConfig) - bytes, 13u);
 }
 
 // Guards against two kernels under one name.
@@ -405,19 +410,19 @@ TEST(BackwardConfig, NamesAreUniqueAndAreIdentifiers) {
   };
   add({});
   BackwardConfig const defaults;
-  for_each_option(defaults, [&](char const* option, auto value) {
+  for_each_option(defaults, [&](Option const& option, auto value) {
     using T = decltype(value);
     std::vector<T> others;
     if constexpr (std::is_same_v<T, bool>) others = {!value};
     if constexpr (std::is_same_v<T, int32_t>) others = {value + 1, value + 16};
     if constexpr (std::is_same_v<T, DType>) others = {DType::float16, DType::float32};
-    if constexpr (std::is_same_v<T, Math>) others = all_values<Math>(), std::erase(others, value);
-    if (std::string_view(option) == "deterministic") return;
+    if constexpr (std::is_same_v<T, Math> || std::is_same_v<T, Kernel>) others = all_values<T>(), std::erase(others, value);
+    if (std::string_view(option.name) == "deterministic") return;
     for (T const other : others) {
       BackwardConfig config;
-      for_each_option(config, [&](char const* name, auto& member) {
+      for_each_option(config, [&](Option const& row, auto& member) {
         if constexpr (std::is_same_v<T, std::remove_reference_t<decltype(member)>>) {
-          if (std::string_view(name) == option) member = other;
+          if (std::string_view(row.name) == option.name) member = other;
         }
       });
       add(config);
@@ -572,12 +577,12 @@ TEST(BackwardConfig, TheGeneratedUnitSpellsEveryOption) {
   std::string const text = generated_source(kernels);
   EXPECT_TRUE(text.starts_with("#include \"flashcute/entry.hpp\"\n")) << text;
   for (auto const& kernel : kernels) {
-    EXPECT_NE(text.find(std::string("FLASHCUTE_BACKWARD_ENTRY(") + name(kernel).text + ","), std::string::npos);
+    EXPECT_NE(text.find(std::string("FLASHCUTE_SM80_BACKWARD_ENTRY(") + name(kernel).text + ","), std::string::npos);
     EXPECT_NE(text.find(std::string(".pass = flashcute::BackwardPass::") + name_of(kernel.pass)), std::string::npos);
   }
   EXPECT_NE(text.find(".mask = flashcute::MaskKind::causal"), std::string::npos);
-  for_each_option(kernels[0].config, [&](char const* option, auto) {
-    EXPECT_NE(text.find(std::string(".") + option + " = "), std::string::npos) << option;
+  for_each_option(kernels[0].config, [&](Option const& option, auto) {
+    EXPECT_NE(text.find(std::string(".") + option.name + " = "), std::string::npos) << option.name;
   });
   KernelCode const code = code_of(kernels[0], 80);
   EXPECT_EQ(code.name, name(kernels[0]).text);

@@ -101,8 +101,7 @@ void check_hopper(Shape const& s, int schedules = 2, int blocks = 2) {
 }
 
 constexpr ForwardConfig hopper(ForwardConfig c) {
-  c.math = Math::wgmma;
-  c.blocks_per_sm = 1;
+  c.kernel = Kernel::sm90;
   c.head_dim_v = c.head_dim;
   return c;
 }

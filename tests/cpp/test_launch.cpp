@@ -71,7 +71,7 @@ TEST_F(Launch, PreparesOnceAndLaunchesOnTheCallersStream) {
 TEST_F(Launch, HopperTilesAreDealtToAsManyBlocksAsRun) {
   TensorView q = tensor({3, 1000, 8, 128}, hopper), k = tensor({3, 700, 2, 128}, hopper);
   ForwardConfig const config = config_for(q, k, k, nullptr);
-  ASSERT_EQ(config.math, Math::wgmma);
+  ASSERT_EQ(config.kernel, Kernel::sm90);
   forward(config, q, k, k, output({3, 1000, 8, 128}, hopper), nullptr);
   forward(config, tensor({1, 64, 1, 128}, hopper), tensor({1, 0, 1, 128}, hopper), tensor({1, 0, 1, 128}, hopper),
           output({1, 64, 1, 128}, hopper), nullptr);

@@ -39,7 +39,7 @@ template <ForwardConfig C, int WarpsN = 1>
 using TiledMma =
     TiledMMA<MMA_Atom<typename TensorCore<C.dtype>::Mma>, Layout<Shape<Int<C.num_warps / WarpsN>, Int<WarpsN>, _1>>,
              Tile<Int<16 * C.num_warps / WarpsN>, Layout<Shape<_8, Int<WarpsN>, _2>, Stride<_1, _16, _8>>,
-                  Int<ForwardLayout<C>::k_step>>>;
+                  Int<TileLayout<tile_of(C)>::k_step>>>;
 
 /// a tile of shared memory made of swizzled atoms of 8 rows,
 template <class Smem>
@@ -101,7 +101,7 @@ int worst_passes(TiledCopy const& copy, Tile const& tile, int threads, int group
 
 template <ForwardConfig C>
 struct Layouts {
-  using L = ForwardLayout<C>;
+  using L = TileLayout<tile_of(C)>;
   using Element = typename L::Element;
 
   struct alignas(1024) Unit {
@@ -177,7 +177,7 @@ struct Layouts {
     auto const s = tile(typename Smem::Layout{});
     Element* const first = raw_pointer_cast(s.data());
     for (int thread = 0; thread < num_threads(C); ++thread) {
-      auto const spelled = TileCopy<C, Smem>::part(first, thread);
+      auto const spelled = TileCopy<tile_of(C), Smem>::part(first, thread);
       auto const derived = tiled_copy<Smem>().get_thread_slice(thread).partition_D(s);
       ASSERT_EQ(static_cast<int>(size<1>(spelled)), static_cast<int>(size<1>(derived)));
       ASSERT_EQ(static_cast<int>(size<2>(spelled)), static_cast<int>(size<2>(derived)));

@@ -282,7 +282,7 @@ class Jit : public NvrtcTest {
   void SetUp() override {
     NvrtcTest::SetUp();
     write_file(scratch_ / "cuda/cuda_fp16.h", "");
-    write_file(entry_header(), "#define FLASHCUTE_FORWARD_ENTRY(NAME, ...) extern \"C\" __global__ void NAME() {}\n");
+    write_file(entry_header(), "#define FLASHCUTE_SM80_FORWARD_ENTRY(NAME, ...) extern \"C\" __global__ void NAME() {}\n");
     set_include_folders({(scratch_ / "include").string()});
   }
 
@@ -363,7 +363,7 @@ template <class Config>
 std::vector<std::function<void(Config&)>> changes_of() {
   std::vector<std::function<void(Config&)>> changes;
   Config const defaults;
-  for_each_option(defaults, [&]<class T>(char const* option, T) {
+  for_each_option(defaults, [&]<class T>(Option const& option, T) {
     std::vector<T> values;
     if constexpr (std::is_same_v<T, bool>) {
       values = {false, true};
@@ -374,9 +374,9 @@ std::vector<std::function<void(Config&)>> changes_of() {
     }
     for (T const value : values) {
       changes.push_back([option, value](Config& config) {
-        for_each_option(config, [&](char const* name, auto& member) {
+        for_each_option(config, [&](Option const& row, auto& member) {
           if constexpr (std::is_same_v<T, std::remove_reference_t<decltype(member)>>) {
-            if (std::string_view(name) == option) member = value;
+            if (std::string_view(row.name) == option.name) member = value;
           }
         });
       });

@@ -661,16 +661,15 @@ RULES = {
         *((fc.BackwardConfig(head_dim=d), "cpu") for d in (0, -1, 257)),
         (fc.BackwardConfig(head_dim_v=0), "cpu"),
     ],
-    "num_warps must be": [(GPU.replace(num_warps=n), arch) for n in (0, 3) for arch in ("cpu", "sm_80")],
+    "num_warps must be": [(GPU.replace(num_warps=n), "sm_80") for n in (0, 3)],
+    "no other kernel than sm80": [(GPU.replace(kernel="sm90"), "sm_90")],
     "block_m must be": [
         *((fc.BackwardConfig(block_m=m), arch) for m in (0, -64, 24, 512) for arch in ("cpu", "sm_80")),
     ],
     "block_n must be": [
         *((fc.BackwardConfig(block_n=n), arch) for n in (0, -64, 24, 512) for arch in ("cpu", "sm_80")),
     ],
-    "column_warps must be": [
-        (GPU.replace(column_warps=n), arch) for n in (0, 3, 4) for arch in ("cpu", "sm_80")
-    ],
+    "column_warps must be": [(GPU.replace(column_warps=n), "sm_80") for n in (0, 3, 4)],
     "multiples of 16 times the warps that share them": [
         (GPU.replace(**shares), "sm_80")
         for shares in (
@@ -729,7 +728,7 @@ def test_configuration_is_a_value() -> None:
     assert cfg.name == "bwd_f32_d64_m64_n64_w4"
     assert cfg.replace(deterministic=True).name == "bwd_f32_d64_m64_n64_w4_deterministic"
     for name, member in vars(fc.BackwardConfig).items():
-        if isinstance(member, property) and name not in ("name", "dtype", "math"):
+        if isinstance(member, property) and name not in ("name", "dtype", "kernel", "math"):
             value = getattr(cfg, name)
             changed = cfg.replace(**{name: not value if isinstance(value, bool) else value + 1})
             assert len({cfg, changed}) == len({cfg.name, changed.name}) == 2, name

@@ -472,16 +472,15 @@ RULES = {
         (GPU.replace(**{option: d}), "cpu")
         for option in ("head_dim", "head_dim_v") for d in (0, -1, 257)
     ],
-    "num_warps": [(GPU.replace(num_warps=n), a) for n in (0, -4, 3, 16) for a in ("cpu", "sm_80")],
-    "block_m": [
-        (GPU.replace(block_m=m), a) for m in (0, -64, 32, 72, 512) for a in ("cpu", "sm_80")
-    ],
+    "cpu_block_m": [(GPU.replace(block_m=m), "cpu") for m in (0, -64, 72, 512)],
+    "num_warps": [(GPU.replace(num_warps=n), "sm_80") for n in (0, -4, 3, 16)],
+    "block_m": [(GPU.replace(block_m=m), "sm_80") for m in (0, -64, 32, 72, 512)],
     "block_n": [
         (GPU.replace(block_n=n), a) for n in (0, -16, 24, 512) for a in ("cpu", "sm_80")
     ],
-    "blocks_per_sm": [(GPU.replace(blocks_per_sm=n), a) for n in (0, 17) for a in ("cpu", "sm_80")],
+    "blocks_per_sm": [(GPU.replace(blocks_per_sm=n), "sm_80") for n in (0, 17)],
     "copy_bytes": [
-        *((GPU.replace(copy_bytes=n), a) for n in (0, 1, 12, 32) for a in ("cpu", "sm_80")),
+        *((GPU.replace(copy_bytes=n), "sm_80") for n in (0, 1, 12, 32)),
         (GPU.replace(dtype="float32", copy_bytes=2), "sm_80"),
     ],
     "async_copy": [(GPU.replace(copy_bytes=2), "sm_80")],
@@ -495,41 +494,40 @@ RULES = {
     ],
     "tf32x3": [(GPU.replace(math="tf32x3"), "sm_80")],
     "stages": [
-        *((GPU.replace(stages=n), a) for n in (0, 3) for a in ("cpu", "sm_80")),
+        *((GPU.replace(stages=n), "sm_80") for n in (0, 3)),
         (GPU.replace(stages=2, eager_load_blocks=False), "sm_80"),
     ],
     "rescale_threshold": [
-        (GPU.replace(rescale_threshold=t), a) for t in (-1, 9) for a in ("cpu", "sm_80")
+        (cfg.replace(rescale_threshold=t), "sm_90") for cfg in (GPU, HOPPER) for t in (-1, 9)
     ],
     "k_tiles_per_load": [
         (GPU.replace(k_tiles_per_load=-1), "sm_80"), (GPU.replace(k_tiles_per_load=3), "sm_80"),
         (GPU.replace(k_tiles_per_load=2, block_n=48), "sm_80"),
         (GPU.replace(k_tiles_per_load=2, head_dim=80), "sm_80"),
     ],
-    "wgmma_arch": [(HOPPER, arch) for arch in ("sm_80", "sm_100", "cpu")],
-    "wgmma_dtype": [(HOPPER.replace(dtype=t), "sm_90") for t in ("float32", "float64")],
-    "wgmma_head_dim": [
+    "sm90_arch": [(HOPPER, arch) for arch in ("sm_80", "sm_100")],
+    "sm90_dtype": [(HOPPER.replace(dtype=t), "sm_90") for t in ("float32", "float64")],
+    "sm90_math": [(HOPPER.replace(math=m), "sm_90") for m in ("tf32x3", "cuda_core")],
+    "sm90_head_dim": [
         (HOPPER.replace(**{option: d}), "sm_90")
         for option in ("head_dim", "head_dim_v") for d in (0, 32, 72, 320)
     ],
-    "wgmma_block_m": [
+    "sm90_block_m": [
         (HOPPER.replace(block_m=m, num_warps=w), "sm_90") for m, w in ((128, 4), (96, 6), (256, 16), (0, 0))
     ],
-    "wgmma_stages": [(HOPPER.replace(stages=n), "sm_90") for n in (0, 1, 9)],
-    "wgmma_cluster": [(HOPPER.replace(cluster=n), "sm_90") for n in (0, 3, 4)],
-    "wgmma_options": [
-        (HOPPER.replace(**change), "sm_90")
-        for change in (
-            {"blocks_per_sm": 2}, {"copy_bytes": 8}, {"async_copy": False}, {"eager_load_blocks": False},
+    "sm90_stages": [(HOPPER.replace(stages=n), "sm_90") for n in (0, 1, 9)],
+    "cluster": [(HOPPER.replace(cluster=n), "sm_90") for n in (0, 3, 4)],
+    "other_kernel": [
+        *((HOPPER.replace(**change), "sm_90")
+          for change in (
+            {"blocks_per_sm": 1}, {"copy_bytes": 8}, {"async_copy": False}, {"eager_load_blocks": False},
             {"swizzled": False}, {"q_in_registers": True}, {"k_tiles_per_load": 1}, {"mma_double_buffer": False},
-        )
-    ],
-    "wgmma_only": [
-        (GPU.replace(**{option: value}), arch)
-        for option, value in (
+        )),
+        *((GPU.replace(**{option: value}), arch)
+          for option, value in (
             ("pingpong", False), ("overlap", False), ("stale_max", False), ("scores_ahead", True), ("cluster", 2),
         )
-        for arch in ("cpu", "sm_80", "sm_90")
+        for arch in ("sm_80", "sm_90")),
     ],
     "stale_max": [
         (HOPPER.replace(**change), "sm_90")
@@ -589,7 +587,7 @@ def test_defaults_keep_the_rules_everywhere(arch: str, d: int) -> None:
 
 @pytest.mark.parametrize(
     "cfg",
-    [GPU.replace(num_warps=3), GPU.replace(block_m=72), GPU.replace(block_n=24)],
+    [GPU.replace(head_dim=0), GPU.replace(block_m=72), GPU.replace(block_n=24)],
     ids=lambda c: c.name,
 )
 def test_check_and_the_call_say_the_same(device: str, cfg: fc.ForwardConfig) -> None:

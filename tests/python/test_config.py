@@ -7,6 +7,7 @@ import importlib
 import itertools
 import pickle
 import re
+from typing import Any
 
 import flashcute as fc
 import numpy as np
@@ -23,8 +24,9 @@ OPTIONS = {
     "block_m": [16, 64, 128],
     "block_n": [16, 32, 128],
     "num_warps": [1, 2, 4, 8],
+    "kernel": ["sm80", "sm90"],
     "blocks_per_sm": [1, 2, 3],
-    "math": ["tensor_core", "tf32x3", "cuda_core", "wgmma"],
+    "math": ["tensor_core", "tf32x3", "cuda_core"],
     "stages": [1, 2],
     "copy_bytes": [2, 4, 8, 16],
     "async_copy": [True, False],
@@ -131,9 +133,46 @@ def test_errors_show_what_the_rule_is_about() -> None:
         "block_m=48, block_n=64, num_warps=4, swizzled=False; GPU of compute capability 8.0)"
     )
     with pytest.raises(fc.ConfigError) as raised:
-        fc.BackwardConfig(num_warps=3, swizzled=False).check("cpu")
-    assert "num_warps=3" in str(raised.value)
+        fc.BackwardConfig(block_m=24, swizzled=False).check("cpu")
+    assert "block_m=24" in str(raised.value)
     assert "swizzled" not in str(raised.value)  # the CPU ignores it
+
+
+def test_options_of_another_kernel_are_named() -> None:
+    """An experiment that switches what the kernel does not have, and measures nothing."""
+    with pytest.raises(fc.ConfigError) as raised:
+        fc.default_config(128, "bfloat16", "sm_90").replace(swizzled=False, cluster=2).check(
+            "sm_90"
+        )
+    message = str(raised.value)
+    assert message.startswith("cfg: an option that only another kernel reads must have its default")
+    assert "cluster=2: swizzled; GPU" in message
+
+
+def test_the_cpu_runs_any_configuration(rng: np.random.Generator) -> None:
+    """A rule of a GPU kernel that refuses a call on the CPU, which reads none of these options."""
+    q, k, v = (rng.standard_normal((1, 40, 2, 64)).astype(np.float16) for _ in range(3))
+    expected = fc.flash_attention(q, k, v, causal=True)
+    base = fc.ForwardConfig(dtype="float16", head_dim=64)
+    changes: list[dict[str, Any]] = [
+        {"num_warps": 3},
+        {"stages": 7, "copy_bytes": 3, "blocks_per_sm": 0},
+        {"block_m": 48, "rescale_threshold": 99, "math": "tf32x3"},
+        {"kernel": "sm90", "swizzled": False},
+    ]
+    of_the_gpus = [c for c in fc.configs() if (c.dtype, c.head_dim) == ("float16", 64)]
+    assert {c.kernel for c in of_the_gpus} == {"sm80", "sm90"}
+    for cfg in [*of_the_gpus, *(base.replace(**change) for change in changes)]:
+        out = fc.forward(cfg, q, k, v, causal=True)
+        assert np.abs(out.astype(np.float32) - expected.astype(np.float32)).max() < 2e-3, cfg
+    pairs = base.replace(kernel="sm90", block_m=16, cluster=2)
+    assert fc.count_blocks(pairs, q, k, v).shape == (1, 2, 3, 3)
+    gradients = fc.BackwardConfig(
+        dtype="float16", head_dim=64, num_warps=3, column_warps=9, copy_bytes=0
+    )
+    lse = np.zeros((1, 2, 40), np.float32)
+    for gradient in fc.backward(gradients, q, q, k, v, expected, lse, causal=True):
+        assert gradient.shape == q.shape
 
 
 @given(any_config, any_config)
@@ -206,8 +245,8 @@ def test_final() -> None:
         ("block_m", 2**31, r"^block_m: expected an integer.*, got 2147483648"),
         ("num_warps", -(2**40), r"^num_warps: expected an integer.*, got -1099511627776"),
         ("swizzled", 1, r"^swizzled: expected True or False, got 1"),
-        ("math", "fast", r"^math: expected 'tensor_core', 'tf32x3', 'cuda_core' or 'wgmma', got 'fast'"),
-        ("math", 1, r"^math: expected 'tensor_core', 'tf32x3', 'cuda_core' or 'wgmma', got 1"),
+        ("math", "fast", r"^math: expected 'tensor_core', 'tf32x3' or 'cuda_core', got 'fast'"),
+        ("math", 1, r"^math: expected 'tensor_core', 'tf32x3' or 'cuda_core', got 1"),
         ("q_in_registers", "no", r"^q_in_registers: expected True or False, got 'no'"),
         ("dtype", "int8", r"^dtype: expected float16, bfloat16, float32 or float64, got 'int8'"),
         ("dtype", "half", r"^dtype: expected float16, .* got 'half'"),
@@ -302,13 +341,11 @@ def test_name_is_canonical() -> None:
         "fwd_f16_d128_dv64_m128_n64_w4_b3_cudacore_st2_copy4_sync_lazy_k2_single_textbook_tau0"
     )
     hoppers = fc.default_config(128, "bfloat16", "sm_90")
-    assert hoppers.name == "fwd_bf16_d128_m128_n128_w8_b1_wgmma_st3"
+    assert hoppers.name == "fwd_bf16_d128_m128_n128_w8_sm90_st3"
     hoppers = hoppers.replace(pingpong=False, overlap=False, stale_max=False, cluster=2)
-    assert (
-        hoppers.name == "fwd_bf16_d128_m128_n128_w8_b1_wgmma_st3_noturns_serial_freshmax_cluster2"
-    )
+    assert hoppers.name == "fwd_bf16_d128_m128_n128_w8_sm90_st3_noturns_serial_freshmax_cluster2"
     ahead = fc.default_config(64, "bfloat16", "sm_90")
-    assert ahead.name == "fwd_bf16_d64_m192_n64_w12_b1_wgmma_st4_noturns_ahead"
+    assert ahead.name == "fwd_bf16_d64_m192_n64_w12_sm90_st4_noturns_ahead"
 
 
 @given(st.integers(-(2**31), 2**31 - 1))
@@ -328,7 +365,7 @@ def test_configs() -> None:
     assert len(set(found)) == len(found) > 0
     for cfg in found:
         every = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-        for arch in ("sm_90",) if cfg.math == "wgmma" else every:
+        for arch in ("sm_90",) if cfg.kernel == "sm90" else every:
             cfg.check(arch)
     assert {(c.dtype, c.head_dim) for c in found} >= {
         (dtype, d) for dtype in ("float16", "bfloat16", "float32") for d in (64, 128, 256)

@@ -151,10 +151,10 @@ def test_tables_are_introduced_by_the_tools_that_write_them(
         assert (ROOT / "docs" / page).read_text().startswith(introduction + "| dtype")
 
     kernels = importlib.import_module("option_table").KERNELS
-    pages = {"tensor_core": "options.md", "wgmma": "sm90_options.md"}
+    pages = {"sm80": "options.md", "sm90": "sm90_options.md"}
     assert kernels.keys() == pages.keys()
-    for math, page in pages.items():
-        introduction = kernels[math].introduction.format(arch="sm_90", times="Speed in TFLOP/s.")
+    for kernel, page in pages.items():
+        introduction = kernels[kernel].introduction.format(arch="sm_90", times="Speed in TFLOP/s.")
         assert (ROOT / "docs" / page).read_text().startswith(introduction + "\n## Head dimension")
 
 

@@ -70,7 +70,7 @@ def test_every_variant_is_legal() -> None:
     """Where there is no Hopper GPU, nothing else would look at them."""
     for cfg in variants():
         cfg.check("sm_90")
-        assert cfg.math == "wgmma"
+        assert cfg.kernel == "sm90"
 
 
 @pytest.mark.gpu
@@ -270,7 +270,7 @@ def test_expanded_keys(rng: np.random.Generator) -> None:
 def test_explain_names_the_kernel() -> None:
     q = torch.zeros(1, 64, 1, 128, device="cuda", dtype=torch.bfloat16)
     told = fc.explain(q, q, q)
-    assert (told.backend, told.config.math) == ("sm90", "wgmma")
+    assert (told.backend, told.config.kernel) == ("sm90", "sm90")
     assert told.image == "ahead of time" or not fc._core.build_info().image_archs
     narrow = torch.zeros(1, 64, 1, 36, device="cuda", dtype=torch.bfloat16)
     told = fc.explain(narrow, narrow, narrow)

@@ -490,7 +490,7 @@ def test_prebuild_of_what_is_no_configuration(cfgs: object) -> None:
 def test_every_family_compiles_at_run_time(tmp_path: Path) -> None:
     """A kernel that nvcc compiles and NVRTC does not: its users without a toolkit would find out.
     One configuration of each ahead-of-time family, side by side."""
-    families = {(cfg.head_dim, cfg.math == "wgmma"): cfg for cfg in fc.configs()}
+    families = {(cfg.head_dim, cfg.kernel): cfg for cfg in fc.configs()}
     running = [
         start(hidden_toolkit(tmp_path), PREBUILD.replace(repr(CONFIG), repr(cfg)))
         for cfg in families.values()

@@ -1195,7 +1195,7 @@ def expected_block_counts(
     seen = oracle.visible(sq, sk, causal, diagonal)
     expected = []
     rows = cfg.block_m * cfg.cluster
-    first = -(-sq // rows) * rows - sq if cfg.math == "wgmma" else 0  # rows that the first lacks
+    first = -(-sq // rows) * rows - sq if cfg.kernel == "sm90" else 0  # rows that the first lacks
     for row in range(-first, sq, rows):
         blocks = [
             seen[max(row, 0) : row + rows, key : key + cfg.block_n]

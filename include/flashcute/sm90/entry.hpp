@@ -10,7 +10,7 @@
 #include "flashcute/sm90/forward.hpp"
 
 /// Defines the kernel NAME for the ForwardKernelId that follows.
-#define FLASHCUTE_HOPPER_FORWARD_ENTRY(NAME, ...)                                               \
+#define FLASHCUTE_SM90_FORWARD_ENTRY(NAME, ...)                                               \
   extern "C" __global__ void __launch_bounds__(flashcute::num_threads((__VA_ARGS__).config), 1) \
       NAME(__grid_constant__ flashcute::HopperForwardParams const params) {                     \
     using Pass = flashcute::sm90::ForwardPass<(__VA_ARGS__)>;                                   \

@@ -117,9 +117,11 @@ def given_changes(options: argparse.Namespace) -> dict[str, Any]:
 def changed_config(
     head_dim: int, dtype: str, arch: str | int, changes: dict[str, Any]
 ) -> ForwardConfig:
-    """The default configuration with changes; with another `math` than Hopper's, of what other GPUs take."""
+    """The default configuration with changes; where it asks for what Hopper's kernel has not,
+    of what other GPUs take."""
     base = default_config(head_dim, dtype, arch)
-    if base.math == "wgmma" and changes.get("math", base.math) != base.math:
+    wanted = {name: changes.get(name, getattr(base, name)) for name in ("kernel", "math")}
+    if base.kernel == "sm90" and wanted != {"kernel": "sm90", "math": "tensor_core"}:
         base = default_config(head_dim, dtype, "sm_100")
     return base.replace(**changes)
 
