@@ -1,8 +1,8 @@
-# Compiles each family of src/kernels.def into one fatbin and embeds it into the library. One front-end
+# Compiles each family of src/image/kernels.def into one fatbin and embeds it into the library. One front-end
 # pass for compute_80 serves all targets: assembling for several costs what one costs. The families of sm90 use
 # instructions that exist for sm_90a alone; without architecture 90 their images are empty.
-set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS src/kernels.def)
-file(STRINGS src/kernels.def lines REGEX "^FLASHCUTE_(FORWARD|BACKWARD)_FAMILY")
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS src/image/kernels.def)
+file(STRINGS src/image/kernels.def lines REGEX "^FLASHCUTE_(FORWARD|BACKWARD)_FAMILY")
 set(flashcute_families "")
 foreach(line ${lines})
   string(REGEX REPLACE "^[A-Z_]+\\(([a-z0-9_]+),.*" "\\1" family ${line})
@@ -54,7 +54,7 @@ list(JOIN targets "," targets)
 list(JOIN FLASHCUTE_ARCHS " " archs)
 
 # The tool that prints a family's translation unit; it shares names with the library through config.hpp.
-add_executable(flashcute_generate_unit src/generate_unit.cpp src/source.cpp)
+add_executable(flashcute_generate_unit src/image/generate_unit.cpp src/image/source.cpp)
 target_include_directories(flashcute_generate_unit PRIVATE include src)
 
 set(flashcute_images_dir ${PROJECT_BINARY_DIR}/images)

@@ -6,23 +6,23 @@
 #include <span>
 #include <variant>
 
-#include "call.hpp"
-#include "choose.hpp"
-#include "compiler_process.hpp"
 #include "cpu/backward.hpp"
 #include "cpu/forward.hpp"
-#include "disk_cache.hpp"
-#include "driver.hpp"
-#include "environment.hpp"
-#include "explanation.hpp"
-#include "families.hpp"
-#include "flashcute/tile_rounds.hpp"
-#include "image_store.hpp"
-#include "jit.hpp"
-#include "launch.hpp"
-#include "nvrtc.hpp"
-#include "plan.hpp"
-#include "plan_backward.hpp"
+#include "flashcute/sm90/rounds.hpp"
+#include "image/compiler_process.hpp"
+#include "image/disk_cache.hpp"
+#include "image/families.hpp"
+#include "image/image_store.hpp"
+#include "image/jit.hpp"
+#include "image/nvrtc.hpp"
+#include "launch/driver.hpp"
+#include "launch/launch.hpp"
+#include "plan/call.hpp"
+#include "plan/choose.hpp"
+#include "plan/explanation.hpp"
+#include "plan/plan_backward.hpp"
+#include "plan/plan_forward.hpp"
+#include "system/environment.hpp"
 
 namespace flashcute {
 namespace {
@@ -39,14 +39,14 @@ std::vector<Config> configs_among(Family<Config> const (&families)[n]) {
 /// What would be faster than the chosen configuration but has no image at hand, and how much faster that is.
 void explain_given_up(std::vector<GivenUp> const& given_up, ForwardConfig const& chosen, Explanation& e) {
   for (GivenUp const& g : given_up) {
-    bool const hopper = g.config.kernel == Kernel::sm90;
-    e.rejected.emplace_back(hopper ? "sm90" : name(g.config).text,
+    bool const sm90 = g.config.kernel == Kernel::sm90;
+    e.rejected.emplace_back(sm90 ? "sm90" : name(g.config).text,
                             g.can_be_compiled ? "its kernel is not compiled yet (" + g.why + "), and another is at hand"
                                               : "there is no image of its kernel: " + g.why);
     std::string const how =
         g.can_be_compiled ? " flashcute.prebuild compiles it, once; so does the first call with FLASHCUTE_JIT=fastest"
                           : "";
-    if (hopper) {
+    if (sm90) {
       e.notes.push_back("Hopper's kernel would be 1.5 to 2.2 times as fast (head_dim 64 to 256, 1024 keys and more)." +
                         (g.can_be_compiled
                              ? how

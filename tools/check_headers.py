@@ -2,7 +2,7 @@
 
 The plain headers (shared by GPU kernels, CPU backend and tests) must compile with the host compiler
 and no CUDA include folder. The kernels' headers must compile with the host compiler and CuTe, with
-emulated instructions. A header may include only headers of a lower level.
+emulated instructions. A header may include only headers of its own folder, and of folders below.
 
 usage: check_headers.py --compiler g++ --root REPOSITORY --system FOLDER...
 """
@@ -13,96 +13,73 @@ import argparse
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-# Lowest first: what a header may include is on a lower level.
-LEVELS = [
-    ["std"],
-    ["enums", "error"],
-    ["features"],
-    ["kernel_id"],
-    ["config"],
-    ["params", "backward_config"],
-    ["sequence", "instructions", "backward_params", "tiles", "api", "tensor_map"],
-    ["query_tile", "kv_blocks"],
-    ["mask", "tile_rounds"],
-    ["block_counter", "layout", "hopper_params"],
-    ["fragment", "sm90/instructions"],
-    ["apply"],
-    ["gemm", "softmax", "nonfinite", "sm90/layout", "sm90/schedule"],
-    ["cuda_core", "tf32x3", "sm90/gemm", "sm90/loader", "sm90/store"],
-    ["load_store"],
-    ["backward_delta", "backward_sums"],
-    ["forward", "backward", "sm90/forward"],
-    ["entry", "sm90/entry"],
-]
-PLAIN = [
-    "std",
-    "enums",
-    "features",
-    "kernel_id",
-    "config",
-    "error",
-    "params",
-    "sequence",
-    "query_tile",
-    "kv_blocks",
-    "tiles",
-    "api",
-    "mask",
-]
-PLAIN += ["block_counter", "backward_config", "backward_params", "tensor_map", "tile_rounds"]
-PLAIN += ["hopper_params"]
-# Above the instructions, which tests/cpp/emulation replaces. The entries need a CUDA compiler.
-KERNEL = [
-    "layout",
-    "fragment",
-    "apply",
-    "gemm",
-    "cuda_core",
-    "tf32x3",
-    "softmax",
-    "nonfinite",
-    "load_store",
-    "backward_delta",
-    "backward_sums",
-    "forward",
-    "backward",
-    "sm90/layout",
-    "sm90/schedule",
-    "sm90/gemm",
-    "sm90/loader",
-    "sm90/store",
-    "sm90/forward",
-]
+# Which folders' headers a folder's headers may include, beside its own. The project's top folder holds the public ones.
+MAY_INCLUDE = {
+    "core": set(),
+    "policy": {"core"},
+    "device": {"core", "policy"},
+    "sm80": {"core", "policy", "device"},
+    "sm90": {"core", "policy", "device"},
+    "": {"core"},  # api.hpp
+}
+# Plain C++20, of which the host code includes no other. Those of sm90/ describe a launch.
+PLAIN_FOLDERS = ("", "core", "policy")
+PLAIN_OF_SM90 = ("sm90/params", "sm90/rounds", "sm90/tensor_map")
+NEEDS_CUDA = ("sm80/entry", "sm90/entry")  # a CUDA compiler
 INCLUDE = re.compile(r'#include [<"](?:flashcute/([\w/]+)\.hpp|([^>"]+))[>"]')
 
 
-def direction_problems(include: Path) -> list[str]:
-    level = {header: i for i, headers in enumerate(LEVELS) for header in headers}
-    problems = []
+def headers_of(include: Path) -> dict[str, list[tuple[str, str]]]:
+    """Header -> what it includes: (one of ours, another)."""
     folder = include / "flashcute"
-    for path in sorted(folder.rglob("*.hpp")):
-        header = str(path.relative_to(folder).with_suffix(""))
-        if header not in level:
-            problems.append(f"{header}.hpp: give it a level in {Path(__file__).name}")
+    return {
+        str(path.relative_to(folder).with_suffix("")): INCLUDE.findall(path.read_text())
+        for path in sorted(folder.rglob("*.hpp"))
+    }
+
+
+def folder_of(header: str) -> str:
+    return header.rpartition("/")[0]
+
+
+def is_plain(header: str) -> bool:
+    return folder_of(header) in PLAIN_FOLDERS or header in PLAIN_OF_SM90
+
+
+def direction_problems(include: Path) -> list[str]:
+    headers = headers_of(include)
+    problems = []
+    for header, includes in headers.items():
+        folder = folder_of(header)
+        if folder not in MAY_INCLUDE:
+            problems.append(f"{header}.hpp: tell {Path(__file__).name} what {folder}/ may include")
             continue
-        for ours, other in INCLUDE.findall(path.read_text()):
-            if ours and level.get(ours, 99) >= level[header]:
-                problems.append(f"{header}.hpp includes {ours}.hpp, which is not on a lower level")
-            public = header in ("std", "error", "api")  # std.hpp's job, or host only
-            if other and header in PLAIN and not public:
+        for ours, other in includes:
+            if ours and folder_of(ours) not in {folder, *MAY_INCLUDE[folder]}:
+                problems.append(f"{header}.hpp includes {ours}.hpp: {folder}/ may not")
+            if ours and is_plain(header) and not is_plain(ours):
+                problems.append(f"{header}.hpp is plain C++ and includes {ours}.hpp, which is not")
+            public = folder == "" or header == "core/std"  # host only; std.hpp's job
+            if other and is_plain(header) and not public:
                 problems.append(f"{header}.hpp includes <{other}>: only std.hpp may")
+    ours = {header: {x for x, _ in includes if x} for header, includes in headers.items()}
+    try:
+        TopologicalSorter(ours).prepare()
+    except CycleError as error:
+        problems.append("these headers include each other: " + ", ".join(error.args[1]))
     return problems
 
 
 def host_problems(source: Path) -> list[str]:
     """Host code includes only plain headers; the bindings only the public interface."""
     problems = []
-    for path in sorted([*source.glob("src/**/*.[ch]pp"), *source.glob("python/*.[ch]pp")]):
-        allowed = ["api", "error"] if path.parent.name == "python" else PLAIN
+    for path in sorted([*source.glob("src/**/*.[ch]pp"), *source.glob("python/core/*.[ch]pp")]):
         for ours, other in INCLUDE.findall(path.read_text()):
-            if ours and ours not in allowed:
+            allowed = ours in ("api", "error") if "python" in path.parts else is_plain(ours)
+            if ours and not allowed:
                 problems.append(f"{path.name} includes flashcute/{ours}.hpp")
             if other in ("cuda.h", "cuda_runtime.h", "nvrtc.h"):
                 problems.append(f"{path.name} includes <{other}>")
@@ -112,9 +89,11 @@ def host_problems(source: Path) -> list[str]:
 def compile_problems(compiler: str, root: Path, system: list[str]) -> list[str]:
     problems = []
     options = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
-    for header in PLAIN + KERNEL:
+    for header in headers_of(root / "include"):
+        if header in NEEDS_CUDA:
+            continue
         folders = [f"-I{root / 'include'}"]
-        if header in KERNEL:
+        if not is_plain(header):
             folders += ["-Wno-unknown-pragmas"]  # #pragma unroll is nvcc's
             folders.insert(0, f"-I{root / 'tests/cpp/emulation'}")
             folders += [f"-isystem{folder}" for folder in system]

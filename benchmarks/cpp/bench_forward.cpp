@@ -6,8 +6,8 @@
 #include <random>
 #include <vector>
 
-#include "device_memory.hpp"
 #include "flashcute/api.hpp"
+#include "support/device_memory.hpp"
 
 namespace flashcute {
 namespace {

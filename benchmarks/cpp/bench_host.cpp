@@ -2,9 +2,9 @@
 #include <benchmark/benchmark.h>
 
 #include "cpu/cores.hpp"
-#include "flashcute/mask.hpp"
-#include "flashcute/tiles.hpp"
-#include "tile_deal.hpp"
+#include "flashcute/core/defaults.hpp"
+#include "flashcute/policy/mask.hpp"
+#include "launch/tile_deal.hpp"
 
 namespace flashcute {
 namespace {

@@ -11,8 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "flashcute/backward_config.hpp"
-#include "flashcute/config.hpp"
+#include "flashcute/core/backward_config.hpp"
+#include "flashcute/core/forward_config.hpp"
 #include "flashcute/error.hpp"
 
 namespace flashcute {

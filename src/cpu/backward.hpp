@@ -1,8 +1,8 @@
 // The CPU backend's backward pass.
 #pragma once
 
-#include "flashcute/backward_config.hpp"
-#include "flashcute/backward_params.hpp"
+#include "flashcute/core/backward_config.hpp"
+#include "flashcute/core/backward_params.hpp"
 
 namespace flashcute::cpu {
 

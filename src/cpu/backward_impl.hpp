@@ -11,7 +11,7 @@
 
 #include "backward_isa.hpp"
 #include "block.hpp"
-#include "flashcute/mask.hpp"
+#include "flashcute/policy/mask.hpp"
 
 namespace flashcute::cpu::FLASHCUTE_CPU_ISA {
 namespace {

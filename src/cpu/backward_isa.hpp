@@ -2,7 +2,7 @@
 #pragma once
 
 #include "backward_scratch.hpp"
-#include "flashcute/backward_params.hpp"
+#include "flashcute/core/backward_params.hpp"
 
 namespace flashcute::cpu {
 

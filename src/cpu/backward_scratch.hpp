@@ -2,7 +2,7 @@
 // (backward_impl.hpp, once per instruction set).
 #pragma once
 
-#include "flashcute/backward_config.hpp"
+#include "flashcute/core/backward_config.hpp"
 #include "forward_scratch.hpp"
 
 namespace flashcute::cpu {

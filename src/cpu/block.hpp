@@ -2,7 +2,7 @@
 // finite. Compiled once per instruction set; see forward_impl.hpp.
 #pragma once
 
-#include "flashcute/config.hpp"
+#include "flashcute/core/forward_config.hpp"
 #include "gemm.hpp"
 #include "vector.hpp"
 

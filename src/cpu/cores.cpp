@@ -17,9 +17,9 @@
 #include <sched.h>
 #endif
 
-#include "block_signals.hpp"
-#include "cgroups.hpp"
-#include "environment.hpp"
+#include "system/block_signals.hpp"
+#include "system/cgroups.hpp"
+#include "system/environment.hpp"
 
 namespace flashcute::cpu {
 

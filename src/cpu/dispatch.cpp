@@ -9,11 +9,11 @@
 #include "backward_isa.hpp"
 #include "backward_scratch.hpp"
 #include "cores.hpp"
-#include "environment.hpp"
 #include "flashcute/error.hpp"
-#include "flashcute/query_tile.hpp"
+#include "flashcute/policy/query_tile.hpp"
 #include "forward_isa.hpp"
 #include "forward_scratch.hpp"
+#include "system/environment.hpp"
 #include "thread_pool.hpp"
 
 namespace flashcute::cpu {

@@ -1,8 +1,8 @@
 // The CPU backend's forward pass.
 #pragma once
 
-#include "flashcute/config.hpp"
-#include "flashcute/params.hpp"
+#include "flashcute/core/forward_config.hpp"
+#include "flashcute/core/forward_params.hpp"
 
 namespace flashcute::cpu {
 

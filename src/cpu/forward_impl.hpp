@@ -9,7 +9,7 @@
 #pragma once
 
 #include "block.hpp"
-#include "flashcute/block_counter.hpp"
+#include "flashcute/policy/block_counter.hpp"
 #include "forward_isa.hpp"
 #include "forward_scratch.hpp"
 

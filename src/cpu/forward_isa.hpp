@@ -1,8 +1,8 @@
 // What each instruction set's file offers to dispatch.cpp: one function, the only symbol it exports.
 #pragma once
 
-#include "flashcute/config.hpp"
-#include "flashcute/params.hpp"
+#include "flashcute/core/forward_config.hpp"
+#include "flashcute/core/forward_params.hpp"
 
 namespace flashcute::cpu {
 

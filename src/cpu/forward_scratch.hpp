@@ -2,7 +2,7 @@
 // (forward_impl.hpp, once per instruction set).
 #pragma once
 
-#include "flashcute/config.hpp"
+#include "flashcute/core/forward_config.hpp"
 
 namespace flashcute::cpu {
 

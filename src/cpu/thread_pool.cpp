@@ -11,9 +11,9 @@
 #include <system_error>
 #include <thread>
 
-#include "block_signals.hpp"
 #include "cores.hpp"
 #include "float_mode.hpp"
+#include "system/block_signals.hpp"
 
 namespace flashcute::cpu {
 namespace {

@@ -3,7 +3,7 @@
 // linkage, because the same names exist once per instruction set (see forward_impl.hpp).
 #pragma once
 
-#include "flashcute/std.hpp"
+#include "flashcute/core/std.hpp"
 
 #if defined(__F16C__)
 #include <immintrin.h>

@@ -55,7 +55,7 @@ int main() {
 def forward_kernel(features: str) -> str:
     kernel = f"ForwardPass<kernel_of(ForwardConfig{{}}, {features})>"
     return (
-        '#include "flashcute/forward.hpp"\nusing namespace flashcute;\n'
+        '#include "flashcute/sm80/forward.hpp"\nusing namespace flashcute;\n'
         f"static_assert(sizeof({kernel}) > 0);\n"
     )
 
@@ -63,7 +63,7 @@ def forward_kernel(features: str) -> str:
 def backward_kernels(features: str, *passes: str) -> str:
     ids = [f"BackwardKernelId{{{{}}, BackwardPass::{each}, {features}}}" for each in passes]
     kernels = "".join(f"static_assert(sizeof(BackwardKernel<{id}>) > 0);\n" for id in ids)
-    return f'#include "flashcute/backward.hpp"\nusing namespace flashcute;\n{kernels}'
+    return f'#include "flashcute/sm80/backward_passes.hpp"\nusing namespace flashcute;\n{kernels}'
 
 
 class Copy:
@@ -109,7 +109,7 @@ class Copy:
 
     def expect_success(self, program: str) -> None:
         binary = self.folder / "program"
-        result = self.compile(program, str(self.folder / "src/source.cpp"), "-o", str(binary))
+        result = self.compile(program, str(self.folder / "src/image/source.cpp"), "-o", str(binary))
         if result.returncode == 0:
             result = subprocess.run([binary], capture_output=True, text=True)
         if result.returncode:
@@ -117,13 +117,13 @@ class Copy:
 
 
 def check_feature(copy: Copy) -> None:
-    features = "include/flashcute/features.hpp"
+    features = "include/flashcute/core/features.hpp"
     copy.edit(
         features,
         "  bool count_blocks = false;",
         "  bool probe = false;\n  bool count_blocks = false;",
     )
-    copy.expect_error('#include "flashcute/features.hpp"\n', "needs a row in for_each_feature")
+    copy.expect_error('#include "flashcute/core/features.hpp"\n', "needs a row in for_each_feature")
 
     row = 'visit(Feature{"count_blocks"'
     copy.edit(
@@ -151,20 +151,24 @@ def check_feature(copy: Copy) -> None:
 
 def check_mask(copy: Copy) -> None:
     last = 'ROW(causal, "causal")'
-    copy.edit("include/flashcute/enums.hpp", last, f'{last} ROW(probe, "probe")')
-    copy.expect_error('#include "flashcute/config.hpp"\n', "probe.* not handled in switch")
+    copy.edit("include/flashcute/core/enums.hpp", last, f'{last} ROW(probe, "probe")')
+    copy.expect_error(
+        '#include "flashcute/core/forward_config.hpp"\n', "probe.* not handled in switch"
+    )
     causal = "    case MaskKind::causal: return {1,"
-    copy.edit("include/flashcute/config.hpp", causal, f"    case MaskKind::probe:\n{causal}")
+    copy.edit(
+        "include/flashcute/core/forward_config.hpp", causal, f"    case MaskKind::probe:\n{causal}"
+    )
     copy.expect_success(MASK_IN_TABLE)
 
-    users = [*CPU, "src/tile_deal.cpp"]
+    users = [*CPU, "src/launch/tile_deal.cpp"]
     for unit in users:
         copy.expect_error(unit, "incomplete type.*Mask<.*probe")
     for test in ("test_mask.cpp", "test_cpu_forward.cpp", "test_kernel.cpp"):
         copy.expect_error(f"tests/cpp/{test}", "probe.* not handled in switch")
     probe = "template <>\nstruct Mask<MaskKind::probe> : Mask<MaskKind::full> {};\n\n"
     copy.edit(
-        "include/flashcute/mask.hpp",
+        "include/flashcute/policy/mask.hpp",
         "}  // namespace flashcute",
         f"{probe}}}  // namespace flashcute",
     )

@@ -467,7 +467,7 @@ RULES = {
         (GPU.replace(**{option: d}), "sm_80")
         for option in ("head_dim", "head_dim_v") for d in (0, 8, 72, 272)
     ],
-    "cpu_dtype": [],  # no Python configuration has another; tests/cpp/test_config.cpp makes one
+    "cpu_dtype": [],  # no Python configuration has another; tests/cpp/core/test_config.cpp makes one
     "cpu_head_dim": [
         (GPU.replace(**{option: d}), "cpu")
         for option in ("head_dim", "head_dim_v") for d in (0, -1, 257)
@@ -546,7 +546,7 @@ RULES = {
 
 def sentences() -> dict[str, str]:
     """Rule -> sentence, from the header that is shipped for run-time compilation."""
-    header = Path(fc.__file__).parent / "include" / "flashcute" / "config.hpp"
+    header = Path(fc.__file__).parent / "include" / "flashcute" / "core" / "forward_config.hpp"
     return dict(re.findall(r'RULE\((\w+), "([^"]+)"\)', header.read_text()))
 
 

@@ -1,5 +1,5 @@
 """The disk cache of kernels that were compiled at run time: ``python -m flashcute cache``, and the limit of
-its size under processes that compile at once. tests/cpp/test_cache.cpp has the rest.
+its size under processes that compile at once. tests/cpp/image/test_cache.cpp has the rest.
 """
 
 from __future__ import annotations

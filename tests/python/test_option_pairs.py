@@ -36,7 +36,7 @@ OPTIONS = [
     name
     for name, member in vars(fc.ForwardConfig).items()
     if isinstance(member, property)
-    # Hopper's kernel has options of its own: test_hopper.py
+    # Hopper's kernel has options of its own: test_sm90.py
     and name
     not in ("name", "smem_bytes", "pingpong", "overlap", "stale_max", "scores_ahead", "cluster")
 ]

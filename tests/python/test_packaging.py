@@ -84,7 +84,11 @@ def test_types_are_shipped() -> None:
 def test_device_headers_are_shipped() -> None:
     """Run-time compilation needs our headers, CuTe's and CCCL's; no toolkit has the first two."""
     include = HERE / "include"
-    for header in ("flashcute/entry.hpp", "flashcute/config.hpp", "cute/tensor_impl.hpp"):
+    for header in (
+        "flashcute/sm80/entry.hpp",
+        "flashcute/core/forward_config.hpp",
+        "cute/tensor_impl.hpp",
+    ):
         assert (include / header).is_file(), header
     assert (include / "cccl").is_dir()
     assert any((include / "cccl").rglob("type_traits"))

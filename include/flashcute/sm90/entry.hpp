@@ -1,4 +1,4 @@
-// The __global__ functions of the Hopper kernels, as flashcute/entry.hpp.
+// The __global__ functions of the sm90 kernels, as flashcute/sm80/entry.hpp.
 #pragma once
 
 // Built for plain sm_90, WGMMA and the register hand-over compile to a trap that only shows on the GPU. The
@@ -10,9 +10,9 @@
 #include "flashcute/sm90/forward.hpp"
 
 /// Defines the kernel NAME for the ForwardKernelId that follows.
-#define FLASHCUTE_SM90_FORWARD_ENTRY(NAME, ...)                                               \
+#define FLASHCUTE_SM90_FORWARD_ENTRY(NAME, ...)                                                 \
   extern "C" __global__ void __launch_bounds__(flashcute::num_threads((__VA_ARGS__).config), 1) \
-      NAME(__grid_constant__ flashcute::HopperForwardParams const params) {                     \
+      NAME(__grid_constant__ flashcute::Sm90ForwardParams const params) {                       \
     using Pass = flashcute::sm90::ForwardPass<(__VA_ARGS__)>;                                   \
     extern __shared__ __align__(1024) unsigned char smem[];                                     \
     Pass::run(params, *reinterpret_cast<typename Pass::L::SharedStorage*>(smem));               \

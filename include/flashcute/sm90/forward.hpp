@@ -3,33 +3,27 @@
 // Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, algorithms 1 and 2.
 #pragma once
 
-#include "flashcute/apply.hpp"
-#include "flashcute/block_counter.hpp"
-#include "flashcute/sm90/gemm.hpp"
+#include "flashcute/sm90/consumer.hpp"
+#include "flashcute/sm90/inspector.hpp"
 #include "flashcute/sm90/loader.hpp"
 #include "flashcute/sm90/schedule.hpp"
-#include "flashcute/sm90/store.hpp"
-#include "flashcute/softmax.hpp"
 
 namespace flashcute::sm90 {
 
 template <ForwardKernelId Id>
 struct ForwardPass {
   static constexpr ForwardConfig C = Id.config;
-#define FLASHCUTE_RULE(id, sentence) static_assert(check(C, hopper_arch) != ForwardConfigError::id, sentence);
+#define FLASHCUTE_RULE(id, sentence) static_assert(check(C, sm90_arch) != ForwardConfigError::id, sentence);
   FLASHCUTE_FORWARD_CONFIG_RULES(FLASHCUTE_RULE)
 #undef FLASHCUTE_RULE
   static_assert(has_only<&Features::mask, &Features::count_blocks>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
 
   using L = ForwardLayout<C>;
-  using P = Products<C>;
   using Mask = flashcute::Mask<Id.features.mask>;
-  using Softmax = OnlineSoftmax<L::rows_per_thread, C.optimized_softmax, C.rescale_threshold>;
-  using Counter = BlockCounter<Id.features.count_blocks>;
   using Storage = typename L::SharedStorage;
   static constexpr WarpgroupRegisters registers = registers_of(C);
 
-  FLASHCUTE_DEVICE static void run(HopperForwardParams const& p, Storage& smem_symbol) {
+  FLASHCUTE_DEVICE static void run(Sm90ForwardParams const& p, Storage& smem_symbol) {
     Storage& smem = hidden(smem_symbol);
     if (thread_index() == 0) Tiles<C>::init(smem, Mask::rows_differ);
     if constexpr (C.cluster > 1) {
@@ -52,13 +46,13 @@ struct ForwardPass {
       }
     } else {
       claim_registers<registers.consumer>();
-      Consumer{p.forward, smem, warpgroup - 1}.run();
+      Consumer<Id>{p.forward, smem, warpgroup - 1}.run();
       if constexpr (C.cluster > 1) cluster_sync();  // the others write here until they are done
     }
   }
 
  private:
-  FLASHCUTE_DEVICE static void load(HopperForwardParams const& p, Storage& smem) {
+  FLASHCUTE_DEVICE static void load(Sm90ForwardParams const& p, Storage& smem) {
     Loader<C, Mask> loader{p, smem};
     TileSchedule<Id> schedule{p};
     for (QueryTile tile; schedule.next(tile);) {
@@ -74,370 +68,12 @@ struct ForwardPass {
     auto const per_head = static_cast<uint32_t>(ceil_div(p.seqlen_q, L::tile_rows));
     for (int64_t i = block_index(); i < count; i += block_count()) {
       auto const index = static_cast<uint32_t>(i);
-      auto const tile = hopper_tile(p, index / per_head, static_cast<int>(index % per_head), L::tile_rows);
+      auto const tile = sm90_tile(p, index / per_head, static_cast<int>(index % per_head), L::tile_rows);
       if (!Mask::kv_range(tile, p, C.block_n).empty()) continue;
       store_empty<C>(p, tile);
-      if (thread_index() == 0) store_counts(Counter{}, p, tile);
+      if (thread_index() == 0) store_counts<Id>({}, p, tile);
     }
   }
-
-  FLASHCUTE_DEVICE static void store_counts(Counter const& counter, ForwardParams const& p, QueryTile const& tile) {
-    if constexpr (Id.features.count_blocks) {
-      global_store(p.block_counts + tile.block_counts_offset(p, L::tile_rows),
-                   counter.counts(tile.sequence(p), C.block_n));
-    }
-  }
-
-  /// What becomes of a tile's rows.
-  struct Sums {
-    Softmax softmax;
-    Counter counter;
-
-    FLASHCUTE_DEVICE explicit Sums(ForwardParams const& p) : softmax(p) {}
-  };
-
-  /// A warpgroup that computes: 64 rows of every tile.
-  class Consumer {
-   public:
-    FLASHCUTE_DEVICE Consumer(ForwardParams const& p, Storage& smem, int warpgroup)
-        : p_(p), warpgroup_(warpgroup), tiles_(smem, warpgroup), turns_(warpgroup), sums_(p) {}
-
-    FLASHCUTE_DEVICE void run() {
-      if constexpr (C.overlap) {
-        run_overlapped();
-      } else {
-        run_serially();
-      }
-    }
-
-   private:
-    // Two blocks at once spare moving probabilities, and are more code: for tiles of that many blocks
-    // (docs/sm90_forward.md).
-    static constexpr int pairs_from = L::warpgroups < 3 || C.scores_ahead ? 4 : 12;
-
-    using Scores = decltype(L::template accumulator<typename L::BlockN>());
-    using Output = decltype(L::template accumulator<typename L::HeadDimV>());
-    using Probabilities = decltype(P::probabilities(Scores{}));
-
-    /// One block of keys after the other.
-    FLASHCUTE_DEVICE void run_serially() {
-      while (next_tile()) {
-        if (absent_) {
-          skip_tile();
-          continue;
-        }
-        sums_ = Sums{p_};
-        skip_keys();
-        skip_values();
-        for (int n = range_.first(); range_.left(n) > 0; n = range_.next(n)) {
-          begin_scores(s_);
-          P::template finish<0>(s_);
-          scores_ready(n, s_);
-          sums_.softmax.update(s_, o_);
-          auto probabilities = P::probabilities(s_);
-          tiles_.await_value();
-          P::begin_output(o_, probabilities, tiles_.arrived_value(), n == range_.first());  // O += P V
-          P::template finish<0>(o_);
-          tiles_.release_value();
-        }
-        store(0, sums_);
-      }
-    }
-
-    /// The softmax of a block runs while P V of the block before is multiplied, also when that was the last of another
-    /// tile.
-    FLASHCUTE_DEVICE void run_overlapped() {
-      Probabilities probabilities, next;
-      bool any = next_tile();
-      while (uniform(any)) {
-        if (uniform(absent_)) {
-          skip_tile();
-          any = next_tile();
-          continue;
-        }
-        sums_ = Sums{p_};
-        skip_keys();
-        begin_scores(s_);
-        P::template finish<0>(s_);
-        Sums finished = sums_;
-        while (true) {
-          first_softmax(next);
-          skip_values();
-          tiles_.await_value();
-          fresh_ = true;
-          replace(probabilities, next);
-          for (int n = range_.next(range_.first()); range_.left(n) > 0; n = range_.next(n)) {
-            if (C.stale_max && n < range_.full_end && range_.left(n) > pairs_from) {
-              n = attend_pairs(n, probabilities, next);
-              if (range_.left(n) <= 0) break;
-            }
-            attend<Mask::rows_differ>(n, probabilities, next);
-            replace(probabilities, next);
-          }
-          // The last product needs no Q: the next tile's arrives meanwhile, and its first scores are multiplied while
-          // the output is written. If there is no next tile, or none of its rows are this warpgroup's, they are
-          // multiplied all the same and dropped: with a branch around them the compiler would let all products of the
-          // loop wait for each other. They then read a place of the ring that nobody waited for: a copy (TMA) of the
-          // next tile's keys to it may be in flight.
-          finished = sums_;
-          P::begin_output(o_, probabilities, tiles_.arrived_value(), fresh_);
-          any = next_tile();
-          int const goes_on = opaque(uniform(any) && !uniform(absent_));
-          sums_ = Sums{p_};
-          if (goes_on != 0) {
-            skip_keys();
-            tiles_.await_key();
-            turns_.wait();
-          }
-          P::begin_scores(s_, tiles_.query(), tiles_.arrived_key());
-          if (goes_on != 0) turns_.pass();
-          P::template finish<1>(o_);
-          tiles_.release_value();
-          store(1, finished);
-          P::template finish<0>(s_);
-          if (goes_on == 0) break;
-        }
-      }
-    }
-
-    /// The next block of a tile: O += P V with the probabilities of the block before, while this one's become `next`.
-    template <bool Partial>
-    FLASHCUTE_DEVICE void attend(int n, Probabilities& probabilities, Probabilities& next) {
-      begin_products(probabilities);
-      scores_ready<Partial>(n, s_);
-      auto const correction = next_softmax(next);
-      // Waiting here, for the next V, which has arrived long ago, keeps the compiler from moving exponentials behind
-      // the product.
-      tiles_.await_value_after();
-      finish_block(correction);
-    }
-
-    /// Blocks n, n - 1, ..., two at a time, until at most one is left: returns the number of the next.
-    FLASHCUTE_DEVICE int attend_pairs(int n, Probabilities& probabilities, Probabilities& next) {
-      if constexpr (C.scores_ahead) {
-        Scores even, odd;
-        begin_scores(even);
-        P::template finish<0>(even);
-        scores_ready<false>(n, even);
-        do {
-          attend_ahead(n, even, odd, probabilities, next);
-          n = range_.next(n);
-          attend_ahead(n, odd, even, next, probabilities);
-          n = range_.next(n);
-        } while (range_.left(n) > 2);
-        begin_output(probabilities);
-        auto const correction = sums_.softmax.update_by_stale_max(next, even);
-        tiles_.await_value_after();
-        finish_block(correction);
-        P::move(next, probabilities);
-        return range_.next(n);
-      } else {
-        do {
-          attend<false>(n, probabilities, next);
-          n = range_.next(n);
-          attend<false>(n, next, probabilities);
-          n = range_.next(n);
-        } while (range_.left(n) > 1);
-        return n;
-      }
-    }
-
-    /// As `attend`, but this block's scores are there already, and those of the block after are multiplied meanwhile.
-    FLASHCUTE_DEVICE void attend_ahead(int n, Scores const& scores, Scores& after, Probabilities& probabilities,
-                                       Probabilities& next) {
-      tiles_.await_key();
-      tiles_.look_for_value_after();
-      turns_.wait();
-      P::begin_scores(after, tiles_.query(), tiles_.arrived_key());
-      begin_output(probabilities);
-      turns_.pass();
-      // Held: else the compiler computes exponentials first, and begins the products when they are done.
-      sums_.softmax.hold_until([&](auto& maxima) { tiles_.await_value_after(maxima); });
-      tiles_.look_for_key_after();
-      auto const correction = sums_.softmax.update_by_stale_max(next, scores);
-      finish_block(correction, after);
-      scores_ready<false>(range_.next(n), after);
-    }
-
-    // With stale maxima the scores stay, in case that their exponentials have to be done again, and probabilities are
-    // made beside them; else in their place.
-
-    FLASHCUTE_DEVICE void first_softmax(Probabilities& next) {
-      // As scores_ready does. With a call of it nvcc 13.0 orders instructions differently.
-      release_operands(range_.first());
-      apply(range_.first(), s_);
-      if constexpr (C.stale_max) {
-        sums_.softmax.update_into(next, s_);
-      } else {
-        sums_.softmax.update(s_);
-      }
-    }
-
-    FLASHCUTE_DEVICE auto next_softmax(Probabilities& next) {
-      if constexpr (C.stale_max) {
-        return sums_.softmax.update_by_stale_max(next, s_);
-      } else {
-        return sums_.softmax.update(s_);
-      }
-    }
-
-    /// The next product's probabilities are those that were made last.
-    FLASHCUTE_DEVICE void replace(Probabilities& probabilities, Probabilities const& next) {
-      if constexpr (C.stale_max) {
-        P::move(next, probabilities);
-      } else {
-        probabilities = P::probabilities(s_);
-      }
-    }
-
-    /// Begins S = Q K^T with the next K.
-    FLASHCUTE_DEVICE void begin_scores(Scores& s) {
-      tiles_.await_key();
-      turns_.wait();
-      P::begin_scores(s, tiles_.query(), tiles_.arrived_key());
-      turns_.pass();
-    }
-
-    /// Begins S(n) = Q K(n)^T and O += P V of the block before, and waits for S.
-    FLASHCUTE_DEVICE void begin_products(Probabilities& probabilities) {
-      tiles_.await_key();
-      turns_.wait();
-      P::begin_scores(s_, tiles_.query(), tiles_.arrived_key());
-      begin_output(probabilities);
-      turns_.pass();
-      tiles_.look_for_value_after();
-      tiles_.look_for_key_after();
-      P::template finish<1>(s_);
-    }
-
-    FLASHCUTE_DEVICE void begin_output(Probabilities& probabilities) {
-      P::begin_output(o_, probabilities, tiles_.arrived_value(), fresh_);
-      fresh_ = false;
-    }
-
-    /// While S(n) became probabilities, O += P V of the block before was multiplied; now it is done.
-    template <class... Ahead>
-    FLASHCUTE_DEVICE void finish_block(typename Softmax::Correction const& correction, Ahead&... ahead) {
-      P::template finish<0>(o_, ahead...);
-      tiles_.release_value();
-      if (correction.any) Softmax::rescale(o_, correction);
-    }
-
-    /// The product S(n) is done. Every block's scores come by here before their softmax.
-    template <bool MayBePartial = true>
-    FLASHCUTE_DEVICE void scores_ready(int n, Scores& s) {
-      release_operands(n);
-      if constexpr (MayBePartial) apply(n, s);
-    }
-
-    /// K(n) is not read any more, nor is Q after the last block.
-    FLASHCUTE_DEVICE void release_operands(int n) {
-      count_block(n);
-      tiles_.release_key();
-      if (range_.is_last(n)) tiles_.release_query();
-    }
-
-    /// Everything that changes the scores of a block.
-    FLASHCUTE_DEVICE void apply(int n, Scores& s) {
-      if (n < range_.full_end) return;
-      QueryTile const& rows = tiles_.work(0).rows;
-      int const key = n * C.block_n + L::first_column(), row0 = rows.row0;
-      flashcute::apply_mask<L, Mask>(s, [&](int i) { return row0 + L::row(i); }, key, rows.sequence(p_));
-    }
-
-    // Blocks of keys that only other warpgroups' rows see. The barrier that takes a place back is not in the right
-    // phase before what it held was there.
-
-    FLASHCUTE_DEVICE void skip_keys() {
-#pragma unroll 1
-      for (int i = 1; i <= skipped_; ++i) skip_key(range_.end + skipped_ - i);
-    }
-
-    FLASHCUTE_DEVICE void skip_values() {
-#pragma unroll 1
-      for (int i = 0; i < skipped_; ++i) skip_value();
-    }
-
-    /// None of the tile's rows are this warpgroup's.
-    FLASHCUTE_DEVICE void skip_tile() {
-      sums_ = Sums{p_};
-#pragma unroll 1
-      for (int n = range_.first(); range_.left(n) > 0; n = range_.next(n)) {
-        skip_key(n);
-        skip_value();
-      }
-      tiles_.release_query();
-      if (counts()) store_counts(sums_.counter, p_, tiles_.work(0).rows);
-    }
-
-    FLASHCUTE_DEVICE void skip_key(int n) {
-      tiles_.await_key();
-      turns_.wait();
-      turns_.pass();
-      count_block(n);
-      tiles_.pass_key();
-    }
-
-    FLASHCUTE_DEVICE void skip_value() {
-      tiles_.await_value();
-      tiles_.pass_value();
-    }
-
-    /// One thread does for the tile.
-    FLASHCUTE_DEVICE bool counts() const {
-      return Id.features.count_blocks && warpgroup_ == 0 && thread_of_warpgroup() == 0 &&
-             (C.cluster == 1 || rank_in_cluster() == 0);
-    }
-
-    /// As the tile sees it.
-    FLASHCUTE_DEVICE void count_block(int n) { sums_.counter.visit(tiles_.work(0).loaded.full_end <= n); }
-
-    /// Goes on to the next tile. False if there are no more.
-    FLASHCUTE_DEVICE bool next_tile() {
-      Work const& work = tiles_.next();
-      range_ = {uniform(work.range.begin), uniform(work.range.full_end), uniform(work.range.end)};
-      skipped_ = Mask::rows_differ ? uniform(work.loaded.end) - range_.end : 0;
-      absent_ = uniform(work.rows.rows <= 0);
-      return uniform(work.exists);
-    }
-
-    /// Writes the output of the tile, or of one `before`.
-    FLASHCUTE_DEVICE void store(uint32_t before, Sums& sums) {
-      Work const& work = tiles_.work(before);
-      QueryTile const tile = work.rows;
-      Softmax& softmax = sums.softmax;
-      softmax.finish(o_, [&](int i) { return Mask::empty_row(tile.row0 + L::row(i), tile.sequence(p_)); });
-      if (counts()) store_counts(sums.counter, p_, tile);
-      if (p_.lse != nullptr) {
-        float* const lse = static_cast<float*>(p_.lse) + tile.lse_offset(p_);
-        bool const writes = thread_index() % 4 == 0;  // one lane of the quad that shares a row
-        CUTE_UNROLL
-        for (int i = 0; i < L::rows_per_thread; ++i) {
-          global_store_if(writes && L::row(i) < tile.rows, lse + L::row(i), softmax.lse(i));
-        }
-      }
-      store_output<C>(o_, p_, tile);
-      if (Mask::rows_differ && tiles_.dropped(before)) {
-        int const end = min_of(work.loaded.end * C.block_n, tile.sequence(p_).keys());
-        add_dropped<C, Mask>(work.loaded.full_end * C.block_n, end, p_, tile);
-      }
-      // Lanes whose rows do not exist were left behind. The compiler would take all that follows for code that lanes go
-      // through apart, with addresses in registers of each.
-      reconverge();
-    }
-
-    ForwardParams const& p_;
-    int const warpgroup_;
-    Tiles<C> tiles_;
-    Turns<L::first_turn_barrier, L::warpgroups, C.pingpong> const turns_;
-    KvRange range_;  // of the warpgroup's rows
-    int skipped_;    // blocks of keys that only others of the tile see
-    bool absent_;    // none of the tile's rows are its own
-    Sums sums_;
-    Scores s_;    // (MMA, MMA_M, MMA_N)
-    Output o_;    // (MMA, MMA_M, MMA_DV)
-    bool fresh_;  // nothing has been added to the output yet
-  };
 };
 
 }  // namespace flashcute::sm90

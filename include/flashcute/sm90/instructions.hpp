@@ -5,9 +5,9 @@
 #pragma once
 
 // CuTe has WGMMA for 8, 16, 32, 64, 96, 128, 192 and 256 columns. For others a translation unit defines
-// CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED first (src/source.cpp does where a configuration asks for it).
-#include "flashcute/hopper_params.hpp"
-#include "flashcute/instructions.hpp"
+// CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED first (src/image/source.cpp does where a configuration asks for it).
+#include "flashcute/device/instructions.hpp"
+#include "flashcute/sm90/params.hpp"
 // They need instructions.hpp's tensor first.
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/mma_sm90.hpp>
@@ -16,7 +16,7 @@
 namespace flashcute::sm90 {
 
 /// What these headers are compiled for; a host only emulates it.
-inline constexpr Arch hopper_arch = 90;
+inline constexpr Arch sm90_arch = 90;
 
 inline constexpr int warpgroup_size = 128;
 /// Those of the loading warpgroup that do not load.

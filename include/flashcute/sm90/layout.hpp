@@ -1,11 +1,11 @@
-// From a configuration to CuTe types, as flashcute/layout.hpp: where tiles live in shared memory, how warpgroups
+// From a configuration to CuTe types, as flashcute/sm80/layout.hpp: where tiles live in shared memory, how warpgroups
 // multiply them.
 #pragma once
 
 #include "flashcute/sm90/instructions.hpp"
 // Its atoms are made for the instructions.
-#include "flashcute/fragment.hpp"
-#include "flashcute/mask.hpp"
+#include "flashcute/device/fragment.hpp"
+#include "flashcute/policy/mask.hpp"
 
 namespace flashcute::sm90 {
 
@@ -29,6 +29,15 @@ struct InRing {
   Element* ring;
   int place;
 };
+
+/// Registers of a thread of the warpgroup that loads, and of those that compute: of the 65536 of a multiprocessor.
+struct WarpgroupRegisters {
+  int32_t loader, consumer;
+};
+constexpr WarpgroupRegisters registers_of(ForwardConfig const& c) {
+  if (consumer_warpgroups(c) == 3) return {32, 160};
+  return c.head_dim_v > 128 ? WarpgroupRegisters{24, 240} : WarpgroupRegisters{40, 232};
+}
 
 template <ForwardConfig C>
 struct ForwardLayout {

@@ -2,30 +2,9 @@
 // look at what came, and the warpgroups that compute.
 #pragma once
 
-#include "flashcute/nonfinite.hpp"
-#include "flashcute/sm90/layout.hpp"
+#include "flashcute/sm90/pipeline.hpp"
 
 namespace flashcute::sm90 {
-
-/// Where one side is in a ring of `Stages` places. A place's barriers change phase once each time around.
-template <int Stages>
-struct RingPosition {
-  int place = 0;
-  uint32_t parity = 0;
-
-  FLASHCUTE_DEVICE void advance() {
-    if (++place == Stages) {
-      place = 0;
-      parity ^= 1;
-    }
-  }
-
-  FLASHCUTE_DEVICE RingPosition after() const {
-    RingPosition position = *this;
-    position.advance();
-    return position;
-  }
-};
 
 /// The loading warp's side. One lane of it calls.
 template <ForwardConfig C, class Mask>
@@ -35,7 +14,7 @@ class Loader {
   static constexpr bool inspected = Mask::rows_differ;
 
  public:
-  FLASHCUTE_DEVICE Loader(HopperForwardParams const& p, Storage& smem)
+  FLASHCUTE_DEVICE Loader(Sm90ForwardParams const& p, Storage& smem)
       : p_(p), smem_(smem), rank_(C.cluster > 1 ? rank_in_cluster() : 0) {
     prefetch(p.q);
     prefetch(p.k);
@@ -168,7 +147,7 @@ class Loader {
     for (int column = 0; column < Columns; column += L::page) f(column);
   }
 
-  HopperForwardParams const& p_;
+  Sm90ForwardParams const& p_;
   Storage& smem_;
   int const rank_;  // of the thread block in its cluster
   RingPosition<C.stages> k_, v_;
@@ -179,189 +158,6 @@ class Loader {
     int n;
     bool partial, any;
   } left_ = {{}, 0, false, false};  // the V to load next
-};
-
-/// The side of the loading warpgroup's other warps. A row that does not see a key multiplies its value by 0, and 0 *
-/// NaN is NaN: what is not finite in a partial block of V becomes 0 before it is multiplied, and is remembered with the
-/// tile.
-template <ForwardConfig C>
-class Inspector {
-  using L = ForwardLayout<C>;
-  using Storage = typename L::SharedStorage;
-  using Element = typename L::Element;
-
- public:
-  FLASHCUTE_DEVICE static void run(Storage& smem) {
-    for (RingPosition<C.stages> position;; position.advance()) {
-      barrier_wait(smem.v_landed[position.place], position.parity);
-      auto const [place, tile] = smem.inspections[position.place];
-      if (place < 0) return;
-      Element* const v = smem.v[place];
-      FiniteCheck<Element> check;
-      for_each_part(v, [&](Element* words) { check.template look_at<16>(words); });
-      if (warp_any(!check.all_finite())) {
-        smem.dropped[tile] = true;
-        for_each_part(v, [](Element* words) { zero_nonfinite(words); });
-        publish_to_products();
-      }
-      reconverge();  // one lane speaks for all: they have read what to look at, and written
-      if (thread_index() % 32 == 0) barrier_arrive(smem.v_full[place]);
-    }
-  }
-
- private:
-  /// Calls f(place) for each 16 bytes of a V that are this thread's part.
-  template <class F>
-  FLASHCUTE_DEVICE static void for_each_part(Element* v, F const& f) {
-    constexpr int vector = 16 / sizeof(Element);
-    int const thread = thread_of_warpgroup() - 32;  // of those that inspect
-#pragma unroll 2
-    for (int i = vector * thread; i < C.block_n * C.head_dim_v; i += vector * 32 * inspecting_warps) f(v + i);
-  }
-};
-
-/// A computing warpgroup's side: waits for tiles, and gives their places back.
-template <ForwardConfig C>
-class Tiles {
-  using L = ForwardLayout<C>;
-  using Storage = typename L::SharedStorage;
-  using Element = typename L::Element;
-
- public:
-  FLASHCUTE_DEVICE Tiles(Storage& smem, int warpgroup) : smem_(smem), warpgroup_(warpgroup) {}
-
-  /// The block's barriers, before anyone waits at them. One thread calls.
-  FLASHCUTE_DEVICE static void init(Storage& smem, bool inspected) {
-    for (int w = 0; w < L::warpgroups; ++w) {
-      barrier_init(smem.q_full[w], 1);
-      barrier_init(smem.q_empty[w], 1);
-    }
-    for (int i = 0; i < C.stages; ++i) {
-      barrier_init(smem.k_full[i], 1);
-      barrier_init(smem.v_landed[i], 1);
-      barrier_init(smem.v_full[i], inspected ? inspecting_warps : 1);
-      barrier_init(smem.k_empty[i], L::warpgroups * C.cluster);
-      barrier_init(smem.v_empty[i], L::warpgroups * C.cluster);
-    }
-    publish_barriers();
-  }
-
-  /// What comes next, once its Q has arrived.
-  FLASHCUTE_DEVICE Work const& next() {
-    ++tile_;
-    barrier_wait(smem_.q_full[warpgroup_], tile_ % 2);
-    return work(0);
-  }
-
-  /// Of the tile, or of one of those before.
-  FLASHCUTE_DEVICE Work const& work(uint32_t before) const {
-    return smem_.work[(tile_ - before) % L::tiles][warpgroup_];
-  }
-  FLASHCUTE_DEVICE bool dropped(uint32_t before) const { return smem_.dropped[(tile_ - before) % L::tiles]; }
-
-  FLASHCUTE_DEVICE Element* query() const { return smem_.q[warpgroup_]; }
-  /// All products with Q are done.
-  FLASHCUTE_DEVICE void release_query() {
-    if (thread_of_warpgroup() == 0) barrier_arrive(smem_.q_empty[warpgroup_]);
-  }
-
-  /// The next K.
-  FLASHCUTE_DEVICE void await_key() {
-    barrier_wait_unless(key_passed_, smem_.k_full[k_.place], k_.parity);
-    key_passed_ = 0;
-  }
-  FLASHCUTE_DEVICE InRing<Element> arrived_key() const { return {smem_.k[0], k_.place}; }
-  /// Asks about the K after it, for the time when that is the next.
-  FLASHCUTE_DEVICE void look_for_key_after() {
-    auto const after = k_.after();
-    key_passed_ = barrier_passed(smem_.k_full[after.place], after.parity);
-  }
-  FLASHCUTE_DEVICE void release_key() {
-    release(smem_.k_empty[k_.place]);
-    k_.advance();
-  }
-
-  /// Gives it back unused. No warp may lag behind: the barrier goes on without it, and nothing else keeps warps
-  /// together that multiply nothing.
-  FLASHCUTE_DEVICE void pass_key() {
-    meet();
-    release_key();
-  }
-
-  /// The next V, and the one after it: they are waited for before they are needed.
-  FLASHCUTE_DEVICE InRing<Element> arrived_value() const { return {smem_.v[0], v_.place}; }
-  FLASHCUTE_DEVICE void release_value() {
-    release(smem_.v_empty[v_.place]);
-    v_.advance();
-  }
-  FLASHCUTE_DEVICE void pass_value() {
-    meet();
-    release_value();
-  }
-  FLASHCUTE_DEVICE void await_value() { barrier_wait(smem_.v_full[v_.place], v_.parity); }
-  FLASHCUTE_DEVICE void look_for_value_after() {
-    auto const after = v_.after();
-    value_passed_ = barrier_passed(smem_.v_full[after.place], after.parity);
-  }
-  /// `held`: numbers, of which nothing is computed before.
-  template <class... Held>
-  FLASHCUTE_DEVICE void await_value_after(Held&... held) {
-    auto const after = v_.after();
-    barrier_wait_unless(value_passed_, smem_.v_full[after.place], after.parity, held...);
-    value_passed_ = 0;
-  }
-
- private:
-  /// The warpgroup's warps.
-  FLASHCUTE_DEVICE void meet() const { named_sync<warpgroup_size>(L::first_own_barrier + warpgroup_); }
-
-  /// The place is given back to all who load into it.
-  FLASHCUTE_DEVICE static void release(Barrier& empty) {
-    if constexpr (C.cluster > 1) {
-      if (thread_of_warpgroup() < C.cluster) barrier_arrive_at(empty, thread_of_warpgroup());
-    } else {
-      if (thread_of_warpgroup() == 0) barrier_arrive(empty);
-    }
-  }
-
-  Storage& smem_;
-  int warpgroup_;
-  RingPosition<C.stages> k_, v_;
-  uint32_t tile_ = ~uint32_t{0};  // before the first
-  // Answers about the barriers that are waited for next: a key's place is released once between question and wait, a
-  // value's not at all.
-  uint32_t key_passed_ = 0, value_passed_ = 0;
-};
-
-/// Warpgroups take turns in beginning their products, so that while one computes its softmax, another has the tensor
-/// cores. Warpgroup w waits at barrier First + w for its predecessor.
-template <int First, int Warpgroups, bool Enabled>
-class Turns {
-  static constexpr int threads = 2 * warpgroup_size;  // who waits, and who goes before
-
- public:
-  FLASHCUTE_DEVICE explicit Turns(int warpgroup) : warpgroup_(warpgroup) {
-    if (Enabled && warpgroup == 0) named_arrive<threads>(First);  // nobody goes before the first
-  }
-
-  FLASHCUTE_DEVICE void wait() const {
-    if constexpr (Enabled) named_sync<threads>(First + warpgroup_);
-  }
-
-  FLASHCUTE_DEVICE void pass() const {
-    if constexpr (Enabled) named_arrive<threads>(First + (warpgroup_ + 1) % Warpgroups);
-  }
-
- private:
-  int warpgroup_;
-};
-
-template <int First, int Warpgroups>
-class Turns<First, Warpgroups, false> {
- public:
-  FLASHCUTE_DEVICE explicit Turns(int) {}
-  FLASHCUTE_DEVICE void wait() const {}
-  FLASHCUTE_DEVICE void pass() const {}
 };
 
 }  // namespace flashcute::sm90

@@ -10,7 +10,7 @@ class TileSchedule {
   static constexpr ForwardConfig C = Id.config;
 
  public:
-  FLASHCUTE_DEVICE explicit TileSchedule(HopperForwardParams const& p)
+  FLASHCUTE_DEVICE explicit TileSchedule(Sm90ForwardParams const& p)
       : p_(p), blocks_(static_cast<int>(block_count()) / C.cluster), rounds_(p.forward, rows, blocks_, per_section) {}
 
   /// Sets `tile` to the next one; false if there is none.
@@ -28,7 +28,7 @@ class TileSchedule {
   static constexpr int rows = tile_rows(C);
   static constexpr SectionRounds per_section = section_rounds(Id);
 
-  HopperForwardParams const& p_;
+  Sm90ForwardParams const& p_;
   int blocks_;  // or clusters
   TileRounds rounds_;
   int index_ = 0;  // of the next round

@@ -1,7 +1,7 @@
 // Writes a warpgroup's output from its registers to global memory.
 #pragma once
 
-#include "flashcute/nonfinite.hpp"
+#include "flashcute/device/nonfinite.hpp"
 #include "flashcute/sm90/layout.hpp"
 
 namespace flashcute::sm90 {

@@ -325,7 +325,7 @@ struct Gate {
 class Block {
  public:
   Block(uint32_t index, int threads, size_t shared_bytes, uint64_t seed, GlobalMemory& memory, Kernel const& kernel,
-        HopperBlock const* hopper = nullptr)
+        Sm90Block const* hopper = nullptr)
       : index_(index),
         threads_(static_cast<size_t>(threads)),
         warps_(static_cast<size_t>(threads / warp_size)),
@@ -724,7 +724,7 @@ class Block {
   uint64_t random_state_;
   GlobalMemory& memory_;
   Kernel const& kernel_;
-  HopperBlock const* hopper_;
+  Sm90Block const* hopper_;
   void* shared_address_;
   std::vector<Warpgroup> warpgroups_;
   std::map<void*, ByteBarrier> barriers_;
@@ -817,7 +817,7 @@ bool Site::operator<(Site const& other) const {
   return order < 0 || (order == 0 && line < other.line);
 }
 
-void HopperBlock::run(GlobalMemory& memory, Kernel const& kernel) const {
+void Sm90Block::run(GlobalMemory& memory, Kernel const& kernel) const {
   Block block(index, threads, shared_bytes, seed, memory, kernel, this);
   if (auto const failure = block.run()) {
     throw Violation(*failure + " (block " + std::to_string(index) + ", seed " + std::to_string(seed) + ")");

@@ -65,7 +65,7 @@ struct Site {
 /// them: until then the place that a copy goes to, and the accumulators of a product, hold NaN. Shared memory is plain
 /// memory: accesses are not checked, so what tells a race is the result. Waits and arrivals at `broken` do nothing;
 /// `seen`, if not null, collects the sites of all others.
-struct HopperBlock {
+struct Sm90Block {
   uint32_t index, blocks;
   int threads;
   size_t shared_bytes;

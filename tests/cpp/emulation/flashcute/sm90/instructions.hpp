@@ -3,8 +3,8 @@
 // operands lie in shared memory is what the kernel's own layouts say, not what descriptors made of them say.
 #pragma once
 
-#include "flashcute/hopper_params.hpp"
-#include "flashcute/instructions.hpp"
+#include "flashcute/device/instructions.hpp"
+#include "flashcute/sm90/params.hpp"
 // As the header that it stands for.
 #include <cute/arch/mma_sm90.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
@@ -13,7 +13,7 @@
 
 namespace flashcute::sm90 {
 
-inline constexpr Arch hopper_arch = 90;
+inline constexpr Arch sm90_arch = 90;
 inline constexpr int warpgroup_size = 128;
 inline constexpr int inspecting_warps = warpgroup_size / 32 - 1;
 

@@ -1,0 +1,239 @@
+// The static configuration of a backward kernel: as config.hpp for the forward.
+#pragma once
+
+#include "flashcute/core/forward_config.hpp"
+
+namespace flashcute {
+
+/// How to compute gradients: the options a user may choose. What ForwardConfig has too means the same here.
+struct BackwardConfig {
+  using Pass = BackwardPass;
+
+  DType dtype = DType::bfloat16;
+  int32_t head_dim = 128;         // of q and k: compiled width, runs any d up to it
+  int32_t head_dim_v = head_dim;  // of v and the output: the same
+  int32_t block_m = 64;           // B_r: query rows per tile
+  int32_t block_n = 64;           // B_c: keys per tile
+  int32_t num_warps = 4;
+  Kernel kernel = Kernel::sm80;  // Hopper has no other yet
+  int32_t column_warps = 1;  // of them share the columns of a score tile, the others its rows; 1: P and dS in registers
+  int32_t blocks_per_sm = 2;
+  Math math = Math::tensor_core;
+  int32_t stages = 2;  // blocks that pass by at once in shared memory: one is multiplied while the other arrives
+  int32_t copy_bytes = 16;
+  bool async_copy = true;
+  bool swizzled = true;
+  int32_t k_tiles_per_load = 0;
+  bool mma_double_buffer = true;
+  bool deterministic = false;  // the same bits in every run, by two passes without atomics; the CPU always gives them
+
+  constexpr bool operator==(BackwardConfig const&) const = default;
+
+  /// The table of the options.
+  template <class Visit>
+  static constexpr void for_each_member(Visit&& visit) {
+    using C = BackwardConfig;
+    using enum ReadBy;
+    visit(Option{"dtype", all, nullptr}, &C::dtype);
+    visit(Option{"head_dim", all, nullptr}, &C::head_dim);
+    visit(Option{"head_dim_v", all, nullptr}, &C::head_dim_v);
+    visit(Option{"block_m", all, nullptr}, &C::block_m);
+    visit(Option{"block_n", all, nullptr}, &C::block_n);
+    visit(Option{"num_warps", all, nullptr}, &C::num_warps);
+    visit(Option{"kernel", all}, &C::kernel);
+    visit(Option{"column_warps", sm80, "c"}, &C::column_warps);
+    visit(Option{"blocks_per_sm", sm80, "b"}, &C::blocks_per_sm);
+    visit(Option{"math", all}, &C::math);
+    visit(Option{"stages", all, "st"}, &C::stages);
+    visit(Option{"copy_bytes", sm80, "copy"}, &C::copy_bytes);
+    visit(Option{"async_copy", sm80, "sync"}, &C::async_copy);
+    visit(Option{"swizzled", sm80, "unswizzled"}, &C::swizzled);
+    visit(Option{"k_tiles_per_load", sm80, "k"}, &C::k_tiles_per_load);
+    visit(Option{"mma_double_buffer", sm80, "single"}, &C::mma_double_buffer);
+    visit(Option{"deterministic", all, "deterministic"}, &C::deterministic);
+  }
+};
+
+using BackwardKernelId = KernelId<BackwardConfig>;
+
+/// Canonical name: "bwd_f32_d64_m64_n64_w4" and a word for every option that differs from the defaults.
+constexpr Name name(BackwardConfig const& c) { return option_words("bwd", c); }
+
+// ---- passes --------------------------------------------------------------------------------------
+
+/// The passes that a GPU takes, in order.
+struct BackwardPasses {
+  int32_t count;
+  BackwardPass pass[3];
+
+  constexpr BackwardPass const* begin() const { return pass; }
+  constexpr BackwardPass const* end() const { return pass + count; }
+};
+
+constexpr BackwardPasses passes_of(BackwardConfig const& c) {
+  using enum BackwardPass;
+  if (c.deterministic) return {2, {queries, keys}};
+  return {3, {prepare, gradients, finish}};
+}
+
+/// Whether the tiles of a pass are of keys, or of queries.
+constexpr bool keys_stay(BackwardPass pass) { return pass == BackwardPass::keys || pass == BackwardPass::gradients; }
+
+/// The tile of a pass. prepare and finish take that of gradients.
+constexpr TileConfig tile_of(BackwardConfig const& c, BackwardPass pass) {
+  return {.dtype = c.dtype,
+          .head_dim = c.head_dim,
+          .head_dim_v = c.head_dim_v,
+          .block_m = pass == BackwardPass::queries ? c.block_m : c.block_n,
+          .block_n = pass == BackwardPass::queries ? c.block_n : c.block_m,
+          .num_warps = c.num_warps,
+          .math = c.math,
+          .stages = c.stages,
+          .copy_bytes = c.copy_bytes,
+          .async_copy = c.async_copy,
+          .swizzled = c.swizzled,
+          .k_tiles_per_load = c.k_tiles_per_load,
+          .mma_double_buffer = c.mma_double_buffer};
+}
+
+// ---- resources and rules -------------------------------------------------------------------------
+
+constexpr int32_t num_threads(BackwardKernelId const& k) { return 32 * k.config.num_warps; }
+
+/// The warps that share the columns of dQ = dS K in `gradients`: it has more columns than rows.
+constexpr int32_t dq_column_warps(BackwardConfig const& c) { return c.num_warps / 2; }
+
+/// Whether P, or dS, of a block goes through shared memory.
+constexpr bool stores_p(BackwardConfig const& c, BackwardPass pass) { return c.column_warps > 1 && keys_stay(pass); }
+constexpr bool stores_ds(BackwardConfig const& c, BackwardPass pass) {
+  return c.column_warps > 1 || pass == BackwardPass::gradients;
+}
+
+/// Dynamic shared memory of a kernel, in bytes: a tile of X and Y; `stages` blocks of the other side's; LSE and delta
+/// of the queries among them; tiles of P and dS where more than one warp reads them; for `finish` only a tile of dQ.
+constexpr int64_t smem_bytes(BackwardKernelId const& k) {
+  BackwardConfig const& c = k.config;
+  int64_t const size = size_of(c.dtype);
+  if (k.pass == BackwardPass::prepare) return 0;
+  if (k.pass == BackwardPass::finish) return c.block_m * c.head_dim * size;
+  TileConfig const t = tile_of(c, k.pass);
+  int64_t const stay = t.block_m, pass_by = int64_t{t.stages} * t.block_n;
+  int64_t bytes = (stay + pass_by) * (c.head_dim + c.head_dim_v) * size;
+  int64_t const score_tiles = (stores_p(c, k.pass) ? 1 : 0) + (stores_ds(c, k.pass) ? 1 : 0);
+  bytes += score_tiles * c.block_m * c.block_n * size;
+  bytes += 2 * (keys_stay(k.pass) ? pass_by : stay) * int64_t{sizeof(float)};
+  return ceil_div<int64_t>(bytes, 128) * 128;
+}
+
+/// Floats of workspace: delta, then (not if deterministic) the sums that become dQ, at a multiple of 16 bytes.
+struct BackwardWorkspace {
+  int64_t delta, dq_sums;
+
+  constexpr int64_t total() const { return delta + dq_sums; }
+};
+
+constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads, int64_t seqlen_q) {
+  int64_t const tiles = heads * ceil_div<int64_t>(seqlen_q, c.block_m);
+  return {ceil_div<int64_t>(heads * seqlen_q, 4) * 4, c.deterministic ? 0 : tiles * c.block_m * c.head_dim};
+}
+
+// Every rule: an identifier and the sentence that C++ and Python show.
+#define FLASHCUTE_BACKWARD_CONFIG_RULES(RULE)                                                                        \
+  RULE(dtype, "dtype must be float16, bfloat16, float32 or float64")                                                 \
+  RULE(head_dim, "head_dim and head_dim_v must be between 1 and 256")                                                \
+  RULE(block_m, "block_m must be a positive multiple of 16, at most 256")                                            \
+  RULE(block_n, "block_n must be a positive multiple of 16, at most 256")                                            \
+  RULE(kernel, "the backward has no other kernel than sm80 yet")                                                     \
+  RULE(arch_too_old, "the sm80 kernels need a GPU of compute capability 8.0 or later")                               \
+  RULE(gpu_dtype, "dtype must be float16, bfloat16 or float32 on a GPU")                                             \
+  RULE(gpu_head_dim, "head_dim and head_dim_v must be multiples of 16 between 16 and 256 on a GPU")                  \
+  RULE(num_warps, "num_warps must be 4 or 8")                                                                        \
+  RULE(column_warps, "column_warps must be 1, 2 or 4, and less than num_warps")                                      \
+  RULE(shares,                                                                                                       \
+       "the rows and columns of a score tile, and head_dim and head_dim_v, must be multiples of 16 times the warps " \
+       "that share them")                                                                                            \
+  RULE(blocks_per_sm, "blocks_per_sm must be between 1 and 16, and their threads must fit a multiprocessor")         \
+  RULE(math, "math must be tensor_core, and tf32x3 for float32")                                                     \
+  RULE(stages, "stages must be 1 or 2")                                                                              \
+  RULE(copy_bytes, "copy_bytes must be 16, 8, 4 or 2, and at least the bytes of an element")                         \
+  RULE(async_copy, "async_copy needs copy_bytes of 4 or more: cp.async cannot copy less")                            \
+  RULE(copy_rows, "block_m and block_n must be multiples of the rows that all threads copy at once")                 \
+  RULE(k_tiles_per_load,                                                                                             \
+       "k_tiles_per_load must be 0, 1 or 2 (tf32x3: 0), and 2 needs widths that are multiples of 32")                \
+  RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")
+
+enum class BackwardConfigError : uint8_t {
+  none,
+#define FLASHCUTE_RULE(id, sentence) id,
+  FLASHCUTE_BACKWARD_CONFIG_RULES(FLASHCUTE_RULE)
+#undef FLASHCUTE_RULE
+};
+
+constexpr char const* sentence(BackwardConfigError e) {
+  switch (e) {
+    case BackwardConfigError::none: return "";
+#define FLASHCUTE_RULE(id, text) \
+  case BackwardConfigError::id: return text;
+      FLASHCUTE_BACKWARD_CONFIG_RULES(FLASHCUTE_RULE)
+#undef FLASHCUTE_RULE
+  }
+  return "?";
+}
+
+/// The first rule of the sm80 kernels that `c` breaks on `arch`.
+constexpr BackwardConfigError check_sm80(BackwardConfig const& c, Arch arch) {
+  using enum BackwardConfigError;
+  if (c.num_warps != 4 && c.num_warps != 8) return num_warps;
+  if (c.column_warps != 1 && c.column_warps != 2 && c.column_warps != 4) return column_warps;
+  if (c.column_warps >= c.num_warps) return column_warps;
+  if (c.blocks_per_sm < 1 || c.blocks_per_sm > 16) return blocks_per_sm;
+  if (c.stages != 1 && c.stages != 2) return stages;
+  if (c.copy_bytes != 16 && c.copy_bytes != 8 && c.copy_bytes != 4 && c.copy_bytes != 2) return copy_bytes;
+  if (c.k_tiles_per_load < 0 || c.k_tiles_per_load > 2) return k_tiles_per_load;
+  if (arch < 80) return arch_too_old;
+  if (c.dtype == DType::float64) return gpu_dtype;
+  if (c.math != (c.dtype == DType::float32 ? Math::tf32x3 : Math::tensor_core)) return math;
+  if (c.copy_bytes < size_of(c.dtype)) return copy_bytes;
+  if (c.math != Math::tensor_core && c.k_tiles_per_load != 0) return k_tiles_per_load;
+  if (32 * c.num_warps * c.blocks_per_sm > max_threads_per_sm(arch)) return blocks_per_sm;
+  if (c.async_copy && c.copy_bytes < 4) return async_copy;
+  int32_t const widths[] = {c.head_dim, c.head_dim_v};
+  for (int32_t const d : widths) {
+    if (d < 16 || d % 16 != 0) return gpu_head_dim;
+    int32_t const rows = CopyShape::of(tile_of(c, BackwardPass::keys), d).rows_per_pass;
+    if (c.block_m % rows != 0 || c.block_n % rows != 0) return copy_rows;
+    if (c.k_tiles_per_load == 2 && (d % 32 != 0 || c.block_m % 32 != 0)) return k_tiles_per_load;
+  }
+  for (BackwardPass const pass : passes_of(c)) {
+    TileConfig const t = tile_of(c, pass);
+    if (t.block_m % (16 * c.num_warps / c.column_warps) != 0 || t.block_n % (16 * c.column_warps) != 0) return shares;
+    if (c.head_dim % (16 * c.column_warps) != 0 || c.head_dim_v % (16 * c.column_warps) != 0) return shares;
+    if (pass == BackwardPass::gradients) {
+      if (c.block_m % (16 * c.num_warps / dq_column_warps(c)) != 0) return shares;
+      if (c.head_dim % (16 * dq_column_warps(c)) != 0) return shares;
+    }
+    if (smem_bytes(kernel_of(c, pass, {})) > max_smem_bytes(arch)) return smem;
+  }
+  return none;
+}
+
+/// The first rule that `c` breaks on `arch`. The first four are all that the CPU has.
+constexpr BackwardConfigError check(BackwardConfig const& c, Arch arch) {
+  using enum BackwardConfigError;
+  if (c.dtype == DType::int32) return dtype;
+  int32_t const widths[] = {c.head_dim, c.head_dim_v};
+  for (int32_t const d : widths) {
+    if (d < 1 || d > 256) return head_dim;
+  }
+  if (c.block_m <= 0 || c.block_m > 256 || c.block_m % 16 != 0) return block_m;
+  if (c.block_n <= 0 || c.block_n > 256 || c.block_n % 16 != 0) return block_n;
+  if (arch == cpu_arch) return none;
+  return c.kernel == Kernel::sm80 ? check_sm80(c, arch) : kernel;
+}
+
+/// The configuration of the CPU backend: a tile and a block that fit the level 2 cache at every head dim.
+constexpr BackwardConfig cpu_backward_config(DType dtype, int32_t head_dim, int32_t head_dim_v) {
+  return {.dtype = dtype, .head_dim = head_dim, .head_dim_v = head_dim_v, .block_m = 64, .block_n = 64};
+}
+
+}  // namespace flashcute

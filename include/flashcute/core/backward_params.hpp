@@ -1,0 +1,32 @@
+// What one backward pass needs to know: plain data, as params.hpp for the forward.
+#pragma once
+
+#include "flashcute/core/forward_params.hpp"
+
+namespace flashcute {
+
+struct BackwardParams {
+  ForwardParams forward;  // of the call whose gradients these are; out and lse are read
+
+  void const* dout;  // (batch, seqlen_q, heads,    head_dim_v)
+  void const* dlse;  // (batch, heads, seqlen_q), of lse's type; null: the LSE was not used
+  void* dq;          // (batch, seqlen_q, heads,    head_dim)
+  void* dk;          // (batch, seqlen_k, kv_heads, head_dim): sums over the query heads of a group
+  void* dv;          // (batch, seqlen_k, kv_heads, head_dim_v): the same
+  void* delta;       // (batch, heads, seqlen_q), contiguous, of lse's type: rowsum(dO * O) - dLSE, a workspace
+  void* dq_sums;     // fp32: dq / scale, tile by tile of block_m x head_dim (of the configuration), in an order that
+                     // `gradients` and `finish` agree on; a workspace; null for those who do without
+
+  Strides dout_stride, dlse_stride, dq_stride, dk_stride, dv_stride;
+};
+
+// The host (g++) fills the struct, the device compiler reads it: both assert the layout.
+static_assert(sizeof(BackwardParams) == 368);
+#if !defined(__CUDACC_RTC__)  // NVRTC's offsetof is no constant expression
+static_assert(offsetof(BackwardParams, dout) == 192);
+static_assert(offsetof(BackwardParams, delta) == 232);
+static_assert(offsetof(BackwardParams, dout_stride) == 248);
+static_assert(offsetof(BackwardParams, dv_stride) == 344);
+#endif
+
+}  // namespace flashcute

@@ -1,0 +1,244 @@
+// The default configurations: one table, in which every entry says what chose it.
+#pragma once
+
+#include "flashcute/core/backward_config.hpp"
+
+namespace flashcute {
+
+/// Whether there are blocks enough for every multiprocessor of the GPU.
+enum class Grid : uint8_t { large, small };
+
+/// A default configuration, with its bucket's width as head dimension: serves narrower ones too, other types of the
+/// same size, and lesser alignments. block_n, math, optimized_softmax and rescale_threshold change the bits of a
+/// result, the rest does not (docs/decisions/0003-tiles.md, also about NaN and infinity); so they are the same for
+/// large and small grids, and a row's result does not depend on its batch mates. All stay under the 99 KB of shared
+/// memory that compute capabilities 8.6, 8.9 and 12.0 allow, but those of Hopper's kernel.
+struct ForwardTile {
+  Grid grid;
+  ForwardConfig config;
+  char const* chosen_by;
+};
+
+inline constexpr ForwardTile forward_tiles[] = {
+    {Grid::large, {.head_dim = 64, .stages = 2, .q_in_registers = true}, "times on an H200: docs/sm80_forward.md"},
+    {Grid::small, {.head_dim = 64, .block_m = 64, .blocks_per_sm = 3}, "twice the blocks; not yet measured on a GPU"},
+    {Grid::large, {.head_dim = 128, .stages = 2}, "times on an H200: docs/sm80_forward.md"},
+    {Grid::small,
+     {.head_dim = 128, .block_m = 32, .num_warps = 2, .blocks_per_sm = 4},
+     "four times the blocks; not yet measured on a GPU"},
+    {Grid::large, {.head_dim = 256, .block_m = 64, .rescale_threshold = 0}, "times on an H200: docs/sm80_forward.md"},
+    {Grid::large,
+     {.head_dim = 64,
+      .block_m = 192,
+      .num_warps = 12,
+      .kernel = Kernel::sm90,
+      .stages = 4,
+      .pingpong = false,
+      .scores_ahead = true},
+     "times on an H200: docs/sm90_forward.md"},
+    {Grid::large,
+     {.head_dim = 128, .block_n = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 3},
+     "times on an H200: docs/sm90_forward.md"},
+    {Grid::large,
+     {.head_dim = 256, .num_warps = 8, .kernel = Kernel::sm90, .stages = 2, .pingpong = false},
+     "times on an H200: docs/sm90_forward.md"},
+    {Grid::large,
+     {.dtype = DType::float32, .head_dim = 64, .block_n = 32, .math = Math::tf32x3},
+     "times on an H200: docs/sm80_forward.md"},
+    {Grid::large,
+     {.dtype = DType::float32, .head_dim = 128, .block_m = 64, .block_n = 32, .math = Math::tf32x3},
+     "times on an H200: docs/sm80_forward.md"},
+    {Grid::large,
+     {.dtype = DType::float32, .head_dim = 256, .block_m = 64, .block_n = 16, .math = Math::tf32x3},
+     "shared memory: two blocks an SM; times on an H200: docs/sm80_forward.md"},
+    {Grid::large, {.dtype = DType::float32, .head_dim = 64, .block_n = 32}, "registers; not yet measured on a GPU"},
+    {Grid::large,
+     {.dtype = DType::float32, .head_dim = 128, .block_m = 64, .block_n = 32},
+     "registers; not yet measured on a GPU"},
+    {Grid::large,
+     {.dtype = DType::float32, .head_dim = 256, .block_m = 64, .block_n = 16},
+     "shared memory; not yet measured on a GPU"},
+};
+
+/// The entry for tensors whose wider head dimension is `d`, at most 256. Not every bucket has one for small grids.
+constexpr ForwardTile const& forward_tile(DType dtype, Kernel kernel, Math math, int32_t d, Grid grid) {
+  ForwardTile const* chosen = &forward_tiles[0];  // only for types without a kernel, which `check` will refuse
+  int32_t width = 0;
+  for (auto const& tile : forward_tiles) {
+    ForwardConfig const& c = tile.config;
+    if (size_of(c.dtype) != size_of(dtype) || c.kernel != kernel || c.math != math || c.head_dim < d) continue;
+    if (width != 0 && c.head_dim != width) break;  // the buckets are in order
+    width = c.head_dim;
+    if (tile.grid == Grid::large || tile.grid == grid) chosen = &tile;
+  }
+  return *chosen;
+}
+
+/// What a default configuration depends on.
+struct ForwardTensors {
+  DType dtype;
+  int32_t head_dim, head_dim_v;
+  int32_t alignment = 16;   // in bytes, of addresses, strides and rows: 16, 8, 4 or 2
+  bool allow_tf32 = false;  // float32 in one product of TF32, not three
+  int64_t heads = 0;        // of all batches; 0: very many
+  int32_t seqlen_q = 0;
+  bool bulk_copies = true;  // Hopper's copy engine can walk the strides
+  bool allow_sm90 = true;   // Hopper's kernel may be chosen
+};
+
+/// Which kernel. Rows that are no multiples of 16 bytes, and strides that the copy engine cannot walk, take the sm80
+/// kernel on a Hopper GPU too.
+constexpr Kernel kernel_for(ForwardTensors const& t, Arch arch) {
+  bool const hoppers = arch == 90 && size_of(t.dtype) == 2 && t.alignment == 16 && t.bulk_copies && t.allow_sm90;
+  return hoppers ? Kernel::sm90 : Kernel::sm80;
+}
+
+/// Who multiplies.
+constexpr Math math_for(ForwardTensors const& t) {
+  return size_of(t.dtype) == 2 || t.allow_tf32 ? Math::tensor_core : Math::tf32x3;
+}
+
+constexpr Grid grid_of(ForwardTensors const& t, ForwardTile const& tile, int32_t multiprocessors) {
+  bool const small = t.heads > 0 && t.heads * ceil_div(t.seqlen_q, tile.config.block_m) < multiprocessors;
+  return small ? Grid::small : Grid::large;
+}
+
+/// For a GPU: of how many multiprocessors (0: it does not matter).
+constexpr ForwardConfig default_forward_config(ForwardTensors const& t, Arch arch, int32_t multiprocessors = 0) {
+  if (arch == cpu_arch) {
+    return {.dtype = t.dtype, .head_dim = t.head_dim, .head_dim_v = t.head_dim_v, .block_m = 64, .block_n = 128};
+  }
+  Kernel const kernel = kernel_for(t, arch);
+  int32_t const d = max_of(t.head_dim, t.head_dim_v);
+  auto const tile_for = [&](Grid grid) -> ForwardTile const& {
+    return forward_tile(t.dtype, kernel, math_for(t), d, grid);
+  };
+  ForwardConfig config = tile_for(grid_of(t, tile_for(Grid::large), multiprocessors)).config;
+  config.dtype = t.dtype;
+  if (kernel == Kernel::sm90) return config;
+  config.copy_bytes = t.alignment;
+  config.async_copy = t.alignment >= 4;
+  // Stages are worth less than thread blocks that share a multiprocessor.
+  if (config.blocks_per_sm * (smem_bytes(config) + reserved_smem_bytes) > max_smem_bytes_per_sm(arch))
+    config.stages = 1;
+  return config;
+}
+
+/// With work for the whole GPU.
+constexpr ForwardConfig default_forward_config(DType dtype, int32_t d, Arch arch) {
+  return default_forward_config({dtype, d, d}, arch);
+}
+
+/// With work for a part of it.
+constexpr ForwardConfig small_grid_forward_config(DType dtype, int32_t d, Arch arch) {
+  return default_forward_config({.dtype = dtype, .head_dim = d, .head_dim_v = d, .heads = 1, .seqlen_q = 1}, arch, 2);
+}
+
+// ---- the backward --------------------------------------------------------------------------------
+
+/// A default configuration of the backward on a GPU, as ForwardTile. block_m, block_n and deterministic change the
+/// bits of a result.
+struct BackwardTile {
+  BackwardConfig config;
+  char const* chosen_by;
+};
+
+inline constexpr BackwardTile backward_tiles[] = {
+    {{.head_dim = 64, .block_n = 128}, "times on an H200: docs/sm80_backward.md"},
+    {{.head_dim = 128, .column_warps = 2, .k_tiles_per_load = 1}, "times on an H200: docs/sm80_backward.md"},
+    {{.head_dim = 256, .num_warps = 8, .column_warps = 4, .blocks_per_sm = 1, .k_tiles_per_load = 1},
+     "times on an H200: docs/sm80_backward.md"},
+    {{.head_dim = 256, .block_m = 32, .block_n = 32, .column_warps = 2, .blocks_per_sm = 1},
+     "99 KB of shared memory; not yet measured on a GPU"},
+    {{.head_dim = 64, .deterministic = true}, "times on an H200: docs/sm80_backward.md"},
+    {{.head_dim = 128, .column_warps = 2, .deterministic = true}, "times on an H200: docs/sm80_backward.md"},
+    {{.head_dim = 256, .num_warps = 8, .column_warps = 4, .blocks_per_sm = 1, .deterministic = true},
+     "registers; not yet measured on a GPU"},
+    {{.head_dim = 256, .block_m = 32, .block_n = 32, .column_warps = 2, .blocks_per_sm = 1, .deterministic = true},
+     "99 KB of shared memory; not yet measured on a GPU"},
+    {{.dtype = DType::float32, .head_dim = 64, .column_warps = 2, .math = Math::tf32x3},
+     "times on an H200: docs/sm80_backward.md"},
+    {{.dtype = DType::float32, .head_dim = 128, .block_m = 32, .block_n = 32, .column_warps = 2, .math = Math::tf32x3},
+     "times on an H200: docs/sm80_backward.md"},
+    {{.dtype = DType::float32,
+      .head_dim = 256,
+      .block_m = 32,
+      .num_warps = 8,
+      .column_warps = 2,
+      .blocks_per_sm = 1,
+      .math = Math::tf32x3},
+     "times on an H200: docs/sm80_backward.md"},
+    {{.dtype = DType::float32,
+      .head_dim = 256,
+      .block_m = 32,
+      .block_n = 32,
+      .column_warps = 2,
+      .blocks_per_sm = 1,
+      .math = Math::tf32x3},
+     "163 KB of shared memory; not yet measured on a GPU"},
+    {{.dtype = DType::float32, .head_dim = 64, .column_warps = 2, .math = Math::tf32x3, .deterministic = true},
+     "registers; not yet measured on a GPU"},
+    {{.dtype = DType::float32,
+      .head_dim = 128,
+      .block_m = 32,
+      .block_n = 32,
+      .column_warps = 2,
+      .math = Math::tf32x3,
+      .deterministic = true},
+     "registers; not yet measured on a GPU"},
+    {{.dtype = DType::float32,
+      .head_dim = 256,
+      .block_m = 32,
+      .block_n = 32,
+      .column_warps = 2,
+      .blocks_per_sm = 1,
+      .math = Math::tf32x3,
+      .deterministic = true},
+     "shared memory; not yet measured on a GPU"},
+};
+
+/// What a default configuration depends on.
+struct BackwardTensors {
+  DType dtype;
+  int32_t head_dim, head_dim_v;
+  int32_t alignment = 16;  // in bytes, of addresses, strides and rows: 16, 8, 4 or 2
+  bool deterministic = false;
+};
+
+/// How many thread blocks share a multiprocessor, at most the blocks_per_sm that are asked for.
+constexpr int64_t blocks_that_fit(BackwardConfig const& c, Arch arch) {
+  int64_t blocks = c.blocks_per_sm;
+  for (BackwardPass const pass : passes_of(c)) {
+    int64_t const bytes = smem_bytes(kernel_of(c, pass, {})) + reserved_smem_bytes;
+    blocks = min_of<int64_t>(blocks, max_smem_bytes_per_sm(arch) / bytes);
+  }
+  return blocks;
+}
+
+/// As in the forward, but stages that cost no block stay.
+constexpr BackwardConfig with_stages_that_fit(BackwardConfig const& c, Arch arch) {
+  BackwardConfig one_stage = c;
+  one_stage.stages = 1;
+  return blocks_that_fit(one_stage, arch) > blocks_that_fit(c, arch) ? one_stage : c;
+}
+
+/// The entry that serves the tensors and fits the GPU; if none fits, the last that serves them, which `check` will
+/// refuse.
+constexpr BackwardConfig default_backward_config(BackwardTensors const& t, Arch arch) {
+  BackwardConfig config = cpu_backward_config(t.dtype, t.head_dim, t.head_dim_v);
+  config.deterministic = t.deterministic;
+  if (arch == cpu_arch) return config;
+  for (auto const& tile : backward_tiles) {  // the buckets are in order
+    BackwardConfig const& c = tile.config;
+    if (size_of(c.dtype) != size_of(t.dtype) || c.deterministic != t.deterministic) continue;
+    if (c.head_dim < max_of(t.head_dim, t.head_dim_v)) continue;
+    config = with_stages_that_fit(c, arch);
+    config.dtype = t.dtype;
+    config.copy_bytes = t.alignment;
+    config.async_copy = t.alignment >= 4;
+    if (blocks_that_fit(config, arch) > 0) break;
+  }
+  return config;
+}
+
+}  // namespace flashcute

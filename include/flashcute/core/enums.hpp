@@ -1,0 +1,119 @@
+// The enums that tell kernels apart, each with a table of its enumerators. Everything that spells, parses, lists or
+// dispatches on an enumerator goes through the table.
+#pragma once
+
+#include "flashcute/core/std.hpp"
+
+namespace flashcute {
+
+/// A row of an enum's table.
+template <class Enum>
+struct Enumerator {
+  Enum value;
+  char const* name;  // as C++ and Python spell it
+  char const* word;  // what the name of a kernel says of it; "" for nothing
+};
+
+/// The table of an enum: `type`, the enum's name, and `rows`, one for each enumerator in order.
+template <class Enum>
+struct EnumTable;
+
+// Defines an enum and its table from one list with a ROW(name, word) for each enumerator. Because the enum is made from
+// the list as well, no enumerator can be without a row.
+#define FLASHCUTE_ENUM(TYPE, LIST)                                         \
+  enum class TYPE : uint8_t { LIST(FLASHCUTE_ENUMERATOR) };                \
+  template <>                                                              \
+  struct EnumTable<TYPE> {                                                 \
+    using Enum = TYPE;                                                     \
+    static constexpr char const* type = #TYPE;                             \
+    static constexpr Enumerator<TYPE> rows[] = {LIST(FLASHCUTE_ENUM_ROW)}; \
+    static constexpr int32_t count = sizeof(rows) / sizeof(rows[0]);       \
+  };
+#define FLASHCUTE_ENUMERATOR(NAME, WORD) NAME,
+#define FLASHCUTE_ENUM_ROW(NAME, WORD) {Enum::NAME, #NAME, WORD},
+
+/// An enum that FLASHCUTE_ENUM has defined.
+template <class T>
+concept TabulatedEnum = requires { EnumTable<T>::rows; };
+
+template <TabulatedEnum Enum>
+constexpr char const* name_of(Enum value) {
+  for (auto const& row : EnumTable<Enum>::rows) {
+    if (row.value == value) return row.name;
+  }
+  return "?";
+}
+
+template <TabulatedEnum Enum>
+constexpr char const* word_of(Enum value) {
+  for (auto const& row : EnumTable<Enum>::rows) {
+    if (row.value == value) return row.word;
+  }
+  return "?";
+}
+
+/// Calls f.operator()<value>(): the enumerator as a constant. `f` is instantiated for every enumerator, so an
+/// enumerator that it cannot serve does not compile.
+template <int32_t row = 0, TabulatedEnum Enum, class F>
+constexpr auto with_constant(Enum value, F const& f) {
+  using Table = EnumTable<Enum>;
+  if constexpr (row + 1 < Table::count) {
+    if (value != Table::rows[row].value) return with_constant<row + 1>(value, f);
+  }
+  return f.template operator()<Table::rows[row].value>();
+}
+
+// ---- the enums -----------------------------------------------------------------------------------
+
+#define FLASHCUTE_DTYPES(ROW) \
+  ROW(float16, "f16")         \
+  ROW(bfloat16, "bf16")       \
+  ROW(float32, "f32")         \
+  ROW(float64, "f64")         \
+  ROW(int32, "i32")
+FLASHCUTE_ENUM(DType, FLASHCUTE_DTYPES)
+
+constexpr int32_t size_of(DType t) {
+  return t == DType::float64 ? 8 : t == DType::float32 || t == DType::int32 ? 4 : 2;
+}
+
+// Which kernels: those that every GPU from compute capability 8.0 on runs (cp.async, ldmatrix, mma.sync), or Hopper's
+// own (copies by TMA, products by WGMMA, specialised warps).
+#define FLASHCUTE_KERNELS(ROW) \
+  ROW(sm80, "")                \
+  ROW(sm90, "sm90")
+FLASHCUTE_ENUM(Kernel, FLASHCUTE_KERNELS)
+
+// Who multiplies. With float32 the tensor cores compute in TF32, 10 bits of fraction; tf32x3 makes up for that by
+// three products in place of one.
+#define FLASHCUTE_MATHS(ROW) \
+  ROW(tensor_core, "")       \
+  ROW(tf32x3, "tf32x3")      \
+  ROW(cuda_core, "cudacore")
+FLASHCUTE_ENUM(Math, FLASHCUTE_MATHS)
+
+// Which keys a query sees: mask.hpp has a Mask for each.
+#define FLASHCUTE_MASK_KINDS(ROW) \
+  ROW(full, "full")               \
+  ROW(causal, "causal")
+FLASHCUTE_ENUM(MaskKind, FLASHCUTE_MASK_KINDS)
+
+// The forward is one launch.
+#define FLASHCUTE_FORWARD_PASSES(ROW) ROW(forward, "")
+FLASHCUTE_ENUM(SinglePass, FLASHCUTE_FORWARD_PASSES)
+
+// The backward takes a few passes, a launch each on a GPU. What a pass computes:
+//   queries    delta and dQ of a tile of query rows, past which the keys go
+//   keys       dK and dV of a tile of keys, past which the queries go
+//   prepare    delta of a tile of query rows; clears the sums that become its dQ
+//   gradients  dK and dV of a tile of keys, past which the queries go, and adds to their sums what it gives to dQ
+//   finish     dQ of a tile of query rows, from its sums
+#define FLASHCUTE_BACKWARD_PASSES(ROW) \
+  ROW(queries, "queries")              \
+  ROW(keys, "keys")                    \
+  ROW(prepare, "prepare")              \
+  ROW(gradients, "gradients")          \
+  ROW(finish, "finish")
+FLASHCUTE_ENUM(BackwardPass, FLASHCUTE_BACKWARD_PASSES)
+
+}  // namespace flashcute

@@ -1,0 +1,62 @@
+// What one launch of the forward needs to know: plain data, passed by value as the kernel's only
+// parameter and read by the CPU backend too.
+#pragma once
+
+#include "flashcute/core/std.hpp"
+
+namespace flashcute {
+
+/// Element (not byte) distances between neighbours. The last dimension always has stride 1.
+struct Strides {
+  int64_t batch, row, head;
+};
+
+/// How a tile of query rows treated the K/V blocks of its sequence.
+struct BlockCounts {
+  int32_t full;     // visited, without a test of elements
+  int32_t partial;  // visited, with one
+  int32_t skipped;  // never touched
+};
+
+/// Where element 0 of a row lies.
+FLASHCUTE_HD int64_t row_offset(Strides const& s, int64_t batch, int64_t head, int64_t row) {
+  return batch * s.batch + head * s.head + row * s.row;
+}
+
+struct ForwardParams {
+  void const* q;              // (batch, seqlen_q, heads,    head_dim)
+  void const* k;              // (batch, seqlen_k, kv_heads, head_dim)
+  void const* v;              // (batch, seqlen_k, kv_heads, head_dim_v)
+  void* out;                  // (batch, seqlen_q, heads,    head_dim_v)
+  void* lse;                  // (batch, heads, seqlen_q), contiguous; fp32, or fp64 with fp64 inputs; may be null
+  BlockCounts* block_counts;  // (batch, heads, row blocks); null unless Features::count_blocks
+
+  Strides q_stride, k_stride, v_stride, out_stride;
+
+  double scale;      // of the scores: softmax(scale * Q K^T)
+  float scale_log2;  // scale * log2(e), for the base-2 softmax of the GPU kernels
+
+  int32_t batch, heads, kv_heads;
+  int32_t seqlen_q, seqlen_k;
+  int32_t head_dim, head_dim_v;
+  int32_t causal_offset;  // causal: query i sees key j iff j <= i + causal_offset
+};
+
+// The host (g++) fills the struct, the device compiler reads it: both assert the layout.
+static_assert(sizeof(Strides) == 24);
+static_assert(sizeof(BlockCounts) == 12);
+static_assert(sizeof(ForwardParams) == 192);
+#if !defined(__CUDACC_RTC__)  // NVRTC's offsetof is no constant expression
+static_assert(offsetof(ForwardParams, q_stride) == 48);
+static_assert(offsetof(ForwardParams, out_stride) == 120);
+static_assert(offsetof(ForwardParams, scale) == 144);
+static_assert(offsetof(ForwardParams, batch) == 156);
+static_assert(offsetof(ForwardParams, causal_offset) == 184);
+#endif
+
+/// Where the LSE of a head's first query lies, in a contiguous tensor of (batch, heads, seqlen_q). Delta lies likewise.
+FLASHCUTE_HD int64_t lse_offset(ForwardParams const& p, int32_t batch, int32_t head) {
+  return (static_cast<int64_t>(batch) * p.heads + head) * p.seqlen_q;
+}
+
+}  // namespace flashcute

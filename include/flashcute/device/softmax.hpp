@@ -1,0 +1,307 @@
+// The online softmax: keeps, for every row this thread holds, a maximum of its scores and the sum of exponentials
+// relative to it, and corrects sum and output when a new block raises the maximum.
+#pragma once
+
+#include "flashcute/core/forward_params.hpp"
+#include "flashcute/device/fragment.hpp"
+
+namespace flashcute {
+
+/// Combines a value over the quad of lanes that shares a row.
+template <class Op>
+FLASHCUTE_DEVICE float quad_reduce(float x, Op const& op) {
+  x = op(x, shuffle_xor(x, 2));
+  return op(x, shuffle_xor(x, 1));
+}
+
+/// How scores become exponentials. Optimized: a score is scaled in the multiply-add that subtracts the
+/// maximum, in units of log2.
+template <bool Optimized>
+class Exponential {
+ public:
+  FLASHCUTE_DEVICE explicit Exponential(ForwardParams const& p) : scale_log2_(p.scale_log2) {}
+
+  template <class Scores>
+  FLASHCUTE_DEVICE void prepare(Scores&&) const {}
+
+  /// exp(scale * (x - y)). The difference comes first, so that x = y gives exactly 1. As a fused multiply-add of
+  /// a rounded product it would give 1 + a rounding error, which a long row would raise to a high power.
+  FLASHCUTE_DEVICE float ratio(float x, float y) const { return exp2_approx(log2_ratio(x, y)); }
+  FLASHCUTE_DEVICE float log2_ratio(float x, float y) const { return (x - y) * scale_log2_; }
+
+  /// Calls f(x -> exp(scale * (x - y))).
+  template <class F>
+  FLASHCUTE_DEVICE void relative_to(float y, F const& f) const {
+    float const base = y * scale_log2_;
+    f([&](float x) { return exp2_approx(x * scale_log2_ - base); });
+  }
+
+  FLASHCUTE_DEVICE float base_of(float y) const { return y * scale_log2_; }
+  FLASHCUTE_DEVICE float exponent(float x, float base) const { return x * scale_log2_ - base; }
+
+  /// scale * x
+  FLASHCUTE_DEVICE float scaled(float x) const { return x * scale_log2_ * ln2; }
+
+ private:
+  static constexpr float ln2 = 0.693147180559945309f;
+
+  float scale_log2_;
+};
+
+/// As in a textbook: scale all scores, then exp(score - maximum), with the base changed in each.
+template <>
+class Exponential<false> {
+ public:
+  FLASHCUTE_DEVICE explicit Exponential(ForwardParams const& p)
+      : scale_(max_of(static_cast<float>(p.scale), smallest_normal)) {}
+
+  template <class Scores>
+  FLASHCUTE_DEVICE void prepare(Scores&& scores) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(scores); ++i) scores(i) *= scale_;
+  }
+
+  FLASHCUTE_DEVICE float ratio(float x, float y) const { return exp2_approx(log2_ratio(x, y)); }
+  FLASHCUTE_DEVICE float log2_ratio(float x, float y) const { return (x - y) * log2_e; }
+
+  template <class F>
+  FLASHCUTE_DEVICE void relative_to(float y, F const& f) const {
+    f([&](float x) { return ratio(x, y); });
+  }
+
+  FLASHCUTE_DEVICE float scaled(float x) const { return x; }
+
+ private:
+  static constexpr float log2_e = 1.442695040888963407f;
+
+  float scale_;  // above 0: a masked score stays -inf
+};
+
+/// A maximum need not be the latest one: any value near it keeps exponentials and sums in range, and cancels in the
+/// end. So with a threshold t a row keeps its maximum until a score exceeds it so far that an exponential would
+/// exceed 2^t, and a warp whose rows all keep theirs does not touch its output.
+/// Source of the idea: FlashAttention-4.
+template <int Rows, bool Optimized, int Threshold>
+class OnlineSoftmax {
+ public:
+  FLASHCUTE_DEVICE explicit OnlineSoftmax(ForwardParams const& p) : exponential_(p) {
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      row_max_[i] = -infinity;
+      row_sum_[i] = 0.f;
+    }
+  }
+
+  /// What the sums and the output so far have to be multiplied by, row by row, to be relative to new maxima.
+  struct Correction {
+    float factor[Rows];
+    bool any;  // whether a row of the warp has a new maximum; else all factors are 1
+  };
+
+  /// Turns the scores of one block into unnormalised probabilities, in place, and rescales the output
+  /// accumulated so far to the new row maximum.
+  template <class Scores, class Output>
+  FLASHCUTE_DEVICE void update(Scores&& scores, Output&& output) {
+    exponential_.prepare(scores);
+    auto const correction = raise_max(scores);
+    if (correction.any) {
+      rescale(output, correction);
+      rescale_sums(correction);
+    }
+    exponentiate(scores);
+  }
+
+  /// Calls wait(maxima): the next exponentials depend on what comes out of it, so none of them is computed before.
+  template <class F>
+  FLASHCUTE_DEVICE void hold_until(F const& wait) {
+    wait(row_max_);
+  }
+
+  // For an output that is being added to meanwhile: the caller rescales it later.
+
+  /// As `update`; tells by what to rescale the output.
+  template <class Scores>
+  FLASHCUTE_DEVICE Correction update(Scores&& scores) {
+    exponential_.prepare(scores);
+    auto const correction = raise_max(scores);
+    rescale_sums(correction);
+    exponentiate(scores);
+    return correction;
+  }
+
+  /// The same, but the scores stay; the probabilities go to `p`, a fragment of their operand type.
+  template <class Scores, class Probabilities>
+  FLASHCUTE_DEVICE Correction update_into(Probabilities& p, Scores const& scores) {
+    auto const correction = raise_max(scores);
+    rescale_sums(correction);
+    float added[Rows];
+    exponentiate_into<true>(p, scores, added);
+    return correction;
+  }
+
+  /// The same relative to the maxima so far, without a look at the scores: no exponential can exceed 2^Threshold unless
+  /// what a thread adds to a row's sum does. Where it does, the maximum is raised and all is done again. A row that has
+  /// no maximum yet adds infinity or NaN.
+  template <class Scores, class Probabilities>
+  FLASHCUTE_DEVICE Correction update_by_stale_max(Probabilities& p, Scores const& scores) {
+    float const limit = static_cast<float>(1 << Threshold);
+    float sums[Rows], added[Rows];
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) sums[i] = row_sum_[i];
+    exponentiate_into<false>(p, scores, added);
+    bool over = false;
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) over = over || !(added[i] <= limit);
+    Correction correction;
+    correction.any = warp_any(over);
+    if (correction.any) {
+      CUTE_UNROLL
+      for (int i = 0; i < Rows; ++i) {
+        row_sum_[i] = sums[i];
+        added[i] = quad_reduce(added[i], [](float a, float b) { return max_or_nan(a, b); });
+      }
+      // Of the other rows nothing changes, not even by rounding: a row does not depend on its neighbours.
+      correction = raise_max_where(scores, [&](int i, float) { return !(added[i] <= limit); });
+      rescale_sums(correction);
+      exponentiate_into<true>(p, scores, added);
+    }
+    return correction;
+  }
+
+  template <class Output>
+  FLASHCUTE_DEVICE static void rescale(Output&& output, Correction const& correction) {
+    auto o = by_row_and_column(output);  // (row, head dim)
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      CUTE_UNROLL
+      for (int j = 0; j < cute::size<1>(o); ++j) o(i, j) *= correction.factor[i];
+    }
+  }
+
+  /// Divides the output by the row sums. `empty(i)` tells whether row i of this thread sees no key:
+  /// its output is 0. A row that sees keys, all with score -inf, becomes 0 * inf = NaN.
+  template <class Output, class Empty>
+  FLASHCUTE_DEVICE void finish(Output&& output, Empty const& empty) {
+    using namespace cute;
+    auto o = by_row_and_column(output);  // (row, head dim)
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      if constexpr (Optimized) row_sum_[i] = quad_sum(row_sum_[i]);
+      float const inverse = empty(i) ? 0.f : reciprocal_approx(row_sum_[i]);
+      CUTE_UNROLL
+      for (int j = 0; j < size<1>(o); ++j) o(i, j) *= inverse;
+    }
+  }
+
+  /// log(sum(exp(scale * score))) of row i, after `finish`; -inf for an empty row.
+  FLASHCUTE_DEVICE float lse(int i) const {
+    return row_sum_[i] == 0.f ? -infinity : exponential_.scaled(row_max_[i]) + logf(row_sum_[i]);
+  }
+
+ private:
+  /// Raises maxima by a threshold: only where an exponential would exceed 2^Threshold.
+  template <class Scores>
+  FLASHCUTE_DEVICE Correction raise_max(Scores const& scores) {
+    return raise_max_where(scores, [&](int i, float new_max) {
+      return Threshold == 0 || exponential_.log2_ratio(new_max, row_max_[i]) > Threshold;
+    });
+  }
+
+  /// Sets row i's maximum to the latest one if `raised(i, latest)`.
+  template <class Scores, class Raised>
+  FLASHCUTE_DEVICE Correction raise_max_where(Scores const& scores, Raised const& raised) {
+    using namespace cute;
+    auto s = by_row_and_column(scores);  // (row, column)
+    Correction correction;
+    bool any = false;
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      // fmaxf passes over NaN; a NaN score still becomes a NaN probability below.
+      float new_max = row_max_[i];
+      CUTE_UNROLL
+      for (int j = 0; j < size<1>(s); ++j) new_max = fmaxf(new_max, s(i, j));
+      new_max = quad_reduce(new_max, [](float a, float b) { return fmaxf(a, b); });
+      bool const row_raised = raised(i, new_max);
+      new_max = row_raised ? new_max : row_max_[i];
+      any = any || row_raised;
+      correction.factor[i] = exponential_.ratio(row_max_[i], shift_of(new_max));
+      row_max_[i] = new_max;
+    }
+    correction.any = Threshold == 0 || warp_any(any);
+    return correction;
+  }
+
+  FLASHCUTE_DEVICE void rescale_sums(Correction const& correction) {
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) row_sum_[i] *= correction.factor[i];
+  }
+
+  /// Adds exponentials to the sums, and puts them, rounded, into `p`. Tells what this thread added to each.
+  template <bool Shift, class Probabilities, class Scores>
+  FLASHCUTE_DEVICE void exponentiate_into(Probabilities& p, Scores const& scores, float (&added)[Rows]) {
+    using namespace cute;
+    using Element = typename Probabilities::value_type;
+    auto s = by_row_and_column(scores);  // (row, column)
+    auto pairs = words_of(p);
+    float sum[2 * Rows];
+    float base[Rows];
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      base[i] = exponential_.base_of(Shift ? shift_of(row_max_[i]) : row_max_[i]);
+      sum[2 * i] = 0.f;
+      sum[2 * i + 1] = 0.f;
+    }
+    // In the accumulator's own order: pairs of columns, rows within.
+    CUTE_UNROLL
+    for (int j = 0; j < size<1>(s) / 2; ++j) {
+      CUTE_UNROLL
+      for (int i = 0; i < Rows; ++i) {
+        float x[2];
+        CUTE_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          x[c] = exp2_approx(exponential_.exponent(s(i, 2 * j + c), base[i]));
+          sum[2 * i + c] += x[c];
+        }
+        pairs(j * Rows + i) = round_pair<Element>(x[0], x[1]);
+      }
+    }
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      added[i] = sum[2 * i] + sum[2 * i + 1];
+      row_sum_[i] += added[i];
+    }
+  }
+
+  template <class Scores>
+  FLASHCUTE_DEVICE void exponentiate(Scores& scores) {
+    using namespace cute;
+    auto s = by_row_and_column(scores);  // (row, column)
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      // Optimized: each lane keeps the sum of its own columns until `finish`.
+      float sum = Optimized ? row_sum_[i] : 0.f;
+      exponential_.relative_to(shift_of(row_max_[i]), [&](auto const& exponential) {
+        CUTE_UNROLL
+        for (int j = 0; j < size<1>(s); ++j) {
+          s(i, j) = exponential(s(i, j));
+          sum += s(i, j);
+        }
+      });
+      row_sum_[i] = Optimized ? sum : row_sum_[i] + quad_sum(sum);
+    }
+  }
+
+  /// What is subtracted from a row's scores. A row that has seen no key keeps -inf as its maximum: 0 then, because
+  /// -inf - -inf is NaN.
+  FLASHCUTE_DEVICE static float shift_of(float row_max) { return row_max == -infinity ? 0.f : row_max; }
+
+  FLASHCUTE_DEVICE static float quad_sum(float x) {
+    return quad_reduce(x, [](float a, float b) { return a + b; });
+  }
+
+  Exponential<Optimized> exponential_;
+  float row_max_[Rows];
+  float row_sum_[Rows];
+};
+
+}  // namespace flashcute

@@ -1,0 +1,27 @@
+// Debug mode: which K/V blocks a tile of query rows visited. Counted where they are visited, to be compared
+// with what the mask says.
+#pragma once
+
+#include "flashcute/policy/mask.hpp"
+
+namespace flashcute {
+
+template <bool Enabled>
+struct BlockCounter {
+  int32_t full = 0, partial = 0;
+
+  FLASHCUTE_HD void visit(bool is_partial) { ++(is_partial ? partial : full); }
+
+  /// The counts, and that all other blocks of the sequence were skipped.
+  FLASHCUTE_HD BlockCounts counts(Sequence const& sequence, int32_t block_n) const {
+    return {full, partial, ceil_div(sequence.keys(), block_n) - full - partial};
+  }
+};
+
+/// Costs nothing.
+template <>
+struct BlockCounter<false> {
+  FLASHCUTE_HD void visit(bool) {}
+};
+
+}  // namespace flashcute

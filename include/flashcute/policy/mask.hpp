@@ -1,0 +1,110 @@
+// Which keys a query sees. A mask has five functions: `kv_range` tells which blocks of keys a tile of query rows must
+// visit, `query_range` which blocks of query rows a tile of keys must visit, `visible` whether a query sees a key,
+// `seen` which of many keys a query sees, and `seen_by` which of many queries see which keys. GPU kernels, the CPU
+// backend and the tests share them.
+#pragma once
+
+#include "flashcute/core/forward_config.hpp"
+#include "flashcute/policy/kv_blocks.hpp"
+#include "flashcute/policy/query_tile.hpp"
+
+namespace flashcute {
+
+/// The lowest `count` bits, for any `count`.
+FLASHCUTE_HD uint32_t low_bits(int32_t count) { return count >= 32 ? ~0u : (1u << max_of(count, 0)) - 1; }
+
+/// What one query sees of the keys from some key on: the first `count` of them.
+struct Seen {
+  int32_t count;
+
+  FLASHCUTE_HD bool at(int32_t distance) const { return distance < count; }
+
+  /// The same for 32 of a thread's columns, from its `first`-th on, as bits. `Columns::columns_before(distance)` tells
+  /// how many of the thread's columns are less than `distance` from its first.
+  template <class Columns>
+  FLASHCUTE_HD uint32_t bits(int32_t first) const {
+    return low_bits(Columns::columns_before(count) - first);
+  }
+};
+
+/// The same where keys stay and queries pass by: which of the queries from `query0` on see which of the keys from
+/// `key0` on.
+template <class Mask>
+struct SeenBy {
+  int32_t key0, query0;
+  Sequence sequence;
+
+  /// Whether the query exists and sees the key. (Of the keys that stay, those that do not exist are never stored.)
+  /// Query by query: with a range of queries for each key nvcc 13.0 makes other code.
+  FLASHCUTE_HD bool at(int32_t query, int32_t key) const {
+    bool const exists = query0 + query < sequence.rows();
+    return exists & Mask::seen(query0 + query, key0, sequence).at(key);
+  }
+};
+
+/// A mask under which a row sees a prefix of the keys that never shrinks from row to row: the last row
+/// of a tile says which blocks to visit, the first row which are full.
+template <class Derived>
+struct PrefixMask {
+  FLASHCUTE_HD static bool visible(int32_t q, int32_t k, Sequence const& s) { return k < Derived::visible_keys(q, s); }
+
+  /// What query `q` sees of the keys from `key0` on.
+  FLASHCUTE_HD static Seen seen(int32_t q, int32_t key0, Sequence const& s) {
+    return {Derived::visible_keys(q, s) - key0};
+  }
+
+  FLASHCUTE_HD static SeenBy<Derived> seen_by(int32_t key0, int32_t query0, Sequence const& s) {
+    return {key0, query0, s};
+  }
+
+  FLASHCUTE_HD static KvRange kv_range(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {
+    auto const sequence = tile.sequence(p);
+    int32_t const first = Derived::visible_keys(tile.row0, sequence);
+    int32_t const last = Derived::visible_keys(tile.row0 + tile.rows - 1, sequence);
+    return {0, first / block_n, ceil_div(last, block_n)};
+  }
+
+  /// The blocks of query rows that see any of the tile's keys: from the first row that sees its first key.
+  FLASHCUTE_HD static QueryRange query_range(KeyTile const& tile, ForwardParams const& p, int32_t block_m) {
+    auto const sequence = tile.sequence(p);
+    int32_t const any = Derived::first_query(tile.row0, sequence);
+    int32_t const all = Derived::first_query(tile.row0 + tile.rows - 1, sequence);
+    int32_t const end = any < sequence.rows() ? ceil_div(sequence.rows(), block_m) : 0;
+    return {any / block_m, ceil_div(all, block_m), end};
+  }
+
+  /// A row that sees nothing has output 0 and LSE -inf.
+  FLASHCUTE_HD static bool empty_row(int32_t q, Sequence const& s) { return Derived::visible_keys(q, s) == 0; }
+};
+
+template <MaskKind Kind>
+struct Mask;
+
+/// Every key of the sequence.
+template <>
+struct Mask<MaskKind::full> : PrefixMask<Mask<MaskKind::full>> {
+  static constexpr bool rows_differ = false;  // whether a row may see a key that another row does not
+
+  FLASHCUTE_HD static int32_t visible_keys(int32_t /*q*/, Sequence const& s) { return s.keys(); }
+
+  /// The first row that sees a key; `rows` if none does.
+  FLASHCUTE_HD static int32_t first_query(int32_t /*k*/, Sequence const& /*s*/) { return 0; }
+};
+
+/// Keys j <= i + diagonal.
+template <>
+struct Mask<MaskKind::causal> : PrefixMask<Mask<MaskKind::causal>> {
+  static constexpr bool rows_differ = true;
+
+  FLASHCUTE_HD static int32_t visible_keys(int32_t q, Sequence const& s) {
+    int64_t const keys = static_cast<int64_t>(q) + s.diagonal() + 1;
+    return static_cast<int32_t>(max_of<int64_t>(0, min_of<int64_t>(keys, s.keys())));
+  }
+
+  FLASHCUTE_HD static int32_t first_query(int32_t k, Sequence const& s) {
+    int64_t const row = static_cast<int64_t>(k) - s.diagonal();
+    return static_cast<int32_t>(max_of<int64_t>(0, min_of<int64_t>(row, s.rows())));
+  }
+};
+
+}  // namespace flashcute

@@ -1,0 +1,117 @@
+// What one thread block, or one task of the CPU, computes: a tile of query rows of one head, or a tile of keys of one
+// K/V head.
+#pragma once
+
+#include "flashcute/policy/sequence.hpp"
+
+namespace flashcute {
+
+/// Query rows [row0, row0 + rows) of one head.
+struct QueryTile {
+  int32_t batch, head, kv_head;
+  int32_t row0;  // first query row
+  int32_t rows;  // rows that exist: block_m, or fewer at the end of the sequence
+
+  /// The sequence that the rows belong to.
+  FLASHCUTE_HD Sequence sequence(ForwardParams const& p) const { return Sequence::uniform(p); }
+
+  /// Tile `index` of `count(p, block_m)`. Within a head the last rows come first: under a causal mask they
+  /// are the longest tiles, and long tiles should start early. A GPU passes its 32-bit block index, which
+  /// avoids a 64-bit division.
+  template <class Index>
+  FLASHCUTE_HD static QueryTile at(ForwardParams const& p, Index index, int32_t block_m) {
+    auto const row_blocks = static_cast<Index>(ceil_div(p.seqlen_q, block_m));
+    return of(p, index / row_blocks, static_cast<int32_t>(row_blocks - 1 - index % row_blocks), block_m);
+  }
+
+  /// Tile `block` of the `head_index`-th head of all batches.
+  template <class Index>
+  FLASHCUTE_HD static QueryTile of(ForwardParams const& p, Index head_index, int32_t block, int32_t block_m) {
+    QueryTile t = whole_head(p, head_index);
+    t.row0 = block * block_m;
+    t.rows = min_of(block_m, t.sequence(p).rows() - t.row0);
+    return t;
+  }
+
+  /// All rows of the `head_index`-th head of all batches.
+  template <class Index>
+  FLASHCUTE_HD static QueryTile whole_head(ForwardParams const& p, Index head_index) {
+    auto const heads = static_cast<Index>(p.heads);
+    QueryTile t;
+    t.batch = static_cast<int32_t>(head_index / heads);
+    t.head = static_cast<int32_t>(head_index % heads);
+    t.kv_head = t.head / (p.heads / p.kv_heads);
+    t.row0 = 0;
+    t.rows = p.seqlen_q;  // sequence(p).rows(), with which nvcc 13.0 schedules Hopper's kernel for d 128 differently
+    return t;
+  }
+
+  /// Cuts the tile, from its last row on, into parts of `size` rows, and returns the `i`-th. The part with the tile's
+  /// first rows may have fewer rows, and the parts after it have none.
+  FLASHCUTE_HD QueryTile part_from_end(int32_t i, int32_t size) const {
+    int32_t const end = row0 + rows - i * size;
+    QueryTile part = *this;
+    part.row0 = max_of(row0, end - size);
+    part.rows = end - part.row0;
+    return part;
+  }
+
+  /// Tiles of all heads of all batches.
+  FLASHCUTE_HD static int64_t count(ForwardParams const& p, int32_t block_m) {
+    return static_cast<int64_t>(p.batch) * p.heads * ceil_div<int64_t>(p.seqlen_q, block_m);
+  }
+
+  /// The first row's element 0 in each tensor; for K and V, that of the sequence's first key.
+  FLASHCUTE_HD int64_t q_offset(ForwardParams const& p) const { return row_offset(p.q_stride, batch, head, row0); }
+  FLASHCUTE_HD int64_t k_offset(ForwardParams const& p) const { return row_offset(p.k_stride, batch, kv_head, 0); }
+  FLASHCUTE_HD int64_t v_offset(ForwardParams const& p) const { return row_offset(p.v_stride, batch, kv_head, 0); }
+  FLASHCUTE_HD int64_t out_offset(ForwardParams const& p) const { return row_offset(p.out_stride, batch, head, row0); }
+  FLASHCUTE_HD int64_t lse_offset(ForwardParams const& p) const { return flashcute::lse_offset(p, batch, head) + row0; }
+
+  /// Where the block counts lie of the tile that these rows are, or are a part of. It does not matter whether tiles are
+  /// cut from the first row on or from the last.
+  FLASHCUTE_HD int64_t block_counts_offset(ForwardParams const& p, int32_t block_m) const {
+    int64_t const heads_to_here = static_cast<int64_t>(batch) * p.heads + head + 1;
+    return heads_to_here * ceil_div(p.seqlen_q, block_m) - ceil_div(p.seqlen_q - row0, block_m);
+  }
+};
+
+/// One block of keys of one K/V head: a task of the backward that owns its rows of dK and dV, for all query heads of
+/// the group.
+struct KeyTile {
+  int32_t batch, kv_head;
+  int32_t row0;  // first key
+  int32_t rows;  // keys that exist: block_keys, or fewer at the end of the sequence
+
+  /// The sequence that the keys belong to.
+  FLASHCUTE_HD Sequence sequence(ForwardParams const& p) const { return Sequence::uniform(p); }
+
+  static constexpr int64_t cache_bytes = 32 << 20;
+
+  /// Tile `index` of `count(p, block_keys)`. Under a causal mask most queries see the first keys, and long tiles should
+  /// start early: the first tiles of several heads come before the second tiles of these heads. The heads are so few
+  /// that what their tiles read and write of the queries (Q, dO and the sums of dQ) stays in a level 2 cache.
+  template <class Index>
+  FLASHCUTE_HD static KeyTile at(ForwardParams const& p, Index index, int32_t block_keys) {
+    auto const blocks = static_cast<Index>(ceil_div(p.seqlen_k, block_keys));
+    auto const heads = static_cast<Index>(p.batch) * static_cast<Index>(p.kv_heads);
+    int64_t const bytes_of_head = static_cast<int64_t>(p.seqlen_q) * (p.head_dim + p.head_dim_v) * 4;
+    auto const heads_at_once = static_cast<Index>(min_of<int64_t>(heads, 1 + cache_bytes / (bytes_of_head + 1)));
+    Index const first = index / (heads_at_once * blocks) * heads_at_once;
+    Index const width = min_of(heads_at_once, heads - first);
+    Index const place = index - first * blocks;
+    Index const head_index = first + place % width;
+    KeyTile t;
+    t.batch = static_cast<int32_t>(head_index / p.kv_heads);
+    t.kv_head = static_cast<int32_t>(head_index % p.kv_heads);
+    t.row0 = static_cast<int32_t>(place / width) * block_keys;
+    t.rows = min_of(block_keys, t.sequence(p).keys() - t.row0);
+    return t;
+  }
+
+  FLASHCUTE_HD static int64_t count(ForwardParams const& p, int32_t block_keys) {
+    return static_cast<int64_t>(p.batch) * p.kv_heads * ceil_div<int64_t>(p.seqlen_k, block_keys);
+  }
+};
+
+}  // namespace flashcute

@@ -1,0 +1,32 @@
+// The lengths of one sequence of queries and keys, and how its queries and keys are aligned. A tile tells the sequence
+// that it belongs to, and everything that depends on a length or on the alignment (masks, loads, stores) asks the tile,
+// not the launch: the launch describes tensors, of which a sequence may fill a part.
+#pragma once
+
+#include "flashcute/core/forward_params.hpp"
+
+namespace flashcute {
+
+/// A view: each number is read where it is used. A kernel then reads it from constant memory there. Copies that are
+/// made at the start of a kernel occupy registers for its whole length, and nvcc spills more; even their order changes
+/// the machine code.
+///
+/// Packed tensors will also need the row where a sequence begins, and a mask with a prefix its length. Nothing reads
+/// them yet, so they are not here.
+class Sequence {
+ public:
+  /// The sequence of every batch entry if all have the same lengths: those of the tensors.
+  FLASHCUTE_HD static Sequence uniform(ForwardParams const& p) { return Sequence{p}; }
+
+  FLASHCUTE_HD int32_t rows() const { return p_.seqlen_q; }  // of queries
+  FLASHCUTE_HD int32_t keys() const { return p_.seqlen_k; }
+  /// Causal: query i sees key j iff j <= i + diagonal.
+  FLASHCUTE_HD int32_t diagonal() const { return p_.causal_offset; }
+
+ private:
+  FLASHCUTE_HD explicit Sequence(ForwardParams const& p) : p_(p) {}
+
+  ForwardParams const& p_;
+};
+
+}  // namespace flashcute

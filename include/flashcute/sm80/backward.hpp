@@ -1,0 +1,475 @@
+// The backward pass on tensor cores (cp.async, ldmatrix, mma.sync). Nothing of the size of the scores is stored: P is
+// recomputed from the LSE.
+//
+//     P = exp(scale Q K^T - LSE)     dS = P * (dO V^T - delta)     delta = rowsum(dO * O) - dLSE
+//     dQ = scale dS K                dK = scale dS^T Q             dV = P^T dO
+//
+// A thread block owns a tile of rows: of keys, for dK and dV, or of queries, for dQ. Its rows of X (K, or Q) and Y (V,
+// or dO) stay in shared memory; blocks of the other side, B_X (Q, or K) and B_Y (dO, or V), pass by:
+//
+//     S = X B_X^T,   dP = Y B_Y^T,   dX += dS B_X,   dY += P B_Y (of keys only)
+//
+// P and dS go from product to product in registers, or through shared memory where several warps share the columns of
+// S. Two roads: `queries` and `keys`, seven products, in which every
+// element of a gradient is summed by one thread block in one order; or `gradients`, five, in which tiles of keys also
+// add dS X to the dQ of the queries that pass by. Source: Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 2, of
+// which `queries` exchanges the loops.
+#pragma once
+
+#include "flashcute/device/apply.hpp"
+#include "flashcute/sm80/delta.hpp"
+#include "flashcute/sm80/dq_sums.hpp"
+
+namespace flashcute {
+
+/// Tiles of scores that go through shared memory.
+template <class Element, int Count, int Size>
+struct ScoreTiles {
+  alignas(128) Element tile[Count][Size];
+};
+
+template <class Element, int Size>
+struct ScoreTiles<Element, 0, Size> {};
+
+template <BackwardKernelId Id>
+struct TileGradients {
+  static_assert(has_only<&Features::mask>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
+  static constexpr BackwardPass pass = Id.pass;
+  static constexpr TileConfig C = tile_of(Id.config, pass);
+  static constexpr bool keys_stay = flashcute::keys_stay(pass);
+  static constexpr bool adds_dq = pass == BackwardPass::gradients;
+  static constexpr bool stores_p = flashcute::stores_p(Id.config, pass);
+  static constexpr bool stores_ds = flashcute::stores_ds(Id.config, pass);
+  static constexpr int column_warps = Id.config.column_warps;
+  /// Whether the next block's copies are started between the products, not before them: their addresses then spill
+  /// nothing, unless P and dS are in registers too.
+  static constexpr bool loads_late = column_warps > 1;
+  using L = TileLayout<C>;
+  using P = TileProducts<C, column_warps>;
+  using Mask = flashcute::Mask<Id.features.mask>;
+  using Sums = QueryGradientSums<Id.config>;
+  using Element = typename L::Element;
+  using Rows = flashcute::Rows<Element>;
+  using Tile = std_::conditional_t<keys_stay, KeyTile, QueryTile>;
+  using SmemX = typename L::SmemQ;
+  using SmemY = typename L::SmemO;
+  using SmemBlockX = typename L::SmemK;
+  using SmemBlockY = typename L::SmemV;
+  using SmemScores = typename L::template Smem<typename L::BlockM, typename L::BlockN>;
+
+  /// What there is of each query: its LSE and delta.
+  template <int Queries>
+  struct Statistics {
+    alignas(16) float lse[Queries];
+    alignas(16) float delta[Queries];
+  };
+
+  struct SharedStorage : ScoreTiles<Element, stores_p + stores_ds, C.block_m * C.block_n> {
+    alignas(128) Element x[C.block_m * C.head_dim];
+    alignas(128) Element y[C.block_m * C.head_dim_v];
+    alignas(128) Element block_x[C.stages][C.block_n * C.head_dim];
+    alignas(128) Element block_y[C.stages][C.block_n * C.head_dim_v];
+    Statistics<keys_stay ? C.block_n : C.block_m> queries[keys_stay ? C.stages : 1];
+  };
+  static_assert(sizeof(SharedStorage) == smem_bytes(Id));
+  // (How much shared memory there is, the GPU that it will run on decides.)
+#define FLASHCUTE_RULE(id, sentence) \
+  static_assert(check(Id.config, max_of(compiled_arch, 90)) != BackwardConfigError::id, sentence);
+  FLASHCUTE_BACKWARD_CONFIG_RULES(FLASHCUTE_RULE)
+#undef FLASHCUTE_RULE
+
+  FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& smem) {
+    if constexpr (keys_stay) {
+      run_keys(p, smem);
+    } else {
+      run_queries(p, smem);
+    }
+  }
+
+ private:
+  /// delta and dQ.
+  FLASHCUTE_DEVICE static void run_queries(BackwardParams const& p, SharedStorage& smem) {
+    ForwardParams const& f = p.forward;
+    auto const tile = QueryTile::at(f, block_index(), C.block_m);
+    load<SmemX>(Rows::of(f.q, f.q_stride, tile.batch, tile.head), tile.row0, tile.rows, f.head_dim, smem.x);
+    load<SmemY>(Rows::of(p.dout, p.dout_stride, tile.batch, tile.head), tile.row0, tile.rows, f.head_dim_v, smem.y);
+    prepare_statistics(p, tile, smem);
+
+    auto const range = Mask::kv_range(tile, f, C.block_n);
+    TileGradients gradients{p, smem, tile};
+    gradients.add_all(PassingBlocks::of(range, tile.kv_head));
+    gradients.stage_results();
+    auto const looked_at = range.keys(!P::wants_finite, C.block_n, tile.sequence(f));
+    gradients.add_dropped(tile.kv_head, 1, looked_at, tile.rows);
+    store<SmemX>(smem.x, p.dq, p.dq_stride, tile.batch, tile.head, tile.row0, tile.rows, f.head_dim);
+  }
+
+  /// dK and dV, summed over the query heads of the group.
+  FLASHCUTE_DEVICE static void run_keys(BackwardParams const& p, SharedStorage& smem) {
+    ForwardParams const& f = p.forward;
+    auto const tile = KeyTile::at(f, block_index(), C.block_m);
+    load<SmemX>(Rows::of(f.k, f.k_stride, tile.batch, tile.kv_head), tile.row0, tile.rows, f.head_dim, smem.x);
+    load<SmemY>(Rows::of(f.v, f.v_stride, tile.batch, tile.kv_head), tile.row0, tile.rows, f.head_dim_v, smem.y);
+
+    auto const range = Mask::query_range(tile, f, C.block_n);
+    int const group = f.heads / f.kv_heads, first_head = tile.kv_head * group;
+    TileGradients gradients{p, smem, tile};
+    int const complete = tile.sequence(f).rows() / C.block_n;
+    gradients.add_all(PassingBlocks::of(range, complete, first_head, group));
+    gradients.stage_results();
+    auto const looked_at = range.rows(!P::wants_finite, C.block_n, tile.sequence(f));
+    gradients.add_dropped(first_head, group, looked_at, tile.rows);
+    store<SmemX>(smem.x, p.dk, p.dk_stride, tile.batch, tile.kv_head, tile.row0, tile.rows, f.head_dim);
+    store<SmemY>(smem.y, p.dv, p.dv_stride, tile.batch, tile.kv_head, tile.row0, tile.rows, f.head_dim_v);
+  }
+
+  FLASHCUTE_DEVICE TileGradients(BackwardParams const& p, SharedStorage& smem, Tile const& tile)
+      : p_(p), smem_(smem), tile_(tile) {}
+
+  FLASHCUTE_DEVICE Sequence sequence() const { return tile_.sequence(p_.forward); }
+
+  // ---- the main loop ---------------------------------------------------------------------------------
+
+  FLASHCUTE_DEVICE void add_all(PassingBlocks blocks) {
+    if (blocks.left > 0) load_block(blocks);
+    for (bool first = true; blocks.left > 0; blocks = blocks.after(), first = false) {
+      bool const finite = arrive_and_sync(stage_of(blocks), first);
+      if constexpr (C.stages > 1 && !loads_late) load_next(blocks);
+      if (blocks.partial()) {
+        add_block(blocks, finite, std_::true_type{});
+      } else {
+        add_block(blocks, finite, std_::false_type{});
+      }
+    }
+  }
+
+  /// A block has arrived, and before the first one X and Y; all warps have finished with the one before. If the
+  /// products want to know, tells whether all that is there is finite.
+  FLASHCUTE_DEVICE bool arrive_and_sync(int stage, bool first) {
+    copies_wait();
+    if constexpr (P::wants_finite) {
+      if (first) tile_finite_ = TileCopy<C, SmemX>::is_finite(smem_.x) && TileCopy<C, SmemY>::is_finite(smem_.y);
+      bool const finite = TileCopy<C, SmemBlockX>::is_finite(smem_.block_x[stage]) &&
+                          TileCopy<C, SmemBlockY>::is_finite(smem_.block_y[stage]);
+      return !block_any(!(finite && tile_finite_));
+    }
+    block_sync();
+    return true;
+  }
+
+  FLASHCUTE_DEVICE void load_next(PassingBlocks const& blocks) {
+    if (blocks.left > 1) load_block(blocks.after());
+  }
+
+  /// Starts loading the rows of a block that exist; the others become zeros, which add nothing. Blocks are loaded in
+  /// order.
+  FLASHCUTE_DEVICE void load_block(PassingBlocks const& at) {
+    ForwardParams const& f = p_.forward;
+    int64_t const x_stride = keys_stay ? f.q_stride.row : f.k_stride.row;
+    int64_t const y_stride = keys_stay ? p_.dout_stride.row : f.v_stride.row;
+    int const row0 = at.block * C.block_n, rows = (keys_stay ? sequence().rows() : sequence().keys()) - row0;
+    if (at.block == at.begin) {
+      Rows const x =
+          keys_stay ? Rows::of(f.q, f.q_stride, tile_.batch, at.head) : Rows::of(f.k, f.k_stride, tile_.batch, at.head);
+      Rows const y = keys_stay ? Rows::of(p_.dout, p_.dout_stride, tile_.batch, at.head)
+                               : Rows::of(f.v, f.v_stride, tile_.batch, at.head);
+      next_x_ = TileCopy<C, SmemBlockX>::first(x.first + row0 * x_stride, x_stride);
+      next_y_ = TileCopy<C, SmemBlockY>::first(y.first + row0 * y_stride, y_stride);
+    }
+    int const stage = stage_of(at);
+    auto const copy = [&](auto partial) {
+      TileCopy<C, SmemBlockX>::load(next_x_, x_stride, rows, f.head_dim, smem_.block_x[stage], partial);
+      TileCopy<C, SmemBlockY>::load(next_y_, y_stride, rows, f.head_dim_v, smem_.block_y[stage], partial);
+    };
+    if (rows < C.block_n) {
+      copy(std_::true_type{});
+    } else {
+      copy(std_::false_type{});
+    }
+    if constexpr (keys_stay) load_statistics(at.head, row0, rows, smem_.queries[stage]);
+    next_x_ += C.block_n * x_stride;
+    next_y_ += C.block_n * y_stride;
+  }
+
+  FLASHCUTE_DEVICE static int stage_of(PassingBlocks const& at) { return at.left % C.stages; }
+
+  /// dX and dY of a block, and its dQ.
+  template <class Partial>
+  FLASHCUTE_DEVICE void add_block(PassingBlocks const& at, bool arrived_finite, Partial) {
+    int const stage = stage_of(at), block_row0 = at.block * C.block_n;
+    auto s = L::template accumulator<typename L::BlockM, typename L::BlockN, column_warps>();  // (MMA, MMA_M, MMA_N)
+    multiply_rows<SmemX, SmemBlockX>(s, smem_.x, smem_.block_x[stage], arrived_finite);
+    to_probabilities<Partial::value>(s, block_row0, stage);
+    auto probabilities = convert<typename L::Operand>(s);
+    hold_at_one(probabilities);
+    if constexpr (stores_p) stage_fragment<C, SmemScores, column_warps>(probabilities, p_tile());
+
+    auto ds = L::template accumulator<typename L::BlockM, typename L::BlockN, column_warps>();  // (MMA, MMA_M, MMA_N)
+    multiply_rows<SmemY, SmemBlockY>(ds, smem_.y, smem_.block_y[stage], arrived_finite);
+    if constexpr (C.stages > 1 && loads_late) load_next(at);
+    to_score_gradients<Partial::value>(ds, probabilities, block_row0, stage);
+    auto const score_gradients = convert<typename L::Operand>(ds);
+    if constexpr (stores_ds) stage_fragment<C, SmemScores, column_warps>(score_gradients, ds_tile());
+
+    // (All rows see the same where a block is partial because rows of queries are missing.)
+    bool const differ = Partial::value && Mask::rows_differ && (!keys_stay || at.block < at.full_begin);
+    bool const finite = (P::wants_finite ? arrived_finite : !differ) || drop_nonfinite(stage);
+    if constexpr (column_warps > 1) block_sync();  // P and dS are there
+    if constexpr (keys_stay) {
+      P::gemm(dy_, left_operand(probabilities, p_tile()), right_operand<SmemBlockY>(smem_.block_y[stage]));
+    }
+    P::gemm(dx_, left_operand(score_gradients, ds_tile()), right_operand<SmemBlockX>(smem_.block_x[stage]));
+    // dS is there, and all warps have finished with the block.
+    if constexpr ((adds_dq && column_warps == 1) || C.stages == 1) block_sync();
+    if constexpr (C.stages == 1) load_next(at);
+    if constexpr (adds_dq) add_dq(at, finite);
+  }
+
+  FLASHCUTE_DEVICE Element* p_tile() const {
+    if constexpr (stores_p) return smem_.tile[0];
+    return nullptr;
+  }
+  FLASHCUTE_DEVICE Element* ds_tile() const {
+    if constexpr (stores_ds) return smem_.tile[stores_p];
+    return nullptr;
+  }
+
+  /// acc += A B^T of the rows of two tiles.
+  template <class SmemA, class SmemB, class Accumulator>
+  FLASHCUTE_DEVICE static void multiply_rows(Accumulator& acc, Element const* a, Element const* b, bool finite) {
+    if constexpr (P::wants_finite) {
+      if (!finite) return P::template gemm_of_rows<SmemA, SmemB>(acc, a, b);
+    }
+    P::gemm(acc, P::template rows_as_a<SmemA>(a), P::template rows_as_b<SmemB>(b));
+  }
+
+  /// P or dS as the A operand: this warp's own, or what all stored.
+  template <class Fragment>
+  FLASHCUTE_DEVICE static auto left_operand(Fragment const& own, Element const* stored) {
+    if constexpr (column_warps == 1) {
+      return P::operand_a(own);
+    } else {
+      return P::template rows_as_a<SmemScores>(stored);
+    }
+  }
+
+  /// The rows of a block as the B operand to it.
+  template <class Smem>
+  FLASHCUTE_DEVICE static auto right_operand(Element const* block) {
+    return P::template columns_as_b<Smem, column_warps == 1 ? KOrder::registers : KOrder::memory>(block);
+  }
+
+  /// From S, in place, P.
+  template <bool Partial, class Scores>
+  FLASHCUTE_DEVICE void to_probabilities(Scores& scores, int block_row0, int stage) const {
+    using namespace cute;
+    auto s = by_row_and_column(scores);  // (row, column)
+    auto const c = score_coordinates();  // -> (row, column)
+    auto const& queries = smem_.queries[keys_stay ? stage : 0];
+    CUTE_UNROLL
+    for (int j = 0; j < size<1>(s); ++j) {
+      CUTE_UNROLL
+      for (int i = 0; i < size<0>(s); ++i) {
+        int const query = keys_stay ? get<1>(c(0, j)) : get<0>(c(i, 0));
+        float const x = s(i, j) * p_.forward.scale_log2 - shared_load<float>(&queries.lse[query]) * log2_e;
+        float const probability = exp2_approx(x);
+        s(i, j) = !Partial || visible_elements(c, block_row0).at(i, j) ? probability : 0.f;
+      }
+    }
+  }
+
+  /// Where scores are so large that rounding says that P is more than 1, it is 1.
+  template <class Probabilities>
+  FLASHCUTE_DEVICE static void hold_at_one(Probabilities& probabilities) {
+    auto words = words_of(probabilities);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(words); ++i) words(i) = at_most_one<Element>(words(i));
+  }
+
+  /// From dP, in place, dS. What is not visible becomes 0 by selection: it may be NaN.
+  template <bool Partial, class Scores, class Probabilities>
+  FLASHCUTE_DEVICE void to_score_gradients(Scores& scores, Probabilities const& probabilities, int block_row0,
+                                           int stage) const {
+    using namespace cute;
+    auto ds = by_row_and_column(scores);              // (row, column)
+    auto const p = by_row_and_column(probabilities);  // (row, column)
+    auto const c = score_coordinates();               // -> (row, column)
+    auto const& queries = smem_.queries[keys_stay ? stage : 0];
+    CUTE_UNROLL
+    for (int j = 0; j < size<1>(ds); ++j) {
+      CUTE_UNROLL
+      for (int i = 0; i < size<0>(ds); ++i) {
+        int const query = keys_stay ? get<1>(c(0, j)) : get<0>(c(i, 0));
+        float const x = static_cast<float>(p(i, j)) * (ds(i, j) - shared_load<float>(&queries.delta[query]));
+        ds(i, j) = !Partial || visible_elements(c, block_row0).at(i, j) ? x : 0.f;
+      }
+    }
+  }
+
+  /// (row, column) of every score that this thread holds, by row and column.
+  FLASHCUTE_DEVICE static auto score_coordinates() {
+    return by_row_and_column(
+        L::template coordinates<typename L::BlockM, typename L::BlockN, column_warps>(thread_index()));
+  }
+
+  /// Which elements of a block this thread holds are of a query and a key that it sees.
+  template <class Coordinates>
+  FLASHCUTE_DEVICE auto visible_elements(Coordinates const& c, int block_row0) const {
+    int const row = tile_.row0 + cute::get<0>(c(0, 0)), column = block_row0 + cute::get<1>(c(0, 0));
+    return VisibleElements<L, Mask, keys_stay, column_warps>{row, column, sequence()};
+  }
+
+  /// Adds dS X to the sums of the queries that pass by.
+  FLASHCUTE_DEVICE void add_dq(PassingBlocks const& at, bool finite) const {
+    Sums const sums(p_, tile_.batch, at.head, at.block);
+    if (finite) {
+      sums.add_product(Sums::Products::template columns_as_a<SmemScores>(ds_tile()),
+                       Sums::Products::template columns_as_b<SmemX>(smem_.x));
+    } else {
+      add_visible_dq(sums, at.block * C.block_n);
+    }
+  }
+
+  // ---- NaN and infinity: what the products would multiply by 0 for rows that do not see it ------------
+
+  /// Takes them out of a block, for dX and dY; add_dropped adds them where they are seen. For dQ tells whether all, and
+  /// all of X, is finite.
+  FLASHCUTE_DEVICE bool drop_nonfinite(int stage) {
+    FiniteCheck<Element> check;
+    auto const look_at = [&](Element* place) { check.template look_at<16>(place); };
+    for_each_word_of_block(stage, look_at);
+    if constexpr (adds_dq) for_each_shared_words<L::threads>(smem_.x, C.block_m * C.head_dim, look_at);
+    if (!block_any(!check.all_finite())) return true;  // all warps have finished S and dP
+    dropped_ = true;
+    for_each_word_of_block(stage, [](Element* place) { zero_nonfinite(place); });
+    block_sync();  // the whole block is finite
+    return false;
+  }
+
+  template <class F>
+  FLASHCUTE_DEVICE void for_each_word_of_block(int stage, F const& f) const {
+    for_each_shared_words<L::threads>(smem_.block_x[stage], C.block_n * C.head_dim, f);
+    if constexpr (keys_stay) for_each_shared_words<L::threads>(smem_.block_y[stage], C.block_n * C.head_dim_v, f);
+  }
+
+  /// dS X element by element. Slow, and rare.
+  FLASHCUTE_DEVICE void add_visible_dq(Sums const& sums, int block_row0) const {
+    using namespace cute;
+    auto const c = Sums::coordinates();                                                    // -> (query, column)
+    auto const ds = make_tensor(make_smem_ptr(ds_tile()), typename SmemScores::Layout{});  // (key, query)
+    auto const x = make_tensor(make_smem_ptr(smem_.x), typename SmemX::Layout{});          // (key, column)
+    CUTE_NO_UNROLL
+    for (int i = 0; i < size(c); ++i) {
+      int const query = get<0>(c(i)), column = get<1>(c(i));
+      float sum = 0;
+      CUTE_NO_UNROLL
+      for (int key = 0; key < C.block_m; ++key) {
+        if (!Mask::visible(block_row0 + query, tile_.row0 + key, sequence())) continue;
+        sum += static_cast<float>(shared_load<Element>(&ds(key, query))) *
+               static_cast<float>(shared_load<Element>(&x(key, column)));
+      }
+      sums.add(i, sum);
+    }
+  }
+
+  // ---- what there is of each query -------------------------------------------------------------------
+
+  /// delta of the tile's rows, to shared and to global memory; their LSE to shared memory.
+  FLASHCUTE_DEVICE static void prepare_statistics(BackwardParams const& p, QueryTile const& tile, SharedStorage& smem) {
+    auto const first = tile.lse_offset(p.forward);
+    auto& queries = smem.queries[0];
+    for (int i = thread_index(); i < C.block_m; i += L::threads) {
+      bool const exists = i < tile.rows;
+      shared_store(&queries.lse[i],
+                   exists ? global_load<float>(static_cast<float const*>(p.forward.lse) + first + i) : 0.f);
+      if (!exists) shared_store(&queries.delta[i], 0.f);
+    }
+    Delta<C, C.block_m>::compute(p, tile, [&](int row, float delta) {
+      global_store(static_cast<float*>(p.delta) + first + row, delta);
+      shared_store(&queries.delta[row], delta);
+    });
+  }
+
+  /// Starts loading LSE and delta of a block's rows; 0 where there is no row.
+  FLASHCUTE_DEVICE void load_statistics(int head, int row0, int rows, Statistics<C.block_n>& to) const {
+    ForwardParams const& f = p_.forward;
+    int64_t const first = lse_offset(f, tile_.batch, head) + row0;
+    CUTE_UNROLL
+    for (int pass = 0; pass < ceil_div(C.block_n, L::threads); ++pass) {
+      int const i = pass * L::threads + thread_index();
+      if (i >= C.block_n) break;
+      copy_async<uint32_t>(static_cast<float const*>(f.lse) + first + i, &to.lse[i], i < rows);
+      copy_async<uint32_t>(static_cast<float const*>(p_.delta) + first + i, &to.delta[i], i < rows);
+    }
+  }
+
+  // ---- results ---------------------------------------------------------------------------------------
+
+  /// dX and dY to shared memory, in the places of X and Y.
+  FLASHCUTE_DEVICE void stage_results() {
+    auto const scale = static_cast<float>(p_.forward.scale);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(dx_); ++i) dx_(i) *= scale;
+    copies_wait();
+    block_sync();  // all warps have finished reading X and Y, and no copy is under way
+    stage_tile<C, SmemX, column_warps>(dx_, smem_.x);
+    if constexpr (keys_stay) stage_tile<C, SmemY, column_warps>(dy_, smem_.y);
+    block_sync();  // the tiles are in shared memory
+  }
+
+  /// Corrects the tiles there: to each of the `rows` rows what it sees of the rows `others` of some heads.
+  FLASHCUTE_DEVICE void add_dropped(int first_head, int heads, RowRange const& others, int rows) const {
+    if (!(P::wants_finite || Mask::rows_differ) || !dropped_) return;
+    ForwardParams const& f = p_.forward;
+    auto const sees = [&](int row, int other) {
+      return keys_stay ? Mask::visible(other, tile_.row0 + row, sequence())
+                       : Mask::visible(tile_.row0 + row, other, sequence());
+    };
+    for (int head = first_head; head < first_head + heads; ++head) {
+      Rows const x =
+          keys_stay ? Rows::of(f.q, f.q_stride, tile_.batch, head) : Rows::of(f.k, f.k_stride, tile_.batch, head);
+      flashcute::add_dropped<C, SmemX>(x, others, rows, f.head_dim, smem_.x, sees);
+      if constexpr (keys_stay) {
+        Rows const y = Rows::of(p_.dout, p_.dout_stride, tile_.batch, head);
+        flashcute::add_dropped<C, SmemY>(y, others, rows, f.head_dim_v, smem_.y, sees);
+      }
+    }
+    block_sync();  // all elements are corrected
+  }
+
+  // ---- from and to the tensors -----------------------------------------------------------------------
+
+  template <class Smem>
+  FLASHCUTE_DEVICE static void load(Rows const& from, int row0, int rows, int columns, Element* tile) {
+    using Copy = TileCopy<C, Smem>;
+    Copy::load(Copy::first(from.first + row0 * from.stride, from.stride), from.stride, rows, columns, tile,
+               std_::true_type{});
+  }
+
+  template <class Smem>
+  FLASHCUTE_DEVICE static void store(Element* tile, void* base, Strides const& stride, int batch, int head, int row0,
+                                     int rows, int columns) {
+    using Copy = TileCopy<C, Smem>;
+    auto* const to = Copy::first(static_cast<Element*>(base) + row_offset(stride, batch, head, row0), stride.row);
+    Copy::store(tile, to, stride.row, rows, columns);
+  }
+
+  static constexpr float log2_e = 1.442695040888963407f;
+
+  using AccumulatorX = decltype(L::template accumulator<typename L::BlockM, typename L::HeadDim, column_warps>());
+  using AccumulatorY = decltype(L::template accumulator<typename L::BlockM, typename L::HeadDimV, column_warps>());
+
+  BackwardParams const& p_;
+  SharedStorage& smem_;
+  Tile const tile_;
+  Element const* next_x_ = nullptr;  // this thread's first element of the block to load next
+  Element const* next_y_ = nullptr;
+  AccumulatorX dx_ =
+      L::template accumulator<typename L::BlockM, typename L::HeadDim, column_warps>();  // (MMA, MMA_M, MMA_D)
+  AccumulatorY dy_ =
+      L::template accumulator<typename L::BlockM, typename L::HeadDimV, column_warps>();  // only if keys stay
+  bool dropped_ = false;     // whether anything was taken out; the same in all threads of the block
+  bool tile_finite_ = true;  // what this thread copied of X and Y
+};
+
+}  // namespace flashcute

@@ -1,0 +1,65 @@
+// The passes of the backward as kernels: those that compute tiles of gradients, and what comes before and after them.
+#pragma once
+
+#include "flashcute/sm80/backward.hpp"
+
+namespace flashcute {
+
+/// What comes before the tiles of keys that add to dQ: delta, and cleared sums.
+template <BackwardKernelId Id>
+struct PrepareGradients {
+  static_assert(has_only<>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
+  static constexpr TileConfig C = tile_of(Id.config, Id.pass);
+
+  struct SharedStorage {};
+
+  FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& /*smem*/) {
+    auto const tile = QueryTile::at(p.forward, block_index(), C.block_n);
+    QueryGradientSums<Id.config>(p, tile.batch, tile.head, tile.row0 / C.block_n).clear();
+    Delta<C, C.block_n>::compute(p, tile, [&](int row, float delta) {
+      global_store(static_cast<float*>(p.delta) + tile.lse_offset(p.forward) + row, delta);
+    });
+  }
+};
+
+/// What comes after them: dQ, from its sums.
+template <BackwardKernelId Id>
+struct FinishGradients {
+  static_assert(has_only<>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
+  static constexpr TileConfig C = tile_of(Id.config, Id.pass);
+  using L = TileLayout<C>;
+  using Sums = QueryGradientSums<Id.config>;
+
+  struct SharedStorage {
+    alignas(128) typename L::Element dq[C.block_n * C.head_dim];
+  };
+  static_assert(sizeof(SharedStorage) == smem_bytes(Id));
+
+  FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& smem) {
+    auto const tile = QueryTile::at(p.forward, block_index(), C.block_n);
+    auto dq = Sums::fragment();  // (MMA, MMA_M, MMA_D)
+    Sums(p, tile.batch, tile.head, tile.row0 / C.block_n).load(dq);
+    auto const scale = static_cast<float>(p.forward.scale);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(dq); ++i) dq(i) *= scale;
+    stage_tile<C, typename L::SmemK, Sums::warps_n>(dq, smem.dq);
+    block_sync();  // the tile is in shared memory
+    using Copy = TileCopy<C, typename L::SmemK>;
+    int64_t const first = row_offset(p.dq_stride, tile.batch, tile.head, tile.row0);
+    auto* const to = Copy::first(static_cast<typename L::Element*>(p.dq) + first, p.dq_stride.row);
+    Copy::store(smem.dq, to, p.dq_stride.row, tile.rows, p.forward.head_dim);
+  }
+};
+
+template <BackwardKernelId Id>
+struct BackwardKernel : TileGradients<Id> {};
+
+template <BackwardKernelId Id>
+  requires(Id.pass == BackwardPass::prepare)
+struct BackwardKernel<Id> : PrepareGradients<Id> {};
+
+template <BackwardKernelId Id>
+  requires(Id.pass == BackwardPass::finish)
+struct BackwardKernel<Id> : FinishGradients<Id> {};
+
+}  // namespace flashcute

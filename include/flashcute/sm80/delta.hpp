@@ -1,0 +1,66 @@
+// delta = rowsum(dO * O) - dLSE of query rows: with the LSE all that the backward needs to know of a softmax.
+#pragma once
+
+#include "flashcute/core/backward_params.hpp"
+#include "flashcute/sm80/store.hpp"
+
+namespace flashcute {
+
+/// Lanes that share a row: as few as read it at once, at most a warp.
+constexpr int lanes_of_row(int columns, int columns_of_lane) {
+  int count = 1;
+  while (count < 32 && count * columns_of_lane < columns) count *= 2;
+  return count;
+}
+
+/// Of tiles of TileRows rows.
+template <TileConfig C, int TileRows>
+class Delta {
+  using L = TileLayout<C>;
+  using Element = typename L::Element;
+  static constexpr int vector = C.copy_bytes / sizeof(Element);
+  using Word = cute::uint_bit_t<8 * C.copy_bytes>;
+  static constexpr int lanes = lanes_of_row(C.head_dim_v, vector);
+  static constexpr int rows_per_pass = L::threads / lanes;
+
+ public:
+  /// Calls result(row, delta) with each row of the tile that exists, in one thread of the block.
+  template <class Result>
+  FLASHCUTE_DEVICE static void compute(BackwardParams const& p, QueryTile const& tile, Result const& result) {
+    ForwardParams const& f = p.forward;
+    int const lane = thread_index() % lanes;
+    auto const out = Rows<Element>::of(f.out, f.out_stride, tile.batch, tile.head);
+    auto const dout = Rows<Element>::of(p.dout, p.dout_stride, tile.batch, tile.head);
+    CUTE_UNROLL
+    for (int pass = 0; pass < ceil_div(TileRows, rows_per_pass); ++pass) {
+      int const row = pass * rows_per_pass + thread_index() / lanes;
+      float sum = 0;
+      if (row < tile.rows) {
+        for (int c = lane * vector; c < f.head_dim_v; c += lanes * vector) {
+          sum += dot(out.first + (tile.row0 + row) * out.stride + c, dout.first + (tile.row0 + row) * dout.stride + c);
+        }
+      }
+      CUTE_UNROLL
+      for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+      if (lane != 0 || row >= tile.rows) continue;
+      if (p.dlse != nullptr) {
+        sum -= global_load<float>(static_cast<float const*>(p.dlse) +
+                                  row_offset(p.dlse_stride, tile.batch, tile.head, tile.row0 + row));
+      }
+      result(row, sum);
+    }
+  }
+
+ private:
+  FLASHCUTE_DEVICE static float dot(Element const* a, Element const* b) {
+    auto const words = cute::make_tuple(global_load<Word>(a), global_load<Word>(b));
+    auto const* x = reinterpret_cast<Element const*>(&cute::get<0>(words));
+    auto const* y = reinterpret_cast<Element const*>(&cute::get<1>(words));
+    float sum = 0;
+    CUTE_UNROLL
+    for (int i = 0; i < vector; ++i) sum += static_cast<float>(x[i]) * static_cast<float>(y[i]);
+    return sum;
+  }
+};
+
+}  // namespace flashcute

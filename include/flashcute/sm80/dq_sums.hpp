@@ -1,0 +1,93 @@
+// Sums in fp32 that become dQ. The tiles of keys that a query sees add to them in any order, by atomic additions: the
+// result differs from run to run in its last bits. A tile of sums lies in memory as the threads of a block hold it, so
+// that what a warp adds at once lies together.
+#pragma once
+
+#include "flashcute/core/backward_config.hpp"
+#include "flashcute/core/backward_params.hpp"
+#include "flashcute/sm80/store.hpp"
+#include "flashcute/sm80/tf32x3.hpp"
+
+namespace flashcute {
+
+/// The sums of tiles of `block_m` queries, of the kernels of B.
+template <BackwardConfig B>
+class QueryGradientSums {
+  static constexpr TileConfig C = tile_of(B, BackwardPass::gradients);
+  using L = TileLayout<C>;
+
+ public:
+  static constexpr int warps_n = dq_column_warps(B);
+  using Products = TileProducts<C, warps_n>;
+
+  /// A cleared tile: this thread's part.
+  FLASHCUTE_DEVICE static auto fragment() {
+    return L::template accumulator<typename L::BlockN, typename L::HeadDim, warps_n>();  // (MMA, MMA_M, MMA_D)
+  }
+
+  /// (query, column) of every element of the fragment.
+  FLASHCUTE_DEVICE static auto coordinates() {
+    return L::template coordinates<typename L::BlockN, typename L::HeadDim, warps_n>(thread_index());
+  }
+
+  /// This thread's part of the tile of block `block` of query rows.
+  FLASHCUTE_DEVICE QueryGradientSums(BackwardParams const& p, int batch, int head, int block) {
+    ForwardParams const& f = p.forward;
+    int64_t const tile = (static_cast<int64_t>(batch) * f.heads + head) * ceil_div(f.seqlen_q, B.block_m) + block;
+    first_ = static_cast<float*>(p.dq_sums) + tile * (B.block_m * B.head_dim) + thread_index() * width;
+  }
+
+  FLASHCUTE_DEVICE void clear() const {
+    CUTE_UNROLL
+    for (int i = 0; i < words; ++i) global_store(at(i), Word{});
+  }
+
+  /// Adds the product of two operands. In registers is all of the left one or all of the results, whichever is less;
+  /// neither where a product fetches its left operand again for every 16 columns anyway.
+  template <class OperandA, class OperandB>
+  FLASHCUTE_DEVICE void add_product(OperandA a, OperandB b) const {
+    constexpr int depth = decltype(cute::size<2>(a.fragment))::value;    // in K-steps
+    constexpr int columns = decltype(cute::size<1>(b.fragment))::value;  // in n8
+    auto const add_columns = [&](int n, auto const& sums) { add(n * cute::size(sums), sums); };
+    if constexpr (B.math == Math::tf32x3) {
+      Products::gemm_by_columns(a, b, add_columns);
+    } else if constexpr (depth + 2 < columns) {
+      Products::gemm_by_columns(held(a), b, add_columns);
+    } else {
+      auto sums = fragment();
+      Products::gemm(sums, a, b);
+      add(0, sums);
+    }
+  }
+
+  /// To this thread's i-th element alone.
+  FLASHCUTE_DEVICE void add(int i, float x) const { reduce_add<1>(at(i / width) + i % width, &x); }
+
+  template <class Fragment>
+  FLASHCUTE_DEVICE void load(Fragment& x) const {
+    CUTE_UNROLL
+    for (int i = 0; i < words; ++i) {
+      auto const word = global_load<Word>(at(i));
+      CUTE_UNROLL
+      for (int j = 0; j < width; ++j) x(i * width + j) = reinterpret_cast<float const*>(&word)[j];
+    }
+  }
+
+ private:
+  /// To this thread's elements from the i-th on.
+  template <class Fragment>
+  FLASHCUTE_DEVICE void add(int first, Fragment const& x) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(x); i += width) reduce_add<width>(at((first + i) / width), &x(i));
+  }
+
+  static constexpr int width = reduction_width;  // floats that lie together
+  static constexpr int words = B.block_m * B.head_dim / L::threads / width;
+  using Word = cute::uint_bit_t<32 * width>;
+
+  FLASHCUTE_DEVICE float* at(int i) const { return first_ + i * L::threads * width; }
+
+  float* first_;
+};
+
+}  // namespace flashcute

@@ -1,0 +1,48 @@
+// Looks for NaN and infinity in partial blocks of V before they are multiplied.
+#pragma once
+
+#include "flashcute/device/nonfinite.hpp"
+#include "flashcute/sm90/pipeline.hpp"
+
+namespace flashcute::sm90 {
+
+/// The side of the loading warpgroup's other warps. A row that does not see a key multiplies its value by 0, and 0 *
+/// NaN is NaN: what is not finite in a partial block of V becomes 0 before it is multiplied, and is remembered with the
+/// tile.
+template <ForwardConfig C>
+class Inspector {
+  using L = ForwardLayout<C>;
+  using Storage = typename L::SharedStorage;
+  using Element = typename L::Element;
+
+ public:
+  FLASHCUTE_DEVICE static void run(Storage& smem) {
+    for (RingPosition<C.stages> position;; position.advance()) {
+      barrier_wait(smem.v_landed[position.place], position.parity);
+      auto const [place, tile] = smem.inspections[position.place];
+      if (place < 0) return;
+      Element* const v = smem.v[place];
+      FiniteCheck<Element> check;
+      for_each_part(v, [&](Element* words) { check.template look_at<16>(words); });
+      if (warp_any(!check.all_finite())) {
+        smem.dropped[tile] = true;
+        for_each_part(v, [](Element* words) { zero_nonfinite(words); });
+        publish_to_products();
+      }
+      reconverge();  // one lane speaks for all: they have read what to look at, and written
+      if (thread_index() % 32 == 0) barrier_arrive(smem.v_full[place]);
+    }
+  }
+
+ private:
+  /// Calls f(place) for each 16 bytes of a V that are this thread's part.
+  template <class F>
+  FLASHCUTE_DEVICE static void for_each_part(Element* v, F const& f) {
+    constexpr int vector = 16 / sizeof(Element);
+    int const thread = thread_of_warpgroup() - 32;  // of those that inspect
+#pragma unroll 2
+    for (int i = vector * thread; i < C.block_n * C.head_dim_v; i += vector * 32 * inspecting_warps) f(v + i);
+  }
+};
+
+}  // namespace flashcute::sm90

@@ -1,0 +1,60 @@
+// Where kernel images come from: compiled ahead of time into the library, else the disk cache, else NVRTC.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "flashcute/core/backward_config.hpp"
+
+namespace flashcute {
+
+struct Image {
+  std::string_view bytes;  // cubin or fatbin; lives as long as the library, or in `storage`
+  std::string storage;     // owns what was read or compiled
+  std::string origin;      // "ahead of time", "disk cache", "compiled by NVRTC 13.0"
+  int cuda_version;        // of the compiler that made it, 13000 for 13.0
+
+  std::string_view view() const { return storage.empty() ? bytes : std::string_view(storage); }
+};
+
+using AnyKernelId = std::variant<ForwardKernelId, BackwardKernelId>;
+
+/// The images that hold the kernels for `arch`, in their order. Those that are neither in the library nor in the disk
+/// cache are compiled at the same time. Throws UnsupportedError or CompileError if there is none and none can be made.
+std::vector<Image> find_images(std::span<AnyKernelId const> kernels, Arch arch);
+
+/// Whether find_images would compile it.
+bool needs_compiler(AnyKernelId const& kernel, Arch arch);
+
+/// How find_images would come by an image, in order of how long a first call waits for it.
+enum class ImageSource : std::uint8_t {
+  none,        // not at all: find_images throws
+  compiler,    // it is compiled
+  ptx,         // the library has PTX of it, which the driver compiles while it loads
+  disk_cache,  // it was compiled before: by this process, or before this process first asked
+  library,     // compiled ahead of time
+};
+
+/// Cheap enough for every call; the environment is read anew in each. What another process compiles meanwhile is not
+/// seen, so that a process does not change its choices by itself.
+ImageSource image_source(ForwardKernelId const& kernel, Arch arch);
+
+/// Why there is no image where image_source says so: "the build has no image of it for this GPU, and ...".
+std::string image_problem(ForwardKernelId const& kernel, Arch arch);
+
+/// image_source in words: "ahead of time", "disk cache", "run-time compilation, once (...)", "none: ...".
+std::string image_origin(ForwardKernelId const& kernel, Arch arch);
+
+/// How an image assembled for `targets` ("80 90 80-ptx") serves `arch`: by machine code, which runs within its major
+/// version from its minor version on (`library`), by PTX, which runs on everything from its version on, or not at all.
+ImageSource source_among(std::string_view targets, Arch arch);
+
+/// What the build put into the library.
+std::string_view image_archs();     // "80 90 100 120 80-ptx"; empty without images
+std::string_view image_compiler();  // "nvcc 13.0.88"; empty without images
+
+}  // namespace flashcute

@@ -1,0 +1,102 @@
+#include "image/source.hpp"
+
+#include <algorithm>
+
+namespace flashcute {
+namespace {
+
+// One overload per type: an option or a feature of a new type does not compile until it can be spelled here.
+std::string literal(bool value) { return value ? "true" : "false"; }
+std::string literal(int32_t value) { return std::to_string(value); }
+template <TabulatedEnum Enum>
+std::string literal(Enum value) {
+  return std::string("flashcute::") + EnumTable<Enum>::type + "::" + name_of(value);
+}
+
+/// A value as an initializer. Every member is spelled, defaults too: the text alone says what is compiled.
+class Initializer {
+ public:
+  void add(char const* member, auto value) {
+    members_ += (members_.empty() ? "." : ", .") + std::string(member) + " = " + literal(value);
+  }
+  std::string text() const { return "{" + members_ + "}"; }
+
+ private:
+  std::string members_;
+};
+
+template <class Config>
+std::string initializer(Config const& config) {
+  Initializer all;
+  for_each_option(config, [&](Option const& option, auto value) { all.add(option.name, value); });
+  return all.text();
+}
+
+std::string initializer(Features const& features) {
+  Initializer all;
+  for_each_feature(features, [&](Feature const& feature, auto value) { all.add(feature.name, value); });
+  return all.text();
+}
+
+/// The macro of an entry.hpp that defines a kernel, and the type of its argument.
+struct Entry {
+  char const* macro;
+  char const* id;
+};
+Entry entry_of(ForwardConfig const& config) {
+  return {config.kernel == Kernel::sm90 ? "FLASHCUTE_SM90_FORWARD_ENTRY" : "FLASHCUTE_SM80_FORWARD_ENTRY",
+          "ForwardKernelId"};
+}
+Entry entry_of(BackwardConfig const&) { return {"FLASHCUTE_SM80_BACKWARD_ENTRY", "BackwardKernelId"}; }
+
+/// The kernel as the C++ line that defines it.
+template <class Config>
+std::string definition(KernelId<Config> const& kernel) {
+  Entry const entry = entry_of(kernel.config);
+  bool const one_pass = EnumTable<typename Config::Pass>::count == 1;
+  return std::string(entry.macro) + "(" + name(kernel).text + ",\n    flashcute::" + entry.id +
+         "{.config = " + initializer(kernel.config) + (one_pass ? "" : ", .pass = " + literal(kernel.pass)) +
+         ", .features = " + initializer(kernel.features) + "})\n";
+}
+
+/// Whether CuTe has WGMMA with that many columns only among its extended shapes.
+constexpr bool is_extended_wgmma_width(int32_t columns) {
+  return columns % 64 != 0 && columns != 8 && columns != 16 && columns != 32 && columns != 96;
+}
+
+bool needs_extended_wgmma(ForwardKernelId const& kernel) {
+  return is_extended_wgmma_width(kernel.config.block_n) || is_extended_wgmma_width(kernel.config.head_dim_v);
+}
+bool needs_extended_wgmma(BackwardKernelId const&) { return false; }
+
+template <class KernelId>
+std::string source_of(std::span<KernelId const> kernels) {
+  bool const sm90 = !kernels.empty() && kernels[0].config.kernel == Kernel::sm90;
+  std::string text;
+  if (sm90 && std::any_of(kernels.begin(), kernels.end(), [](auto const& k) { return needs_extended_wgmma(k); })) {
+    // Parsing these shapes takes longer than all the rest of a compilation.
+    text += "#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED\n";
+  }
+  text += sm90 ? "#include \"flashcute/sm90/entry.hpp\"\n\n" : "#include \"flashcute/sm80/entry.hpp\"\n\n";
+  for (KernelId const& kernel : kernels) text += definition(kernel);
+  return text;
+}
+
+template <class KernelId>
+KernelCode checked_code_of(KernelId const& kernel, Arch arch) {
+  std::string const target = target_of(arch);
+  if (auto const e = check(kernel.config, arch); e != decltype(e){}) {
+    throw ConfigError(std::string(name(kernel.config).text) + " for " + target + ": " + sentence(e));
+  }
+  return {name(kernel).text, source_of(std::span(&kernel, 1)), kernel.config.kernel == Kernel::sm90};
+}
+
+}  // namespace
+
+std::string generated_source(std::span<ForwardKernelId const> kernels) { return source_of(kernels); }
+std::string generated_source(std::span<BackwardKernelId const> kernels) { return source_of(kernels); }
+
+KernelCode code_of(ForwardKernelId const& kernel, Arch arch) { return checked_code_of(kernel, arch); }
+KernelCode code_of(BackwardKernelId const& kernel, Arch arch) { return checked_code_of(kernel, arch); }
+
+}  // namespace flashcute

@@ -1,0 +1,98 @@
+#include "launch/tile_deal.hpp"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "flashcute/policy/mask.hpp"
+#include "launch/recent.hpp"
+
+namespace flashcute {
+namespace {
+
+/// All that a deal depends on.
+struct Sizes {
+  int32_t tile_rows, block_n, blocks;
+  SectionRounds section_rounds;
+  Features features;
+  int32_t batch, heads, seqlen_q, seqlen_k, causal_offset;
+
+  bool operator==(Sizes const&) const = default;
+};
+
+/// What a tile costs besides its blocks of keys: half of one. In halves, so that all costs are whole.
+template <MaskKind mask>
+int64_t cost(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {
+  KvRange const range = Mask<mask>::kv_range(tile, p, block_n);
+  return 2 * static_cast<int64_t>(range.end - range.begin) + 1;
+}
+
+template <MaskKind mask>
+TileDeal deal_by_load(Sizes const& s, ForwardParams const& p) {
+  // Of all rounds, which may be millions, only the last matter: those of the table, and those before that may still be
+  // felt. Round i is at i % kept.
+  constexpr int32_t kept = 4 * TileDeal::rounds;
+  std::array<TileRound, kept> last;
+  int32_t count = 0;
+  TileRounds rounds(p, s.tile_rows, s.blocks, s.section_rounds);
+  for (TileRound round; rounds.next(round); ++count) last[static_cast<std::size_t>(count % kept)] = round;
+  auto const round_at = [&](int32_t i) -> TileRound const& { return last[static_cast<std::size_t>(i % kept)]; };
+
+  TileDeal deal{};
+  deal.first_round = std::max(0, count - TileDeal::rounds);
+  std::vector<int64_t> load(static_cast<std::size_t>(s.blocks), 0);
+  auto const add = [&](int32_t block, TileRound const& round, int32_t turn) {
+    load[static_cast<std::size_t>(block)] += cost<mask>(round.tile(p, turn, s.tile_rows), p, s.block_n);
+  };
+
+  for (int32_t i = std::max(0, count - kept); i < deal.first_round; ++i) {
+    TileRound const& round = round_at(i);
+    for (int32_t block = 0; block < s.blocks; ++block) {
+      int32_t const turn = round.turn(block, s.blocks);
+      if (turn < round.count) add(block, round, turn);
+    }
+  }
+
+  std::vector<int32_t> order(static_cast<std::size_t>(s.blocks));
+  std::iota(order.begin(), order.end(), 0);
+  for (auto& turns : deal.turns) std::fill(std::begin(turns), std::end(turns), std::uint8_t{0xff});
+  for (int32_t i = deal.first_round; i < count; ++i) {
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+      return load[static_cast<std::size_t>(a)] < load[static_cast<std::size_t>(b)];
+    });
+    for (int32_t turn = 0; turn < round_at(i).count; ++turn) {
+      int32_t const block = order[static_cast<std::size_t>(turn)];
+      deal.turns[i - deal.first_round][block] = static_cast<std::uint8_t>(turn);
+      add(block, round_at(i), turn);
+    }
+  }
+  return deal;
+}
+
+}  // namespace
+
+int32_t persistent_clusters(ForwardConfig const& config, int64_t tiles, int32_t multiprocessors) {
+  int32_t const at_once = std::min(multiprocessors, max_multiprocessors) / config.cluster;
+  return static_cast<int32_t>(std::min<int64_t>(tiles, std::max(at_once, 1)));
+}
+
+TileDeal const& deal_tiles(ForwardKernelId const& kernel, ForwardParams const& p, int32_t blocks) {
+  // Tiles that all cost the same need no more than the rounds' own order, nor does a single round: nobody has anything
+  // to do before it.
+  static TileDeal const in_order{.first_round = std::numeric_limits<int32_t>::max(), .turns = {}};
+  ForwardConfig const& c = kernel.config;
+  SectionRounds const section = section_rounds(kernel);
+  if (section == equally_long || QueryTile::count(p, tile_rows(c)) <= blocks) return in_order;
+  Sizes const sizes{tile_rows(c), c.block_n, blocks,     section,    kernel.features,
+                    p.batch,      p.heads,   p.seqlen_q, p.seqlen_k, p.causal_offset};
+  // The layers of a model call with the same few sizes again and again: those of self and cross attention, of an
+  // encoder and a decoder. To deal takes as long as the rest of a call.
+  thread_local Recent<Sizes, TileDeal, remembered_deals> deals;
+  return deals.get(sizes, [&] {
+    return with_constant(kernel.features.mask, [&]<MaskKind mask>() { return deal_by_load<mask>(sizes, p); });
+  });
+}
+
+}  // namespace flashcute

@@ -1,0 +1,112 @@
+#include "plan/call.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <numbers>
+
+#include "cpu/float_mode.hpp"
+
+namespace flashcute {
+namespace {
+
+void require_equal(char const* argument, char const* what, int64_t got, char const* other, int64_t expected) {
+  if (got == expected) return;
+  throw ArgumentError(argument, std::string(what) + " " + std::to_string(expected) + " as in " + other,
+                      std::to_string(got));
+}
+
+void require_length(char const* argument, char const* what, int64_t value) {
+  constexpr int64_t limit = std::numeric_limits<int32_t>::max() - 1024;  // room to round up to a tile
+  if (value <= limit) return;
+  throw ArgumentError(argument, std::string(what) + " at most " + std::to_string(limit), std::to_string(value));
+}
+
+double checked_scale(std::optional<double> scale, int64_t d) {
+  cpu::DefaultFloatMode const mode;  // else the default would depend on how the caller's thread rounds
+  if (!scale) return d > 0 ? 1.0 / std::sqrt(static_cast<double>(d)) : 1.0;
+  if (!std::isfinite(*scale) || *scale < 0) {
+    throw ArgumentError("scale", "a finite number >= 0", std::to_string(*scale));
+  }
+  // The kernels multiply by scale * log2(e) in float.
+  if (*scale * std::numbers::log2e > std::numeric_limits<float>::max()) {
+    throw ArgumentError("scale", "at most 2e38", std::to_string(*scale));
+  }
+  return *scale;
+}
+
+/// Checks the sizes of q, k and v against each other, and the scale.
+ForwardParams checked_params(Operand const& q, Operand const& k, Operand const& v, CallOptions const& options) {
+  Named const &nq = q.dims, &nk = k.dims, &nv = v.dims;
+  require_equal("k", "batch size", nk.batch, "q", nq.batch);
+  require_equal("v", "batch size", nv.batch, "q", nq.batch);
+  require_equal("v", "seqlen", nv.row, "k", nk.row);
+  require_equal("v", "number of heads", nv.head, "k", nk.head);
+  require_equal("k", "head_dim", nk.d, "q", nq.d);
+  if (nq.head > 0 && (nk.head == 0 || nq.head % nk.head != 0)) {
+    throw ArgumentError("k", "a number of heads that divides q's " + std::to_string(nq.head), std::to_string(nk.head));
+  }
+  require_head_dim("q", nq.d);
+  require_head_dim("v", nv.d);
+  for (auto const& [argument, n] : {std::pair{"q", &nq}, std::pair{"k", &nk}}) {
+    require_length(argument, "batch size", n->batch);
+    require_length(argument, "seqlen", n->row);
+    require_length(argument, "number of heads", n->head);
+  }
+
+  ForwardParams p{};
+  p.scale = checked_scale(options.scale, nq.d);
+  // Base-2 softmax; with scale 0 a masked score must stay -inf, so the factor stays above 0.
+  p.scale_log2 = std::max(static_cast<float>(p.scale * std::numbers::log2e), std::numeric_limits<float>::min());
+  p.q = q.view->data;
+  p.k = k.view->data;
+  p.v = v.view->data;
+  p.q_stride = nq.stride;
+  p.k_stride = nk.stride;
+  p.v_stride = nv.stride;
+  p.batch = static_cast<int32_t>(nq.batch);
+  p.heads = static_cast<int32_t>(nq.head);
+  p.kv_heads = static_cast<int32_t>(nk.head);
+  p.seqlen_q = static_cast<int32_t>(nq.row);
+  p.seqlen_k = static_cast<int32_t>(nk.row);
+  p.head_dim = static_cast<int32_t>(nq.d);
+  p.head_dim_v = static_cast<int32_t>(nv.d);
+  // Beyond these, a diagonal further away shows or hides nothing more.
+  int64_t const diagonal = options.diagonal.value_or(nk.row - nq.row);
+  p.causal_offset = static_cast<int32_t>(std::clamp<int64_t>(diagonal, -nq.row, nk.row));
+  return p;
+}
+
+}  // namespace
+
+Call checked_call(TensorView const& q, TensorView const& k, TensorView const& v, CallOptions const& options) {
+  require_float("q", q);
+  require_same_type("k", k, q);
+  require_same_type("v", v, q);
+  Call call{.q = operand("q", q, options.layout),
+            .k = operand("k", k, options.layout),
+            .v = operand("v", v, options.layout),
+            .options = options,
+            .params = {},
+            .device = q.device,
+            .arch = cpu_arch};
+  call.params = checked_params(call.q, call.k, call.v, options);
+  call.arch = arch_of(q.device);
+  return call;
+}
+
+void require_kernel(DType dtype, Arch arch, std::string const& whose) {
+  require_capability(arch, whose);
+  if (arch != cpu_arch && dtype == DType::float64) {
+    throw UnsupportedError(whose +
+                           "dtype float64 has no GPU kernel. Cast to float32, or use "
+                           "torch.nn.functional.scaled_dot_product_attention");
+  }
+}
+
+void check_problem(TensorView const& q, TensorView const& k, TensorView const& v, CallOptions const& options) {
+  checked_call(q, k, v, options);
+}
+
+}  // namespace flashcute

@@ -1,0 +1,52 @@
+// A call that was checked: from here on nobody looks at q, k, v or the options again to find out what they mean.
+#pragma once
+
+#include <span>
+#include <string>
+#include <vector>
+
+#include "flashcute/api.hpp"
+#include "flashcute/core/forward_params.hpp"
+#include "plan/checks.hpp"
+
+namespace flashcute {
+
+struct Call {
+  Operand q, k, v;
+  CallOptions options;
+  ForwardParams params;  // without outputs
+  Device device;
+  Arch arch;
+
+  MaskKind mask() const { return options.causal ? MaskKind::causal : MaskKind::full; }
+  bool on_gpu() const { return device.type == DeviceType::cuda; }
+};
+
+/// Checks q, k, v and the options against each other. Throws ArgumentError. Each tensor is described here, once a call.
+Call checked_call(TensorView const& q, TensorView const& k, TensorView const& v, CallOptions const& options);
+
+/// Throws UnsupportedError, which says what to use instead, if no configuration can serve a dtype on `arch`;
+/// DeviceError if the GPU is too old. `whose` starts the message: "q: " or "".
+void require_kernel(DType dtype, Arch arch, std::string const& whose);
+
+inline void require_kernel(Call const& call) { require_kernel(call.q.view->dtype, call.arch, "q: "); }
+
+/// A configuration's dtype must be the tensors', and its compiled head dims must hold theirs.
+template <class Config>
+void require_fits(Config const& config, Call const& call) {
+  DType const dtype = call.q.view->dtype;
+  if (config.dtype != dtype) {
+    throw ConfigError(std::string("cfg: dtype ") + name_of(config.dtype) + " does not fit the tensors' " +
+                      name_of(dtype));
+  }
+  check_config(config, call.arch);
+  auto const require = [](char const* option, int32_t compiled, int32_t d) {
+    if (d <= compiled) return;
+    throw ConfigError(std::string("cfg: ") + option + " " + std::to_string(compiled) +
+                      " is smaller than the tensors' " + std::to_string(d));
+  };
+  require("head_dim", config.head_dim, call.params.head_dim);
+  require("head_dim_v", config.head_dim_v, call.params.head_dim_v);
+}
+
+}  // namespace flashcute

@@ -1,0 +1,77 @@
+// Checks of tensors and options that the plans of forward and backward share. Each throws ArgumentError, or
+// ConfigError, with what came and what is allowed.
+#pragma once
+
+#include <span>
+#include <string>
+#include <vector>
+
+#include "flashcute/api.hpp"
+#include "flashcute/core/forward_params.hpp"
+
+namespace flashcute {
+
+/// "(2, 5, 64)"
+std::string shape_text(TensorView const& t);
+
+/// A tensor with its dimensions by name, whatever their order in memory.
+struct Named {
+  int64_t batch, row, head, d;  // sizes
+  Strides stride;
+
+  int64_t all_heads() const { return row == 0 ? 0 : batch * head; }  // that have rows
+};
+
+/// A tensor of a call: its name, and what it looks like.
+struct Operand {
+  char const* name;
+  TensorView const* view;
+  Named dims;
+};
+
+/// Of rank 4, with memory and unit last stride. The stride of a dimension that is never stepped over is 0. The number
+/// of elements, and the distance of any two, fit 64 bits, in bytes too.
+Operand operand(char const* name, TensorView const& t, Layout layout);
+
+/// Throws unless a kernel that copies `copy_bytes` at a time can read or write the tensor.
+void require_aligned(Operand const& tensor, int32_t copy_bytes);
+
+/// Why Hopper's copy engine cannot read one of the tensors, whose rows and strides are multiples of 16 bytes; "" if it
+/// can read all.
+std::string bulk_copy_problem(std::span<Operand const> tensors);
+
+/// How many bytes, at most 16, can be copied at a time from and to all tensors. `misaligned`, if given and empty,
+/// becomes the reason why there are fewer, if so.
+int32_t common_alignment(std::span<Operand const> tensors, std::string* misaligned = nullptr);
+
+void require_float(char const* argument, TensorView const& t);
+void require_head_dim(char const* argument, int64_t d);
+void require_same_type(char const* argument, TensorView const& t, TensorView const& q);
+void require_writable(char const* argument, TensorView const& t);
+void require_no_overlap(char const* argument, TensorView const& t);
+void require_separate(char const* argument, TensorView const& t, char const* other_name, TensorView const& other);
+
+/// `dimensions` are the names of the shape's, "(batch, heads, seqlen_q)".
+void require_shape(char const* argument, TensorView const& t, DType dtype, Device device,
+                   std::vector<int64_t> const& shape, char const* dimensions, bool contiguous);
+
+/// The output, or its gradient: q's shape with v's head_dim.
+void require_shape_of_out(char const* argument, TensorView const& t, TensorView const& q, int64_t head_dim_v);
+
+inline constexpr char lse_dimensions[] = "(batch, heads, seqlen_q)";
+inline DType lse_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
+
+// ---- configurations ----------------------------------------------------------------------------------
+
+/// A rule that a configuration breaks: its sentence, the options, and what else there is to say of them.
+[[noreturn]] void throw_config_error(char const* sentence, std::string const& options, std::string const& details,
+                                     Arch arch);
+
+/// Throws UnsupportedError unless a launch can have so many thread blocks. `what` is their number as the user knows it:
+/// "q: batch * heads".
+void require_grid(int64_t blocks, char const* what);
+
+/// Throws DeviceError if a GPU is too old for all kernels. `whose` starts the message: "q: " or "".
+void require_capability(Arch arch, std::string const& whose);
+
+}  // namespace flashcute

@@ -1,0 +1,229 @@
+#include "plan/plan_backward.hpp"
+
+#include <cstdint>
+#include <span>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "flashcute/core/defaults.hpp"
+#include "flashcute/policy/query_tile.hpp"
+#include "plan/checks.hpp"
+#include "plan/plan_forward.hpp"
+#include "plan/text.hpp"
+
+namespace flashcute {
+namespace {
+
+/// A gradient to write: shaped like its input, in memory of its own.
+Operand checked_gradient(char const* name, TensorView const& gradient, Operand const& input, Layout layout) {
+  require_writable(name, gradient);
+  Operand const checked = operand(name, gradient, layout);
+  if (gradient.shape != input.view->shape) {
+    throw ArgumentError(name, "shape " + shape_text(*input.view) + " as " + input.name, shape_text(gradient));
+  }
+  require_no_overlap(name, gradient);
+  return checked;
+}
+
+/// The default configuration, of tensors that have a kernel.
+BackwardConfig default_config_of(BackwardTensors const& t, Arch arch, std::string const& whose) {
+  BackwardConfig const config = default_backward_config(t, arch);
+  if (arch != cpu_arch && blocks_that_fit(config, arch) == 0) {
+    throw UnsupportedError(whose + "the gradients of dtype " + name_of(t.dtype) + " with head_dim " +
+                           std::to_string(max_of(t.head_dim, t.head_dim_v)) +
+                           " need more shared memory than this GPU has. Use float16 or bfloat16, or train with "
+                           "torch.nn.functional.scaled_dot_product_attention");
+  }
+  return config;
+}
+
+BackwardTensors backward_tensors(Call const& call) {
+  require_kernel(call);
+  return {.dtype = call.q.view->dtype,
+          .head_dim = call.params.head_dim,
+          .head_dim_v = call.params.head_dim_v,
+          .deterministic = call.options.deterministic};
+}
+
+BackwardConfig config_for(Call const& call, std::span<Operand const> copied) {
+  BackwardTensors t = backward_tensors(call);
+  if (call.on_gpu()) t.alignment = common_alignment(copied);
+  return default_config_of(t, call.arch, "q: ");
+}
+
+/// How large the workspace of a call on a GPU must be, whose tiles of query rows one launch can compute.
+BackwardWorkspace checked_workspace_of(BackwardConfig const& config, Named const& q) {
+  require_grid(q.all_heads() * ceil_div<int64_t>(q.row, config.block_m), "q: batch * heads * ceil(seqlen_q / block_m)");
+  return workspace_of(config, q.all_heads(), q.row);
+}
+
+/// The workspace of a call on a GPU, in memory of its own: where it begins; null if none is needed.
+float* checked_workspace(TensorView const* workspace, int64_t elements, Device device,
+                         std::span<Argument const> others) {
+  if (elements == 0) return nullptr;
+  auto const refuse = [&](std::string const& got) {
+    throw ArgumentError("workspace", "a contiguous float32 tensor of " + std::to_string(elements) + " or more elements",
+                        got, "backward_workspace_size says how many");
+  };
+  if (workspace == nullptr) refuse("none");
+  TensorView const& t = *workspace;
+  if (t.dtype != DType::float32) throw ArgumentError("workspace", "dtype float32", name_of(t.dtype));
+  if (t.device != device) {
+    throw ArgumentError("workspace", "device " + to_string(device) + " as in q", to_string(t.device));
+  }
+  int64_t size = 1;
+  bool contiguous = t.rank >= 0 && t.rank <= 4;
+  for (int i = contiguous ? t.rank : 0; i-- > 0;) {
+    contiguous = contiguous && (t.shape[i] == 1 || t.strides[i] == size);
+    contiguous = contiguous && !__builtin_mul_overflow(size, t.shape[i], &size);
+  }
+  if (!contiguous || size < elements) {
+    refuse("shape " + shape_text(t) + (contiguous ? "" : " with strides that leave gaps"));
+  }
+  require_writable("workspace", t);
+  if (auto const past = reinterpret_cast<std::uintptr_t>(t.data) % 16; t.data == nullptr || past != 0) {
+    throw ArgumentError("workspace", "an address that is a multiple of 16 bytes",
+                        t.data == nullptr ? "none" : "one " + std::to_string(past) + " bytes past it");
+  }
+  TensorView flat = t;
+  flat.rank = 1;
+  flat.shape = {size};
+  flat.strides = {1};
+  for (auto const& [name, other] : others) require_separate("workspace", flat, name, *other);
+  return static_cast<float*>(t.data);
+}
+
+}  // namespace
+
+void check_config(BackwardConfig const& config, Arch arch) {
+  BackwardConfigError const error = check(config, arch);
+  if (error == BackwardConfigError::none) return;
+  std::string details;
+  if (error == BackwardConfigError::smem) {
+    int64_t bytes = 0;
+    for (BackwardPass const pass : passes_of(config)) {
+      bytes = max_of(bytes, smem_bytes(kernel_of(config, pass, {})));
+    }
+    details = std::to_string(bytes) + " of " + std::to_string(max_smem_bytes(arch)) + " bytes";
+  }
+  if (error == BackwardConfigError::shares) {
+    details = std::to_string(config.column_warps) + " of " + std::to_string(config.num_warps) + " warps share columns";
+  }
+  if (error == BackwardConfigError::copy_rows) {
+    TileConfig const tile = tile_of(config, BackwardPass::keys);
+    details = std::to_string(max_of(CopyShape::of(tile, config.head_dim).rows_per_pass,
+                                    CopyShape::of(tile, config.head_dim_v).rows_per_pass)) +
+              " rows";
+  }
+  throw_config_error(sentence(error), options_text(config, arch != cpu_arch, sentence(error)), details, arch);
+}
+
+BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v,
+                                       bool deterministic) {
+  int64_t const d_v = head_dim_v.value_or(head_dim);
+  require_head_dim("head_dim", head_dim);
+  require_head_dim("head_dim_v", d_v);
+  require_kernel(dtype, arch, "");
+  BackwardConfig const config = default_config_of({.dtype = dtype,
+                                                   .head_dim = static_cast<int32_t>(head_dim),
+                                                   .head_dim_v = static_cast<int32_t>(d_v),
+                                                   .deterministic = deterministic},
+                                                  arch, "");
+  check_config(config, arch);
+  return config;
+}
+
+BackwardConfig aligned_backward_config(Call const& call) {
+  return default_config_of(backward_tensors(call), call.arch, "q: ");
+}
+
+BackwardConfig backward_config_for(TensorView const& q, TensorView const& k, TensorView const& v,
+                                   std::initializer_list<Argument> others, CallOptions const& options) {
+  Call const call = checked_call(q, k, v, options);
+  std::vector<Operand> copied{call.q, call.k, call.v};
+  for (auto const& [name, tensor] : others) {
+    require_same_type(name, *tensor, q);
+    copied.push_back(operand(name, *tensor, options.layout));
+  }
+  return config_for(call, copied);
+}
+
+int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, TensorView const& q, TensorView const& v,
+                                CallOptions const& options) {
+  require_float("q", q);
+  require_same_type("v", v, q);
+  Arch const arch = arch_of(q.device);
+  require_kernel(q.dtype, arch, "q: ");
+  Named const nq = operand("q", q, options.layout).dims, nv = operand("v", v, options.layout).dims;
+  require_head_dim("q", nq.d);
+  require_head_dim("v", nv.d);
+  if (arch == cpu_arch) return 0;
+  if (config) check_config(*config, arch);
+  BackwardTensors const t{.dtype = q.dtype,
+                          .head_dim = static_cast<int32_t>(nq.d),
+                          .head_dim_v = static_cast<int32_t>(nv.d),
+                          .deterministic = options.deterministic};
+  return checked_workspace_of(config ? *config : default_config_of(t, arch, "q: "), nq).total();
+}
+
+BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call const& call, BackwardTensorViews const& t) {
+  require_kernel(call);
+  if (given) require_fits(*given, call);
+  TensorView const& q = *call.q.view;
+  Layout const layout = call.options.layout;
+  BackwardParams p{};
+  p.forward = call.params;
+
+  std::vector<Operand> copied{call.q, call.k, call.v};
+  for (auto const& [name, view] : {std::pair{"out", &t.out}, std::pair{"dout", &t.dout}}) {
+    require_same_type(name, *view, q);
+    require_shape_of_out(name, *view, q, call.v.dims.d);
+    copied.push_back(operand(name, *view, layout));
+  }
+  p.forward.out = t.out.data;
+  p.forward.out_stride = copied[3].dims.stride;
+  p.dout = t.dout.data;
+  p.dout_stride = copied[4].dims.stride;
+
+  Named const& nq = call.q.dims;
+  std::vector<int64_t> const rows{nq.batch, nq.head, nq.row};
+  require_shape("lse", t.lse, lse_dtype(q.dtype), q.device, rows, lse_dimensions, true);
+  p.forward.lse = t.lse.data;
+  if (t.dlse != nullptr) {
+    require_shape("dlse", *t.dlse, lse_dtype(q.dtype), q.device, rows, lse_dimensions, false);
+    p.dlse = t.dlse->data;
+    p.dlse_stride = {.batch = t.dlse->strides[0], .row = t.dlse->strides[2], .head = t.dlse->strides[1]};
+  }
+
+  std::vector<Argument> others{{"q", &q},       {"k", call.k.view}, {"v", call.v.view},
+                               {"out", &t.out}, {"lse", &t.lse},    {"dout", &t.dout}};
+  if (t.dlse != nullptr) others.push_back({"dlse", t.dlse});
+  for (auto const& [name, view, input] :
+       {std::tuple{"dq", &t.dq, &call.q}, std::tuple{"dk", &t.dk, &call.k}, std::tuple{"dv", &t.dv, &call.v}}) {
+    require_same_type(name, *view, q);
+    copied.push_back(checked_gradient(name, *view, *input, layout));
+    for (auto const& [other_name, other] : others) require_separate(name, *view, other_name, *other);
+    others.push_back({name, view});
+  }
+  p.dq = t.dq.data;
+  p.dk = t.dk.data;
+  p.dv = t.dv.data;
+  p.dq_stride = copied[5].dims.stride;
+  p.dk_stride = copied[6].dims.stride;
+  p.dv_stride = copied[7].dims.stride;
+
+  BackwardConfig const config = given ? *given : config_for(call, copied);
+  if (!given) check_config(config, call.arch);
+  if (call.on_gpu()) {
+    for (Operand const& tensor : copied) require_aligned(tensor, config.copy_bytes);
+    BackwardWorkspace const workspace = checked_workspace_of(config, nq);
+    require_grid(KeyTile::count(p.forward, config.block_n), "k: batch * kv_heads * ceil(seqlen_k / block_n)");
+    float* const start = checked_workspace(t.workspace, workspace.total(), q.device, others);
+    p.delta = start;
+    if (workspace.dq_sums > 0) p.dq_sums = start + workspace.delta;
+  }
+  return {config, {.mask = call.mask()}, p, call.device};
+}
+
+}  // namespace flashcute

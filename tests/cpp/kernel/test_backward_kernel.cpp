@@ -1,0 +1,461 @@
+// The backward kernels, run on the host by emulated thread blocks: all passes of a call, against gradients in fp64.
+#include "flashcute/sm80/backward_passes.hpp"
+#include "kernel/kernel_run.hpp"
+
+namespace flashcute {
+namespace {
+
+/// One call of the backward, of the forward's problem.
+template <BackwardConfig B, MaskKind Kind>
+class BackwardProblem {
+  static constexpr DType dtype = B.dtype;
+  static constexpr ForwardConfig forward_config = {.dtype = dtype,
+                                                   .head_dim = B.head_dim,
+                                                   .head_dim_v = B.head_dim_v,
+                                                   .block_m = B.block_m,
+                                                   .block_n = B.block_n,
+                                                   .math = B.math,
+                                                   .copy_bytes = B.copy_bytes};
+
+ public:
+  explicit BackwardProblem(Shape const& s, bool with_dlse = false)
+      : s_(s),
+        problem(kernel_of(forward_config, {Kind}), s),
+        dout(dtype, s.batch, s.sq, s.heads, s.d_v, s.order, B.copy_bytes),
+        dq(dtype, s.batch, s.sq, s.heads, s.d, s.order, B.copy_bytes),
+        dk(dtype, s.batch, s.sk, s.kv_heads, s.d, s.order, B.copy_bytes),
+        dv(dtype, s.batch, s.sk, s.kv_heads, s.d_v, s.order, B.copy_bytes),
+        lse(static_cast<size_t>(s.batch * s.heads * s.sq)),
+        delta(lse.size(), std::numeric_limits<float>::quiet_NaN()),
+        dq_sums(static_cast<size_t>(workspace_of(B, s.batch * s.heads, s.sq).dq_sums),
+                std::numeric_limits<float>::quiet_NaN()),
+        dlse(with_dlse ? lse.size() : 0) {
+    std::mt19937_64 random(7);
+    dout.fill(random);
+    std::normal_distribution<float> normal;
+    for (float& x : dlse) x = normal(random);
+  }
+
+  Shape s_;
+  Problem problem;  // q, k, v; its output too
+  Tensor dout, dq, dk, dv;
+  std::vector<float> lse, delta, dq_sums, dlse;
+
+  /// The output and LSE of the inputs as they are, then all passes.
+  void run(uint64_t seed) {
+    compute_forward();
+    BackwardParams const p = params();
+    if constexpr (B.deterministic) {
+      run_pass<BackwardPass::queries>(p, seed);
+      run_pass<BackwardPass::keys>(p, seed + 1);
+    } else {
+      run_pass<BackwardPass::prepare>(p, seed);
+      run_pass<BackwardPass::gradients>(p, seed + 1);
+      run_pass<BackwardPass::finish>(p, seed + 2);
+    }
+  }
+
+  /// Compares with the definition, element by element.
+  void expect_right() {
+    double const unit = dtype == DType::float32 ? 0 : dtype == DType::float16 ? 0x1p-11 : 0x1p-8;
+    for (int b = 0; b < s_.batch; ++b) {
+      for (int kv = 0; kv < s_.kv_heads; ++kv) {
+        Sums want_dk(s_.sk * s_.d), want_dv(s_.sk * s_.d_v);
+        int const group = s_.heads / s_.kv_heads;
+        for (int h = kv * group; h < (kv + 1) * group; ++h) {
+          for (int i = 0; i < s_.sq; ++i) {
+            Sums want_dq(s_.d);
+            double const row_lse = lse[row(b, h, i)];
+            double d = dlse.empty() ? 0 : -dlse[row(b, h, i)];
+            for (int c = 0; c < s_.d_v; ++c) d += problem.out.at(b, i, h, c) * dout.at(b, i, h, c);
+            for (int j = 0; j < s_.sk; ++j) {
+              if (!problem.visible(i, j)) continue;
+              double score = 0, dp = 0;
+              for (int c = 0; c < s_.d; ++c) score += problem.q.at(b, i, h, c) * problem.k.at(b, j, kv, c);
+              for (int c = 0; c < s_.d_v; ++c) dp += dout.at(b, i, h, c) * problem.v.at(b, j, kv, c);
+              double const weight = std::exp(problem.scale * score - row_lse);
+              double const ds = weight * (dp - d), size = weight * (std::fabs(dp) + std::fabs(d));
+              for (int c = 0; c < s_.d; ++c) {
+                want_dq.add(c, problem.scale * problem.k.at(b, j, kv, c), ds, size);
+                want_dk.add(j * s_.d + c, problem.scale * problem.q.at(b, i, h, c), ds, size);
+              }
+              for (int c = 0; c < s_.d_v; ++c) want_dv.add(j * s_.d_v + c, dout.at(b, i, h, c), weight, weight);
+            }
+            for (int c = 0; c < s_.d; ++c) want_dq.expect(c, dq.at(b, i, h, c), unit, "dq");
+          }
+        }
+        for (int j = 0; j < s_.sk; ++j) {
+          for (int c = 0; c < s_.d; ++c) want_dk.expect(j * s_.d + c, dk.at(b, j, kv, c), unit, "dk");
+          for (int c = 0; c < s_.d_v; ++c) want_dv.expect(j * s_.d_v + c, dv.at(b, j, kv, c), unit, "dv");
+        }
+      }
+    }
+  }
+
+ private:
+  /// Sums of products, and of how large they were: a rounding of a factor is as large as what it was computed from.
+  struct Sums {
+    explicit Sums(int count) : value(static_cast<size_t>(count)), size(value.size()) {}
+
+    void add(int i, double x, double factor, double factor_size) {
+      value[static_cast<size_t>(i)] += x * factor;
+      size[static_cast<size_t>(i)] += std::fabs(x) * factor_size;
+    }
+
+    void expect(int i, double got, double unit, char const* what) const {
+      double const want = value[static_cast<size_t>(i)];
+      double const tolerance = (1.1 * unit + 1e-5) * (size[static_cast<size_t>(i)] + std::fabs(want)) + 1e-6;
+      bool const right = std::isnan(want) ? std::isnan(got) : got == want || std::fabs(got - want) <= tolerance;
+      if (!right) ADD_FAILURE() << what << " " << i << ": " << got << " is not " << want << " +- " << tolerance;
+    }
+
+    std::vector<double> value, size;
+  };
+
+  size_t row(int b, int h, int i) const { return static_cast<size_t>((b * s_.heads + h) * s_.sq + i); }
+
+  void compute_forward() {
+    for (int b = 0; b < s_.batch; ++b) {
+      for (int h = 0; h < s_.heads; ++h) {
+        int const kv = h / (s_.heads / s_.kv_heads);
+        for (int i = 0; i < s_.sq; ++i) {
+          std::vector<double> scores(static_cast<size_t>(s_.sk), -inf);
+          double top = -inf, sum = 0;
+          for (int j = 0; j < s_.sk; ++j) {
+            if (!problem.visible(i, j)) continue;
+            double score = 0;
+            for (int c = 0; c < s_.d; ++c) score += problem.q.at(b, i, h, c) * problem.k.at(b, j, kv, c);
+            scores[static_cast<size_t>(j)] = problem.scale * score;
+            top = std::fmax(top, problem.scale * score);
+          }
+          for (double& x : scores) sum += x = top == -inf && !std::isnan(x) ? 0 : std::exp(x - top);
+          lse[row(b, h, i)] = static_cast<float>(sum == 0 ? -inf : top + std::log(sum));
+          for (int c = 0; c < s_.d_v; ++c) {
+            double o = 0;
+            for (int j = 0; j < s_.sk; ++j) {
+              if (problem.visible(i, j)) o += scores[static_cast<size_t>(j)] * problem.v.at(b, j, kv, c);
+            }
+            problem.out.set(b, i, h, c, sum == 0 ? 0 : o / sum);
+          }
+        }
+      }
+    }
+  }
+
+  BackwardParams params() {
+    BackwardParams p{};
+    p.forward.q = problem.q.data(), p.forward.k = problem.k.data(), p.forward.v = problem.v.data();
+    p.forward.out = problem.out.data(), p.forward.lse = lse.data();
+    p.forward.q_stride = problem.q.stride(), p.forward.k_stride = problem.k.stride();
+    p.forward.v_stride = problem.v.stride(), p.forward.out_stride = problem.out.stride();
+    p.forward.scale = problem.scale;
+    p.forward.scale_log2 =
+        std::max(static_cast<float>(problem.scale * 1.4426950408889634), std::numeric_limits<float>::min());
+    p.forward.batch = s_.batch, p.forward.heads = s_.heads, p.forward.kv_heads = s_.kv_heads;
+    p.forward.seqlen_q = s_.sq, p.forward.seqlen_k = s_.sk, p.forward.head_dim = s_.d, p.forward.head_dim_v = s_.d_v;
+    p.forward.causal_offset = s_.causal_offset.value_or(s_.sk - s_.sq);
+    p.dout = dout.data(), p.dq = dq.data(), p.dk = dk.data(), p.dv = dv.data(), p.delta = delta.data();
+    if (!dq_sums.empty()) p.dq_sums = dq_sums.data();
+    p.dout_stride = dout.stride(), p.dq_stride = dq.stride(), p.dk_stride = dk.stride(), p.dv_stride = dv.stride();
+    if (!dlse.empty()) p.dlse = dlse.data();
+    p.dlse_stride = {s_.heads * s_.sq, 1, s_.sq};
+    return p;
+  }
+
+  template <BackwardPass Pass>
+  void run_pass(BackwardParams const& p, uint64_t seed) {
+    constexpr BackwardKernelId id = kernel_of(B, Pass, {Kind});
+    using Kernel = BackwardKernel<id>;
+    int64_t const blocks =
+        keys_stay(Pass) ? KeyTile::count(p.forward, B.block_n) : QueryTile::count(p.forward, B.block_m);
+    for (uint32_t block = 0; block < blocks; ++block) {
+      GlobalMemory memory;
+      if (keys_stay(Pass)) {
+        allow_keys(memory, KeyTile::at(p.forward, block, B.block_n));
+      } else {
+        allow_queries(memory, Pass, QueryTile::at(p.forward, block, B.block_m));
+      }
+      using Storage = typename Kernel::SharedStorage;
+      emulation::run_block(block, num_threads(id), sizeof(Storage), seed + block, memory,
+                           [&](void* shared) { Kernel::run(p, *static_cast<Storage*>(shared)); });
+      ASSERT_EQ(memory.count(Use::output), 0u) << "bytes of the gradients that were never stored";
+    }
+  }
+
+  void allow_keys(GlobalMemory& memory, KeyTile const& tile) {
+    int const group = s_.heads / s_.kv_heads, last = tile.row0 + tile.rows;
+    for (int h = tile.kv_head * group; h < (tile.kv_head + 1) * group; ++h) {
+      problem.q.allow(memory, tile.batch, h, 0, s_.sq, Use::input);
+      dout.allow(memory, tile.batch, h, 0, s_.sq, Use::input);
+      allow(memory, lse, row(tile.batch, h, 0), s_.sq, Use::input);
+      allow(memory, delta, row(tile.batch, h, 0), s_.sq, Use::input);
+      allow_sums(memory, tile.batch, h, 0, s_.sq, Use::sum);
+    }
+    problem.k.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::input);
+    problem.v.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::input);
+    dk.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::output);
+    dv.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::output);
+  }
+
+  void allow_queries(GlobalMemory& memory, BackwardPass pass, QueryTile const& tile) {
+    int const last = tile.row0 + tile.rows;
+    bool const is_finish = pass == BackwardPass::finish;
+    if (!is_finish) {
+      problem.out.allow(memory, tile.batch, tile.head, tile.row0, last, Use::input);
+      dout.allow(memory, tile.batch, tile.head, tile.row0, last, Use::input);
+      if (!dlse.empty()) allow(memory, dlse, row(tile.batch, tile.head, tile.row0), tile.rows, Use::input);
+      allow(memory, delta, row(tile.batch, tile.head, tile.row0), tile.rows, Use::output);
+    }
+    if (pass == BackwardPass::queries) {
+      problem.q.allow(memory, tile.batch, tile.head, tile.row0, last, Use::input);
+      problem.k.allow(memory, tile.batch, tile.kv_head, 0, s_.sk, Use::input);
+      problem.v.allow(memory, tile.batch, tile.kv_head, 0, s_.sk, Use::input);
+      allow(memory, lse, row(tile.batch, tile.head, tile.row0), tile.rows, Use::input);
+    } else {
+      allow_sums(memory, tile.batch, tile.head, tile.row0, last, is_finish ? Use::input : Use::output);
+    }
+    if (pass != BackwardPass::prepare) dq.allow(memory, tile.batch, tile.head, tile.row0, last, Use::output);
+  }
+
+  /// The sums of dQ of the tiles that have one of the rows [first, last).
+  void allow_sums(GlobalMemory& memory, int b, int h, int first, int last, Use use) {
+    if (dq_sums.empty()) return;
+    size_t const tiles = ceil_div(s_.sq, B.block_m), size = B.block_m * B.head_dim;
+    size_t const begin = first / B.block_m, end = ceil_div(last, B.block_m);
+    allow(memory, dq_sums, (static_cast<size_t>(b * s_.heads + h) * tiles + begin) * size,
+          static_cast<int>((end - begin) * size), use);
+  }
+
+  static void allow(GlobalMemory& memory, std::vector<float>& items, size_t first, int count, Use use) {
+    if (count == 0) return;
+    memory.add(items.data(), items.size() * sizeof(float));
+    memory.allow(&items[first], static_cast<size_t>(count) * sizeof(float), use);
+  }
+};
+
+template <BackwardConfig B, MaskKind Kind>
+void check_gradients(BackwardProblem<B, Kind>& problem) {
+  if (testing::Test::HasFailure()) return;
+  try {
+    ASSERT_NO_FATAL_FAILURE(problem.run(1));
+    problem.expect_right();
+  } catch (emulation::Violation const& e) {
+    FAIL() << name(B).text << ": " << e.what();
+  }
+}
+
+constexpr BackwardConfig small = {.dtype = bf16, .head_dim = 64, .block_m = 32, .block_n = 64};
+constexpr BackwardConfig small_shared = {
+    .dtype = bf16, .head_dim = 64, .block_m = 32, .block_n = 64, .column_warps = 2, .stages = 1};
+constexpr BackwardConfig small_deterministic = {
+    .dtype = bf16, .head_dim = 64, .block_m = 64, .block_n = 64, .stages = 1, .deterministic = true};
+constexpr BackwardConfig small_f32 = {
+    .dtype = f32, .head_dim = 64, .block_m = 32, .block_n = 64, .math = Math::tf32x3, .stages = 1};
+constexpr BackwardConfig small_f32_shared = {
+    .dtype = f32, .head_dim = 64, .block_m = 32, .block_n = 64, .column_warps = 2, .math = Math::tf32x3};
+constexpr BackwardConfig small_f32_deterministic = {.dtype = f32,
+                                                    .head_dim = 64,
+                                                    .block_m = 64,
+                                                    .block_n = 64,
+                                                    .math = Math::tf32x3,
+                                                    .stages = 1,
+                                                    .deterministic = true};
+
+template <BackwardConfig B>
+void check_shapes() {
+  for (Shape const& s : {Shape{.sq = B.block_m + 5, .sk = 2 * B.block_n + 7, .d = B.head_dim, .d_v = B.head_dim_v},
+                         Shape{.sq = 2 * B.block_m, .sk = B.block_n, .d = B.head_dim - 8, .d_v = 8},
+                         Shape{.sq = 3, .sk = 20, .d = 8, .d_v = B.head_dim_v, .heads = 2, .order = Order::padded},
+                         Shape{.sq = 37, .sk = 41, .d = 16, .batch = 2, .heads = 4, .kv_heads = 2}}) {
+    BackwardProblem<B, MaskKind::causal> causal(s, true);
+    check_gradients(causal);
+    BackwardProblem<B, MaskKind::full> full(s);
+    check_gradients(full);
+  }
+}
+
+// Guards against gradients that are wrong at a tile's edge, on the diagonal, for narrow or grouped heads.
+TEST(BackwardKernel, Shapes) {
+  check_shapes<small>();
+  check_shapes<small_shared>();
+  check_shapes<small_deterministic>();
+  check_shapes<small_f32>();
+  check_shapes<small_f32_shared>();
+  check_shapes<small_f32_deterministic>();
+}
+
+TEST(BackwardKernel, Configurations) {
+  check_shapes<{.dtype = f16, .head_dim = 64, .block_m = 64, .block_n = 128}>();
+  check_shapes<{.dtype = bf16, .head_dim = 32, .head_dim_v = 64, .block_m = 64, .block_n = 64, .stages = 1}>();
+  check_shapes<{.dtype = bf16, .head_dim = 64, .block_m = 32, .block_n = 128, .num_warps = 8, .blocks_per_sm = 1}>();
+  check_shapes<{.dtype = bf16, .head_dim = 64, .block_m = 64, .block_n = 64, .column_warps = 2}>();
+  check_shapes<{.dtype = f16,
+                .head_dim = 128,
+                .head_dim_v = 64,
+                .block_m = 64,
+                .block_n = 64,
+                .num_warps = 8,
+                .column_warps = 4,
+                .blocks_per_sm = 1,
+                .stages = 1}>();
+  check_shapes<{.dtype = bf16,
+                .head_dim = 128,
+                .block_m = 64,
+                .block_n = 64,
+                .num_warps = 8,
+                .column_warps = 4,
+                .blocks_per_sm = 1,
+                .deterministic = true}>();
+  check_shapes<{.dtype = f16,
+                .head_dim = 64,
+                .head_dim_v = 32,
+                .block_m = 64,
+                .block_n = 64,
+                .copy_bytes = 2,
+                .async_copy = false,
+                .swizzled = false,
+                .deterministic = true}>();
+  check_shapes<{.dtype = f32,
+                .head_dim = 128,
+                .head_dim_v = 64,
+                .block_m = 64,
+                .block_n = 64,
+                .num_warps = 8,
+                .column_warps = 2,
+                .blocks_per_sm = 1,
+                .math = Math::tf32x3,
+                .stages = 1,
+                .copy_bytes = 4,
+                .mma_double_buffer = false}>();
+  check_shapes<{.dtype = f32,
+                .head_dim = 128,
+                .block_m = 32,
+                .block_n = 32,
+                .column_warps = 2,
+                .blocks_per_sm = 1,
+                .math = Math::tf32x3,
+                .stages = 1,
+                .swizzled = false,
+                .deterministic = true}>();
+  check_shapes<{.dtype = f32,
+                .head_dim = 128,
+                .block_m = 32,
+                .block_n = 32,
+                .column_warps = 2,
+                .blocks_per_sm = 1,
+                .math = Math::tf32x3}>();
+}
+
+// Guards against rows that see no key, keys that no row sees, and lengths of 0: gradients of 0, not memory as it was.
+template <BackwardConfig B>
+void check_nothing_to_see() {
+  for (auto [sq, sk] : {std::pair(40, 20), {0, 20}, {40, 0}, {20, 60}}) {
+    BackwardProblem<B, MaskKind::causal> problem(Shape{.sq = sq, .sk = sk, .d = 32});
+    check_gradients(problem);
+  }
+  BackwardProblem<B, MaskKind::causal> early(Shape{.sq = 40, .sk = 40, .d = 32, .causal_offset = -10});
+  check_gradients(early);
+}
+
+TEST(BackwardKernel, NothingToSee) {
+  check_nothing_to_see<small>();
+  check_nothing_to_see<small_shared>();
+  check_nothing_to_see<small_deterministic>();
+  check_nothing_to_see<small_f32>();
+  check_nothing_to_see<small_f32_shared>();
+  check_nothing_to_see<small_f32_deterministic>();
+}
+
+// Guards against NaN and infinity that reach gradients which do not see them, or are lost where they are seen.
+// Query i sees keys up to i + 10.
+template <BackwardConfig B>
+void check_poison() {
+  Shape const s{.sq = 40, .sk = 50, .d = 32};
+  using Causal = BackwardProblem<B, MaskKind::causal>;
+  auto const is_poisoned = [&](Tensor const& t, int row) {
+    for (int c = 0; c < s.d; ++c) {
+      if (!std::isfinite(t.at(0, row, 0, c))) return true;
+    }
+    return false;
+  };
+  for (double value : {nan, inf}) {
+    Causal query(s);
+    query.problem.q.set(0, 20, 0, 3, value);
+    ASSERT_NO_FATAL_FAILURE(query.run(1));
+    for (int i = 0; i < s.sq; ++i) EXPECT_EQ(is_poisoned(query.dq, i), i == 20) << i;
+    for (int j = 0; j < s.sk; ++j) EXPECT_EQ(is_poisoned(query.dk, j), j <= 30) << j;
+
+    Causal key(s);
+    key.problem.k.set(0, 30, 0, 3, value);
+    ASSERT_NO_FATAL_FAILURE(key.run(1));
+    for (int i = 0; i < s.sq; ++i) EXPECT_EQ(is_poisoned(key.dq, i), i >= 20) << i;
+    // Queries that see it have no finite softmax, and between them see all keys.
+    for (int j = 0; j < s.sk; ++j) EXPECT_TRUE(is_poisoned(key.dk, j)) << j;
+
+    Causal late(s);
+    late.problem.v.set(0, 45, 0, 3, value);
+    ASSERT_NO_FATAL_FAILURE(late.run(1));
+    for (int i = 0; i < s.sq; ++i) EXPECT_EQ(is_poisoned(late.dq, i), i >= 35) << i;
+
+    Causal gradient(s);
+    gradient.dout.set(0, 20, 0, 3, value);
+    ASSERT_NO_FATAL_FAILURE(gradient.run(1));
+    for (int i = 0; i < s.sq; ++i) EXPECT_EQ(is_poisoned(gradient.dq, i), i == 20) << i;
+    for (int j = 0; j < s.sk; ++j) {
+      EXPECT_EQ(is_poisoned(gradient.dk, j), j <= 30) << j;
+      EXPECT_EQ(is_poisoned(gradient.dv, j), j <= 30) << j;
+    }
+  }
+}
+
+// The same in a block that is partial only because it has rows that do not exist.
+template <BackwardConfig B>
+void check_poison_at_the_end() {
+  Shape const s{.sq = B.block_m + 8, .sk = 20, .d = 32, .causal_offset = 100};
+  BackwardProblem<B, MaskKind::causal> problem(s);
+  problem.dout.set(0, B.block_m + 3, 0, 3, inf);
+  ASSERT_NO_FATAL_FAILURE(problem.run(1));
+  for (int j = 0; j < s.sk; ++j) EXPECT_EQ(problem.dv.at(0, j, 0, 3), inf) << j;
+}
+
+TEST(BackwardKernel, PoisonReachesWhatSeesIt) {
+  check_poison_at_the_end<small>();
+  check_poison_at_the_end<small_deterministic>();
+  check_poison_at_the_end<small_f32>();
+  check_poison_at_the_end<small_f32_deterministic>();
+  check_poison<small>();
+  check_poison<small_shared>();
+  check_poison<small_deterministic>();
+  check_poison<small_f32>();
+  check_poison<small_f32_shared>();
+  check_poison<small_f32_deterministic>();
+}
+
+// Guards against NaN from the rows of zeros that stand where there is no query: a score of them with a key that is
+// -inf, whose weight is 0 everywhere.
+template <BackwardConfig B, MaskKind Kind>
+void check_padding() {
+  BackwardProblem<B, Kind> problem(Shape{.sq = 40, .sk = 20, .d = 32, .causal_offset = 20});
+  for (int i = 0; i < 40; ++i) problem.problem.q.set(0, i, 0, 0, 1);
+  problem.problem.k.set(0, 7, 0, 0, -inf);
+  ASSERT_NO_FATAL_FAILURE(problem.run(1));
+  for (int c = 0; c < 32; ++c) {
+    EXPECT_EQ(problem.dv.at(0, 7, 0, c), 0) << c;
+    if (c > 0) {
+      EXPECT_EQ(problem.dk.at(0, 7, 0, c), 0) << c;
+    }
+  }
+}
+
+TEST(BackwardKernel, NoQueryIsNotAQueryOfZeros) {
+  check_padding<small, MaskKind::full>();
+  check_padding<small, MaskKind::causal>();
+  check_padding<small_deterministic, MaskKind::full>();
+  check_padding<small_deterministic, MaskKind::causal>();
+  check_padding<small_f32, MaskKind::full>();
+  check_padding<small_f32, MaskKind::causal>();
+  check_padding<small_f32_deterministic, MaskKind::causal>();
+}
+
+}  // namespace
+}  // namespace flashcute

@@ -1,0 +1,174 @@
+// The forward kernel itself, run on the host by emulated thread blocks: what it computes.
+#include <gtest/gtest.h>
+
+#include "kernel/kernel_run.hpp"
+
+#include <numbers>
+
+namespace flashcute {
+namespace {
+
+// Small tiles, for the tests that need many problems.
+constexpr ForwardKernelId small_causal =
+    causal({.dtype = bf16, .head_dim = 64, .block_m = 32, .block_n = 16, .num_warps = 2});
+constexpr ForwardKernelId small_full =
+    full({.dtype = f16, .head_dim = 128, .block_m = 64, .block_n = 32, .num_warps = 2, .q_in_registers = true});
+
+// Zero and one keys, rows without keys, lengths beside every tile boundary.
+TEST(ForwardKernel, Lengths) {
+  for (int sq : {0, 1, 15, 16, 31, 32, 33, 65}) {
+    for (int sk : {0, 1, 7, 15, 16, 17, 33, 64}) check<small_causal>({.sq = sq, .sk = sk, .d = 64});
+  }
+  for (int sq : {0, 1, 63, 65}) {
+    for (int sk : {0, 1, 31, 32, 33, 64}) check<small_full>({.sq = sq, .sk = sk, .d = 128});
+  }
+}
+
+// Head dims below the compiled width, with other heads or NaN in the columns beyond.
+TEST(ForwardKernel, HeadDims) {
+  for (Order order : {Order::bshd, Order::bhsd, Order::padded}) {
+    for (int d : {8, 16, 40, 56}) check<small_causal>({.sq = 35, .sk = 37, .d = d, .heads = 2, .order = order});
+    for (int d : {8, 64, 72, 104}) check<small_full>({.sq = 35, .sk = 37, .d = d, .heads = 2, .order = order});
+  }
+}
+
+// Guards against the wrong head, batch or stride, which equal sizes would hide.
+TEST(ForwardKernel, GroupedHeadsAndStrides) {
+  for (Order order : {Order::bshd, Order::bhsd, Order::padded}) {
+    check<small_causal>({.sq = 37, .sk = 21, .d = 48, .batch = 3, .heads = 6, .kv_heads = 2, .order = order});
+  }
+}
+
+// Guards against offsets that are taken for bottom-right: also of rows that see none or all.
+TEST(ForwardKernel, CausalOffsets) {
+  for (int offset : {-100, -40, -33, -1, 0, 5, 30, 100}) {
+    check<small_causal>({.sq = 40, .sk = 45, .d = 64, .causal_offset = offset});
+  }
+}
+
+// Guards against what nobody thought of: combinations of everything above.
+TEST(ForwardKernel, RandomProblems) {
+  std::mt19937 random(7);
+  auto const below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  for (int i = 0; i < 60; ++i) {
+    Shape s{.sq = below(90), .sk = below(90), .d = 8 + 8 * below(8), .batch = 1 + below(2)};
+    s.kv_heads = 1 + below(2);
+    s.heads = s.kv_heads * (1 + below(2));
+    s.order = static_cast<Order>(below(3));
+    if (below(2) == 0) s.causal_offset = below(140) - 70;
+    check<small_causal>(s, 2);
+    s.d += 8 * below(9);
+    check<small_full>(s, 2);
+  }
+}
+
+// Guards against results that depend on which warp is ahead, or when a copy arrives.
+TEST(ForwardKernel, SchedulesChangeNothing) {
+  check<small_causal>({.sq = 64, .sk = 70, .d = 64}, 40);
+  check<small_full>({.sq = 64, .sk = 100, .d = 120}, 20);
+}
+
+// Guards against storing an LSE that nobody asked for.
+TEST(ForwardKernel, WithoutLse) {
+  Problem problem(small_causal, {.sq = 33, .sk = 40, .d = 64});
+  problem.wants_lse = false;
+  check<small_causal>(problem);
+}
+
+// Guards against NaN and inf that maximum or selection swallow. What a row sees must reach it, and only it.
+TEST(ForwardKernel, VisibleNanPropagates) {
+  Shape const s{.sq = 40, .sk = 40, .d = 64};
+  for (double poison : {nan, inf}) {
+    Problem problem(small_causal, s);
+    problem.q.set(0, 20, 0, 3, poison);
+    check<small_causal>(problem);
+  }
+  Problem key(small_causal, s);
+  key.k.set(0, 25, 0, 3, nan);
+  check<small_causal>(key);
+  Problem value(small_full, {.sq = 40, .sk = 40, .d = 64});
+  value.v.set(0, 25, 0, 3, nan);
+  check<small_full>(value);
+}
+
+// Keys that a mask hides, in blocks that are visited and in blocks that are not.
+TEST(ForwardKernel, MaskedNanDoesNotLeak) {
+  // Rows 0 to 39 see no key beyond 19: not in the block of keys 16 to 31, nor in later ones.
+  Problem problem(small_causal, {.sq = 40, .sk = 50, .d = 64, .causal_offset = -20});
+  for (int j = 20; j < 50; ++j) problem.k.set_row(0, j, 0, nan);
+  check<small_causal>(problem);
+}
+
+// The same of values: by 0 they must not be multiplied (0 * NaN), also where other rows of the tile see them.
+TEST(ForwardKernel, MaskedNanValueDoesNotLeak) {
+  Problem problem(small_causal, {.sq = 40, .sk = 50, .d = 64, .causal_offset = -20});
+  for (int j = 20; j < 50; ++j) problem.v.set_row(0, j, 0, nan);
+  check<small_causal>(problem);
+  for (double poison : {nan, inf, -inf}) {
+    Problem diagonal(small_causal, {.sq = 40, .sk = 40, .d = 64});
+    diagonal.v.set(0, 25, 0, 3, poison);
+    diagonal.v.set(0, 27, 0, 3, inf);  // inf - inf to those who see both
+    check<small_causal>(diagonal, 3);
+  }
+}
+
+// Guards against taking a row whose scores are all -inf for one that sees no key, and against blocks whose
+// scores are all -inf, first or last.
+TEST(ForwardKernel, ScoresOfMinusInfinity) {
+  Shape const s{.sq = 40, .sk = 50, .d = 64};
+  auto const with_minus_infinity = [&](int first, int last) {
+    Problem problem(small_causal, s);
+    for (int i = 0; i < s.sq; ++i) problem.q.set(0, i, 0, 0, 1);
+    for (int j = first; j < last; ++j) problem.k.set(0, j, 0, 0, -inf);
+    return problem;
+  };
+  for (auto [first, last] : {std::pair(0, 50), {0, 16}, {32, 50}, {16, 32}, {7, 8}}) {
+    Problem problem = with_minus_infinity(first, last);
+    check<small_causal>(problem);
+  }
+}
+
+// Guards against overflow: exponentials are relative to the row's maximum, wherever it is.
+TEST(ForwardKernel, LargeScores) {
+  for (double size : {-30., 30.}) {
+    Problem problem(small_causal, {.sq = 40, .sk = 60, .d = 64});
+    for (int i = 0; i < 40; ++i) problem.q.set(0, i, 0, 0, 40);
+    for (int j = 0; j < 60; ++j) problem.k.set(0, j, 0, 0, size + (j % 3));
+    check<small_causal>(problem);
+  }
+  Problem flat(small_full, {.sq = 10, .sk = 60, .d = 64});
+  flat.scale = 0;
+  check<small_full>(flat);
+}
+
+// Guards against a row that is rescaled although it kept its maximum, or kept it although others were rescaled: the
+// maxima of rows rise from block to block by less than the threshold, by just as much, and by more.
+template <ForwardKernelId Id>
+void check_rising_maxima() {
+  constexpr int blocks = 6;
+  Problem problem(Id, {.sq = 40, .sk = blocks * Id.config.block_n, .d = 64});
+  problem.scale = std::numbers::ln2;  // so that a score counts powers of 2
+  for (int i = 0; i < 40; ++i) {
+    problem.q.set_row(0, i, 0, 0);
+    problem.q.set(0, i, 0, 0, 0.25 * (1 << i % 5));  // a rise by 1, 2, 4, 8 or 16 a block
+  }
+  for (int j = 0; j < blocks * Id.config.block_n; ++j) {
+    int const later_blocks = blocks - 1 - j / Id.config.block_n;  // which come first
+    problem.k.set(0, j, 0, 0, 4 * later_blocks - j % 3);
+  }
+  check<Id>(problem);
+}
+
+TEST(ForwardKernel, RisingMaxima) {
+  constexpr auto with_threshold = [](int threshold) {
+    ForwardConfig config = small_full.config;
+    config.rescale_threshold = threshold;
+    return full(config);
+  };
+  check_rising_maxima<with_threshold(0)>();
+  check_rising_maxima<with_threshold(1)>();
+  check_rising_maxima<with_threshold(8)>();
+}
+
+}  // namespace
+}  // namespace flashcute

@@ -1,0 +1,246 @@
+// Hopper's forward, run on the host by emulated thread blocks: copies, products, warpgroups and all barriers between
+// them, under random schedules.
+#include "flashcute/sm90/forward.hpp"
+
+#include <gtest/gtest-spi.h>
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <set>
+
+#include "kernel/kernel_problem.hpp"
+#include "launch/tile_deal.hpp"
+
+namespace flashcute {
+namespace {
+
+using emulation::Site;
+using emulation::Sm90Block;
+
+sm90::EmulatedMap map_of(Tensor& t, int rows, int heads, int batch, int columns, int box_rows) {
+  return {reinterpret_cast<char const*>(t.data()),
+          columns,
+          rows,
+          heads,
+          batch,
+          box_rows,
+          2 * t.stride().row,
+          2 * t.stride().head,
+          2 * t.stride().batch};
+}
+
+TensorMap opaque(sm90::EmulatedMap const& map) {
+  TensorMap result{};
+  std::memcpy(&result, &map, sizeof(map));
+  return result;
+}
+
+/// How a launch is run: `blocks` thread blocks, one after the other.
+struct Run {
+  int blocks = 2;
+  uint64_t seed = 1;
+  Site const* broken = nullptr;
+  std::set<Site>* seen = nullptr;
+};
+
+template <ForwardKernelId Id>
+void run(Problem& problem, Run const& how) {
+  using Pass = sm90::ForwardPass<Id>;
+  using Storage = typename Pass::L::SharedStorage;
+  Shape const& s = problem.s_;
+  ForwardParams const p = problem.prepare();
+  Sm90ForwardParams all{.q = opaque(map_of(problem.q, s.sq, s.heads, s.batch, s.d, warpgroup_rows)),
+                        .k = opaque(map_of(problem.k, s.sk, s.kv_heads, s.batch, s.d, keys_per_load(Id.config))),
+                        .v = opaque(map_of(problem.v, s.sk, s.kv_heads, s.batch, s.d_v, keys_per_load(Id.config))),
+                        .forward = p,
+                        .deal = deal_tiles(Id, p, how.blocks)};
+  GlobalMemory memory;
+  for (int b = 0; b < s.batch; ++b) {
+    for (int h = 0; h < s.heads; ++h) {
+      problem.q.allow(memory, b, h, 0, s.sq, Use::input);
+      problem.out.allow(memory, b, h, 0, s.sq, Use::result);
+    }
+    for (int h = 0; h < s.kv_heads; ++h) {
+      problem.k.allow(memory, b, h, 0, s.sk, Use::input);
+      problem.v.allow(memory, b, h, 0, s.sk, Use::input);
+    }
+  }
+  if (problem.wants_lse) problem.allow_all(memory, problem.lse);
+  problem.allow_all(memory, problem.block_counts);
+  for (int block = 0; block < how.blocks; ++block) {
+    Sm90Block const hopper{static_cast<uint32_t>(block),
+                           static_cast<uint32_t>(how.blocks),
+                           num_threads(Id.config),
+                           sizeof(Storage),
+                           how.seed + static_cast<uint64_t>(block),
+                           how.broken,
+                           how.seen};
+    hopper.run(memory, [&](void* shared) { Pass::run(all, *static_cast<Storage*>(shared)); });
+  }
+  ASSERT_EQ(memory.count(Use::output) + memory.count(Use::result), 0u) << "bytes of the outputs that were never stored";
+}
+
+template <ForwardKernelId Id>
+void check_sm90(Problem& problem, int schedules = 2, int blocks = 2) {
+  if (testing::Test::HasFailure()) return;
+  try {
+    for (int seed = 1; seed <= schedules; ++seed) {
+      ASSERT_NO_FATAL_FAILURE(run<Id>(problem, {blocks, static_cast<uint64_t>(seed) << 32}));
+      problem.expect_right();
+      problem.expect_counts(true);
+    }
+  } catch (emulation::Violation const& e) {
+    FAIL() << name(Id).text << ": " << e.what();
+  }
+}
+
+template <ForwardKernelId Id>
+void check_sm90(Shape const& s, int schedules = 2, int blocks = 2) {
+  Problem problem(Id, s);
+  check_sm90<Id>(problem, schedules, blocks);
+}
+
+constexpr ForwardConfig hopper(ForwardConfig c) {
+  c.kernel = Kernel::sm90;
+  c.head_dim_v = c.head_dim;
+  return c;
+}
+
+// Two warpgroups that compute; a ring shorter than the range of keys; turns, stale maxima, pairs of blocks.
+constexpr ForwardConfig narrow =
+    hopper({.dtype = bf16, .head_dim = 64, .block_m = 128, .block_n = 64, .num_warps = 8, .stages = 3});
+// As the default of d 64: three warpgroups, scores of a block ahead.
+constexpr ForwardConfig ahead = [] {
+  ForwardConfig c = hopper({.dtype = f16, .head_dim = 64, .block_m = 192, .block_n = 64, .num_warps = 12, .stages = 4});
+  c.pingpong = false;
+  c.scores_ahead = true;
+  return c;
+}();
+constexpr ForwardConfig wide =
+    hopper({.dtype = bf16, .head_dim = 128, .block_m = 128, .block_n = 64, .num_warps = 8, .stages = 2});
+constexpr ForwardConfig widest = [] {
+  ForwardConfig c =
+      hopper({.dtype = bf16, .head_dim = 256, .block_m = 128, .block_n = 64, .num_warps = 8, .stages = 2});
+  c.pingpong = false;
+  return c;
+}();
+// One block after the other.
+constexpr ForwardConfig serial = [] {
+  ForwardConfig c = narrow;
+  c.overlap = false;
+  c.pingpong = false;
+  c.stale_max = false;
+  return c;
+}();
+constexpr ForwardConfig single = hopper(
+    {.dtype = bf16, .head_dim = 64, .block_m = 64, .block_n = 32, .num_warps = 4, .stages = 2, .pingpong = false});
+
+// Lengths beside the tiles' boundaries, and several tiles a block, of which some have nothing to do.
+TEST(Sm90Kernel, Lengths) {
+  for (auto const& [sq, sk] : {std::pair{1, 1}, {64, 64}, {65, 63}, {128, 200}, {130, 129}, {300, 300}, {70, 600}}) {
+    check_sm90<causal(narrow)>({.sq = sq, .sk = sk, .d = 64});
+    check_sm90<full(narrow)>({.sq = sq, .sk = sk, .d = 64});
+  }
+  check_sm90<full(narrow)>({.sq = 10, .sk = 0, .d = 64});
+  check_sm90<causal(narrow)>({.sq = 200, .sk = 0, .d = 64});
+}
+
+TEST(Sm90Kernel, EveryFormOfTheLoop) {
+  for (auto const& [sq, sk] : {std::pair{200, 470}, {390, 390}}) {
+    check_sm90<causal(ahead)>({.sq = sq, .sk = sk, .d = 64}, 1);
+    check_sm90<full(ahead)>({.sq = sq, .sk = sk, .d = 64}, 1);
+    check_sm90<causal(serial)>({.sq = sq, .sk = sk, .d = 64}, 1);
+    check_sm90<full(serial)>({.sq = sq, .sk = sk, .d = 64}, 1);
+    check_sm90<causal(single)>({.sq = sq, .sk = sk, .d = 64}, 1);
+  }
+  check_sm90<causal(wide)>({.sq = 200, .sk = 300, .d = 128}, 1);
+  check_sm90<full(wide)>({.sq = 130, .sk = 300, .d = 128}, 1);
+  check_sm90<causal(widest)>({.sq = 150, .sk = 200, .d = 256}, 1);
+}
+
+// Guards against the wrong head, batch, stride or column, which equal sizes would hide.
+TEST(Sm90Kernel, HeadsStridesAndWidths) {
+  for (Order order : {Order::bshd, Order::bhsd, Order::padded}) {
+    check_sm90<causal(narrow)>(
+        {.sq = 70, .sk = 90, .d = 48, .d_v = 40, .batch = 2, .heads = 4, .kv_heads = 2, .order = order}, 1, 3);
+  }
+}
+
+// Rows that see no key, or all; warpgroups whose rows see fewer than others'.
+TEST(Sm90Kernel, Diagonals) {
+  for (int offset : {-400, -150, -100, -64, -1, 0, 5, 100, 400}) {
+    check_sm90<causal(narrow)>({.sq = 150, .sk = 200, .d = 64, .causal_offset = offset}, 1);
+    check_sm90<causal(ahead)>({.sq = 200, .sk = 200, .d = 64, .causal_offset = offset}, 1);
+  }
+}
+
+// Guards against 0 * NaN: a value that a row does not see must not reach it, and one that it sees must.
+TEST(Sm90Kernel, NanInValues) {
+  for (double poison : {nan, inf, -inf}) {
+    Problem problem(causal(narrow), {.sq = 140, .sk = 140, .d = 64});
+    problem.v.set(0, 25, 0, 3, poison);
+    problem.v.set(0, 70, 0, 5, inf);
+    problem.v.set(0, 131, 0, 5, nan);
+    check_sm90<causal(narrow)>(problem);
+  }
+  Problem hidden(causal(ahead), {.sq = 100, .sk = 200, .d = 64, .causal_offset = 0});
+  for (int j = 100; j < 200; ++j) hidden.v.set_row(0, j, 0, nan), hidden.k.set_row(0, j, 0, nan);
+  check_sm90<causal(ahead)>(hidden);
+}
+
+// Guards against results that depend on who is ahead, and on when copies and products are done.
+TEST(Sm90Kernel, SchedulesChangeNothing) {
+  check_sm90<causal(narrow)>({.sq = 260, .sk = 260, .d = 64, .heads = 2}, 8);
+  check_sm90<causal(ahead)>({.sq = 400, .sk = 400, .d = 64}, 4);
+}
+
+// ---- is every wait, and every arrival, needed, and would a test notice if one were missing? ----------
+
+/// Whether something goes wrong: a violation, a deadlock, a wrong result.
+template <ForwardKernelId Id>
+bool fails(Shape const& shape, Run const& how, double poison = 0) {
+  Problem problem(Id, shape);
+  if (poison != 0) problem.v.set(0, shape.sk - 3, 0, 3, poison);
+  testing::TestPartResultArray failures;
+  bool violated = false;
+  {
+    testing::ScopedFakeTestPartResultReporter const reporter(
+        testing::ScopedFakeTestPartResultReporter::INTERCEPT_ONLY_CURRENT_THREAD, &failures);
+    try {
+      run<Id>(problem, how);
+      problem.expect_right();
+      problem.expect_counts(true);
+    } catch (emulation::Violation const&) {
+      violated = true;
+    }
+  }
+  return violated || failures.size() > 0;
+}
+
+template <ForwardKernelId Id>
+bool fails_somewhere(Site const* broken, std::set<Site>* seen, int schedules) {
+  for (int seed = 1; seed <= schedules; ++seed) {
+    auto const s = static_cast<uint64_t>(seed) << 32;
+    if (fails<Id>({.sq = 200, .sk = 330, .d = 64, .heads = 2}, {2, s, broken, seen})) return true;
+    if (fails<Id>({.sq = 390, .sk = 390, .d = 64}, {1, s, broken, seen}, nan)) return true;
+  }
+  return false;
+}
+
+template <ForwardKernelId Id>
+void expect_every_site_needed() {
+  std::set<Site> sites;
+  ASSERT_FALSE(fails_somewhere<Id>(nullptr, &sites, 5));
+  EXPECT_GE(sites.size(), 15u);
+  for (Site const& site : sites) {
+    EXPECT_TRUE(fails_somewhere<Id>(&site, nullptr, 60))
+        << "nothing fails without " << std::filesystem::path(site.file).filename() << ":" << site.line;
+  }
+}
+
+TEST(Sm90Barriers, NoneCanBeLeftOutWhereWarpgroupsTakeTurns) { expect_every_site_needed<causal(narrow)>(); }
+TEST(Sm90Barriers, NoneCanBeLeftOutWhereScoresAreAhead) { expect_every_site_needed<causal(ahead)>(); }
+TEST(Sm90Barriers, NoneCanBeLeftOutOfTheSerialLoop) { expect_every_site_needed<causal(serial)>(); }
+
+}  // namespace
+}  // namespace flashcute

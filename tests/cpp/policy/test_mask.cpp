@@ -1,0 +1,365 @@
+// The blocks that a tile visits against the truth about every element, for all small sizes.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <random>
+#include <set>
+
+#include "flashcute/policy/mask.hpp"
+
+namespace flashcute {
+namespace {
+
+ForwardParams problem(int32_t seqlen_q, int32_t seqlen_k, int32_t offset) {
+  ForwardParams p{};
+  p.batch = p.heads = p.kv_heads = 1;
+  p.seqlen_q = seqlen_q;
+  p.seqlen_k = seqlen_k;
+  p.causal_offset = offset;
+  return p;
+}
+
+/// What the definition of the mask says, without the mask's own code.
+bool sees(MaskKind kind, int32_t q, int32_t k, ForwardParams const& p) {
+  switch (kind) {
+    case MaskKind::full: return k < p.seqlen_k;
+    case MaskKind::causal: return k < p.seqlen_k && k <= int64_t{q} + p.causal_offset;
+  }
+  return false;
+}
+
+/// A loop that asks the range for one block after another visits the same blocks in the same order, and knows how many
+/// are left.
+void check_walk(KvRange const& range, std::set<int32_t> const& visited) {
+  auto expected = visited.rbegin();
+  auto left = static_cast<int32_t>(visited.size());
+  for (int32_t n = range.first(); range.left(n) > 0; n = range.next(n), ++expected, --left) {
+    ASSERT_NE(expected, visited.rend());
+    EXPECT_EQ(n, *expected);
+    EXPECT_EQ(range.left(n), left);
+    EXPECT_EQ(range.is_last(n), left == 1);
+    EXPECT_EQ(range.next(n), n + KvRange::step);
+  }
+  EXPECT_EQ(expected, visited.rend());
+}
+
+/// What is corrected for values that are not finite must be looked for in exactly the keys of the blocks visited, or of
+/// the partial ones, and never beyond the sequence.
+void check_keys(KvRange const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full, int32_t block_n,
+                Sequence const& sequence) {
+  for (bool const only_partial : {false, true}) {
+    RowRange const keys = range.keys(only_partial, block_n, sequence);
+    for (int32_t k = 0; k < sequence.keys() + 2 * block_n; ++k) {
+      int32_t const n = k / block_n;
+      bool const expected = k < sequence.keys() && visited.contains(n) && !(only_partial && full.contains(n));
+      ASSERT_EQ(keys.begin <= k && k < keys.end, expected) << "key " << k;
+    }
+  }
+}
+
+/// The GPU's backward visits the same blocks of one K/V head from the first to the last.
+void check_passing_blocks(KvRange const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full) {
+  auto blocks = PassingBlocks::of(range, 5);
+  for (int32_t const n : visited) {
+    ASSERT_GT(blocks.left, 0);
+    EXPECT_EQ(blocks.head, 5);
+    EXPECT_EQ(blocks.block, n);
+    EXPECT_EQ(blocks.partial(), !full.contains(n)) << "block " << n;
+    blocks = blocks.after();
+  }
+  EXPECT_EQ(blocks.left, 0);
+}
+
+template <MaskKind Kind>
+void check_all_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
+  for (int64_t index = 0; index < QueryTile::count(p, block_m); ++index) {
+    QueryTile const tile = QueryTile::at(p, index, block_m);
+    KvRange const range = Mask<Kind>::kv_range(tile, p, block_n);
+    std::set<int32_t> visited, full;
+    int32_t last = std::numeric_limits<int32_t>::max();
+    range.for_each_backward([&](int32_t n, auto partial) {
+      EXPECT_LT(n, last) << "blocks must come from the last to the first";
+      last = n;
+      EXPECT_TRUE(visited.insert(n).second);
+      if (!decltype(partial)::value) full.insert(n);
+    });
+    EXPECT_EQ(range.empty(), visited.empty());
+    check_walk(range, visited);
+    check_keys(range, visited, full, block_n, tile.sequence(p));
+    check_passing_blocks(range, visited, full);
+    for (int32_t n = 0; n * block_n < p.seqlen_k + 2 * block_n; ++n) {
+      bool any = false, all = true;
+      for (int32_t q = tile.row0; q < tile.row0 + tile.rows; ++q) {
+        for (int32_t k = n * block_n; k < (n + 1) * block_n; ++k) {
+          bool const visible = sees(Kind, q, k, p);
+          EXPECT_EQ((Mask<Kind>::visible(q, k, tile.sequence(p))), visible);
+          any = any || visible;
+          all = all && visible;
+        }
+      }
+      ASSERT_EQ(visited.contains(n), any) << "block " << n << " sq " << p.seqlen_q << " sk " << p.seqlen_k;
+      ASSERT_EQ(full.contains(n), any && all) << "block " << n << " sq " << p.seqlen_q << " sk " << p.seqlen_k;
+    }
+  }
+}
+
+// Guards against visiting a block outside the mask, missing one inside it, and testing elements (or worse,
+// not testing them) in the wrong blocks.
+TEST(Mask, BlockRangesAgreeWithElementVisibility) {
+  for (int32_t sq = 0; sq <= 11; ++sq) {
+    for (int32_t sk = 0; sk <= 11; ++sk) {
+      for (int32_t block_m : {1, 2, 4}) {
+        for (int32_t block_n : {1, 2, 4}) {
+          check_all_tiles<MaskKind::full>(problem(sq, sk, 0), block_m, block_n);
+          for (int32_t offset : {sk - sq, 0, -3, 5}) {
+            check_all_tiles<MaskKind::causal>(problem(sq, sk, offset), block_m, block_n);
+          }
+        }
+      }
+    }
+  }
+}
+
+/// As check_keys.
+void check_rows(QueryRange const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full,
+                int32_t block_m, Sequence const& sequence) {
+  if (range.empty()) return;
+  for (bool const only_partial : {false, true}) {
+    RowRange const rows = range.rows(only_partial, block_m, sequence);
+    for (int32_t q = 0; q < sequence.rows() + 2 * block_m; ++q) {
+      int32_t const m = q / block_m;
+      bool const expected = q < sequence.rows() && visited.contains(m) && !(only_partial && full.contains(m));
+      ASSERT_EQ(rows.begin <= q && q < rows.end, expected) << "row " << q;
+    }
+  }
+}
+
+/// The GPU's backward walks over the same blocks once for each head, and also tests the elements of a block that lacks
+/// rows.
+void check_passing_blocks(QueryRange const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full,
+                          int32_t complete) {
+  constexpr int32_t first_head = 3, heads = 2;
+  auto blocks = PassingBlocks::of(range, complete, first_head, heads);
+  for (int32_t head = first_head; head < first_head + heads; ++head) {
+    for (int32_t const m : visited) {
+      ASSERT_GT(blocks.left, 0);
+      EXPECT_EQ(blocks.head, head);
+      EXPECT_EQ(blocks.block, m);
+      EXPECT_EQ(blocks.partial(), !full.contains(m) || m >= complete) << "block " << m;
+      blocks = blocks.after();
+    }
+  }
+  EXPECT_EQ(blocks.left, 0);
+}
+
+template <MaskKind Kind>
+void check_all_key_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
+  for (int64_t index = 0; index < KeyTile::count(p, block_n); ++index) {
+    KeyTile const tile = KeyTile::at(p, index, block_n);
+    QueryRange const range = Mask<Kind>::query_range(tile, p, block_m);
+    std::set<int32_t> visited, full;
+    range.for_each([&](int32_t m, auto partial) {
+      EXPECT_TRUE(visited.empty() || m > *visited.rbegin()) << "blocks must come from the first to the last";
+      visited.insert(m);
+      if (!decltype(partial)::value) full.insert(m);
+    });
+    EXPECT_EQ(range.empty(), visited.empty());
+    check_rows(range, visited, full, block_m, tile.sequence(p));
+    check_passing_blocks(range, visited, full, p.seqlen_q / block_m);
+    for (int32_t m = 0; m * block_m < p.seqlen_q + 2 * block_m; ++m) {
+      bool any = false, all = true;
+      for (int32_t q = m * block_m; q < std::min((m + 1) * block_m, p.seqlen_q); ++q) {
+        for (int32_t k = tile.row0; k < tile.row0 + tile.rows; ++k) {
+          bool const visible = sees(Kind, q, k, p);
+          any = any || visible;
+          all = all && visible;
+        }
+      }
+      ASSERT_EQ(visited.contains(m), any) << "block " << m << " sq " << p.seqlen_q << " sk " << p.seqlen_k;
+      ASSERT_EQ(full.contains(m), any && all) << "block " << m << " sq " << p.seqlen_q << " sk " << p.seqlen_k;
+    }
+  }
+}
+
+// The same for the backward, where a block of keys visits blocks of queries.
+TEST(Mask, QueryRangesAgreeWithElementVisibility) {
+  for (int32_t sq = 0; sq <= 11; ++sq) {
+    for (int32_t sk = 0; sk <= 11; ++sk) {
+      for (int32_t block_m : {1, 2, 4}) {
+        for (int32_t block_n : {1, 2, 4}) {
+          check_all_key_tiles<MaskKind::full>(problem(sq, sk, 0), block_m, block_n);
+          for (int32_t offset : {sk - sq, 0, -3, 5, INT32_MAX, INT32_MIN}) {
+            check_all_key_tiles<MaskKind::causal>(problem(sq, sk, offset), block_m, block_n);
+          }
+        }
+      }
+    }
+  }
+}
+
+/// Columns as a thread of Hopper's kernel has them: pairs, 8 apart.
+struct PairsOfColumns {
+  static int32_t distance(int32_t j) { return j % 2 + j / 2 * 8; }
+  static int32_t columns_before(int32_t distance) {
+    int32_t count = 0;
+    while (PairsOfColumns::distance(count) < distance) ++count;
+    return count;
+  }
+};
+
+/// Columns side by side.
+struct AllColumns {
+  static int32_t distance(int32_t j) { return j; }
+  static int32_t columns_before(int32_t distance) { return std::max(distance, 0); }
+};
+
+template <MaskKind Kind, class Columns>
+void expect_bits(Sequence const& s, int32_t q, int32_t key0, ForwardParams const& p) {
+  for (int32_t const first : {0, 32, 64}) {
+    uint32_t const bits = Mask<Kind>::seen(q, key0, s).template bits<Columns>(first);
+    for (int32_t bit = 0; bit < 32; ++bit) {
+      int32_t const k = key0 + Columns::distance(first + bit);
+      ASSERT_EQ(bits >> bit & 1, sees(Kind, q, k, p)) << "query " << q << ", key " << k << ", column " << first + bit;
+    }
+  }
+}
+
+/// From random places in and around a sequence of random lengths: `seen` one by one and as bits, and `seen_by`.
+template <MaskKind Kind>
+void check_seen(std::mt19937& random) {
+  auto const from_to = [&](int32_t low, int32_t high) { return std::uniform_int_distribution(low, high)(random); };
+  int32_t const sq = from_to(0, 200), sk = from_to(0, 700);
+  ForwardParams const p = problem(sq, sk, from_to(0, 1) == 0 ? sk - sq : from_to(-300, 700));
+  auto const s = Sequence::uniform(p);
+  SCOPED_TRACE(testing::Message() << "sq " << sq << " sk " << sk << " offset " << p.causal_offset);
+  int32_t const q0 = from_to(0, sq + 64), key0 = from_to(0, sk + 64);
+  expect_bits<Kind, PairsOfColumns>(s, q0, key0, p);
+  expect_bits<Kind, AllColumns>(s, q0, key0, p);
+  auto const seen_by = Mask<Kind>::seen_by(key0, q0, s);
+  for (int32_t i = 0; i < 40; ++i) {
+    for (int32_t j = 0; j < 40; ++j) {
+      bool const visible = sees(Kind, q0 + i, key0 + j, p);
+      ASSERT_EQ(Mask<Kind>::seen(q0 + i, key0, s).at(j), visible) << "query " << q0 + i << ", key " << key0 + j;
+      ASSERT_EQ(seen_by.at(i, j), q0 + i < sq && visible) << "query " << q0 + i << ", key " << key0 + j;
+    }
+  }
+}
+
+// Guards against kernels that hide a visible key or show a hidden one: they do not ask `visible`, but what one query
+// sees of many keys, on Hopper 32 at a time, or which queries see the keys that stay.
+TEST(Mask, SeenAgreesWithElementVisibility) {
+  std::mt19937 random(1);
+  for (int i = 0; i < 2000; ++i) {
+    check_seen<MaskKind::full>(random);
+    check_seen<MaskKind::causal>(random);
+  }
+}
+
+// Guards against shifts by 32 or more, or by less than 0, which are undefined.
+TEST(Mask, LowBitsOfAnyCount) {
+  EXPECT_EQ(low_bits(INT32_MIN), 0u);
+  EXPECT_EQ(low_bits(-1), 0u);
+  EXPECT_EQ(low_bits(0), 0u);
+  EXPECT_EQ(low_bits(1), 1u);
+  EXPECT_EQ(low_bits(31), 0x7fffffffu);
+  EXPECT_EQ(low_bits(32), 0xffffffffu);
+  EXPECT_EQ(low_bits(33), 0xffffffffu);
+  EXPECT_EQ(low_bits(INT32_MAX), 0xffffffffu);
+}
+
+// Guards against keys whose gradient is computed twice or never.
+TEST(KeyTile, TilesCoverEveryKeyOnce) {
+  for (int32_t sk : {1, 15, 16, 17, 33}) {
+    ForwardParams p = problem(8, sk, 0);
+    p.batch = 3;
+    p.heads = 6;
+    p.kv_heads = 2;
+    std::set<std::tuple<int32_t, int32_t, int32_t>> keys;
+    for (int64_t i = 0; i < KeyTile::count(p, 16); ++i) {
+      KeyTile const tile = KeyTile::at(p, i, 16);
+      EXPECT_GE(tile.rows, 1);
+      for (int32_t r = 0; r < tile.rows; ++r) EXPECT_TRUE(keys.emplace(tile.batch, tile.kv_head, tile.row0 + r).second);
+    }
+    EXPECT_EQ(keys.size(), static_cast<size_t>(p.batch) * p.kv_heads * sk);
+  }
+}
+
+// A row without keys must be known to be empty, and no other.
+TEST(Mask, EmptyRowsAreThoseThatSeeNoKey) {
+  for (int32_t sq = 1; sq <= 9; ++sq) {
+    for (int32_t sk = 0; sk <= 9; ++sk) {
+      ForwardParams const p = problem(sq, sk, sk - sq);
+      for (int32_t q = 0; q < sq; ++q) {
+        bool any_full = false, any_causal = false;
+        for (int32_t k = 0; k < sk; ++k) {
+          any_full = any_full || sees(MaskKind::full, q, k, p);
+          any_causal = any_causal || sees(MaskKind::causal, q, k, p);
+        }
+        EXPECT_EQ(Mask<MaskKind::full>::empty_row(q, Sequence::uniform(p)), !any_full);
+        EXPECT_EQ(Mask<MaskKind::causal>::empty_row(q, Sequence::uniform(p)), !any_causal);
+      }
+    }
+  }
+}
+
+// Guards against tiles that are computed twice or never, in any order of dispatch.
+TEST(QueryTile, TilesCoverEveryRowOnce) {
+  for (int32_t sq : {1, 15, 16, 17, 33}) {
+    ForwardParams p = problem(sq, 8, 0);
+    p.batch = 3;
+    p.heads = 6;
+    p.kv_heads = 2;
+    std::set<std::tuple<int32_t, int32_t, int32_t>> rows;
+    for (int64_t i = 0; i < QueryTile::count(p, 16); ++i) {
+      QueryTile const tile = QueryTile::at(p, i, 16);
+      EXPECT_EQ(tile.kv_head, tile.head / 3);
+      EXPECT_GE(tile.rows, 1);
+      for (int32_t r = 0; r < tile.rows; ++r) EXPECT_TRUE(rows.emplace(tile.batch, tile.head, tile.row0 + r).second);
+      // A GPU computes the same with its 32-bit block index.
+      QueryTile const same = QueryTile::at(p, static_cast<uint32_t>(i), 16);
+      EXPECT_EQ(same.row0, tile.row0);
+      EXPECT_EQ(same.head, tile.head);
+      EXPECT_EQ(same.batch, tile.batch);
+    }
+    EXPECT_EQ(rows.size(), static_cast<size_t>(p.batch) * p.heads * sq);
+  }
+}
+
+// Guards against 32-bit overflow in any offset. Every term alone exceeds 2^31 elements.
+TEST(QueryTile, OffsetsAre64Bit) {
+  ForwardParams p{};
+  p.batch = 70000;
+  p.heads = 64;
+  p.kv_heads = 8;
+  p.seqlen_q = 1 << 20;
+  p.seqlen_k = 1 << 20;
+  int64_t const big = int64_t{1} << 33;
+  p.q_stride = {big, big / 2, big / 4};
+  p.k_stride = {big + 8, 128, big};
+  p.v_stride = {big + 16, 128, big + 8};
+  p.out_stride = {big + 24, big, big + 16};
+  QueryTile tile{};
+  tile.batch = 65537;
+  tile.head = 63;
+  tile.kv_head = 7;
+  tile.row0 = (1 << 20) - 128;
+  tile.rows = 128;
+  using Wide = __int128;
+  auto const expect = [](int64_t got, Wide expected) { EXPECT_TRUE(static_cast<Wide>(got) == expected); };
+  expect(tile.q_offset(p), Wide{65537} * big + Wide{tile.row0} * (big / 2) + Wide{63} * (big / 4));
+  expect(tile.k_offset(p), Wide{65537} * (big + 8) + Wide{7} * big);
+  expect(tile.v_offset(p), Wide{65537} * (big + 16) + Wide{7} * (big + 8));
+  expect(tile.out_offset(p), Wide{65537} * (big + 24) + Wide{tile.row0} * big + Wide{63} * (big + 16));
+  expect(tile.lse_offset(p), (Wide{65537} * 64 + 63) * (1 << 20) + tile.row0);
+}
+
+// Tile counts beyond 65,535, and beyond 32 bits where the host must notice.
+TEST(QueryTile, CountIs64Bit) {
+  ForwardParams p = problem(1 << 20, 1, 0);
+  p.batch = 65537;
+  p.heads = 128;
+  EXPECT_EQ(QueryTile::count(p, 16), int64_t{65537} * 128 * (1 << 16));
+}
+
+}  // namespace
+}  // namespace flashcute
