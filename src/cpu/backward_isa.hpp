@@ -3,22 +3,23 @@
 
 #include "backward_scratch.hpp"
 #include "flashcute/backward_params.hpp"
+#include "mask_functions.hpp"
 
 namespace flashcute::cpu {
 
 /// Computes tile `index` of QueryTile::count or KeyTile::count, as the pass has it. `scratch` holds
 /// BackwardScratch::of(config, pass).elements of the accumulation type, aligned to scratch_alignment.
-using BackwardTileFunction = void (*)(BackwardConfig const& config, BackwardParams const& params, int64_t index,
-                                      void* scratch);
+using BackwardTileFunction = void (*)(BackwardConfig const& config, MaskFunctions const& mask,
+                                      BackwardParams const& params, int64_t index, void* scratch);
 
 namespace baseline {
-BackwardTileFunction backward_tile(BackwardConfig const& config, Features const& features, BackwardPass pass);
+BackwardTileFunction backward_tile(DType dtype, BackwardPass pass);
 }
 namespace avx2 {
-BackwardTileFunction backward_tile(BackwardConfig const& config, Features const& features, BackwardPass pass);
+BackwardTileFunction backward_tile(DType dtype, BackwardPass pass);
 }
 namespace avx512 {
-BackwardTileFunction backward_tile(BackwardConfig const& config, Features const& features, BackwardPass pass);
+BackwardTileFunction backward_tile(DType dtype, BackwardPass pass);
 }
 
 }  // namespace flashcute::cpu
