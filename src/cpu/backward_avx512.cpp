@@ -1,3 +1,3 @@
 // See backward_impl.hpp.
 #define FLASHCUTE_CPU_ISA avx512
-#include "backward_impl.hpp"
+#include "cpu/backward_impl.hpp"

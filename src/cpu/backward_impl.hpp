@@ -9,9 +9,8 @@
 // other side, B_X (K or Q) and B_Y (V or dO), are read where they lie: dX^T = B_X^T dS, dY^T = B_Y^T P.
 #pragma once
 
-#include "backward_isa.hpp"
-#include "block.hpp"
-#include "flashcute/policy/mask.hpp"
+#include "cpu/backward_isa.hpp"
+#include "cpu/block.hpp"
 
 namespace flashcute::cpu::FLASHCUTE_CPU_ISA {
 namespace {
@@ -60,27 +59,30 @@ struct ScoreGradients {
   }
 };
 
-template <DType dtype, MaskKind mask_kind>
+template <DType dtype>
 class BackwardTile {
   using Element = typename ElementOf<dtype>::type;
   using T = typename ElementOf<dtype>::Accumulator;
-  using Mask = flashcute::Mask<mask_kind>;
 
  public:
-  static void run_queries(BackwardConfig const& config, BackwardParams const& params, int64_t index, void* memory) {
+  static void run_queries(BackwardConfig const& config, MaskFunctions const& mask, BackwardParams const& params,
+                          int64_t index, void* memory) {
     QueryTile const tile = QueryTile::at(params.forward, index, config.block_m);
-    BackwardTile{config, params, BackwardPass::queries, tile.rows, memory}.compute(tile);
+    BackwardTile{config, mask, params, BackwardPass::queries, tile.rows, memory}.compute(tile);
   }
 
-  static void run_keys(BackwardConfig const& config, BackwardParams const& params, int64_t index, void* memory) {
+  static void run_keys(BackwardConfig const& config, MaskFunctions const& mask, BackwardParams const& params,
+                       int64_t index, void* memory) {
     KeyTile const tile = KeyTile::at(params.forward, index, config.block_n);
-    BackwardTile{config, params, BackwardPass::keys, tile.rows, memory}.compute(tile);
+    BackwardTile{config, mask, params, BackwardPass::keys, tile.rows, memory}.compute(tile);
   }
 
  private:
-  BackwardTile(BackwardConfig const& config, BackwardParams const& params, BackwardPass pass, int rows, void* memory)
+  BackwardTile(BackwardConfig const& config, MaskFunctions const& mask, BackwardParams const& params, BackwardPass pass,
+               int rows, void* memory)
       : p_{params},
         f_{p_.forward},
+        mask_{mask},
         block_m_{config.block_m},
         block_n_{config.block_n},
         lanes_in_use_{rows},
@@ -101,10 +103,12 @@ class BackwardTile {
                    delta);
     Totals<T> dq = totals(layout_.dx, layout_.dx_totals, layout_.dx_errors, f_.head_dim);
 
-    Mask::kv_range(tile, f_, block_n_).for_each_backward([&](int n, auto partial) {
+    RowRange* const visible_keys = this->visible_keys();
+    mask_.keys_of_queries(tile.row0, tile.rows, tile.sequence(f_), visible_keys);
+    mask_.kv_range(tile, f_, block_n_).for_each_backward([&](int n, auto partial) {
       int const key0 = n * block_n_;
       int const keys = min_of(block_n_, tile.sequence(f_).keys() - key0);  // nothing beyond the sequence is touched
-      auto const visible = [&](int r, int c) { return Mask::visible(tile.row0 + c, key0 + r, tile.sequence(f_)); };
+      auto const visible = [=](int r, int c) { return visible_keys[c].has(key0 + r); };
       RowMajor<T> const k = load_block(at(f_.k, f_.k_stride, tile.batch, tile.kv_head, key0), f_.k_stride.row, keys,
                                        f_.head_dim, memory_ + layout_.block_x);
       RowMajor<T> const v = load_block(at(f_.v, f_.v_stride, tile.batch, tile.kv_head, key0), f_.v_stride.row, keys,
@@ -126,13 +130,15 @@ class BackwardTile {
     int const group = f_.heads / f_.kv_heads;
     Totals<T> dk = totals(layout_.dx, layout_.dx_totals, layout_.dx_errors, f_.head_dim);
     Totals<T> dv = totals(layout_.dy, layout_.dy_totals, layout_.dy_errors, f_.head_dim_v);
+    RowRange* const visible_keys = this->visible_keys();
     int blocks = 0;
-    auto const range = Mask::query_range(tile, f_, block_m_);
+    auto const range = mask_.query_range(tile, f_, block_m_);
     for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
       range.for_each([&](int m, auto partial) {
         int const row0 = m * block_m_;
         int const rows = min_of(block_m_, tile.sequence(f_).rows() - row0);
-        auto const visible = [&](int r, int c) { return Mask::visible(row0 + r, tile.row0 + c, tile.sequence(f_)); };
+        if constexpr (partial.value) mask_.keys_of_queries(row0, rows, tile.sequence(f_), visible_keys);
+        auto const visible = [=, key0 = tile.row0](int r, int c) { return visible_keys[r].has(key0 + c); };
         RowMajor<T> const q = load_block(at(f_.q, f_.q_stride, tile.batch, head, row0), f_.q_stride.row, rows,
                                          f_.head_dim, memory_ + layout_.block_x);
         RowMajor<T> const dout = load_block(at(p_.dout, p_.dout_stride, tile.batch, head, row0), p_.dout_stride.row,
@@ -264,8 +270,12 @@ class BackwardTile {
     return static_cast<Element const*>(base) + row_offset(stride, batch, head, row);
   }
 
+  /// Which keys each query of the tile sees, or each query of the block that passes by a tile of keys.
+  RowRange* visible_keys() const { return reinterpret_cast<RowRange*>(memory_ + layout_.visible); }
+
   BackwardParams const p_;  // a copy: nothing that is stored can change it, as far as the compiler knows
   ForwardParams const& f_;
+  MaskFunctions const mask_;
   int const block_m_, block_n_;
   int const lanes_in_use_;  // the tile's rows
   int const columns_;       // the same, rounded up to whole vectors
@@ -275,23 +285,18 @@ class BackwardTile {
 };
 
 template <DType dtype>
-BackwardTileFunction backward_tile_of(Features const& features, BackwardPass pass) {
-  // Names every feature: a new one does not compile until it is known here. The backward counts no blocks.
-  auto const& [mask, count_blocks] = features;
-  return with_constant(mask, [&]<MaskKind kind>() -> BackwardTileFunction {
-    using Tile = BackwardTile<dtype, kind>;
-    return pass == BackwardPass::queries ? Tile::run_queries : Tile::run_keys;
-  });
+BackwardTileFunction backward_tile_of(BackwardPass pass) {
+  return pass == BackwardPass::queries ? BackwardTile<dtype>::run_queries : BackwardTile<dtype>::run_keys;
 }
 
 }  // namespace
 
-BackwardTileFunction backward_tile(BackwardConfig const& config, Features const& features, BackwardPass pass) {
-  switch (config.dtype) {
-    case DType::float16: return backward_tile_of<DType::float16>(features, pass);
-    case DType::bfloat16: return backward_tile_of<DType::bfloat16>(features, pass);
-    case DType::float32: return backward_tile_of<DType::float32>(features, pass);
-    case DType::float64: return backward_tile_of<DType::float64>(features, pass);
+BackwardTileFunction backward_tile(DType dtype, BackwardPass pass) {
+  switch (dtype) {
+    case DType::float16: return backward_tile_of<DType::float16>(pass);
+    case DType::bfloat16: return backward_tile_of<DType::bfloat16>(pass);
+    case DType::float32: return backward_tile_of<DType::float32>(pass);
+    case DType::float64: return backward_tile_of<DType::float64>(pass);
     case DType::int32: break;
   }
   return nullptr;

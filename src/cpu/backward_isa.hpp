@@ -1,24 +1,25 @@
 // What each instruction set's file offers to dispatch.cpp: one function, the only symbol it exports.
 #pragma once
 
-#include "backward_scratch.hpp"
+#include "cpu/backward_scratch.hpp"
+#include "cpu/mask_functions.hpp"
 #include "flashcute/core/backward_params.hpp"
 
 namespace flashcute::cpu {
 
 /// Computes tile `index` of QueryTile::count or KeyTile::count, as the pass has it. `scratch` holds
 /// BackwardScratch::of(config, pass).elements of the accumulation type, aligned to scratch_alignment.
-using BackwardTileFunction = void (*)(BackwardConfig const& config, BackwardParams const& params, int64_t index,
-                                      void* scratch);
+using BackwardTileFunction = void (*)(BackwardConfig const& config, MaskFunctions const& mask,
+                                      BackwardParams const& params, int64_t index, void* scratch);
 
 namespace baseline {
-BackwardTileFunction backward_tile(BackwardConfig const& config, Features const& features, BackwardPass pass);
+BackwardTileFunction backward_tile(DType dtype, BackwardPass pass);
 }
 namespace avx2 {
-BackwardTileFunction backward_tile(BackwardConfig const& config, Features const& features, BackwardPass pass);
+BackwardTileFunction backward_tile(DType dtype, BackwardPass pass);
 }
 namespace avx512 {
-BackwardTileFunction backward_tile(BackwardConfig const& config, Features const& features, BackwardPass pass);
+BackwardTileFunction backward_tile(DType dtype, BackwardPass pass);
 }
 
 }  // namespace flashcute::cpu

@@ -2,8 +2,8 @@
 // (backward_impl.hpp, once per instruction set).
 #pragma once
 
+#include "cpu/forward_scratch.hpp"
 #include "flashcute/core/backward_config.hpp"
-#include "forward_scratch.hpp"
 
 namespace flashcute::cpu {
 
@@ -20,6 +20,7 @@ struct BackwardScratch {
   int64_t block_x, block_y;   // (block, head_dim), (block, head_dim_v): widened blocks of 16-bit inputs
   int64_t finite;             // (block, the larger head dim)
   int64_t out_row, dout_row;  // (head_dim_v): one row of each, padded to whole vectors
+  int64_t visible;            // which keys each query sees: a RowRange
   int64_t elements;
 
   FLASHCUTE_HD static constexpr BackwardScratch of(BackwardConfig const& c, BackwardPass pass) {
@@ -52,6 +53,7 @@ struct BackwardScratch {
     s.finite = take(rows * max_of(c.head_dim, c.head_dim_v));
     s.out_row = take(c.head_dim_v);
     s.dout_row = take(c.head_dim_v);
+    s.visible = take(elements_per_range * max_of(rows, s.ld));
     return s;
   }
 };

@@ -2,9 +2,9 @@
 // finite. Compiled once per instruction set; see forward_impl.hpp.
 #pragma once
 
+#include "cpu/gemm.hpp"
+#include "cpu/vector.hpp"
 #include "flashcute/core/forward_config.hpp"
-#include "gemm.hpp"
-#include "vector.hpp"
 
 namespace flashcute::cpu::FLASHCUTE_CPU_ISA {
 namespace {

@@ -1,4 +1,4 @@
-#include "cores.hpp"
+#include "cpu/cores.hpp"
 
 #include <algorithm>
 #include <atomic>

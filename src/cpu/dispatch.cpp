@@ -1,4 +1,4 @@
-#include "dispatch.hpp"
+#include "cpu/dispatch.hpp"
 
 #include <cstdlib>
 #include <memory>
@@ -6,15 +6,15 @@
 #include <optional>
 #include <string>
 
-#include "backward_isa.hpp"
-#include "backward_scratch.hpp"
-#include "cores.hpp"
+#include "cpu/backward_isa.hpp"
+#include "cpu/backward_scratch.hpp"
+#include "cpu/cores.hpp"
+#include "cpu/forward_isa.hpp"
+#include "cpu/forward_scratch.hpp"
+#include "cpu/thread_pool.hpp"
 #include "flashcute/error.hpp"
 #include "flashcute/policy/query_tile.hpp"
-#include "forward_isa.hpp"
-#include "forward_scratch.hpp"
 #include "system/environment.hpp"
-#include "thread_pool.hpp"
 
 namespace flashcute::cpu {
 namespace {
@@ -52,12 +52,12 @@ thread_local ScratchBuffer scratch_buffer;
   throw UnsupportedError(std::string("flashcute was built without the CPU instruction set ") + name_of(isa));
 }
 
-ForwardTileFunction forward_tile(Isa isa, ForwardConfig const& config, Features const& features) {
+ForwardTileFunction forward_tile(Isa isa, DType dtype) {
   switch (isa) {
-    case Isa::baseline: return baseline::forward_tile(config, features);
+    case Isa::baseline: return baseline::forward_tile(dtype);
 #if defined(__x86_64__)
-    case Isa::avx2: return avx2::forward_tile(config, features);
-    case Isa::avx512: return avx512::forward_tile(config, features);
+    case Isa::avx2: return avx2::forward_tile(dtype);
+    case Isa::avx512: return avx512::forward_tile(dtype);
 #else
     default: break;
 #endif
@@ -65,17 +65,32 @@ ForwardTileFunction forward_tile(Isa isa, ForwardConfig const& config, Features 
   throw_no_isa(isa);
 }
 
-BackwardTileFunction backward_tile(Isa isa, BackwardConfig const& config, Features const& features, BackwardPass pass) {
+BackwardTileFunction backward_tile(Isa isa, DType dtype, BackwardPass pass) {
   switch (isa) {
-    case Isa::baseline: return baseline::backward_tile(config, features, pass);
+    case Isa::baseline: return baseline::backward_tile(dtype, pass);
 #if defined(__x86_64__)
-    case Isa::avx2: return avx2::backward_tile(config, features, pass);
-    case Isa::avx512: return avx512::backward_tile(config, features, pass);
+    case Isa::avx2: return avx2::backward_tile(dtype, pass);
+    case Isa::avx512: return avx512::backward_tile(dtype, pass);
 #else
     default: break;
 #endif
   }
   throw_no_isa(isa);
+}
+
+template <class Mask>
+void keys_of_queries(int32_t query0, int32_t count, Sequence const& sequence, RowRange* to) {
+  for (int32_t i = 0; i < count; ++i) to[i] = Mask::keys_of(query0 + i, sequence);
+}
+
+MaskFunctions mask_functions(Features const& features) {
+  // Names every feature: a new one does not compile until it is known here. Every forward tile can count its blocks,
+  // the backward counts none.
+  auto const& [mask, count_blocks] = features;
+  return with_constant(mask, []<MaskKind kind>() -> MaskFunctions {
+    using Mask = flashcute::Mask<kind>;
+    return {Mask::kv_range, Mask::query_range, keys_of_queries<Mask>};
+  });
 }
 
 size_t accumulator_bytes(DType dtype) { return dtype == DType::float64 ? sizeof(double) : sizeof(float); }
@@ -137,24 +152,26 @@ int num_threads() {
 
 void forward_with(Isa isa, int threads, ForwardConfig const& config, Features const& features,
                   ForwardParams const& params) {
-  ForwardTileFunction const tile = forward_tile(isa, config, features);
+  ForwardTileFunction const tile = forward_tile(isa, config.dtype);
+  MaskFunctions const mask = mask_functions(features);
   size_t const bytes = static_cast<size_t>(ForwardScratch::of(config).elements) * accumulator_bytes(config.dtype);
   parallel_for(QueryTile::count(params, config.block_m), useful_threads(params, threads),
-               [&](int64_t index) { tile(config, params, index, scratch_buffer.at_least(bytes)); });
+               [&](int64_t index) { tile(config, mask, params, index, scratch_buffer.at_least(bytes)); });
 }
 
 void backward_with(Isa isa, int threads, BackwardConfig const& config, Features const& features,
                    BackwardParams const& params) {
+  MaskFunctions const mask = mask_functions(features);
   BackwardParams p = params;
   size_t const queries = static_cast<size_t>(p.forward.batch) * p.forward.heads * p.forward.seqlen_q;
   auto const delta = std::make_unique_for_overwrite<char[]>(queries * accumulator_bytes(config.dtype));
   p.delta = delta.get();
   auto const run = [&](BackwardPass pass, int64_t tiles) {
-    BackwardTileFunction const tile = backward_tile(isa, config, features, pass);
+    BackwardTileFunction const tile = backward_tile(isa, config.dtype, pass);
     size_t const bytes =
         static_cast<size_t>(BackwardScratch::of(config, pass).elements) * accumulator_bytes(config.dtype);
     parallel_for(tiles, useful_threads(p.forward, threads),
-                 [&](int64_t index) { tile(config, p, index, scratch_buffer.at_least(bytes)); });
+                 [&](int64_t index) { tile(config, mask, p, index, scratch_buffer.at_least(bytes)); });
   };
   run(BackwardPass::queries, QueryTile::count(p.forward, config.block_m));  // writes the delta that keys read
   run(BackwardPass::keys, KeyTile::count(p.forward, config.block_n));

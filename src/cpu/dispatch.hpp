@@ -3,8 +3,8 @@
 
 #include <string>
 
-#include "backward.hpp"
-#include "forward.hpp"
+#include "cpu/backward.hpp"
+#include "cpu/forward.hpp"
 
 namespace flashcute::cpu {
 

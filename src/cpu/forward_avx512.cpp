@@ -1,3 +1,3 @@
 // See forward_impl.hpp.
 #define FLASHCUTE_CPU_ISA avx512
-#include "forward_impl.hpp"
+#include "cpu/forward_impl.hpp"

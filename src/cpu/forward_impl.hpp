@@ -8,10 +8,10 @@
 // they lie, one element broadcast to all queries, and a query's result never depends on its neighbours'.
 #pragma once
 
-#include "block.hpp"
+#include "cpu/block.hpp"
+#include "cpu/forward_isa.hpp"
+#include "cpu/forward_scratch.hpp"
 #include "flashcute/policy/block_counter.hpp"
-#include "forward_isa.hpp"
-#include "forward_scratch.hpp"
 
 namespace flashcute::cpu::FLASHCUTE_CPU_ISA {
 namespace {
@@ -88,20 +88,22 @@ struct OnlineSoftmax {
   [[gnu::always_inline]] static Vector<T> max(Vector<T> x, Vector<T> best) { return x > best ? x : best; }
 };
 
-template <DType dtype, MaskKind mask_kind>
+template <DType dtype>
 class ForwardTile {
   using Element = typename ElementOf<dtype>::type;
   using T = typename ElementOf<dtype>::Accumulator;
-  using Mask = flashcute::Mask<mask_kind>;
 
  public:
-  static void run(ForwardConfig const& config, ForwardParams const& params, int64_t index, void* memory) {
-    ForwardTile{config, params, index, static_cast<T*>(memory)}.compute();
+  static void run(ForwardConfig const& config, MaskFunctions const& mask, ForwardParams const& params, int64_t index,
+                  void* memory) {
+    ForwardTile{config, mask, params, index, static_cast<T*>(memory)}.compute();
   }
 
  private:
-  ForwardTile(ForwardConfig const& config, ForwardParams const& params, int64_t index, T* memory)
+  ForwardTile(ForwardConfig const& config, MaskFunctions const& mask, ForwardParams const& params, int64_t index,
+              T* memory)
       : p_{params},
+        mask_{mask},
         tile_{QueryTile::at(params, index, config.block_m)},
         block_m_{config.block_m},
         block_n_{config.block_n},
@@ -123,10 +125,11 @@ class ForwardTile {
     Totals<T> totals{
         memory_ + layout_.row_sum, memory_ + layout_.totals, memory_ + layout_.errors, 1 + p_.head_dim_v, ld, columns_};
     load_query(q);
+    mask_.keys_of_queries(tile_.row0, tile_.rows, tile_.sequence(p_), visible_keys());
     clear(o, p_.head_dim_v, ld, columns_);
     softmax.clear();
     BlockCounter<true> counter;
-    auto const range = Mask::kv_range(tile_, p_, block_n_);
+    auto const range = mask_.kv_range(tile_, p_, block_n_);
     range.for_each_backward([&](int n, auto partial) {
       counter.visit(partial.value);
       int const key0 = n * block_n_;
@@ -146,7 +149,7 @@ class ForwardTile {
       if constexpr (partial.value) {
         if (seen_v.data != v.data) {
           add_not_finite(v, keys, p_.head_dim_v, s, o, ld, tile_.rows,
-                         [&](int n, int m) { return Mask::visible(tile_.row0 + m, key0 + n, tile_.sequence(p_)); });
+                         [&](int n, int m) { return visible_keys()[m].has(key0 + n); });
         }
       }
       // By the block's number, not by how many have been: a row's sums do not depend on the tile it is in.
@@ -181,10 +184,11 @@ class ForwardTile {
 
   /// By select: a masked score may be NaN.
   void apply_mask(T* s, int key0, int keys) const {
+    RowRange const* const visible = visible_keys();
     for (int n = 0; n < keys; ++n) {
       for (int m = 0; m < tile_.rows; ++m) {
         T const score = s[n * layout_.ld + m];
-        s[n * layout_.ld + m] = Mask::visible(tile_.row0 + m, key0 + n, tile_.sequence(p_)) ? score : -infinity<T>;
+        s[n * layout_.ld + m] = visible[m].has(key0 + n) ? score : -infinity<T>;
       }
     }
   }
@@ -193,7 +197,7 @@ class ForwardTile {
   void store_out(T* o, OnlineSoftmax<T> const& softmax) const {
     Element* const to = static_cast<Element*>(p_.out) + tile_.out_offset(p_);
     for (int m = 0; m < tile_.rows; ++m) {
-      bool const empty = Mask::empty_row(tile_.row0 + m, tile_.sequence(p_));
+      bool const empty = visible_keys()[m].empty();
       for (int d = 0; d < p_.head_dim_v; ++d) {
         T const x = empty ? T{0} : o[d * layout_.ld + m] / softmax.row_sum[m];
         from_float(x, to[m * p_.out_stride.row + d]);
@@ -206,7 +210,11 @@ class ForwardTile {
     for (int m = 0; m < tile_.rows; ++m) to[m] = softmax.lse(m);
   }
 
+  /// Which keys each row of the tile sees.
+  RowRange* visible_keys() const { return reinterpret_cast<RowRange*>(memory_ + layout_.visible); }
+
   ForwardParams const p_;  // a copy: nothing that is stored can change it, as far as the compiler knows
+  MaskFunctions const mask_;
   QueryTile const tile_;
   int const block_m_, block_n_;
   int const columns_;  // tile_.rows, rounded up to whole vectors
@@ -214,21 +222,14 @@ class ForwardTile {
   T* const memory_;
 };
 
-template <DType dtype>
-ForwardTileFunction forward_tile_of(Features const& features) {
-  // Names every feature: a new one does not compile until it is known here. Every tile can count its blocks.
-  auto const& [mask, count_blocks] = features;
-  return with_constant(mask, []<MaskKind kind>() -> ForwardTileFunction { return ForwardTile<dtype, kind>::run; });
-}
-
 }  // namespace
 
-ForwardTileFunction forward_tile(ForwardConfig const& config, Features const& features) {
-  switch (config.dtype) {
-    case DType::float16: return forward_tile_of<DType::float16>(features);
-    case DType::bfloat16: return forward_tile_of<DType::bfloat16>(features);
-    case DType::float32: return forward_tile_of<DType::float32>(features);
-    case DType::float64: return forward_tile_of<DType::float64>(features);
+ForwardTileFunction forward_tile(DType dtype) {
+  switch (dtype) {
+    case DType::float16: return ForwardTile<DType::float16>::run;
+    case DType::bfloat16: return ForwardTile<DType::bfloat16>::run;
+    case DType::float32: return ForwardTile<DType::float32>::run;
+    case DType::float64: return ForwardTile<DType::float64>::run;
     case DType::int32: break;
   }
   return nullptr;

@@ -3,10 +3,14 @@
 #pragma once
 
 #include "flashcute/core/forward_config.hpp"
+#include "flashcute/policy/kv_blocks.hpp"
 
 namespace flashcute::cpu {
 
 inline constexpr int64_t scratch_alignment = 64;
+
+/// The room of a RowRange, in elements of the narrower accumulation type.
+inline constexpr int64_t elements_per_range = sizeof(RowRange) / sizeof(float);
 
 /// Offsets in elements of the accumulation type. The matrices with a column per query are the
 /// transposes of the paper's: queries lie in vector lanes.
@@ -24,6 +28,7 @@ struct ForwardScratch {
   int64_t factor;      // (ld)             the second part of the scores' factor
   int64_t k, v;        // (block_n, head_dim), (block_n, head_dim_v): widened blocks of 16-bit inputs
   int64_t finite_v;    // (block_n, head_dim_v)
+  int64_t visible;     // (ld)             which keys each query sees: a RowRange
   int64_t elements;
 
   FLASHCUTE_HD static constexpr ForwardScratch of(ForwardConfig const& c) {
@@ -43,7 +48,8 @@ struct ForwardScratch {
     s.k = s.factor + s.ld;
     s.v = s.k + block(c.head_dim);
     s.finite_v = s.v + block(c.head_dim_v);
-    s.elements = s.finite_v + block(c.head_dim_v);
+    s.visible = s.finite_v + block(c.head_dim_v);
+    s.elements = s.visible + elements_per_range * s.ld;
     return s;
   }
 };

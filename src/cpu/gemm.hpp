@@ -2,7 +2,7 @@
 // of A is broadcast: A is read where it lies, with any stride, and nothing is packed.
 #pragma once
 
-#include "vector.hpp"
+#include "cpu/vector.hpp"
 
 namespace flashcute::cpu::FLASHCUTE_CPU_ISA {
 namespace {
@@ -79,7 +79,7 @@ template <int C, class A, class T, class Finish>
 /// Calls finish(row, column, sum) once for each vector of A (rows x depth) times B (depth x columns).
 /// B is aligned, `ld` elements a row; `columns` is a multiple of the vector length. Each sum starts at
 /// zero and runs over the depth in order, so its value depends on no other row or column.
-/// Not inlined: the kernels of all masks and element types share one copy.
+/// Not inlined: all element types that are computed in T, and full and partial blocks, share one copy.
 template <class A, class T, class Finish>
 [[gnu::noinline]] void gemm(A a, int rows, T const* b, int64_t ld, int depth, int columns, Finish finish) {
   int column = 0;

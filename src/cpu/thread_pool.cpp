@@ -1,4 +1,4 @@
-#include "thread_pool.hpp"
+#include "cpu/thread_pool.hpp"
 
 #include <pthread.h>
 
@@ -11,8 +11,8 @@
 #include <system_error>
 #include <thread>
 
-#include "cores.hpp"
-#include "float_mode.hpp"
+#include "cpu/cores.hpp"
+#include "cpu/float_mode.hpp"
 #include "system/block_signals.hpp"
 
 namespace flashcute::cpu {

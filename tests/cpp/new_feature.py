@@ -16,13 +16,13 @@ import tempfile
 from pathlib import Path
 from shutil import copytree
 
-CPU = ["src/cpu/forward_baseline.cpp", "src/cpu/backward_baseline.cpp"]
+CPU = "src/cpu/dispatch.cpp"
 
 # What follows from the table alone.
 FEATURE_IN_TABLE = """
 #include <cassert>
 #include <string>
-#include "source.hpp"
+#include "image/source.hpp"
 using namespace flashcute;
 int main() {
   Features const with{.probe = true};
@@ -41,7 +41,7 @@ int main() {
 MASK_IN_TABLE = """
 #include <cassert>
 #include <string>
-#include "source.hpp"
+#include "image/source.hpp"
 using namespace flashcute;
 int main() {
   ForwardKernelId const kernel = kernel_of(ForwardConfig{}, {.mask = MaskKind::probe});
@@ -133,8 +133,7 @@ def check_feature(copy: Copy) -> None:
 
     # Nothing leaves the feature out of what it computes. The CPU's dispatch has to name it; a GPU
     # kernel is refused if it is asked for the feature and has no code for it.
-    for unit in CPU:
-        copy.expect_error(unit, "decomposes into 3 elements")
+    copy.expect_error(CPU, "decomposes into 3 elements")
     unknown = "has no code for one of the features"
     copy.expect_compiled(forward_kernel("{.count_blocks = true}"))
     copy.expect_error(forward_kernel("{.probe = true}"), unknown)
@@ -143,28 +142,22 @@ def check_feature(copy: Copy) -> None:
     for each in passes:
         copy.expect_error(backward_kernels("{.probe = true}", each), unknown)
 
-    for unit in ("src/cpu/forward_impl.hpp", "src/cpu/backward_impl.hpp"):
-        copy.edit(unit, "[mask, count_blocks]", "[mask, probe, count_blocks]")
-    for unit in CPU:
-        copy.expect_compiled(unit)
+    copy.edit(CPU, "[mask, count_blocks]", "[mask, probe, count_blocks]")
+    copy.expect_compiled(CPU)
 
 
 def check_mask(copy: Copy) -> None:
     last = 'ROW(causal, "causal")'
     copy.edit("include/flashcute/core/enums.hpp", last, f'{last} ROW(probe, "probe")')
-    copy.expect_error(
-        '#include "flashcute/core/forward_config.hpp"\n', "probe.* not handled in switch"
-    )
+    copy.expect_error('#include "flashcute/sm90/rounds.hpp"\n', "probe.* not handled in switch")
     causal = "    case MaskKind::causal: return {1,"
-    copy.edit(
-        "include/flashcute/core/forward_config.hpp", causal, f"    case MaskKind::probe:\n{causal}"
-    )
+    copy.edit("include/flashcute/sm90/rounds.hpp", causal, f"    case MaskKind::probe:\n{causal}")
     copy.expect_success(MASK_IN_TABLE)
 
-    users = [*CPU, "src/launch/tile_deal.cpp"]
+    users = [CPU, "src/launch/tile_deal.cpp"]
     for unit in users:
         copy.expect_error(unit, "incomplete type.*Mask<.*probe")
-    for test in ("test_mask.cpp", "test_cpu_forward.cpp", "test_kernel.cpp"):
+    for test in ("policy/test_mask.cpp", "cpu/test_cpu_forward.cpp", "kernel/test_kernel.cpp"):
         copy.expect_error(f"tests/cpp/{test}", "probe.* not handled in switch")
     probe = "template <>\nstruct Mask<MaskKind::probe> : Mask<MaskKind::full> {};\n\n"
     copy.edit(
@@ -174,6 +167,15 @@ def check_mask(copy: Copy) -> None:
     )
     for unit in users:
         copy.expect_compiled(unit)
+
+    # The CPU serves any mask under which a query sees neighbouring keys, and asks for code for any other.
+    copy.edit(
+        "include/flashcute/policy/mask.hpp",
+        "struct Mask<MaskKind::probe> : Mask<MaskKind::full> {};",
+        "struct Mask<MaskKind::probe> : Mask<MaskKind::full> {\n"
+        "  static RowRange keys_of(int32_t, Sequence const&) = delete;\n};",
+    )
+    copy.expect_error(CPU, "deleted function.*probe.*keys_of")
 
 
 def main() -> None:

@@ -9,6 +9,9 @@ namespace flashcute {
 /// Rows [begin, end) of a tensor.
 struct RowRange {
   int32_t begin, end;
+
+  FLASHCUTE_HD bool empty() const { return begin >= end; }
+  FLASHCUTE_HD bool has(int32_t row) const { return (begin <= row) & (row < end); }
 };
 
 /// The blocks of keys that a tile of query rows visits, from the last to the first: blocks [begin, end) hold at least

@@ -1,7 +1,8 @@
 // Which keys a query sees. A mask has five functions: `kv_range` tells which blocks of keys a tile of query rows must
 // visit, `query_range` which blocks of query rows a tile of keys must visit, `visible` whether a query sees a key,
-// `seen` which of many keys a query sees, and `seen_by` which of many queries see which keys. GPU kernels, the CPU
-// backend and the tests share them.
+// `seen` which of many keys a query sees, and `seen_by` which of many queries see which keys. A mask under which each
+// query sees neighbouring keys has a sixth: `keys_of`, which keys. GPU kernels, the CPU backend and the tests share
+// them.
 #pragma once
 
 #include "flashcute/core/forward_config.hpp"
@@ -47,6 +48,9 @@ struct SeenBy {
 template <class Derived>
 struct PrefixMask {
   FLASHCUTE_HD static bool visible(int32_t q, int32_t k, Sequence const& s) { return k < Derived::visible_keys(q, s); }
+
+  /// The keys that query `q` sees.
+  FLASHCUTE_HD static RowRange keys_of(int32_t q, Sequence const& s) { return {0, Derived::visible_keys(q, s)}; }
 
   /// What query `q` sees of the keys from `key0` on.
   FLASHCUTE_HD static Seen seen(int32_t q, int32_t key0, Sequence const& s) {

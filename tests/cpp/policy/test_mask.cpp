@@ -93,6 +93,7 @@ void check_all_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
         for (int32_t k = n * block_n; k < (n + 1) * block_n; ++k) {
           bool const visible = sees(Kind, q, k, p);
           EXPECT_EQ((Mask<Kind>::visible(q, k, tile.sequence(p))), visible);
+          EXPECT_EQ((Mask<Kind>::keys_of(q, tile.sequence(p)).has(k)), visible) << "query " << q << ", key " << k;
           any = any || visible;
           all = all && visible;
         }
@@ -297,6 +298,8 @@ TEST(Mask, EmptyRowsAreThoseThatSeeNoKey) {
         }
         EXPECT_EQ(Mask<MaskKind::full>::empty_row(q, Sequence::uniform(p)), !any_full);
         EXPECT_EQ(Mask<MaskKind::causal>::empty_row(q, Sequence::uniform(p)), !any_causal);
+        EXPECT_EQ(Mask<MaskKind::full>::keys_of(q, Sequence::uniform(p)).empty(), !any_full);
+        EXPECT_EQ(Mask<MaskKind::causal>::keys_of(q, Sequence::uniform(p)).empty(), !any_causal);
       }
     }
   }
