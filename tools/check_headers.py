@@ -17,7 +17,7 @@ from pathlib import Path
 
 # Lowest first: what a header may include is on a lower level.
 LEVELS = [
-    ["std"],
+    ["std", "constants"],
     ["enums", "error"],
     ["features"],
     ["kernel_id"],
@@ -38,6 +38,7 @@ LEVELS = [
 ]
 PLAIN = [
     "std",
+    "constants",
     "enums",
     "features",
     "kernel_id",
