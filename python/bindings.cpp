@@ -410,10 +410,12 @@ BackwardConfig call_backward_config_for(nb::handle q, nb::handle k, nb::handle v
 
 std::vector<std::pair<std::string, std::string>> call_prebuild(std::vector<ForwardConfig> const& forward,
                                                                std::vector<BackwardConfig> const& backward,
-                                                               nb::handle arch) {
+                                                               nb::handle arch, std::optional<bool> causal) {
   Arch const target = to_arch(arch);
+  std::vector<Features> features;
+  if (causal) features = {{.mask = *causal ? MaskKind::causal : MaskKind::full}};
   ReleaseGil const released;
-  return prebuild(forward, backward, target);
+  return prebuild(forward, backward, target, features);
 }
 
 Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v,
@@ -566,7 +568,7 @@ NB_MODULE(_core, m) {
       "dtype"_a.none(), "head_dim"_a, "arch"_a.none(), "head_dim_v"_a.none(), "deterministic"_a = false);
   m.def("configs", &configs);
   m.def("backward_configs", &backward_configs);
-  m.def("prebuild", &call_prebuild, "forward"_a, "backward"_a, "arch"_a.none());
+  m.def("prebuild", &call_prebuild, "forward"_a, "backward"_a, "arch"_a.none(), "causal"_a.none());
   m.def("driver_info", &driver_info, nb::call_guard<ReleaseGil>());
   m.def("build_info", &build_info);
   m.def("build_version", &build_version);

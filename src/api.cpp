@@ -266,13 +266,15 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
 }
 
 std::vector<std::pair<std::string, std::string>> prebuild(std::span<ForwardConfig const> forward,
-                                                          std::span<BackwardConfig const> backward, Arch arch) {
+                                                          std::span<BackwardConfig const> backward, Arch arch,
+                                                          std::span<Features const> features) {
   if (arch == cpu_arch) throw ArgumentError("arch", "a GPU's compute capability such as sm_80", "the CPU");
+  if (features.empty()) features = full_and_causal;
   std::vector<AnyKernelId> kernels;
   auto const add = [&](auto const& configs) {
     for (auto const& config : configs) {
       check_config(config, arch);
-      for (auto const& kernel : kernels_of(config)) kernels.emplace_back(kernel);
+      for (auto const& kernel : kernels_of(config, features)) kernels.emplace_back(kernel);
     }
   };
   add(forward);

@@ -1,6 +1,7 @@
 #include "source.hpp"
 
 #include <algorithm>
+#include <set>
 
 namespace flashcute {
 namespace {
@@ -38,15 +39,21 @@ std::string initializer(Features const& features) {
   return all.text();
 }
 
-/// The macro of an entry.hpp that defines a kernel, and the type of its argument.
+/// The macro that defines a kernel, the header that has it, and the type of its argument.
 struct Entry {
   char const* macro;
+  char const* header;
   char const* id;
 };
 Entry entry_of(ForwardConfig const& config) {
-  return {config.math == Math::wgmma ? "FLASHCUTE_HOPPER_FORWARD_ENTRY" : "FLASHCUTE_FORWARD_ENTRY", "ForwardKernelId"};
+  if (config.math == Math::wgmma) {
+    return {"FLASHCUTE_HOPPER_FORWARD_ENTRY", "flashcute/sm90/entry.hpp", "ForwardKernelId"};
+  }
+  return {"FLASHCUTE_FORWARD_ENTRY", "flashcute/entry.hpp", "ForwardKernelId"};
 }
-Entry entry_of(BackwardConfig const&) { return {"FLASHCUTE_BACKWARD_ENTRY", "BackwardKernelId"}; }
+Entry entry_of(BackwardConfig const&) {
+  return {"FLASHCUTE_BACKWARD_ENTRY", "flashcute/entry.hpp", "BackwardKernelId"};
+}
 
 /// The kernel as the C++ line that defines it.
 template <class Config>
@@ -64,19 +71,22 @@ constexpr bool is_extended_wgmma_width(int32_t columns) {
 }
 
 bool needs_extended_wgmma(ForwardKernelId const& kernel) {
-  return is_extended_wgmma_width(kernel.config.block_n) || is_extended_wgmma_width(kernel.config.head_dim_v);
+  ForwardConfig const& c = kernel.config;
+  return c.math == Math::wgmma && (is_extended_wgmma_width(c.block_n) || is_extended_wgmma_width(c.head_dim_v));
 }
 bool needs_extended_wgmma(BackwardKernelId const&) { return false; }
 
 template <class KernelId>
 std::string source_of(std::span<KernelId const> kernels) {
-  bool const hopper = !kernels.empty() && kernels[0].config.math == Math::wgmma;
   std::string text;
-  if (hopper && std::any_of(kernels.begin(), kernels.end(), [](auto const& k) { return needs_extended_wgmma(k); })) {
+  if (std::any_of(kernels.begin(), kernels.end(), [](auto const& k) { return needs_extended_wgmma(k); })) {
     // Parsing these shapes takes longer than all the rest of a compilation.
     text += "#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED\n";
   }
-  text += hopper ? "#include \"flashcute/sm90/entry.hpp\"\n\n" : "#include \"flashcute/entry.hpp\"\n\n";
+  std::set<std::string> headers;
+  for (KernelId const& kernel : kernels) headers.insert(entry_of(kernel.config).header);
+  for (std::string const& header : headers) text += "#include \"" + header + "\"\n";
+  text += "\n";
   for (KernelId const& kernel : kernels) text += definition(kernel);
   return text;
 }

@@ -169,12 +169,18 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
                     TensorView const& v, CallOptions const& options = {});
 
 /// Makes the kernels of configurations available for compute capability `arch` (80 means 8.0): finds them among the
-/// ahead-of-time images or in the disk cache, or compiles them, several at the same time. Needs no GPU. Returns where
-/// each came from, by kernel name.
+/// ahead-of-time images or in the disk cache, or compiles them, several at the same time. Needs no GPU. `features`:
+/// what the kernels compute, one of each for each element; if it is empty, attention without a mask, and causal
+/// attention. Returns where each came from, by kernel name.
 std::vector<std::pair<std::string, std::string>> prebuild(std::span<ForwardConfig const> forward,
-                                                          std::span<BackwardConfig const> backward, Arch arch);
-inline auto prebuild(ForwardConfig const& config, Arch arch) { return prebuild(std::span(&config, 1), {}, arch); }
-inline auto prebuild(BackwardConfig const& config, Arch arch) { return prebuild({}, std::span(&config, 1), arch); }
+                                                          std::span<BackwardConfig const> backward, Arch arch,
+                                                          std::span<Features const> features = {});
+inline auto prebuild(ForwardConfig const& config, Arch arch, std::span<Features const> features = {}) {
+  return prebuild(std::span(&config, 1), {}, arch, features);
+}
+inline auto prebuild(BackwardConfig const& config, Arch arch, std::span<Features const> features = {}) {
+  return prebuild({}, std::span(&config, 1), arch, features);
+}
 
 // ---- facts about this build and this machine -----------------------------------------------------
 

@@ -314,6 +314,8 @@ def configs_ahead_of_time(arch: str | int) -> list[ForwardConfig | BackwardConfi
 def prebuild(
     cfgs: ForwardConfig | BackwardConfig | list[ForwardConfig | BackwardConfig] | None = None,
     arch: str | int | None = None,
+    *,
+    causal: bool | None = None,
 ) -> dict[str, str]:
     """Makes kernels available before their first call, which may otherwise compile them (a few seconds each) or take
     slower ones that are at hand. What has to be compiled is compiled at the same time, as cores and memory allow.
@@ -321,6 +323,7 @@ def prebuild(
     cfgs: a configuration of the forward or the backward, or a list of them; default all that the build compiles ahead
         of time and that `arch` can run.
     arch: "sm_90" and the like; default the architecture of GPU 0. If it is given, no GPU is needed.
+    causal: only the kernels of calls with this `causal`; default those of both.
 
     Returns, by kernel name, where each kernel came from: "ahead of time", "disk cache" or "compiled by NVRTC ...".
     """
@@ -333,6 +336,8 @@ def prebuild(
         raise ArgumentError(
             f"cfgs: expected a ForwardConfig, a BackwardConfig or a list of them, got {cfgs!r}"
         )
+    if causal is not None and not isinstance(causal, bool):
+        raise ArgumentError(f"causal: expected True, False or None, got {causal!r}")
     if arch is None:
         info = _core.driver_info()
         if not info.gpus:
@@ -343,4 +348,4 @@ def prebuild(
     every = configs_ahead_of_time(arch) if chosen is None else chosen
     forward = [cfg for cfg in every if isinstance(cfg, ForwardConfig)]
     backward = [cfg for cfg in every if isinstance(cfg, BackwardConfig)]
-    return dict(_core.prebuild(forward, backward, arch))
+    return dict(_core.prebuild(forward, backward, arch, causal))
