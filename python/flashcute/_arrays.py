@@ -267,19 +267,28 @@ def has_own_dispatch(kind: type) -> bool:
 
 
 @cache
-def torch_states() -> tuple[Callable[[], object], ...]:
-    """What tells, each by a truth, that torch does more in a call than to compute: autocast on some device,
-    a dispatch mode (fake tensors, make_fx), torch.jit.trace, torch.func, forward-mode derivatives."""
+def torch_observers() -> tuple[Callable[[], object], ...]:
+    """What tells, each by a truth, that something stands between tensors and their memory: a dispatch mode (fake
+    tensors, make_fx, a counter of FLOPs), torch.jit.trace, torch.func and vmap."""
     torch = sys.modules["torch"]
-    functions = torch._C._functorch
-    forward_ad = torch.autograd.forward_ad
     return (
-        torch._C._is_any_autocast_enabled,
         torch._C._len_torch_dispatch_stack,
         torch._C._get_tracing_state,
-        functions.peek_interpreter_stack,
-        lambda: forward_ad._current_level >= 0,
+        torch._C._functorch.peek_interpreter_stack,
     )
+
+
+@cache
+def torch_states() -> tuple[Callable[[], object], ...]:
+    """What tells, each by a truth, that torch does more in a call than to compute: observers, autocast on some device,
+    forward-mode derivatives."""
+    torch = sys.modules["torch"]
+    return (*torch_observers(), torch._C._is_any_autocast_enabled, differentiates_forward)
+
+
+def differentiates_forward() -> bool:
+    """Whether torch is within forward_ad.dual_level."""
+    return bool(sys.modules["torch"].autograd.forward_ad._current_level >= 0)
 
 
 _libraries: dict[str, Library] = {

@@ -15,7 +15,14 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from . import _core
-from ._arrays import has_own_dispatch, library_of, remember_torch, stream_number
+from ._arrays import (
+    differentiates_forward,
+    has_own_dispatch,
+    library_of,
+    remember_torch,
+    stream_number,
+    torch_observers,
+)
 from ._call import (
     SDPA,
     Options,
@@ -180,10 +187,9 @@ def is_traced(problem: Problem) -> bool:
         return True
     transforms = torch._C._functorch.get_interpreter_stack()
     kinds = torch._C._functorch.TransformType
-    forward = torch.autograd.forward_ad
+    unpack = torch.autograd.forward_ad.unpack_dual
     if (transforms and any(t.key() in (kinds.Grad, kinds.Jvp) for t in transforms)) or (
-        forward._current_level >= 0
-        and any(forward.unpack_dual(x).tangent is not None for x in problem[:3])
+        differentiates_forward() and any(unpack(x).tangent is not None for x in problem[:3])
     ):
         raise UnsupportedError(
             "flash_attention has no forward-mode derivative and none of torch.func: use requires_grad and "
@@ -194,20 +200,14 @@ def is_traced(problem: Problem) -> bool:
 
 def is_observed(*tensors: Tensor | None) -> bool:
     """Whether something stands between the tensors and their memory, to which a call must show itself as an operator:
-    a tracer, a dispatch mode (fake tensors, make_fx, a counter of FLOPs), vmap, a tensor class of its own."""
-    functions = torch._C._functorch
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state()
-        or functions.peek_interpreter_stack() is not None
-    ):
+    a tracer, a dispatch mode, a transform, a tensor class of its own."""
+    if torch.compiler.is_compiling() or any(observes() for observes in torch_observers()):
         return True
     for x in tensors:
         if x is None:
             continue
         # is_grads_batched is a vmap of its own, which is on no stack.
-        if functions.is_legacy_batchedtensor(x) or has_own_dispatch(type(x)):
+        if torch._C._functorch.is_legacy_batchedtensor(x) or has_own_dispatch(type(x)):
             return True
     return False
 
