@@ -144,11 +144,21 @@ void option_from_python(char const* option, nb::handle object, bool& value) {
   value = nb::cast<bool>(object);
 }
 
+/// Whether the object is a boolean, or an array or tensor of booleans.
+bool is_truth(nb::handle object) {
+  if (nb::isinstance<nb::bool_>(object)) return true;
+  if (!nb::hasattr(object, "dtype")) return false;
+  nb::object const dtype = object.attr("dtype");
+  return nb::cast<std::string>(nb::str(nb::handle(dtype))).ends_with("bool");
+}
+
 void option_from_python(char const* option, nb::handle object, int32_t& value) {
-  // An int, or what stands for one (numpy.int64): anything with __index__ but True and False.
+  // An int, or what stands for one (numpy.int64): anything with __index__ but booleans, which some libraries' have too.
   int32_t number = 0;
-  bool const is_integer = PyIndex_Check(object.ptr()) && !nb::isinstance<nb::bool_>(object);
-  if (!is_integer || !nb::try_cast(nb::steal(PyNumber_Index(object.ptr())), number)) {
+  nb::object integer;
+  if (PyIndex_Check(object.ptr()) && !is_truth(object)) integer = nb::steal(PyNumber_Index(object.ptr()));
+  PyErr_Clear();  // of an array, whose class has __index__ and which is no number all the same
+  if (!integer.is_valid() || !nb::try_cast(integer, number)) {
     throw ArgumentError(option, "an integer", nb::cast<std::string>(nb::repr(object)));
   }
   value = number;

@@ -75,18 +75,28 @@ def is_boolean(x: object) -> bool:
     return type(x).__name__ in ("bool", "bool_")
 
 
+def is_truth(x: object) -> bool:
+    """Whether x is a boolean, or an array or tensor of booleans: float and operator.index take both for 0 or 1."""
+    return is_boolean(x) or str(getattr(x, "dtype", "")).endswith("bool")
+
+
+def index_of(x: object) -> int:
+    """The value of an integer, also of a library's or a tensor's. Raises TypeError for booleans and all else."""
+    if is_truth(x):
+        raise TypeError(f"expected an integer, got {x!r}")
+    return operator.index(x)  # type: ignore[arg-type]
+
+
 def checked_diagonal(diagonal: object, causal: object) -> int | None:
     """As a number; None for "end"."""
     value: Any = {"end": None, "start": 0}
     if isinstance(diagonal, str):
         value = value.get(diagonal, "")
-    elif is_boolean(diagonal):  # which operator.index takes for 0 or 1
-        value = ""
-    elif isinstance(diagonal, int) or type(diagonal).__name__ == "SymInt":
+    elif type(diagonal) is int or type(diagonal).__name__ == "SymInt":
         value = diagonal  # a symbol of torch.export stays one: operator.index would fix its value
     else:
         try:
-            value = operator.index(diagonal)  # type: ignore[arg-type]
+            value = index_of(diagonal)
         except (TypeError, ValueError, RuntimeError):  # the last: a tensor without a value
             value = ""
     too_long = isinstance(value, int) and not -(2**63) <= value < 2**63
@@ -110,6 +120,8 @@ def number(scale: object) -> float:
             "scale: multiply q by it, flash_attention(q * scale, k, v, scale=1.0), or pass its value, scale.item()"
         )
     try:
+        if is_truth(scale):
+            raise TypeError
         return float(scale)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):  # the last: a tensor of several numbers
         raise ArgumentError(f"scale: expected a number or None, got {scale!r}") from None
@@ -151,7 +163,7 @@ def checked_window(window: object) -> tuple[int, int]:
     if window is None:
         return -1, -1
     try:
-        left, right = (operator.index(bound) for bound in window)  # type: ignore[attr-defined]
+        left, right = (index_of(bound) for bound in window)  # type: ignore[attr-defined]
     except (TypeError, ValueError):
         left = right = -2
     if min(left, right) < -1:

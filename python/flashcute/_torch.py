@@ -682,7 +682,11 @@ def check_sizes(problem: Problem) -> None:
 
 
 def checked_dropout(probability: object) -> None:
-    if not isinstance(probability, int | float) or not 0.0 <= probability <= 1.0:
+    if (
+        isinstance(probability, bool)
+        or not isinstance(probability, int | float)
+        or not 0.0 <= probability <= 1.0
+    ):
         raise ArgumentError(f"dropout_p: expected a probability, got {probability!r}")
 
 

@@ -9,6 +9,7 @@ from . import _core
 from ._arrays import Array, Library, Torch, library_of
 from ._call import (
     checked_options,
+    index_of,
     missing_feature,
     require_arrays,
     require_kind,
@@ -283,7 +284,7 @@ def arch_or_default(arch: str | int | None) -> str | int:
 
 def integer(name: str, value: object) -> int:
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return index_of(value)
     except TypeError:
         raise ArgumentError(f"{name}: expected an integer, got {value!r}") from None
 

@@ -85,6 +85,22 @@ def test_init_does_not_change_a_finished_value() -> None:
     assert cfg == fc.ForwardConfig()
 
 
+def test_an_array_is_no_number(fresh: Runner) -> None:
+    """An array's class has __index__, which fails: the process crashed. In one of its own."""
+    done = fresh("""
+        import flashcute as fc, numpy as np
+        for wrong in (np.array([1, 2]), np.array(1.0), np.zeros(0, int)):
+            try:
+                fc.ForwardConfig(block_m=wrong)
+            except fc.ArgumentError as error:
+                print(error)
+        print(fc.ForwardConfig(block_m=np.array(64)).block_m)
+    """)
+    *refused, accepted = done.stdout.splitlines()
+    assert [line.partition(", got ")[0] for line in refused] == ["block_m: expected an integer"] * 3
+    assert accepted == "64"
+
+
 @given(any_config, any_config)
 def test_equality_and_hash(a: fc.ForwardConfig, b: fc.ForwardConfig) -> None:
     """Equal exactly if all options are equal; then the hashes are equal too."""

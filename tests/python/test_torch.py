@@ -808,6 +808,7 @@ def test_fallback_writes_out() -> None:
         ({"window": (3,)}, fc.ArgumentError, r"^window: expected two integers"),
         ({"window": (-2, 0)}, fc.ArgumentError, r"^window: expected two integers"),
         ({"window": 5}, fc.ArgumentError, r"^window: expected two integers"),
+        ({"dropout_p": True}, fc.ArgumentError, r"^dropout_p: expected a probability, got True"),
         ({"dropout_p": 1.5}, fc.ArgumentError, r"^dropout_p: expected a probability, got 1.5"),
         ({"dropout_p": 0.5, "return_lse": True}, fc.UnsupportedError, r"^return_lse=True: .*no LSE"),
         ({"dropout_p": 0.5, "scale": -1.0}, fc.ArgumentError, r"^scale: expected a finite number >= 0"),
