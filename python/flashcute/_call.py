@@ -6,13 +6,16 @@ again. This module imports neither those functions nor what belongs to torch.
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from . import _core
 from ._arrays import Array, Library, library_of, stream_number, would_record
-from ._core import ArgumentError, Explanation, ForwardConfig
+from ._core import ArgumentError, BackwardExplanation, Explanation, ForwardConfig
+
+Found = TypeVar("Found", Explanation, BackwardExplanation)
 
 SDPA = "torch.nn.functional.scaled_dot_product_attention"
 
@@ -194,6 +197,14 @@ def require_arrays(arrays: dict[str, Array]) -> None:
             raise ArgumentError(f"{name}: expected {problem}")
 
 
+def require_mutable(name: str, array: Array) -> None:
+    """Of an array to write to."""
+    if library_of(type(array)).immutable:
+        raise ArgumentError(
+            f"{name}: expected a writable array, got an immutable one of JAX. Omit it"
+        )
+
+
 # ---- the call --------------------------------------------------------------------------------------
 
 
@@ -209,8 +220,8 @@ def run(
     """The forward, on the stream of the options."""
     arrays = {"q": q, "k": k, "v": v} if out is None else {"q": q, "k": k, "v": v, "out": out}
     require_arrays(arrays)
-    if out is not None and library_of(type(out)).immutable:
-        raise ArgumentError("out: expected a writable array, got an immutable one of JAX. Omit out")
+    if out is not None:
+        require_mutable("out", out)
     library = library_of(type(q))
     try:
         address = None if options.stream is None else stream_number(options.stream)
@@ -256,6 +267,29 @@ def rows_of_heads(q: Array, layout: str) -> tuple[int, int, int]:
     return q.shape[0], q.shape[heads], q.shape[rows]
 
 
+# ---- explanations ----------------------------------------------------------------------------------
+
+
+def replaced(found: Found, **changes: object) -> Found:
+    """A copy of an explanation with some members changed."""
+    members = {
+        name: getattr(found, name)
+        for name, x in vars(type(found)).items()
+        if isinstance(x, property)
+    }
+    return type(found)(**members | changes)
+
+
+def with_copies(found: Explanation, q: Array, v: Array) -> Explanation:
+    """With what Python does for gradients before the library computes them."""
+    gradients = found.gradients
+    if gradients is None or not gradients.backend:
+        return found
+    copied = math.prod(q.shape[:-1]) * v.shape[-1] * q.dtype.itemsize
+    note = f"A gradient of the output whose last stride is not 1 is copied first ({copied} bytes)."
+    return replaced(found, gradients=replaced(gradients, notes=[*gradients.notes, note]))
+
+
 def unsupported(found: Explanation, missing: str) -> Explanation:
     """The explanation of a call that raises UnsupportedError."""
     return Explanation(
@@ -263,6 +297,6 @@ def unsupported(found: Explanation, missing: str) -> Explanation:
         config=None,
         kernel="",
         image="",
-        rejected=[(found.backend, missing), *found.rejected],
+        rejected=[(found.backend or "kernels", missing), *found.rejected],
         notes=[],
     )

@@ -107,6 +107,8 @@ def test_every_option_reaches_every_call(core: Recorder, name: str) -> None:
     check("explain", given)
     fc.explain(*(x.numpy() for x in arrays), **given)
     check("explain", given)
+    fc.explain(*arrays, gradients=True, **given)
+    check("explain", {**given, "gradients_follow": True})
     cfg = fc.default_config(8, "float32", "cpu")
     out, lse = fc.forward(cfg, *arrays, return_lse=True, **plain)
     check("forward", plain)
@@ -169,12 +171,12 @@ def test_deterministic_gradients(
 def test_deterministic_means_the_same_everywhere(
     core: Recorder, asked: bool | None, switch: bool
 ) -> None:
-    """explain, which asks for the configuration of the gradients, and default_backward_config, which gives it."""
+    """explain, which tells of the gradients, and default_backward_config, which gives their configuration."""
     torch.use_deterministic_algorithms(switch, warn_only=True)
     expected = switch if asked is None else asked
     fc.explain(*qkv(True), layout="bhsd", deterministic=asked)
-    for function in ("explain", "backward_config_for", "backward_workspace_size"):
-        assert core.one(function).deterministic == expected
+    told = core.one("explain")
+    assert (told.deterministic, told.gradients_follow) == (expected, True)
     cfg = fc.default_backward_config(64, arch="sm_80", deterministic=asked)
     assert cfg.deterministic == expected
 

@@ -69,7 +69,7 @@ def add_command(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    changes = given_changes(options)
+    changes = given_changes(options, ForwardConfig, BackwardConfig)
     named = changes or options.config or options.head_dim or options.dtype or options.backward
     if options.all and named:
         raise UsageError("--all takes no option of a configuration")
