@@ -269,7 +269,7 @@ def missing_gradient(problem: Problem, traced: bool) -> str | None:
             f"kernel: train with {SDPA}"
         )
     try:
-        _core.backward_config_for(q, k, v, decided(problem.options))
+        _core.backward_config_for(q, k, v, decided(problem.options, stream=None))
     except UnsupportedError as error:
         return f"gradients (requires_grad=True): {error}"
     return None
