@@ -48,9 +48,8 @@ void explain_images(BackwardConfig const& chosen, Call const& call, BackwardExpl
     if (image_source(kernel, call.arch) == ImageSource::compiler) ++compiled;
   }
   if (compiled == 0) return;
-  e.notes.push_back("A first call waits for the compilation of " + std::to_string(compiled) + " of " +
-                    std::to_string(e.kernels.size()) +
-                    " kernels, at the same time; flashcute.prebuild compiles them beforehand.");
+  e.notes.push_back("A first call compiles " + std::to_string(compiled) + " of " + std::to_string(e.kernels.size()) +
+                    " kernels, at the same time, and waits for them; flashcute.prebuild compiles them beforehand.");
 }
 
 }  // namespace

@@ -121,6 +121,22 @@ std::string reasons_text(std::vector<std::string> const& reasons) {
   return text;
 }
 
+/// Kernels, if they are several, and their images: one line if they have the same origin.
+std::string kernels_text(std::vector<std::pair<std::string, std::string>> const& kernels) {
+  std::string text;
+  char const* label = "\n  kernels ";
+  if (kernels.size() > 1) {
+    for (auto const& [kernel, image] : kernels) text += std::exchange(label, "\n          ") + kernel;
+  }
+  auto const other = [&](auto const& pair) { return pair.second != kernels.front().second; };
+  if (std::ranges::any_of(kernels, other)) {
+    for (auto const& [kernel, image] : kernels) text += "\n  image   " + image + ": " + kernel;
+  } else if (!kernels.empty()) {
+    text += "\n  image   " + kernels.front().second;
+  }
+  return text;
+}
+
 std::string notes_and_rejected_text(auto const& e) {
   std::string text;
   for (std::string const& note : e.notes) text += "\n  note    " + note;
@@ -168,9 +184,11 @@ std::string to_string(Explanation const& e) {
 std::string to_string(BackwardExplanation const& e) {
   if (e.backend.empty()) return "no kernel computes gradients of this call" + notes_and_rejected_text(e);
   bool const gpu = e.backend != "cpu";
-  std::string text = "gradients by backend " + e.backend + reasons_text(e.reasons);
+  std::string text = "gradients by backend " + e.backend;
+  if (e.kernels.size() == 1) text += ": " + e.kernels[0].first;
+  text += reasons_text(e.reasons);
   if (e.config) text += "\n  config  BackwardConfig(" + options_text(*e.config, gpu) + ")";
-  for (auto const& [kernel, image] : e.kernels) text += "\n  image   " + kernel + ": " + image;
+  text += kernels_text(e.kernels);
   if (e.workspace_bytes > 0) text += "\n  memory  a workspace of " + std::to_string(e.workspace_bytes) + " bytes";
   text += std::string("\n  bits    ") + (e.same_bits ? "the same in every run" : "those of dq differ from run to run");
   return text + notes_and_rejected_text(e);

@@ -408,6 +408,11 @@ TEST_F(ExplainCall, SaysWhyTheGradientsOfThisConfiguration) {
   std::string const text = to_string(explain(std::nullopt, t, t, t, options));
   EXPECT_TRUE(contains(text, "\ngradients by backend sm80\n  why     The tensors are on cuda:0")) << text;
   EXPECT_TRUE(contains(text, "  memory  a workspace of "));
+  EXPECT_TRUE(contains(text, "  kernels " + e.kernels[0].first + "\n          " + e.kernels[1].first)) << text;
+  EXPECT_TRUE(contains(text, "\n  image   " + e.kernels[0].second + "\n")) << "all have this one";
+  BackwardExplanation two_origins = e;
+  two_origins.kernels[1].second = "disk cache";
+  EXPECT_TRUE(contains(to_string(two_origins), "\n  image   disk cache: " + e.kernels[1].first + "\n"));
   EXPECT_TRUE(contains(text, "  bits    those of dq differ from run to run"));
 }
 
