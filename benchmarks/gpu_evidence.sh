@@ -79,7 +79,7 @@ for step in "${steps[@]}"; do
     forward_hopper) # Needs the package fa3-fwd.
       bench forward_hopper 300 --grid peers --head-dims 64,128,256 --impls flashcute,fa3,sdpa_cudnn --rounds 15 ;;
     forward_hopper_short) # The same: few tokens, or several query heads to a key head.
-      bench forward_hopper_short 120 --grid benchmarks/short_and_grouped.jsonl --impls flashcute,fa3,sdpa_cudnn \
+      bench forward_hopper_short 120 --grid benchmarks/shapes/short_and_grouped.jsonl --impls flashcute,fa3,sdpa_cudnn \
         --rounds 15 ;;
     forward_float32) bench forward_float32 200 --grid peers --dtype float32 --head-dims 64,128,256 --seqlens 1024,4096 \
       --impls flashcute,sdpa_efficient,sdpa_math ;;

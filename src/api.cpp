@@ -19,6 +19,7 @@
 #include "launch/launch.hpp"
 #include "plan/call.hpp"
 #include "plan/choose.hpp"
+#include "plan/explain_backward.hpp"
 #include "plan/explanation.hpp"
 #include "plan/plan_backward.hpp"
 #include "plan/plan_forward.hpp"
@@ -72,25 +73,13 @@ void explain_idle_multiprocessors(Device device, Explanation& e) {
                     std::to_string(all) + " of this GPU are idle");
 }
 
-/// Why a call does not run `config`, in words that all configurations with this reason share. `given`: the caller named
-/// another.
-std::string why_not(ForwardConfig const& config, bool given, Call const& call) {
-  try {
-    if (config.dtype == call.q.view->dtype) {
-      if (ForwardConfigError const broken = check(config, call.arch); broken != ForwardConfigError::none) {
-        return sentence(broken);
-      }
-    }
-    plan_forward(config, call, {});
-    return given ? "another configuration was asked for"
-                 : (call.on_gpu() ? "not the default for these shapes" : "not the default on the CPU");
-  } catch (ConfigError const& error) {
-    std::string_view const message = error.what();
-    constexpr std::string_view argument = "cfg: ";  // which nobody passed
-    return std::string(message.substr(message.starts_with(argument) ? argument.size() : 0));
-  } catch (Error const& error) {
-    return error.what();
-  }
+/// Why a call does not run `other`. `given`: the caller named another.
+std::string why_not(ForwardConfig const& other, bool given, Call const& call) {
+  return why_not(other, call, [&]() -> std::string {
+    plan_forward(other, call, {});
+    if (given) return "another configuration was asked for";
+    return call.on_gpu() ? "not the default for these shapes" : "not the default on the CPU";
+  });
 }
 
 /// Why each ahead-of-time configuration but the chosen one is not taken, unless it has been told already. `why` finds
@@ -180,7 +169,8 @@ void forward(std::optional<ForwardConfig> const& config, TensorView const& q, Te
   }
   auto const gradients = [&]() -> std::vector<BackwardKernelId> {
     try {
-      return kernels_of(aligned_backward_config(call), plan.kernel.features);
+      Operand const copied[] = {call.q, call.k, call.v, operand("out", out, options.layout)};
+      return kernels_of(choose_backward_config(call, copied), plan.kernel.features);
     } catch (UnsupportedError const&) {  // there are none, which the call for gradients will say
       return {};
     }
@@ -225,13 +215,12 @@ std::vector<ForwardConfig> configs() { return configs_among(forward_families); }
 std::vector<BackwardConfig> backward_configs() { return configs_among(backward_families); }
 
 Explanation explain(std::optional<ForwardConfig> const& config, TensorView const& q, TensorView const& k,
-                    TensorView const& v, CallOptions const& options) {
+                    TensorView const& v, CallOptions const& options, TensorView const* out) {
   Explanation e;
   bool const gpu = q.device.type == DeviceType::cuda;
   auto const backend_of = [&](Kernel kernel) { return gpu ? name_of(kernel) : "cpu"; };
   char const* here = backend_of(config ? config->kernel : Kernel::sm80);
-  e.rejected.emplace_back(gpu ? "cpu" : "sm80", gpu ? "the tensors are on " + to_string(q.device)
-                                                    : std::string("the tensors are on the CPU"));
+  e.rejected.emplace_back(gpu ? "cpu" : "sm80", where_tensors_are(q.device));
   std::optional<ForwardConfig> chosen = config;
   std::vector<GivenUp> given_up;
   std::optional<Call> call;
@@ -240,7 +229,7 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
     call = checked_call(q, k, v, options);
     require_kernel(*call);
     std::string misaligned;
-    ForwardTensors const tensors = forward_tensors(*call, nullptr, &misaligned);
+    ForwardTensors const tensors = forward_tensors(*call, out, &misaligned);
     if (!chosen) chosen = choose_config(tensors, features_of(*call), call->device, &given_up);
     here = backend_of(chosen->kernel);
     if (gpu && !config && !misaligned.empty()) {
@@ -248,7 +237,7 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
       if (tensors.alignment < 16) e.rejected.emplace_back("copy_bytes=16", misaligned);
     }
     explain_given_up(given_up, *chosen, e);
-    ForwardPlan const plan = plan_forward(*chosen, *call, {});
+    ForwardPlan const plan = plan_forward(*chosen, *call, {.out = out});
     e.backend = here;
     e.config = chosen;
     e.kernel = gpu ? name(plan.kernel).text : std::string(cpu::isa());
@@ -262,17 +251,20 @@ Explanation explain(std::optional<ForwardConfig> const& config, TensorView const
   explain_others(chosen, given_up, e, [&](ForwardConfig const& other) {
     return call ? why_not(other, config.has_value(), *call) : problem;
   });
+  if (call && options.gradients_follow) e.gradients = explain_backward(*call, out);
   return e;
 }
 
 std::vector<std::pair<std::string, std::string>> prebuild(std::span<ForwardConfig const> forward,
-                                                          std::span<BackwardConfig const> backward, Arch arch) {
+                                                          std::span<BackwardConfig const> backward, Arch arch,
+                                                          std::span<Features const> features) {
   if (arch == cpu_arch) throw ArgumentError("arch", "a GPU's compute capability such as sm_80", "the CPU");
+  if (features.empty()) features = full_and_causal;
   std::vector<AnyKernelId> kernels;
   auto const add = [&](auto const& configs) {
     for (auto const& config : configs) {
       check_config(config, arch);
-      for (auto const& kernel : kernels_of(config)) kernels.emplace_back(kernel);
+      for (auto const& kernel : kernels_of(config, features)) kernels.emplace_back(kernel);
     }
   };
   add(forward);

@@ -56,10 +56,27 @@ struct CallOptions {
   std::optional<int64_t> diagonal;
   std::optional<double> scale;  // of the scores, finite and >= 0; default head_dim^-0.5
   Layout layout = Layout::bshd;
-  void* stream = nullptr;         // CUstream of the tensors' device; the default stream if null
-  bool allow_tf32 = false;        // a default configuration for float32 may use one product of TF32, not three
-  bool deterministic = false;     // what a default configuration of the backward is to be
-  bool gradients_follow = false;  // a hint: if the forward has to compile, it compiles the backward's kernels along
+  void* stream = nullptr;      // CUstream of the tensors' device; the default stream if null
+  bool allow_tf32 = false;     // a default configuration for float32 may use one product of TF32, not three
+  bool deterministic = false;  // what a default configuration of the backward is to be
+  // `backward` will be called without a configuration: `explain` tells of it too, and a `forward` that has to compile
+  // compiles its kernels along.
+  bool gradients_follow = false;
+};
+
+/// How the gradients of a call are computed, and why.
+struct BackwardExplanation {
+  std::string backend;  // "sm80" or "cpu"; empty if nothing computes them
+  std::optional<BackwardConfig> config;
+  // Each kernel (its entry point, or the CPU's instruction set) in the order of launches, and where it comes from.
+  std::vector<std::pair<std::string, std::string>> kernels;
+  int64_t workspace_bytes = 0;                                // of memory that a call on a GPU needs beside its results
+  bool same_bits = false;                                     // whether every run gives the same bits
+  std::vector<std::pair<std::string, std::string>> rejected;  // each alternative, and why it was not taken
+  std::vector<std::string> notes;                             // what else the call will do or cost
+  std::vector<std::string> reasons;                           // why this backend and configuration, in sentences
+
+  bool operator==(BackwardExplanation const&) const = default;
 };
 
 /// What a call runs, and why.
@@ -71,6 +88,7 @@ struct Explanation {
   std::vector<std::pair<std::string, std::string>> rejected;  // each alternative, and why it was not taken
   std::vector<std::string> notes;                             // what else the call will do or cost
   std::vector<std::string> reasons;                           // why this backend and configuration, in sentences
+  std::optional<BackwardExplanation> gradients;  // with options.gradients_follow, if q, k and v fit together
 
   bool operator==(Explanation const&) const = default;
 };
@@ -82,6 +100,7 @@ std::string to_string(BackwardConfig const& config);
 
 /// For people: a few lines, with one for each reason why something was not taken.
 std::string to_string(Explanation const& explanation);
+std::string to_string(BackwardExplanation const& explanation);
 
 /// Computes out = softmax(scale * q k^T) v.
 ///
@@ -164,17 +183,25 @@ std::vector<ForwardConfig> configs();
 /// Throws ArgumentError if q, k, v and the scale do not fit together: for who computes them with something else.
 void check_problem(TensorView const& q, TensorView const& k, TensorView const& v, CallOptions const& options = {});
 
-/// What a call with a given configuration, or with the default one, would run and why. Launches nothing.
+/// What `forward` with a given configuration, or with the default one, would run for these tensors (`out` may be null)
+/// and why; with options.gradients_follow also what `backward` without a configuration would. An option and not a
+/// function of its own, because the options that `forward` gets say already whether gradients follow. Launches nothing.
 Explanation explain(std::optional<ForwardConfig> const& config, TensorView const& q, TensorView const& k,
-                    TensorView const& v, CallOptions const& options = {});
+                    TensorView const& v, CallOptions const& options = {}, TensorView const* out = nullptr);
 
 /// Makes the kernels of configurations available for compute capability `arch` (80 means 8.0): finds them among the
-/// ahead-of-time images or in the disk cache, or compiles them, several at the same time. Needs no GPU. Returns where
-/// each came from, by kernel name.
+/// ahead-of-time images or in the disk cache, or compiles them, several at the same time. Needs no GPU. `features`:
+/// what the kernels compute, one of each for each element; if it is empty, attention without a mask, and causal
+/// attention. Returns where each came from, by kernel name.
 std::vector<std::pair<std::string, std::string>> prebuild(std::span<ForwardConfig const> forward,
-                                                          std::span<BackwardConfig const> backward, Arch arch);
-inline auto prebuild(ForwardConfig const& config, Arch arch) { return prebuild(std::span(&config, 1), {}, arch); }
-inline auto prebuild(BackwardConfig const& config, Arch arch) { return prebuild({}, std::span(&config, 1), arch); }
+                                                          std::span<BackwardConfig const> backward, Arch arch,
+                                                          std::span<Features const> features = {});
+inline auto prebuild(ForwardConfig const& config, Arch arch, std::span<Features const> features = {}) {
+  return prebuild(std::span(&config, 1), {}, arch, features);
+}
+inline auto prebuild(BackwardConfig const& config, Arch arch, std::span<Features const> features = {}) {
+  return prebuild({}, std::span(&config, 1), arch, features);
+}
 
 // ---- facts about this build and this machine -----------------------------------------------------
 

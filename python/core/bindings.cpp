@@ -144,11 +144,21 @@ void option_from_python(char const* option, nb::handle object, bool& value) {
   value = nb::cast<bool>(object);
 }
 
+/// Whether the object is a boolean, or an array or tensor of booleans.
+bool is_truth(nb::handle object) {
+  if (nb::isinstance<nb::bool_>(object)) return true;
+  if (!nb::hasattr(object, "dtype")) return false;
+  nb::object const dtype = object.attr("dtype");
+  return nb::cast<std::string>(nb::str(nb::handle(dtype))).ends_with("bool");
+}
+
 void option_from_python(char const* option, nb::handle object, int32_t& value) {
-  // An int, or what stands for one (numpy.int64): anything with __index__ but True and False.
+  // An int, or what stands for one (numpy.int64): anything with __index__ but booleans, which some libraries' have too.
   int32_t number = 0;
-  bool const is_integer = PyIndex_Check(object.ptr()) && !nb::isinstance<nb::bool_>(object);
-  if (!is_integer || !nb::try_cast(nb::steal(PyNumber_Index(object.ptr())), number)) {
+  nb::object integer;
+  if (PyIndex_Check(object.ptr()) && !is_truth(object)) integer = nb::steal(PyNumber_Index(object.ptr()));
+  PyErr_Clear();  // of an array, whose class has __index__ and which is no number all the same
+  if (!integer.is_valid() || !nb::try_cast(integer, number)) {
     throw ArgumentError(option, "an integer", nb::cast<std::string>(nb::repr(object)));
   }
   value = number;
@@ -407,20 +417,24 @@ BackwardConfig call_backward_config_for(nb::handle q, nb::handle k, nb::handle v
 
 std::vector<std::pair<std::string, std::string>> call_prebuild(std::vector<ForwardConfig> const& forward,
                                                                std::vector<BackwardConfig> const& backward,
-                                                               nb::handle arch) {
+                                                               nb::handle arch, std::optional<bool> causal) {
   Arch const target = to_arch(arch);
+  std::vector<Features> features;
+  if (causal) features = {{.mask = *causal ? MaskKind::causal : MaskKind::full}};
   ReleaseGil const released;
-  return prebuild(forward, backward, target);
+  return prebuild(forward, backward, target, features);
 }
 
-Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v,
+Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, nb::handle out,
                          PythonOptions const& given) {
   Tensor const tq("q", q, nb::none()), tk("k", k, nb::none()), tv("v", v, nb::none());
   if (tq.view().dtype == DType::int32) {
     throw ArgumentError("q", "dtype float16, bfloat16, float32 or float64", "int32");
   }
+  std::optional<Tensor> to;
+  if (!out.is_none()) to.emplace("out", out, nb::none());
   ReleaseGil const released;
-  return explain(optional_of(config), tq.view(), tk.view(), tv.view(), given.options);
+  return explain(optional_of(config), tq.view(), tk.view(), tv.view(), given.options, to ? &to->view() : nullptr);
 }
 
 /// A member of a struct, and the name and the sentence by which Python knows it.
@@ -473,19 +487,48 @@ void bind_members(nb::class_<Record>& cls, std::string const& class_name, Member
       nb::sig("def __setstate__(self, values: tuple[object, ...], /) -> None"));
 }
 
-void bind_explanation(nb::module_& m) {
+void bind_explanations(nb::module_& m) {
   using Pairs = std::vector<std::pair<std::string, std::string>>;
   using Sentences = std::vector<std::string>;
+  constexpr char const* rejected = "(alternative, reason) pairs: what was not taken, and why.";
+  constexpr char const* notes = "What else the call will do or cost.";
+  constexpr char const* reasons = "Why this backend and this configuration, in sentences.";
+  nb::class_<BackwardExplanation> backward(m, "BackwardExplanation",
+                                           "How the gradients of a call are computed, and why; see flashcute.explain.");
+  backward.def(
+      "__init__",
+      [](BackwardExplanation* self, std::string backend, std::optional<BackwardConfig> const& config, Pairs kernels,
+         int64_t workspace_bytes, bool same_bits, Pairs rejected, Sentences notes, Sentences reasons) {
+        new (self)
+            BackwardExplanation{std::move(backend),  config,           std::move(kernels), workspace_bytes, same_bits,
+                                std::move(rejected), std::move(notes), std::move(reasons)};
+      },
+      nb::kw_only(), "backend"_a, "config"_a.none(), "kernels"_a, "workspace_bytes"_a, "same_bits"_a, "rejected"_a,
+      "notes"_a, "reasons"_a);
+  bind_members(
+      backward, "BackwardExplanation",
+      Member{"backend", &BackwardExplanation::backend,
+             "'sm80' (the mma.sync kernels of every GPU), 'cpu', or '' if nothing computes the gradients."},
+      Member{"config", &BackwardExplanation::config, "The configuration, or None."},
+      Member{"kernels", &BackwardExplanation::kernels,
+             "(kernel, image) pairs in the order of launches: its entry point, or the CPU's instruction set, and where "
+             "it comes from."},
+      Member{"workspace_bytes", &BackwardExplanation::workspace_bytes,
+             "Memory that a call on a GPU needs beside its results."},
+      Member{"same_bits", &BackwardExplanation::same_bits, "Whether every run gives the same bits."},
+      Member{"rejected", &BackwardExplanation::rejected, rejected}, Member{"notes", &BackwardExplanation::notes, notes},
+      Member{"reasons", &BackwardExplanation::reasons, reasons});
   nb::class_<Explanation> cls(m, "Explanation", "What a call runs, and why; see flashcute.explain. print() shows it.");
   cls.def(
       "__init__",
       [](Explanation* self, std::string backend, std::optional<ForwardConfig> const& config, std::string kernel,
-         std::string image, Pairs rejected, Sentences notes, Sentences reasons) {
-        new (self) Explanation{std::move(backend),  config,           std::move(kernel), std::move(image),
-                               std::move(rejected), std::move(notes), std::move(reasons)};
+         std::string image, Pairs rejected, Sentences notes, Sentences reasons,
+         std::optional<BackwardExplanation> const& gradients) {
+        new (self) Explanation{std::move(backend),  config,           std::move(kernel),  std::move(image),
+                               std::move(rejected), std::move(notes), std::move(reasons), gradients};
       },
       nb::kw_only(), "backend"_a, "config"_a.none(), "kernel"_a, "image"_a, "rejected"_a, "notes"_a,
-      "reasons"_a = Sentences{});
+      "reasons"_a = Sentences{}, "gradients"_a.none() = nb::none());
   bind_members(
       cls, "Explanation",
       Member{"backend", &Explanation::backend,
@@ -494,9 +537,10 @@ void bind_explanation(nb::module_& m) {
       Member{"config", &Explanation::config, "The configuration, or None."},
       Member{"kernel", &Explanation::kernel, "Entry point of the kernel, or the CPU's instruction set."},
       Member{"image", &Explanation::image, "Where the kernel comes from."},
-      Member{"rejected", &Explanation::rejected, "(alternative, reason) pairs: what was not taken, and why."},
-      Member{"notes", &Explanation::notes, "What else the call will do or cost."},
-      Member{"reasons", &Explanation::reasons, "Why this backend and this configuration, in sentences."});
+      Member{"rejected", &Explanation::rejected, rejected}, Member{"notes", &Explanation::notes, notes},
+      Member{"reasons", &Explanation::reasons, reasons},
+      Member{"gradients", &Explanation::gradients,
+             "A BackwardExplanation where gradients are recorded or asked about, else None."});
 }
 
 void bind_facts(nb::module_& m) {
@@ -530,7 +574,7 @@ NB_MODULE(_core, m) {
   nb::set_leak_warnings(false);
   bind_exceptions(m);
   bind_configs(m);
-  bind_explanation(m);
+  bind_explanations(m);
   bind_facts(m);
   m.def("option_names", [] { return std::vector<std::string>(option_names.begin(), option_names.end()); });
   m.def("forward", &call_forward, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "out"_a.none(),
@@ -548,7 +592,8 @@ NB_MODULE(_core, m) {
         check_problem(tq.view(), tk.view(), tv.view(), given.options);
       },
       "q"_a.none(), "k"_a.none(), "v"_a.none(), "options"_a);
-  m.def("explain", &call_explain, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "options"_a);
+  m.def("explain", &call_explain, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "out"_a.none(),
+        "options"_a);
   m.def(
       "default_config",
       [](nb::handle dtype, int64_t head_dim, nb::handle arch, std::optional<int64_t> head_dim_v) {
@@ -563,7 +608,7 @@ NB_MODULE(_core, m) {
       "dtype"_a.none(), "head_dim"_a, "arch"_a.none(), "head_dim_v"_a.none(), "deterministic"_a = false);
   m.def("configs", &configs);
   m.def("backward_configs", &backward_configs);
-  m.def("prebuild", &call_prebuild, "forward"_a, "backward"_a, "arch"_a.none());
+  m.def("prebuild", &call_prebuild, "forward"_a, "backward"_a, "arch"_a.none(), "causal"_a.none());
   m.def("driver_info", &driver_info, nb::call_guard<ReleaseGil>());
   m.def("build_info", &build_info);
   m.def("build_version", &build_version);

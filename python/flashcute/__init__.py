@@ -19,6 +19,7 @@ from . import _arrays, _core
 from ._core import (
     ArgumentError,
     BackwardConfig,
+    BackwardExplanation,
     CacheError,
     CompileError,
     ConfigError,
@@ -63,6 +64,7 @@ __version__: str = _core.build_version()
 __all__ = [
     "ArgumentError",
     "BackwardConfig",
+    "BackwardExplanation",
     "CacheError",
     "CompileError",
     "ConfigError",

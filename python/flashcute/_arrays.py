@@ -77,6 +77,11 @@ class Library:
 
     def use_stream(self, stream: int, arrays: Sequence[Array]) -> AbstractContextManager[object]:
         """Makes it safe to work with `arrays` on a stream that may not be the current one."""
+        self.require_stream(stream, arrays)
+        return nullcontext()
+
+    def require_stream(self, stream: int, arrays: Sequence[Array]) -> None:
+        """Raises ArgumentError where use_stream cannot."""
         device, index = arrays[0].__dlpack_device__()
         if int(device) not in (CUDA, CUDA_MANAGED):
             raise ArgumentError(f"stream: expected None for arrays on the CPU, got {stream}")
@@ -87,7 +92,6 @@ class Library:
                 f"{type(arrays[0]).__module__.partition('.')[0]} cannot be told that another stream uses its "
                 "memory: make the stream current, and pass none"
             )
-        return nullcontext()
 
 
 class NumPy(Library):
@@ -182,15 +186,9 @@ class Torch(Library):
         sys.modules["torch"].autograd.graph.increment_version(array)
 
     def use_stream(self, stream: int, arrays: Sequence[Array]) -> AbstractContextManager[object]:
-        if not arrays[0].is_cuda:
-            return super().use_stream(stream, arrays)
+        self.require_stream(stream, arrays)
         torch = sys.modules["torch"]
         device = arrays[0].device
-        for array in arrays:
-            if not (isinstance(array, torch.Tensor) and array.is_cuda):
-                raise ArgumentError(
-                    f"stream: expected only torch tensors on the GPU beside it, got {type(array).__name__}"
-                )
         if stream == self.current_stream(device.index):
             return nullcontext()
         # The default stream has the address 0, which ExternalStream takes for "make a new one".
@@ -204,6 +202,16 @@ class Torch(Library):
         # What is allocated inside belongs to that stream.
         context: AbstractContextManager[object] = torch.cuda.stream(other)
         return context
+
+    def require_stream(self, stream: int, arrays: Sequence[Array]) -> None:
+        if not arrays[0].is_cuda:
+            super().require_stream(stream, arrays)
+        torch = sys.modules["torch"]
+        for array in arrays:
+            if not (isinstance(array, torch.Tensor) and array.is_cuda):
+                raise ArgumentError(
+                    f"stream: expected only torch tensors on the GPU beside it, got {type(array).__name__}"
+                )
 
 
 class CuPy(Library):
@@ -267,19 +275,28 @@ def has_own_dispatch(kind: type) -> bool:
 
 
 @cache
-def torch_states() -> tuple[Callable[[], object], ...]:
-    """What tells, each by a truth, that torch does more in a call than to compute: autocast on some device,
-    a dispatch mode (fake tensors, make_fx), torch.jit.trace, torch.func, forward-mode derivatives."""
+def torch_observers() -> tuple[Callable[[], object], ...]:
+    """What tells, each by a truth, that something stands between tensors and their memory: a dispatch mode (fake
+    tensors, make_fx, a counter of FLOPs), torch.jit.trace, torch.func and vmap."""
     torch = sys.modules["torch"]
-    functions = torch._C._functorch
-    forward_ad = torch.autograd.forward_ad
     return (
-        torch._C._is_any_autocast_enabled,
         torch._C._len_torch_dispatch_stack,
         torch._C._get_tracing_state,
-        functions.peek_interpreter_stack,
-        lambda: forward_ad._current_level >= 0,
+        torch._C._functorch.peek_interpreter_stack,
     )
+
+
+@cache
+def torch_states() -> tuple[Callable[[], object], ...]:
+    """What tells, each by a truth, that torch does more in a call than to compute: observers, autocast on some device,
+    forward-mode derivatives."""
+    torch = sys.modules["torch"]
+    return (*torch_observers(), torch._C._is_any_autocast_enabled, differentiates_forward)
+
+
+def differentiates_forward() -> bool:
+    """Whether torch is within forward_ad.dual_level."""
+    return bool(sys.modules["torch"].autograd.forward_ad._current_level >= 0)
 
 
 _libraries: dict[str, Library] = {

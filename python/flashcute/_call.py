@@ -6,13 +6,16 @@ again. This module imports neither those functions nor what belongs to torch.
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from . import _core
 from ._arrays import Array, Library, library_of, stream_number, would_record
-from ._core import ArgumentError, Explanation, ForwardConfig
+from ._core import ArgumentError, BackwardExplanation, Explanation, ForwardConfig
+
+Found = TypeVar("Found", Explanation, BackwardExplanation)
 
 SDPA = "torch.nn.functional.scaled_dot_product_attention"
 
@@ -75,18 +78,28 @@ def is_boolean(x: object) -> bool:
     return type(x).__name__ in ("bool", "bool_")
 
 
+def is_truth(x: object) -> bool:
+    """Whether x is a boolean, or an array or tensor of booleans: float and operator.index take both for 0 or 1."""
+    return is_boolean(x) or str(getattr(x, "dtype", "")).endswith("bool")
+
+
+def index_of(x: object) -> int:
+    """The value of an integer, also of a library's or a tensor's. Raises TypeError for booleans and all else."""
+    if is_truth(x):
+        raise TypeError(f"expected an integer, got {x!r}")
+    return operator.index(x)  # type: ignore[arg-type]
+
+
 def checked_diagonal(diagonal: object, causal: object) -> int | None:
     """As a number; None for "end"."""
     value: Any = {"end": None, "start": 0}
     if isinstance(diagonal, str):
         value = value.get(diagonal, "")
-    elif is_boolean(diagonal):  # which operator.index takes for 0 or 1
-        value = ""
-    elif isinstance(diagonal, int) or type(diagonal).__name__ == "SymInt":
+    elif type(diagonal) is int or type(diagonal).__name__ == "SymInt":
         value = diagonal  # a symbol of torch.export stays one: operator.index would fix its value
     else:
         try:
-            value = operator.index(diagonal)  # type: ignore[arg-type]
+            value = index_of(diagonal)
         except (TypeError, ValueError, RuntimeError):  # the last: a tensor without a value
             value = ""
     too_long = isinstance(value, int) and not -(2**63) <= value < 2**63
@@ -110,6 +123,8 @@ def number(scale: object) -> float:
             "scale: multiply q by it, flash_attention(q * scale, k, v, scale=1.0), or pass its value, scale.item()"
         )
     try:
+        if is_truth(scale):
+            raise TypeError
         return float(scale)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):  # the last: a tensor of several numbers
         raise ArgumentError(f"scale: expected a number or None, got {scale!r}") from None
@@ -151,7 +166,7 @@ def checked_window(window: object) -> tuple[int, int]:
     if window is None:
         return -1, -1
     try:
-        left, right = (operator.index(bound) for bound in window)  # type: ignore[attr-defined]
+        left, right = (index_of(bound) for bound in window)  # type: ignore[attr-defined]
     except (TypeError, ValueError):
         left = right = -2
     if min(left, right) < -1:
@@ -182,6 +197,14 @@ def require_arrays(arrays: dict[str, Array]) -> None:
             raise ArgumentError(f"{name}: expected {problem}")
 
 
+def require_mutable(name: str, array: Array) -> None:
+    """Of an array to write to."""
+    if library_of(type(array)).immutable:
+        raise ArgumentError(
+            f"{name}: expected a writable array, got an immutable one of JAX. Omit it"
+        )
+
+
 # ---- the call --------------------------------------------------------------------------------------
 
 
@@ -197,8 +220,8 @@ def run(
     """The forward, on the stream of the options."""
     arrays = {"q": q, "k": k, "v": v} if out is None else {"q": q, "k": k, "v": v, "out": out}
     require_arrays(arrays)
-    if out is not None and library_of(type(out)).immutable:
-        raise ArgumentError("out: expected a writable array, got an immutable one of JAX. Omit out")
+    if out is not None:
+        require_mutable("out", out)
     library = library_of(type(q))
     try:
         address = None if options.stream is None else stream_number(options.stream)
@@ -244,6 +267,29 @@ def rows_of_heads(q: Array, layout: str) -> tuple[int, int, int]:
     return q.shape[0], q.shape[heads], q.shape[rows]
 
 
+# ---- explanations ----------------------------------------------------------------------------------
+
+
+def replaced(found: Found, **changes: object) -> Found:
+    """A copy of an explanation with some members changed."""
+    members = {
+        name: getattr(found, name)
+        for name, x in vars(type(found)).items()
+        if isinstance(x, property)
+    }
+    return type(found)(**members | changes)
+
+
+def with_copies(found: Explanation, q: Array, v: Array) -> Explanation:
+    """With what Python does for gradients before the library computes them."""
+    gradients = found.gradients
+    if gradients is None or not gradients.backend:
+        return found
+    copied = math.prod(q.shape[:-1]) * v.shape[-1] * q.dtype.itemsize
+    note = f"A gradient of the output whose last stride is not 1 is copied first ({copied} bytes)."
+    return replaced(found, gradients=replaced(gradients, notes=[*gradients.notes, note]))
+
+
 def unsupported(found: Explanation, missing: str) -> Explanation:
     """The explanation of a call that raises UnsupportedError."""
     return Explanation(
@@ -251,6 +297,6 @@ def unsupported(found: Explanation, missing: str) -> Explanation:
         config=None,
         kernel="",
         image="",
-        rejected=[(found.backend, missing), *found.rejected],
+        rejected=[(found.backend or "kernels", missing), *found.rejected],
         notes=[],
     )

@@ -15,7 +15,14 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from . import _core
-from ._arrays import has_own_dispatch, library_of, remember_torch, stream_number
+from ._arrays import (
+    differentiates_forward,
+    has_own_dispatch,
+    library_of,
+    remember_torch,
+    stream_number,
+    torch_observers,
+)
 from ._call import (
     SDPA,
     Options,
@@ -27,6 +34,7 @@ from ._call import (
     run,
     same_bits,
     unsupported,
+    with_copies,
 )
 from ._core import ArgumentError, ConfigError, Explanation, UnsupportedError
 from ._import_hook import when_imported
@@ -143,23 +151,12 @@ def attend(problem: Problem, out: Tensor | None, return_lse: bool, fallback: str
     traced = is_traced(problem)
     problem.require_kinds(traced)
     problem = problem.without_causal_bias().autocast()
-    wanted = torch.is_grad_enabled() and getattr(out, "requires_grad", False)
-    if out is not None and (problem.recording or wanted):
-        raise ArgumentError(
-            "out: expected None where gradients are recorded (requires_grad=True), got a tensor. Call "
-            "flash_attention under torch.no_grad(), or omit out"
-        )
+    require_no_recorded_output(out, problem)
     if traced and (out is not None or stream is not None):
         raise ArgumentError("out, stream: expected None in a traced call: the tracer plans both")
     missing = problem.missing or missing_gradient(problem, traced)
     if missing:
-        if fallback == "error":
-            raise UnsupportedError(missing)
-        if stream is not None:
-            raise ArgumentError(f"stream: expected None where {SDPA} computes, got {stream!r}")
-        require_like_output(out, problem)
-        if return_lse:
-            raise UnsupportedError(f"return_lse=True: {SDPA} gives no LSE, and {missing}")
+        require_fallback(problem, out, return_lse, fallback, missing)
         if fallback == "warn":
             warn(f"computed by {SDPA}: {missing}. on_unsupported='silent' accepts that")
         result = sdpa(problem)
@@ -180,10 +177,9 @@ def is_traced(problem: Problem) -> bool:
         return True
     transforms = torch._C._functorch.get_interpreter_stack()
     kinds = torch._C._functorch.TransformType
-    forward = torch.autograd.forward_ad
+    unpack = torch.autograd.forward_ad.unpack_dual
     if (transforms and any(t.key() in (kinds.Grad, kinds.Jvp) for t in transforms)) or (
-        forward._current_level >= 0
-        and any(forward.unpack_dual(x).tangent is not None for x in problem[:3])
+        differentiates_forward() and any(unpack(x).tangent is not None for x in problem[:3])
     ):
         raise UnsupportedError(
             "flash_attention has no forward-mode derivative and none of torch.func: use requires_grad and "
@@ -194,22 +190,40 @@ def is_traced(problem: Problem) -> bool:
 
 def is_observed(*tensors: Tensor | None) -> bool:
     """Whether something stands between the tensors and their memory, to which a call must show itself as an operator:
-    a tracer, a dispatch mode (fake tensors, make_fx, a counter of FLOPs), vmap, a tensor class of its own."""
-    functions = torch._C._functorch
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state()
-        or functions.peek_interpreter_stack() is not None
-    ):
+    a tracer, a dispatch mode, a transform, a tensor class of its own."""
+    if torch.compiler.is_compiling() or any(observes() for observes in torch_observers()):
         return True
     for x in tensors:
         if x is None:
             continue
         # is_grads_batched is a vmap of its own, which is on no stack.
-        if functions.is_legacy_batchedtensor(x) or has_own_dispatch(type(x)):
+        if torch._C._functorch.is_legacy_batchedtensor(x) or has_own_dispatch(type(x)):
             return True
     return False
+
+
+def require_no_recorded_output(out: Tensor | None, problem: Problem) -> None:
+    wanted = torch.is_grad_enabled() and getattr(out, "requires_grad", False)
+    if out is not None and (problem.recording or wanted):
+        raise ArgumentError(
+            "out: expected None where gradients are recorded (requires_grad=True), got a tensor. Call "
+            "flash_attention under torch.no_grad(), or omit out"
+        )
+
+
+def require_fallback(
+    problem: Problem, out: Tensor | None, return_lse: bool, fallback: str, missing: str
+) -> None:
+    """Raises where torch's own attention may not, or cannot, take the place of a kernel."""
+    if fallback == "error":
+        raise UnsupportedError(missing)
+    if problem.options.stream is not None:
+        raise ArgumentError(
+            f"stream: expected None where {SDPA} computes, got {problem.options.stream!r}"
+        )
+    require_like_output(out, problem)
+    if return_lse:
+        raise UnsupportedError(f"return_lse=True: {SDPA} gives no LSE, and {missing}")
 
 
 def require_like_output(out: Tensor | None, problem: Problem) -> None:
@@ -255,7 +269,7 @@ def missing_gradient(problem: Problem, traced: bool) -> str | None:
             f"kernel: train with {SDPA}"
         )
     try:
-        _core.backward_config_for(q, k, v, decided(problem.options))
+        _core.backward_config_for(q, k, v, decided(problem.options, stream=None))
     except UnsupportedError as error:
         return f"gradients (requires_grad=True): {error}"
     return None
@@ -682,7 +696,11 @@ def check_sizes(problem: Problem) -> None:
 
 
 def checked_dropout(probability: object) -> None:
-    if not isinstance(probability, int | float) or not 0.0 <= probability <= 1.0:
+    if (
+        isinstance(probability, bool)
+        or not isinstance(probability, int | float)
+        or not 0.0 <= probability <= 1.0
+    ):
         raise ArgumentError(f"dropout_p: expected a probability, got {probability!r}")
 
 
@@ -724,7 +742,7 @@ def checked_mask(problem: Problem) -> Tensor | None:
 # ---- what will happen --------------------------------------------------------------------------
 
 
-def explained(problem: Problem, fallback: str) -> Explanation:
+def explained(problem: Problem, out: Tensor | None, return_lse: bool, fallback: str) -> Explanation:
     """What attend would do."""
     wrong = None
     if not problem.stranger:
@@ -733,8 +751,11 @@ def explained(problem: Problem, fallback: str) -> Explanation:
             problem = problem.without_causal_bias().autocast()
         except ArgumentError as error:
             wrong = str(error)
-    q, k, v = problem[:3]
-    found: Explanation = _core.explain(None, q, k, v, decided(problem.options))
+    q, k, v, options, *_ = problem
+    recorded = options.gradients_follow or problem.recording
+    told = decided(options, stream=None, gradients_follow=recorded)
+    address = stream_number(options.stream)
+    found: Explanation = _core.explain(None, q, k, v, out, told)
     if wrong:
         return unsupported(found, wrong)
     missing = problem.missing
@@ -744,57 +765,34 @@ def explained(problem: Problem, fallback: str) -> Explanation:
         missing = missing or missing_gradient(problem, traced=False)
     except ArgumentError:
         return found  # which says what is wrong with the arguments
-    if missing and fallback == "error":
-        return unsupported(found, missing)
-    if not missing:
-        require_arrays(
-            {"q": q, "k": k, "v": v}
-        )  # torch's own attention knows what a negated view is
-    if missing:
-        try:
-            _core.check_problem(q, k, v, problem.options)
+    try:
+        require_no_recorded_output(out, problem)
+        if missing:
+            require_fallback(problem, out, return_lse, fallback, missing)
+            _core.check_problem(q, k, v, told)
             checked_mask(problem)
             checked_dropout(problem.dropout_p)
-        except ArgumentError as error:
-            return unsupported(found, str(error))
+        elif address is not None:
+            library_of(type(q)).require_stream(
+                address, [q, k, v] if out is None else [q, k, v, out]
+            )
+    except (ArgumentError, UnsupportedError) as error:
+        return unsupported(found, str(error))
+    if missing:
         return Explanation(
             backend="torch",
             config=None,
             kernel="scaled_dot_product_attention",
             image=f"torch {torch.__version__}",
-            rejected=[(found.backend, missing), *found.rejected],
+            rejected=[(found.backend or "kernels", missing), *found.rejected],
             notes=[memory_of_sdpa(problem)],
             reasons=[
                 "No kernel of flashcute serves the call, so torch's own attention computes it."
             ],
         )
-    if not problem.recording or not found.backend:
-        return found
-    return Explanation(
-        backend=found.backend,
-        config=found.config,
-        kernel=found.kernel,
-        image=found.image,
-        rejected=found.rejected,
-        notes=[*found.notes, how_gradients(problem)],
-        reasons=found.reasons,
-    )
-
-
-def how_gradients(problem: Problem) -> str:
-    q, k, v = problem[:3]
-    options = decided(problem.options)
-    cfg = _core.backward_config_for(q, k, v, options)
-    parts = [f"gradients by {cfg.name}"]
-    if cfg.deterministic or not q.is_cuda:
-        parts.append("the same bits in every run")
-    if size := _core.backward_workspace_size(None, q, v, options):
-        parts.append(f"with a workspace of {4 * size} bytes")
-    copied = q[..., 0].numel() * v.shape[-1] * q.element_size()
-    return (
-        f"{', '.join(parts)}; a gradient of the output whose last stride is not 1 is copied first "
-        f"({copied} bytes)"
-    )
+    # torch's own attention knows what a negated view is.
+    require_arrays({"q": q, "k": k, "v": v})
+    return with_copies(found, q, v)
 
 
 def memory_of_sdpa(problem: Problem) -> str:

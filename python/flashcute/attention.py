@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 from . import _core
-from ._arrays import Array, Library, Torch, library_of
+from ._arrays import Array, Library, Torch, library_of, stream_number
 from ._call import (
     checked_options,
+    index_of,
     missing_feature,
     require_arrays,
     require_kind,
+    require_mutable,
     rows_of_heads,
     run,
+    same_bits,
     unsupported,
+    with_copies,
 )
 from ._core import (
     ArgumentError,
@@ -67,12 +70,7 @@ def forward(
     """
     if not isinstance(cfg, ForwardConfig):
         raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
-    recording = _wanting_gradients(q=q, k=k, v=v, out=out)
-    if recording:
-        raise ArgumentError(
-            f"{recording}: expected a tensor without requires_grad, got requires_grad=True. forward records "
-            "no gradient: call it under torch.no_grad(), detach the tensor, or use flash_attention"
-        )
+    require_unrecorded(q=q, k=k, v=v, out=out)
     options = checked_options(causal, diagonal, scale, layout, stream)
     return run(cfg, q, k, v, options, out, return_lse)
 
@@ -142,12 +140,7 @@ def flash_attention(
 
         problem = _torch.Problem(q, k, v, options, attn_mask, dropout_p, window)
         return _torch.attend(problem, out, return_lse, fallback)
-    recording = _wanting_gradients(k=k, v=v, out=out)  # of q, torch's have been asked for above
-    if recording:
-        raise UnsupportedError(
-            f"{recording}: gradients (requires_grad=True) need q, k and v to be torch tensors, and out to "
-            "require none. Call flash_attention under torch.no_grad(), or detach the tensor"
-        )
+    require_torch_to_record(k=k, v=v, out=out)  # of q, torch's have been asked for above
     if missing:
         raise UnsupportedError(missing)
     return run(None, q, k, v, options, out, return_lse)
@@ -164,7 +157,25 @@ def checked_fallback(on_unsupported: str | None, library: Library) -> str:
     return on_unsupported or "warn"
 
 
-def _wanting_gradients(**arrays: Array) -> str | None:
+def require_unrecorded(**arrays: Array) -> None:
+    """For `forward`, which records no gradient."""
+    if name := _wanting_gradients(arrays):
+        raise ArgumentError(
+            f"{name}: expected a tensor without requires_grad, got requires_grad=True. forward records "
+            "no gradient: call it under torch.no_grad(), detach the tensor, or use flash_attention"
+        )
+
+
+def require_torch_to_record(**arrays: Array) -> None:
+    """For `flash_attention` of arrays of which not all are torch tensors, or where out is one."""
+    if name := _wanting_gradients(arrays):
+        raise UnsupportedError(
+            f"{name}: gradients (requires_grad=True) need q, k and v to be torch tensors, and out to "
+            "require none. Call flash_attention under torch.no_grad(), or detach the tensor"
+        )
+
+
+def _wanting_gradients(arrays: dict[str, Array]) -> str | None:
     """The first of the arrays of which a gradient would be expected."""
     for name, array in arrays.items():
         if library_of(type(array)).wants_gradient(array):
@@ -179,9 +190,13 @@ def explain(
     causal: bool = False,
     *,
     cfg: ForwardConfig | None = None,
+    gradients: bool = False,
     diagonal: str | int = "end",
     scale: float | None = None,
     layout: str = "bshd",
+    return_lse: bool = False,
+    out: Array | None = None,
+    stream: object = None,
     allow_tf32: bool = False,
     deterministic: bool | None = None,
     attn_mask: Array | None = None,
@@ -191,16 +206,24 @@ def explain(
 ) -> Explanation:
     """What `flash_attention` (or `forward` with `cfg`) would run for these arguments, and why. Launches nothing.
 
+    cfg: what `forward` would be given.
+    gradients: also tell how `backward` with the default configuration computes gradients. Where torch records them
+        (requires_grad=True), it is told anyway.
+
+    The other arguments are those of `flash_attention`.
+
     Returns an Explanation: the backend, the configuration, the kernel and where its image comes from; `reasons`, why
     these were chosen; `rejected`, for every other backend and ahead-of-time configuration the reason why it was not
     taken; and `notes`, what else the call will do or cost. print() shows it, with what was not taken grouped by reason.
+    `gradients` is None, or a BackwardExplanation: the same of the gradients, with the size of their workspace, and
+    whether all runs give the same bits.
 
     If no backend can run the call, `backend` is '' and `rejected` says why. If torch's own attention would be called,
-    `backend` is 'torch', and `notes` says how much memory it needs. If the tensors require gradients, `notes` says how
-    these are computed. Raises ArgumentError only for arguments that cannot be described at all: no DLPack, a dtype that
-    no kernel could have, an option that is wrong for any tensors.
+    `backend` is 'torch', and `notes` says how much memory it needs. Raises ArgumentError only for arguments that cannot
+    be described at all: no DLPack, a dtype that no kernel could have, an option that is wrong for any tensors.
     """
-    options = checked_options(causal, diagonal, scale, layout, None, allow_tf32, deterministic)
+    options = checked_options(causal, diagonal, scale, layout, stream, allow_tf32, deterministic)
+    options = options._replace(gradients_follow=bool(gradients))
     missing = missing_feature(attn_mask, dropout_p, window)
     if cfg is not None and missing:
         raise ArgumentError(f"cfg: expected None, as only flash_attention takes it: {missing}")
@@ -210,12 +233,27 @@ def explain(
     if isinstance(library, Torch) and cfg is None:
         from . import _torch
 
-        return _torch.explained(
-            _torch.Problem(q, k, v, options, attn_mask, dropout_p, window), fallback
-        )
-    require_arrays({"q": q, "k": k, "v": v})
-    found = _core.explain(cfg, q, k, v, options)
-    return unsupported(found, missing) if missing else found
+        problem = _torch.Problem(q, k, v, options, attn_mask, dropout_p, window)
+        return _torch.explained(problem, out, return_lse, fallback)
+    arrays = {"q": q, "k": k, "v": v} if out is None else {"q": q, "k": k, "v": v, "out": out}
+    require_arrays(arrays)
+    address = stream_number(stream)
+    options = options._replace(stream=None, deterministic=same_bits(deterministic))
+    found = _core.explain(cfg, q, k, v, out, options)
+    try:
+        if cfg is None:
+            require_torch_to_record(**arrays)
+        else:
+            require_unrecorded(**arrays)
+        if missing:
+            raise UnsupportedError(missing)
+        if out is not None:
+            require_mutable("out", out)
+        if address is not None:
+            library.require_stream(address, list(arrays.values()))
+    except (ArgumentError, UnsupportedError) as error:
+        return unsupported(found, str(error))
+    return with_copies(found, q, v)
 
 
 def count_blocks(
@@ -284,7 +322,7 @@ def arch_or_default(arch: str | int | None) -> str | int:
 
 def integer(name: str, value: object) -> int:
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return index_of(value)
     except TypeError:
         raise ArgumentError(f"{name}: expected an integer, got {value!r}") from None
 
@@ -315,6 +353,8 @@ def configs_ahead_of_time(arch: str | int) -> list[ForwardConfig | BackwardConfi
 def prebuild(
     cfgs: ForwardConfig | BackwardConfig | list[ForwardConfig | BackwardConfig] | None = None,
     arch: str | int | None = None,
+    *,
+    causal: bool | None = None,
 ) -> dict[str, str]:
     """Makes kernels available before their first call, which may otherwise compile them (a few seconds each) or take
     slower ones that are at hand. What has to be compiled is compiled at the same time, as cores and memory allow.
@@ -322,6 +362,7 @@ def prebuild(
     cfgs: a configuration of the forward or the backward, or a list of them; default all that the build compiles ahead
         of time and that `arch` can run.
     arch: "sm_90" and the like; default the architecture of GPU 0. If it is given, no GPU is needed.
+    causal: only the kernels of calls with this `causal`; default those of both.
 
     Returns, by kernel name, where each kernel came from: "ahead of time", "disk cache" or "compiled by NVRTC ...".
     """
@@ -334,6 +375,8 @@ def prebuild(
         raise ArgumentError(
             f"cfgs: expected a ForwardConfig, a BackwardConfig or a list of them, got {cfgs!r}"
         )
+    if causal is not None and not isinstance(causal, bool):
+        raise ArgumentError(f"causal: expected True, False or None, got {causal!r}")
     if arch is None:
         info = _core.driver_info()
         if not info.gpus:
@@ -344,4 +387,4 @@ def prebuild(
     every = configs_ahead_of_time(arch) if chosen is None else chosen
     forward = [cfg for cfg in every if isinstance(cfg, ForwardConfig)]
     backward = [cfg for cfg in every if isinstance(cfg, BackwardConfig)]
-    return dict(_core.prebuild(forward, backward, arch))
+    return dict(_core.prebuild(forward, backward, arch, causal))

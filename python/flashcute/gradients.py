@@ -7,7 +7,7 @@ from typing import Any
 
 from . import _core
 from ._arrays import Array, Library, library_of, stream_number
-from ._call import checked_options, require_arrays, require_kind, same_bits
+from ._call import checked_options, require_arrays, require_kind, require_mutable, same_bits
 from ._core import ArgumentError, BackwardConfig
 from .attention import arch_or_default, integer, optional_integer
 
@@ -75,10 +75,8 @@ def backward(
                 f"{name}: expected a tensor without requires_grad, got requires_grad=True. backward records "
                 "no gradient: call it under torch.no_grad(), or detach the tensor"
             )
-        if name in given and library.immutable:
-            raise ArgumentError(
-                f"{name}: expected a writable array, got an immutable one of JAX. Omit it"
-            )
+        if name in given:
+            require_mutable(name, array)
     library = library_of(type(q))
     for name in ("dq", "dk", "dv"):
         if name not in given and type(library) is Library:

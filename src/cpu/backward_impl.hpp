@@ -11,11 +11,10 @@
 
 #include "cpu/backward_isa.hpp"
 #include "cpu/block.hpp"
+#include "flashcute/core/constants.hpp"
 
 namespace flashcute::cpu::FLASHCUTE_CPU_ISA {
 namespace {
-
-constexpr double log2_e = 0x1.71547652b82fep+0;
 
 /// A value for each query, where queries are columns.
 template <class T>
@@ -98,7 +97,7 @@ class BackwardTile {
     T* const lse = memory_ + layout_.lse;
     T* const delta = memory_ + layout_.delta;
     compute_delta(tile, static_cast<T*>(p_.delta) + tile.lse_offset(f_));
-    load_per_query(static_cast<T const*>(f_.lse) + tile.lse_offset(f_), log2_e, tile.rows, columns_, lse);
+    load_per_query(static_cast<T const*>(f_.lse) + tile.lse_offset(f_), log2_e<double>, tile.rows, columns_, lse);
     load_per_query(static_cast<T const*>(p_.delta) + tile.lse_offset(f_), dx_factor_.before, tile.rows, columns_,
                    delta);
     Totals<T> dq = totals(layout_.dx, layout_.dx_totals, layout_.dx_errors, f_.head_dim);
@@ -144,7 +143,7 @@ class BackwardTile {
         RowMajor<T> const dout = load_block(at(p_.dout, p_.dout_stride, tile.batch, head, row0), p_.dout_stride.row,
                                             rows, f_.head_dim_v, memory_ + layout_.block_y);
         int64_t const first = lse_offset(f_, tile.batch, head) + row0;
-        load_per_query(static_cast<T const*>(f_.lse) + first, log2_e, rows, rows, lse);
+        load_per_query(static_cast<T const*>(f_.lse) + first, log2_e<double>, rows, rows, lse);
         load_per_query(static_cast<T const*>(p_.delta) + first, dx_factor_.before, rows, rows, delta);
         if (blocks++ == blocks_per_total) dk.add(), dv.add(), blocks = 1;
         compute_scores(q, dout, rows, PerRow<T>{lse}, PerRow<T>{delta}, partial, visible);
@@ -223,7 +222,7 @@ class BackwardTile {
   /// X^T, the second part of its scores' factor (scale and log2(e)), Y^T, and sums that start at 0.
   void load_tile(Element const* x, Strides const& x_stride, Element const* y, Strides const& y_stride) const {
     T* const factor = memory_ + layout_.factor;
-    ScoreFactor<T> const score_factor{f_.scale * log2_e};
+    ScoreFactor<T> const score_factor{f_.scale * log2_e<double>};
     auto const before = [&](int r) {
       SplitFactor<T> const f = score_factor.split(x + r * x_stride.row, f_.head_dim);
       factor[r] = f.after;

@@ -11,6 +11,7 @@
 #include "cpu/block.hpp"
 #include "cpu/forward_isa.hpp"
 #include "cpu/forward_scratch.hpp"
+#include "flashcute/core/constants.hpp"
 #include "flashcute/policy/block_counter.hpp"
 
 namespace flashcute::cpu::FLASHCUTE_CPU_ISA {
@@ -67,8 +68,8 @@ struct OnlineSoftmax {
   }
 
   T lse(int m) const {
-    constexpr double ln2 = 0x1.62e42fefa39efp-1;
-    return static_cast<T>(ln2 * (static_cast<double>(row_max[m]) + __builtin_log2(static_cast<double>(row_sum[m]))));
+    double const sum = __builtin_log2(static_cast<double>(row_sum[m]));
+    return static_cast<T>(ln2<double> * (static_cast<double>(row_max[m]) + sum));
   }
 
  private:
@@ -169,10 +170,9 @@ class ForwardTile {
 
   /// Q^T, and what makes its products with keys scores in units of log2: scale and log2(e).
   void load_query(T* q) const {
-    constexpr double log2_e = 0x1.71547652b82fep+0;
     Element const* const from = static_cast<Element const*>(p_.q) + tile_.q_offset(p_);
     T* const factor = memory_ + layout_.factor;
-    ScoreFactor<T> const score_factor{p_.scale * log2_e};
+    ScoreFactor<T> const score_factor{p_.scale * log2_e<double>};
     auto const before = [&](int r) {
       SplitFactor<T> const f = score_factor.split(from + r * p_.q_stride.row, p_.head_dim);
       factor[r] = f.after;

@@ -5,7 +5,8 @@
 // The build defines FLASHCUTE_WITH_IMAGES, FLASHCUTE_IMAGE_ARCHS ("80 90 80-ptx") and
 // FLASHCUTE_NVCC_VERSION ("13.0.88"), and assembles each family's image between two symbols.
 #if FLASHCUTE_WITH_IMAGES
-#define FLASHCUTE_DECLARE(name, config) extern "C" char const flashcute_image_##name[], flashcute_image_##name##_end[];
+#define FLASHCUTE_DECLARE(name, config, features) \
+  extern "C" char const flashcute_image_##name[], flashcute_image_##name##_end[];
 #define FLASHCUTE_FORWARD_FAMILY FLASHCUTE_DECLARE
 #define FLASHCUTE_BACKWARD_FAMILY FLASHCUTE_DECLARE
 #include "image/kernels.def"
@@ -25,7 +26,7 @@ struct Image {
   char const* end;
 };
 
-#define FLASHCUTE_IMAGE(name, config) {flashcute_image_##name, flashcute_image_##name##_end},
+#define FLASHCUTE_IMAGE(name, config, features) {flashcute_image_##name, flashcute_image_##name##_end},
 constexpr Image forward_images[] = {
 #define FLASHCUTE_FORWARD_FAMILY FLASHCUTE_IMAGE
 #include "image/kernels.def"

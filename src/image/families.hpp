@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -9,22 +11,23 @@
 
 namespace flashcute {
 
+/// What kernels compute of which nobody says it: those of most families, and those that `prebuild` makes.
+inline constexpr Features full_and_causal[] = {{.mask = MaskKind::full}, {.mask = MaskKind::causal}};
+
 template <class Config>
 struct Family {
   std::string_view name;
-  Config config;  // with any of the dtypes of its size
+  Config config;                       // with any of the dtypes of its size
+  std::span<Features const> features;  // what its kernels compute; those with others are compiled at their first use
 };
 
-/// What the kernels of the families compute. Kernels with other features are compiled when they are first used.
-inline constexpr Features family_features[] = {{.mask = MaskKind::full}, {.mask = MaskKind::causal}};
-
 inline constexpr Family<ForwardConfig> forward_families[] = {
-#define FLASHCUTE_FORWARD_FAMILY(name, config) {#name, config},
+#define FLASHCUTE_FORWARD_FAMILY(name, config, features) {#name, config, features},
 #include "image/kernels.def"
 };
 
 inline constexpr Family<BackwardConfig> backward_families[] = {
-#define FLASHCUTE_BACKWARD_FAMILY(name, config) {#name, config},
+#define FLASHCUTE_BACKWARD_FAMILY(name, config, features) {#name, config, features},
 #include "image/kernels.def"
 };
 
@@ -40,19 +43,16 @@ std::vector<Config> configs_of(Family<Config> const& family) {
   return all;
 }
 
-/// The kernels of a configuration that a family holds.
-inline std::vector<ForwardKernelId> kernels_of(ForwardConfig const& config) {
-  std::vector<ForwardKernelId> kernels;
-  for (Features const& features : family_features) kernels.push_back(kernel_of(config, features));
-  return kernels;
-}
+constexpr std::array<SinglePass, 1> passes_of(ForwardConfig const&) { return {}; }
 
-inline std::vector<BackwardKernelId> kernels_of(BackwardConfig const& config) {
-  std::vector<BackwardKernelId> kernels;
-  for (BackwardPass const pass : passes_of(config)) {
-    for (Features const& features : family_features) {
-      BackwardKernelId const kernel = kernel_of(config, pass, features);
-      // A pass that reads none of the features has one kernel for all.
+/// The kernels of a configuration for each of the features, of all passes.
+template <class Config>
+std::vector<KernelId<Config>> kernels_of(Config const& config, std::span<Features const> features) {
+  std::vector<KernelId<Config>> kernels;
+  for (auto const pass : passes_of(config)) {
+    for (Features const& each : features) {
+      KernelId<Config> const kernel = kernel_of(config, pass, each);
+      // A pass has one kernel for all that differ in what it does not read.
       if (std::find(kernels.begin(), kernels.end(), kernel) == kernels.end()) kernels.push_back(kernel);
     }
   }
@@ -60,10 +60,10 @@ inline std::vector<BackwardKernelId> kernels_of(BackwardConfig const& config) {
 }
 
 template <class Config>
-auto kernels_of(Family<Config> const& family) {
-  decltype(kernels_of(family.config)) kernels;
+std::vector<KernelId<Config>> kernels_of(Family<Config> const& family) {
+  std::vector<KernelId<Config>> kernels;
   for (Config const& config : configs_of(family)) {
-    for (auto const& kernel : kernels_of(config)) kernels.push_back(kernel);
+    for (auto const& kernel : kernels_of(config, family.features)) kernels.push_back(kernel);
   }
   return kernels;
 }

@@ -47,7 +47,8 @@ std::string_view embedded_image_for(KernelId const& kernel, Arch arch) {
 }
 
 /// Why embedded_image_for has none.
-std::string embedded_problem(ForwardKernelId const& kernel) {
+template <class KernelId>
+std::string embedded_problem(KernelId const& kernel) {
   if (jit_mode() == JitMode::force) return "FLASHCUTE_JIT=force";
   if (embedded_targets().empty()) return "flashcute was built without images";
   return family_of(kernel) != nullptr ? "the build has no image of it for this GPU"
@@ -63,16 +64,17 @@ int cuda_version_of(std::string_view version) {
 }
 
 /// Which kernels have an image in a folder of the disk cache, as it was when it was first asked.
+template <class KernelId>
 class KnownImages {
  public:
-  bool has(ForwardKernelId const& kernel, Arch arch) {
+  bool has(KernelId const& kernel, Arch arch) {
     Place const place{kernel, arch, cache_folder()};
     std::lock_guard const guard(mutex_);
     if (Known const* const known = find(place)) return known->there;
     return known_.emplace_back(place, is_cached(code_of(kernel, arch), arch)).there;
   }
 
-  void add(ForwardKernelId const& kernel, Arch arch) {
+  void add(KernelId const& kernel, Arch arch) {
     Place place{kernel, arch, cache_folder()};
     std::lock_guard const guard(mutex_);
     if (Known* const known = find(place)) {
@@ -84,7 +86,7 @@ class KnownImages {
 
  private:
   struct Place {
-    ForwardKernelId kernel;
+    KernelId kernel;
     Arch arch;
     std::filesystem::path folder;
 
@@ -105,8 +107,9 @@ class KnownImages {
   std::vector<Known> known_;
 };
 
-KnownImages& known_images() {
-  static KnownImages known;
+template <class KernelId>
+KnownImages<KernelId>& known_images() {
+  static KnownImages<KernelId> known;
   return known;
 }
 
@@ -157,9 +160,8 @@ std::vector<Image> find_images(std::span<AnyKernelId const> kernels, Arch arch) 
                          std::move(compiled[i].bytes),
                          compiled[i].compiled ? "compiled by NVRTC " + nvrtc_version() : "disk cache",
                          cuda_version_of(nvrtc_version())};
-    if (auto const* const forward = std::get_if<ForwardKernelId>(&kernels[places[i]])) {
-      known_images().add(*forward, arch);
-    }
+    std::visit([&]<class KernelId>(KernelId const& kernel) { known_images<KernelId>().add(kernel, arch); },
+               kernels[places[i]]);
   }
   return images;
 }
@@ -172,18 +174,21 @@ bool needs_compiler(AnyKernelId const& kernel, Arch arch) {
       kernel);
 }
 
-ImageSource image_source(ForwardKernelId const& kernel, Arch arch) {
+template <class KernelId>
+ImageSource image_source(KernelId const& kernel, Arch arch) {
   if (!embedded_image_for(kernel, arch).empty()) return source_among(embedded_targets(), arch);
   if (!can_compile(arch)) return ImageSource::none;
-  return known_images().has(kernel, arch) ? ImageSource::disk_cache : ImageSource::compiler;
+  return known_images<KernelId>().has(kernel, arch) ? ImageSource::disk_cache : ImageSource::compiler;
 }
 
-std::string image_problem(ForwardKernelId const& kernel, Arch arch) {
+template <class KernelId>
+std::string image_problem(KernelId const& kernel, Arch arch) {
   std::string const problem = compile_problem(arch);
   return embedded_problem(kernel) + (problem.empty() ? "" : ", and " + problem);
 }
 
-std::string image_origin(ForwardKernelId const& kernel, Arch arch) {
+template <class KernelId>
+std::string image_origin(KernelId const& kernel, Arch arch) {
   switch (image_source(kernel, arch)) {
     case ImageSource::library: return "ahead of time";
     case ImageSource::ptx: return "ahead of time, as PTX, which the driver compiles (once)";
@@ -193,5 +198,12 @@ std::string image_origin(ForwardKernelId const& kernel, Arch arch) {
   }
   return "none: " + image_problem(kernel, arch);
 }
+
+template ImageSource image_source(ForwardKernelId const&, Arch);
+template ImageSource image_source(BackwardKernelId const&, Arch);
+template std::string image_problem(ForwardKernelId const&, Arch);
+template std::string image_problem(BackwardKernelId const&, Arch);
+template std::string image_origin(ForwardKernelId const&, Arch);
+template std::string image_origin(BackwardKernelId const&, Arch);
 
 }  // namespace flashcute

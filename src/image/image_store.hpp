@@ -40,14 +40,17 @@ enum class ImageSource : std::uint8_t {
 };
 
 /// Cheap enough for every call; the environment is read anew in each. What another process compiles meanwhile is not
-/// seen, so that a process does not change its choices by itself.
-ImageSource image_source(ForwardKernelId const& kernel, Arch arch);
+/// seen, so that a process does not change its choices by itself. This and the next two take both kinds of ids.
+template <class KernelId>
+ImageSource image_source(KernelId const& kernel, Arch arch);
 
 /// Why there is no image where image_source says so: "the build has no image of it for this GPU, and ...".
-std::string image_problem(ForwardKernelId const& kernel, Arch arch);
+template <class KernelId>
+std::string image_problem(KernelId const& kernel, Arch arch);
 
 /// image_source in words: "ahead of time", "disk cache", "run-time compilation, once (...)", "none: ...".
-std::string image_origin(ForwardKernelId const& kernel, Arch arch);
+template <class KernelId>
+std::string image_origin(KernelId const& kernel, Arch arch);
 
 /// How an image assembled for `targets` ("80 90 80-ptx") serves `arch`: by machine code, which runs within its major
 /// version from its minor version on (`library`), by PTX, which runs on everything from its version on, or not at all.

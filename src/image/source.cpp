@@ -1,6 +1,7 @@
 #include "image/source.hpp"
 
 #include <algorithm>
+#include <set>
 
 namespace flashcute {
 namespace {
@@ -38,16 +39,22 @@ std::string initializer(Features const& features) {
   return all.text();
 }
 
-/// The macro of an entry.hpp that defines a kernel, and the type of its argument.
+/// The macro that defines a kernel, the header that has it, and the type of its argument.
 struct Entry {
   char const* macro;
+  char const* header;
   char const* id;
 };
 Entry entry_of(ForwardConfig const& config) {
-  return {config.kernel == Kernel::sm90 ? "FLASHCUTE_SM90_FORWARD_ENTRY" : "FLASHCUTE_SM80_FORWARD_ENTRY",
-          "ForwardKernelId"};
+  switch (config.kernel) {
+    case Kernel::sm80: return {"FLASHCUTE_SM80_FORWARD_ENTRY", "flashcute/sm80/entry.hpp", "ForwardKernelId"};
+    case Kernel::sm90: return {"FLASHCUTE_SM90_FORWARD_ENTRY", "flashcute/sm90/entry.hpp", "ForwardKernelId"};
+  }
+  return {};
 }
-Entry entry_of(BackwardConfig const&) { return {"FLASHCUTE_SM80_BACKWARD_ENTRY", "BackwardKernelId"}; }
+Entry entry_of(BackwardConfig const&) {
+  return {"FLASHCUTE_SM80_BACKWARD_ENTRY", "flashcute/sm80/entry.hpp", "BackwardKernelId"};
+}
 
 /// The kernel as the C++ line that defines it.
 template <class Config>
@@ -65,19 +72,22 @@ constexpr bool is_extended_wgmma_width(int32_t columns) {
 }
 
 bool needs_extended_wgmma(ForwardKernelId const& kernel) {
-  return is_extended_wgmma_width(kernel.config.block_n) || is_extended_wgmma_width(kernel.config.head_dim_v);
+  ForwardConfig const& c = kernel.config;
+  return c.kernel == Kernel::sm90 && (is_extended_wgmma_width(c.block_n) || is_extended_wgmma_width(c.head_dim_v));
 }
 bool needs_extended_wgmma(BackwardKernelId const&) { return false; }
 
 template <class KernelId>
 std::string source_of(std::span<KernelId const> kernels) {
-  bool const sm90 = !kernels.empty() && kernels[0].config.kernel == Kernel::sm90;
   std::string text;
-  if (sm90 && std::any_of(kernels.begin(), kernels.end(), [](auto const& k) { return needs_extended_wgmma(k); })) {
+  if (std::any_of(kernels.begin(), kernels.end(), [](auto const& k) { return needs_extended_wgmma(k); })) {
     // Parsing these shapes takes longer than all the rest of a compilation.
     text += "#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED\n";
   }
-  text += sm90 ? "#include \"flashcute/sm90/entry.hpp\"\n\n" : "#include \"flashcute/sm80/entry.hpp\"\n\n";
+  std::set<std::string> headers;
+  for (KernelId const& kernel : kernels) headers.insert(entry_of(kernel.config).header);
+  for (std::string const& header : headers) text += "#include \"" + header + "\"\n";
+  text += "\n";
   for (KernelId const& kernel : kernels) text += definition(kernel);
   return text;
 }

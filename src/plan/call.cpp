@@ -4,9 +4,9 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <numbers>
 
 #include "cpu/float_mode.hpp"
+#include "flashcute/core/constants.hpp"
 
 namespace flashcute {
 namespace {
@@ -30,7 +30,7 @@ double checked_scale(std::optional<double> scale, int64_t d) {
     throw ArgumentError("scale", "a finite number >= 0", std::to_string(*scale));
   }
   // The kernels multiply by scale * log2(e) in float.
-  if (*scale * std::numbers::log2e > std::numeric_limits<float>::max()) {
+  if (*scale * log2_e<double> > std::numeric_limits<float>::max()) {
     throw ArgumentError("scale", "at most 2e38", std::to_string(*scale));
   }
   return *scale;
@@ -58,7 +58,7 @@ ForwardParams checked_params(Operand const& q, Operand const& k, Operand const& 
   ForwardParams p{};
   p.scale = checked_scale(options.scale, nq.d);
   // Base-2 softmax; with scale 0 a masked score must stay -inf, so the factor stays above 0.
-  p.scale_log2 = std::max(static_cast<float>(p.scale * std::numbers::log2e), std::numeric_limits<float>::min());
+  p.scale_log2 = std::max(static_cast<float>(p.scale * log2_e<double>), std::numeric_limits<float>::min());
   p.q = q.view->data;
   p.k = k.view->data;
   p.v = v.view->data;

@@ -10,6 +10,11 @@ namespace {
 
 constexpr char const* asked_for = "cfg asks for this configuration.";
 
+std::string where(Device device, Arch arch) {
+  return "The tensors are on " + to_string(device) + ", a GPU of compute capability " + std::to_string(arch / 10) +
+         "." + std::to_string(arch % 10) + ".";
+}
+
 std::string why_this_kernel(ForwardConfig const& chosen, ForwardTensors const& tensors, Arch arch) {
   if (chosen.kernel == Kernel::sm90) {
     return "Hopper's kernel (copies by TMA, products by WGMMA, specialised warps) takes float16 and bfloat16 tensors "
@@ -26,24 +31,59 @@ std::string why_this_kernel(ForwardConfig const& chosen, ForwardTensors const& t
   return text;
 }
 
+template <class Config>
+std::string tile_text(Config const& chosen) {
+  return "Tiles of " + std::to_string(chosen.block_m) + " query rows and blocks of " + std::to_string(chosen.block_n) +
+         " keys are the default for head dimensions up to " + std::to_string(chosen.head_dim);
+}
+
+/// Of tensors with head dimension d.
+template <class Config>
+std::string padding_and_copies(Config const& chosen, int32_t d) {
+  std::string text;
+  if (d < chosen.head_dim) {
+    text += " A head dimension of " + std::to_string(d) + " is padded with zeros and computed as one of " +
+            std::to_string(chosen.head_dim) + ".";
+  }
+  if (chosen.copy_bytes < 16) {
+    text += " It copies " + std::to_string(chosen.copy_bytes) + " bytes at a time, since the tensors allow no more.";
+  }
+  return text;
+}
+
 std::string why_this_tile(ForwardConfig const& chosen, ForwardTensors const& tensors, Arch arch) {
-  std::string const width = std::to_string(chosen.head_dim);
-  std::string text = "Tiles of " + std::to_string(chosen.block_m) + " query rows and blocks of " +
-                     std::to_string(chosen.block_n) + " keys are the default for head dimensions up to " + width;
+  std::string text = tile_text(chosen);
   ForwardTensors of_a_large_grid = tensors;
   of_a_large_grid.heads = 0;
   ForwardConfig const larger = default_forward_config(of_a_large_grid, arch);
   if (larger.kernel == chosen.kernel && larger.math == chosen.math && larger.block_m > chosen.block_m) {
     text += " where tiles of " + std::to_string(larger.block_m) + " rows would leave multiprocessors without work";
   }
+  return text + "." + padding_and_copies(chosen, max_of(tensors.head_dim, tensors.head_dim_v));
+}
+
+std::string why_these_passes(BackwardConfig const& chosen, Arch arch) {
+  std::string text = "The mma.sync kernels compute gradients on every GPU of compute capability 8.0 or later";
+  if (arch == 90) text += "; Hopper's kernel computes the output only";
   text += ".";
-  if (int32_t const d = max_of(tensors.head_dim, tensors.head_dim_v); d < chosen.head_dim) {
-    text += " A head dimension of " + std::to_string(d) + " is padded with zeros and computed as one of " + width + ".";
+  if (chosen.math == Math::tf32x3) text += " They multiply float32 on tensor cores by three TF32 products for one.";
+  return text + (chosen.deterministic
+                     ? " Two passes, each of which recomputes the scores, give the same bits in every run."
+                     : " One pass sums dq by atomic additions, so that its last bits differ from run to run.");
+}
+
+std::string why_this_tile(BackwardConfig const& chosen, Call const& call) {
+  int32_t const d = max_of(call.params.head_dim, call.params.head_dim_v);
+  BackwardTensors const with_room{
+      .dtype = chosen.dtype, .head_dim = d, .head_dim_v = d, .deterministic = chosen.deterministic};
+  std::string text = tile_text(chosen);
+  // Of compute capability 9.0: no GPU has more.
+  if (BackwardConfig const larger = default_backward_config(with_room, 90);
+      larger.block_m > chosen.block_m || larger.block_n > chosen.block_n) {
+    text += " where a thread block has no more than " + std::to_string(max_smem_bytes(call.arch)) +
+            " bytes of shared memory";
   }
-  if (chosen.copy_bytes < 16) {
-    text += " It copies " + std::to_string(chosen.copy_bytes) + " bytes at a time, since the tensors allow no more.";
-  }
-  return text;
+  return text + "." + padding_and_copies(chosen, d);
 }
 
 /// The alternatives that were not taken for one reason.
@@ -67,12 +107,49 @@ std::vector<Rejected> by_reason(std::vector<std::pair<std::string, std::string>>
   for (auto const& [what, reason] : rejected) {
     auto group = std::ranges::find(groups, reason, &Rejected::reason);
     if (group == groups.end()) group = groups.insert(group, {reason, {}, {}});
-    (what.starts_with("fwd_") ? group->kernels : group->others).push_back(what);
+    (what.starts_with("fwd_") || what.starts_with("bwd_") ? group->kernels : group->others).push_back(what);
   }
   return groups;
 }
 
+// The parts that both kinds of explanations have.
+
+std::string reasons_text(std::vector<std::string> const& reasons) {
+  std::string text;
+  char const* label = "\n  why     ";
+  for (std::string const& reason : reasons) text += std::exchange(label, "\n          ") + reason;
+  return text;
+}
+
+/// Kernels, if they are several, and their images: one line if they have the same origin.
+std::string kernels_text(std::vector<std::pair<std::string, std::string>> const& kernels) {
+  std::string text;
+  char const* label = "\n  kernels ";
+  if (kernels.size() > 1) {
+    for (auto const& [kernel, image] : kernels) text += std::exchange(label, "\n          ") + kernel;
+  }
+  auto const other = [&](auto const& pair) { return pair.second != kernels.front().second; };
+  if (std::ranges::any_of(kernels, other)) {
+    for (auto const& [kernel, image] : kernels) text += "\n  image   " + image + ": " + kernel;
+  } else if (!kernels.empty()) {
+    text += "\n  image   " + kernels.front().second;
+  }
+  return text;
+}
+
+std::string notes_and_rejected_text(auto const& e) {
+  std::string text;
+  for (std::string const& note : e.notes) text += "\n  note    " + note;
+  if (!e.rejected.empty()) text += "\n  not taken";
+  for (Rejected const& group : by_reason(e.rejected)) text += "\n    " + group.text();
+  return text;
+}
+
 }  // namespace
+
+std::string where_tensors_are(Device device) {
+  return "the tensors are on " + (device.type == DeviceType::cuda ? to_string(device) : "the CPU");
+}
 
 std::vector<std::string> reasons_for(ForwardConfig const& chosen, bool given, ForwardTensors const& tensors,
                                      Device device, Arch arch) {
@@ -81,10 +158,13 @@ std::vector<std::string> reasons_for(ForwardConfig const& chosen, bool given, Fo
     if (given) reasons.push_back(asked_for);
     return reasons;
   }
-  std::string const where = "The tensors are on " + to_string(device) + ", a GPU of compute capability " +
-                            std::to_string(arch / 10) + "." + std::to_string(arch % 10) + ".";
-  if (given) return {where, asked_for};
-  return {where, why_this_kernel(chosen, tensors, arch), why_this_tile(chosen, tensors, arch)};
+  if (given) return {where(device, arch), asked_for};
+  return {where(device, arch), why_this_kernel(chosen, tensors, arch), why_this_tile(chosen, tensors, arch)};
+}
+
+std::vector<std::string> reasons_for(BackwardConfig const& chosen, Call const& call) {
+  if (!call.on_gpu()) return {"The tensors are on the CPU."};
+  return {where(call.device, call.arch), why_these_passes(chosen, call.arch), why_this_tile(chosen, call)};
 }
 
 std::string to_string(ForwardConfig const& config) { return "ForwardConfig(" + options_text(config) + ")"; }
@@ -93,14 +173,25 @@ std::string to_string(BackwardConfig const& config) { return "BackwardConfig(" +
 
 std::string to_string(Explanation const& e) {
   std::string text = e.backend.empty() ? "nothing can run this call" : "backend " + e.backend + ": " + e.kernel;
-  char const* label = "\n  why     ";
-  for (std::string const& reason : e.reasons) text += std::exchange(label, "\n          ") + reason;
+  text += reasons_text(e.reasons);
   if (e.config) text += "\n  config  ForwardConfig(" + options_text(*e.config, e.backend != "cpu") + ")";
   if (!e.image.empty()) text += "\n  image   " + e.image;
-  for (std::string const& note : e.notes) text += "\n  note    " + note;
-  if (!e.rejected.empty()) text += "\n  not taken";
-  for (Rejected const& group : by_reason(e.rejected)) text += "\n    " + group.text();
+  text += notes_and_rejected_text(e);
+  if (e.gradients) text += "\n" + to_string(*e.gradients);
   return text;
+}
+
+std::string to_string(BackwardExplanation const& e) {
+  if (e.backend.empty()) return "no kernel computes gradients of this call" + notes_and_rejected_text(e);
+  bool const gpu = e.backend != "cpu";
+  std::string text = "gradients by backend " + e.backend;
+  if (e.kernels.size() == 1) text += ": " + e.kernels[0].first;
+  text += reasons_text(e.reasons);
+  if (e.config) text += "\n  config  BackwardConfig(" + options_text(*e.config, gpu) + ")";
+  text += kernels_text(e.kernels);
+  if (e.workspace_bytes > 0) text += "\n  memory  a workspace of " + std::to_string(e.workspace_bytes) + " bytes";
+  text += std::string("\n  bits    ") + (e.same_bits ? "the same in every run" : "those of dq differ from run to run");
+  return text + notes_and_rejected_text(e);
 }
 
 }  // namespace flashcute

@@ -2,15 +2,41 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "flashcute/api.hpp"
 #include "flashcute/core/defaults.hpp"
+#include "plan/call.hpp"
 
 namespace flashcute {
 
 /// Why `chosen` runs a call of these tensors on `device`, of architecture `arch`. `given`: the caller named it.
 std::vector<std::string> reasons_for(ForwardConfig const& chosen, bool given, ForwardTensors const& tensors,
                                      Device device, Arch arch);
+
+/// Why `chosen`, the default configuration of the backward, computes the gradients of a call.
+std::vector<std::string> reasons_for(BackwardConfig const& chosen, Call const& call);
+
+/// "the tensors are on cuda:0"
+std::string where_tensors_are(Device device);
+
+/// Why a call does not run `other`, in words that all configurations with this reason share: the first rule that it
+/// breaks, or why it cannot serve the tensors. Otherwise what `plan` returns, which throws in the second case.
+template <class Config, class Plan>
+std::string why_not(Config const& other, Call const& call, Plan const& plan) {
+  try {
+    if (other.dtype == call.q.view->dtype) {
+      if (auto const broken = check(other, call.arch); broken != decltype(broken){}) return sentence(broken);
+    }
+    return plan();
+  } catch (ConfigError const& error) {
+    std::string_view const message = error.what();
+    constexpr std::string_view argument = "cfg: ";  // which nobody passed
+    return std::string(message.substr(message.starts_with(argument) ? argument.size() : 0));
+  } catch (Error const& error) {
+    return error.what();
+  }
+}
 
 }  // namespace flashcute

@@ -26,7 +26,8 @@ Operand checked_gradient(char const* name, TensorView const& gradient, Operand c
   return checked;
 }
 
-/// The default configuration, of tensors that have a kernel.
+/// Chooses the configuration of every call that gives none, and so the size of its workspace. Throws UnsupportedError
+/// if there is none.
 BackwardConfig default_config_of(BackwardTensors const& t, Arch arch, std::string const& whose) {
   BackwardConfig const config = default_backward_config(t, arch);
   if (arch != cpu_arch && blocks_that_fit(config, arch) == 0) {
@@ -35,21 +36,8 @@ BackwardConfig default_config_of(BackwardTensors const& t, Arch arch, std::strin
                            " need more shared memory than this GPU has. Use float16 or bfloat16, or train with "
                            "torch.nn.functional.scaled_dot_product_attention");
   }
+  check_config(config, arch);
   return config;
-}
-
-BackwardTensors backward_tensors(Call const& call) {
-  require_kernel(call);
-  return {.dtype = call.q.view->dtype,
-          .head_dim = call.params.head_dim,
-          .head_dim_v = call.params.head_dim_v,
-          .deterministic = call.options.deterministic};
-}
-
-BackwardConfig config_for(Call const& call, std::span<Operand const> copied) {
-  BackwardTensors t = backward_tensors(call);
-  if (call.on_gpu()) t.alignment = common_alignment(copied);
-  return default_config_of(t, call.arch, "q: ");
 }
 
 /// How large the workspace of a call on a GPU must be, whose tiles of query rows one launch can compute.
@@ -125,17 +113,27 @@ BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch,
   require_head_dim("head_dim", head_dim);
   require_head_dim("head_dim_v", d_v);
   require_kernel(dtype, arch, "");
-  BackwardConfig const config = default_config_of({.dtype = dtype,
-                                                   .head_dim = static_cast<int32_t>(head_dim),
-                                                   .head_dim_v = static_cast<int32_t>(d_v),
-                                                   .deterministic = deterministic},
-                                                  arch, "");
-  check_config(config, arch);
-  return config;
+  return default_config_of({.dtype = dtype,
+                            .head_dim = static_cast<int32_t>(head_dim),
+                            .head_dim_v = static_cast<int32_t>(d_v),
+                            .deterministic = deterministic},
+                           arch, "");
 }
 
-BackwardConfig aligned_backward_config(Call const& call) {
-  return default_config_of(backward_tensors(call), call.arch, "q: ");
+BackwardConfig choose_backward_config(Call const& call, std::span<Operand const> copied, std::string* misaligned) {
+  require_kernel(call);
+  return default_config_of({.dtype = call.q.view->dtype,
+                            .head_dim = call.params.head_dim,
+                            .head_dim_v = call.params.head_dim_v,
+                            .alignment = call.on_gpu() ? common_alignment(copied, misaligned) : 16,
+                            .deterministic = call.options.deterministic},
+                           call.arch, "q: ");
+}
+
+BackwardWorkspace checked_workspace_of(BackwardConfig const& config, Call const& call) {
+  BackwardWorkspace const workspace = checked_workspace_of(config, call.q.dims);
+  require_grid(KeyTile::count(call.params, config.block_n), "k: batch * kv_heads * ceil(seqlen_k / block_n)");
+  return workspace;
 }
 
 BackwardConfig backward_config_for(TensorView const& q, TensorView const& k, TensorView const& v,
@@ -146,7 +144,7 @@ BackwardConfig backward_config_for(TensorView const& q, TensorView const& k, Ten
     require_same_type(name, *tensor, q);
     copied.push_back(operand(name, *tensor, options.layout));
   }
-  return config_for(call, copied);
+  return choose_backward_config(call, copied);
 }
 
 int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, TensorView const& q, TensorView const& v,
@@ -160,6 +158,7 @@ int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, Ten
   require_head_dim("v", nv.d);
   if (arch == cpu_arch) return 0;
   if (config) check_config(*config, arch);
+  // Without k and the gradients their alignment is not known. It says how a tile is copied, and never which one.
   BackwardTensors const t{.dtype = q.dtype,
                           .head_dim = static_cast<int32_t>(nq.d),
                           .head_dim_v = static_cast<int32_t>(nv.d),
@@ -213,17 +212,15 @@ BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call cons
   p.dk_stride = copied[6].dims.stride;
   p.dv_stride = copied[7].dims.stride;
 
-  BackwardConfig const config = given ? *given : config_for(call, copied);
-  if (!given) check_config(config, call.arch);
+  BackwardConfig const config = given ? *given : choose_backward_config(call, copied);
   if (call.on_gpu()) {
     for (Operand const& tensor : copied) require_aligned(tensor, config.copy_bytes);
-    BackwardWorkspace const workspace = checked_workspace_of(config, nq);
-    require_grid(KeyTile::count(p.forward, config.block_n), "k: batch * kv_heads * ceil(seqlen_k / block_n)");
+    BackwardWorkspace const workspace = checked_workspace_of(config, call);
     float* const start = checked_workspace(t.workspace, workspace.total(), q.device, others);
     p.delta = start;
     if (workspace.dq_sums > 0) p.dq_sums = start + workspace.delta;
   }
-  return {config, {.mask = call.mask()}, p, call.device};
+  return {config, features_of(call), p, call.device};
 }
 
 }  // namespace flashcute

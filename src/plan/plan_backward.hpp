@@ -2,6 +2,8 @@
 #pragma once
 
 #include <optional>
+#include <span>
+#include <string>
 
 #include "flashcute/api.hpp"
 #include "flashcute/core/backward_params.hpp"
@@ -33,7 +35,13 @@ struct BackwardTensorViews {
 BackwardPlan plan_backward(std::optional<BackwardConfig> const& config, Call const& call,
                            BackwardTensorViews const& tensors);
 
-/// The default configuration for tensors that are aligned to 16 bytes.
-BackwardConfig aligned_backward_config(Call const& call);
+/// The configuration of a call that gives none. `copied`: q, k, v, and what is known of the other tensors that the
+/// kernels copy: out, dout, dq, dk and dv. `misaligned` as in common_alignment.
+BackwardConfig choose_backward_config(Call const& call, std::span<Operand const> copied,
+                                      std::string* misaligned = nullptr);
+
+/// How large the workspace of a call on a GPU must be. Throws UnsupportedError if a launch cannot compute all its
+/// tiles.
+BackwardWorkspace checked_workspace_of(BackwardConfig const& config, Call const& call);
 
 }  // namespace flashcute

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import flashcute as fc
@@ -107,6 +108,8 @@ def test_every_option_reaches_every_call(core: Recorder, name: str) -> None:
     check("explain", given)
     fc.explain(*(x.numpy() for x in arrays), **given)
     check("explain", given)
+    fc.explain(*arrays, gradients=True, **given)
+    check("explain", {**given, "gradients_follow": True})
     cfg = fc.default_config(8, "float32", "cpu")
     out, lse = fc.forward(cfg, *arrays, return_lse=True, **plain)
     check("forward", plain)
@@ -128,6 +131,21 @@ def test_every_option_reaches_every_call(core: Recorder, name: str) -> None:
     attend(*leaves).sum().backward()
     check("forward", {n: x for n, x in given.items() if n != "deterministic"})
     check("backward", {n: x for n, x in given.items() if n != "allow_tf32"})
+
+
+def test_a_stream_object_stays_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C++ reads an address. On a GPU, where gradients are recorded on a stream that is an object, the question whether
+    there are kernels for them failed. Here without a GPU: with what looks like tensors on one."""
+    tensor = SimpleNamespace(is_cuda=True, requires_grad=True)
+    stream = SimpleNamespace(cuda_stream=7)
+    told: list[Options] = []
+    core = SimpleNamespace(backward_config_for=lambda *arguments: told.append(arguments[-1]))
+    monkeypatch.setattr(_torch, "_core", core)
+    options = checked_options(False, "end", None, "bshd", stream, deterministic=True)
+    problem = _torch.Problem(tensor, tensor, tensor, options, None, 0.0, None)
+    assert _torch.missing_gradient(problem, traced=False) is None
+    fc._core.check_problem(*[np.ones((1, 2, 1, 8), np.float32)] * 3, told[0])  # takes these options
+    assert told[0].deterministic
 
 
 # ---- deterministic -------------------------------------------------------------------------------
@@ -169,12 +187,12 @@ def test_deterministic_gradients(
 def test_deterministic_means_the_same_everywhere(
     core: Recorder, asked: bool | None, switch: bool
 ) -> None:
-    """explain, which asks for the configuration of the gradients, and default_backward_config, which gives it."""
+    """explain, which tells of the gradients, and default_backward_config, which gives their configuration."""
     torch.use_deterministic_algorithms(switch, warn_only=True)
     expected = switch if asked is None else asked
     fc.explain(*qkv(True), layout="bhsd", deterministic=asked)
-    for function in ("explain", "backward_config_for", "backward_workspace_size"):
-        assert core.one(function).deterministic == expected
+    told = core.one("explain")
+    assert (told.deterministic, told.gradients_follow) == (expected, True)
     cfg = fc.default_backward_config(64, arch="sm_80", deterministic=asked)
     assert cfg.deterministic == expected
 

@@ -145,6 +145,46 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert "block_m=128" in capsys.readouterr().out
     assert main(["explain", *sizes, *where, "--kv-heads", "3"]) == 0
     assert "nothing can run this call" in capsys.readouterr().out
+    assert main(["explain", *sizes, *where]) == 0
+    assert "gradients" not in capsys.readouterr().out
+    assert main(["explain", *sizes, *where, "--gradients", "--deterministic"]) == 0
+    assert "\ngradients by backend cpu" in capsys.readouterr().out
+
+
+def test_explain_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option that is not the call's."""
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "flashcute._cli.explain.explain", lambda q, k, v, causal, **given: told.append(given)
+    )
+    where = ["explain", "--device", "cpu", "--dtype", "float32", "--causal"]
+    assert main(where) == 0
+    assert main([*where, "--diagonal", "-3", "--deterministic", "--allow-tf32"]) == 0
+    assert main([*where, "--diagonal", "start", "--gradients", "--layout", "bhsd"]) == 0
+    names = ("diagonal", "deterministic", "allow_tf32", "gradients", "layout", "cfg")
+    assert [tuple(given[name] for name in names) for given in told] == [
+        ("end", False, False, False, "bshd", None),
+        (-3, True, True, False, "bshd", None),
+        ("start", False, False, True, "bhsd", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "causal"), [([], None), (["--causal"], True), (["--no-causal"], False)]
+)
+def test_compile_of_one_mask(
+    argument: list[str], causal: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask that the command drops on its way."""
+    told: list[dict[str, Any]] = []
+
+    def prebuild(cfgs: object, arch: str, **given: Any) -> dict[str, str]:
+        told.append(given)
+        return {}
+
+    monkeypatch.setattr("flashcute._cli.compile_.prebuild", prebuild)
+    assert main(["compile", "--arch", "sm_80", *argument]) == 0
+    assert told == [{"causal": causal}]
 
 
 @pytest.mark.skipif(not _core.build_info().image_archs, reason="built without images")
@@ -208,6 +248,7 @@ def test_compile_several(
         (["compile", "--arch", "sm_8x"], "sm_8x"),
         (["compile", "--arch", "sm_80", "--num-warps", "3"], "num_warps"),
         (["explain", "--seqlen-q", "-1"], "at least 0"),
+        (["explain", "--diagonal", "middle"], "expected end, start or an integer, got 'middle'"),
         (["demo", "--dtype", "int8"], "--dtype"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else x,

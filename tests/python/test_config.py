@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import itertools
 import pickle
 import re
@@ -85,6 +86,22 @@ def test_init_does_not_change_a_finished_value() -> None:
     with pytest.raises(Exception):  # noqa: B017, PT011 - whichever; what counts is the next line
         cfg.__init__(head_dim=64)  # type: ignore[misc]
     assert cfg == fc.ForwardConfig()
+
+
+def test_an_array_is_no_number(fresh: Runner) -> None:
+    """An array's class has __index__, which fails: the process crashed. In one of its own."""
+    done = fresh("""
+        import flashcute as fc, numpy as np
+        for wrong in (np.array([1, 2]), np.array(1.0), np.zeros(0, int)):
+            try:
+                fc.ForwardConfig(block_m=wrong)
+            except fc.ArgumentError as error:
+                print(error)
+        print(fc.ForwardConfig(block_m=np.array(64)).block_m)
+    """)
+    *refused, accepted = done.stdout.splitlines()
+    assert [line.partition(", got ")[0] for line in refused] == ["block_m: expected an integer"] * 3
+    assert accepted == "64"
 
 
 @given(any_config, any_config)
@@ -433,6 +450,35 @@ def test_explain_names_what_is_wrong() -> None:
     assert str(raised.value) in repr(told)
 
 
+def test_explain_takes_what_the_call_takes() -> None:
+    """An argument that a call has and explain lacks: what it changes is not explained."""
+    arguments = inspect.signature(fc.flash_attention).parameters
+    for name, argument in inspect.signature(fc.explain).parameters.items():
+        expected = arguments.get(name, argument)
+        assert (argument.default, argument.kind) == (expected.default, expected.kind), name
+    assert arguments.keys() <= inspect.signature(fc.explain).parameters.keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"out": np.ones((1, 4, 2, 7), np.float32)}, "out: expected shape"),
+        ({"stream": 7}, "stream: expected None for arrays on the CPU"),
+        ({"out": torch.ones(1, 4, 2, 8, requires_grad=True)}, "out: gradients"),
+        ({"window": (1, 1), "return_lse": True}, "window is not supported yet"),
+    ],
+)
+def test_explain_refuses_what_the_call_refuses(given: dict[str, Any], says: str) -> None:
+    """The reason is the message of the exception, whichever argument is wrong."""
+    q = np.ones((1, 4, 2, 8), np.float32)
+    with pytest.raises(fc.FlashcuteError) as raised:
+        fc.flash_attention(q, q, q, **given)
+    told = fc.explain(q, q, q, **given)
+    assert told.backend == ""
+    assert told.rejected[0][1] == str(raised.value) or ("cpu", str(raised.value)) in told.rejected
+    assert str(raised.value).startswith(says)
+
+
 def test_explain_a_chosen_configuration() -> None:
     """It explains the configuration that was asked for, and refuses one that forward would
     refuse."""
@@ -475,11 +521,27 @@ def test_explain_on_the_cpu_shows_what_the_cpu_uses() -> None:
 
 
 def test_explain_says_why_also_where_gradients_are_recorded() -> None:
-    """An explanation that is made anew, with a note on gradients, and loses its reasons."""
+    """An explanation that is made anew, with a note on gradients, and loses its reasons, or the gradients'."""
     q = torch.ones(1, 4, 2, 8, requires_grad=True)
     told = fc.explain(q, q, q)
-    assert told.notes
-    assert told.reasons == ["The tensors are on the CPU."]
+    assert told.reasons == told.gradients.reasons == ["The tensors are on the CPU."]
+    assert told.notes == []
+    assert len(told.gradients.notes) == 1
+    assert {c.name for c in fc._core.backward_configs()} <= dict(told.gradients.rejected).keys()
+
+
+def test_explain_tells_of_gradients_where_it_is_asked() -> None:
+    """Of arrays of a library that records none, for which `backward` computes them."""
+    q = np.ones((1, 4, 2, 8), np.float32)
+    assert fc.explain(q, q, q).gradients is None
+    told = fc.explain(q, q, q, gradients=True)
+    assert told.gradients.backend == "cpu"
+    assert told.gradients.config == fc.default_backward_config(8, "float32", "cpu")
+    assert told.gradients.kernels == [(told.kernel, told.image)]
+    assert told.gradients.same_bits
+    assert told.gradients.workspace_bytes == 0
+    assert repr(told).endswith(repr(told.gradients))
+    assert fc.explain(q, q, q[:, :3], gradients=True).gradients is None
 
 
 def test_explain_prints_one_line_for_each_reason() -> None:
@@ -513,6 +575,8 @@ def facts() -> dict[str, object]:
         "driver with a gpu": driver,
         "explanation": fc.explain(q, q, q),
         "explanation of an error": fc.explain(q, q, q[..., :3]),
+        "explanation with gradients": fc.explain(q, q, q, gradients=True),
+        "explanation of gradients": fc.explain(q, q, q, gradients=True).gradients,
         "driver": fc._core.driver_info(),
         "build": fc._core.build_info(),
     }
@@ -536,6 +600,7 @@ def test_facts_are_values(name: str) -> None:
 
 def test_explanations_differ_in_every_member() -> None:
     """Equality that forgets a member; a pickle that mixes two up."""
+    q = np.ones((1, 4, 2, 8), np.float32)
     members = {
         "backend": "sm90",
         "config": fc.ForwardConfig(),
@@ -544,6 +609,7 @@ def test_explanations_differ_in_every_member() -> None:
         "rejected": [("cpu", "why")],
         "notes": ["n"],
         "reasons": ["r"],
+        "gradients": fc.explain(q, q, q, gradients=True).gradients,
     }
     told = fc.Explanation(**members)
     again = pickle.loads(pickle.dumps(told))
@@ -556,9 +622,32 @@ def test_explanations_differ_in_every_member() -> None:
         "rejected": [],
         "notes": [],
         "reasons": [],
+        "gradients": None,
     }
     for name in members:
         assert fc.Explanation(**{**members, name: other[name]}) != told, name
+    assert set(members) == {n for n in dir(fc.Explanation) if not n.startswith("_")}
+
+
+def test_explanations_of_gradients_differ_in_every_member() -> None:
+    """As above."""
+    members = {
+        "backend": "sm80",
+        "config": fc.BackwardConfig(),
+        "kernels": [("k", "i")],
+        "workspace_bytes": 3,
+        "same_bits": True,
+        "rejected": [("cpu", "why")],
+        "notes": ["n"],
+        "reasons": ["r"],
+    }
+    told = fc.BackwardExplanation(**members)
+    again = pickle.loads(pickle.dumps(told))
+    assert {name: getattr(again, name) for name in members} == members
+    for name, value in members.items():
+        other = None if name == "config" else type(value)()
+        assert fc.BackwardExplanation(**{**members, name: other}) != told, name
+    assert set(members) == {n for n in dir(fc.BackwardExplanation) if not n.startswith("_")}
 
 
 @pytest.mark.parametrize("kind", [fc.FlashcuteError, *fc.FlashcuteError.__subclasses__()])

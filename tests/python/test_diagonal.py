@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -196,6 +197,37 @@ def test_diagonal_of_no_mask(call: str, diagonal: Any) -> None:
     with pytest.raises(fc.ArgumentError, match=r"^diagonal: expected 'end' without causal=True"):
         calls(q)[call](diagonal=diagonal)
     calls(q)[call](diagonal="end")
+
+
+# What libraries have for True.
+TRUTHS: dict[str, Callable[[], object]] = {
+    "Python": lambda: True,
+    "NumPy": lambda: np.bool_(True),
+    "an array": lambda: np.array(True),
+    "torch": lambda: torch.tensor(True),
+    "a tensor": lambda: torch.tensor([True]),
+}
+
+
+@pytest.mark.parametrize("whose", TRUTHS)
+def test_a_boolean_is_no_number(whose: str) -> None:
+    """Python takes booleans of some libraries for 0 or 1 where it asks for a number."""
+    q, true = np.ones((1, 4, 2, 8), np.float32), TRUTHS[whose]()
+    got = re.escape(f"got {true!r}")
+    for name, call in calls(q).items():
+        with pytest.raises(fc.ArgumentError, match=rf"^diagonal: expected 'end', .*{got}"):
+            call(causal=True, diagonal=true)
+        if name in ("flash_attention", "forward", "backward", "explain"):
+            with pytest.raises(
+                fc.ArgumentError, match=rf"^scale: expected a number or None, {got}"
+            ):
+                call(scale=true)
+    with pytest.raises(fc.ArgumentError, match=r"^window: expected two integers"):
+        fc.flash_attention(q, q, q, window=(true, 1))
+    with pytest.raises(fc.ArgumentError, match=rf"^head_dim: expected an integer, {got}"):
+        fc.default_config(true)
+    with pytest.raises(fc.ArgumentError, match=rf"^block_m: expected an integer, {got}"):
+        fc.ForwardConfig(block_m=true)
 
 
 # ---- torch ---------------------------------------------------------------------------------------

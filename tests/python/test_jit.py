@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import flashcute as fc
 import pytest
@@ -517,6 +518,24 @@ def test_the_backward_compiles_at_run_time(tmp_path: Path) -> None:
         origins, _ = finish(process)
         assert len(origins) == 4
         assert all("compiled by NVRTC" in origin for origin in origins.values())
+
+
+@pytest.mark.parametrize(("causal", "first"), [(None, FULL), (False, FULL), (True, CAUSAL)])
+def test_prebuild_of_one_mask(
+    causal: bool | None, first: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The kernel of the other mask, which nobody asked for. Without a compiler, the message names the first one."""
+    monkeypatch.setenv("FLASHCUTE_JIT", "off")
+    monkeypatch.setenv("FLASHCUTE_CACHE_DIR", str(tmp_path))
+    with pytest.raises(fc.UnsupportedError, match=first):
+        fc.prebuild(CONFIG, arch="sm_90", causal=causal)
+
+
+@pytest.mark.parametrize("causal", [1, "yes"])
+def test_prebuild_of_no_mask(causal: Any) -> None:
+    """Named, as by the calls."""
+    with pytest.raises(fc.ArgumentError, match=r"^causal: expected True, False or None, got"):
+        fc.prebuild(CONFIG, arch="sm_90", causal=causal)
 
 
 def test_prebuild_of_nothing() -> None:

@@ -759,15 +759,49 @@ def test_fallback_tells() -> None:
 
 def test_explain_tells_how_gradients_are_computed() -> None:
     """And that a strided gradient of the output is copied."""
-    told = fc.explain(*qkv(dtype=torch.float32))
-    assert told.backend == "cpu"
-    assert "bwd_f32_d8_m64_n64" in told.notes[0]
-    assert "the same bits in every run" in told.notes[0]
-    assert "workspace" not in told.notes[0]
-    assert "last stride is not 1 is copied" in told.notes[0]
+    q, k, v = qkv(dtype=torch.float32)
+    told = fc.explain(q, k, v)
+    assert told.backend == told.gradients.backend == "cpu"
+    assert told.gradients.config == fc.default_backward_config(8, "float32", "cpu")
+    assert told.gradients.same_bits
+    assert told.gradients.workspace_bytes == 0
+    copied = f"last stride is not 1 is copied first ({4 * q.numel()} bytes)"
+    assert copied in told.gradients.notes[0]
     with torch.no_grad():
-        assert fc.explain(*qkv(dtype=torch.float32)).notes == []
-    assert fc.explain(qkv()[0][0], *qkv()[1:]).backend == ""
+        assert fc.explain(q, k, v).gradients is None
+        assert fc.explain(q, k, v, gradients=True).gradients == told.gradients
+    assert fc.explain(q[0], k, v).backend == ""
+    assert (
+        fc.explain(q, k, v, window=(1, 1)).gradients is None
+    )  # autograd's own, of torch's attention
+
+
+def test_explain_refuses_what_the_call_refuses() -> None:
+    """An argument beside the tensors that torch's attention, or a call that records, does not take."""
+    recorded, plain = qkv(), [x.detach() for x in qkv()]
+    out = torch.empty_like(plain[0])
+    masked = {"window": (3, 0), "on_unsupported": "silent"}
+    cases: list[tuple[list[torch.Tensor], dict[str, Any]]] = [
+        (recorded, {"out": out}),
+        (recorded, {"stream": 7}),
+        (plain, {"stream": 7}),
+        (plain, {**masked, "stream": 7}),
+        (plain, {**masked, "return_lse": True}),
+        (plain, {**masked, "out": out[..., 1:]}),
+    ]
+    for tensors, given in cases:
+        with pytest.raises(fc.FlashcuteError) as raised:
+            fc.flash_attention(*tensors, **given)
+        told = fc.explain(*tensors, **given)
+        assert told.backend == ""
+        assert told.rejected[0] in [(x, str(raised.value)) for x in ("cpu", "kernels")]
+    assert fc.explain(*plain, **masked, out=out).backend == "torch"
+    assert fc.explain(*plain, return_lse=True, out=out).backend == "cpu"
+    cfg = fc.default_config(8, "float64", "cpu")
+    with pytest.raises(fc.ArgumentError) as refused:
+        fc.forward(cfg, *recorded)
+    told = fc.explain(*recorded, cfg=cfg)
+    assert (told.backend, told.rejected[0]) == ("", ("cpu", str(refused.value)))
 
 
 @pytest.mark.gpu
@@ -782,10 +816,11 @@ def test_explain_tells_how_gradients_are_computed_on_a_gpu(deterministic: bool) 
     cfg = fc.default_backward_config(
         64, "bfloat16", 10 * major + minor, deterministic=deterministic
     )
-    assert f"gradients by {cfg.name}, " in told.notes[0]
-    assert ("the same bits in every run" in told.notes[0]) == deterministic
+    assert told.gradients.config == cfg
+    assert told.gradients.same_bits == deterministic
     size = fc.backward_workspace_size(cfg, tensors[0].detach(), tensors[2].detach())
-    assert f"with a workspace of {4 * size} bytes" in told.notes[0]
+    assert told.gradients.workspace_bytes == 4 * size
+    assert len(told.gradients.kernels) == (2 if deterministic else 3)
 
 
 def test_fallback_writes_out() -> None:
@@ -808,6 +843,7 @@ def test_fallback_writes_out() -> None:
         ({"window": (3,)}, fc.ArgumentError, r"^window: expected two integers"),
         ({"window": (-2, 0)}, fc.ArgumentError, r"^window: expected two integers"),
         ({"window": 5}, fc.ArgumentError, r"^window: expected two integers"),
+        ({"dropout_p": True}, fc.ArgumentError, r"^dropout_p: expected a probability, got True"),
         ({"dropout_p": 1.5}, fc.ArgumentError, r"^dropout_p: expected a probability, got 1.5"),
         ({"dropout_p": 0.5, "return_lse": True}, fc.UnsupportedError, r"^return_lse=True: .*no LSE"),
         ({"dropout_p": 0.5, "scale": -1.0}, fc.ArgumentError, r"^scale: expected a finite number >= 0"),

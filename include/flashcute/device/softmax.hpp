@@ -2,6 +2,7 @@
 // relative to it, and corrects sum and output when a new block raises the maximum.
 #pragma once
 
+#include "flashcute/core/constants.hpp"
 #include "flashcute/core/forward_params.hpp"
 #include "flashcute/device/fragment.hpp"
 
@@ -40,11 +41,9 @@ class Exponential {
   FLASHCUTE_DEVICE float exponent(float x, float base) const { return x * scale_log2_ - base; }
 
   /// scale * x
-  FLASHCUTE_DEVICE float scaled(float x) const { return x * scale_log2_ * ln2; }
+  FLASHCUTE_DEVICE float scaled(float x) const { return x * scale_log2_ * ln2<float>; }
 
  private:
-  static constexpr float ln2 = 0.693147180559945309f;
-
   float scale_log2_;
 };
 
@@ -62,7 +61,7 @@ class Exponential<false> {
   }
 
   FLASHCUTE_DEVICE float ratio(float x, float y) const { return exp2_approx(log2_ratio(x, y)); }
-  FLASHCUTE_DEVICE float log2_ratio(float x, float y) const { return (x - y) * log2_e; }
+  FLASHCUTE_DEVICE float log2_ratio(float x, float y) const { return (x - y) * log2_e<float>; }
 
   template <class F>
   FLASHCUTE_DEVICE void relative_to(float y, F const& f) const {
@@ -72,8 +71,6 @@ class Exponential<false> {
   FLASHCUTE_DEVICE float scaled(float x) const { return x; }
 
  private:
-  static constexpr float log2_e = 1.442695040888963407f;
-
   float scale_;  // above 0: a masked score stays -inf
 };
 

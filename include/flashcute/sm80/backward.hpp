@@ -16,6 +16,7 @@
 // which `queries` exchanges the loops.
 #pragma once
 
+#include "flashcute/core/constants.hpp"
 #include "flashcute/device/apply.hpp"
 #include "flashcute/sm80/delta.hpp"
 #include "flashcute/sm80/dq_sums.hpp"
@@ -271,7 +272,7 @@ struct TileGradients {
       CUTE_UNROLL
       for (int i = 0; i < size<0>(s); ++i) {
         int const query = keys_stay ? get<1>(c(0, j)) : get<0>(c(i, 0));
-        float const x = s(i, j) * p_.forward.scale_log2 - shared_load<float>(&queries.lse[query]) * log2_e;
+        float const x = s(i, j) * p_.forward.scale_log2 - shared_load<float>(&queries.lse[query]) * log2_e<float>;
         float const probability = exp2_approx(x);
         s(i, j) = !Partial || visible_elements(c, block_row0).at(i, j) ? probability : 0.f;
       }
@@ -453,8 +454,6 @@ struct TileGradients {
     auto* const to = Copy::first(static_cast<Element*>(base) + row_offset(stride, batch, head, row0), stride.row);
     Copy::store(tile, to, stride.row, rows, columns);
   }
-
-  static constexpr float log2_e = 1.442695040888963407f;
 
   using AccumulatorX = decltype(L::template accumulator<typename L::BlockM, typename L::HeadDim, column_warps>());
   using AccumulatorY = decltype(L::template accumulator<typename L::BlockM, typename L::HeadDimV, column_warps>());

@@ -41,6 +41,11 @@ def add_command(commands: Commands) -> None:
         action="store_true",
         help="the kernels of gradients; options and --config then name those of BackwardConfig",
     )
+    parser.add_argument(
+        "--causal",
+        action=argparse.BooleanOptionalAction,
+        help="only the kernels of causal attention, or only those without a mask (default: both)",
+    )
     parser.add_argument("--arch", help="sm_80, sm_90, ... (default: that of GPU 0)")
     parser.add_argument("--head-dim", type=positive_int, metavar="N", help="default: 128")
     parser.add_argument("--dtype", choices=GPU_DTYPES, help="default: bfloat16")
@@ -64,7 +69,7 @@ def add_command(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    changes = given_changes(options)
+    changes = given_changes(options, ForwardConfig, BackwardConfig)
     named = changes or options.config or options.head_dim or options.dtype or options.backward
     if options.all and named:
         raise UsageError("--all takes no option of a configuration")
@@ -81,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     if options.jobs:
         os.environ["FLASHCUTE_JIT_JOBS"] = str(options.jobs)
     start = time.perf_counter()
-    for kernel, origin in prebuild(chosen, arch).items():
+    for kernel, origin in prebuild(chosen, arch, causal=options.causal).items():
         print(f"{kernel} for {arch}: {origin}")
     print(f"{time.perf_counter() - start:.1f} s")
     return 0

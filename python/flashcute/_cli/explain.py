@@ -6,7 +6,15 @@ import argparse
 
 from .. import ForwardConfig, explain
 from .kits import add_device_argument, choose_kit
-from .options import DTYPES, Commands, add_config_arguments, changed_config, given_changes, natural
+from .options import (
+    DTYPES,
+    Commands,
+    add_config_arguments,
+    changed_config,
+    diagonal,
+    given_changes,
+    natural,
+)
 
 
 def add_command(commands: Commands) -> None:
@@ -14,8 +22,8 @@ def add_command(commands: Commands) -> None:
         "explain",
         help="which kernel a call would run, and why",
         description="Prints which backend, configuration and kernel image a call of these sizes would "
-        "run, why, and why the others were not taken. Runs nothing. With an option of ForwardConfig it "
-        "explains the default configuration with that change.",
+        "run, why, and why the others were not taken; with --gradients the same of its gradients. Runs "
+        "nothing. With an option of ForwardConfig it explains the default configuration with that change.",
     )
 
     def size(name: str, default: int | None, help_text: str) -> None:
@@ -29,6 +37,20 @@ def add_command(commands: Commands) -> None:
     size("--head-dim", 128, "default: 128")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     parser.add_argument("--causal", action="store_true", help="with the causal mask")
+    parser.add_argument(
+        "--diagonal",
+        type=diagonal,
+        default="end",
+        metavar="end|start|N",
+        help="of the causal mask (default: end)",
+    )
+    parser.add_argument("--allow-tf32", action="store_true", help="let a GPU round float32 to TF32")
+    parser.add_argument("--gradients", action="store_true", help="also how gradients are computed")
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="gradients with the same bits in every run (with --gradients)",
+    )
     parser.add_argument(
         "--layout", choices=("bshd", "bhsd"), default="bshd", help="of the tensors (default: bshd)"
     )
@@ -49,7 +71,19 @@ def run(options: argparse.Namespace) -> int:
 
     q = kit.empty(shape(options.seqlen_q, options.heads), options.dtype)
     k = kit.empty(shape(seqlen_k, kv_heads), options.dtype)
-    changes = given_changes(options)
+    changes = given_changes(options, ForwardConfig)
     cfg = changed_config(options.head_dim, options.dtype, kit.arch, changes) if changes else None
-    print(explain(q, k, k, options.causal, cfg=cfg, layout=options.layout))
+    told = explain(
+        q,
+        k,
+        k,
+        options.causal,
+        cfg=cfg,
+        gradients=options.gradients,
+        diagonal=options.diagonal,
+        layout=options.layout,
+        allow_tf32=options.allow_tf32,
+        deterministic=options.deterministic,
+    )
+    print(told)
     return 0

@@ -33,6 +33,17 @@ def natural(text: str) -> int:
     return number
 
 
+def diagonal(text: str) -> str | int:
+    if text in ("end", "start"):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected end, start or an integer, got {text!r}"
+        ) from None
+
+
 def positive_float(text: str) -> float:
     number = float(text)
     if not number > 0:
@@ -108,9 +119,9 @@ def add_config_arguments(parser: argparse.ArgumentParser, *kinds: type[Config]) 
         )
 
 
-def given_changes(options: argparse.Namespace) -> dict[str, Any]:
-    """What add_config_arguments's arguments were set to."""
-    known = config_options(ForwardConfig) | config_options(BackwardConfig)
+def given_changes(options: argparse.Namespace, *kinds: type[Config]) -> dict[str, Any]:
+    """What the arguments were set to that add_config_arguments added for these classes."""
+    known = {name for kind in kinds for name in config_options(kind)}
     return {name: value for name, value in vars(options).items() if name in known}
 
 

@@ -381,6 +381,35 @@ TEST(Config, TheGeneratedUnitSpellsEveryOption) {
   });
 }
 
+// Guards against a unit that includes the entries of its first kernel alone.
+TEST(Config, AGeneratedUnitIncludesWhatEachKernelNeeds) {
+  auto const includes = [](std::vector<ForwardKernelId> const& kernels) {
+    std::string const text = generated_source(kernels);
+    return std::pair{text.find("#include \"flashcute/sm80/entry.hpp\"\n") != std::string::npos,
+                     text.find("#include \"flashcute/sm90/entry.hpp\"\n") != std::string::npos};
+  };
+  ForwardKernelId const mma_sync = kernel_of(default_forward_config(DType::bfloat16, 64, 80), {}),
+                        hopper = kernel_of(default_forward_config(DType::bfloat16, 64, 90), {});
+  EXPECT_EQ(includes({mma_sync, mma_sync}), std::pair(true, false));
+  EXPECT_EQ(includes({hopper}), std::pair(false, true));
+  EXPECT_EQ(includes({mma_sync, hopper}), std::pair(true, true));
+  EXPECT_EQ(includes({hopper, mma_sync}), std::pair(true, true));
+}
+
+// Guards against a family that holds other kernels than those of its own list.
+TEST(Config, AFamilyHoldsTheFeaturesThatItLists) {
+  constexpr Features only_causal[] = {{.mask = MaskKind::causal}};
+  Family<ForwardConfig> const forward{"f", {.head_dim = 64}, only_causal};
+  ForwardConfig half = forward.config;
+  half.dtype = DType::float16;
+  EXPECT_EQ(kernels_of(forward),
+            (std::vector{kernel_of(half, only_causal[0]), kernel_of(forward.config, only_causal[0])}));
+  Family<BackwardConfig> const backward{"b", {.deterministic = true}, only_causal};
+  EXPECT_EQ(kernels_of(backward).size(), 4u) << "two passes of two dtypes";
+  for (auto const& kernel : kernels_of(backward)) EXPECT_EQ(kernel.features, only_causal[0]);
+  EXPECT_TRUE(kernels_of(Family<ForwardConfig>{"none", {}, {}}).empty());
+}
+
 // ---- the backward ----------------------------------------------------------------------------------
 
 // Guards against an option that is left out of for_each_option, and so out of names, hashes and repr.
@@ -400,7 +429,7 @@ TEST(BackwardConfig, NamesAreUniqueAndAreIdentifiers) {
     for (bool const deterministic : {false, true}) {
       BackwardConfig c = config;
       c.deterministic = deterministic;
-      for (auto const& kernel : kernels_of(c)) {
+      for (auto const& kernel : kernels_of(c, full_and_causal)) {
         std::string const text = name(kernel).text;
         EXPECT_EQ(text.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_"), std::string::npos) << text;
         names.insert(text);
@@ -434,12 +463,12 @@ TEST(BackwardConfig, NamesAreUniqueAndAreIdentifiers) {
 
 // Guards against passes that are no kernels, and against two for one: `prepare` and `finish` know no mask.
 TEST(BackwardConfig, KernelsOfAConfiguration) {
-  auto const kernels = kernels_of(BackwardConfig{});
+  auto const kernels = kernels_of(BackwardConfig{}, full_and_causal);
   ASSERT_EQ(kernels.size(), 4u);
   EXPECT_STREQ(name(kernels[0]).text, "flashcute_sm80_bwd_bf16_d128_m64_n64_w4_prepare");
   EXPECT_STREQ(name(kernels[2]).text, "flashcute_sm80_bwd_bf16_d128_m64_n64_w4_gradients_causal");
   EXPECT_STREQ(name(kernels[3]).text, "flashcute_sm80_bwd_bf16_d128_m64_n64_w4_finish");
-  EXPECT_EQ(kernels_of(BackwardConfig{.deterministic = true}).size(), 4u);
+  EXPECT_EQ(kernels_of(BackwardConfig{.deterministic = true}, full_and_causal).size(), 4u);
 }
 
 // Guards against a rule that cannot fire on a GPU, or fires with another rule's sentence.

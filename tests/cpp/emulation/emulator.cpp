@@ -325,7 +325,7 @@ struct Gate {
 class Block {
  public:
   Block(uint32_t index, int threads, size_t shared_bytes, uint64_t seed, GlobalMemory& memory, Kernel const& kernel,
-        Sm90Block const* hopper = nullptr)
+        Sm90Block const* sm90 = nullptr)
       : index_(index),
         threads_(static_cast<size_t>(threads)),
         warps_(static_cast<size_t>(threads / warp_size)),
@@ -334,8 +334,8 @@ class Block {
         random_state_(seed),
         memory_(memory),
         kernel_(kernel),
-        hopper_(hopper),
-        shared_address_(hopper != nullptr ? SharedMemory::plain(shared_bytes) : SharedMemory::address()),
+        sm90_(sm90),
+        shared_address_(sm90 != nullptr ? SharedMemory::plain(shared_bytes) : SharedMemory::address()),
         warpgroups_(static_cast<size_t>((threads + 127) / 128)),
         hardware_delay_(random(2) == 0 ? 0 : size_t{16} << 3 * random(4)),
         order_(static_cast<Order>(random(4))) {
@@ -405,7 +405,7 @@ class Block {
   }
 
   void store_shared(void* to, void const* from, size_t bytes) {
-    if (hopper_ != nullptr) {
+    if (sm90_ != nullptr) {
       std::memcpy(to, from, bytes);
       return;
     }
@@ -415,7 +415,7 @@ class Block {
   }
 
   void load_shared(void* to, void const* from, size_t bytes, Accessor reader) {
-    if (hopper_ != nullptr) {
+    if (sm90_ != nullptr) {
       std::memcpy(to, from, bytes);
       return;
     }
@@ -437,7 +437,7 @@ class Block {
 
   // ---- Hopper's ----
 
-  uint32_t blocks() const { return hopper_ != nullptr ? hopper_->blocks : 1; }
+  uint32_t blocks() const { return sm90_ != nullptr ? sm90_->blocks : 1; }
 
   void init_barrier(void* barrier, int arrivals) { barriers_[barrier] = {arrivals, arrivals, 0, 0}; }
 
@@ -552,9 +552,9 @@ class Block {
 
   /// Whether the test has taken out what is done here.
   bool does_nothing(Site site) {
-    if (hopper_ == nullptr || site.line == 0) return false;
-    if (hopper_->seen != nullptr) hopper_->seen->insert(site);
-    return hopper_->broken != nullptr && !(site < *hopper_->broken) && !(*hopper_->broken < site);
+    if (sm90_ == nullptr || site.line == 0) return false;
+    if (sm90_->seen != nullptr) sm90_->seen->insert(site);
+    return sm90_->broken != nullptr && !(site < *sm90_->broken) && !(*sm90_->broken < site);
   }
 
   ByteBarrier& find_barrier(void* barrier) {
@@ -724,7 +724,7 @@ class Block {
   uint64_t random_state_;
   GlobalMemory& memory_;
   Kernel const& kernel_;
-  Sm90Block const* hopper_;
+  Sm90Block const* sm90_;
   void* shared_address_;
   std::vector<Warpgroup> warpgroups_;
   std::map<void*, ByteBarrier> barriers_;

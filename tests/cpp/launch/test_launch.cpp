@@ -345,6 +345,112 @@ TEST_F(ExplainCall, GroupsWhatWasNotTakenByReason) {
   EXPECT_LT(std::ranges::count(text, '\n'), 14) << text;
 }
 
+// ---- what explain says of gradients ------------------------------------------------------------------
+
+/// Of a call with one shape for all tensors.
+BackwardExplanation gradients_of(TensorView const& t, CallOptions options = {}) {
+  options.gradients_follow = true;
+  return explain(std::nullopt, t, t, t, options).gradients.value();
+}
+
+bool is_rejected(BackwardExplanation const& e, std::string const& what, char const* why) {
+  return std::ranges::any_of(e.rejected,
+                             [&](auto const& pair) { return pair.first == what && contains(pair.second, why); });
+}
+
+// Guards against an explanation of other gradients than those that are computed.
+TEST_F(ExplainCall, TellsOfTheGradientsThatRun) {
+  TensorView const t = tensor({2, 1000, 4, 64}, hopper);
+  EXPECT_EQ(explain(std::nullopt, t, t, t).gradients, std::nullopt) << "nobody asked";
+  CallOptions options;
+  options.causal = true;
+  for (bool const deterministic : {false, true}) {
+    options.deterministic = deterministic;
+    BackwardExplanation const e = gradients_of(t, options);
+    BackwardConfig const config = backward_config_for(t, t, t, {}, options);
+    EXPECT_EQ(e.backend, "sm80");
+    EXPECT_EQ(e.config, config);
+    EXPECT_EQ(e.same_bits, deterministic);
+    EXPECT_EQ(e.workspace_bytes, 4 * backward_workspace_size({}, t, t, options));
+    ASSERT_EQ(e.kernels.size(), deterministic ? 2u : 3u);
+    std::size_t next = 0;
+    for (BackwardPass const pass : passes_of(config)) {
+      auto const& [kernel, image] = e.kernels[next++];
+      EXPECT_EQ(kernel, name(kernel_of(config, pass, {MaskKind::causal})).text);
+      EXPECT_TRUE(contains(image, deterministic ? "run-time compilation, once" : "ahead of time")) << image;
+    }
+    EXPECT_EQ(e.notes.size(), deterministic ? 1u : 0u) << "a first call that waits for a compiler";
+    EXPECT_TRUE(is_rejected(e, "sm90", "computes no gradients"));
+    EXPECT_EQ(is_rejected(e, "deterministic=False", "faster"), deterministic);
+  }
+  EXPECT_TRUE(contains(gradients_of(t, options).notes.at(0), "2 of 2 kernels"));
+  EXPECT_EQ(driver_->loads, 0);
+}
+
+// Guards against an alternative without its reason, and against reasons of the forward.
+TEST_F(ExplainCall, SaysWhyTheGradientsOfThisConfiguration) {
+  TensorView const t = tensor({2, 1000, 4, 60});
+  BackwardExplanation const e = gradients_of(t);
+  EXPECT_TRUE(is_rejected(e, "cpu", "the tensors are on cuda:0"));
+  EXPECT_TRUE(is_rejected(e, "copy_bytes=16", "head_dim 60 is not a multiple of 8 elements"));
+  for (BackwardConfig const& other : backward_configs())
+    EXPECT_TRUE(is_rejected(e, name(other).text, "")) << name(other).text;
+  ASSERT_EQ(e.reasons.size(), 3u);
+  EXPECT_TRUE(contains(e.reasons[1], "last bits differ from run to run"));
+  EXPECT_TRUE(contains(e.reasons[2], "A head dimension of 60 is padded"));
+  EXPECT_TRUE(contains(e.reasons[2], "copies 8 bytes at a time"));
+  EXPECT_FALSE(contains(e.reasons[2], "shared memory"));
+  driver_->arch = 89;
+  TensorView const wide = tensor({2, 1000, 4, 256}, 1);
+  EXPECT_TRUE(contains(gradients_of(wide).reasons.at(2), "no more than 101376 bytes of shared memory"));
+  CallOptions options;
+  options.gradients_follow = true;
+  std::string const text = to_string(explain(std::nullopt, t, t, t, options));
+  EXPECT_TRUE(contains(text, "\ngradients by backend sm80\n  why     The tensors are on cuda:0")) << text;
+  EXPECT_TRUE(contains(text, "  memory  a workspace of "));
+  EXPECT_TRUE(contains(text, "  kernels " + e.kernels[0].first + "\n          " + e.kernels[1].first)) << text;
+  EXPECT_TRUE(contains(text, "\n  image   " + e.kernels[0].second + "\n")) << "all have this one";
+  BackwardExplanation two_origins = e;
+  two_origins.kernels[1].second = "disk cache";
+  EXPECT_TRUE(contains(to_string(two_origins), "\n  image   disk cache: " + e.kernels[1].first + "\n"));
+  EXPECT_TRUE(contains(text, "  bits    those of dq differ from run to run"));
+}
+
+// Guards against gradients that are promised where a call for them raises: no kernel, a launch too large, no image.
+TEST_F(ExplainCall, SaysWhatKeepsGradientsFromBeingComputed) {
+  driver_->arch = 89;
+  TensorView f32 = tensor({1, 64, 1, 136});
+  f32.dtype = DType::float32;
+  BackwardExplanation const none = gradients_of(f32);
+  EXPECT_EQ(none.backend, "");
+  EXPECT_EQ(none.config, std::nullopt);
+  EXPECT_TRUE(is_rejected(none, "sm80", "need more shared memory than this GPU has"));
+  EXPECT_TRUE(contains(to_string(none), "no kernel computes gradients of this call"));
+  TensorView const q = tensor({1 << 17, 1, 1 << 14, 8}), k = tensor({1 << 17, 0, 1 << 14, 8});
+  CallOptions options;
+  options.gradients_follow = true;
+  Explanation const large = explain(std::nullopt, q, k, k, options);
+  EXPECT_TRUE(is_rejected(large.gradients.value(), "sm80", "Split the batch"));
+  ScopedVariable const off("FLASHCUTE_JIT", "off");
+  options.deterministic = true;
+  TensorView const t = tensor({1, 64, 1, 64});
+  EXPECT_TRUE(contains(gradients_of(t, options).kernels.at(0).second, "none: it is not among the kernels"));
+  TensorView const wrong = tensor({1, 63, 1, 64});
+  EXPECT_EQ(explain(std::nullopt, t, t, wrong, options).gradients, std::nullopt);
+}
+
+// Guards against a choice that forgets where the output goes, which `forward` looks at.
+TEST_F(ExplainCall, LooksAtTheOutput) {
+  TensorView const t = tensor({2, 64, 2, 64});
+  TensorView out = output({2, 64, 2, 64});
+  out.data = static_cast<char*>(out.data) + 8;
+  Explanation const e = explain(std::nullopt, t, t, t, {}, &out);
+  EXPECT_EQ(e.config, config_for(t, t, t, &out));
+  EXPECT_EQ(e.config.value().copy_bytes, 8);
+  out.shape[1] = 63;
+  EXPECT_EQ(explain(std::nullopt, t, t, t, {}, &out).backend, "");
+}
+
 // ---- the backward ----------------------------------------------------------------------------------
 
 /// A call of `backward` whose tensors lie in places of their own.
@@ -563,6 +669,20 @@ TEST_F(LaunchBackward, ItsKernelsAreCompiledWithTheForwards) {
   EXPECT_EQ(driver_->launches.size(), 3u);
 }
 
+// Guards against kernels that are compiled along and never run: those for tensors that are aligned as these are not.
+TEST_F(LaunchBackward, TheKernelsThatAreCompiledWithTheForwardsAreThoseThatRun) {
+  ScopedVariable const force("FLASHCUTE_JIT", "force");
+  BackwardCall call({1, 64, 2, 60}, {1, 64, 2, 60});
+  call.options.gradients_follow = true;
+  forward({}, call.q, call.k, call.v, call.out, nullptr, call.options);
+  BackwardConfig const config = backward_config_for(call.q, call.k, call.v);
+  EXPECT_EQ(config.copy_bytes, 8);
+  for (BackwardPass const pass : passes_of(config)) {
+    KernelCode const code = code_of(kernel_of(config, pass, {}), 100);
+    EXPECT_TRUE(is_cached(code, 100)) << code.name;
+  }
+}
+
 TEST_F(LaunchBackward, AFailedLaunchRaisesAndNamesTheKernel) {
   driver_->launch_result = 1;
   BackwardCall call({1, 64, 1, 64}, {1, 64, 1, 64});
@@ -599,6 +719,27 @@ TEST_F(PlanBackwardOnGpu, AWorkspaceWithoutASizeIsRefused) {
   call.workspace.shape = {1 << 30, 1 << 30, 1 << 4, 8};
   call.workspace.strides = {0, 128, 8, 1};
   call.refused<ArgumentError>({"workspace: expected a contiguous float32 tensor", "strides that leave gaps"});
+}
+
+// Guards against a workspace whose size is that of another configuration than the one that runs: the size is asked for
+// with q and v alone, and the configuration depends on the alignment of all tensors.
+TEST_F(PlanBackwardOnGpu, TheWorkspaceIsThatOfTheConfigurationThatRuns) {
+  for (int64_t const head_dim : {8, 60, 64, 100, 128, 130, 192, 256}) {
+    for (DType const dtype : {DType::bfloat16, DType::float32}) {
+      for (bool const deterministic : {false, true}) {
+        for (int const device : {0, hopper}) {
+          for (int const shift : {0, 8, 4}) {
+            BackwardCall call({2, 100, 2, head_dim}, {2, 70, 1, head_dim}, dtype, device);
+            call.options.deterministic = deterministic;
+            call.dk.data = static_cast<char*>(call.dk.data) + shift;
+            auto const config = backward_config_for(call.q, call.k, call.v, {{"dk", &call.dk}}, call.options);
+            EXPECT_EQ(backward_workspace_size({}, call.q, call.v, call.options), workspace_of(config, 4, 100).total())
+                << name(config).text;
+          }
+        }
+      }
+    }
+  }
 }
 
 // Guards against sums that are written past the end of a workspace, or over what is still to be read.

@@ -115,13 +115,37 @@ TEST_F(Choice, DoesNotWaitForACompilerWhereASlowerImageIsAtHand) {
   EXPECT_EQ(chosen(), mma_sync()) << "another folder holds other images";
 }
 
+// Guards against kernels that are compiled although nobody asked for them, or not although somebody did.
+TEST_F(Choice, PrebuildMakesTheKernelsOfTheFeaturesThatItIsGiven) {
+  BackwardConfig const config = default_backward_config(DType::bfloat16, 128, 90, {}, true);
+  auto const names = [](auto const& done) {
+    std::vector<std::string> all;
+    for (auto const& [kernel, origin] : done) {
+      EXPECT_EQ(origin.substr(0, 8), "compiled") << kernel;
+      all.push_back(kernel.substr(kernel.rfind("deterministic") + 14));
+    }
+    return all;
+  };
+  Features const causal{.mask = MaskKind::causal};
+  EXPECT_EQ(names(prebuild(config, 90, {&causal, 1})), (std::vector<std::string>{"queries_causal", "keys_causal"}));
+  EXPECT_FALSE(is_cached(code_of(kernel_of(config, BackwardPass::keys, {}), 90), 90));
+  EXPECT_TRUE(is_cached(code_of(kernel_of(config, BackwardPass::keys, causal), 90), 90));
+  ForwardConfig const forward = mma_sync();
+  Features const counting{.mask = MaskKind::causal, .count_blocks = true};
+  auto const counted = prebuild(forward, 90, {&counting, 1});
+  ASSERT_EQ(counted.size(), 1u);
+  EXPECT_EQ(counted[0].first, name(kernel_of(forward, counting)).text);
+  EXPECT_EQ(prebuild(forward, 90).size(), 2u);
+  EXPECT_EQ(prebuild(config, 90).size(), 4u);
+}
+
 // Guards against bits that change in the middle of a run, because another process has compiled something.
 TEST_F(Choice, AProcessKeepsItsChoice) {
   fake_images() = {"80 90", "_sm90_"};
   ForwardConfig const hoppers = default_config(DType::bfloat16, 128, 90);
   EXPECT_EQ(chosen(), mma_sync());
   // As another process does it: behind the back of the store.
-  for (auto const& kernel : kernels_of(hoppers)) jit_image(code_of(kernel, 90), 90);
+  for (auto const& kernel : kernels_of(hoppers, full_and_causal)) jit_image(code_of(kernel, 90), 90);
   EXPECT_TRUE(is_cached(code_of(kernel_of(hoppers, {}), 90), 90));
   EXPECT_EQ(chosen(), mma_sync());
 }

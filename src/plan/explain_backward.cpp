@@ -1,0 +1,88 @@
+#include "plan/explain_backward.hpp"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/forward.hpp"
+#include "image/image_store.hpp"
+#include "launch/launch.hpp"
+#include "plan/checks.hpp"
+#include "plan/explanation.hpp"
+#include "plan/plan_backward.hpp"
+#include "plan/plan_forward.hpp"
+
+namespace flashcute {
+namespace {
+
+/// Why `other` is not the default configuration.
+std::string why_not(BackwardConfig const& other, Call const& call) {
+  return why_not(other, call, [&]() -> std::string {
+    require_fits(other, call);
+    if (!call.on_gpu()) return "not the default on the CPU";
+    for (Operand const* tensor : {&call.q, &call.k, &call.v}) require_aligned(*tensor, other.copy_bytes);
+    if (call.options.deterministic && !other.deterministic) {
+      return "it does not give the same bits in every run, as the call asks";
+    }
+    return "not the default for these shapes";
+  });
+}
+
+/// What would be faster, or is missing, on a GPU.
+void explain_wishes(BackwardConfig const& chosen, Call const& call, std::string const& misaligned,
+                    BackwardExplanation& e) {
+  if (call.arch == 90) e.rejected.emplace_back("sm90", "Hopper's kernel computes no gradients");
+  if (chosen.copy_bytes < 16) e.rejected.emplace_back("copy_bytes=16", misaligned);
+  if (chosen.deterministic) {
+    e.rejected.emplace_back("deterministic=False",
+                            "it would be faster, but not give the same bits in every run, as the call asks");
+  }
+}
+
+/// The kernels of all passes, and a note if a first call waits for a compiler.
+void explain_images(BackwardConfig const& chosen, Call const& call, BackwardExplanation& e) {
+  std::size_t compiled = 0;
+  for (BackwardKernelId const& kernel : kernels_of(chosen, features_of(call))) {
+    e.kernels.emplace_back(name(kernel).text, image_origin(kernel, call.arch));
+    if (image_source(kernel, call.arch) == ImageSource::compiler) ++compiled;
+  }
+  if (compiled == 0) return;
+  e.notes.push_back("A first call compiles " + std::to_string(compiled) + " of " + std::to_string(e.kernels.size()) +
+                    " kernels, at the same time, and waits for them; flashcute.prebuild compiles them beforehand.");
+}
+
+}  // namespace
+
+BackwardExplanation explain_backward(Call const& call, TensorView const* out) {
+  bool const gpu = call.on_gpu();
+  char const* const here = gpu ? "sm80" : "cpu";
+  BackwardExplanation e;
+  e.rejected.emplace_back(gpu ? "cpu" : "sm80", where_tensors_are(call.device));
+  std::optional<BackwardConfig> chosen;
+  try {
+    std::vector<Operand> copied{call.q, call.k, call.v};
+    if (out != nullptr) copied.push_back(operand("out", *out, call.options.layout));
+    std::string misaligned;
+    chosen = choose_backward_config(call, copied, &misaligned);
+    if (gpu) {
+      e.workspace_bytes = checked_workspace_of(*chosen, call).total() * static_cast<int64_t>(sizeof(float));
+      explain_wishes(*chosen, call, misaligned, e);
+      explain_images(*chosen, call, e);
+    } else {
+      e.kernels.emplace_back(cpu::isa(), "compiled into the library");
+    }
+    e.same_bits = !gpu || chosen->deterministic;
+    e.reasons = reasons_for(*chosen, call);
+    e.config = chosen;
+    e.backend = here;
+  } catch (Error const& error) {
+    e.rejected.emplace_back(here, error.what());
+  }
+  for (BackwardConfig const& other : backward_configs()) {
+    if (chosen != other) e.rejected.emplace_back(name(other).text, why_not(other, call));
+  }
+  return e;
+}
+
+}  // namespace flashcute
