@@ -177,7 +177,7 @@ def test_processes_share_a_small_cache(cache: Path, tmp_path: Path) -> None:
     if cxx is None:
         pytest.skip("needs a C++ compiler for a libnvrtc.so that compiles nothing")
     library = tmp_path / "libnvrtc.so"
-    source = ROOT / "tests" / "cpp" / "fake_nvrtc.cpp"
+    source = ROOT / "tests" / "cpp" / "fakes" / "fake_nvrtc.cpp"
     subprocess.run([cxx, "-std=c++17", "-shared", "-fPIC", "-o", library, source], check=True)
     (tmp_path / "cuda_fp16.h").write_text("")
     env = environment(

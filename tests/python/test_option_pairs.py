@@ -38,7 +38,16 @@ OPTIONS = [
     if isinstance(member, property)
     # Hopper's kernel has options of its own: test_sm90.py
     and name
-    not in ("name", "smem_bytes", "pingpong", "overlap", "stale_max", "scores_ahead", "cluster")
+    not in (
+        "name",
+        "smem_bytes",
+        "kernel",
+        "pingpong",
+        "overlap",
+        "stale_max",
+        "scores_ahead",
+        "cluster",
+    )
 ]
 Pair = frozenset[tuple[str, object]]
 
