@@ -31,16 +31,9 @@ from ._core import (
     UnsupportedError,
 )
 from ._import_hook import when_imported as _when_imported
-from .attention import (
-    configs,
-    count_blocks,
-    default_config,
-    explain,
-    flash_attention,
-    forward,
-    prebuild,
-)
-from .gradients import backward, backward_workspace_size, default_backward_config
+from .attention import backward, backward_workspace_size, flash_attention, forward
+from .configurations import configs, default_backward_config, default_config, prebuild
+from .inspection import count_blocks, explain
 
 # Nothing is searched, opened or initialised yet: these are only told. As bytes, because a folder's name need not be
 # UTF-8; of sys.path only what import itself looks at.

@@ -12,8 +12,14 @@ import sys
 from typing import Any, NamedTuple, TypeVar
 
 from . import _core
-from ._arrays import Array, Library, library_of, stream_number, would_record
-from ._core import ArgumentError, BackwardExplanation, Explanation, ForwardConfig
+from ._arrays import Array, Library, Torch, library_of, stream_number, would_record
+from ._core import (
+    ArgumentError,
+    BackwardExplanation,
+    Explanation,
+    ForwardConfig,
+    UnsupportedError,
+)
 
 Found = TypeVar("Found", Explanation, BackwardExplanation)
 
@@ -300,3 +306,40 @@ def unsupported(found: Explanation, missing: str) -> Explanation:
         rejected=[(found.backend or "kernels", missing), *found.rejected],
         notes=[],
     )
+
+
+def checked_fallback(on_unsupported: str | None, library: Library) -> str:
+    """What to do where no kernel serves a call."""
+    if on_unsupported not in (None, "warn", "error", "silent"):
+        raise ArgumentError(
+            f"on_unsupported: expected 'warn', 'error', 'silent' or None, got {on_unsupported!r}"
+        )
+    if not isinstance(library, Torch):
+        return "error"  # nobody else's attention is at hand
+    return on_unsupported or "warn"
+
+
+def require_unrecorded(**arrays: Array) -> None:
+    """For `forward`, which records no gradient."""
+    if name := _wanting_gradients(arrays):
+        raise ArgumentError(
+            f"{name}: expected a tensor without requires_grad, got requires_grad=True. forward records "
+            "no gradient: call it under torch.no_grad(), detach the tensor, or use flash_attention"
+        )
+
+
+def require_torch_to_record(**arrays: Array) -> None:
+    """For `flash_attention` of arrays of which not all are torch tensors, or where out is one."""
+    if name := _wanting_gradients(arrays):
+        raise UnsupportedError(
+            f"{name}: gradients (requires_grad=True) need q, k and v to be torch tensors, and out to "
+            "require none. Call flash_attention under torch.no_grad(), or detach the tensor"
+        )
+
+
+def _wanting_gradients(arrays: dict[str, Array]) -> str | None:
+    """The first of the arrays of which a gradient would be expected."""
+    for name, array in arrays.items():
+        if library_of(type(array)).wants_gradient(array):
+            return name
+    return None

@@ -1,32 +1,24 @@
-"""The calls: forward, flash_attention, and the functions that tell about them."""
+"""The calls: attention and its gradients."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from . import _core
 from ._arrays import Array, Library, Torch, library_of, stream_number
 from ._call import (
+    checked_fallback,
     checked_options,
-    index_of,
     missing_feature,
     require_arrays,
     require_kind,
     require_mutable,
-    rows_of_heads,
+    require_torch_to_record,
+    require_unrecorded,
     run,
-    same_bits,
-    unsupported,
-    with_copies,
 )
-from ._core import (
-    ArgumentError,
-    BackwardConfig,
-    ConfigError,
-    Explanation,
-    ForwardConfig,
-    UnsupportedError,
-)
+from ._core import ArgumentError, BackwardConfig, ForwardConfig, UnsupportedError
 
 
 def forward(
@@ -146,245 +138,110 @@ def flash_attention(
     return run(None, q, k, v, options, out, return_lse)
 
 
-def checked_fallback(on_unsupported: str | None, library: Library) -> str:
-    """What to do where no kernel serves a call."""
-    if on_unsupported not in (None, "warn", "error", "silent"):
-        raise ArgumentError(
-            f"on_unsupported: expected 'warn', 'error', 'silent' or None, got {on_unsupported!r}"
-        )
-    if not isinstance(library, Torch):
-        return "error"  # nobody else's attention is at hand
-    return on_unsupported or "warn"
-
-
-def require_unrecorded(**arrays: Array) -> None:
-    """For `forward`, which records no gradient."""
-    if name := _wanting_gradients(arrays):
-        raise ArgumentError(
-            f"{name}: expected a tensor without requires_grad, got requires_grad=True. forward records "
-            "no gradient: call it under torch.no_grad(), detach the tensor, or use flash_attention"
-        )
-
-
-def require_torch_to_record(**arrays: Array) -> None:
-    """For `flash_attention` of arrays of which not all are torch tensors, or where out is one."""
-    if name := _wanting_gradients(arrays):
-        raise UnsupportedError(
-            f"{name}: gradients (requires_grad=True) need q, k and v to be torch tensors, and out to "
-            "require none. Call flash_attention under torch.no_grad(), or detach the tensor"
-        )
-
-
-def _wanting_gradients(arrays: dict[str, Array]) -> str | None:
-    """The first of the arrays of which a gradient would be expected."""
-    for name, array in arrays.items():
-        if library_of(type(array)).wants_gradient(array):
-            return name
-    return None
-
-
-def explain(
+def backward(
+    cfg: BackwardConfig,
+    dout: Array,
     q: Array,
     k: Array,
     v: Array,
-    causal: bool = False,
+    out: Array,
+    lse: Array,
     *,
-    cfg: ForwardConfig | None = None,
-    gradients: bool = False,
+    dlse: Array | None = None,
+    causal: bool = False,
     diagonal: str | int = "end",
     scale: float | None = None,
     layout: str = "bshd",
-    return_lse: bool = False,
-    out: Array | None = None,
+    dq: Array | None = None,
+    dk: Array | None = None,
+    dv: Array | None = None,
+    workspace: Array | None = None,
     stream: object = None,
-    allow_tf32: bool = False,
-    deterministic: bool | None = None,
-    attn_mask: Array | None = None,
-    dropout_p: float = 0.0,
-    window: tuple[int, int] | None = None,
-    on_unsupported: str | None = None,
-) -> Explanation:
-    """What `flash_attention` (or `forward` with `cfg`) would run for these arguments, and why. Launches nothing.
+) -> tuple[Any, Any, Any]:
+    """Gradients of `forward`, with a configuration of your choice; see `default_backward_config`.
 
-    cfg: what `forward` would be given.
-    gradients: also tell how `backward` with the default configuration computes gradients. Where torch records them
-        (requires_grad=True), it is told anyway.
+    dout: the gradient of out, (batch, seqlen_q, heads, d_v). It is copied if its last stride is not 1; no other array
+        ever is.
+    q, k, v, out, lse: the arrays that `forward` took, and those that it returned with return_lse=True; lse contiguous.
+    dlse: the gradient of lse, (batch, heads, seqlen_q), with lse's dtype and any strides; default none.
+    causal, diagonal, scale, layout: as in the forward call.
+    dq, dk, dv: arrays to write to, shaped like q, k and v; default new arrays of q's library.
+    workspace: memory for a call on a GPU, float32, at least `backward_workspace_size` elements, which the call
+        overwrites; default a new array of q's library.
+    stream: the CUDA stream to launch on; default the library's current one. The call does not synchronise.
 
-    The other arguments are those of `flash_attention`.
+    With cfg.deterministic, and always on the CPU, the result is the same bit for bit in every call.
 
-    Returns an Explanation: the backend, the configuration, the kernel and where its image comes from; `reasons`, why
-    these were chosen; `rejected`, for every other backend and ahead-of-time configuration the reason why it was not
-    taken; and `notes`, what else the call will do or cost. print() shows it, with what was not taken grouped by reason.
-    `gradients` is None, or a BackwardExplanation: the same of the gradients, with the size of their workspace, and
-    whether all runs give the same bits.
+    Returns (dq, dk, dv): with P = exp(scale q kᵀ - lse) and dS = P * (dout vᵀ - rowsum(dout * out) + dlse)
 
-    If no backend can run the call, `backend` is '' and `rejected` says why. If torch's own attention would be called,
-    `backend` is 'torch', and `notes` says how much memory it needs. Raises ArgumentError only for arguments that cannot
-    be described at all: no DLPack, a dtype that no kernel could have, an option that is wrong for any tensors.
+        dq = scale dS k        dk = scale dSᵀ q        dv = Pᵀ dout
+
+    where dk and dv are summed over the query heads that share a key head. Sums are float32 (float64 for float64
+    arrays). A query that sees no key and a key that no query sees have gradient 0. A GPU takes float16, bfloat16 and
+    float32.
+
+    Raises ArgumentError (a ValueError), ConfigError (a ValueError), UnsupportedError (a NotImplementedError) or
+    DeviceError (a RuntimeError) before anything is written.
+
+    Source: Dao, FlashAttention-2, arXiv 2307.08691, algorithm 2.
     """
-    options = checked_options(causal, diagonal, scale, layout, stream, allow_tf32, deterministic)
-    options = options._replace(gradients_follow=bool(gradients))
-    missing = missing_feature(attn_mask, dropout_p, window)
-    if cfg is not None and missing:
-        raise ArgumentError(f"cfg: expected None, as only flash_attention takes it: {missing}")
-    require_kind(q=q, k=k, v=v)
-    library = library_of(type(q))
-    fallback = checked_fallback(on_unsupported, library)
-    if isinstance(library, Torch) and cfg is None:
-        from . import _torch
-
-        problem = _torch.Problem(q, k, v, options, attn_mask, dropout_p, window)
-        return _torch.explained(problem, out, return_lse, fallback)
-    arrays = {"q": q, "k": k, "v": v} if out is None else {"q": q, "k": k, "v": v, "out": out}
-    require_arrays(arrays)
-    address = stream_number(stream)
-    options = options._replace(stream=None, deterministic=same_bits(deterministic))
-    found = _core.explain(cfg, q, k, v, out, options)
-    try:
-        if cfg is None:
-            require_torch_to_record(**arrays)
-        else:
-            require_unrecorded(**arrays)
-        if missing:
-            raise UnsupportedError(missing)
-        if out is not None:
-            require_mutable("out", out)
-        if address is not None:
-            library.require_stream(address, list(arrays.values()))
-    except (ArgumentError, UnsupportedError) as error:
-        return unsupported(found, str(error))
-    return with_copies(found, q, v)
-
-
-def count_blocks(
-    cfg: ForwardConfig,
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    causal: bool = False,
-    diagonal: str | int = "end",
-    layout: str = "bshd",
-) -> Any:
-    """Debug mode of `forward`: what each tile of query rows did with the K/V blocks of its sequence.
-
-    Runs the kernel of `cfg` in a variant that counts (on a GPU NVRTC compiles it at the first call).
-
-    Returns an int32 array (batch, heads, tiles, 3) of q's library and device. Its last dimension counts the blocks of
-    cfg.block_n keys that were (0) visited with all elements visible, (1) visited with a test of each element,
-    (2) skipped. A tile is cfg.block_m * cfg.cluster query rows. If one is incomplete, it is the last, on a GPU
-    with kernel='sm90' the first.
-    """
-    if not isinstance(cfg, ForwardConfig):
-        raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
-    require_arrays({"q": q, "k": k, "v": v})
-    require_kind(q=q, k=k, v=v)
-    options = checked_options(causal, diagonal, None, layout)
-    _core.check_problem(q, k, v, options)
-    library = library_of(type(q))
-    batch, heads, rows = rows_of_heads(q, layout)
-    on_cpu = q.__dlpack_device__()[0] == 1  # kDLCPU, where clusters are no option
-    tiles = -(-rows // max(cfg.block_m if on_cpu else cfg.block_m * cfg.cluster, 1))
-    out = library.empty((*q.shape[:-1], v.shape[-1]), q)
-    counts = library.empty((batch, heads, tiles, 3), q, "int32")
-    _core.forward(cfg, q, k, v, out, None, counts, options)
-    return library.finish(counts, q)
-
-
-def default_config(
-    head_dim: int,
-    dtype: object = "bfloat16",
-    arch: str | int | None = None,
-    *,
-    head_dim_v: int | None = None,
-) -> ForwardConfig:
-    """The configuration that `flash_attention` takes for a head dimension on `arch` ("cpu", "sm_90", ...), if addresses
-    and strides are multiples of 16 bytes.
-
-    arch: default the architecture of GPU 0 or, where there is no GPU, "cpu".
-    head_dim_v: the head dimension of v, if it differs.
-    """
-    return _core.default_config(
-        dtype,
-        integer("head_dim", head_dim),
-        arch_or_default(arch),
-        optional_integer("head_dim_v", head_dim_v),
-    )
-
-
-def arch_or_default(arch: str | int | None) -> str | int:
-    """Where arrays are, most likely: on GPU 0 or, without one, on the CPU."""
-    if arch is not None:
-        return arch
-    gpus = _core.driver_info().gpus
-    return gpus[0].arch if gpus else "cpu"
-
-
-def integer(name: str, value: object) -> int:
-    try:
-        return index_of(value)
-    except TypeError:
-        raise ArgumentError(f"{name}: expected an integer, got {value!r}") from None
-
-
-def optional_integer(name: str, value: object) -> int | None:
-    return None if value is None else integer(name, value)
-
-
-def configs() -> list[ForwardConfig]:
-    """The configurations of the forward whose GPU kernels are compiled ahead of time."""
-    return list(_core.configs())
-
-
-def configs_ahead_of_time(arch: str | int) -> list[ForwardConfig | BackwardConfig]:
-    """The configurations whose kernels are compiled ahead of time and that `arch` can run."""
-
-    def runs(cfg: ForwardConfig | BackwardConfig) -> bool:
-        try:
-            cfg.check(arch)
-        except ConfigError:
-            return False
-        return True
-
-    every: list[ForwardConfig | BackwardConfig] = [*_core.configs(), *_core.backward_configs()]
-    return [cfg for cfg in every if runs(cfg)]
-
-
-def prebuild(
-    cfgs: ForwardConfig | BackwardConfig | list[ForwardConfig | BackwardConfig] | None = None,
-    arch: str | int | None = None,
-    *,
-    causal: bool | None = None,
-) -> dict[str, str]:
-    """Makes kernels available before their first call, which may otherwise compile them (a few seconds each) or take
-    slower ones that are at hand. What has to be compiled is compiled at the same time, as cores and memory allow.
-
-    cfgs: a configuration of the forward or the backward, or a list of them; default all that the build compiles ahead
-        of time and that `arch` can run.
-    arch: "sm_90" and the like; default the architecture of GPU 0. If it is given, no GPU is needed.
-    causal: only the kernels of calls with this `causal`; default those of both.
-
-    Returns, by kernel name, where each kernel came from: "ahead of time", "disk cache" or "compiled by NVRTC ...".
-    """
-    kinds = ForwardConfig, BackwardConfig
-    chosen = [cfgs] if isinstance(cfgs, kinds) else cfgs
-    fits = chosen is None or (
-        isinstance(chosen, list) and all(isinstance(c, kinds) for c in chosen)
-    )
-    if not fits:
-        raise ArgumentError(
-            f"cfgs: expected a ForwardConfig, a BackwardConfig or a list of them, got {cfgs!r}"
-        )
-    if causal is not None and not isinstance(causal, bool):
-        raise ArgumentError(f"causal: expected True, False or None, got {causal!r}")
-    if arch is None:
-        info = _core.driver_info()
-        if not info.gpus:
+    require_config(cfg)
+    inputs = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse}
+    if dlse is not None:
+        inputs["dlse"] = dlse
+    outputs = {"dq": dq, "dk": dk, "dv": dv, "workspace": workspace}
+    given = {name: x for name, x in outputs.items() if x is not None}
+    require_arrays({**inputs, **given})
+    require_kind(**inputs, **given)
+    options = checked_options(causal, diagonal, scale, layout, stream)
+    for name, array in {**inputs, **given}.items():
+        library = library_of(type(array))
+        if library.wants_gradient(array):
             raise ArgumentError(
-                f"arch: expected 'sm_80' or the like where there is no GPU, got None. {info.problem}"
+                f"{name}: expected a tensor without requires_grad, got requires_grad=True. backward records "
+                "no gradient: call it under torch.no_grad(), or detach the tensor"
             )
-        arch = info.gpus[0].arch
-    every = configs_ahead_of_time(arch) if chosen is None else chosen
-    forward = [cfg for cfg in every if isinstance(cfg, ForwardConfig)]
-    backward = [cfg for cfg in every if isinstance(cfg, BackwardConfig)]
-    return dict(_core.prebuild(forward, backward, arch, causal))
+        if name in given:
+            require_mutable(name, array)
+    library = library_of(type(q))
+    for name in ("dq", "dk", "dv"):
+        if name not in given and type(library) is Library:
+            raise library.cannot_make(name, q)
+    address = stream_number(stream)
+    options = options._replace(stream=address)
+    arrays = [*inputs.values(), *given.values()]
+    with nullcontext() if address is None else library.use_stream(address, arrays):
+        dout = library_of(type(dout)).with_unit_stride(dout)
+        size = _core.backward_workspace_size(cfg, q, v, options) if workspace is None else 0
+        if size and type(library) is Library:
+            raise library.cannot_make("workspace", q)
+        to_dq, to_dk, to_dv = (
+            library.empty(like.shape, q) if x is None else x
+            for x, like in ((dq, q), (dk, k), (dv, v))
+        )
+        work = library.empty((size,), q, "float32") if size else workspace
+        _core.backward(cfg, dout, q, k, v, out, lse, dlse, to_dq, to_dk, to_dv, work, options)
+    for array in given.values():
+        library_of(type(array)).wrote(array)
+    return (
+        library.finish(to_dq, q) if dq is None else dq,
+        library.finish(to_dk, q) if dk is None else dk,
+        library.finish(to_dv, q) if dv is None else dv,
+    )
+
+
+def require_config(cfg: object) -> None:
+    if not isinstance(cfg, BackwardConfig):
+        raise ArgumentError(f"cfg: expected a BackwardConfig, got {type(cfg).__qualname__}")
+
+
+def backward_workspace_size(
+    cfg: BackwardConfig, q: Array, v: Array, *, layout: str = "bshd"
+) -> int:
+    """How many float32 elements the workspace of a `backward` call with `cfg` must have: 0 on the CPU."""
+    require_config(cfg)
+    require_arrays({"q": q, "v": v})
+    require_kind(q=q, v=v)
+    return int(
+        _core.backward_workspace_size(cfg, q, v, checked_options(False, "end", None, layout))
+    )

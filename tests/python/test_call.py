@@ -11,10 +11,15 @@ from typing import Any
 import flashcute as fc
 import numpy as np
 import pytest
+from flashcute import attention, configurations, inspection
 from flashcute._call import Options, checked_options
 from optional_torch import REASON, torch
 
-_torch = pytest.importorskip("flashcute._torch", reason=REASON, exc_type=ImportError)
+dispatch, autograd, fallback, gradients, problem = (
+    pytest.importorskip(f"flashcute._torch.{name}", reason=REASON, exc_type=ImportError)
+    for name in ("dispatch", "autograd", "fallback", "gradients", "problem")
+)
+
 OPTIONS: dict[str, Any] = {
     "causal": True,
     "diagonal": -1,
@@ -51,7 +56,7 @@ class Recorder:
 @pytest.fixture
 def core(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    for module in (fc._call, fc.attention, fc.gradients, _torch):
+    for module in (fc._call, attention, configurations, inspection, dispatch, fallback, gradients):
         monkeypatch.setattr(module, "_core", recorder)
     return recorder
 
@@ -140,10 +145,10 @@ def test_a_stream_object_stays_in_python(monkeypatch: pytest.MonkeyPatch) -> Non
     stream = SimpleNamespace(cuda_stream=7)
     told: list[Options] = []
     core = SimpleNamespace(backward_config_for=lambda *arguments: told.append(arguments[-1]))
-    monkeypatch.setattr(_torch, "_core", core)
+    monkeypatch.setattr(dispatch, "_core", core)
     options = checked_options(False, "end", None, "bshd", stream, deterministic=True)
-    problem = _torch.Problem(tensor, tensor, tensor, options, None, 0.0, None)
-    assert _torch.missing_gradient(problem, traced=False) is None
+    asked = problem.Problem(tensor, tensor, tensor, options, None, 0.0, None)
+    assert dispatch.missing_gradient(asked, traced=False) is None
     fc._core.check_problem(*[np.ones((1, 2, 1, 8), np.float32)] * 3, told[0])  # takes these options
     assert told[0].deterministic
 
@@ -215,7 +220,7 @@ def test_a_stream_lives_until_the_gradients_are_computed(monkeypatch: pytest.Mon
         ptr = 5
 
     monkeypatch.setattr(
-        _torch, "run", lambda *_, **__: (torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5))
+        autograd, "run", lambda *_, **__: (torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5))
     )
     stream = Stream()
     alive = weakref.ref(stream)
@@ -240,7 +245,7 @@ def test_default_architecture(monkeypatch: pytest.MonkeyPatch, arch: int | None)
         def driver_info(self) -> Any:
             return type("Driver", (), {"gpus": [] if arch is None else [Gpu(arch), Gpu(120)]})
 
-    monkeypatch.setattr(fc.attention, "_core", Core())
+    monkeypatch.setattr(configurations, "_core", Core())
     expected = "cpu" if arch is None else f"sm_{arch}"
     assert fc.default_config(128) == fc.default_config(128, arch=expected)
     assert fc.default_backward_config(128) == fc.default_backward_config(128, arch=expected)

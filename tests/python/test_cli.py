@@ -474,10 +474,10 @@ def test_deterministic_gradients_are_no_forward(capsys: pytest.CaptureFixture[st
 @needs_torch
 def test_bench_backward_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong gradient that is timed as if it were right."""
-    from flashcute import _torch
+    from flashcute._torch import autograd
 
-    right = _torch.gradients
-    monkeypatch.setattr(_torch, "gradients", lambda *x: tuple(1.01 * g for g in right(*x)))
+    right = autograd.gradients
+    monkeypatch.setattr(autograd, "gradients", lambda *x: tuple(1.01 * g for g in right(*x)))
     file = tmp_path / "lines.jsonl"
     assert main([*TINY, "--backward", "--impls", "flashcute", "--out", str(file)]) == 1
     assert {line["status"] for line in read_lines(file)} == {"wrong"}

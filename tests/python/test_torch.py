@@ -16,7 +16,7 @@ from conftest import Runner, backward_configurations_of_first_use
 from optional_torch import REASON, torch
 from oracle_backward import assert_accurate, make_problem
 
-_torch = pytest.importorskip("flashcute._torch", reason=REASON, exc_type=ImportError)
+operators = pytest.importorskip("flashcute._torch.operators", reason=REASON, exc_type=ImportError)
 sdpa = torch.nn.functional.scaled_dot_product_attention
 pytestmark = pytest.mark.compiles(backward_configurations_of_first_use())
 both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -130,7 +130,7 @@ def test_accuracy_on_a_gpu(
     dlse = torch.tensor(p.dlse, dtype=torch.float32, device="cuda")
     tensors = [x.requires_grad_() for x in (q, k, v)]
     if traced:
-        results = _torch.forward_operator(*tensors, causal, None, "bshd", False)
+        results = operators.forward_operator(*tensors, causal, None, "bshd", False)
     else:
         results = fc.flash_attention(*tensors, causal, return_lse=True, on_unsupported="error")
     assert_accurate(p, torch.autograd.grad(results, tensors, [dout, dlse]))
@@ -276,7 +276,7 @@ def test_strides_of_inputs(kind: str) -> None:
 
 
 def attend_by_operator(*tensors: torch.Tensor) -> torch.Tensor:
-    return _torch.forward_operator(*tensors, False, None, "bshd", False)[0]
+    return operators.forward_operator(*tensors, False, None, "bshd", False)[0]
 
 
 @pytest.mark.parametrize("attend", [fc.flash_attention, attend_by_operator])
@@ -502,13 +502,14 @@ def test_opcheck(device: str, name: str, strided: bool) -> None:
             x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
             for x in tensors
         ]
-    torch.library.opcheck(_torch.forward_operator, (*tensors, True, None, layout, False))
+    torch.library.opcheck(operators.forward_operator, (*tensors, True, None, layout, False))
     detached = [x.detach() for x in tensors]
-    out, lse = _torch.forward_operator(*detached, True, None, layout, False)
+    out, lse = operators.forward_operator(*detached, True, None, layout, False)
     for dlse in (None, torch.randn_like(lse)):
         options = (True, 0.5, layout)
         torch.library.opcheck(
-            _torch.backward_operator, (torch.randn_like(out), *detached, out, lse, dlse, *options)
+            operators.backward_operator,
+            (torch.randn_like(out), *detached, out, lse, dlse, *options),
         )
 
 

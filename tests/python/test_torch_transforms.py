@@ -15,8 +15,9 @@ pytest.importorskip("torch", reason=REASON, exc_type=ImportError)
 
 import torch
 from conftest import Runner, backward_configurations_of_first_use
-from flashcute import _torch
 from flashcute._call import Options
+from flashcute._torch import dispatch, operators, tracing
+from flashcute._torch.problem import Problem
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -162,7 +163,7 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = Fals
 
 
 def by_operator(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return _torch.forward_operator(q, k, v, False, None, "bshd", False)[0]
+    return operators.forward_operator(q, k, v, False, None, "bshd", False)[0]
 
 
 @pytest.mark.parametrize("attend", [fc.flash_attention, by_operator], ids=["eager", "operator"])
@@ -277,7 +278,7 @@ def test_a_single_tensor_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> Non
     """Keys that all share cost no memory of their own where there is no batch to repeat them in."""
     q, k, v = tensors(batch=1)
     seen = []
-    real = _torch.run
+    real = operators.run
 
     def run(
         cfg: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any, **more: Any
@@ -285,7 +286,7 @@ def test_a_single_tensor_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> Non
         seen.append((k, v))
         return real(cfg, q, k, v, *others, **more)
 
-    monkeypatch.setattr(_torch, "run", run)
+    monkeypatch.setattr(operators, "run", run)
     torch.func.vmap(fc.flash_attention, (0, None, None))(stacked(q, 0), k, v)
     assert [[x.data_ptr() for x in pair] for pair in seen] == [[k.data_ptr(), v.data_ptr()]]
 
@@ -410,7 +411,7 @@ def test_operators_can_be_registered_again(fresh: Runner) -> None:
         expected = torch.vmap(fc.flash_attention)(*(x[None] for x in inputs))
         warnings.simplefilter("error")
         importlib.reload(fc)
-        importlib.reload(fc._torch)
+        importlib.reload(fc._torch.operators)
         assert torch.equal(torch.vmap(fc.flash_attention)(*(x[None] for x in inputs)), expected)
     """)
 
@@ -423,7 +424,7 @@ def test_flops_after_operators_were_registered_again(fresh: Runner) -> None:
         import torch, flashcute as fc
         from torch.utils.flop_counter import FlopCounterMode
         for _ in range(2):
-            importlib.reload(fc._torch)
+            importlib.reload(fc._torch.operators)
             gc.collect()
         inputs = [torch.randn(1, 4, 2, 8, requires_grad=True) for _ in range(3)]
         with FlopCounterMode(display=False) as counter:
@@ -458,7 +459,7 @@ def test_a_trace_asks_for_the_kernel_of_the_call(
     backward on GPUs whose thread blocks have 99 KB of shared memory, where the same eager call goes to torch's own
     attention. Fake tensors say that they are on a GPU without one."""
     asked: list[tuple[Any, ...]] = []
-    real = _torch._core.default_backward_config
+    real = fc._core.default_backward_config
 
     class Core:
         def __getattr__(self, name: str) -> Any:
@@ -469,14 +470,14 @@ def test_a_trace_asks_for_the_kernel_of_the_call(
             return real(*arguments)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: arch)
-    monkeypatch.setattr(_torch, "_core", Core())
+    monkeypatch.setattr(dispatch, "_core", Core())
     torch.use_deterministic_algorithms(same_bits, warn_only=True)  # conftest.py resets it
     with torch._subclasses.FakeTensorMode():
         q, k, v = (
             torch.empty(1, 4, 2, width, device="cuda", requires_grad=True) for width in (d, d, d_v)
         )
-        problem = _torch.Problem(q, k, v, Options(), None, 0.0, None)
-        missing = _torch.missing_gradient(problem, traced=True)
+        problem = Problem(q, k, v, Options(), None, 0.0, None)
+        missing = dispatch.missing_gradient(problem, traced=True)
     assert asked == [(torch.float32, d, 10 * arch[0] + arch[1], d_v, same_bits)]
     if served:
         assert missing is None
@@ -491,10 +492,10 @@ def test_a_trace_decides_for_any_head_dimension(monkeypatch: pytest.MonkeyPatch)
     torch._dynamo.reset()
 
     def decide(x: torch.Tensor) -> torch.Tensor:
-        d = _torch.as_constant(x.shape[-1])
-        return x + 1 if _torch.has_gradients(x.dtype, x.device, d, d, False) else x - 1
+        d = tracing.as_constant(x.shape[-1])
+        return x + 1 if dispatch.has_gradients(x.dtype, x.device, d, d, False) else x - 1
 
     compiled = torch.compile(decide, fullgraph=True, dynamic=True, backend="eager")
     for d, served in ((64, True), (128, True), (136, False), (256, False), (72, True), (2, True)):
         assert (compiled(torch.zeros(2, d)) == (1 if served else -1)).all()
-    assert [_torch.as_constant(d) for d in range(300)] == [*range(257), *[257] * 43]
+    assert [tracing.as_constant(d) for d in range(300)] == [*range(257), *[257] * 43]

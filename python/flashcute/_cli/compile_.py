@@ -7,7 +7,7 @@ import os
 import time
 
 from .. import BackwardConfig, ForwardConfig, _core, prebuild
-from ..attention import configs_ahead_of_time
+from ..configurations import configs_ahead_of_time
 from .options import (
     GPU_DTYPES,
     Commands,

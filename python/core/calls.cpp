@@ -1,0 +1,176 @@
+// The functions that take arrays: turns array objects into TensorViews.
+#include <array>
+#include <iterator>
+#include <tuple>
+
+#include "bind.hpp"
+#include "dlpack.hpp"
+#include "gil.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace flashcute::python {
+
+/// CallOptions as Python has them: without a stream, q's library says on which one a call on a GPU runs.
+struct PythonOptions {
+  CallOptions options;
+  std::optional<std::uintptr_t> stream;
+
+  /// What a tensor's library is told when it exports q.
+  nb::object stream_object() const { return stream ? nb::object(nb::int_(*stream)) : nb::none(); }
+};
+
+// The members of the tuple Options of _call.py. Python makes one in every call, so it is read by position.
+constexpr std::array option_names = {"causal", "diagonal",   "scale",         "layout",
+                                     "stream", "allow_tf32", "deterministic", "gradients_follow"};
+
+}  // namespace flashcute::python
+
+template <>
+struct nanobind::detail::type_caster<flashcute::python::PythonOptions> {
+  NB_TYPE_CASTER(flashcute::python::PythonOptions, const_name("flashcute._call.Options"))
+
+  bool from_python(handle source, uint8_t, cleanup_list*) noexcept {
+    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != std::ssize(flashcute::python::option_names)) {
+      return false;
+    }
+    flashcute::CallOptions& o = value.options;
+    Py_ssize_t next = 0;
+    auto const item = [&] { return handle(PyTuple_GET_ITEM(source.ptr(), next++)); };
+    return read(item(), o.causal) && read(item(), o.diagonal) && read(item(), o.scale) && read(item(), o.layout) &&
+           read(item(), value.stream) && read(item(), o.allow_tf32) && read(item(), o.deterministic) &&
+           read(item(), o.gradients_follow);
+  }
+
+ private:
+  /// None is a deterministic that nobody decided.
+  static bool read(handle object, bool& option) {
+    option = object.ptr() == Py_True;
+    return option || object.ptr() == Py_False || object.is_none();
+  }
+
+  static bool read(handle object, flashcute::Layout& option) {
+    if (!PyUnicode_Check(object.ptr())) return false;
+    bool const bhsd = PyUnicode_CompareWithASCIIString(object.ptr(), "bhsd") == 0;
+    option = bhsd ? flashcute::Layout::bhsd : flashcute::Layout::bshd;
+    return bhsd || PyUnicode_CompareWithASCIIString(object.ptr(), "bshd") == 0;
+  }
+
+  template <class Value>
+  static bool read(handle object, std::optional<Value>& option) {
+    return object.is_none() || try_cast(object, option);
+  }
+};
+
+namespace flashcute::python {
+namespace {
+
+/// q's library says on which stream a call on a GPU runs, unless the caller does: sets `launch_stream`, and returns
+/// what the libraries of the other arrays are told.
+nb::object choose_stream(Tensor const& q, PythonOptions const& options, void*& launch_stream) {
+  if (q.view().device.type == DeviceType::cpu) return options.stream_object();
+  launch_stream = options.stream ? reinterpret_cast<void*>(*options.stream) : q.current_stream();
+  return nb::int_(reinterpret_cast<std::uintptr_t>(launch_stream));
+}
+
+template <class Config>
+std::optional<Config> optional_of(Config const* config) {
+  return config != nullptr ? std::optional(*config) : std::nullopt;
+}
+
+void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
+                  nb::handle block_counts, PythonOptions const& given) {
+  CallOptions options = given.options;
+  Tensor const tq("q", q, given.stream_object());
+  nb::object const launch_stream = choose_stream(tq, given, options.stream);
+  std::optional<Tensor> tk, tv, to, tl, tc;
+  tk.emplace("k", k, launch_stream);
+  tv.emplace("v", v, launch_stream);
+  to.emplace("out", out, launch_stream);
+  if (!lse.is_none()) tl.emplace("lse", lse, launch_stream);
+  if (!block_counts.is_none()) tc.emplace("block_counts", block_counts, launch_stream);
+  if (!given.stream) {
+    // An array that was exported with no handshake is ordered on its own library's stream only.
+    for (auto const& [argument, t] : {std::pair{"k", &tk}, std::pair{"v", &tv}, std::pair{"out", &to},
+                                      std::pair{"lse", &tl}, std::pair{"block_counts", &tc}}) {
+      if (*t) (*t)->require_stream(argument, options.stream);
+    }
+  }
+  ReleaseGil const released;
+  forward(optional_of(config), tq.view(), tk->view(), tv->view(), to->view(), tl ? &tl->view() : nullptr, options,
+          tc ? &tc->view() : nullptr);
+}
+
+void call_backward(BackwardConfig const* config, nb::handle dout, nb::handle q, nb::handle k, nb::handle v,
+                   nb::handle out, nb::handle lse, nb::handle dlse, nb::handle dq, nb::handle dk, nb::handle dv,
+                   nb::handle workspace, PythonOptions const& given) {
+  CallOptions options = given.options;
+  Tensor const tq("q", q, given.stream_object());
+  nb::object const launch_stream = choose_stream(tq, given, options.stream);
+  std::optional<Tensor> tdout, tk, tv, to, tlse, tdlse, tdq, tdk, tdv, tw;
+  for (auto const& [argument, t, array] :
+       {std::tuple{"dout", &tdout, dout}, std::tuple{"k", &tk, k}, std::tuple{"v", &tv, v}, std::tuple{"out", &to, out},
+        std::tuple{"lse", &tlse, lse}, std::tuple{"dlse", &tdlse, dlse}, std::tuple{"dq", &tdq, dq},
+        std::tuple{"dk", &tdk, dk}, std::tuple{"dv", &tdv, dv}, std::tuple{"workspace", &tw, workspace}}) {
+    bool const optional = t == &tdlse || t == &tw;
+    if (optional && array.is_none()) continue;
+    t->emplace(argument, array, launch_stream);
+    if (!given.stream) (*t)->require_stream(argument, options.stream);
+  }
+  ReleaseGil const released;
+  backward(optional_of(config), tdout->view(), tq.view(), tk->view(), tv->view(), to->view(), tlse->view(),
+           tdlse ? &tdlse->view() : nullptr, tdq->view(), tdk->view(), tdv->view(), options,
+           tw ? &tw->view() : nullptr);
+}
+
+int64_t call_backward_workspace_size(BackwardConfig const* config, nb::handle q, nb::handle v,
+                                     PythonOptions const& given) {
+  Tensor const tq("q", q, nb::none()), tv("v", v, nb::none());
+  ReleaseGil const released;
+  return backward_workspace_size(optional_of(config), tq.view(), tv.view(), given.options);
+}
+
+BackwardConfig call_backward_config_for(nb::handle q, nb::handle k, nb::handle v, PythonOptions const& given) {
+  Tensor const tq("q", q, nb::none()), tk("k", k, nb::none()), tv("v", v, nb::none());
+  ReleaseGil const released;
+  return backward_config_for(tq.view(), tk.view(), tv.view(), {}, given.options);
+}
+
+Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, nb::handle out,
+                         PythonOptions const& given) {
+  Tensor const tq("q", q, nb::none()), tk("k", k, nb::none()), tv("v", v, nb::none());
+  if (tq.view().dtype == DType::int32) {
+    throw ArgumentError("q", "dtype float16, bfloat16, float32 or float64", "int32");
+  }
+  std::optional<Tensor> to;
+  if (!out.is_none()) to.emplace("out", out, nb::none());
+  ReleaseGil const released;
+  return explain(optional_of(config), tq.view(), tk.view(), tv.view(), given.options, to ? &to->view() : nullptr);
+}
+
+}  // namespace
+
+void bind_calls(nb::module_& m) {
+  m.def("option_names", [] { return std::vector<std::string>(option_names.begin(), option_names.end()); });
+  m.def("forward", &call_forward, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "out"_a.none(),
+        "lse"_a.none(), "block_counts"_a.none(), "options"_a);
+  m.def("backward", &call_backward, "config"_a.none(), "dout"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(),
+        "out"_a.none(), "lse"_a.none(), "dlse"_a.none(), "dq"_a.none(), "dk"_a.none(), "dv"_a.none(),
+        "workspace"_a.none(), "options"_a);
+  m.def("backward_workspace_size", &call_backward_workspace_size, "config"_a.none(), "q"_a.none(), "v"_a.none(),
+        "options"_a);
+  m.def("backward_config_for", &call_backward_config_for, "q"_a.none(), "k"_a.none(), "v"_a.none(), "options"_a);
+  m.def(
+      "check_problem",
+      [](nb::handle q, nb::handle k, nb::handle v, PythonOptions const& given) {
+        Tensor const tq("q", q, nb::none()), tk("k", k, nb::none()), tv("v", v, nb::none());
+        check_problem(tq.view(), tk.view(), tv.view(), given.options);
+      },
+      "q"_a.none(), "k"_a.none(), "v"_a.none(), "options"_a);
+  m.def("explain", &call_explain, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "out"_a.none(),
+        "options"_a);
+  m.def("set_exporter", &set_exporter, "exporter"_a);
+}
+
+}  // namespace flashcute::python

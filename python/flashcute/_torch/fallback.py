@@ -1,0 +1,201 @@
+"""torch's own attention, with what a call means here."""
+
+from __future__ import annotations
+
+import math
+
+from .. import _core
+from .._call import SDPA, checked_window
+from .._core import ArgumentError, UnsupportedError
+from .framework import Tensor, torch
+from .problem import Problem
+from .tracing import is_traced
+
+
+def require_fallback(
+    problem: Problem, out: Tensor | None, return_lse: bool, fallback: str, missing: str
+) -> None:
+    """Raises where torch's own attention may not, or cannot, take the place of a kernel."""
+    if fallback == "error":
+        raise UnsupportedError(missing)
+    if problem.options.stream is not None:
+        raise ArgumentError(
+            f"stream: expected None where {SDPA} computes, got {problem.options.stream!r}"
+        )
+    require_like_output(out, problem)
+    if return_lse:
+        raise UnsupportedError(f"return_lse=True: {SDPA} gives no LSE, and {missing}")
+
+
+def require_like_output(out: Tensor | None, problem: Problem) -> None:
+    """What the fallback is to write to must be what it computes."""
+    if out is None:
+        return
+    q = problem.q
+    expected = (*q.shape[:-1], problem.v.shape[-1])
+    if not isinstance(out, torch.Tensor) or (out.shape, out.dtype, out.device) != (
+        expected,
+        q.dtype,
+        q.device,
+    ):
+        got = type(out).__qualname__
+        if isinstance(out, torch.Tensor):
+            got = f"{tuple(out.shape)} of {out.dtype} on {out.device}"
+        raise ArgumentError(
+            f"out: expected a torch tensor {expected} of {q.dtype} on {q.device}, got {got}"
+        )
+
+
+def sdpa(problem: Problem) -> Tensor:
+    """The output by scaled_dot_product_attention."""
+    check_sizes(problem)
+    q, k, v = problem[:3]
+    if problem.options.layout == "bshd":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mask, is_causal = mask_for_sdpa(problem)
+    empty = None
+    if mask is not None:
+        mask = torch.atleast_2d(mask)
+        seen = mask if mask.dtype == torch.bool else mask != -math.inf
+        # What no row sees may be NaN, and 0 * NaN is NaN.
+        batch, heads, _, keys = problem.sizes
+        unseen = ~seen.any(-2).broadcast_to(batch, heads, keys)
+        unseen = unseen.unflatten(1, (k.shape[1], -1)).all(2)[..., None]  # by any head of the group
+        k, v = (x.masked_fill(unseen, 0.0) for x in (k, v))
+        # A row that sees nothing would be NaN, or make its gradient so: it sees all, and becomes 0.
+        empty = ~seen.any(-1, keepdim=True)
+        q = q.masked_fill(empty, 0.0)
+        mask = mask | empty if mask.dtype == torch.bool else mask.masked_fill(empty, 0.0)
+    checked_dropout(problem.dropout_p)
+    grouped = False
+    if q.shape[1] != k.shape[1]:  # symbolic in a traced call, where torch wants a plain bool
+        grouped = True
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=problem.dropout_p,
+        is_causal=is_causal,
+        scale=problem.options.scale,
+        enable_gqa=grouped,
+    )
+    if empty is not None:
+        out = out.masked_fill(empty, 0.0)
+    return out.transpose(1, 2) if problem.options.layout == "bshd" else out
+
+
+def mask_for_sdpa(problem: Problem) -> tuple[Tensor | None, bool]:
+    """attn_mask and is_causal, which is torch's name for the diagonal 0."""
+    _, _, rows, keys = problem.sizes
+    causal, device = problem.options.causal, problem.q.device
+    given, (left, right) = checked_mask(problem), checked_window(problem.window)
+    if needs_no_mask(problem):
+        return None, causal
+    seen = None
+    # How far after the diagonal a key lies. int64 holds it: the diagonal came as one, and counts up to 2^62.
+    diagonal = problem.diagonal
+    if problem.options.diagonal is not None:
+        diagonal = max(-(2**62), min(diagonal, 2**62))
+    distance = torch.arange(keys, device=device) - diagonal
+    distance = distance[None, :] - torch.arange(rows, device=device)[:, None]
+    if causal or right >= 0:
+        seen = distance <= (0 if causal else right)
+    if left >= 0:
+        seen = distance >= -left if seen is None else seen & (distance >= -left)
+    if given is None or seen is None:
+        return (seen if given is None else given), False
+    if given.dtype == torch.bool:
+        return given & seen, False
+    return given.masked_fill(~seen, -math.inf), False
+
+
+def check_sizes(problem: Problem) -> None:
+    """Of q, k and v, as everywhere; in a traced call those that torch itself would broadcast away."""
+    if not is_traced(problem):
+        _core.check_problem(*problem[:3], problem.options)
+        return
+    batch, heads, _, keys = problem.sizes
+    head, row = (2, 1) if problem.options.layout == "bshd" else (1, 2)
+    for name, x in (("k", problem.k), ("v", problem.v)):
+        if x.dim() != 4 or x.shape[0] != batch:
+            raise ArgumentError(
+                f"{name}: expected 4 dimensions and q's batch size {batch}, got {tuple(x.shape)}"
+            )
+        if x.shape[head] != problem.k.shape[head] or heads % x.shape[head] != 0:
+            raise ArgumentError(
+                f"{name}: expected a number of heads that divides q's {heads}, got {x.shape[head]}"
+            )
+        if x.shape[row] != keys or x.dtype != problem.q.dtype:
+            raise ArgumentError(
+                f"{name}: expected seqlen {keys} and dtype {problem.q.dtype}, got {tuple(x.shape)}, {x.dtype}"
+            )
+    scale = problem.options.scale
+    if scale is not None and not 0 <= scale < math.inf:
+        raise ArgumentError(f"scale: expected a finite number >= 0, got {scale}")
+
+
+def checked_dropout(probability: object) -> None:
+    if (
+        isinstance(probability, bool)
+        or not isinstance(probability, int | float)
+        or not 0.0 <= probability <= 1.0
+    ):
+        raise ArgumentError(f"dropout_p: expected a probability, got {probability!r}")
+
+
+def needs_no_mask(problem: Problem) -> bool:
+    """Whether torch's is_causal says it all. Keys that no row sees need a mask: they may hold NaN."""
+    _, _, rows, keys = problem.sizes
+    if problem.attn_mask is not None or checked_window(problem.window) != (-1, -1):
+        return False
+    return not problem.options.causal or (keys <= rows and problem.diagonal == 0)
+
+
+def checked_mask(problem: Problem) -> Tensor | None:
+    mask = problem.attn_mask
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise ArgumentError(f"attn_mask: expected a torch tensor, got {type(mask).__qualname__}")
+    if mask.device != problem.q.device:
+        raise ArgumentError(
+            f"attn_mask: expected a tensor on q's device {problem.q.device}, got one on {mask.device}"
+        )
+    if mask.dtype not in (torch.bool, problem.q.dtype):
+        raise ArgumentError(
+            f"attn_mask: expected dtype bool or {problem.q.dtype} as in q, got {mask.dtype}"
+        )
+    # Not `have in (1, want)`: Dynamo traces it as False where want is a symbol, whatever that stands for.
+    fits = mask.dim() <= 4 and all(
+        have == 1 or have == want
+        for have, want in zip(reversed(mask.shape), reversed(problem.sizes), strict=False)
+    )
+    if not fits:
+        raise ArgumentError(
+            f"attn_mask: expected a shape that broadcasts to (batch, heads, seqlen_q, seqlen_k) = "
+            f"{problem.sizes}, got {tuple(mask.shape)}"
+        )
+    return mask
+
+
+def memory_of_sdpa(problem: Problem) -> str:
+    batch, heads, rows, keys = problem.sizes
+    item = problem.q.element_size()
+    parts = []
+    if not needs_no_mask(problem):
+        given = problem.attn_mask
+        whole = rows * keys * (1 + item)
+        if given is not None:
+            whole += (
+                2
+                * math.prod(torch.broadcast_shapes(given.shape, (rows, keys)))
+                * given.element_size()
+            )
+        parts.append(f"up to {whole} bytes for masks")
+    scores = 2 * batch * heads * rows * keys * max(item, 4)
+    parts.append(
+        f"up to {scores} bytes for scores and probabilities, unless torch finds a fused kernel"
+        + (" (with dropout_p, on the CPU it has none)" if problem.dropout_p else "")
+    )
+    return "needs " + ", and ".join(parts)

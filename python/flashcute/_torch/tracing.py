@@ -1,0 +1,53 @@
+"""What stands between a call and the memory of its tensors."""
+
+from __future__ import annotations
+
+from .._arrays import differentiates_forward, has_own_dispatch, torch_observers
+from .._call import SDPA
+from .._core import UnsupportedError
+from .framework import Tensor, torch
+from .problem import Problem
+
+
+def is_traced(problem: Problem) -> bool:
+    """Whether the call is recorded as an operator. Raises UnsupportedError for derivatives that the operator
+    does not have: forward-mode ones, and those of torch.func."""
+    if torch.compiler.is_compiling():
+        return True
+    transforms = torch._C._functorch.get_interpreter_stack()
+    kinds = torch._C._functorch.TransformType
+    unpack = torch.autograd.forward_ad.unpack_dual
+    if (transforms and any(t.key() in (kinds.Grad, kinds.Jvp) for t in transforms)) or (
+        differentiates_forward() and any(unpack(x).tangent is not None for x in problem[:3])
+    ):
+        raise UnsupportedError(
+            "flash_attention has no forward-mode derivative and none of torch.func: use requires_grad and "
+            f"backward, or {SDPA}"
+        )
+    return is_observed(*problem[:3])
+
+
+def is_observed(*tensors: Tensor | None) -> bool:
+    """Whether something stands between the tensors and their memory, to which a call must show itself as an operator:
+    a tracer, a dispatch mode, a transform, a tensor class of its own."""
+    if torch.compiler.is_compiling() or any(observes() for observes in torch_observers()):
+        return True
+    for x in tensors:
+        if x is None:
+            continue
+        # is_grads_batched is a vmap of its own, which is on no stack.
+        if torch._C._functorch.is_legacy_batchedtensor(x) or has_own_dispatch(type(x)):
+            return True
+    return False
+
+
+def as_constant(head_dim: int) -> int:
+    """The number behind what torch.compile may hold for a symbol, found by comparisons, on which it can guard."""
+    low, high = 0, 257
+    while low < high:
+        middle = (low + high) // 2
+        if head_dim <= middle:
+            high = middle
+        else:
+            low = middle + 1
+    return low

@@ -1,0 +1,131 @@
+"""What a call would do, and what it did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import _core
+from ._arrays import Array, Torch, library_of, stream_number
+from ._call import (
+    checked_fallback,
+    checked_options,
+    missing_feature,
+    require_arrays,
+    require_kind,
+    require_mutable,
+    require_torch_to_record,
+    require_unrecorded,
+    rows_of_heads,
+    same_bits,
+    unsupported,
+    with_copies,
+)
+from ._core import ArgumentError, Explanation, ForwardConfig, UnsupportedError
+
+
+def explain(
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = False,
+    *,
+    cfg: ForwardConfig | None = None,
+    gradients: bool = False,
+    diagonal: str | int = "end",
+    scale: float | None = None,
+    layout: str = "bshd",
+    return_lse: bool = False,
+    out: Array | None = None,
+    stream: object = None,
+    allow_tf32: bool = False,
+    deterministic: bool | None = None,
+    attn_mask: Array | None = None,
+    dropout_p: float = 0.0,
+    window: tuple[int, int] | None = None,
+    on_unsupported: str | None = None,
+) -> Explanation:
+    """What `flash_attention` (or `forward` with `cfg`) would run for these arguments, and why. Launches nothing.
+
+    cfg: what `forward` would be given.
+    gradients: also tell how `backward` with the default configuration computes gradients. Where torch records them
+        (requires_grad=True), it is told anyway.
+
+    The other arguments are those of `flash_attention`.
+
+    Returns an Explanation: the backend, the configuration, the kernel and where its image comes from; `reasons`, why
+    these were chosen; `rejected`, for every other backend and ahead-of-time configuration the reason why it was not
+    taken; and `notes`, what else the call will do or cost. print() shows it, with what was not taken grouped by reason.
+    `gradients` is None, or a BackwardExplanation: the same of the gradients, with the size of their workspace, and
+    whether all runs give the same bits.
+
+    If no backend can run the call, `backend` is '' and `rejected` says why. If torch's own attention would be called,
+    `backend` is 'torch', and `notes` says how much memory it needs. Raises ArgumentError only for arguments that cannot
+    be described at all: no DLPack, a dtype that no kernel could have, an option that is wrong for any tensors.
+    """
+    options = checked_options(causal, diagonal, scale, layout, stream, allow_tf32, deterministic)
+    options = options._replace(gradients_follow=bool(gradients))
+    missing = missing_feature(attn_mask, dropout_p, window)
+    if cfg is not None and missing:
+        raise ArgumentError(f"cfg: expected None, as only flash_attention takes it: {missing}")
+    require_kind(q=q, k=k, v=v)
+    library = library_of(type(q))
+    fallback = checked_fallback(on_unsupported, library)
+    if isinstance(library, Torch) and cfg is None:
+        from . import _torch
+
+        problem = _torch.Problem(q, k, v, options, attn_mask, dropout_p, window)
+        return _torch.explained(problem, out, return_lse, fallback)
+    arrays = {"q": q, "k": k, "v": v} if out is None else {"q": q, "k": k, "v": v, "out": out}
+    require_arrays(arrays)
+    address = stream_number(stream)
+    options = options._replace(stream=None, deterministic=same_bits(deterministic))
+    found = _core.explain(cfg, q, k, v, out, options)
+    try:
+        if cfg is None:
+            require_torch_to_record(**arrays)
+        else:
+            require_unrecorded(**arrays)
+        if missing:
+            raise UnsupportedError(missing)
+        if out is not None:
+            require_mutable("out", out)
+        if address is not None:
+            library.require_stream(address, list(arrays.values()))
+    except (ArgumentError, UnsupportedError) as error:
+        return unsupported(found, str(error))
+    return with_copies(found, q, v)
+
+
+def count_blocks(
+    cfg: ForwardConfig,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    diagonal: str | int = "end",
+    layout: str = "bshd",
+) -> Any:
+    """Debug mode of `forward`: what each tile of query rows did with the K/V blocks of its sequence.
+
+    Runs the kernel of `cfg` in a variant that counts (on a GPU NVRTC compiles it at the first call).
+
+    Returns an int32 array (batch, heads, tiles, 3) of q's library and device. Its last dimension counts the blocks of
+    cfg.block_n keys that were (0) visited with all elements visible, (1) visited with a test of each element,
+    (2) skipped. A tile is cfg.block_m * cfg.cluster query rows. If one is incomplete, it is the last, on a GPU
+    with kernel='sm90' the first.
+    """
+    if not isinstance(cfg, ForwardConfig):
+        raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
+    require_arrays({"q": q, "k": k, "v": v})
+    require_kind(q=q, k=k, v=v)
+    options = checked_options(causal, diagonal, None, layout)
+    _core.check_problem(q, k, v, options)
+    library = library_of(type(q))
+    batch, heads, rows = rows_of_heads(q, layout)
+    on_cpu = q.__dlpack_device__()[0] == 1  # kDLCPU, where clusters are no option
+    tiles = -(-rows // max(cfg.block_m if on_cpu else cfg.block_m * cfg.cluster, 1))
+    out = library.empty((*q.shape[:-1], v.shape[-1]), q)
+    counts = library.empty((batch, heads, tiles, 3), q, "int32")
+    _core.forward(cfg, q, k, v, out, None, counts, options)
+    return library.finish(counts, q)
