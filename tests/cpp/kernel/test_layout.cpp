@@ -57,207 +57,275 @@ auto tiled_copy() {
       Layout<Shape<_1, Int<shape.vector>>>{});
 }
 
-/// Both layouts are of one shape, as far as kernels look at it, and give equal places.
-template <class Spelled, class Derived>
-void expect_same(Spelled const& spelled, Derived const& derived) {
-  ASSERT_EQ(static_cast<int>(size(spelled)), static_cast<int>(size(derived)));
-  EXPECT_EQ(static_cast<int>(size<0>(spelled)), static_cast<int>(size<0>(derived)));
-  EXPECT_EQ(static_cast<int>(size<1>(spelled)), static_cast<int>(size<1>(derived)));
-  for (int i = 0; i < size(spelled); ++i) ASSERT_EQ(spelled(i), derived(i)) << i;
+/// Where a layout puts the elements of a tile: how many bytes behind the first.
+struct Tile {
+  int rows, columns, bytes;
+  std::vector<int> offsets;  // of column after column
+
+  int at(int row, int column) const { return offsets[static_cast<size_t>(row + rows * column)]; }
+};
+
+template <class Element, class Layout>
+Tile shared_tile(Layout const& layout) {
+  constexpr int bytes = sizeof(Element);
+  Tile tile{size<0>(layout), size<1>(layout), bytes * static_cast<int>(cosize(layout)), {}};
+  for (int i = 0; i < size(layout); ++i) tile.offsets.push_back(bytes * layout(i));
+  return tile;
 }
 
-/// The worst number of passes over all accesses that the warps make to `tile`: in each access, `group`
-/// consecutive threads each touch `width` bytes at the start of their part of the tile.
-template <class TiledCopy, class Tile>
-int worst_passes(TiledCopy const& copy, Tile const& tile, int threads, int group, int width, bool source) {
-  auto const* const base = raw_pointer_cast(tile.data());
-  auto const parts = [&](int thread) {
-    auto const slice = copy.get_thread_slice(thread);
-    std::vector<int> addresses;
-    auto const collect = [&](auto const& part) {  // (COPY, COPY_rows, COPY_columns)
-      for (int j = 0; j < size<2>(part); ++j)
-        for (int i = 0; i < size<1>(part); ++i)
-          addresses.push_back(static_cast<int>(&part(0, i, j) - base) * static_cast<int>(sizeof(*base)));
-    };
-    if (source) {
-      collect(slice.partition_S(tile));
-    } else {
-      collect(slice.partition_D(tile));
-    }
-    return addresses;
-  };
-  int worst = 0;
-  for (int first = 0; first < threads; first += group) {
-    std::vector<std::vector<int>> of_thread;
-    for (int t = first; t < first + group; ++t) of_thread.push_back(parts(t));
-    for (size_t access = 0; access < of_thread[0].size(); ++access) {
-      std::vector<int> addresses;
-      for (auto const& a : of_thread) addresses.push_back(a[access]);
-      worst = std::max(worst, passes(addresses, width));
-    }
-  }
-  return worst;
+template <class Smem>
+Tile shared_tile() {
+  return shared_tile<typename Smem::Element>(typename Smem::Layout{});
 }
+
+/// Each element of a tile has a place of its own, and the tile is exactly as large as it must be.
+void expect_bijective(Tile const& tile, int element_bytes) {
+  EXPECT_EQ(tile.bytes, tile.rows * tile.columns * element_bytes);
+  EXPECT_EQ(std::set<int>(tile.offsets.begin(), tile.offsets.end()).size(), tile.offsets.size());
+}
+
+/// Byte offsets in a tile, of every access that a thread or lane makes to it; of every thread.
+struct Accesses {
+  std::vector<std::vector<int>> of_thread;
+
+  /// Begins the next thread's.
+  void next_thread() { of_thread.emplace_back(); }
+
+  /// Adds one of this thread's. (Not in the templates that call it, where g++ would compile the expectation anew.)
+  void add(int offset, int of_layout) {
+    EXPECT_EQ(offset, of_layout) << "access " << of_thread.back().size() << " of thread " << of_thread.size() - 1;
+    of_thread.back().push_back(offset);
+  }
+
+  /// Every `width` bytes of a tile are accessed once.
+  void expect_whole(Tile const& tile, int width) const {
+    std::set<int> offsets;
+    size_t count = 0;
+    for (auto const& own : of_thread) offsets.insert(own.begin(), own.end()), count += own.size();
+    EXPECT_EQ(count * static_cast<size_t>(width), static_cast<size_t>(tile.bytes));
+    EXPECT_EQ(offsets.size(), count);
+  }
+
+  /// The worst number of passes over all accesses: in each, `group` consecutive threads touch `width` bytes each.
+  int worst_passes(size_t group, int width) const {
+    int worst = 0;
+    for (size_t first = 0; first < of_thread.size(); first += group) {
+      for (size_t access = 0; access < of_thread[first].size(); ++access) {
+        std::vector<int> addresses;
+        for (size_t t = first; t < first + group; ++t) addresses.push_back(of_thread[t][access]);
+        worst = std::max(worst, passes(addresses, width));
+      }
+    }
+    return worst;
+  }
+};
+
+/// A fragment's layout as numbers: the sizes of the modes that kernels look at, and each element's place.
+template <class Layout>
+std::vector<int> numbers_of(Layout const& layout) {
+  std::vector<int> numbers{size<0>(layout), size<1>(layout), size<2>(layout)};
+  for (int i = 0; i < size(layout); ++i) numbers.push_back(layout(i));
+  return numbers;
+}
+
+/// Row and column of each element of a tensor of coordinates.
+template <class Tensor>
+std::vector<int> coordinates_of(Tensor const& tensor) {
+  std::vector<int> coordinates;
+  for (int i = 0; i < size(tensor); ++i) {
+    auto const at = tensor(i);
+    coordinates.insert(coordinates.end(), {static_cast<int>(get<0>(at)), static_cast<int>(get<1>(at))});
+  }
+  return coordinates;
+}
+
+/// What tiles lie in. Nothing is stored there.
+alignas(1024) char memory[1 << 17];
+
+int offset_of(void const* place) { return static_cast<int>(static_cast<char const*>(place) - memory); }
 
 template <ForwardConfig C>
 struct Layouts {
   using L = TileLayout<tile_of(C)>;
   using Element = typename L::Element;
+  static constexpr int element_bytes = sizeof(Element);
+  static_assert(smem_bytes(C) <= sizeof(memory));
 
-  struct alignas(1024) Unit {
-    Element elements[1024 / sizeof(Element)];
-  };
-  std::vector<Unit> memory = std::vector<Unit>(ceil_div<size_t>(smem_bytes(C), sizeof(Unit)));
+  static Element* first() { return reinterpret_cast<Element*>(memory); }
 
-  template <class Layout>
-  auto tile(Layout const& layout) {
-    return make_tensor(make_smem_ptr(memory[0].elements), layout);
-  }
+  // The accesses to a tile. Every address must be the one that the layout gives, and together they make the tile.
 
-  /// The worst number of passes over all ldmatrix of a tile, whose lanes take the rows and halves of a piece as
-  /// `row_of` and `half_of` say. Every address must be the one that the layout gives.
-  template <class Smem, class RowOf, class HalfOf>
-  int ldmatrix_passes(RowOf const& row_of, HalfOf const& half_of) {
-    auto const s = tile(typename Smem::Layout{});
-    int worst = 0;
-    for (int row = 0; row < size<0>(s); row += 16) {
-      for (int column = 0; column < size<1>(s); column += 2 * Smem::unit) {
-        std::vector<int> addresses;
-        for (int lane = 0; lane < 32; ++lane) {
-          Pieces<Smem> const pieces{raw_pointer_cast(s.data()), row_of(lane), half_of(lane)};
-          SharedAddress const at = pieces.at(row, column / (2 * Smem::unit));
-          EXPECT_EQ(at, shared_address(&s(row + row_of(lane), column + half_of(lane) * Smem::unit)));
-          addresses.push_back(static_cast<int>(at - shared_address(raw_pointer_cast(s.data()))));
-          if (lane % 8 == 7) {
-            worst = std::max(worst, passes(addresses, 16));
-            addresses.clear();
-          }
+  /// All ldmatrix, whose lanes take the rows and halves of a piece as `row_of` and `half_of` say.
+  template <class Smem>
+  static Accesses ldmatrices(Tile const& tile, int (*row_of)(int lane), int (*half_of)(int lane)) {
+    Accesses accesses;
+    for (int lane = 0; lane < 32; ++lane) {
+      accesses.next_thread();
+      int const row = row_of(lane), half = half_of(lane);
+      Pieces<Smem> const pieces{memory, row, half};
+      for (int down = 0; down < tile.rows; down += 16) {
+        for (int across = 0; across < tile.columns; across += 2 * Smem::unit) {
+          accesses.add(static_cast<int>(pieces.at(down, across / (2 * Smem::unit)) - shared_address(memory)),
+                       tile.at(down + row, across + half * Smem::unit));
         }
       }
     }
-    return worst;
+    accesses.expect_whole(tile, 16);
+    return accesses;
   }
 
-  /// Each element of a tile has a place of its own, and the tile is exactly as large as it must be.
-  template <class Layout>
-  void expect_bijective(Layout const& layout) {
-    std::set<int> places;
-    for (int i = 0; i < size(layout); ++i) places.insert(static_cast<int>(layout(i)));
-    EXPECT_EQ(static_cast<int>(places.size()), static_cast<int>(size(layout)));
-    EXPECT_EQ(static_cast<int>(cosize(layout)), static_cast<int>(size(layout)));
-  }
-
-  /// The fragments of a product of Rows x Depth with Columns x Depth, whose columns WarpsN warps share.
-  template <class Rows, class Columns, class Depth, int WarpsN>
-  void expect_derived_fragments() {
-    TiledMma<C, WarpsN> const mma;
-    auto const any = [](auto shape) { return make_tensor(static_cast<typename L::Operand*>(nullptr), shape); };
-    auto const slice = mma.get_thread_slice(0);
-    expect_same(typename L::template FragmentA<Rows, Depth, WarpsN>{},
-                slice.partition_fragment_A(any(Shape<Rows, Depth>{})).layout());
-    expect_same(typename L::template FragmentB<Columns, Depth, WarpsN>{},
-                slice.partition_fragment_B(any(Shape<Columns, Depth>{})).layout());
-    expect_same(typename L::template FragmentC<Rows, Columns, WarpsN>{},
-                partition_fragment_C(mma, Shape<Rows, Columns>{}).layout());
-    for (int thread = 0; thread < 32 * C.num_warps; ++thread) {
-      auto const spelled = L::template coordinates<Rows, Columns, WarpsN>(thread);
-      auto const derived = mma.get_thread_slice(thread).partition_C(make_identity_tensor(Shape<Rows, Columns>{}));
-      ASSERT_EQ(static_cast<int>(size(spelled)), static_cast<int>(size(derived)));
-      for (int i = 0; i < size(spelled); ++i) {
-        ASSERT_EQ(static_cast<int>(get<0>(spelled(i))), static_cast<int>(get<0>(derived(i)))) << thread << ", " << i;
-        ASSERT_EQ(static_cast<int>(get<1>(spelled(i))), static_cast<int>(get<1>(derived(i)))) << thread << ", " << i;
+  /// What the threads copy to or from the tile.
+  template <class Smem>
+  static Accesses copies(Tile const& tile) {
+    constexpr CopyShape shape = Smem::shape;
+    Accesses accesses;
+    for (int thread = 0; thread < num_threads(C); ++thread) {
+      accesses.next_thread();
+      auto const part = TileCopy<tile_of(C), Smem>::part(first(), thread);  // (COPY, COPY_rows, COPY_columns)
+      int const row = thread / shape.threads_per_row, column = thread % shape.threads_per_row * shape.vector;
+      for (int j = 0; j < size<2>(part); ++j) {
+        for (int i = 0; i < size<1>(part); ++i) {
+          accesses.add(offset_of(&part(0, i, j)),
+                       tile.at(row + i * shape.rows_per_pass, column + j * shape.threads_per_row * shape.vector));
+        }
       }
     }
+    accesses.expect_whole(tile, C.copy_bytes);
+    return accesses;
   }
 
-  /// Where threads copy to a tile, and where they store fragments whose columns WarpsN warps share.
-  template <class Smem, int WarpsN>
-  void expect_derived_places() {
-    expect_same(typename Smem::Layout{}, TiledSmem<Smem>{});
-    auto const s = tile(typename Smem::Layout{});
-    Element* const first = raw_pointer_cast(s.data());
+  /// Where the threads store fragments whose columns WarpsN warps share: two columns at a time.
+  template <class Smem, int WarpsN = 1>
+  static Accesses stores(Tile const& tile) {
+    Accesses accesses;
     for (int thread = 0; thread < num_threads(C); ++thread) {
-      auto const spelled = TileCopy<tile_of(C), Smem>::part(first, thread);
-      auto const derived = tiled_copy<Smem>().get_thread_slice(thread).partition_D(s);
-      ASSERT_EQ(static_cast<int>(size<1>(spelled)), static_cast<int>(size<1>(derived)));
-      ASSERT_EQ(static_cast<int>(size<2>(spelled)), static_cast<int>(size<2>(derived)));
-      for (int j = 0; j < size<2>(spelled); ++j)
-        for (int i = 0; i < size<1>(spelled); ++i) ASSERT_EQ(&spelled(0, i, j), &derived(0, i, j)) << thread;
-
-      auto const c = by_row_and_column(
-          L::template coordinates<typename Smem::TileRows, typename Smem::TileColumns, WarpsN>(thread));
-      Places<Smem> const places{first, get<0>(c(0, 0)), get<1>(c(0, 0))};
-      for (int j = 0; j < size<1>(c); j += 2)
-        for (int i = 0; i < size<0>(c); ++i)
-          ASSERT_EQ(places.at(L::template row_distance<WarpsN>(i), L::template column_distance<WarpsN>(j)),
-                    &s(get<0>(c(i, j)), get<1>(c(i, j))))
-              << thread << ", " << i << ", " << j;
+      accesses.next_thread();
+      auto const coordinate = L::template first_coordinate<WarpsN>(thread);
+      int const row = get<0>(coordinate), column = get<1>(coordinate);
+      Places<Smem> const places{first(), row, column};
+      for (int j = 0; j < tile.columns / (4 * WarpsN); j += 2) {
+        for (int i = 0; i < WarpsN * L::rows_per_thread; ++i) {
+          int const down = L::template row_distance<WarpsN>(i), across = L::template column_distance<WarpsN>(j);
+          accesses.add(offset_of(places.at(down, across)), tile.at(row + down, column + across));
+        }
+      }
     }
+    accesses.expect_whole(tile, 2 * element_bytes);
+    return accesses;
   }
 
-  template <int WarpsN = 1>
-  void check_against_cute() {
-    expect_derived_fragments<typename L::BlockM, typename L::BlockN, typename L::HeadDim, WarpsN>();
-    expect_derived_fragments<typename L::BlockM, typename L::HeadDimV, typename L::BlockN, WarpsN>();
-    expect_derived_places<typename L::SmemQ, WarpsN>();
-    expect_derived_places<typename L::SmemO, WarpsN>();
-    expect_derived_places<typename L::template Smem<typename L::BlockM, typename L::BlockN>, WarpsN>();
-  }
-
-  void check() {
-    constexpr int threads = num_threads(C);
-    TiledMma<C> const mma;
-    expect_bijective(typename L::SmemQ::Layout{});
-    expect_bijective(typename L::SmemK::Layout{});
-    expect_bijective(typename L::SmemV::Layout{});
-    expect_bijective(typename L::SmemO::Layout{});
-    for (int thread : {0, 7, threads - 1}) {
+  /// Elements of a fragment by row and column are where the kernels take them to be.
+  static void check_distances() {
+    for (int thread : {0, 7, num_threads(C) - 1}) {
       auto const c = by_row_and_column(
           L::template coordinates<typename L::BlockM, typename L::BlockN>(thread));  // -> (row, column)
       for (int i = 0; i < size<0>(c); ++i) EXPECT_EQ(get<0>(c(i, 0)) - get<0>(c(0, 0)), L::row_distance(i));
       for (int j = 0; j < size<1>(c); ++j) EXPECT_EQ(get<1>(c(0, j)) - get<1>(c(0, 0)), L::column_distance(j));
     }
+  }
 
-    auto const sQ = tile(typename L::SmemQ::Layout{});
-    auto const sK = tile(typename L::SmemK::Layout{});
-    auto const sV = tile(typename L::SmemV::Layout{});
-    auto const sO = tile(typename L::SmemO::Layout{});
+  static void check_accesses() {
+    Tile const q = shared_tile<typename L::SmemQ>(), k = shared_tile<typename L::SmemK>();
+    Tile const v = shared_tile<typename L::SmemV>(), o = shared_tile<typename L::SmemO>();
+    for (Tile const* tile : {&q, &k, &v, &o}) expect_bijective(*tile, element_bytes);
+
     auto const low_row = [](int lane) { return lane % 16; };
     auto const high_half = [](int lane) { return lane / 16; };
     auto const low_half = [](int lane) { return lane / 8 % 2; };
     auto const split_row = [](int lane) { return lane / 16 * 8 + lane % 8; };
-    using Pair = uint_bit_t<16 * sizeof(Element)>;
-    auto const store_o = make_tiled_copy_C(Copy_Atom<UniversalCopy<Pair>, Element>{}, mma);
     // ldmatrix and the copies of 16 bytes work in groups of 8 threads, those of 8 bytes in groups of 16; a 4-byte
     // store is one access of a warp. The rows that eight threads of an ldmatrix read lie in as many banks as a
     // chunk has units.
     int const group = 32 * 4 / C.copy_bytes;
-    int const fragment_store = 2 * static_cast<int>(sizeof(Element));
-    auto const conflicts = [](auto const& smem) { return smem.shape.chunk / smem.unit; };
-    int const of_qk = conflicts(typename L::SmemQ{}), of_v = conflicts(typename L::SmemV{});
+    int const fragment_store = 2 * element_bytes;
+    int const of_qk = L::SmemQ::shape.chunk / L::SmemQ::unit, of_v = L::SmemV::shape.chunk / L::SmemV::unit;
     // An 8-byte store of a half warp takes two units of four rows, which the swizzle exchanges in pairs.
     int const of_store = fragment_store == 8 ? 2 : 1;
+    auto const copy_passes = [&](Accesses const& copies) { return copies.worst_passes(group, C.copy_bytes); };
     struct Access {
       char const* what;
       int passes, unswizzled, swizzled = 1;
     };
     Access const accesses[] = {
-        {"ldmatrix of Q", ldmatrix_passes<typename L::SmemQ>(low_row, high_half), of_qk},
-        {"ldmatrix of K", ldmatrix_passes<typename L::SmemK>(split_row, low_half), of_qk},
-        {"ldmatrix of V", ldmatrix_passes<typename L::SmemV>(low_row, high_half), of_v},
-        {"copy of Q", worst_passes(tiled_copy<typename L::SmemQ>(), sQ, threads, group, C.copy_bytes, false), 1},
-        {"copy of K", worst_passes(tiled_copy<typename L::SmemK>(), sK, threads, group, C.copy_bytes, false), 1},
-        {"copy of V", worst_passes(tiled_copy<typename L::SmemV>(), sV, threads, group, C.copy_bytes, false), 1},
-        {"store of O fragments", worst_passes(store_o, sO, threads, 32 * 4 / fragment_store, fragment_store, false),
+        {"ldmatrix of Q", ldmatrices<typename L::SmemQ>(q, low_row, high_half).worst_passes(8, 16), of_qk},
+        {"ldmatrix of K", ldmatrices<typename L::SmemK>(k, split_row, low_half).worst_passes(8, 16), of_qk},
+        {"ldmatrix of V", ldmatrices<typename L::SmemV>(v, low_row, high_half).worst_passes(8, 16), of_v},
+        {"copy of Q", copy_passes(copies<typename L::SmemQ>(q)), 1},
+        {"copy of K", copy_passes(copies<typename L::SmemK>(k)), 1},
+        {"copy of V", copy_passes(copies<typename L::SmemV>(v)), 1},
+        {"store of O fragments", stores<typename L::SmemO>(o).worst_passes(32 * 4 / fragment_store, fragment_store),
          of_v / (fragment_store / 4), of_store},
-        {"load of the O tile", worst_passes(tiled_copy<typename L::SmemO>(), sO, threads, group, C.copy_bytes, true),
-         1},
+        {"load of the O tile", copy_passes(copies<typename L::SmemO>(o)), 1},
     };
     for (auto const& access : accesses) {
       // Without the swizzle the conflicts must be there, or this test could not see them.
       EXPECT_EQ(access.passes, C.swizzled ? access.swizzled : access.unswizzled)
           << access.what << " of " << name(C).text;
     }
+  }
+
+  /// Every tile that fragments whose columns WarpsN warps share are stored to.
+  template <int WarpsN>
+  static void check_shared_stores() {
+    using SmemS = typename L::template Smem<typename L::BlockM, typename L::BlockN>;
+    stores<typename L::SmemQ, WarpsN>(shared_tile<typename L::SmemQ>());
+    stores<SmemS, WarpsN>(shared_tile<SmemS>());
+  }
+
+  /// The operands' fragments of a product of Rows x Depth with Columns x Depth, whose columns WarpsN warps share.
+  template <int Rows, int Columns, int Depth, int WarpsN>
+  static void compare_operands() {
+    auto const slice = TiledMma<C, WarpsN>{}.get_thread_slice(0);
+    auto const tensor = [](auto rows, auto columns) {
+      return make_tensor(static_cast<typename L::Operand*>(nullptr), make_shape(rows, columns));
+    };
+    EXPECT_EQ(numbers_of(typename L::template FragmentA<Int<Rows>, Int<Depth>, WarpsN>{}),
+              numbers_of(slice.partition_fragment_A(tensor(Int<Rows>{}, Int<Depth>{})).layout()));
+    EXPECT_EQ(numbers_of(typename L::template FragmentB<Int<Columns>, Int<Depth>, WarpsN>{}),
+              numbers_of(slice.partition_fragment_B(tensor(Int<Columns>{}, Int<Depth>{})).layout()));
+  }
+
+  /// The accumulator's fragment, which CuTe makes compact, and its coordinates.
+  template <int Rows, int Columns, int WarpsN>
+  static void compare_accumulator() {
+    for (int thread = 0; thread < num_threads(C); ++thread) {
+      auto const derived = TiledMma<C, WarpsN>{}.get_thread_slice(thread).partition_C(
+          make_identity_tensor(Shape<Int<Rows>, Int<Columns>>{}));
+      EXPECT_EQ(coordinates_of(L::template coordinates<Int<Rows>, Int<Columns>, WarpsN>(thread)),
+                coordinates_of(derived))
+          << thread;
+      if (thread == 0) {
+        EXPECT_EQ(numbers_of(typename L::template FragmentC<Int<Rows>, Int<Columns>, WarpsN>{}),
+                  numbers_of(make_layout(derived.shape())));
+      }
+    }
+  }
+
+  /// The layout of a tile.
+  template <int Rows, int Columns>
+  static void compare_tile() {
+    using Smem = typename L::template Smem<Int<Rows>, Int<Columns>>;
+    EXPECT_EQ(shared_tile<Smem>().offsets, shared_tile<Element>(TiledSmem<Smem>{}).offsets) << Rows << " x " << Columns;
+  }
+
+  /// What the threads copy to a tile, row and column of which the layout turns into places.
+  template <int Rows, int Columns>
+  static void compare_copy() {
+    using Smem = typename L::template Smem<Int<Rows>, Int<Columns>>;
+    Tile const tile = shared_tile<Smem>();
+    Accesses derived;
+    for (int thread = 0; thread < num_threads(C); ++thread) {
+      auto const part = tiled_copy<Smem>().get_thread_slice(thread).partition_D(
+          make_identity_tensor(Shape<Int<Rows>, Int<Columns>>{}));
+      derived.next_thread();
+      for (int j = 0; j < size<2>(part); ++j) {
+        for (int i = 0; i < size<1>(part); ++i) {
+          auto const at = part(0, i, j);
+          derived.of_thread.back().push_back(tile.at(get<0>(at), get<1>(at)));
+        }
+      }
+    }
+    EXPECT_EQ(copies<Smem>(tile).of_thread, derived.of_thread) << Rows << " x " << Columns;
   }
 };
 
@@ -268,8 +336,9 @@ void check_both() {
     c.swizzled = false;
     return c;
   }();
-  Layouts<C>{}.check();
-  Layouts<unswizzled>{}.check();
+  Layouts<C>::check_distances();
+  Layouts<C>::check_accesses();
+  Layouts<unswizzled>::check_accesses();
 }
 
 // Guards against bank conflicts, which cost time and nothing else, so that no other test sees them.
@@ -294,23 +363,48 @@ TEST(Layout, OtherElementsAndCopies) {
   check_both<ForwardConfig{.head_dim = 64, .block_n = 64, .copy_bytes = 8}>();
 }
 
-// Guards against a spelled layout that is not the one that the instruction or the copy means: the kernel would compute
-// with other elements.
-TEST(Layout, WhatIsSpelledIsWhatCuteDerives) {
-  Layouts<ForwardConfig{.head_dim = 64, .block_n = 128}>{}.check_against_cute();
-  Layouts<ForwardConfig{.head_dim = 128, .block_m = 64, .swizzled = false}>{}.check_against_cute<2>();
-  Layouts<ForwardConfig{.head_dim = 256, .block_m = 64, .num_warps = 8}>{}.check_against_cute<4>();
-  Layouts<ForwardConfig{.head_dim = 96, .head_dim_v = 32, .block_m = 64}>{}.check_against_cute();
-  Layouts<ForwardConfig{.dtype = DType::float32, .head_dim = 64, .block_n = 32}>{}.check_against_cute<2>();
+// Guards against fragments of warps that share columns being stored where other elements belong.
+TEST(Layout, SharedColumnsAreStoredInTheirPlaces) {
+  Layouts<ForwardConfig{.head_dim = 128, .block_m = 64, .swizzled = false}>::check_shared_stores<2>();
+  Layouts<ForwardConfig{.head_dim = 256, .block_m = 64, .num_warps = 8}>::check_shared_stores<4>();
+  Layouts<ForwardConfig{.dtype = DType::float32, .head_dim = 64, .block_n = 32}>::check_shared_stores<2>();
 }
 
-// Passes of copies that are narrower than a row of 8 threads are swizzled differently.
-TEST(Layout, NarrowCopiesAreWhatCuteDerives) {
-  Layouts<ForwardConfig{.head_dim = 64, .block_n = 64, .copy_bytes = 8}>{}.check_against_cute();
-  Layouts<ForwardConfig{.head_dim = 64, .block_n = 64, .copy_bytes = 4}>{}.check_against_cute();
-  Layouts<ForwardConfig{.head_dim = 96, .block_n = 64, .copy_bytes = 2, .async_copy = false}>{}.check_against_cute();
-  Layouts<ForwardConfig{.dtype = DType::float32, .head_dim = 48, .block_n = 32, .copy_bytes = 4}>{}
-      .check_against_cute();
+// What CuTe derives takes long to compile, so each of the following lists has a case of each kind and no more.
+// All three guard against a spelled layout that is not the one that the instruction or the copy means: the kernel would
+// compute with other elements.
+
+// What a fragment depends on: how many warps share the columns and how many the rows and, of operands only, how deep an
+// instruction multiplies (16 of the 16-bit types, 8 of TF32).
+TEST(Layout, FragmentsAreWhatCuteDerives) {
+  Layouts<ForwardConfig{.num_warps = 8}>::compare_operands<64, 256, 128, 4>();
+  Layouts<ForwardConfig{.dtype = DType::float32}>::compare_operands<128, 32, 64, 1>();
+  Layouts<ForwardConfig{}>::compare_accumulator<128, 96, 1>();
+  Layouts<ForwardConfig{.dtype = DType::float32}>::compare_accumulator<64, 128, 2>();
+  Layouts<ForwardConfig{.num_warps = 8}>::compare_accumulator<64, 256, 4>();
+}
+
+// What a tile depends on: the elements' width, the width of a chunk's rows (128, 64, 32 bytes), one chunk or several,
+// and the swizzle.
+TEST(Layout, TilesAreWhatCuteDerives) {
+  Layouts<ForwardConfig{}>::compare_tile<128, 128>();
+  Layouts<ForwardConfig{}>::compare_tile<32, 64>();
+  Layouts<ForwardConfig{}>::compare_tile<64, 96>();
+  Layouts<ForwardConfig{}>::compare_tile<64, 48>();
+  Layouts<ForwardConfig{.swizzled = false}>::compare_tile<64, 128>();
+  Layouts<ForwardConfig{.dtype = DType::float32}>::compare_tile<128, 64>();
+  Layouts<ForwardConfig{.dtype = DType::float32}>::compare_tile<64, 48>();
+}
+
+// What a copy depends on: how many threads a row of a chunk takes, whether they need several passes for it, and how
+// many rows all threads copy at once. (That a row and column are where the layout says, is checked for all copies
+// above.)
+TEST(Layout, CopiesAreWhatCuteDerives) {
+  Layouts<ForwardConfig{}>::compare_copy<128, 128>();                                         // 8 threads, 16 rows
+  Layouts<ForwardConfig{.num_warps = 8}>::compare_copy<64, 96>();                             // 4, 64 rows
+  Layouts<ForwardConfig{.copy_bytes = 4}>::compare_copy<64, 128>();                           // 32, 4 rows
+  Layouts<ForwardConfig{.copy_bytes = 2, .async_copy = false}>::compare_copy<128, 128>();     // 32, two passes
+  Layouts<ForwardConfig{.dtype = DType::float32, .copy_bytes = 4}>::compare_copy<128, 48>();  // 16, wider elements
 }
 
 }  // namespace
