@@ -9,7 +9,7 @@
 namespace flashcute {
 
 /// How to compute: the options a user may choose. Each is static, so each can be switched and measured.
-/// The first five, without num_warps, are all that the CPU reads.
+/// The first five are all that the CPU reads.
 struct ForwardConfig {
   using Pass = SinglePass;
 

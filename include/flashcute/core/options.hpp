@@ -1,4 +1,4 @@
-// The options of a configuration as data. Each configuration has one table, for_each_option; names, hashes, generated
+// The options of a configuration as data. Each configuration has one table, for_each_member; names, hashes, generated
 // source, Python's class and the rule about options of another kernel are written once from it.
 #pragma once
 
