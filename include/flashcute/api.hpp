@@ -31,7 +31,7 @@ std::string to_string(Device device);  // "cpu", "cuda:0"
 /// Memory that somebody else owns, seen as a tensor. Strides count elements.
 struct TensorView {
   void* data = nullptr;
-  DType dtype = DType::float32;
+  ElementType dtype = ElementType::float32;
   Device device;
   int rank = 0;
   std::array<int64_t, 4> shape{};

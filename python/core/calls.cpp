@@ -140,7 +140,7 @@ BackwardConfig call_backward_config_for(nb::handle q, nb::handle k, nb::handle v
 Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, nb::handle out,
                          PythonOptions const& given) {
   Tensor const tq("q", q, nb::none()), tk("k", k, nb::none()), tv("v", v, nb::none());
-  if (tq.view().dtype == DType::int32) {
+  if (tq.view().dtype == ElementType::int32) {
     throw ArgumentError("q", "dtype float16, bfloat16, float32 or float64", "int32");
   }
   std::optional<Tensor> to;

@@ -130,12 +130,12 @@ std::string message_of(nb::python_error const& error) {
   return nb::cast<std::string>(error.type().attr("__name__")) + ": " + text.substr(0, text.find('\n'));
 }
 
-DType dtype_of(char const* argument, nb::dlpack::dtype const& t) {
-  if (t.lanes == 1 && t.code == code_float && t.bits == 16) return DType::float16;
-  if (t.lanes == 1 && t.code == code_bfloat && t.bits == 16) return DType::bfloat16;
-  if (t.lanes == 1 && t.code == code_float && t.bits == 32) return DType::float32;
-  if (t.lanes == 1 && t.code == code_float && t.bits == 64) return DType::float64;
-  if (t.lanes == 1 && t.code == code_int && t.bits == 32) return DType::int32;
+ElementType dtype_of(char const* argument, nb::dlpack::dtype const& t) {
+  if (t.lanes == 1 && t.code == code_float && t.bits == 16) return ElementType::float16;
+  if (t.lanes == 1 && t.code == code_bfloat && t.bits == 16) return ElementType::bfloat16;
+  if (t.lanes == 1 && t.code == code_float && t.bits == 32) return ElementType::float32;
+  if (t.lanes == 1 && t.code == code_float && t.bits == 64) return ElementType::float64;
+  if (t.lanes == 1 && t.code == code_int && t.bits == 32) return ElementType::int32;
   static constexpr char const* kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
   std::string const kind = t.code < std::size(kinds) ? kinds[t.code] : "code " + std::to_string(t.code) + ", bits ";
   throw ArgumentError(argument, "dtype float16, bfloat16, float32 or float64", kind + std::to_string(t.bits));
@@ -154,7 +154,7 @@ Device device_of(char const* argument, int32_t type, int32_t index) {
 }
 
 TensorView view_of(char const* argument, nb::dlpack::dltensor const& t, bool read_only,
-                   std::optional<DType> const& dtype) {
+                   std::optional<ElementType> const& dtype) {
   TensorView view;
   view.dtype = dtype ? *dtype : dtype_of(argument, t.dtype);
   view.device = device_of(argument, t.device.device_type, t.device.device_id);
@@ -173,7 +173,7 @@ TensorView view_of(char const* argument, nb::dlpack::dltensor const& t, bool rea
 }
 
 /// Of a memoryview, whose format is that of Python's module struct. `dtype`: what the format does not know.
-TensorView view_of(char const* argument, Py_buffer const& buffer, std::optional<DType> const& dtype) {
+TensorView view_of(char const* argument, Py_buffer const& buffer, std::optional<ElementType> const& dtype) {
   std::string_view format = buffer.format;
   bool const big_endian = format.starts_with('>') || format.starts_with('!');
   if (format.starts_with('<') ? std::endian::native != std::endian::little
@@ -185,13 +185,13 @@ TensorView view_of(char const* argument, Py_buffer const& buffer, std::optional<
   if (dtype) {
     view.dtype = *dtype;
   } else if (format == "e") {
-    view.dtype = DType::float16;
+    view.dtype = ElementType::float16;
   } else if (format == "f") {
-    view.dtype = DType::float32;
+    view.dtype = ElementType::float32;
   } else if (format == "d") {
-    view.dtype = DType::float64;
+    view.dtype = ElementType::float64;
   } else if (format == "i") {
-    view.dtype = DType::int32;
+    view.dtype = ElementType::int32;
   } else {
     throw ArgumentError(argument, "dtype float16, bfloat16, float32 or float64",
                         "elements of the buffer format '" + std::string(format) + "'");
@@ -211,10 +211,10 @@ TensorView view_of(char const* argument, Py_buffer const& buffer, std::optional<
   return view;
 }
 
-std::optional<DType> named_dtype(nb::handle name) {
+std::optional<ElementType> named_dtype(nb::handle name) {
   if (name.is_none()) return std::nullopt;
   std::string const text = nb::cast<std::string>(name);
-  if (text == "bfloat16") return DType::bfloat16;
+  if (text == "bfloat16") return ElementType::bfloat16;
   throw ArgumentError("dtype", "bfloat16", text);
 }
 

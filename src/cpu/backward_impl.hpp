@@ -296,7 +296,6 @@ BackwardTileFunction backward_tile(DType dtype, BackwardPass pass) {
     case DType::bfloat16: return backward_tile_of<DType::bfloat16>(pass);
     case DType::float32: return backward_tile_of<DType::float32>(pass);
     case DType::float64: return backward_tile_of<DType::float64>(pass);
-    case DType::int32: break;
   }
   return nullptr;
 }

@@ -230,7 +230,6 @@ ForwardTileFunction forward_tile(DType dtype) {
     case DType::bfloat16: return ForwardTile<DType::bfloat16>::run;
     case DType::float32: return ForwardTile<DType::float32>::run;
     case DType::float64: return ForwardTile<DType::float64>::run;
-    case DType::int32: break;
   }
   return nullptr;
 }

@@ -81,12 +81,13 @@ ForwardParams checked_params(Operand const& q, Operand const& k, Operand const& 
 }  // namespace
 
 Call checked_call(TensorView const& q, TensorView const& k, TensorView const& v, CallOptions const& options) {
-  require_float("q", q);
+  DType const dtype = require_float("q", q);
   require_same_type("k", k, q);
   require_same_type("v", v, q);
   Call call{.q = operand("q", q, options.layout),
             .k = operand("k", k, options.layout),
             .v = operand("v", v, options.layout),
+            .dtype = dtype,
             .options = options,
             .params = {},
             .device = q.device,

@@ -13,6 +13,7 @@ namespace flashcute {
 
 struct Call {
   Operand q, k, v;
+  DType dtype;  // of all three
   CallOptions options;
   ForwardParams params;  // without outputs
   Device device;
@@ -29,15 +30,14 @@ Call checked_call(TensorView const& q, TensorView const& k, TensorView const& v,
 /// DeviceError if the GPU is too old. `whose` starts the message: "q: " or "".
 void require_kernel(DType dtype, Arch arch, std::string const& whose);
 
-inline void require_kernel(Call const& call) { require_kernel(call.q.view->dtype, call.arch, "q: "); }
+inline void require_kernel(Call const& call) { require_kernel(call.dtype, call.arch, "q: "); }
 
 /// A configuration's dtype must be the tensors', and its compiled head dims must hold theirs.
 template <class Config>
 void require_fits(Config const& config, Call const& call) {
-  DType const dtype = call.q.view->dtype;
-  if (config.dtype != dtype) {
+  if (config.dtype != call.dtype) {
     throw ConfigError(std::string("cfg: dtype ") + name_of(config.dtype) + " does not fit the tensors' " +
-                      name_of(dtype));
+                      name_of(call.dtype));
   }
   check_config(config, call.arch);
   auto const require = [](char const* option, int32_t compiled, int32_t d) {

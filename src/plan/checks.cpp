@@ -134,8 +134,10 @@ int32_t common_alignment(std::span<Operand const> tensors, std::string* misalign
   return alignment;
 }
 
-void require_float(char const* argument, TensorView const& t) {
-  if (t.dtype != DType::int32) return;
+DType require_float(char const* argument, TensorView const& t) {
+  for (auto const& row : EnumTable<DType>::rows) {
+    if (t.dtype == row.value) return row.value;
+  }
   throw ArgumentError(argument, "dtype float16, bfloat16, float32 or float64", name_of(t.dtype));
 }
 
@@ -178,7 +180,7 @@ void require_shape_of_out(char const* argument, TensorView const& t, TensorView 
   throw ArgumentError(argument, "shape " + shape_text(expected) + " as q, with v's head_dim", shape_text(t));
 }
 
-void require_shape(char const* argument, TensorView const& t, DType dtype, Device device,
+void require_shape(char const* argument, TensorView const& t, ElementType dtype, Device device,
                    std::vector<int64_t> const& shape, char const* dimensions, bool contiguous) {
   require_rank(argument, t, static_cast<int>(shape.size()), dimensions);
   if (t.dtype != dtype) throw ArgumentError(argument, std::string("dtype ") + name_of(dtype), name_of(t.dtype));

@@ -44,7 +44,8 @@ std::string bulk_copy_problem(std::span<Operand const> tensors);
 /// becomes the reason why there are fewer, if so.
 int32_t common_alignment(std::span<Operand const> tensors, std::string* misaligned = nullptr);
 
-void require_float(char const* argument, TensorView const& t);
+/// What kernels compute with, of a tensor that has it.
+DType require_float(char const* argument, TensorView const& t);
 void require_head_dim(char const* argument, int64_t d);
 void require_same_type(char const* argument, TensorView const& t, TensorView const& q);
 void require_writable(char const* argument, TensorView const& t);
@@ -52,14 +53,16 @@ void require_no_overlap(char const* argument, TensorView const& t);
 void require_separate(char const* argument, TensorView const& t, char const* other_name, TensorView const& other);
 
 /// `dimensions` are the names of the shape's, "(batch, heads, seqlen_q)".
-void require_shape(char const* argument, TensorView const& t, DType dtype, Device device,
+void require_shape(char const* argument, TensorView const& t, ElementType dtype, Device device,
                    std::vector<int64_t> const& shape, char const* dimensions, bool contiguous);
 
 /// The output, or its gradient: q's shape with v's head_dim.
 void require_shape_of_out(char const* argument, TensorView const& t, TensorView const& q, int64_t head_dim_v);
 
 inline constexpr char lse_dimensions[] = "(batch, heads, seqlen_q)";
-inline DType lse_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
+inline ElementType lse_dtype(DType dtype) {
+  return dtype == DType::float64 ? ElementType::float64 : ElementType::float32;
+}
 
 // ---- configurations ----------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ std::string where_tensors_are(Device device);
 template <class Config, class Plan>
 std::string why_not(Config const& other, Call const& call, Plan const& plan) {
   try {
-    if (other.dtype == call.q.view->dtype) {
+    if (other.dtype == call.dtype) {
       if (auto const broken = check(other, call.arch); broken != decltype(broken){}) return sentence(broken);
     }
     return plan();

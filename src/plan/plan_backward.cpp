@@ -122,7 +122,7 @@ BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch,
 
 BackwardConfig choose_backward_config(Call const& call, std::span<Operand const> copied, std::string* misaligned) {
   require_kernel(call);
-  return default_config_of({.dtype = call.q.view->dtype,
+  return default_config_of({.dtype = call.dtype,
                             .head_dim = call.params.head_dim,
                             .head_dim_v = call.params.head_dim_v,
                             .alignment = call.on_gpu() ? common_alignment(copied, misaligned) : 16,
@@ -149,17 +149,17 @@ BackwardConfig backward_config_for(TensorView const& q, TensorView const& k, Ten
 
 int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, TensorView const& q, TensorView const& v,
                                 CallOptions const& options) {
-  require_float("q", q);
+  DType const dtype = require_float("q", q);
   require_same_type("v", v, q);
   Arch const arch = arch_of(q.device);
-  require_kernel(q.dtype, arch, "q: ");
+  require_kernel(dtype, arch, "q: ");
   Named const nq = operand("q", q, options.layout).dims, nv = operand("v", v, options.layout).dims;
   require_head_dim("q", nq.d);
   require_head_dim("v", nv.d);
   if (arch == cpu_arch) return 0;
   if (config) check_config(*config, arch);
   // Without k and the gradients their alignment is not known. It says how a tile is copied, and never which one.
-  BackwardTensors const t{.dtype = q.dtype,
+  BackwardTensors const t{.dtype = dtype,
                           .head_dim = static_cast<int32_t>(nq.d),
                           .head_dim_v = static_cast<int32_t>(nv.d),
                           .deterministic = options.deterministic};
@@ -187,10 +187,10 @@ BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call cons
 
   Named const& nq = call.q.dims;
   std::vector<int64_t> const rows{nq.batch, nq.head, nq.row};
-  require_shape("lse", t.lse, lse_dtype(q.dtype), q.device, rows, lse_dimensions, true);
+  require_shape("lse", t.lse, lse_dtype(call.dtype), q.device, rows, lse_dimensions, true);
   p.forward.lse = t.lse.data;
   if (t.dlse != nullptr) {
-    require_shape("dlse", *t.dlse, lse_dtype(q.dtype), q.device, rows, lse_dimensions, false);
+    require_shape("dlse", *t.dlse, lse_dtype(call.dtype), q.device, rows, lse_dimensions, false);
     p.dlse = t.dlse->data;
     p.dlse_stride = {.batch = t.dlse->strides[0], .row = t.dlse->strides[2], .head = t.dlse->strides[1]};
   }

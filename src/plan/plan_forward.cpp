@@ -57,7 +57,7 @@ ForwardPlan plan_forward(ForwardConfig const& config, Call const& call, ForwardO
     p.out_stride = out.dims.stride;
   }
   /// A contiguous result beside `out`, in memory of its own.
-  auto const require_result = [&](char const* argument, TensorView const& t, DType dtype,
+  auto const require_result = [&](char const* argument, TensorView const& t, ElementType dtype,
                                   std::vector<int64_t> const& shape, char const* dimensions) {
     require_writable(argument, t);
     require_shape(argument, t, dtype, call.device, shape, dimensions, true);
@@ -70,7 +70,7 @@ ForwardPlan plan_forward(ForwardConfig const& config, Call const& call, ForwardO
   }
   if (TensorView const* const counts = outputs.block_counts; counts != nullptr) {
     require_result(
-        "block_counts", *counts, DType::int32,
+        "block_counts", *counts, ElementType::int32,
         {nq.batch, nq.head, ceil_div<int64_t>(nq.row, call.on_gpu() ? tile_rows(config) : config.block_m), 3},
         "(batch, heads, row blocks, 3)");
     if (outputs.lse != nullptr) require_separate("block_counts", *counts, "lse", *outputs.lse);
@@ -97,7 +97,7 @@ Features features_of(Call const& call, bool count_blocks) {
 }
 
 ForwardTensors forward_tensors(Call const& call, TensorView const* out, std::string* misaligned) {
-  ForwardTensors t{call.q.view->dtype, call.params.head_dim, call.params.head_dim_v};
+  ForwardTensors t{call.dtype, call.params.head_dim, call.params.head_dim_v};
   t.allow_tf32 = call.options.allow_tf32;
   t.heads = call.q.dims.all_heads();
   t.seqlen_q = call.params.seqlen_q;

@@ -467,7 +467,6 @@ RULES = {
         (GPU.replace(**{option: d}), "sm_80")
         for option in ("head_dim", "head_dim_v") for d in (0, 8, 72, 272)
     ],
-    "cpu_dtype": [],  # no Python configuration has another; tests/cpp/core/test_config.cpp makes one
     "cpu_head_dim": [
         (GPU.replace(**{option: d}), "cpu")
         for option in ("head_dim", "head_dim_v") for d in (0, -1, 257)

@@ -139,7 +139,6 @@ constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads,
 
 // Every rule: an identifier and the sentence that C++ and Python show.
 #define FLASHCUTE_BACKWARD_CONFIG_RULES(RULE)                                                                        \
-  RULE(dtype, "dtype must be float16, bfloat16, float32 or float64")                                                 \
   RULE(head_dim, "head_dim and head_dim_v must be between 1 and 256")                                                \
   RULE(block_m, "block_m must be a positive multiple of 16, at most 256")                                            \
   RULE(block_n, "block_n must be a positive multiple of 16, at most 256")                                            \
@@ -217,10 +216,9 @@ constexpr BackwardConfigError check_sm80(BackwardConfig const& c, Arch arch) {
   return none;
 }
 
-/// The first rule that `c` breaks on `arch`. The first four are all that the CPU has.
+/// The first rule that `c` breaks on `arch`. The first three are all that the CPU has.
 constexpr BackwardConfigError check(BackwardConfig const& c, Arch arch) {
   using enum BackwardConfigError;
-  if (c.dtype == DType::int32) return dtype;
   int32_t const widths[] = {c.head_dim, c.head_dim_v};
   for (int32_t const d : widths) {
     if (d < 1 || d > 256) return head_dim;

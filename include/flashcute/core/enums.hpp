@@ -65,17 +65,32 @@ constexpr auto with_constant(Enum value, F const& f) {
 
 // ---- the enums -----------------------------------------------------------------------------------
 
+// What kernels compute with.
 #define FLASHCUTE_DTYPES(ROW) \
   ROW(float16, "f16")         \
   ROW(bfloat16, "bf16")       \
   ROW(float32, "f32")         \
-  ROW(float64, "f64")         \
-  ROW(int32, "i32")
+  ROW(float64, "f64")
 FLASHCUTE_ENUM(DType, FLASHCUTE_DTYPES)
 
+// What the elements of a tensor are: these, and int32, with which kernels count. The first rows are the same.
+#define FLASHCUTE_ELEMENT_TYPES(ROW) FLASHCUTE_DTYPES(ROW) ROW(int32, "")
+FLASHCUTE_ENUM(ElementType, FLASHCUTE_ELEMENT_TYPES)
+
+constexpr ElementType element_type(DType t) { return static_cast<ElementType>(t); }
+constexpr bool operator==(ElementType a, DType b) { return a == element_type(b); }
+
+/// Bytes of an element.
 constexpr int32_t size_of(DType t) {
-  return t == DType::float64 ? 8 : t == DType::float32 || t == DType::int32 ? 4 : 2;
+  switch (t) {
+    case DType::float16:
+    case DType::bfloat16: return 2;
+    case DType::float32: return 4;
+    case DType::float64: return 8;
+  }
+  return 0;
 }
+constexpr int32_t size_of(ElementType t) { return t == ElementType::int32 ? 4 : size_of(static_cast<DType>(t)); }
 
 // Which kernels: those that every GPU from compute capability 8.0 on runs (cp.async, ldmatrix, mma.sync), or Hopper's
 // own (copies by TMA, products by WGMMA, specialised warps).

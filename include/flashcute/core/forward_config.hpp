@@ -129,7 +129,6 @@ constexpr int64_t smem_bytes(ForwardConfig const& c) {
 
 // Every rule: an identifier and the sentence that C++, Python and static_assert all show.
 #define FLASHCUTE_FORWARD_CONFIG_RULES(RULE)                                                                           \
-  RULE(cpu_dtype, "dtype must be float16, bfloat16, float32 or float64")                                               \
   RULE(cpu_head_dim, "head_dim and head_dim_v must be between 1 and 256 on the CPU")                                   \
   RULE(cpu_block_m, "block_m must be a positive multiple of 16, at most 256, on the CPU")                              \
   RULE(block_n, "block_n must be a positive multiple of 16, at most 256")                                              \
@@ -235,7 +234,6 @@ constexpr ForwardConfigError check_sm90(ForwardConfig const& c, Arch arch) {
 /// The first rule that `c` breaks on `arch`.
 constexpr ForwardConfigError check(ForwardConfig const& c, Arch arch) {
   using enum ForwardConfigError;
-  if (c.dtype == DType::int32) return cpu_dtype;
   if (c.block_n <= 0 || c.block_n > 256 || c.block_n % 16 != 0) return block_n;
   if (arch == cpu_arch) return check_cpu(c);
   if (!has_only_own_options(c)) return other_kernel;

@@ -51,8 +51,7 @@ inline double get(DType t, void const* p) {
       std::memcpy(&single, &wide, 4);
       return single;
     }
-    case DType::float16:
-    case DType::int32: break;
+    case DType::float16: break;
   }
   std::memcpy(&bits, p, 2);
   double const sign = bits & 0x8000 ? -1 : 1;
@@ -91,7 +90,6 @@ inline void set(DType t, void* p, double x) {
       if (std::signbit(x)) bits |= 0x8000;
       break;
     }
-    case DType::int32: break;
   }
   std::memcpy(p, &bits, 2);
 }
@@ -344,7 +342,6 @@ inline double rounding(DType t) {
     case DType::bfloat16: return 0x1p-8;
     case DType::float32: return 0x1p-24;
     case DType::float64: return 0x1p-53;
-    case DType::int32: break;
   }
   return 0;
 }

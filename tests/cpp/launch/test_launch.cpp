@@ -301,7 +301,7 @@ TEST_F(ExplainCall, SaysWhyHoppersKernelWasChosen) {
 // Guards against reasons of one kernel told of another: float32, tensors that the copy engine cannot read, small grids.
 TEST_F(ExplainCall, SaysWhyTheMmaSyncKernelWasChosen) {
   TensorView f32 = tensor({2, 4096, 16, 64}, hopper);
-  f32.dtype = DType::float32;
+  f32.dtype = ElementType::float32;
   Explanation const exact = explain(std::nullopt, f32, f32, f32);
   EXPECT_NE(
       lines_with("Hopper's kernel takes float16 and bfloat16 only. It multiplies float32 on tensor cores by three",
@@ -420,7 +420,7 @@ TEST_F(ExplainCall, SaysWhyTheGradientsOfThisConfiguration) {
 TEST_F(ExplainCall, SaysWhatKeepsGradientsFromBeingComputed) {
   driver_->arch = 89;
   TensorView f32 = tensor({1, 64, 1, 136});
-  f32.dtype = DType::float32;
+  f32.dtype = ElementType::float32;
   BackwardExplanation const none = gradients_of(f32);
   EXPECT_EQ(none.backend, "");
   EXPECT_EQ(none.config, std::nullopt);
@@ -753,7 +753,7 @@ TEST_F(PlanBackwardOnGpu, WorkspacesAreChecked) {
   };
   refuse([](auto& c) { c.with_workspace = false; },
          {"workspace: expected a contiguous float32 tensor of", needed.c_str(), "backward_workspace_size", "got none"});
-  refuse([](auto& c) { c.workspace.dtype = DType::bfloat16; }, {"workspace", "float32", "bfloat16"});
+  refuse([](auto& c) { c.workspace.dtype = ElementType::bfloat16; }, {"workspace", "float32", "bfloat16"});
   refuse([](auto& c) { c.workspace.device.index = 1; }, {"workspace", "cuda:0", "cuda:1"});
   refuse([](auto& c) { c.workspace.shape[3] = 16639; }, {"workspace", needed.c_str(), "(1, 1, 1, 16639)"});
   refuse([](auto& c) { c.workspace.strides[3] = 2; }, {"workspace", "contiguous", "gaps"});

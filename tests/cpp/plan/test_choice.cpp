@@ -181,7 +181,7 @@ TEST_F(Choice, HoppersImageNeedsNoCompiler) {
 // demand it; a tile for small grids gives the same bits as the usual one.
 TEST_F(Choice, OtherWishesAreGivenUpToo) {
   TensorView f32 = tensor({4, 4096, 16, 64});
-  f32.dtype = DType::float32;
+  f32.dtype = ElementType::float32;
   TensorView const few = tensor({1, 64, 1, 128});
   CallOptions tf32;
   tf32.allow_tf32 = true;

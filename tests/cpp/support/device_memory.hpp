@@ -92,7 +92,7 @@ class DeviceMemory {
 inline TensorView dense_view(void* data, DType dtype, Device device, std::array<int64_t, 4> shape) {
   TensorView t;
   t.data = data;
-  t.dtype = dtype;
+  t.dtype = element_type(dtype);
   t.device = device;
   t.rank = 4;
   t.shape = shape;
