@@ -227,7 +227,7 @@ def read_times(files: list[Path], *, causal: bool) -> dict[str, float]:
     best: dict[str, tuple[int, float]] = {}
     for file in files:
         for line in map(json.loads, file.read_text().splitlines()):
-            # Until the kernel became an option of its own, names said so: of Hopper's one block an SM, math wgmma.
+            # As lines call Hopper's kernel that are older than the option `kernel`.
             line["config"] = (line.get("config") or "").replace("_b1_wgmma", "_sm90")
             if line["config"] and line["causal"] == causal and line.get("tflops"):
                 length = line["seqlen_q"]
