@@ -81,19 +81,8 @@ constexpr bool keys_stay(BackwardPass pass) { return pass == BackwardPass::keys 
 
 /// The tile of a pass. prepare and finish take that of gradients.
 constexpr TileConfig tile_of(BackwardConfig const& c, BackwardPass pass) {
-  return {.dtype = c.dtype,
-          .head_dim = c.head_dim,
-          .head_dim_v = c.head_dim_v,
-          .block_m = pass == BackwardPass::queries ? c.block_m : c.block_n,
-          .block_n = pass == BackwardPass::queries ? c.block_n : c.block_m,
-          .num_warps = c.num_warps,
-          .math = c.math,
-          .stages = c.stages,
-          .copy_bytes = c.copy_bytes,
-          .async_copy = c.async_copy,
-          .swizzled = c.swizzled,
-          .k_tiles_per_load = c.k_tiles_per_load,
-          .mma_double_buffer = c.mma_double_buffer};
+  bool const of_queries = pass == BackwardPass::queries;
+  return tile_with_rows(c, of_queries ? c.block_m : c.block_n, of_queries ? c.block_n : c.block_m);
 }
 
 // ---- resources and rules -------------------------------------------------------------------------

@@ -100,21 +100,7 @@ constexpr int32_t num_threads(ForwardConfig const& c) {
 }
 
 /// The tile of the sm80 kernel.
-constexpr TileConfig tile_of(ForwardConfig const& c) {
-  return {.dtype = c.dtype,
-          .head_dim = c.head_dim,
-          .head_dim_v = c.head_dim_v,
-          .block_m = c.block_m,
-          .block_n = c.block_n,
-          .num_warps = c.num_warps,
-          .math = c.math,
-          .stages = c.stages,
-          .copy_bytes = c.copy_bytes,
-          .async_copy = c.async_copy,
-          .swizzled = c.swizzled,
-          .k_tiles_per_load = c.k_tiles_per_load,
-          .mma_double_buffer = c.mma_double_buffer};
-}
+constexpr TileConfig tile_of(ForwardConfig const& c) { return tile_with_rows(c, c.block_m, c.block_n); }
 
 /// For the barriers of Hopper's kernel.
 inline constexpr int32_t barrier_bytes = 1024;

@@ -24,6 +24,24 @@ struct TileConfig {
   constexpr bool operator==(TileConfig const&) const = default;
 };
 
+/// The tile of a configuration of either direction, with as many rows as are said.
+template <class Config>
+constexpr TileConfig tile_with_rows(Config const& c, int32_t block_m, int32_t block_n) {
+  return {.dtype = c.dtype,
+          .head_dim = c.head_dim,
+          .head_dim_v = c.head_dim_v,
+          .block_m = block_m,
+          .block_n = block_n,
+          .num_warps = c.num_warps,
+          .math = c.math,
+          .stages = c.stages,
+          .copy_bytes = c.copy_bytes,
+          .async_copy = c.async_copy,
+          .swizzled = c.swizzled,
+          .k_tiles_per_load = c.k_tiles_per_load,
+          .mma_double_buffer = c.mma_double_buffer};
+}
+
 constexpr int32_t num_threads(TileConfig const& c) { return 32 * c.num_warps; }
 
 /// How a tile of `width` columns lies in shared memory and is copied there. Its rows are cut into chunks of
