@@ -29,7 +29,9 @@ constexpr std::array option_names = {"causal", "diagonal",   "scale",         "l
 
 template <>
 struct nanobind::detail::type_caster<flashcute::python::PythonOptions> {
-  NB_TYPE_CASTER(flashcute::python::PythonOptions, const_name("flashcute._call.Options"))
+  // Not by its name: nanobind's stubgen imports the module of a dotted name, here an installed flashcute beside the
+  // module that is being built, and fails.
+  NB_TYPE_CASTER(flashcute::python::PythonOptions, const_name("tuple[object, ...]"))
 
   bool from_python(handle source, uint8_t, cleanup_list*) noexcept {
     if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != std::ssize(flashcute::python::option_names)) {

@@ -45,9 +45,11 @@ void run_at_once(std::size_t count, std::size_t most, Work const& work) {
     }
   };
   {
-    BlockSignals const blocked;
     std::vector<std::jthread> threads;
     try {
+      // Not longer: while it waits, this thread takes the signals that come. Another thread's handler may run so late
+      // that Ctrl-C has ended the compilers before Python knows of it.
+      BlockSignals const blocked;
       for (std::size_t i = 0; i < workers; ++i) threads.emplace_back(take_turns);
     } catch (std::system_error const&) {  // the system gives no more threads
       if (threads.empty()) throw;
