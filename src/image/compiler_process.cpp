@@ -14,6 +14,7 @@
 #include <string_view>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 #include "flashcute/error.hpp"
 #include "image/message.hpp"
@@ -79,8 +80,19 @@ class MemoryFile {
   int fd_;
 };
 
-/// What the new process starts with: three files as its standard ones and none else, no blocked or ignored signal, no
-/// variable but the path of NVRTC. This process's own variables may be changing at this moment.
+/// What a terminal sends and this program ignores. Its compilers have to ignore it too: a program in a shell script's
+/// background, or under nohup, is to go on when its terminal sends Ctrl-C or is closed.
+std::vector<int> ignored_of_a_terminal() {
+  std::vector<int> ignored;
+  for (int const signal : {SIGINT, SIGQUIT, SIGHUP}) {
+    struct sigaction action;
+    if (sigaction(signal, nullptr, &action) == 0 && action.sa_handler == SIG_IGN) ignored.push_back(signal);
+  }
+  return ignored;
+}
+
+/// What the new process starts with: three files as its standard ones and none else, no blocked signal and no ignored
+/// one but those, no variable but the path of NVRTC. This process's own variables may be changing at this moment.
 class Start {
  public:
   Start(MemoryFile const& in, MemoryFile const& out, MemoryFile const& log)
@@ -97,6 +109,7 @@ class Start {
     sigset_t none, all;
     sigemptyset(&none);
     sigfillset(&all);
+    for (int const signal : ignored_of_a_terminal()) sigdelset(&all, signal);
     posix_spawnattr_setsigmask(&attributes_, &none);
     posix_spawnattr_setsigdefault(&attributes_, &all);
     posix_spawnattr_setflags(&attributes_, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);

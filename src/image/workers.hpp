@@ -47,8 +47,7 @@ void run_at_once(std::size_t count, std::size_t most, Work const& work) {
   {
     std::vector<std::jthread> threads;
     try {
-      // Not longer: while it waits, this thread takes the signals that come. Another thread's handler may run so late
-      // that Ctrl-C has ended the compilers before Python knows of it.
+      // Not longer: while it waits, this thread takes the signals that come, and no other thread of the program has to.
       BlockSignals const blocked;
       for (std::size_t i = 0; i < workers; ++i) threads.emplace_back(take_turns);
     } catch (std::system_error const&) {  // the system gives no more threads

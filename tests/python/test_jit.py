@@ -326,7 +326,12 @@ def test_without_a_cache_it_still_compiles(unwritable: Unwritable) -> None:
 def test_ctrl_c_ends_a_compilation(cache: Path) -> None:
     """A terminal sends SIGINT to Python and to the processes that compile for it: what comes is
     KeyboardInterrupt, not an error of the compiler, and nothing is left."""
-    process = start(hidden_toolkit(cache), start_new_session=True)
+    # As a terminal starts it: where the tests run in a script's background, SIGINT is ignored.
+    process = start(
+        hidden_toolkit(cache),
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     read_until(process, "compiling")
     time.sleep(1)  # it is said just before the compiler's processes are started
     os.killpg(process.pid, signal.SIGINT)

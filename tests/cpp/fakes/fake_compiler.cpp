@@ -37,9 +37,12 @@ int main() {
   if (what == "signals") {
     sigset_t blocked;
     sigprocmask(SIG_SETMASK, nullptr, &blocked);
-    struct sigaction pipe;
-    sigaction(SIGPIPE, nullptr, &pipe);
-    seen = std::to_string(sigismember(&blocked, SIGTERM)) + (pipe.sa_handler == SIG_DFL ? " default" : " other");
+    seen = std::to_string(sigismember(&blocked, SIGTERM));
+    for (int const signal : {SIGPIPE, SIGINT, SIGHUP}) {
+      struct sigaction action;
+      sigaction(signal, nullptr, &action);
+      seen += action.sa_handler == SIG_DFL ? " default" : " ignored";
+    }
   }
   std::cout << packed({"image",
                        "\x7f"

@@ -86,14 +86,22 @@ TEST_F(CompilerProcess, InheritsNoVariables) {
 // Guards against a process that cannot be ended, or goes on after its reader is gone: Python ignores SIGPIPE, and
 // threads that must not run handlers block all signals.
 TEST_F(CompilerProcess, StartsWithTheUsualSignals) {
-  auto const before = signal(SIGPIPE, SIG_IGN);
+  auto const pipe = signal(SIGPIPE, SIG_IGN), interrupt = signal(SIGINT, SIG_DFL), hangup = signal(SIGHUP, SIG_DFL);
   {
     BlockSignals const blocked;
     EXPECT_EQ(compiled("signals"),
               "\x7f"
-              "ELF0 defaultsource");
+              "ELF0 default default defaultsource");
   }
-  signal(SIGPIPE, before);
+  // Guards against a program under nohup, or in a script's background, whose compilers Ctrl-C ends.
+  signal(SIGINT, SIG_IGN);
+  signal(SIGHUP, SIG_IGN);
+  EXPECT_EQ(compiled("signals"),
+            "\x7f"
+            "ELF0 default ignored ignoredsource");
+  signal(SIGPIPE, pipe);
+  signal(SIGINT, interrupt);
+  signal(SIGHUP, hangup);
 }
 
 // Guards against a crash of the compiler that takes the program along, or leaves nothing to read.
