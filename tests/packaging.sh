@@ -13,7 +13,8 @@ fail() { echo "packaging: $*" >&2; exit 1; }
 # A wheel build in isolation, from a copy of the sources alone, with every trace of a toolkit hidden.
 git ls-files -z | xargs -0 tar cf - | tar xf - -C "$(mkdir -p "$scratch/source" && echo "$scratch/source")"
 mkdir "$scratch/bin"
-for tool in sh bash cc c++ gcc g++ as ld ar ranlib nm env git uname; do
+# (The last two are how Debian's Python names its compilers, which scikit-build-core then asks for.)
+for tool in sh bash cc c++ gcc g++ as ld ar ranlib nm env git uname "$(uname -m)"-linux-gnu-{gcc,g++}; do
   found=$(command -v $tool) && ln -s "$found" "$scratch/bin/$tool"
 done
 env -u CUDA_HOME -u CUDA_PATH PATH="$scratch/bin" FLASHCUTE_CUDA_HOME="$scratch/no-toolkit" \
