@@ -240,3 +240,18 @@ def prebuilt(request: pytest.FixtureRequest) -> None:
     if marker is not None and not why_no_gpu():
         for cfg in marker.args[0]:
             _wait_for(cfg)
+
+
+def narrow_configurations() -> list[object]:
+    """What flash_attention takes on a GPU for a few rows whose head dim is no multiple of 8."""
+    import flashcute as fc
+
+    found = []
+    for head_dim in sorted({cfg.head_dim for cfg in fc.configs()}):
+        of_bucket = [
+            c for c in fc.configs()
+            if c.dtype == "float16" and c.head_dim == head_dim and c.math == "tensor_core"
+        ]  # fmt: skip
+        smallest = min(of_bucket, key=lambda cfg: cfg.block_m)
+        found += [smallest.replace(copy_bytes=n, async_copy=n >= 4) for n in (8, 4, 2)]
+    return found

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/dispatch.hpp"
+#include "support/mask_definition.hpp"
 
 namespace flashcute::testing {
 
@@ -285,13 +286,13 @@ inline std::vector<double> rows_of(Tensor const& t, int b, int h, int rows, int 
   return all;
 }
 
-/// How many keys query i sees; none if it is not positive.
-inline int64_t keys_seen(Shape const& s, int i) {
-  switch (s.mask) {
-    case MaskKind::full: return s.seqlen_k;
-    case MaskKind::causal: return std::min<int64_t>(s.seqlen_k, static_cast<int64_t>(i) + s.causal_offset + 1);
+/// The keys that query i sees.
+inline std::vector<int> keys_of(Shape const& s, int i) {
+  std::vector<int> keys;
+  for (int j = 0; j < s.seqlen_k; ++j) {
+    if (definition::sees(s.mask, i, j, {s.seqlen_k, s.causal_offset})) keys.push_back(j);
   }
-  return 0;
+  return keys;
 }
 
 inline Reference reference(Problem const& problem) {
@@ -307,12 +308,12 @@ inline Reference reference(Problem const& problem) {
       std::vector<double> const k = rows_of(problem.k, b, kv, s.seqlen_k, s.head_dim),
                                 v = rows_of(problem.v, b, kv, s.seqlen_k, s.head_dim_v);
       for (int i = 0; i < s.seqlen_q; ++i) {
-        int64_t const seen = keys_seen(s, i);
-        if (seen <= 0) continue;
+        std::vector<int> const keys = keys_of(s, i);
+        if (keys.empty()) continue;
         for (int e = 0; e < s.head_dim; ++e) q[e] = problem.q.at(b, i, h, e);
         long double top = -inf;
         bool bad = false;  // NaN or +inf among the scores
-        for (int j = 0; j < seen; ++j) {
+        for (int const j : keys) {
           long double dot = 0;
           for (int e = 0; e < s.head_dim; ++e) dot += q[e] * k[static_cast<size_t>(j) * s.head_dim + e];
           score[j] = dot * s.scale;
@@ -322,7 +323,7 @@ inline Reference reference(Problem const& problem) {
         bool const nothing = top == -inf;
         long double sum = 0;
         long double* const out = r.out.data() + r.row(b, i, h) * s.head_dim_v;
-        for (int j = 0; j < seen; ++j) {
+        for (int const j : keys) {
           long double const p = nothing ? 0 : std::exp(score[j] - top);
           sum += p;
           for (int e = 0; e < s.head_dim_v; ++e) out[e] += p * v[static_cast<size_t>(j) * s.head_dim_v + e];

@@ -137,7 +137,6 @@ ReferenceGradients reference_gradients(BackwardProblem const& problem) {
       std::vector<double> const k = rows_of(problem.k, b, kv, s.seqlen_k, s.head_dim),
                                 v = rows_of(problem.v, b, kv, s.seqlen_k, s.head_dim_v);
       for (int i = 0; i < s.seqlen_q; ++i) {
-        int64_t const seen = keys_seen(s, i);
         for (int e = 0; e < s.head_dim; ++e) q[e] = problem.q.at(b, i, h, e);
         long double delta = problem.with_dlse ? -problem.dlse.at(b, i, h, 0) : 0;
         long double delta_size = std::fabs(delta);
@@ -147,7 +146,7 @@ ReferenceGradients reference_gradients(BackwardProblem const& problem) {
           delta_size += std::fabs(dout[e] * problem.out.at(b, i, h, e));
         }
         long double const lse = problem.forward.lse[problem.forward.row(b, i, h)];
-        for (int j = 0; j < seen; ++j) {
+        for (int const j : keys_of(s, i)) {
           double const* const key = k.data() + static_cast<size_t>(j) * s.head_dim;
           double const* const value = v.data() + static_cast<size_t>(j) * s.head_dim_v;
           long double score = 0, dp = 0, dp_size = 0;

@@ -13,6 +13,8 @@
 #include <optional>
 #include <random>
 
+#include "support/mask_definition.hpp"
+
 namespace flashcute {
 
 using emulation::GlobalMemory;
@@ -148,11 +150,7 @@ class Problem {
   float lse_at(int b, int h, int i) const { return lse[static_cast<size_t>((b * s_.heads + h) * s_.sq + i)]; }
 
   bool visible(int i, int j) const {
-    switch (id_.features.mask) {
-      case MaskKind::full: return true;
-      case MaskKind::causal: return j <= i + s_.causal_offset.value_or(s_.sk - s_.sq);
-    }
-    return false;
+    return definition::sees(id_.features.mask, i, j, {s_.sk, s_.causal_offset.value_or(s_.sk - s_.sq)});
   }
 
   /// Clears the outputs; what a launch is told.

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "flashcute/policy/mask.hpp"
+#include "support/mask_definition.hpp"
 
 namespace flashcute {
 namespace {
@@ -19,13 +20,8 @@ ForwardParams problem(int32_t seqlen_q, int32_t seqlen_k, int32_t offset) {
   return p;
 }
 
-/// What the definition of the mask says, without the mask's own code.
 bool sees(MaskKind kind, int32_t q, int32_t k, ForwardParams const& p) {
-  switch (kind) {
-    case MaskKind::full: return k < p.seqlen_k;
-    case MaskKind::causal: return k < p.seqlen_k && k <= int64_t{q} + p.causal_offset;
-  }
-  return false;
+  return definition::sees(kind, q, k, {p.seqlen_k, p.causal_offset});
 }
 
 /// A loop that asks the range for one block after another visits the same blocks in the same order, and knows how many

@@ -385,7 +385,7 @@ def test_unknown_mode(cache: Path) -> None:
 
 def install_command() -> str:
     """With the packages of the extra: flashcute itself is where it was installed from, and perhaps on no index."""
-    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    pyproject = (Path(__file__).parents[3] / "pyproject.toml").read_text()
     return "pip install " + " ".join(re.findall(r'"(nvidia-cuda-[^"]+)"', pyproject))
 
 

@@ -545,7 +545,7 @@ def test_bench_overhead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_plot_table(tmp_path: Path) -> None:
     """A plot script that does not understand what the benchmark writes."""
-    plot = Path(__file__).parents[2] / "benchmarks" / "python" / "plot.py"
+    plot = Path(__file__).parents[3] / "benchmarks" / "python" / "plot.py"
     out = tmp_path / "lines.jsonl"
     assert main([*TINY, "--impls", "flashcute,naive", "--out", str(out)]) == 0
     done = subprocess.run([sys.executable, plot, out], capture_output=True, text=True, check=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from optional_torch import needs_torch
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda x: x.stem)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optional_torch import torch
+from tensors import both_masks, bshd, run_and_check, tensor
 
 CPU_DTYPES = ["float16", "bfloat16", "float32", "float64"]
 WHERE = [("cpu", dtype) for dtype in CPU_DTYPES] + [
@@ -30,43 +31,8 @@ LENGTHS = [
     (108, 256), (256, 108), (1023, 1024), (1024, 1023),
 ]  # fmt: skip
 
-both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 both_layouts = pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 everywhere = pytest.mark.parametrize(("where", "dtype"), WHERE)
-
-
-def tensor(x: np.ndarray, dtype: str, where: str, layout: str = "bshd") -> torch.Tensor:
-    """A contiguous tensor in `layout` from an array in bshd."""
-    t = torch.empty(x.shape, dtype=getattr(torch, dtype), device=where)
-    t.copy_(torch.from_numpy(x))  # not .to(): empty arrays of NumPy have strides of 0
-    return t.transpose(1, 2).contiguous() if layout == "bhsd" else t
-
-
-def bshd(out: torch.Tensor, layout: str) -> torch.Tensor:
-    return out.transpose(1, 2) if layout == "bhsd" else out
-
-
-def run_and_check(
-    p: oracle.Problem,
-    where: str,
-    *,
-    layout: str = "bshd",
-    cfg: fc.ForwardConfig | None = None,
-    tiny: bool = False,
-) -> None:
-    """Computes the problem, into memory that held NaN, and applies the accuracy rule to out and
-    LSE."""
-    q, k, v = (tensor(x, p.dtype, where, layout) for x in (p.q, p.k, p.v))
-    options = {"causal": p.causal, "scale": p.scale, "layout": layout, "return_lse": True}
-    out, lse = (
-        fc.forward(cfg, q, k, v, **options) if cfg else fc.flash_attention(q, k, v, **options)
-    )
-    assert out.dtype == q.dtype
-    assert out.shape == (*q.shape[:3], v.shape[3])
-    assert out.device == q.device
-    assert lse.dtype == (torch.float64 if p.dtype == "float64" else torch.float32)
-    tf32 = cfg is not None and (p.dtype, cfg.math, where) == ("float32", "tensor_core", "cuda")
-    oracle.assert_accurate(p, bshd(out, layout), lse, tiny=tiny, tf32=tf32)
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -101,7 +67,7 @@ def test_lengths(
 def test_head_dims(rng: np.random.Generator, where: str, dtype: str, causal: bool, d: int) -> None:
     """Head dims that are not the compiled width, nor a multiple of 16, run and are right."""
     if where == "cuda" and dtype == "float64":
-        pytest.skip("no GPU kernel: test_semantics checks that it is refused")
+        pytest.skip("no GPU kernel: test_choice.py checks that it is refused")
     p = oracle.make_problem(
         rng, dtype, seqlen_q=113, seqlen_k=203, heads=2, kv_heads=1, d=d, causal=causal
     )

@@ -1,4 +1,4 @@
-"""Hopper's kernel: its options, and what only it can get wrong. (test_forward.py and test_semantics.py run its default
+"""Hopper's kernel: its options, and what only it can get wrong. (The folder calls runs its default
 configurations on a Hopper GPU.)"""
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import flashcute as fc
 import numpy as np
 import oracle
 import pytest
+from block_counts import expected_block_counts
 from conftest import why_no_gpu
 from optional_torch import torch
-from test_forward import run_and_check
-from test_semantics import expected_block_counts
+from tensors import run_and_check
 
 
 def is_hopper() -> bool:

@@ -12,10 +12,10 @@ import numpy as np
 import oracle
 import oracle_backward
 import pytest
+from block_counts import expected_block_counts
 from conftest import backward_configurations_of_first_use
 from flashcute import reference
 from optional_torch import needs_torch, torch
-from test_semantics import expected_block_counts
 
 pytestmark = pytest.mark.compiles(backward_configurations_of_first_use())
 DTYPES = ["float16", "bfloat16", "float32", "float64"]

@@ -11,9 +11,9 @@ import flashcute as fc
 import numpy as np
 import oracle
 import pytest
-from test_forward import run_and_check
+from tensors import run_and_check
 
-LIST = Path(__file__).parent.parent / "option_pairs.def"
+LIST = Path(__file__).parents[2] / "option_pairs.def"
 
 
 def python_value(text: str) -> object:

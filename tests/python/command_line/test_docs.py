@@ -15,7 +15,7 @@ import pytest
 from conftest import backward_configurations_of_first_use
 from optional_torch import needs_torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_every_environment_variable_is_documented() -> None:

@@ -19,7 +19,7 @@ from conftest import environment
 from flashcute import CacheError
 from flashcute.__main__ import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MiB = 1 << 20
 
 

@@ -1,0 +1,23 @@
+// What a query sees, from the definition of each mask and without the code that kernels and the CPU take.
+#pragma once
+
+#include <cstdint>
+
+#include "flashcute/core/enums.hpp"
+
+namespace flashcute::definition {
+
+struct MaskProblem {
+  int64_t seqlen_k, causal_offset;
+};
+
+inline bool sees(MaskKind kind, int64_t q, int64_t k, MaskProblem const& s) {
+  if (k >= s.seqlen_k) return false;
+  switch (kind) {
+    case MaskKind::full: return true;
+    case MaskKind::causal: return k <= q + s.causal_offset;
+  }
+  return false;
+}
+
+}  // namespace flashcute::definition
