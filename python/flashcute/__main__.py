@@ -7,7 +7,7 @@ import os
 import sys
 
 from . import FlashcuteError, __version__
-from ._cli import bench, cache, compile_, demo, explain, info
+from ._cli import bench, cache, compile_, demo, doctor, explain, info
 from ._cli.options import UsageError
 
 
@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"flashcute {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (info, demo, bench, explain, compile_, cache):
+    for module in (info, doctor, demo, bench, explain, compile_, cache):
         module.add_command(commands)
     options = parser.parse_args(arguments)
     try:
