@@ -66,7 +66,7 @@ struct Name {
 constexpr char const* word_of(Feature const& feature, bool value) { return value ? feature.word : ""; }
 constexpr char const* word_of(Feature const&, TabulatedEnum auto value) { return word_of(value); }
 
-/// What a name says of an option: nothing of a default.
+/// Appends the word of an option that differs from its default.
 template <class Config>
 struct OptionWord {
   Name& name;
@@ -101,7 +101,7 @@ constexpr Name option_words(char const* kind, Config const& c) {
 template <class Config>
 constexpr Name name(KernelId<Config> const& kernel) {
   Config rest = kernel.config;
-  rest.kernel = {};  // said in front
+  rest.kernel = {};  // the prefix names it
   Name s;
   s << "flashcute_" << name_of(kernel.config.kernel) << "_" << name(rest).text;
   s.add_word(word_of(kernel.pass));
