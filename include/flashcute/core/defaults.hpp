@@ -83,11 +83,11 @@ struct ForwardTensors {
   bool allow_tf32 = false;  // float32 in one product of TF32, not three
   int64_t heads = 0;        // of all batches; 0: very many
   int32_t seqlen_q = 0;
-  bool bulk_copies = true;  // Hopper's copy engine can walk the strides
+  bool bulk_copies = true;  // TMA can follow the strides
   bool allow_sm90 = true;   // Hopper's kernel may be chosen
 };
 
-/// Which kernel. Rows that are no multiples of 16 bytes, and strides that the copy engine cannot walk, take the sm80
+/// Which kernel. Tensors whose rows are no multiples of 16 bytes, or whose strides TMA cannot follow, take the sm80
 /// kernel on a Hopper GPU too.
 constexpr Kernel kernel_for(ForwardTensors const& t, Arch arch) {
   bool const hoppers = arch == 90 && size_of(t.dtype) == 2 && t.alignment == 16 && t.bulk_copies && t.allow_sm90;
