@@ -133,7 +133,7 @@ std::string problem_of(std::string_view variable) {
       {"FLASHCUTE_CACHE_SIZE", [] { cache_limit(); }},
       {"FLASHCUTE_NVRTC",
        [] {
-         if (env("FLASHCUTE_NVRTC").empty()) return;  // nothing is looked for only to say that it can be found
+         if (env("FLASHCUTE_NVRTC").empty()) return;  // no search only to report that it would succeed
          if (std::string const problem = nvrtc_problem(); !problem.empty()) throw ArgumentError(problem);
        }},
       {"FLASHCUTE_CUDA_INCLUDE",

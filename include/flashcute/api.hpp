@@ -52,13 +52,13 @@ enum class Layout : uint8_t { bshd, bhsd };
 struct CallOptions {
   bool causal = false;
   // Causal: key j is visible to query i iff j <= i + diagonal. Default seqlen_k - seqlen_q: the last query sees the
-  // last key. With 0 the first query sees the first key.
+  // last key. With 0 the first query sees the first key only.
   std::optional<int64_t> diagonal;
   std::optional<double> scale;  // of the scores, finite and >= 0; default head_dim^-0.5
   Layout layout = Layout::bshd;
   void* stream = nullptr;      // CUstream of the tensors' device; the default stream if null
   bool allow_tf32 = false;     // a default configuration for float32 may use one product of TF32, not three
-  bool deterministic = false;  // what a default configuration of the backward is to be
+  bool deterministic = false;  // a default configuration of the backward gives the same bits in every run
   // `backward` will be called for this call, without a configuration: `explain` reports on it too, and a `forward` that
   // has to compile its kernel compiles those of `backward` at the same time.
   bool gradients_follow = false;
@@ -70,8 +70,8 @@ struct BackwardExplanation {
   std::optional<BackwardConfig> config;
   // Each kernel (its entry point, or the CPU's instruction set) in the order of launches, and where it comes from.
   std::vector<std::pair<std::string, std::string>> kernels;
-  int64_t workspace_bytes = 0;                                // of memory that a call on a GPU needs beside its results
-  bool same_bits = false;                                     // whether every run gives the same bits
+  int64_t workspace_bytes = 0;  // of memory that a call on a GPU needs in addition to its results
+  bool same_bits = false;       // whether every run gives the same bits
   std::vector<std::pair<std::string, std::string>> rejected;  // each alternative, and why it was not taken
   std::vector<std::string> notes;                             // what else the call will do or cost
   std::vector<std::string> reasons;                           // why this backend and configuration, in sentences
@@ -98,7 +98,7 @@ struct Explanation {
 std::string to_string(ForwardConfig const& config);
 std::string to_string(BackwardConfig const& config);
 
-/// For people: a few lines, with one for each reason why something was not taken.
+/// A few lines for human readers; the alternatives that were not taken are grouped by reason.
 std::string to_string(Explanation const& explanation);
 std::string to_string(BackwardExplanation const& explanation);
 
@@ -107,7 +107,7 @@ std::string to_string(BackwardExplanation const& explanation);
 /// q (batch, seqlen_q, heads, d), k (batch, seqlen_k, kv_heads, d), v (batch, seqlen_k, kv_heads, d_v), out
 /// (batch, seqlen_q, heads, d_v), in the order that `options.layout` says; d, d_v <= 256; all of one dtype, on one
 /// device, with unit last stride. `lse`, if given, is (batch, heads, seqlen_q), contiguous, fp32 (fp64 with fp64
-/// inputs): log(sum(exp(scores))). `block_counts`, if given, becomes how each tile of query rows treated the K/V
+/// inputs): log(sum(exp(scores))). `block_counts`, if given, receives how each tile of query rows treated the K/V
 /// blocks, int32 (batch, heads, row blocks, 3), contiguous: how many were visited whole, visited with a test of
 /// elements, skipped. If `config` is empty, the call uses what `config_for` returns.
 ///
@@ -120,7 +120,7 @@ void forward(std::optional<ForwardConfig> const& config, TensorView const& q, Te
 
 /// Computes the gradients dq, dk and dv of a forward call from those of its results.
 ///
-/// q, k, v, out and lse are what `forward` took and gave; dout is shaped like out, dlse (may be null) like lse.
+/// q, k, v are the inputs of `forward`, out and lse its results; dout is shaped like out, dlse (may be null) like lse.
 /// dq, dk and dv are shaped like q, k and v and are overwritten; gradients of keys and values are sums over the
 /// query heads that share them. The last stride of every tensor but dlse is 1; lse is contiguous.
 ///
@@ -132,7 +132,7 @@ void forward(std::optional<ForwardConfig> const& config, TensorView const& q, Te
 ///
 /// On a GPU, where q has float16, bfloat16 or float32, the kernels are launched on `options.stream` and the call
 /// returns; they need `workspace`: float32, contiguous, at least backward_workspace_size elements, at a multiple of 16
-/// bytes, which is overwritten, and free for other work on the stream after the call. It is not looked at on the CPU,
+/// bytes, which is overwritten, and free for other work on the stream after the call. It is ignored on the CPU,
 /// where the call returns when the gradients are there. Throws, as `forward` does, before anything is launched or
 /// written.
 void backward(std::optional<BackwardConfig> const& config, TensorView const& dout, TensorView const& q,
@@ -161,7 +161,7 @@ std::vector<BackwardConfig> backward_configs();
 /// Throws ConfigError with the first rule that the configuration breaks and the values that broke it.
 void check_config(BackwardConfig const& config, Arch arch);
 
-/// What to check configurations against on a device: cpu_arch, or the GPU's compute capability * 10.
+/// The Arch of a device, for check_config: cpu_arch, or the GPU's compute capability * 10.
 Arch arch_of(Device device);
 
 /// The default configuration of the forward for a head dimension (of v: head_dim_v), where addresses and strides are
@@ -223,7 +223,7 @@ struct DriverInfo {
   bool operator==(DriverInfo const&) const = default;
 };
 
-/// Initialises the CUDA driver; nothing before it, import included, does.
+/// Initialises the CUDA driver, which neither loading the library nor importing the Python package does.
 DriverInfo driver_info();
 
 std::string build_version();  // "0.1.0"
@@ -232,7 +232,7 @@ struct BuildInfo {
   std::string image_archs;     // "80 90 100 120 80-ptx"; empty: built without images
   std::string image_compiler;  // "nvcc 13.0"; empty: built without images
   std::string jit_compiler;    // "NVRTC 13.0 (path)"; empty if there is none
-  std::string jit_problem;     // why there is none, and what brings it
+  std::string jit_problem;     // why there is none, and how to install it
   std::string cache_folder;
   int64_t cache_limit = 0;  // bytes
   std::string cpu_isa;

@@ -9,7 +9,7 @@
 namespace flashcute::cpu::FLASHCUTE_CPU_ISA {
 namespace {
 
-/// How a dtype is stored, and what is computed in.
+/// The type in which a dtype is stored, and that in which it is computed.
 template <DType>
 struct ElementOf;
 template <>
@@ -175,7 +175,7 @@ template <class T>
   return x - x == 0;
 }
 
-/// In a partial block a row of `a` may be seen by some lanes only, and 0 * NaN would poison the others.
+/// In a partial block only some lanes may see a row of `a`; in the others 0 * NaN would make the sum NaN.
 /// Returns `a` if all of it is finite, else a copy with 0 in place of other values.
 template <class T>
 [[gnu::always_inline]] inline RowMajor<T> finite_part(RowMajor<T> a, int rows, int width, T* copy) {

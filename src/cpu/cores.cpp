@@ -104,7 +104,7 @@ CpuSet unpinned(CpuSet const& mask) {
 
 namespace {
 
-/// What the OpenMP runtimes said of a mask.
+/// The cores that the OpenMP runtimes allow for a mask.
 struct Answer {
   CpuSet mask, cores;
 };

@@ -1,7 +1,7 @@
 // The forward pass of one tile, compiled once per instruction set: forward_<isa>.cpp defines
 // FLASHCUTE_CPU_ISA and includes this file. All but `forward_tile` has internal linkage: were an inline
 // function or a template of the AVX-512 file visible to the linker, it could replace the baseline's copy
-// of the same name (tools/check_isa_symbols.py looks).
+// of the same name (tools/check_isa_symbols.py checks).
 //
 // The lanes of a vector are queries. S^T = K Q^T has a row per key and a column per query, so row maximum, row sum and
 // the rescaling of O need no reduction across lanes; K and V are read in place, one element broadcast to all queries;

@@ -7,8 +7,8 @@
 
 namespace flashcute {
 
-/// FLASHCUTE_JIT_JOBS; without it, one for each CPU that this thread may use, but not more than GiB of available
-/// memory, and at least one. The memory is read anew in each call.
+/// FLASHCUTE_JIT_JOBS; without it, one per CPU that this thread may use, but at most one per GiB of available memory,
+/// and at least one. Each call reads the available memory again.
 int compile_jobs();
 
 /// The bytes that the calling process can still use: the system's available memory, or what the memory limits of its

@@ -187,7 +187,7 @@ std::optional<std::string> compile_apart(CompileRequest const& request, std::str
     if (parts->at(0) == "image") return parts->at(1);
     if (parts->at(0) == "error") throw CompileError(parts->at(1));
   }
-  // 126 and 127: what the loader says where the program is there and cannot run.
+  // Exit status 126 or 127: the program exists but could not be started.
   bool const started = !status || !WIFEXITED(*status) || (WEXITSTATUS(*status) != 126 && WEXITSTATUS(*status) != 127);
   if (!started) {
     why_not = path + " " + how_it_ended(status) + (log.empty() ? "" : ": " + log);

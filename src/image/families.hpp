@@ -18,7 +18,7 @@ template <class Config>
 struct Family {
   std::string_view name;
   Config config;                       // stands for the dtypes of the same size too
-  std::span<Features const> features;  // what its kernels compute; those with others are compiled at their first use
+  std::span<Features const> features;  // of its kernels; those with other features are compiled at their first use
 };
 
 inline constexpr Family<ForwardConfig> forward_families[] = {

@@ -36,7 +36,7 @@ enum class ImageSource : std::uint8_t {
   none,        // from nowhere: find_images throws
   compiler,    // it is compiled
   ptx,         // the library has PTX of it, which the driver compiles while it loads
-  disk_cache,  // it was compiled before: by this process, or before this process first asked
+  disk_cache,  // it was compiled before: by this process, or before this process first looked
   library,     // compiled ahead of time
 };
 

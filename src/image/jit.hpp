@@ -37,7 +37,8 @@ struct JitImage {
 /// headers and the toolkit's. Once it is true, a further call costs no more than reading the environment.
 bool can_compile(Arch arch);
 
-/// Why it may or can not: "FLASHCUTE_JIT=off", or a sentence that says what is missing and how to get it; "" if it can.
+/// Why can_compile is false: "FLASHCUTE_JIT=off", or a sentence that says what is missing and how to get it; "" if it
+/// can.
 std::string compile_problem(Arch arch);
 
 /// The images of the kernels for `arch`, in their order. Those that are not in the disk cache are compiled, at most

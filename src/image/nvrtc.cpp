@@ -87,7 +87,7 @@ struct Nvrtc {
 
 // ---- finding it ----------------------------------------------------------------------------------
 
-/// The toolkits of this machine, in the order in which they are asked.
+/// Where CUDA toolkits may be installed, in the order of the search.
 std::vector<std::string> toolkit_folders() {
   std::vector<std::string> folders;
   for (char const* variable : {"CUDA_HOME", "CUDA_PATH"}) {

@@ -31,7 +31,8 @@ std::string nvrtc_build();
 /// Throws a CompileError that lists the supported architectures unless NVRTC compiles for `arch`: "sm_80", "sm_90a".
 void require_nvrtc_knows(std::string const& arch);
 
-/// The folder that holds cuda_fp16.h, or nothing. Throws an ArgumentError if FLASHCUTE_CUDA_INCLUDE names another.
+/// The folder that holds cuda_fp16.h, or nothing. Throws an ArgumentError if FLASHCUTE_CUDA_INCLUDE names a folder
+/// without it.
 std::optional<std::string> cuda_include_folder();
 
 struct CompileRequest {
@@ -39,7 +40,7 @@ struct CompileRequest {
   std::string source;
   std::string arch;  // "sm_80"
   std::vector<std::string> include_folders;
-  std::vector<std::string> options;  // beside those that are always given
+  std::vector<std::string> options;  // in addition to those that are always given
 };
 
 /// All options of NVRTC but the include folders: paths must not be part of a cache key.

@@ -112,7 +112,7 @@ class ContextGuard {
   bool pushed_ = false;
 };
 
-/// Lets this thread load modules while some thread captures a CUDA graph.
+/// Lets this thread load kernels while a thread captures a CUDA graph (CU_STREAM_CAPTURE_MODE_RELAXED).
 class RelaxedCapture {
  public:
   RelaxedCapture();

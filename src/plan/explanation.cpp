@@ -112,7 +112,7 @@ std::vector<Rejected> by_reason(std::vector<std::pair<std::string, std::string>>
   return groups;
 }
 
-// The parts that both kinds of explanations have.
+// The parts that forward's and backward's explanations share.
 
 std::string reasons_text(std::vector<std::string> const& reasons) {
   std::string text;

@@ -1,4 +1,4 @@
-// Why a call runs what it runs, in sentences.
+// The reasons of `explain`, in sentences: why a call runs this backend and configuration.
 #pragma once
 
 #include <string>

@@ -15,7 +15,7 @@
 namespace flashcute {
 namespace {
 
-/// A gradient to write: shaped like its input, in memory of its own.
+/// Checks a gradient: writable, shaped like its input, without overlap in itself.
 Operand checked_gradient(char const* name, TensorView const& gradient, Operand const& input, Layout layout) {
   require_writable(name, gradient);
   Operand const checked = operand(name, gradient, layout);

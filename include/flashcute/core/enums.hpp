@@ -1,5 +1,5 @@
-// The enums that tell kernels apart, each with a table of its enumerators. Everything that spells, parses, lists or
-// dispatches on an enumerator goes through the table.
+// The enums that distinguish kernels, each with a table of its enumerators. All code that prints, parses, lists or
+// dispatches on an enumerator uses the table.
 #pragma once
 
 #include "flashcute/core/std.hpp"
@@ -107,7 +107,7 @@ FLASHCUTE_ENUM(Kernel, FLASHCUTE_KERNELS)
   ROW(cuda_core, "cudacore")
 FLASHCUTE_ENUM(Math, FLASHCUTE_MATHS)
 
-// Which keys a query sees: mask.hpp has a Mask for each.
+// Which keys a query sees: policy/mask.hpp has a Mask for each.
 #define FLASHCUTE_MASK_KINDS(ROW) \
   ROW(full, "full")               \
   ROW(causal, "causal")
@@ -117,7 +117,7 @@ FLASHCUTE_ENUM(MaskKind, FLASHCUTE_MASK_KINDS)
 #define FLASHCUTE_FORWARD_PASSES(ROW) ROW(forward, "")
 FLASHCUTE_ENUM(SinglePass, FLASHCUTE_FORWARD_PASSES)
 
-// The backward takes a few passes, a launch each on a GPU. What a pass computes:
+// The backward has several passes, each a launch on a GPU. What a pass computes:
 //   queries    delta and dQ of a tile of query rows, in a loop over blocks of keys
 //   keys       dK and dV of a tile of keys, in a loop over blocks of queries
 //   prepare    delta of a tile of query rows; clears its sums for dQ

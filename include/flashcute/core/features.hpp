@@ -35,8 +35,8 @@ struct Feature {
   Readers readers;
 };
 
-/// The table of features. Calls visit(row, field) for each, in order: names, generated source, hashes and what a pass
-/// may ignore are written once from it.
+/// The table of features: calls visit(row, field) for each, in order. Names, generated source, hashes and the features
+/// that a pass ignores all come from it.
 template <class F, class Visitor>
 constexpr void for_each_feature(F& f, Visitor&& visit) {
   visit(Feature{"mask", "", Readers::scores}, f.mask);

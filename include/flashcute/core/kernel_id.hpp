@@ -1,4 +1,4 @@
-// The identity of a kernel, and its name.
+// The identity of a kernel: its configuration, pass and features; and the name made from them.
 #pragma once
 
 #include "flashcute/core/features.hpp"
@@ -22,7 +22,7 @@ constexpr KernelId<Config> kernel_of(Config const& config, typename Config::Pass
   return {config, pass, relevant(features, pass)};
 }
 
-/// A hash of everything that tells kernels apart.
+/// A hash of everything that distinguishes kernels.
 template <class Config>
 constexpr size_t hash_of(KernelId<Config> const& kernel) {
   size_t hash = static_cast<size_t>(kernel.pass);

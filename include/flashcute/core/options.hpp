@@ -1,5 +1,5 @@
 // The options of a configuration as data. Each configuration has one table, for_each_member; names, hashes, generated
-// source, Python's class and the rule about options of another kernel are written once from it.
+// source, Python's class and the rule about options of another kernel all come from it.
 #pragma once
 
 #include "flashcute/core/enums.hpp"

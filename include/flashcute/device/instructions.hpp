@@ -1,6 +1,6 @@
-// The instructions of compute capability 8.0 that the kernels are made of, by name. All inline PTX and all choices of
-// CuTe atoms are here or, for Hopper, in sm90/instructions.hpp; the other headers are plain C++. To run whole kernels
-// on the host, the tests substitute a header of the same name.
+// The instructions of compute capability 8.0 that the kernels are made of, by name. All inline PTX is here and in
+// sm90/instructions.hpp, and the CuTe atoms of the sm80 kernels are chosen here; the other headers are plain C++. To
+// run whole kernels on the host, the tests substitute a header of the same name.
 #pragma once
 
 // Only the parts of CuTe that are used: cute/tensor.hpp includes every atom of every GPU, a third of a kernel's compile
@@ -153,7 +153,7 @@ FLASHCUTE_DEVICE uint32_t block_index() { return blockIdx.x; }
 /// Barrier of all threads of the block; after it each sees what the others wrote to shared memory.
 FLASHCUTE_DEVICE void block_sync() { __syncthreads(); }
 
-/// block_sync that also tells whether any thread passed true.
+/// block_sync that also returns whether any thread passed true.
 FLASHCUTE_DEVICE bool block_any(bool x) { return __syncthreads_or(x); }
 
 /// The value of the lane whose number differs in the bits of `mask`.
@@ -162,7 +162,7 @@ FLASHCUTE_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0
 /// Whether any lane of the warp passed true.
 FLASHCUTE_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 
-/// The value of lane `lane` of this thread's group of `Width` lanes.
+/// The value of lane `lane` within this thread's group of `Width` lanes.
 template <int Width>
 FLASHCUTE_DEVICE float shuffle(float x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane, Width);

@@ -8,7 +8,7 @@
 
 namespace flashcute {
 
-/// Tells NaN and infinity by the bits of an element: its exponent is all 1.
+/// Recognises NaN and infinity by the bits of an element: all bits of its exponent are 1.
 template <class Element>
 struct NonFinite {
   static constexpr int bits = 8 * sizeof(Element);

@@ -176,7 +176,7 @@ class OnlineSoftmax {
     }
   }
 
-  /// Divides the output by the row sums. `empty(i)` tells whether row i of this thread sees no key:
+  /// Divides the output by the row sums. `empty(i)` says whether row i of this thread sees no key:
   /// its output is 0. A row that sees keys, all with score -inf, becomes 0 * inf = NaN.
   template <class Output, class Empty>
   FLASHCUTE_DEVICE void finish(Output&& output, Empty const& empty) {

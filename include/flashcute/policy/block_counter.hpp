@@ -18,7 +18,7 @@ struct BlockCounter {
   }
 };
 
-/// Costs nothing.
+/// For kernels that do not count: no code, no registers.
 template <>
 struct BlockCounter<false> {
   FLASHCUTE_HD void visit(bool) {}

@@ -11,7 +11,7 @@
 
 namespace flashcute {
 
-/// The lowest `count` bits, for any `count`.
+/// The lowest `count` bits set; any `count` is allowed.
 FLASHCUTE_HD uint32_t low_bits(int32_t count) { return count >= 32 ? ~0u : (1u << max_of(count, 0)) - 1; }
 
 /// The keys that one query sees, from a given key on: the first `count` of them.
@@ -91,7 +91,7 @@ struct Mask<MaskKind::full> : PrefixMask<Mask<MaskKind::full>> {
 
   FLASHCUTE_HD static int32_t visible_keys(int32_t /*q*/, Sequence const& s) { return s.keys(); }
 
-  /// The first row that sees a key; `rows` if none does.
+  /// The first row that sees key `k`; sequence.rows() if none does.
   FLASHCUTE_HD static int32_t first_query(int32_t /*k*/, Sequence const& /*s*/) { return 0; }
 };
 

@@ -20,7 +20,8 @@ class Places {
         first_(size * ((column / chunk * Smem::rows + row) * chunk + (column % chunk ^ Smem::unit * Smem::mask(row)))) {
   }
 
-  /// `down` is a multiple of 8, and in `across` no bit is set that the first column has.
+  /// The element `down` rows and `across` columns further; `down` is a multiple of 8, and `across` shares no set bit
+  /// with the first column.
   FLASHCUTE_DEVICE Element* at(int down, int across) const {
     int const further = size * (across / chunk * Smem::rows + down) * chunk;
     return reinterpret_cast<Element*>(tile_ + (first_ ^ size * (across % chunk)) + further);
@@ -98,8 +99,8 @@ class TileCopy {
     }
   }
 
-  /// A thread's places in a tile: (COPY, COPY_rows, COPY_columns). They are those of partition_D of CuTe's tiled copy,
-  /// which takes much longer to compile (tests/cpp/kernel/test_layout.cpp compares).
+  /// The addresses of a thread's elements in a tile: (COPY, COPY_rows, COPY_columns). The same as partition_D of CuTe's
+  /// tiled copy, which takes much longer to compile (tests/cpp/kernel/test_layout.cpp compares).
   FLASHCUTE_DEVICE static auto part(Element* tile, int thread) {
     using namespace cute;
     using Swizzle = typename Smem::Swizzle;

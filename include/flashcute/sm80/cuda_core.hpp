@@ -89,7 +89,7 @@ struct Products<C, Math::cuda_core> {
     constexpr int rows = decltype(size<0>(o))::value, columns = decltype(size<1>(o))::value;
     constexpr int held = decltype(size<1>(p))::value;
     constexpr int chunk = L::SmemV::shape.chunk, unit = L::SmemV::unit;
-    constexpr int lane_units = 8 / unit - 1;  // the bits of a unit's index that tell the lanes of a quad apart
+    constexpr int lane_units = 8 / unit - 1;  // the bits of a unit's index in which the lanes of a quad differ
     int const lane_column = thread_index() % 4 * 2;
     // Eight keys at a time, two in each lane's registers. Registers need constant indices, so P is shifted down by two.
     CUTE_NO_UNROLL

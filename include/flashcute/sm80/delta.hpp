@@ -13,7 +13,7 @@ constexpr int lanes_of_row(int columns, int columns_of_lane) {
   return count;
 }
 
-/// Of tiles of TileRows rows.
+/// delta of tiles of TileRows query rows.
 template <TileConfig C, int TileRows>
 class Delta {
   using L = TileLayout<C>;

@@ -20,7 +20,7 @@ class QueryGradientSums {
   static constexpr int warps_n = dq_column_warps(B);
   using Products = TileProducts<C, warps_n>;
 
-  /// A cleared tile: this thread's part.
+  /// This thread's part of a tile, set to 0.
   FLASHCUTE_DEVICE static auto fragment() {
     return L::template accumulator<typename L::BlockN, typename L::HeadDim, warps_n>();  // (MMA, MMA_M, MMA_D)
   }

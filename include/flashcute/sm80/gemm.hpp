@@ -210,7 +210,7 @@ struct TensorCoreProducts {
     return RegisterOperand<decltype(view)>{view};
   }
 
-  /// A tile as the A operand whose rows are its rows: its columns are summed over.
+  /// The A operand whose rows are the rows of a tile: sums run over its columns.
   template <class Smem>
   FLASHCUTE_DEVICE static auto rows_as_a(Element const* tile) {
     auto fragment = fragment_a<typename Smem::TileRows, typename Smem::TileColumns>();
@@ -219,7 +219,7 @@ struct TensorCoreProducts {
     return OperandA<decltype(fragment), Smem, false, warps_m>{fragment, pieces};
   }
 
-  /// A tile as the A operand whose rows are its columns: its rows are summed over.
+  /// The A operand whose rows are the columns of a tile: sums run over its rows.
   template <class Smem>
   FLASHCUTE_DEVICE static auto columns_as_a(Element const* tile) {
     auto fragment = fragment_a<typename Smem::TileColumns, typename Smem::TileRows>();
@@ -234,7 +234,7 @@ struct TensorCoreProducts {
     }
   }
 
-  /// A tile as the B operand whose columns are its rows: its columns are summed over.
+  /// The B operand whose columns are the rows of a tile: sums run over its columns.
   template <class Smem>
   FLASHCUTE_DEVICE static auto rows_as_b(Element const* tile) {
     auto fragment = fragment_b<typename Smem::TileRows, typename Smem::TileColumns>();
@@ -243,7 +243,7 @@ struct TensorCoreProducts {
     return OperandB<decltype(fragment), Smem, false, WarpsN>{fragment, pieces};
   }
 
-  /// A tile as the B operand whose columns are its columns: its rows are summed over, in `Order`.
+  /// The B operand whose columns are the columns of a tile: sums run over its rows, in `Order`.
   template <class Smem, KOrder Order = KOrder::registers>
   FLASHCUTE_DEVICE static auto columns_as_b(Element const* tile) {
     auto fragment = fragment_b<typename Smem::TileColumns, typename Smem::TileRows>();

@@ -38,8 +38,8 @@ class ForwardLoader {
     }
   }
 
-  /// Q as the left operand of S = Q K^T. Unless it is to stay in registers, each product reads it from shared
-  /// memory, after `key` has waited for it.
+  /// Q as the left operand of S = Q K^T. Without q_in_registers each product reads it from shared memory, after `key`
+  /// has waited for it.
   FLASHCUTE_DEVICE auto query() {
     if constexpr (P::wants_finite) {
       return P::query({smem_.q, arrive_and_sync([&] { return CopyQ::is_finite(smem_.q); })});
@@ -94,7 +94,7 @@ class ForwardLoader {
     block_sync();  // the whole block is finite
   }
 
-  /// Whether it found any so far; the same in all threads of the block.
+  /// Whether any value was replaced so far; the same in all threads of the block.
   FLASHCUTE_DEVICE bool dropped_values() const { return dropped_; }
 
  private:
@@ -131,7 +131,7 @@ class ForwardLoader {
   Element const* v_;
   KvRange const range_;
   bool dropped_ = false;
-  bool value_finite_ = true;  // V(n), once it has arrived
+  bool value_finite_ = true;  // whether V(n), once it has arrived, is finite
 };
 
 }  // namespace flashcute

@@ -133,7 +133,7 @@ struct Products<C, Math::tf32x3> {
 
   static constexpr bool wants_finite = true;
 
-  /// Q or K: the operand, and where it comes from.
+  /// Q or K as an operand, with the tile that it is loaded from.
   template <class Fragments>
   struct Operand {
     Fragments fragments;
@@ -150,7 +150,7 @@ struct Products<C, Math::tf32x3> {
 
   FLASHCUTE_DEVICE static auto value(Tile v) { return Tf32x3::value(v.tile); }
 
-  /// S = Q K^T, S being 0.
+  /// S = Q K^T; S is 0 before.
   template <class Accumulator, class Q, class K>
   FLASHCUTE_DEVICE static void gemm(Accumulator& s, Operand<Q>& q, Operand<K>&& k) {
     Tf32x3::gemm(s, q.fragments, k.fragments);
@@ -159,7 +159,7 @@ struct Products<C, Math::tf32x3> {
     Tf32x3::template gemm_of_rows<typename L::SmemQ, typename L::SmemK>(s, q.tile, k.tile);
   }
 
-  /// O += P V, V being finite.
+  /// O += P V; V is finite.
   template <class Accumulator, class P, class V>
   FLASHCUTE_DEVICE static void gemm(Accumulator& o, P&& p, V& v) {
     Tf32x3::gemm(o, p, v);

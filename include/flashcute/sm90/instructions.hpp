@@ -235,7 +235,7 @@ FLASHCUTE_DEVICE auto described(Element* tile) {
   return cute::make_tensor<Descriptor>(cute::make_tensor(cute::make_smem_ptr(tile), Operand{}));
 }
 
-/// Makes the descriptor opaque to the compiler, so that what depends on it is computed anew.
+/// Makes the descriptor opaque to the compiler, so that what depends on it is recomputed.
 template <class Operand>
 FLASHCUTE_DEVICE void described_anew(Operand& operand) {
   asm volatile("" : "+r"(operand.data().desc_.reg32_[0]));

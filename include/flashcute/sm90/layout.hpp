@@ -3,7 +3,7 @@
 #pragma once
 
 #include "flashcute/sm90/instructions.hpp"
-// Its atoms are made for the instructions.
+// Built on the instructions above.
 #include "flashcute/device/fragment.hpp"
 #include "flashcute/policy/mask.hpp"
 
@@ -115,8 +115,8 @@ struct ForwardLayout {
   static constexpr int rows_per_thread = 2;
   static constexpr bool masks_by_bits = true;
 
-  /// This thread's part of a warpgroup's 64 x Columns accumulator, as mma.sync would hold it: what reads it by row and
-  /// column serves both.
+  /// This thread's part of a warpgroup's 64 x Columns accumulator, in the layout of mma.sync, so that code that reads
+  /// it by row and column serves both kernels.
   template <class Columns>
   FLASHCUTE_DEVICE static auto accumulator() {
     using namespace cute;
