@@ -113,8 +113,8 @@ template <class T>
 constexpr int blocks_per_total = 32;
 
 /// A matrix of sums over blocks whose error does not grow with their number: every few blocks the sums are added to
-/// totals, and the rounding error of each addition to a matrix of errors (Knuth's two-sum, which needs no order of
-/// magnitudes).
+/// totals, and the rounding error of each addition to a matrix of errors (Knuth's two-sum, exact whichever operand is
+/// larger).
 template <class T>
 class Totals {
  public:

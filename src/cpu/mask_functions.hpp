@@ -1,5 +1,5 @@
 // A mask as a table of functions, so that one compiled tile serves every kind of mask. dispatch.cpp fills it from
-// `Mask<kind>` (mask.hpp), where alone masks are defined.
+// `Mask<kind>` in policy/mask.hpp, the only definition of masks.
 #pragma once
 
 #include "flashcute/policy/mask.hpp"

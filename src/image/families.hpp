@@ -11,7 +11,7 @@
 
 namespace flashcute {
 
-/// The features of most families, and of `prebuild` without any.
+/// The features of most families, and the default ones of `prebuild`.
 inline constexpr Features full_and_causal[] = {{.mask = MaskKind::full}, {.mask = MaskKind::causal}};
 
 template <class Config>

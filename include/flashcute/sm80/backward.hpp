@@ -419,7 +419,7 @@ struct TileGradients {
     block_sync();  // the tiles are in shared memory
   }
 
-  /// Adds to each of the first `rows` rows of these tiles the values not finite that it sees among the rows `others` of
+  /// Adds to each of the first `rows` rows of these tiles the non-finite values that it sees among the rows `others` of
   /// some heads.
   FLASHCUTE_DEVICE void add_dropped(int first_head, int heads, RowRange const& others, int rows) const {
     if (!(P::wants_finite || Mask::rows_differ) || !dropped_) return;

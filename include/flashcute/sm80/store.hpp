@@ -48,7 +48,7 @@ struct Rows {
   FLASHCUTE_DEVICE Element at(int row, int column) const { return global_load<Element>(first + row * stride + column); }
 };
 
-/// Adds to each element of a staged tile the values not finite that its row sees among the rows `others` of a tensor,
+/// Adds to each element of a staged tile the non-finite values that its row sees among the rows `others` of a tensor,
 /// and that were replaced by 0 before the product. Slow, but rare.
 template <TileConfig C, class Smem, class Sees>
 FLASHCUTE_DEVICE void add_dropped(Rows<typename Smem::Element> const& from, RowRange const& others, int rows,

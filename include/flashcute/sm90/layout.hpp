@@ -54,7 +54,8 @@ struct ForwardLayout {
   static constexpr int keys_per_load = flashcute::keys_per_load(C);
 
   // ---- shared memory ----
-  // A tile is cut into pages whose rows are 128 bytes. Each is one TMA box, in the 128-byte swizzle that WGMMA reads.
+  // A tile is cut into pages whose rows are 128 bytes. TMA copies a page as one box (in a cluster as one box per thread
+  // block), in the 128-byte swizzle that WGMMA reads.
   static constexpr int page = box_row_bytes / sizeof(Element);    // columns
   static constexpr int q_elements = warpgroup_rows * C.head_dim;  // of one warpgroup
   static constexpr int k_elements = C.block_n * C.head_dim;
@@ -96,7 +97,7 @@ struct ForwardLayout {
     alignas(1024) Element k[C.stages][k_elements];
     alignas(1024) Element v[C.stages][v_elements];
     Work work[tiles][warpgroups];
-    bool dropped[tiles];  // whether values not finite were replaced by 0 in a partial block of V
+    bool dropped[tiles];  // whether non-finite values were replaced by 0 in a partial block of V
     Inspection inspections[C.stages];
     Barrier v_landed[C.stages];  // V has arrived, its inspection may begin
     Barrier q_full[warpgroups], q_empty[warpgroups];

@@ -53,7 +53,7 @@ FLASHCUTE_DEVICE void store_output(Output const& output, ForwardParams const& p,
   }
 }
 
-/// Adds to the elements of the output that this thread has written the values not finite that were replaced by 0, where
+/// Adds to the elements of the output that this thread has written the non-finite values that were replaced by 0, where
 /// they are visible, among keys [first, end). Slow, but rare.
 template <ForwardConfig C, class Mask>
 FLASHCUTE_DEVICE void add_dropped(int first, int end, ForwardParams const& p, QueryTile const& tile) {
