@@ -16,7 +16,7 @@ struct BackwardConfig {
   int32_t block_n = 64;           // B_c: keys per tile
   int32_t num_warps = 4;
   Kernel kernel = Kernel::sm80;  // there is no Hopper kernel of the backward yet
-  int32_t column_warps = 1;      // warps side by side along the columns of a score tile; 1: P and dS stay in registers
+  int32_t column_warps = 1;      // warps along the columns of a score tile; 1: dK and dV take P and dS from registers
   int32_t blocks_per_sm = 2;
   Math math = Math::tensor_core;
   int32_t stages = 2;  // blocks in shared memory; 2: one arrives while the other is multiplied

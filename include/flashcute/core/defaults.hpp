@@ -87,7 +87,7 @@ struct ForwardTensors {
   bool allow_sm90 = true;   // Hopper's kernel may be chosen
 };
 
-/// Which kernel. Tensors whose rows are no multiples of 16 bytes, or whose strides TMA cannot follow, take the sm80
+/// Which kernel. Tensors whose rows are not multiples of 16 bytes, or whose strides TMA cannot follow, take the sm80
 /// kernel on a Hopper GPU too.
 constexpr Kernel kernel_for(ForwardTensors const& t, Arch arch) {
   bool const hoppers = arch == 90 && size_of(t.dtype) == 2 && t.alignment == 16 && t.bulk_copies && t.allow_sm90;

@@ -2,7 +2,7 @@
 // `query_range` the blocks of query rows that a tile of keys must visit, `visible` whether a query sees a key, `seen`
 // which of many keys a query sees, `seen_by` which of many queries see which keys, `empty_row` whether a query sees
 // none. `rows_differ` says whether queries may see different keys. A mask under which the keys of each query are
-// contiguous also has `keys_of`, their range. GPU kernels, the CPU backend and the tests share all of these.
+// contiguous also has `keys_of`, their range. GPU kernels, the CPU backend and the tests share these.
 #pragma once
 
 #include "flashcute/core/forward_config.hpp"

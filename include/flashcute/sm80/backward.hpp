@@ -12,8 +12,9 @@
 //
 // P and dS go from product to product in registers, or through shared memory where several warps share the columns of
 // S. There are two algorithms. The passes `queries` and `keys` take seven products; one thread block sums every element
-// of a gradient in one order. The pass `gradients` takes five: tiles of keys also add dS X to the dQ of the queries in
-// each block. Source: Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 2; `queries` exchanges its loops.
+// of a gradient in one order. The pass `gradients` takes five: tiles of keys also add dS X, with dS from shared memory,
+// to the dQ of the queries in each block. Source: Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 2; `queries`
+// exchanges its loops.
 #pragma once
 
 #include "flashcute/core/constants.hpp"
