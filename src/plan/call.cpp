@@ -24,7 +24,7 @@ void require_length(char const* argument, char const* what, int64_t value) {
 }
 
 double checked_scale(std::optional<double> scale, int64_t d) {
-  cpu::DefaultFloatMode const mode;  // else the default would depend on how the caller's thread rounds
+  cpu::DefaultFloatMode const mode;  // otherwise the default would depend on the rounding mode of the caller's thread
   if (!scale) return d > 0 ? 1.0 / std::sqrt(static_cast<double>(d)) : 1.0;
   if (!std::isfinite(*scale) || *scale < 0) {
     throw ArgumentError("scale", "a finite number >= 0", std::to_string(*scale));
@@ -72,7 +72,7 @@ ForwardParams checked_params(Operand const& q, Operand const& k, Operand const& 
   p.seqlen_k = static_cast<int32_t>(nk.row);
   p.head_dim = static_cast<int32_t>(nq.d);
   p.head_dim_v = static_cast<int32_t>(nv.d);
-  // Beyond these, a diagonal further away shows or hides nothing more.
+  // Beyond these limits the diagonal makes no difference.
   int64_t const diagonal = options.diagonal.value_or(nk.row - nq.row);
   p.causal_offset = static_cast<int32_t>(std::clamp<int64_t>(diagonal, -nq.row, nk.row));
   return p;
