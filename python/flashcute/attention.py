@@ -12,7 +12,7 @@ from ._call import (
     checked_options,
     missing_feature,
     require_arrays,
-    require_kind,
+    require_memory,
     require_mutable,
     require_torch_to_record,
     require_unrecorded,
@@ -192,7 +192,7 @@ def backward(
     outputs = {"dq": dq, "dk": dk, "dv": dv, "workspace": workspace}
     given = {name: x for name, x in outputs.items() if x is not None}
     require_arrays({**inputs, **given})
-    require_kind(**inputs, **given)
+    require_memory(**inputs, **given)
     options = checked_options(causal, diagonal, scale, layout, stream)
     for name, array in {**inputs, **given}.items():
         library = library_of(type(array))
@@ -241,7 +241,7 @@ def backward_workspace_size(
     """How many float32 elements the workspace of a `backward` call with `cfg` must have: 0 on the CPU."""
     require_config(cfg)
     require_arrays({"q": q, "v": v})
-    require_kind(q=q, v=v)
+    require_memory(q=q, v=v)
     return int(
         _core.backward_workspace_size(cfg, q, v, checked_options(False, "end", None, layout))
     )

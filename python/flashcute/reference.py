@@ -28,7 +28,7 @@ import math
 import sys
 from typing import Any, NamedTuple
 
-from ._call import checked_diagonal
+from ._call import checked_diagonal, require_kind
 from ._core import ArgumentError
 
 Array = Any
@@ -273,6 +273,7 @@ def _split_heads(
     """
     if layout not in ("bshd", "bhsd"):
         raise ArgumentError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
+    require_kind(True, q=q, k=k, v=v)
     if layout == "bshd":
         q, k, v = (_swap(xp, x, 1, 2) for x in (q, k, v))
     batch, heads, rows, head_dim = q.shape
