@@ -321,7 +321,10 @@ def namespace(array: Array) -> Namespace:
     standard = getattr(array, "__array_namespace__", None)
     if standard is not None:
         return standard()
-    return sys.modules[type(array).__module__.partition(".")[0]]
+    names = [base.__module__.partition(".")[0] for base in type(array).__mro__]
+    # A class of a program counts as its base: a module of a program has no such functions.
+    library = next((name for name in names if name in ("numpy", "torch", "cupy", "jax")), names[0])
+    return sys.modules[library]
 
 
 def _wide(xp: Namespace, array: Array) -> Any:

@@ -26,13 +26,19 @@ def as_placed(x: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def require_one_world(problem: Problem) -> None:
-    """Raises ArgumentError where DTensors, or fake tensors, meet tensors of another world."""
+    """Raises ArgumentError where DTensors, or fake tensors, meet tensors of another world, and for tensors of which no
+    kernel will see the shape first."""
     if torch.compiler.is_compiling():  # the compiler has made all tensors of one world
         return
     given = {"q": problem.q, "k": problem.k, "v": problem.v, "attn_mask": problem.attn_mask}
     tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
     _require_distributed_alike(tensors)
     _require_fake_alike(tensors)
+    for name in ("q", "k", "v"):
+        if tensors[name].dim() != 4:  # what gives shapes without memory reads them
+            raise ArgumentError(
+                f"{name}: expected 4 dimensions, got shape {tuple(tensors[name].shape)}"
+            )
 
 
 def _require_distributed_alike(tensors: dict[str, Tensor]) -> None:
