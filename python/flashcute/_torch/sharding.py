@@ -44,6 +44,8 @@ def shardings_of(q: Any, k: Any, v: Any, layout: str) -> list[Sharding]:
         found.append(sharding)
         for name, spec in (("k", k), ("v", v)):
             expected, got = sharding.keys, spec.placements[dim]
+            if got.is_partial() or got == shard(3 - heads):
+                raise UnsupportedError(_misplaced(name, got, heads))
             if got != expected:
                 why = " and a single key head" if multi_query else ""
                 raise UnsupportedError(
@@ -86,8 +88,8 @@ def _require_heads(heads: Any, ranks: list[int], multi_query: bool) -> None:
     if heads % math.prod(ranks):
         whose = "query" if multi_query else "key"
         raise UnsupportedError(
-            f"q, k, v: expected a number of {whose} heads that the {math.prod(ranks)} ranks over which heads are "
-            f"sharded divide, got {heads}. Replicate them, q.redistribute(placements=...), or repeat the key heads"
+            f"q, k, v: expected a number of {whose} heads that is a multiple of the {math.prod(ranks)} ranks over "
+            f"which heads are sharded, got {heads}. Replicate them, q.redistribute(placements=...)"
         )
 
 
