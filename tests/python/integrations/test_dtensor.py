@@ -94,7 +94,7 @@ def test_each_rank_computes_its_part(found: dict[str, Any], case: str) -> None:
 def test_results_lie_as_the_queries(
     found: dict[str, Any], case: str, placements: list[str]
 ) -> None:
-    """The log-sum-exp has heads before rows in both layouts. Of one key head each rank has a summand of its gradients."""
+    """The log-sum-exp has heads before rows in both layouts; gradients of a single key head are sums over the ranks."""
     came = [text.strip("(),") + ")" for text in found[case]["placements"]]
     assert came == [text.strip("(),") + ")" for text in placements]
 
