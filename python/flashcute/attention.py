@@ -12,6 +12,7 @@ from ._call import (
     checked_options,
     missing_feature,
     require_arrays,
+    require_kind,
     require_memory,
     require_mutable,
     require_torch_to_record,
@@ -192,7 +193,7 @@ def backward(
     outputs = {"dq": dq, "dk": dk, "dv": dv, "workspace": workspace}
     given = {name: x for name, x in outputs.items() if x is not None}
     require_arrays({**inputs, **given})
-    require_memory(**inputs, **given)
+    require_kind(**inputs, **given)
     options = checked_options(causal, diagonal, scale, layout, stream)
     for name, array in {**inputs, **given}.items():
         library = library_of(type(array))
@@ -210,17 +211,21 @@ def backward(
     address = stream_number(stream)
     options = options._replace(stream=address)
     arrays = [*inputs.values(), *given.values()]
-    with nullcontext() if address is None else library.use_stream(address, arrays):
-        dout = library_of(type(dout)).with_unit_stride(dout)
-        size = _core.backward_workspace_size(cfg, q, v, options) if workspace is None else 0
-        if size and type(library) is Library:
-            raise library.cannot_make("workspace", q)
-        to_dq, to_dk, to_dv = (
-            library.empty(like.shape, q) if x is None else x
-            for x, like in ((dq, q), (dk, k), (dv, v))
-        )
-        work = library.empty((size,), q, "float32") if size else workspace
-        _core.backward(cfg, dout, q, k, v, out, lse, dlse, to_dq, to_dk, to_dv, work, options)
+    try:
+        with nullcontext() if address is None else library.use_stream(address, arrays):
+            dout = library_of(type(dout)).with_unit_stride(dout)
+            size = _core.backward_workspace_size(cfg, q, v, options) if workspace is None else 0
+            if size and type(library) is Library:
+                raise library.cannot_make("workspace", q)
+            to_dq, to_dk, to_dv = (
+                library.empty(like.shape, q) if x is None else x
+                for x, like in ((dq, q), (dk, k), (dv, v))
+            )
+            work = library.empty((size,), q, "float32") if size else workspace
+            _core.backward(cfg, dout, q, k, v, out, lse, dlse, to_dq, to_dk, to_dv, work, options)
+    except (ArgumentError, RuntimeError):
+        require_memory(**inputs, **given)  # says it better, if that is the reason
+        raise
     for array in given.values():
         library_of(type(array)).wrote(array)
     return (

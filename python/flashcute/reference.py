@@ -273,7 +273,7 @@ def _split_heads(
     """
     if layout not in ("bshd", "bhsd"):
         raise ArgumentError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
-    require_kind(True, q=q, k=k, v=v)
+    require_kind(q=q, k=k, v=v)
     if layout == "bshd":
         q, k, v = (_swap(xp, x, 1, 2) for x in (q, k, v))
     batch, heads, rows, head_dim = q.shape
