@@ -107,6 +107,8 @@ def flash_attention(
     torch.compile and torch.export see the operators flashcute::flash_attention_forward and
     flashcute::flash_attention_backward. torch.vmap and batched gradients (is_grads_batched) fold the mapped dimension
     into the batch. torch.func.grad and other derivatives of torch.func are refused.
+    Tensors of a class that computes operators by itself (DTensor, FakeTensor, your own) get the operator too; a DTensor
+    must be replicated, or sharded over the batch or the heads. docs/torch_training.md lists all kinds.
 
     On a GPU no kernel covers yet gradients of float64, nor gradients of float32 with head dimensions above 128 where a
     thread block has at most 99 KB of shared memory. On no device do kernels cover these arguments:
