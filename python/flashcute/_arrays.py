@@ -68,6 +68,10 @@ class Library:
         where a call has failed or goes elsewhere. traced: no memory is needed."""
         return None
 
+    def memory_problem(self, array: Array) -> str | None:
+        """Why the memory of an array of the right kind is out of reach where the call stands, and what to do."""
+        return None
+
     def wrote(self, array: Array) -> None:
         """Tells the library that the array was written to."""
 
@@ -126,9 +130,10 @@ class Torch(Library):
     def wants_more(self, q: Array, k: Array, v: Array) -> bool:
         """Whether a call is more than its result: recorded, traced, transformed or cast by autocast."""
         torch = sys.modules["torch"]
-        if torch.compiler.is_compiling() or (
-            type(q) is not torch.Tensor and has_own_dispatch(type(q))
-        ):
+        if torch.compiler.is_compiling():
+            return True
+        plain = type(q) is type(k) is type(v) is torch.Tensor
+        if not plain and any(has_own_dispatch(type(x)) for x in (q, k, v)):
             return True
         if torch.is_grad_enabled() and (
             q.requires_grad
@@ -160,24 +165,53 @@ class Torch(Library):
         return bool(array.requires_grad) and sys.modules["torch"].is_grad_enabled()
 
     def problem(self, array: Array) -> str | None:
+        kind = type(array)  # some classes export memory that is not all that they are
+        if kind is not _tensor and has_own_dispatch(kind):
+            return self.kind_problem(array)
         if array.is_neg():  # a view that negates when it is read; DLPack does not say so
             return "a tensor without the negative bit, got a negated view. Pass q.resolve_neg()"
         return None
 
     def kind_problem(self, array: Array, traced: bool = False) -> str | None:
-        torch = sys.modules["torch"]
+        torch, kind = sys.modules["torch"], type(array)
         if array.is_nested:
-            return "a dense tensor, got a nested one. Pad it (torch.nested.to_padded_tensor), or call per sequence"
-        if type(array).__name__ == "MaskedTensor":
+            return (
+                "a dense tensor, got a nested one. Pad it (torch.nested.to_padded_tensor), or call once for each "
+                "sequence of its unbind()"
+            )
+        if kind.__name__ == "MaskedTensor":
             return "a plain tensor, got a masked one. Pass its get_data(), and what to see as attn_mask"
         if array.is_quantized:
             return f"a floating-point tensor, got one of {array.dtype}. Pass its dequantize()"
         if array.layout != torch.strided:
             return f"a dense tensor, got one of layout {array.layout}. Pass its to_dense()"
-        if array.is_meta and not traced:
+        if traced:
+            return None
+        if kind is not _tensor and has_own_dispatch(kind):
+            inside = _insides.get(kind.__name__, "Pass the tensor that it wraps")
+            return (
+                f"a tensor whose memory a kernel can read, got one of the class {kind.__name__}, which computes "
+                f"operators by itself: only flash_attention, without out and stream, takes it. {inside}"
+            )
+        if array.is_meta:
             return (
                 "a tensor with memory, got one on the meta device. Shapes and dtypes without memory are computed "
                 "under FakeTensorMode"
+            )
+        return None
+
+    def memory_problem(self, array: Array) -> str | None:
+        functorch = sys.modules["torch"]._C._functorch
+        # The second is of is_grads_batched.
+        if functorch.is_functorch_wrapped_tensor(array) or functorch.is_legacy_batchedtensor(array):
+            return (
+                "a tensor with memory, got one inside of a transform (torch.vmap, torch.func). Call it outside; "
+                "torch.vmap takes flash_attention, without out and stream"
+            )
+        if active_fake_mode() is not None:
+            return (
+                "a tensor outside of FakeTensorMode, in which nothing has memory, got one inside. Only "
+                "flash_attention, without out and stream, works there"
             )
         return None
 
@@ -266,12 +300,26 @@ def would_record(x: object) -> bool:
 
 def has_own_dispatch(kind: type) -> bool:
     """Whether a class of torch tensors computes operators by itself (__torch_dispatch__), on memory of its own or none:
-    fake tensors, distributed ones."""
+    fake tensors, distributed ones. False of other libraries' arrays."""
     torch = sys.modules["torch"]
-    return (
-        kind is not torch.Tensor
-        and kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
-    )
+    if kind is torch.Tensor:
+        return False
+    disabled = torch._C._disabled_torch_dispatch_impl
+    return getattr(kind, "__torch_dispatch__", disabled) is not disabled
+
+
+# Of classes that compute operators by themselves: how to get at what they hold.
+_insides = {
+    "DTensor": "Pass its to_local()",
+    "AsyncCollectiveTensor": "Pass its wait()",
+    "FakeTensor": "It has no memory, only a shape",
+}
+
+
+def active_fake_mode() -> Any:
+    """The FakeTensorMode that is active, if any."""
+    torch = sys.modules["torch"]
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
 
 
 @cache

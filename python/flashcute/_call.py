@@ -191,6 +191,16 @@ def require_kind(traced: bool = False, **arrays: Array) -> None:
             raise ArgumentError(f"{name}: expected {problem}")
 
 
+def require_memory(**arrays: Array) -> None:
+    """As require_kind, and that nothing stands between the arrays and their memory. Asked where a call has failed, or
+    is no matter of microseconds."""
+    require_kind(**arrays)
+    for name, array in arrays.items():
+        problem = library_of(type(array)).memory_problem(array)
+        if problem:
+            raise ArgumentError(f"{name}: expected {problem}")
+
+
 def require_arrays(arrays: dict[str, Array]) -> None:
     for name, array in arrays.items():
         if not hasattr(array, "__dlpack__"):
@@ -237,7 +247,7 @@ def run(
             options = options._replace(stream=address)
             return _run(library, cfg, q, k, v, options, out, return_lse)
     except (ArgumentError, RuntimeError):
-        require_kind(**arrays)  # says it better, if that is the reason
+        require_memory(**arrays)  # says it better, if that is the reason
         raise
 
 

@@ -13,6 +13,7 @@ from ._call import (
     missing_feature,
     require_arrays,
     require_kind,
+    require_memory,
     require_mutable,
     require_torch_to_record,
     require_unrecorded,
@@ -106,6 +107,8 @@ def flash_attention(
     torch.compile and torch.export see the operators flashcute::flash_attention_forward and
     flashcute::flash_attention_backward. torch.vmap and batched gradients (is_grads_batched) fold the mapped dimension
     into the batch. torch.func.grad and other derivatives of torch.func are refused.
+    Tensors of a class that computes operators by itself (DTensor, FakeTensor, your own) get the operator too; a DTensor
+    must be replicated, or sharded over the batch or the heads. docs/torch_training.md lists all kinds.
 
     On a GPU no kernel covers yet gradients of float64, nor gradients of float32 with head dimensions above 128 where a
     thread block has at most 99 KB of shared memory. On no device do kernels cover these arguments:
@@ -210,17 +213,21 @@ def backward(
     address = stream_number(stream)
     options = options._replace(stream=address)
     arrays = [*inputs.values(), *given.values()]
-    with nullcontext() if address is None else library.use_stream(address, arrays):
-        dout = library_of(type(dout)).with_unit_stride(dout)
-        size = _core.backward_workspace_size(cfg, q, v, options) if workspace is None else 0
-        if size and type(library) is Library:
-            raise library.cannot_make("workspace", q)
-        to_dq, to_dk, to_dv = (
-            library.empty(like.shape, q) if x is None else x
-            for x, like in ((dq, q), (dk, k), (dv, v))
-        )
-        work = library.empty((size,), q, "float32") if size else workspace
-        _core.backward(cfg, dout, q, k, v, out, lse, dlse, to_dq, to_dk, to_dv, work, options)
+    try:
+        with nullcontext() if address is None else library.use_stream(address, arrays):
+            dout = library_of(type(dout)).with_unit_stride(dout)
+            size = _core.backward_workspace_size(cfg, q, v, options) if workspace is None else 0
+            if size and type(library) is Library:
+                raise library.cannot_make("workspace", q)
+            to_dq, to_dk, to_dv = (
+                library.empty(like.shape, q) if x is None else x
+                for x, like in ((dq, q), (dk, k), (dv, v))
+            )
+            work = library.empty((size,), q, "float32") if size else workspace
+            _core.backward(cfg, dout, q, k, v, out, lse, dlse, to_dq, to_dk, to_dv, work, options)
+    except (ArgumentError, RuntimeError):
+        require_memory(**inputs, **given)  # says it better, if that is the reason
+        raise
     for array in given.values():
         library_of(type(array)).wrote(array)
     return (
@@ -241,7 +248,7 @@ def backward_workspace_size(
     """How many float32 elements the workspace of a `backward` call with `cfg` must have: 0 on the CPU."""
     require_config(cfg)
     require_arrays({"q": q, "v": v})
-    require_kind(q=q, v=v)
+    require_memory(q=q, v=v)
     return int(
         _core.backward_workspace_size(cfg, q, v, checked_options(False, "end", None, layout))
     )

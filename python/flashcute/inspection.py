@@ -11,7 +11,7 @@ from ._call import (
     checked_options,
     missing_feature,
     require_arrays,
-    require_kind,
+    require_memory,
     require_mutable,
     require_torch_to_record,
     require_unrecorded,
@@ -67,7 +67,7 @@ def explain(
     missing = missing_feature(attn_mask, dropout_p, window)
     if cfg is not None and missing:
         raise ArgumentError(f"cfg: expected None, as only flash_attention takes it: {missing}")
-    require_kind(q=q, k=k, v=v)
+    require_memory(q=q, k=k, v=v)
     library = library_of(type(q))
     fallback = checked_fallback(on_unsupported, library)
     if isinstance(library, Torch) and cfg is None:
@@ -118,7 +118,7 @@ def count_blocks(
     if not isinstance(cfg, ForwardConfig):
         raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
     require_arrays({"q": q, "k": k, "v": v})
-    require_kind(q=q, k=k, v=v)
+    require_memory(q=q, k=k, v=v)
     options = checked_options(causal, diagonal, None, layout)
     _core.check_problem(q, k, v, options)
     library = library_of(type(q))

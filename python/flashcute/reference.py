@@ -28,7 +28,7 @@ import math
 import sys
 from typing import Any, NamedTuple
 
-from ._call import checked_diagonal
+from ._call import checked_diagonal, require_kind
 from ._core import ArgumentError
 
 Array = Any
@@ -273,6 +273,7 @@ def _split_heads(
     """
     if layout not in ("bshd", "bhsd"):
         raise ArgumentError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
+    require_kind(q=q, k=k, v=v)
     if layout == "bshd":
         q, k, v = (_swap(xp, x, 1, 2) for x in (q, k, v))
     batch, heads, rows, head_dim = q.shape
@@ -320,7 +321,10 @@ def namespace(array: Array) -> Namespace:
     standard = getattr(array, "__array_namespace__", None)
     if standard is not None:
         return standard()
-    return sys.modules[type(array).__module__.partition(".")[0]]
+    names = [base.__module__.partition(".")[0] for base in type(array).__mro__]
+    # A class of a program counts as its base: a module of a program has no such functions.
+    library = next((name for name in names if name in ("numpy", "torch", "cupy", "jax")), names[0])
+    return sys.modules[library]
 
 
 def _wide(xp: Namespace, array: Array) -> Any:

@@ -7,7 +7,11 @@ torch.compile and torch.export see the operators `flashcute::flash_attention_for
 
 from __future__ import annotations
 
+from .._import_hook import when_imported
 from .dispatch import attend, explained
 from .problem import Problem
+from .sharding import register_shardings
 
 __all__ = ["Problem", "attend", "explained"]
+
+when_imported("torch.distributed.tensor", register_shardings)

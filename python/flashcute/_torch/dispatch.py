@@ -21,7 +21,8 @@ from .framework import Tensor, has_autocast, torch, warn
 from .gradients import decided
 from .operators import forward_by_operator
 from .problem import Problem
-from .tracing import as_constant, is_traced
+from .tracing import as_constant, is_traced, require_own_memory
+from .worlds import require_one_world
 
 
 def attend(problem: Problem, out: Tensor | None, return_lse: bool, fallback: str) -> Any:
@@ -31,13 +32,14 @@ def attend(problem: Problem, out: Tensor | None, return_lse: bool, fallback: str
             if not isinstance(getattr(problem, name), torch.Tensor):
                 require_arrays({name: getattr(problem, name)})
         raise ArgumentError(problem.stranger)
-    stream = problem.options.stream
     traced = is_traced(problem)
     problem.require_kinds(traced)
+    if traced:
+        require_one_world(problem)
     problem = problem.without_causal_bias().autocast()
     require_no_recorded_output(out, problem)
-    if traced and (out is not None or stream is not None):
-        raise ArgumentError("out, stream: expected None in a traced call: the tracer plans both")
+    if traced:
+        require_own_memory(out, problem)
     missing = problem.missing or missing_gradient(problem, traced)
     if missing:
         require_fallback(problem, out, return_lse, fallback, missing)

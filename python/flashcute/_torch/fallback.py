@@ -10,6 +10,7 @@ from .._core import ArgumentError, UnsupportedError
 from .framework import Tensor, torch
 from .problem import Problem
 from .tracing import is_traced
+from .worlds import is_distributed
 
 
 def require_fallback(
@@ -18,6 +19,10 @@ def require_fallback(
     """Raises where torch's own attention may not, or cannot, take the place of a kernel."""
     if fallback == "error":
         raise UnsupportedError(missing)
+    if any(is_distributed(x) for x in problem[:3]):
+        raise UnsupportedError(
+            f"q, k, v: of DTensors only kernels compute attention, and {missing}"
+        )
     if problem.options.stream is not None:
         raise ArgumentError(
             f"stream: expected None where {SDPA} computes, got {problem.options.stream!r}"

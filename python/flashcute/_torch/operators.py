@@ -12,6 +12,7 @@ from .._call import Options, rows_of_heads, run
 from .._import_hook import when_imported
 from .framework import Tensor, torch
 from .gradients import gradient_like, gradients, no_second_derivative
+from .worlds import as_placed
 
 # Arguments were appended, with defaults that mean what the operators did before: programs that were saved without them
 # load. An operator has no stream; its deterministic=None follows torch's switch when the gradients are computed.
@@ -87,7 +88,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
     found = (None, None, None)
     if dout is not None or dlse is not None:
-        found = backward_by_operator(dout, *ctx.saved_tensors, dlse, ctx.options)
+        q, k, v, out, lse = ctx.saved_tensors
+        dout, dlse = as_placed(dout, out), as_placed(dlse, lse)
+        found = backward_by_operator(dout, q, k, v, out, lse, dlse, ctx.options)
     return (*found, *[None] * 6)
 
 

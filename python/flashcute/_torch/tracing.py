@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .._arrays import differentiates_forward, has_own_dispatch, torch_observers
 from .._call import SDPA
-from .._core import UnsupportedError
+from .._core import ArgumentError, UnsupportedError
 from .framework import Tensor, torch
 from .problem import Problem
 
@@ -39,6 +39,21 @@ def is_observed(*tensors: Tensor | None) -> bool:
         if torch._C._functorch.is_legacy_batchedtensor(x) or has_own_dispatch(type(x)):
             return True
     return False
+
+
+def require_own_memory(out: Tensor | None, problem: Problem) -> None:
+    """Of a call that is an operator, which has neither out nor stream."""
+    stream = problem.options.stream
+    if out is None and stream is None:
+        return
+    own = next((type(x) for x in problem[:3] if has_own_dispatch(type(x))), None)
+    if own is None or torch.compiler.is_compiling():
+        raise ArgumentError("out, stream: expected None in a traced call: the tracer plans both")
+    name, got = ("stream", repr(stream)) if out is None else ("out", f"a {type(out).__name__}")
+    raise ArgumentError(
+        f"{name}: expected None beside tensors of the class {own.__name__}, which computes operators by itself, "
+        f"got {got}"
+    )
 
 
 def as_constant(head_dim: int) -> int:

@@ -1,0 +1,151 @@
+"""How the operators compute of DTensors: each rank its own part of the batch or of the heads, without communication."""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from .._core import UnsupportedError
+from .framework import torch
+
+
+class Sharding(NamedTuple):
+    """How the tensors of a call lie over the ranks of one dimension of the mesh."""
+
+    rows: Any  # q, out and their gradients
+    keys: Any  # k and v
+    dkeys: Any  # their gradients
+    lse: Any
+
+
+def shardings_of(q: Any, k: Any, v: Any, layout: str) -> list[Sharding]:
+    """For each dimension of the mesh, from the specs that DTensor has of q, k and v. Raises UnsupportedError for
+    placements of which no rank could compute its part alone."""
+    shard, replicate, partial = _placements()
+    heads = 2 if layout == "bshd" else 1
+    whole = Sharding(replicate(), replicate(), replicate(), replicate())
+    of_batch = Sharding(shard(0), shard(0), shard(0), shard(0))
+    of_heads = Sharding(shard(heads), shard(heads), shard(heads), shard(1))
+    # With a single key head each rank needs all of k and v, and has a part of the sum that is their gradient.
+    of_queries = Sharding(shard(heads), replicate(), partial(), shard(1))
+    multi_query = k.shape[heads] == 1
+
+    found = []
+    for dim, placement in enumerate(q.placements):
+        known = {
+            (replicate, None): whole,
+            (shard, 0): of_batch,
+            (shard, heads): of_queries if multi_query else of_heads,
+        }
+        sharding = known.get((type(placement), getattr(placement, "dim", None)))
+        if sharding is None:
+            raise UnsupportedError(_misplaced("q", placement, heads))
+        found.append(sharding)
+        for name, spec in (("k", k), ("v", v)):
+            expected, got = sharding.keys, spec.placements[dim]
+            if got.is_partial() or got == shard(3 - heads):
+                raise UnsupportedError(_misplaced(name, got, heads))
+            if got != expected:
+                why = " and a single key head" if multi_query else ""
+                raise UnsupportedError(
+                    f"{name}: expected the placement {expected!r} beside q's {placement!r}{why}, got {got!r} "
+                    f"(dimension {dim} of the mesh): {name}.redistribute(placements=...) moves it"
+                )
+    _require_parts(q.shape[0], [q.mesh.size(i) for i, s in enumerate(found) if s is of_batch])
+    by_heads = [q.mesh.size(i) for i, s in enumerate(found) if s in (of_heads, of_queries)]
+    _require_heads(q.shape[heads] if multi_query else k.shape[heads], by_heads, multi_query)
+    return found
+
+
+def _placements() -> tuple[Any, Any, Any]:
+    tensor = import_module("torch.distributed.tensor")
+    return tensor.Shard, tensor.Replicate, tensor.Partial
+
+
+def _misplaced(name: str, placement: Any, heads: int) -> str:
+    dim = getattr(placement, "dim", None)
+    allowed = f"expected a DTensor that is replicated, or sharded over the batch or the heads, got {placement!r}"
+    if placement.is_partial():
+        return f"{name}: {allowed}, of which each rank has a summand. Sum it: {name}.redistribute(placements=...)"
+    if dim == 3 - heads:
+        return (
+            f"{name}: {allowed}, the sequence. That needs context parallelism, which is not supported yet: gather the "
+            f"sequence first, {name}.redistribute(placements=...)"
+        )
+    return f"{name}: {allowed}. Pass {name}.redistribute(placements=...)"
+
+
+def _require_parts(batch: Any, ranks: list[int]) -> None:
+    if batch < math.prod(ranks):
+        raise UnsupportedError(
+            f"q, k, v: expected a batch of at least one for each of the {math.prod(ranks)} ranks over which it is "
+            f"sharded, got {batch}"
+        )
+
+
+def _require_heads(heads: Any, ranks: list[int], multi_query: bool) -> None:
+    if heads % math.prod(ranks):
+        whose = "query" if multi_query else "key"
+        raise UnsupportedError(
+            f"q, k, v: expected a number of {whose} heads that is a multiple of the {math.prod(ranks)} ranks over "
+            f"which heads are sharded, got {heads}. Replicate them, q.redistribute(placements=...)"
+        )
+
+
+# What DTensor asks: outputs and inputs of one dimension of the mesh. It combines them for all dimensions, and takes the
+# first of those that move least. Only the shardings that q, k and v have are offered, and replicated ones first, so
+# that this is the combination that they have.
+
+
+def _offered(found: list[Sharding]) -> list[Sharding]:
+    shard, _, _ = _placements()
+    return sorted(dict.fromkeys(found), key=lambda sharding: isinstance(sharding.rows, shard))
+
+
+def _forward_sharding(
+    q: Any, k: Any, v: Any, causal: bool, scale: Any, layout: str, *_: object
+) -> Any:
+    offered = _offered(shardings_of(q, k, v, layout))
+    return [([s.rows, s.lse], [s.rows, s.keys, s.keys]) for s in offered]
+
+
+def _backward_sharding(
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any,
+    causal: bool, scale: Any, layout: str, *_: object,
+) -> Any:  # fmt: skip
+    found = shardings_of(q, k, v, layout)
+    for name, x in (("dout", dout), ("out", out), ("lse", lse), ("dlse", dlse)):
+        expected = tuple(s.lse if name in ("lse", "dlse") else s.rows for s in found)
+        if x is not None and tuple(x.placements) != expected:
+            raise UnsupportedError(
+                f"{name}: expected the placements {expected}, as of the forward call, got {tuple(x.placements)}"
+            )
+    return [
+        (
+            [s.rows, s.dkeys, s.dkeys],
+            [dout and s.rows, s.rows, s.keys, s.keys, s.rows, s.lse, dlse and s.lse],
+        )
+        for s in _offered(found)
+    ]
+
+
+def register_shardings() -> None:
+    """Tells DTensor how both operators may lie over the ranks."""
+    register = import_module("torch.distributed.tensor.experimental").register_sharding
+    operators = torch.ops.flashcute
+    forward, backward = (
+        operators.flash_attention_forward.default,
+        operators.flash_attention_backward.default,
+    )
+    register(forward)(_forward_sharding)
+    register(backward)(_backward_sharding)
+    # DTensor keeps what it found by the tensors, and by the arguments after the first integer alone: of two layouts it
+    # would take the first one's. The rest of the arguments counts as well.
+    schema = import_module("torch.distributed.tensor._op_schema")
+    propagator = import_module(
+        "torch.distributed.tensor"
+    ).DTensor._op_dispatcher.sharding_propagator
+    for operator, tensors in ((forward, 3), (backward, 7)):
+        info = schema.RuntimeSchemaInfo(static_argnum=tensors, needs_pytree=True)
+        propagator.op_to_schema_info[operator] = info

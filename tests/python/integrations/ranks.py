@@ -1,0 +1,335 @@
+"""What the ranks of test_dtensor.py run: `python ranks.py FOLDER RANK SIZE`. Rank 0 writes to FOLDER/found.pt what came
+of each case: tensors, or the words of an exception."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flashcute as fc
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+HEADS, SEQLEN_Q, SEQLEN_K, DIM = 4, 5, 7, 8
+R, BATCH = Replicate(), Shard(0)
+PLACEMENTS = {"R": R, "B": BATCH, "P": Partial(), "1": Shard(1), "2": Shard(2), "3": Shard(3)}
+CASES: dict[str, Callable[[], Any]] = {}
+
+
+def case(function: Callable[[], Any]) -> Callable[[], Any]:
+    CASES[function.__name__] = function
+    return function
+
+
+def dense(
+    kv_heads: int = 2, layout: str = "bshd", batch: int = 2, heads: int = HEADS
+) -> tuple[torch.Tensor, ...]:
+    """q, k, v, dout and dlse, the same on every rank and in the tests."""
+    made = torch.Generator().manual_seed(7)
+
+    def draw(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=made, dtype=torch.float64)
+
+    def one(rows: int, heads: int) -> torch.Tensor:
+        return draw(batch, *((rows, heads) if layout == "bshd" else (heads, rows)), DIM)
+
+    q, k, v = one(SEQLEN_Q, heads), one(SEQLEN_K, kv_heads), one(SEQLEN_K, kv_heads)
+    return (
+        q,
+        k,
+        v,
+        torch.randn(q.shape, generator=made, dtype=q.dtype),
+        draw(batch, heads, SEQLEN_Q),
+    )
+
+
+def placed(letters: str) -> list[Any]:
+    return [PLACEMENTS[letter] for letter in letters]
+
+
+def distribute(x: torch.Tensor, letters: str, shape: tuple[int, ...] = (2,)) -> DTensor:
+    """One letter for each dimension of the mesh."""
+    mesh = mesh_of(shape)
+    if "P" in letters:
+        return DTensor.from_local(x / 2, mesh, placed(letters))
+    return distribute_tensor(x, mesh, placed(letters))
+
+
+_meshes: dict[tuple[int, ...], Any] = {}
+
+
+def mesh_of(shape: tuple[int, ...]) -> Any:
+    if shape not in _meshes:
+        _meshes[shape] = init_device_mesh("cpu", shape)
+    return _meshes[shape]
+
+
+def full(x: torch.Tensor) -> torch.Tensor:
+    """All of it. The copy waits for the collective."""
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
+
+
+def attend(
+    q_letters: str,
+    k_letters: str | None = None,
+    *,
+    kv_heads: int = 2,
+    layout: str = "bshd",
+    batch: int = 2,
+    heads: int = HEADS,
+    shape: tuple[int, ...] = (2,),
+    dout_letters: str | None = None,
+    function: Callable[..., Any] = fc.flash_attention,
+) -> dict[str, Any]:
+    """Forward and backward of DTensors. dout_letters: the placements of the gradients; None: those of the results."""
+    q, k, v, dout, dlse = dense(kv_heads, layout, batch, heads)
+    q = distribute(q, q_letters, shape).requires_grad_()
+    k, v = (distribute(x, k_letters or q_letters, shape).requires_grad_() for x in (k, v))
+    with CommDebugMode() as moved:
+        out, lse = function(q, k, v, causal=True, layout=layout, return_lse=True)
+    forward_moves = moved.get_total_counts()
+    if dout_letters is None:
+        dout = distribute_tensor(dout, out.device_mesh, out.placements)
+        dlse = distribute_tensor(dlse, lse.device_mesh, lse.placements)
+    else:
+        dout = distribute(dout, dout_letters, shape)
+        dlse = distribute(dlse, "R" * len(shape), shape)
+    with CommDebugMode() as moved:
+        gradients = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
+    results = (out, lse, *gradients)
+    return {
+        "tensors": list(map(full, results)),
+        "placements": [str(tuple(x.placements)) for x in results],
+        "moves": forward_moves,
+        "backward_moves": moved.get_total_counts(),
+    }
+
+
+# ---- what runs -------------------------------------------------------------------------------------
+
+RUNS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "replicated": (("R",), {}),
+    "replicated bhsd": (("R",), {"layout": "bhsd"}),
+    "batch": (("B",), {}),
+    "batch of 3": (("B",), {"batch": 3}),
+    "heads": (("2",), {}),
+    "heads bhsd": (("1",), {"layout": "bhsd"}),
+    "as many key heads": (("2",), {"kv_heads": 4}),
+    "one key head": (("2", "R"), {"kv_heads": 1}),
+    "one key head bhsd": (("1", "R"), {"kv_heads": 1, "layout": "bhsd"}),
+    "batch, heads": (("B2",), {"shape": (1, 2)}),
+    "heads, batch": (("2B",), {"shape": (1, 2)}),
+    "replicated, heads": (("R2",), {"shape": (1, 2)}),
+    # Gradients that come in otherwise.
+    "summands come in": (("R",), {"dout_letters": "P"}),
+    "whole gradients come in": (("2",), {"dout_letters": "R"}),
+    "parts of the sequence come in": (("2",), {"dout_letters": "1"}),
+    "parts of heads come in": (("R",), {"dout_letters": "2"}),
+    "parts of heads, replicated heads": (("R2",), {"shape": (2, 1), "dout_letters": "22"}),
+}
+for _name, (_letters, _options) in RUNS.items():
+    CASES[_name] = lambda a=_letters, o=_options: attend(*a, **o)
+
+
+@case
+def compiled() -> Any:
+    return attend("2", function=torch.compile(fc.flash_attention, backend="aot_eager"))
+
+
+@case
+def layouts_in_turn() -> Any:
+    """The same tensors, read first as one layout, then as the other, by the operator."""
+    q, *_ = dense(kv_heads=4)
+    made = [distribute(x, "R") for x in (q, q, q)]
+    forward = torch.ops.flashcute.flash_attention_forward
+    found = []
+    for layout in ("bshd", "bhsd"):
+        out, lse = forward(*made, False, None, layout, False)
+        found += [full(out), full(lse)]
+    return {"tensors": found}
+
+
+@case
+def layouts_in_turn_sharded() -> Any:
+    q, *_ = dense(kv_heads=4)
+    made = [distribute(x, "2") for x in (q, q, q)]
+    forward = torch.ops.flashcute.flash_attention_forward
+    forward(*made, False, None, "bshd", False)
+    return forward(*made, False, None, "bhsd", False)
+
+
+@case
+def async_collective() -> Any:
+    """What a collective will have sent: waited for, by the operator."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
+
+    q, k, v, *_ = dense()
+    waiting = all_reduce(k / 2, "sum", mesh_of((2,)))
+    assert isinstance(waiting, AsyncCollectiveTensor)
+    return {"tensors": [fc.flash_attention(q, waiting, v)]}
+
+
+@case
+def async_collective_forward() -> Any:
+    from torch.distributed._functional_collectives import all_reduce
+
+    q, k, v, *_ = dense()
+    cfg = fc.default_config(DIM, "float64", "cpu")
+    return fc.forward(cfg, q, all_reduce(k / 2, "sum", mesh_of((2,))), v)
+
+
+# ---- what is refused -------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "sequence": (("1",), {}),
+    "sequence bhsd": (("2",), {"layout": "bhsd"}),
+    "sequence of the keys": (("R", "1"), {}),
+    "head dimension": (("3",), {}),
+    "summands": (("P",), {}),
+    "keys as summands": (("R", "P"), {}),
+    "replicated keys": (("2", "R"), {}),
+    "replicated queries": (("R", "2"), {}),
+    "one key head, sharded": (("2",), {"kv_heads": 1}),
+    "3 key heads": (("2",), {"kv_heads": 3, "heads": 6}),
+    "3 heads of one key head": (("2", "R"), {"kv_heads": 1, "heads": 3}),
+    "batch of 1": (("B",), {"batch": 1}),
+}
+for _name, (_letters, _options) in REFUSED.items():
+    CASES[_name] = lambda a=_letters, o=_options: attend(*a, **o)
+
+
+def _beside(make: Callable[[torch.Tensor], Any], **options: Any) -> Any:
+    q, k, v, *_ = dense()
+    return fc.flash_attention(distribute(q, "R"), make(k), distribute(v, "R"), **options)
+
+
+@case
+def beside_a_plain_tensor() -> Any:
+    return _beside(lambda k: k)
+
+
+@case
+def on_another_mesh() -> Any:
+    return _beside(lambda k: distribute(k, "RR", (1, 2)))
+
+
+@case
+def without_a_kernel() -> Any:
+    return _beside(lambda k: distribute(k, "R"), window=(2, 2), on_unsupported="silent")
+
+
+@case
+def with_a_configuration() -> Any:
+    made = [distribute(x, "R") for x in dense()[:3]]
+    return fc.forward(fc.default_config(DIM, "float64", "cpu"), *made)
+
+
+@case
+def three_dimensions() -> Any:
+    return fc.flash_attention(*[distribute(x[0], "R") for x in dense()[:3]])
+
+
+@case
+def backward_operator_with_other_placements() -> Any:
+    q, k, v, dout, _ = dense()
+    made = [distribute(x, "2") for x in (q, k, v)]
+    out, lse = fc.flash_attention(*made, return_lse=True)
+    backward = torch.ops.flashcute.flash_attention_backward
+    return backward(distribute(dout, "R"), *made, out, lse, None, False, None, "bshd")
+
+
+# ---- modules ---------------------------------------------------------------------------------------
+
+
+class Attention(torch.nn.Module):
+    """With 4 query heads, 2 key heads, head dimension 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        made = torch.Generator().manual_seed(3)
+        for name, width in (("q", 32), ("k", 16), ("v", 16), ("o", 32)):
+            linear = torch.nn.Linear(32, width, bias=False, dtype=torch.float64)
+            with torch.no_grad():
+                linear.weight.copy_(torch.randn(width, 32, generator=made) / 32**0.5)
+            setattr(self, name, linear)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (getattr(self, name)(x).unflatten(-1, (-1, DIM)) for name in "qkv")
+        return self.o(fc.flash_attention(q, k, v, causal=True).flatten(-2))
+
+
+def step(module: torch.nn.Module, parts: int = 1) -> list[torch.Tensor]:
+    """The output and all gradients of one step. parts: each rank has its own part of the batch."""
+    x = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    x = x.chunk(parts)[dist.get_rank() % parts] if parts > 1 else x
+    out = module(x)
+    (out.square().sum() * parts).backward()  # FSDP averages over the ranks
+    return [out, *(p.grad for p in module.parameters())]
+
+
+def _tensor_parallel(local: bool) -> Any:
+    plan = {name: ColwiseParallel(use_local_output=local) for name in "qkv"}
+    module = parallelize_module(Attention(), mesh_of((2,)), {**plan, "o": RowwiseParallel()})
+    return {
+        "tensors": list(map(full, step(module))),
+        "expected": list(map(full, step(Attention()))),
+    }
+
+
+@case
+def tensor_parallel() -> Any:
+    """Of DTensors: a linear layer's output has its heads over the ranks."""
+    return _tensor_parallel(local=False)
+
+
+@case
+def tensor_parallel_local() -> Any:
+    """Of plain tensors, each rank's own heads: what these layers give by default."""
+    return _tensor_parallel(local=True)
+
+
+@case
+def fully_sharded() -> Any:
+    module = fully_shard(Attention(), mesh=mesh_of((2,)))
+    found, expected = step(module, parts=2), step(Attention())
+    expected[0] = expected[0].chunk(2)[dist.get_rank()]
+    return {"tensors": list(map(full, found)), "expected": list(map(full, expected))}
+
+
+def main(folder: Path, rank: int, size: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    found: dict[str, Any] = {}
+    for name, run in CASES.items():
+        try:
+            found[name] = run()
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+            if os.environ.get("FLASHCUTE_TEST_TRACE"):
+                traceback.print_exc()
+    if rank == 0:
+        torch.save(found, folder / "found.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
