@@ -97,6 +97,13 @@ def _require_off(**arguments: object) -> None:
             raise NotServedError(name)
 
 
+def _require_dense(*cum_seqlens: Tensor | None) -> None:
+    """Packed sequences have offsets. For dense ones autograd hands None on, and a traced graph may hold an empty
+    tensor."""
+    if any(x is not None and x.numel() > 0 for x in cum_seqlens):
+        raise NotServedError("packed sequences (cum_seq_q, cum_seq_k)")
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: Options) -> Tensor:
     """Writes out, and returns the log-sum-exp, contiguous."""
     q, k, v = (library_of(type(x)).with_unit_stride(x) for x in (q, k, v))
@@ -187,6 +194,7 @@ def _sdpa_backward(
     scale: float | None = None,
     **newer: object,
 ) -> Any:
+    _require_dense(cum_seq_q, cum_seq_k)
     _require_off(**newer)
     options = _options(query, key, value, "bhsd", dropout_p, is_causal, LAST_KEY, scale)
     return _differentiate(grad_out, query, key, value, out, logsumexp, options)
@@ -208,8 +216,8 @@ def _flash_forward(
     num_splits: int | None = None,  # how fast, not what
     **others: object,
 ) -> Any:
-    packed = {"cum_seq_q": cum_seq_q, "cum_seq_k": cum_seq_k}
-    _require_off(**packed, return_debug_mask=return_debug_mask or None, **others)
+    _require_dense(cum_seq_q, cum_seq_k)
+    _require_off(return_debug_mask=return_debug_mask or None, **others)
     options = _options(query, key, value, "bshd", dropout_p, is_causal, LAST_KEY, scale)
     out = torch.empty_like(query)
     lse = _attend(query, key, value, out, options)
@@ -233,8 +241,8 @@ def _flash_forward_into(
     num_splits: int | None = None,  # how fast, not what
     **others: object,
 ) -> Any:
-    packed = {"cum_seq_q": cum_seq_q, "cum_seq_k": cum_seq_k}
-    _require_off(**packed, return_debug_mask=return_debug_mask or None, **others)
+    _require_dense(cum_seq_q, cum_seq_k)
+    _require_off(return_debug_mask=return_debug_mask or None, **others)
     options = _options(query, key, value, "bshd", dropout_p, is_causal, LAST_KEY, scale)
     return _attend(query, key, value, out, options)
 
@@ -258,7 +266,8 @@ def _flash_backward(
     scale: float | None = None,
     **others: object,
 ) -> Any:
-    _require_off(cum_seq_q=cum_seq_q, cum_seq_k=cum_seq_k, **others)
+    _require_dense(cum_seq_q, cum_seq_k)
+    _require_off(**others)
     options = _options(query, key, value, "bshd", dropout_p, is_causal, LAST_KEY, scale)
     return _differentiate(grad_out, query, key, value, out, logsumexp, options)
 
