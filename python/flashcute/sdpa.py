@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import Any
 
 from ._core import ArgumentError, UnsupportedError
+from ._import_hook import when_imported as _when_imported
 
 NAME = "flashcute"
 DEVICES = ("cpu", "cuda")
@@ -194,4 +195,4 @@ def _register() -> None:
     registry.register_flash_attention_impl(NAME, register_fn=_override)
 
 
-_register()
+_when_imported("torch.nn.attention", _register)  # a name in torch's list, and no more

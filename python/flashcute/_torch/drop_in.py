@@ -91,8 +91,9 @@ def _is_causal_bias(mask: object) -> bool:
 
 
 def _why_not_dense(tensors: tuple[Tensor, ...]) -> str | None:
-    if any(library_of(type(x)).kind_problem(x, traced=True) for x in tensors):
-        return "a tensor that is not dense"
+    for x in tensors:
+        if x.is_nested or x.layout is not torch.strided or type(x).__name__ == "MaskedTensor":
+            return "a tensor that is not dense"
     return None
 
 
@@ -184,11 +185,12 @@ def _broadcast_together(*shapes: tuple[int, ...]) -> bool:
 
 def _is_simple(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the tensors are as flash_attention takes them, and mean the same with and without enable_gqa."""
+    q, k, v = query.shape, key.shape, value.shape
     return bool(
-        query.dim() == key.dim() == value.dim() == 4
-        and query.shape[:2] == key.shape[:2] == value.shape[:2]
-        and query.shape[3] == key.shape[3]
-        and key.shape[2] == value.shape[2]
+        len(q) == len(k) == len(v) == 4
+        and q[:2] == k[:2] == v[:2]
+        and q[3] == k[3]
+        and k[2] == v[2]
     )
 
 

@@ -666,9 +666,14 @@ def test_no_torch(fresh: Runner) -> None:
 
 @needs_torch
 def test_importing_it_activates_nothing(fresh: Runner) -> None:
-    """An import that changes what torch computes."""
+    """An import that changes what torch computes, or that imports torch; a name that torch's list lacks when torch comes
+    later."""
     fresh("""
-        import torch, flashcute.sdpa
+        import sys, flashcute.sdpa
+        assert "torch" not in sys.modules
+        import torch
+        names = getattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["flashcute"])
+        assert "flashcute" in names()
         assert not flashcute.sdpa.is_active()
         current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
         assert current() is None
