@@ -666,7 +666,7 @@ def test_no_torch(fresh: Runner) -> None:
 
 @needs_torch
 def test_importing_it_activates_nothing(fresh: Runner) -> None:
-    """An import that changes what torch computes, or that imports torch; a name that torch's list lacks when torch comes
+    """An import that changes what torch computes, or that imports torch; a name that is missing where torch comes
     later."""
     fresh("""
         import sys, flashcute.sdpa
