@@ -316,7 +316,7 @@ def test_the_signature_is_torchs() -> None:
 def test_import_costs_no_torch(fresh: Runner) -> None:
     """A public name that makes `import flashcute` import torch."""
     fresh("""
-        import sys, flashcute
+        import sys, flashcute  # and nothing else
         flashcute.scaled_dot_product_attention
         assert "torch" not in sys.modules and "flashcute.sdpa" not in sys.modules
     """)

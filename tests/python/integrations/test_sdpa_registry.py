@@ -650,9 +650,9 @@ def test_a_device_that_there_is_not() -> None:
 def test_no_torch(fresh: Runner) -> None:
     """An ImportError of torch's name, from a module of ours."""
     fresh("""
-        import sys
+        import sys  # and no torch
         sys.modules["torch"] = None
-        import flashcute
+        import flashcute  # it is not there
         assert not flashcute.sdpa.is_active()
         assert flashcute.sdpa.served() == flashcute.sdpa.fallbacks() == {}
         try:
