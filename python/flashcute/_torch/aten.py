@@ -43,7 +43,7 @@ class Overrides:
     def remove(self) -> None:
         """Puts torch's kernels back. torch's registry calls it."""
         for library in self.libraries:
-            # Dropping the reference is not enough: an exception's traceback, say, may hold another.
+            # Dropping the reference is not enough: somebody else may hold one.
             library._destroy()
         self.libraries = []
 
