@@ -33,6 +33,7 @@ from ._core import (
 from ._import_hook import when_imported as _when_imported
 from .attention import backward, backward_workspace_size, flash_attention, forward
 from .configurations import configs, default_backward_config, default_config, prebuild
+from .drop_in import scaled_dot_product_attention
 from .inspection import count_blocks, explain
 
 # Nothing is searched, opened or initialised yet: these are only told. As bytes, because a folder's name need not be
@@ -78,10 +79,12 @@ __all__ = [
     "forward",
     "prebuild",
     "reference",
+    "scaled_dot_product_attention",
+    "sdpa",
 ]
 
 
 def __getattr__(name: str) -> object:
-    if name == "reference":  # needs an array library: loaded when asked for
-        return _import_module(".reference", __name__)
+    if name in ("reference", "sdpa"):  # they need an array library, torch: loaded when asked for
+        return _import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

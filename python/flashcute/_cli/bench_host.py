@@ -10,9 +10,20 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from typing import Any, TextIO
 
-from .. import _core, default_config, flash_attention, forward
+from .. import (
+    _core,
+    default_config,
+    flash_attention,
+    forward,
+    scaled_dot_product_attention,
+    sdpa,
+)
 from . import peers
 from .kits import Call, Kit, choose_kit, in_layout
 from .options import UsageError
@@ -24,6 +35,7 @@ CALLS_PER_BATCH = 100  # in a row without waiting: far fewer than a launch queue
 BATCHES = 50
 MOST_SECONDS = 3.0  # for each kind of call
 DTYPE = "float16"  # every library has it
+ACTIVATED = "sdpa under activate()"
 
 
 def overhead(options: argparse.Namespace, out: TextIO | None) -> int:
@@ -38,12 +50,20 @@ def overhead(options: argparse.Namespace, out: TextIO | None) -> int:
         "flash_attention": functools.partial(flash_attention, q, k, v),
     }
     if kit.library == "torch":
-        sdpa = peers.make("sdpa", kit)
-        calls["sdpa"] = functools.partial(sdpa.call, *in_layout(kit, (q, k, v), sdpa.layout), False)
+        peer = peers.make("sdpa", kit)
+        in_bhsd = in_layout(kit, (q, k, v), peer.layout)
+        torchs = functools.partial(peer.call, *in_bhsd, False)
+        calls["scaled_dot_product_attention"] = functools.partial(
+            scaled_dot_product_attention, *in_bhsd
+        )
+        calls["sdpa"] = torchs
+        if has_registry():
+            calls[ACTIVATED] = torchs
     common = {"kind": "overhead", **provenance(kit, options.commit), "dtype": dtype}
     rows = []
     for name, call in calls.items():
-        p10, p50, p90 = percentiles_us(kit, call)
+        with through_registry(kit.device) if name == ACTIVATED else nullcontext():
+            p10, p50, p90 = percentiles_us(kit, call)
         rows.append([name, f"{p10:.2f}", f"{p50:.2f}", f"{p90:.2f}"])
         record({**common, "call": name, "us_p10": p10, "us_p50": p50, "us_p90": p90}, options, out)
     print(f"{common['device']}; {common['library']}; {common['commit']}")
@@ -51,6 +71,25 @@ def overhead(options: argparse.Namespace, out: TextIO | None) -> int:
     if kit.device == "cpu":
         print("On the CPU they include the computation, of one query and one key.")
     return 0
+
+
+def has_registry() -> bool:
+    """Whether torch's own call can run flashcute's kernels."""
+    return hasattr(import_module("torch.nn.attention"), "restore_flash_attention_impl")
+
+
+@contextmanager
+def through_registry(device: str) -> Iterator[None]:
+    """torch's scaled_dot_product_attention by flashcute, and by no other backend."""
+    attention = import_module("torch.nn.attention")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # cuDNN is preferred: not here
+        activation = sdpa.activate(device)
+    with activation, attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
+        before = sum(sdpa.served().values())
+        yield
+        if sum(sdpa.served().values()) == before:
+            raise UsageError(f"{ACTIVATED}: torch chose another kernel, so nothing was measured")
 
 
 def percentiles_us(kit: Kit, call: Call) -> list[float]:

@@ -14,17 +14,25 @@ def is_traced(problem: Problem) -> bool:
     does not have: forward-mode ones, and those of torch.func."""
     if torch.compiler.is_compiling():
         return True
-    transforms = torch._C._functorch.get_interpreter_stack()
-    kinds = torch._C._functorch.TransformType
-    unpack = torch.autograd.forward_ad.unpack_dual
-    if (transforms and any(t.key() in (kinds.Grad, kinds.Jvp) for t in transforms)) or (
-        differentiates_forward() and any(unpack(x).tangent is not None for x in problem[:3])
-    ):
+    if differentiates_as_function(*problem[:3]):
         raise UnsupportedError(
             "flash_attention has no forward-mode derivative and none of torch.func: use requires_grad and "
             f"backward, or {SDPA}"
         )
     return is_observed(*problem[:3])
+
+
+def differentiates_as_function(*tensors: Tensor) -> bool:
+    """Whether a derivative is asked for that is no recorded gradient: of torch.func, or in forward mode."""
+    if torch.compiler.is_compiling():
+        return False
+    transforms = torch._C._functorch.get_interpreter_stack()
+    kinds = torch._C._functorch.TransformType
+    unpack = torch.autograd.forward_ad.unpack_dual
+    return bool(
+        (transforms and any(t.key() in (kinds.Grad, kinds.Jvp) for t in transforms))
+        or (differentiates_forward() and any(unpack(x).tangent is not None for x in tensors))
+    )
 
 
 def is_observed(*tensors: Tensor | None) -> bool:
