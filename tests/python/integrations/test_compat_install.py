@@ -138,7 +138,7 @@ with flashcute.compat.install("2.8.1", metadata=True):
     assert [x for x in importlib.metadata.distributions() if x.metadata["Name"] == "flash-attn"]
     # As pip asks: what lies in these folders?
     assert not list(importlib.metadata.distributions(path=["."], name="flash-attn"))
-    assert importlib.metadata.version("numpy")
+    assert importlib.metadata.version("numpy") and importlib.metadata.entry_points() is not None
 assert "flash_attn" not in mapping()
 """
     )

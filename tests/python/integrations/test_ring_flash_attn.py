@@ -59,8 +59,8 @@ def gathered(parts: list[np.ndarray], axis: int = 1) -> np.ndarray:
     importlib.util.find_spec("ring_flash_attn") is None, reason="needs ring-flash-attn"
 )
 def test_zigzag(rng: np.random.Generator, tmp_path: Path) -> None:
-    """Partial results merged by another log-sum-exp, and gradients written beside the halves of its buffers. In float16:
-    in float32 it takes its buffers for copies of them."""
+    """Partial results merged by another log-sum-exp, and gradients written beside the halves of its buffers. In
+    float16: in float32 it takes its buffers for copies of them."""
     p = oracle_backward.make_problem(
         rng, "float16", seqlen_q=48, seqlen_k=48, heads=4, kv_heads=2, d=16, causal=True
     )
