@@ -46,9 +46,12 @@ def refuse_unless_off(
             refuse(name, x, "Only None is")
 
 
-def refuse_dropout(dropout_p: float) -> None:
-    if dropout_p != 0 and _settings.on_unsupported == "error":
+def checked_dropout(dropout_p: float) -> float:
+    if 0 <= dropout_p <= 2.0**-25:  # 1 - dropout_p is 1 in float32: flash-attn, too, drops nothing
+        return 0.0
+    if _settings.on_unsupported == "error":
         refuse("dropout_p", dropout_p, f"Only 0.0 is. {ALLOW_TORCH}")
+    return dropout_p
 
 
 ALLOW_TORCH = (

@@ -22,12 +22,12 @@ from .._core import UnsupportedError
 from .._torch.framework import Tensor, torch
 from ._arguments import (
     adjacent,
+    checked_dropout,
     deterministic_or_default,
     empty_rows_minus_infinity,
     empty_rows_plus_infinity,
     mask_2,
     refuse,
-    refuse_dropout,
     refuse_unless_off,
     require_tensors,
 )
@@ -117,7 +117,7 @@ def _rest(
     deterministic: bool,
     return_lse: bool,
 ) -> Rest:
-    refuse_dropout(dropout_p)
+    dropout_p = checked_dropout(dropout_p)
     return Rest(mask_2, causal, window_size, softmax_scale, deterministic, return_lse, dropout_p)
 
 
@@ -247,9 +247,8 @@ def _flash_attn_forward(
     alibi_slopes: Tensor | None,
     return_softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns (out, softmax_lse, S_dmask, rng_state); S_dmask is empty, and rng_state zeros: there is no dropout."""
-    if return_softmax:
-        refuse("return_softmax", True, "It shows which weights dropout has dropped")
+    """Returns (out, softmax_lse, S_dmask, rng_state); S_dmask is empty, also with return_softmax, and rng_state zeros:
+    there is no dropout."""
     window = (window_size_left, window_size_right)
     out, lse, s_dmask = flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, False, True
@@ -283,12 +282,12 @@ def _flash_attn_backward(
     after seqlen_q.
     """
     refuse_unless_off(softcap, alibi_slopes)
-    if dropout_p != 0:
+    if checked_dropout(dropout_p) != 0:  # configure() may allow it in the forward
         refuse("dropout_p", dropout_p, "Only 0.0 is")
     require_tensors(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse, dq=dq, dk=dk, dv=dv)
     window = (window_size_left, window_size_right)
     mask = mask_2(q, k, causal, window)
-    if mask.window is not None:  # configure() may allow it in the forward
+    if mask.window is not None:
         refuse("window_size", window, "A left bound that hides keys has no gradient here")
     options = checked_options(
         mask.causal,
@@ -297,11 +296,18 @@ def _flash_attn_backward(
         "bshd",
         deterministic=deterministic_or_default(deterministic),
     )
-    lse = empty_rows_minus_infinity(softmax_lse).contiguous()
+    lse = empty_rows_minus_infinity(_as_memory_has_it(softmax_lse, q)).contiguous()
     dout, q, k, v, out = (adjacent(x) for x in (dout, q, k, v, out))
     with torch.no_grad():
         write_gradients(dout, q, k, v, out, lse, None, options=options, into=(dq, dk, dv))
         return _softmax_d(dout, out)
+
+
+def _as_memory_has_it(lse: Tensor, q: Tensor) -> Tensor:
+    """flash-attn reads (batch, heads, seqlen_q) from memory, whatever the shape: diffusers passes that transposed."""
+    if lse.shape == q.shape[:3] and lse.transpose(1, 2).is_contiguous():
+        return lse.transpose(1, 2)
+    return lse
 
 
 def _softmax_d(dout: Tensor, out: Tensor) -> Tensor:
