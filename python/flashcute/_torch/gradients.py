@@ -26,14 +26,15 @@ def gradients(
     lse: Tensor,
     dlse: Tensor | None,
     options: Options,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, in the memory order of q, k and v, on the current stream."""
+    """dq, dk, dv, on the current stream: those of `into`, or new ones in the memory order of q, k and v."""
     if dout is None:  # only the LSE was used
         dout = out.new_zeros(out.shape[-1:]).expand(out.shape)
     # A negated view is none to DLPack, and neighbours of an expanded gradient are not adjacent.
     dout = library_of(type(dout)).with_unit_stride(plain(dout))
     dlse = None if dlse is None else plain(dlse)
-    dq, dk, dv = (gradient_like(x) for x in (q, k, v))
+    dq, dk, dv = into or (gradient_like(x) for x in (q, k, v))
     options, workspace = decided(options, stream=None), None
     if q.is_cuda:
         size = _core.backward_workspace_size(None, q, v, options)

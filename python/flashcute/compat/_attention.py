@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .. import _core
 from .._arrays import has_own_dispatch, torch_states
 from .._call import Options, checked_options, run
 from .._core import ArgumentError
 from .._torch.autograd import Gradients
 from .._torch.dispatch import missing_gradient
 from .._torch.framework import Tensor, torch
-from .._torch.gradients import decided, gradient_like, plain
+from .._torch.gradients import decided, gradient_like, gradients
 from .._torch.operators import backward_by_operator
 from .._torch.problem import Problem
 from .._torch.tracing import is_observed
-from ..attention import backward, flash_attention
+from ..attention import flash_attention
 from . import _settings
 from ._arguments import MaskOf, adjacent, deterministic_or_default, require_tensors
 
@@ -56,50 +55,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rest: Rest) -> Any:
     )
 
 
-def write_gradients(
-    dout: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    *,
-    options: Options,
-    into: Three,
-) -> None:
-    """The gradients of q, k and v, written to the three tensors of `into`."""
-    if dout is None:  # only the log-sum-exp was used
-        dout = out.new_zeros(out.shape[-1:]).expand(out.shape)
-    options = decided(options)
-    dq, dk, dv = into
-    backward(
-        _core.backward_config_for(q, k, v, options),
-        plain(dout),
-        q,
-        k,
-        v,
-        out,
-        lse,
-        dlse=None if dlse is None else plain(dlse),
-        causal=options.causal,
-        diagonal="end" if options.diagonal is None else options.diagonal,
-        scale=options.scale,
-        dq=dq,
-        dk=dk,
-        dv=dv,
-    )
-
-
 # ---- q, k and v, or k and v, in one tensor -----------------------------------------------------------
 
 
 class Packing(NamedTuple):
     """How one tensor holds several, in its dimension 2."""
 
-    heads: tuple[int, ...] | None = (
-        None  # (batch, seqlen, sum of heads, d); else (..., number, heads, d)
-    )
+    # Of each, in (batch, seqlen, their sum, d); None: (batch, seqlen, how many there are, heads, d).
+    heads: tuple[int, ...] | None = None
 
     def split(self, packed: Tensor) -> tuple[Tensor, ...]:
         """Views."""
@@ -177,7 +140,7 @@ class PackedAttention(torch.autograd.Function):  # type: ignore[misc]
             dpacked = gradient_like(packed)
             dq = None if q is None else gradient_like(q)
             into = with_parts(dq, ctx.packing.split(dpacked))
-            write_gradients(*tensors, options=ctx.options, into=into)
+            gradients(*tensors, ctx.options, into)
             return dq, dpacked, None, None, None
         dq, parts = (None, found) if q is None else (found[0], found[1:])
         return dq, ctx.packing.join(parts), None, None, None

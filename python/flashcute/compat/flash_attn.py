@@ -17,9 +17,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._arrays import library_of
 from .._call import checked_options
 from .._core import UnsupportedError
 from .._torch.framework import Tensor, torch
+from .._torch.gradients import gradients
 from ._arguments import (
     adjacent,
     checked_dropout,
@@ -31,7 +33,7 @@ from ._arguments import (
     refuse_unless_off,
     require_tensors,
 )
-from ._attention import Packing, Rest, attend, attend_packed, require_packed, write_gradients
+from ._attention import Packing, Rest, attend, attend_packed, require_packed
 
 __version__ = "2.8.3"
 
@@ -263,9 +265,9 @@ def _flash_attn_backward(
     v: Tensor,
     out: Tensor,
     softmax_lse: Tensor,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
     dropout_p: float,
     softmax_scale: float | None,
     causal: bool,
@@ -297,10 +299,12 @@ def _flash_attn_backward(
         deterministic=deterministic_or_default(deterministic),
     )
     lse = empty_rows_minus_infinity(_as_memory_has_it(softmax_lse, q)).contiguous()
-    dout, q, k, v, out = (adjacent(x) for x in (dout, q, k, v, out))
-    with torch.no_grad():
-        write_gradients(dout, q, k, v, out, lse, None, options=options, into=(dq, dk, dv))
-        return _softmax_d(dout, out)
+    dout, q, k, v, out = (adjacent(x.detach()) for x in (dout, q, k, v, out))
+    into = dq.detach(), dk.detach(), dv.detach()
+    gradients(dout, q, k, v, out, lse.detach(), None, options, into)
+    for x in (dq, dk, dv):
+        library_of(type(x)).wrote(x)
+    return _softmax_d(dout, out)
 
 
 def _as_memory_has_it(lse: Tensor, q: Tensor) -> Tensor:

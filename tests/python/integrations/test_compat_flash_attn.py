@@ -591,6 +591,31 @@ def test_forward_and_backward(rng: np.random.Generator, device: str, rows: int) 
     oracle.assert_close(softmax_d[..., :rows], sums, 1e-5 * np.abs(sums).max(), "softmax_d")
 
 
+def test_gradients_of_misaligned_tensors(rng: np.random.Generator, device: str) -> None:
+    """Kernels that are chosen by the addresses of q, k and v alone: on a GPU the others must be multiples of what they
+    copy at once, too."""
+    p = oracle_backward.make_problem(
+        rng, dtype_on(device), seqlen_q=9, seqlen_k=9, heads=4, kv_heads=4, d=16
+    )
+    q, k, v = tensors(p, device)
+
+    def one_element_in(x: Any) -> Any:
+        moved = x.new_empty(x.numel() + 1)[1:].view_as(x)
+        return moved.copy_(x)
+
+    dout = one_element_in(torch.tensor(p.dout, dtype=q.dtype, device=device))
+    out, lse, *_ = fa2._flash_attn_forward(q, k, v, 0.0, None, False, -1, -1, 0.0, None, False)
+    found = [one_element_in(torch.zeros_like(x)) for x in (q, k, v)]
+    fa2._flash_attn_backward(
+        dout, q, k, v, out, lse, *found, 0.0, None, False, -1, -1, 0.0, None, False
+    )
+    oracle_backward.assert_accurate(p, found)
+
+    qkv = torch.stack((q, k, v), 2).requires_grad_()
+    (found,) = torch.autograd.grad(fa2.flash_attn_qkvpacked_func(qkv), qkv, dout)
+    oracle_backward.assert_accurate(p, found.unbind(2))
+
+
 def test_forward_records_gradients() -> None:
     """A constant where autograd is on: a loss that is silently wrong."""
     q = torch.randn(1, 4, 2, 8, requires_grad=True)
