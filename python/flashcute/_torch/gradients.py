@@ -26,9 +26,9 @@ def gradients(
     lse: Tensor,
     dlse: Tensor | None,
     options: Options,
-    into: tuple[Tensor, ...] | None = None,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, on the current stream: written to `into`, or else new, in the memory order of q, k and v."""
+    """dq, dk, dv, on the current stream: written to `into`, or new ones in the memory order of q, k and v."""
     if dout is None:  # only the LSE was used
         dout = out.new_zeros(out.shape[-1:]).expand(out.shape)
     # A negated view is none to DLPack, and neighbours of an expanded gradient are not adjacent.

@@ -38,3 +38,22 @@ def test_train_char(tmp_path: Path) -> None:
     mine, theirs = (float(x) for x in found.groups())
     assert mine == pytest.approx(theirs, abs=5e-5)  # gradients of 0 would make it 2e-4
     assert "5/5" in done.stderr
+
+
+@needs_torch
+def test_flash_attn_unchanged(tmp_path: Path) -> None:
+    """A program that imports flash_attn trains: only a model whose attention has gradients learns to repeat."""
+    program = [EXAMPLES / "flash_attn_unchanged.py", "--steps", "40", "--batch", "32"]
+    done = subprocess.run(
+        [sys.executable, "-m", "flashcute.compat", *program],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "flashcute" in done.stdout.splitlines()[0]
+    first, *_, last = (float(x) for x in re.findall(r"loss (\S+)", done.stdout))
+    assert first > 2.5  # guessing is log(16) = 2.77
+    assert last < 1.0
+    assert "flashcute" not in re.sub(r'""".*?"""', "", program[0].read_text(), flags=re.DOTALL)

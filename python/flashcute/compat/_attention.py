@@ -1,0 +1,156 @@
+"""The calls of flash_attention that all of flash-attn's functions come down to."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from .._arrays import has_own_dispatch, torch_states
+from .._call import Options, checked_options, run
+from .._core import ArgumentError
+from .._torch.autograd import Gradients
+from .._torch.dispatch import missing_gradient
+from .._torch.framework import Tensor, torch
+from .._torch.gradients import decided, gradient_like, gradients
+from .._torch.operators import backward_by_operator
+from .._torch.problem import Problem
+from .._torch.tracing import is_observed
+from ..attention import flash_attention
+from . import _settings
+from ._arguments import MaskOf, adjacent, deterministic_or_default, require_tensors
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+class Rest(NamedTuple):
+    """The arguments that mean the same in both versions."""
+
+    mask_of: MaskOf
+    causal: bool
+    window_size: object
+    scale: float | None
+    deterministic: bool
+    return_lse: bool
+    dropout_p: float = 0.0
+
+
+# ---- q, k and v apart --------------------------------------------------------------------------------
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rest: Rest) -> Any:
+    """out, or (out, lse), where a row that sees no key has the log-sum-exp -inf."""
+    require_tensors(q=q, k=k, v=v)
+    mask = rest.mask_of(q, k, rest.causal, rest.window_size)
+    return flash_attention(
+        adjacent(q),
+        adjacent(k),
+        adjacent(v),
+        mask.causal,
+        diagonal=mask.diagonal,
+        scale=rest.scale,
+        return_lse=rest.return_lse,
+        deterministic=deterministic_or_default(rest.deterministic),
+        dropout_p=rest.dropout_p,
+        window=mask.window,
+        on_unsupported=_settings.on_unsupported,
+    )
+
+
+# ---- q, k and v, or k and v, in one tensor -----------------------------------------------------------
+
+
+class Packing(NamedTuple):
+    """How one tensor holds several, in its dimension 2."""
+
+    # Of each, in (batch, seqlen, their sum, d); None: (batch, seqlen, how many there are, heads, d).
+    heads: tuple[int, ...] | None = None
+
+    def split(self, packed: Tensor) -> tuple[Tensor, ...]:
+        """Views."""
+        return tuple(packed.unbind(2) if self.heads is None else packed.split(self.heads, 2))
+
+    def join(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """A copy."""
+        return torch.stack(parts, 2) if self.heads is None else torch.cat(parts, 2)
+
+
+def attend_packed(q: Tensor | None, packed: Tensor, packing: Packing, rest: Rest) -> Any:
+    """`attend`, where the gradient of the packed tensor is one allocation that the kernels write to."""
+    packed = adjacent(packed)
+    q_k_v = with_parts(None if q is None else adjacent(q), packing.split(packed))
+    mask = rest.mask_of(q_k_v[0], q_k_v[1], rest.causal, rest.window_size)
+    options = checked_options(
+        mask.causal,
+        mask.diagonal,
+        rest.scale,
+        "bshd",
+        deterministic=deterministic_or_default(rest.deterministic),
+    )
+    problem = Problem(*q_k_v, options, None, rest.dropout_p, mask.window)
+    if not _is_plain(problem) or problem.missing or missing_gradient(problem, traced=False):
+        return attend(*q_k_v, rest)
+    given = None if q is None else q_k_v[0]
+    return PackedAttention.apply(given, packed, packing, options, rest.return_lse)
+
+
+def with_parts(q: Tensor | None, parts: tuple[Tensor, ...]) -> Three:
+    """q, k and v, where q may be the first of the parts."""
+    first, *others = parts if q is None else (q, *parts)
+    k, v = others
+    return first, k, v
+
+
+def _is_plain(problem: Problem) -> bool:
+    """Whether autograd records the call and nothing else of torch has a part in it."""
+    if torch.compiler.is_compiling() or any(state() for state in torch_states()):
+        return False
+    return problem.recording and not any(has_own_dispatch(type(x)) for x in problem[:3])
+
+
+class PackedAttention(torch.autograd.Function):  # type: ignore[misc]
+    """As FlashAttention, of packed tensors. Autograd's own gradient of the slices would be zeros, three times, and
+    their sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor | None,
+        packed: Tensor,
+        packing: Packing,
+        options: Options,
+        return_lse: bool,
+    ) -> Any:
+        q_k_v = with_parts(q, packing.split(packed))
+        out, lse = run(None, *q_k_v, decided(options, gradients_follow=True), return_lse=True)
+        ctx.save_for_backward(q, packed, out, lse)
+        ctx.packing, ctx.options = packing, options
+        ctx.set_materialize_grads(False)
+        return (out, lse) if return_lse else out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
+        if dout is None and dlse is None:
+            return (None,) * 5
+        q, packed, out, lse = ctx.saved_tensors
+        tensors = (dout, *with_parts(q, ctx.packing.split(packed)), out, lse, dlse)
+        if is_observed(dout, dlse):
+            found = backward_by_operator(*tensors, ctx.options)
+        elif torch.is_grad_enabled():
+            found = Gradients.apply(ctx.options, *tensors)
+        else:
+            dpacked = gradient_like(packed)
+            dq = None if q is None else gradient_like(q)
+            into = with_parts(dq, ctx.packing.split(dpacked))
+            gradients(*tensors, ctx.options, into)
+            return dq, dpacked, None, None, None
+        dq, parts = (None, found) if q is None else (found[0], found[1:])
+        return dq, ctx.packing.join(parts), None, None, None
+
+
+def require_packed(name: str, packed: object, number: int) -> None:
+    """(batch, seqlen, number, heads, d)."""
+    require_tensors(**{name: packed})
+    if packed.dim() != 5 or packed.shape[2] != number:  # type: ignore[attr-defined]
+        shape = tuple(packed.shape)  # type: ignore[attr-defined]
+        raise ArgumentError(
+            f"{name}: expected a tensor (batch, seqlen, {number}, heads, head_dim), got {shape}"
+        )

@@ -1,0 +1,379 @@
+"""The functions of flash-attn 2.8, with its names, arguments and results.
+
+Tensors are (batch, seqlen, heads, head_dim). The causal mask is aligned to the last key. Beside what flash-attn takes,
+these functions take float32, tensors on the CPU and a head_dim of v of its own. A last stride other than 1 is copied
+silently, as there. `learnable_sink` is an argument of flashcute's, always the last.
+
+With `return_attn_probs=True` the result is (out, softmax_lse, S_dmask): softmax_lse is (batch, heads, seqlen_q),
+float32 (float64 for float64 inputs), by the natural logarithm, +inf for a row that sees no key, and differentiable;
+S_dmask is an empty tensor, as flash-attn's is without dropout.
+
+Raises UnsupportedError (a NotImplementedError) for what no kernel covers yet, naming the argument and its value:
+dropout, windows with a left bound, softcap, ALiBi, sinks, packed sequences, caches. `flashcute.compat.configure` can
+send dropout and windows to torch's own attention. Raises ArgumentError (a ValueError) for arguments that do not fit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._arrays import library_of
+from .._call import checked_options
+from .._core import UnsupportedError
+from .._torch.framework import Tensor, torch
+from .._torch.gradients import gradients
+from ._arguments import (
+    adjacent,
+    checked_dropout,
+    deterministic_or_default,
+    empty_rows_minus_infinity,
+    empty_rows_plus_infinity,
+    mask_2,
+    refuse,
+    refuse_unless_off,
+    require_tensors,
+)
+from ._attention import Packing, Rest, attend, attend_packed, require_packed
+
+__version__ = "2.8.3"
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
+
+
+# ---- attention ---------------------------------------------------------------------------------------
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    learnable_sink: Tensor | None = None,
+) -> Any:
+    """Attention of q (batch, seqlen_q, heads, d), k and v (batch, seqlen_k, kv_heads, d)."""
+    refuse_unless_off(softcap, alibi_slopes, learnable_sink)
+    rest = _rest(dropout_p, softmax_scale, causal, window_size, deterministic, return_attn_probs)
+    return _result(attend(q, k, v, rest), q, return_attn_probs)
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    learnable_sink: Tensor | None = None,
+) -> Any:
+    """Attention of q and kv (batch, seqlen_k, 2, kv_heads, d). The kernels write to the gradient of kv directly."""
+    refuse_unless_off(softcap, alibi_slopes, learnable_sink)
+    require_tensors(q=q)
+    require_packed("kv", kv, 2)
+    rest = _rest(dropout_p, softmax_scale, causal, window_size, deterministic, return_attn_probs)
+    return _result(attend_packed(q, kv, Packing(), rest), q, return_attn_probs)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    learnable_sink: Tensor | None = None,
+) -> Any:
+    """Attention of qkv (batch, seqlen, 3, heads, d). The kernels write to the gradient of qkv directly."""
+    refuse_unless_off(softcap, alibi_slopes, learnable_sink)
+    require_packed("qkv", qkv, 3)
+    rest = _rest(dropout_p, softmax_scale, causal, window_size, deterministic, return_attn_probs)
+    return _result(attend_packed(None, qkv, Packing(), rest), qkv, return_attn_probs)
+
+
+def _rest(
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: object,
+    deterministic: bool,
+    return_lse: bool,
+) -> Rest:
+    dropout_p = checked_dropout(dropout_p)
+    return Rest(mask_2, causal, window_size, softmax_scale, deterministic, return_lse, dropout_p)
+
+
+def _result(found: Any, q: Tensor, return_attn_probs: bool) -> Any:
+    if not return_attn_probs:
+        return found
+    out, lse = found
+    return out, empty_rows_plus_infinity(lse), q.new_empty(0)
+
+
+# ---- not served yet ----------------------------------------------------------------------------------
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+) -> Any:
+    """Raises UnsupportedError: packed sequences are not supported yet."""
+    raise UnsupportedError(NO_PACKED_SEQUENCES.format("flash_attn_varlen_func"))
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    learnable_sink: Tensor | None = None,
+) -> Any:
+    """Raises UnsupportedError: packed sequences are not supported yet."""
+    raise UnsupportedError(NO_PACKED_SEQUENCES.format("flash_attn_varlen_kvpacked_func"))
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    learnable_sink: Tensor | None = None,
+) -> Any:
+    """Raises UnsupportedError: packed sequences are not supported yet."""
+    raise UnsupportedError(NO_PACKED_SEQUENCES.format("flash_attn_varlen_qkvpacked_func"))
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    learnable_sink: Tensor | None = None,
+) -> Any:
+    """Raises UnsupportedError: caches are not supported yet."""
+    raise UnsupportedError(NO_CACHES)
+
+
+NO_PACKED_SEQUENCES = (
+    "{}: packed sequences (cu_seqlens) are not supported yet: call flash_attn_func per sequence, or use "
+    "torch.nn.attention.varlen"
+)
+NO_CACHES = (
+    "flash_attn_with_kvcache: caches are not supported yet: call flash_attn_func with the filled part of the cache, "
+    "k_cache[:, :seqlen] and v_cache[:, :seqlen]"
+)
+
+
+# ---- private names that other packages import -------------------------------------------------------
+
+# Plain functions with flash-attn's parameter names: ring-flash-attn makes keyword arguments of the signature.
+
+
+def _flash_attn_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns (out, softmax_lse, S_dmask, rng_state); S_dmask is empty, also with return_softmax, and rng_state zeros:
+    there is no dropout."""
+    window = (window_size_left, window_size_right)
+    out, lse, s_dmask = flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, False, True
+    )
+    return out, lse, s_dmask, q.new_zeros(2, dtype=torch.int64)
+
+
+def _flash_attn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """Writes the gradients to dq, dk and dv.
+
+    Returns softmax_d, rowsum(dout * out): (batch, heads, seqlen_q rounded up to a multiple of 128), float32, with zeros
+    after seqlen_q.
+    """
+    refuse_unless_off(softcap, alibi_slopes)
+    if checked_dropout(dropout_p) != 0:  # configure() may allow it in the forward
+        refuse("dropout_p", dropout_p, "Only 0.0 is")
+    require_tensors(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse, dq=dq, dk=dk, dv=dv)
+    window = (window_size_left, window_size_right)
+    mask = mask_2(q, k, causal, window)
+    if mask.window is not None:
+        refuse("window_size", window, "A left bound that hides keys has no gradient here")
+    options = checked_options(
+        mask.causal,
+        mask.diagonal,
+        softmax_scale,
+        "bshd",
+        deterministic=deterministic_or_default(deterministic),
+    )
+    lse = empty_rows_minus_infinity(_as_memory_has_it(softmax_lse, q)).contiguous()
+    dout, q, k, v, out = (adjacent(x.detach()) for x in (dout, q, k, v, out))
+    into = dq.detach(), dk.detach(), dv.detach()
+    gradients(dout, q, k, v, out, lse.detach(), None, options, into)
+    for x in (dq, dk, dv):
+        library_of(type(x)).wrote(x)
+    return _softmax_d(dout, out)
+
+
+def _as_memory_has_it(lse: Tensor, q: Tensor) -> Tensor:
+    """flash-attn reads (batch, heads, seqlen_q) from memory, whatever the shape: diffusers passes that transposed."""
+    if lse.shape == q.shape[:3] and lse.transpose(1, 2).is_contiguous():
+        return lse.transpose(1, 2)
+    return lse
+
+
+def _softmax_d(dout: Tensor, out: Tensor) -> Tensor:
+    sums = (dout.float() * out.float()).sum(-1).transpose(1, 2)
+    return torch.nn.functional.pad(sums, (0, -sums.shape[-1] % 128))
+
+
+def _flash_attn_varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+    block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Raises UnsupportedError: packed sequences are not supported yet."""
+    raise UnsupportedError(NO_PACKED_SEQUENCES.format("_flash_attn_varlen_forward"))
+
+
+def _flash_attn_varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> Tensor:
+    """Raises UnsupportedError: packed sequences are not supported yet."""
+    raise UnsupportedError(NO_PACKED_SEQUENCES.format("_flash_attn_varlen_backward"))
+
+
+_wrapped_flash_attn_forward = _flash_attn_forward
+_wrapped_flash_attn_backward = _flash_attn_backward
+_wrapped_flash_attn_varlen_forward = _flash_attn_varlen_forward
+_wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
