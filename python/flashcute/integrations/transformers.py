@@ -73,9 +73,7 @@ NO_KERNEL = {
 _registered: set[str] = set()
 
 
-def register(
-    name: str = NAME, *, on_unsupported: str = "warn", accept: Iterable[str] = ()
-) -> None:
+def register(name: str = NAME, *, on_unsupported: str = "warn", accept: Iterable[str] = ()) -> None:
     """Makes flashcute known to transformers: models then take it by ``attn_implementation=name``.
 
     name: any that transformers does not take for something of its own: without "flash", "sdpa", "flex_attention",

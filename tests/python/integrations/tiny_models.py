@@ -102,10 +102,39 @@ def model(name: str) -> Any:
 
 @cache
 def exact(name: str) -> Any:
-    """The same weights in float64, with transformers' own eager attention."""
+    """The same weights in float64, with eager attention that is float64 throughout."""
     twin = copy.deepcopy(model(name)).double()
-    twin.set_attn_implementation("eager")
+    twin.set_attn_implementation("exact")
     return twin
+
+
+def exact_attention(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float,
+    position_bias: Any = None,
+    **_: Any,
+) -> Any:
+    """transformers' eager attention would compute its softmax in float32."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scores = query @ key.mT * scaling
+    for bias in (attention_mask, position_bias):
+        scores = scores if bias is None else scores + bias
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+def exact_mask(*args: Any, **kwargs: Any) -> Any:
+    """That of eager attention, with numbers that float64 can add to."""
+    kwargs["dtype"] = torch.float32
+    return transformers.masking_utils.eager_mask(*args, **kwargs)
+
+
+transformers.AttentionInterface.register("exact", exact_attention)
+transformers.AttentionMaskInterface.register("exact", exact_mask)
 
 
 class Inputs(NamedTuple):
