@@ -4,8 +4,8 @@
     >>> register()
     >>> model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="fcute")
 
-transformers keeps two tables of functions by name, one of attentions and one of masks. `register` adds a name to both and
-patches nothing. Importing this module imports neither transformers nor torch.
+transformers keeps two tables of functions by name, one of attentions and one of masks. `register` adds a name to both
+and patches nothing. Importing this module imports neither transformers nor torch.
 """
 
 from __future__ import annotations

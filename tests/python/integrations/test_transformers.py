@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import flashcute as fc
@@ -36,9 +35,9 @@ SERVED = [
 
 
 @pytest.fixture(autouse=True)
-def _heard_again() -> Iterator[None]:
+def _heard_again() -> None:
+    """A warning that another test has had."""
     integration._warned.clear()
-    yield
 
 
 def with_attention(name: str, implementation: str) -> Any:
@@ -111,7 +110,8 @@ MISTAKES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("mistake", "how"), [("no mask", "left"), ("no mask", "packed"), ("not causal", "whole"), ("another scale", "whole")]
+    ("mistake", "how"),
+    [("no mask", "left"), ("no mask", "packed"), ("not causal", "whole"), ("another scale", "whole")],
 )  # fmt: skip
 def test_mistakes_are_noticed(mistake: str, how: str) -> None:
     """A comparison that would let a wrong mask or scale pass."""
@@ -130,7 +130,9 @@ def test_mistakes_are_noticed(mistake: str, how: str) -> None:
 
     _, eager, exact = by_three("llama", compute)
     with pytest.raises(AssertionError):
-        require_exact(compute(with_attention("llama", "wrong"), None), eager, exact, torch.float32)
+        require_exact(
+            compute(with_attention("llama", "wrong"), torch.float32), eager, exact, torch.float32
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "whisper"])
@@ -272,7 +274,7 @@ def test_attention_weights_are_refused() -> None:
 def test_packed_lengths_without_positions_are_refused() -> None:
     """Sequences that see each other."""
     ends = torch.tensor([0, 5, 9, 12], dtype=torch.int32)
-    lengths = dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=5, max_length_k=5)
+    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 5, "max_length_k": 5}
     subject, given = with_attention("llama", "fcute"), inputs("llama", "packed").arguments
     expected = subject(**given).logits
     assert torch.equal(subject(**given, **lengths).logits, expected)
@@ -380,7 +382,12 @@ def test_a_window_is_in_the_mask_or_not_needed() -> None:
 
 def test_what_is_not_known_is_refused() -> None:
     """An argument that changes the scores, and is ignored."""
-    known = dict(position_ids=torch.arange(3), use_cache=True, output_attentions=False, sinks=None)
+    known = {
+        "position_ids": torch.arange(3),
+        "use_cache": True,
+        "output_attentions": False,
+        "sinks": None,
+    }
     call(**known)
     with pytest.raises(fc.UnsupportedError, match=r"^curvature: .*accept=\['curvature'\]"):
         call(curvature=torch.zeros(()))

@@ -1,4 +1,7 @@
-"""Models of transformers with random weights, two layers and a width of 64, and inputs for them. Nothing is downloaded."""
+"""Models of transformers with random weights, two layers and a width of 64, and inputs for them.
+
+Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -15,79 +18,84 @@ import transformers
 WORDS, BATCH, LENGTH, WINDOW = 97, 2, 12, 8
 
 # Weights ten times as large as usual: with the usual ones all scores are nearly equal, and a wrong mask hardly shows.
-TEXT: dict[str, Any] = dict(
-    vocab_size=WORDS,
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=256,
-    initializer_range=0.2,
-    pad_token_id=0,
-)
-DECODER = TEXT | dict(num_key_value_heads=2, bos_token_id=None, eos_token_id=None)
+TEXT: dict[str, Any] = {
+    "vocab_size": WORDS,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+DECODER = TEXT | {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
 
 # name: (class, configuration class, settings)
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", DECODER),
-    "mistral": ("MistralForCausalLM", "MistralConfig", DECODER | dict(sliding_window=WINDOW)),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", DECODER | dict(head_dim=16)),
+    "mistral": ("MistralForCausalLM", "MistralConfig", DECODER | {"sliding_window": WINDOW}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", DECODER | {"head_dim": 16}),
     "gemma2": (
         "Gemma2ForCausalLM",
         "Gemma2Config",
-        DECODER | dict(head_dim=16, sliding_window=WINDOW),
+        DECODER | {"head_dim": 16, "sliding_window": WINDOW},
     ),
     "gpt_oss": (
         "GptOssForCausalLM",
         "GptOssConfig",
         DECODER
-        | dict(head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=WINDOW),
+        | {
+            "head_dim": 16,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "sliding_window": WINDOW,
+        },
     ),
     "bert": ("BertForMaskedLM", "BertConfig", TEXT),
     "vit": (
         "ViTForImageClassification",
         "ViTConfig",
         {k: v for k, v in TEXT.items() if k not in ("vocab_size", "max_position_embeddings")}
-        | dict(image_size=12, patch_size=4, num_labels=5),
+        | {"image_size": 12, "patch_size": 4, "num_labels": 5},
     ),
     "whisper": (
         "WhisperForConditionalGeneration",
         "WhisperConfig",
-        dict(
-            vocab_size=WORDS,
-            d_model=64,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=64,
-            decoder_ffn_dim=64,
-            num_mel_bins=8,
-            max_source_positions=10,
-            max_target_positions=64,
-            init_std=0.2,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=None,
-            decoder_start_token_id=1,
-        ),
+        {
+            "vocab_size": WORDS,
+            "d_model": 64,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 64,
+            "num_mel_bins": 8,
+            "max_source_positions": 10,
+            "max_target_positions": 64,
+            "init_std": 0.2,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": None,
+            "decoder_start_token_id": 1,
+        },
     ),
     "t5": (
         "T5ForConditionalGeneration",
         "T5Config",
-        dict(
-            vocab_size=WORDS,
-            d_model=64,
-            d_kv=16,
-            d_ff=64,
-            num_layers=2,
-            num_heads=4,
-            pad_token_id=0,
-            eos_token_id=None,
-            decoder_start_token_id=0,
-            dropout_rate=0.0,
-            initializer_factor=1.0,
-        ),
+        {
+            "vocab_size": WORDS,
+            "d_model": 64,
+            "d_kv": 16,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "pad_token_id": 0,
+            "eos_token_id": None,
+            "decoder_start_token_id": 0,
+            "dropout_rate": 0.0,
+            "initializer_factor": 1.0,
+        },
     ),
 }
 
