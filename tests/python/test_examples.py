@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -37,3 +38,27 @@ def test_train_char(tmp_path: Path) -> None:
     mine, theirs = (float(x) for x in found.groups())
     assert mine == pytest.approx(theirs, abs=5e-5)  # gradients of 0 would make it 2e-4
     assert "5/5" in done.stderr
+
+
+@needs_torch
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+def test_finetune_transformers(tmp_path: Path) -> None:
+    """A few steps: the loss falls, and kernels compute all of them: torch's attention would warn."""
+    options = ["--steps", "8", "--batch", "4", "--length", "32", "--width", "32", "--device", "cpu"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error::UserWarning",
+            EXAMPLES / "finetune_transformers.py",
+            *options,
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [float(x) for x in re.findall(r"step +\d+  loss (\S+)", done.stdout)]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0] - 0.1

@@ -212,19 +212,32 @@ def test_generated_tokens_are_those_of_eager(name: str, prompt: str, way: str) -
     require_exact(mine, eager, exact, torch.float32)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_decoding_compiles_as_one_graph(name: str, cache: str) -> None:
-    """Code that torch.compile cannot trace. By aot_eager: Dynamo and the operators' fakes are what is at stake, and
-    Inductor would take minutes."""
+# ---- torch.compile ---------------------------------------------------------------------------------
+
+
+def compiled(subject: Any) -> tuple[Any, set[str]]:
+    """Its forward as one graph, and the operators in it. By aot_eager: Dynamo and the operators' fakes are what is at
+    stake, and Inductor would take minutes."""
     operators: set[str] = set()
 
     def backend(graph: Any, examples: Any) -> Any:
         operators.update(str(node.target) for node in graph.graph.nodes)
         return torch._dynamo.lookup_backend("aot_eager")(graph, examples)
 
+    torch._dynamo.reset()
+    return torch.compile(subject.forward, backend=backend, fullgraph=True), operators
+
+
+OPERATOR = "flashcute.flash_attention_forward.default"
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_decoding_compiles_as_one_graph(name: str, cache: str) -> None:
+    """Code that torch.compile cannot trace, or a cache that a compiled step reads wrongly."""
+
     @torch.no_grad()
-    def decode(subject: Any, forward: Any, dtype: Any) -> dict[str, Any]:
+    def decode(subject: Any, forward: Any) -> dict[str, Any]:
         past = (
             transformers.StaticCache(config=subject.config, max_cache_len=LENGTH + 4)
             if cache == "static"
@@ -233,22 +246,45 @@ def test_decoding_compiles_as_one_graph(name: str, cache: str) -> None:
         words = tokens()
         logits = [subject(words[:, :8], past_key_values=past).logits[:, -1:]]
         for at in range(8, LENGTH):
-            step = words[:, at : at + 1]
-            positions = torch.tensor([[at]])
-            logits.append(
-                forward(input_ids=step, position_ids=positions, past_key_values=past).logits
-            )
+            step, positions = words[:, at : at + 1], torch.tensor([[at]])
+            found = forward(input_ids=step, position_ids=positions, past_key_values=past)
+            logits.append(found.logits)
         return {"logits": torch.cat(logits, 1)}
 
-    torch._dynamo.reset()
     subject = with_attention(name, "fcute")
-    compiled = torch.compile(subject.forward, backend=backend, fullgraph=True)
-    mine = decode(subject, compiled, torch.float32)
-    _, eager, exact = by_three(name, lambda model, dtype: decode(model, model.forward, dtype))
+    forward, operators = compiled(subject)
+    mine = decode(subject, forward)
+    _, eager, exact = by_three(name, lambda model, dtype: decode(model, model.forward))
     require_exact(mine, eager, exact, torch.float32)
     assert operators, "nothing was compiled"
-    if cache == "dynamic" and name == "llama":  # without a mask
-        assert "flashcute.flash_attention_forward" in " ".join(operators)
+    if (name, cache) == ("llama", "dynamic"):  # the others have a mask
+        assert OPERATOR in operators
+
+
+@pytest.mark.parametrize(("name", "use_cache"), [("llama", True), ("llama", False), ("bert", None)])
+def test_training_compiles_as_one_graph(name: str, use_cache: bool | None) -> None:
+    """Kernels that compiled training does not reach. Without a cache transformers makes a mask: it looks whether
+    position_ids are packed, which it cannot while it is traced."""
+    given = inputs(name, "whole")
+    if use_cache is not None:
+        given.arguments["use_cache"] = use_cache
+
+    class Compiled(torch.nn.Module):
+        def __init__(self, subject: Any) -> None:
+            super().__init__()
+            self.subject = subject
+            self.run, self.operators = compiled(subject)
+
+        def named_parameters(self, *_: Any, **__: Any) -> Any:
+            return self.subject.named_parameters()
+
+        def forward(self, **arguments: Any) -> Any:
+            return self.run(**arguments)
+
+    _, eager, exact = by_three(name, lambda subject, dtype: logits_and_gradients(subject, given))
+    subject = Compiled(with_attention(name, "fcute"))
+    require_exact(logits_and_gradients(subject, given), eager, exact, torch.float32)
+    assert (OPERATOR in subject.operators) == (use_cache is not False)
 
 
 # ---- what is refused -------------------------------------------------------------------------------
