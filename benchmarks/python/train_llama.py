@@ -56,7 +56,8 @@ def register_flash2(name: str = "fa2_peer") -> str:
         version = f"flash_attn {version}"
 
         def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            # Of float32 weights the rotation makes float32, which autocast does not cast here.
+            q, k, v = (x.transpose(1, 2).bfloat16() for x in (query, key, value))
             return flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
 
     def attention(

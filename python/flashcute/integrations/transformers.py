@@ -41,6 +41,7 @@ RESERVED = {
 # What models hand down to every layer, and what changes no score: other parts of a model read it.
 READ_ELSEWHERE = frozenset(
     {
+        "cache",
         "cache_position",
         "labels",
         "logits_to_keep",
@@ -80,8 +81,8 @@ def register(name: str = NAME, *, on_unsupported: str = "warn", accept: Iterable
         "eager", "/", ":" and "|", and not registered by others.
     on_unsupported: what to do with masks, biases and dropout, which no kernel covers yet. "warn" (once for each of
         them) and "silent" let torch's scaled_dot_product_attention compute the call; "error" raises UnsupportedError.
-    accept: names of further keyword arguments that a model hands to its attention and that change no score. Those that
-        flashcute does not know are refused, never ignored.
+    accept: names of further keyword arguments that a model hands to its attention and that change no score. What is
+        neither here nor known to flashcute is refused, never ignored.
 
     A second call with the same name replaces the first one's settings.
 
@@ -93,13 +94,12 @@ def register(name: str = NAME, *, on_unsupported: str = "warn", accept: Iterable
         raise ArgumentError(
             f"on_unsupported: expected 'warn', 'silent' or 'error', got {on_unsupported!r}"
         )
-    if isinstance(accept, str):
-        raise ArgumentError(f"accept: expected a list of names, got the string {accept!r}")
+    accepted = checked_names(accept)
     transformers, sdpa_mask = found_transformers()
     if name not in _registered and name in transformers.AttentionInterface().valid_keys():
         raise ArgumentError(f"name: expected a free one, got {name!r}, which is registered already")
     when_imported("torch._dynamo", _keep_out_of_the_trace)
-    attention = attention_function(on_unsupported, frozenset(accept))
+    attention = attention_function(on_unsupported, accepted)
     transformers.AttentionInterface.register(name, attention)
     # Without a mask function of the same name transformers makes no mask at all, and padding is attended to.
     transformers.AttentionMaskInterface.register(name, sdpa_mask)
@@ -114,6 +114,15 @@ def require_free_name(name: object) -> None:
             raise ArgumentError(
                 f"name: expected one without {part!r}, got {name!r}: transformers takes it for {meaning}"
             )
+
+
+def checked_names(accept: Iterable[str]) -> frozenset[str]:
+    names = (accept,) if isinstance(accept, str) else tuple(accept)
+    if isinstance(accept, str) or not all(isinstance(name, str) for name in names):
+        raise ArgumentError(f"accept: expected a list of names, got {accept!r}")
+    if known := sorted(NO_KERNEL.keys() & names):
+        raise ArgumentError(f"accept: expected names of what changes no score, got {known[0]!r}")
+    return frozenset(names)
 
 
 def found_transformers() -> tuple[Any, Any]:

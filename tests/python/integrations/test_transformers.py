@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import flashcute as fc
@@ -36,8 +37,17 @@ SERVED = [
 
 @pytest.fixture(autouse=True)
 def _heard_again() -> None:
-    """A warning that another test has had."""
+    """Each test hears the warnings that another has had."""
     integration._warned.clear()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """For such small tensors torch's threads would wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def with_attention(name: str, implementation: str) -> Any:
@@ -244,10 +254,10 @@ def test_decoding_compiles_as_one_graph(name: str, cache: str) -> None:
             else transformers.DynamicCache(config=subject.config)
         )
         words = tokens()
-        logits = [subject(words[:, :8], past_key_values=past).logits[:, -1:]]
+        logits = [subject(words[:, :8], cache=past).logits[:, -1:]]
         for at in range(8, LENGTH):
             step, positions = words[:, at : at + 1], torch.tensor([[at]])
-            found = forward(input_ids=step, position_ids=positions, past_key_values=past)
+            found = forward(input_ids=step, position_ids=positions, cache=past)
             logits.append(found.logits)
         return {"logits": torch.cat(logits, 1)}
 
@@ -326,6 +336,11 @@ class Layer:
     is_causal = True
 
 
+def require_close(found: Any, exact: Any) -> None:
+    """Of float32: the limit that all tests have for it."""
+    torch.testing.assert_close(found.double().cpu(), exact, atol=1e-5, rtol=1e-5)
+
+
 def call(queries: int = 3, keys: int = 3, mask: Any = None, accept: str = "", **kwargs: Any) -> Any:
     """q, k, v and what the attention function makes of them."""
     q, k, v = noise(BATCH, 4, queries, 16), noise(BATCH, 2, keys, 16), noise(BATCH, 2, keys, 16)
@@ -340,16 +355,14 @@ def by_torch(q: Any, k: Any, v: Any, mask: Any = None, **kwargs: Any) -> Any:
     return attend(q, k, v, mask, enable_gqa=True, **kwargs).transpose(1, 2)
 
 
-def test_an_empty_static_cache_is_not_seen() -> None:
+def test_an_empty_static_cache_is_not_seen(device: str) -> None:
     """Keys behind the queries' own, which are not written yet: here they are NaN."""
     q, k, v = noise(1, 2, 5, 16), noise(1, 2, 9, 16), noise(1, 2, 9, 16)
     k[:, :, 5:] = v[:, :, 5:] = torch.nan
     attend = integration.attention_function("error", frozenset())
-    out, weights = attend(Layer(), q, k, v, None)
+    out, weights = attend(Layer(), *(x.to(device) for x in (q, k, v)), None)
     assert weights is None
-    torch.testing.assert_close(
-        out.double(), by_torch(q, k[:, :, :5], v[:, :, :5], is_causal=True), atol=2e-6, rtol=2e-6
-    )
+    require_close(out, by_torch(q, k[:, :, :5], v[:, :, :5], is_causal=True))
 
 
 @pytest.mark.parametrize(
@@ -359,9 +372,7 @@ def test_an_empty_static_cache_is_not_seen() -> None:
 def test_what_is_causal(arguments: dict[str, Any], causal: bool) -> None:
     """A decoder that sees the future; an encoder, or the last query of a cache, that does not see everything."""
     q, k, v, out = call(keys=3, **{"queries": 3, **arguments})
-    torch.testing.assert_close(
-        out.double(), by_torch(q, k, v, is_causal=causal), atol=2e-6, rtol=2e-6
-    )
+    require_close(out, by_torch(q, k, v, is_causal=causal))
     assert out.shape == (BATCH, q.shape[2], 4, 16)
     assert out.is_contiguous()
 
@@ -370,7 +381,7 @@ def test_a_mask_says_everything() -> None:
     """A mask that the causal one narrows a second time: of prefixes, or of several queries after what is cached."""
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()[None, None]
     q, k, v, out = call(2, 4, mask)
-    torch.testing.assert_close(out.double(), by_torch(q, k, v, mask), atol=2e-6, rtol=2e-6)
+    require_close(out, by_torch(q, k, v, mask))
     assert out.is_contiguous()
 
 
@@ -381,7 +392,7 @@ def test_packed_lengths_narrow_a_mask() -> None:
     packed = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]]).bool()
     for mask in (causal, torch.zeros(1, 1, 3, 3).masked_fill(~causal, -torch.inf)):
         q, k, v, out = call(3, 3, mask, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
-        torch.testing.assert_close(out.double(), by_torch(q, k, v, packed), atol=2e-6, rtol=2e-6)
+        require_close(out, by_torch(q, k, v, packed))
 
 
 @pytest.mark.parametrize("masked", [None, torch.bool, torch.float32])
@@ -394,7 +405,7 @@ def test_a_bias_is_added_and_learned(masked: Any) -> None:
     q, k, v, out = call(3, 3, mask, position_bias=bias)
     truth = noise(1, 4, 3, 3).double().requires_grad_()
     expected = by_torch(q, k, v, truth + minus.double())
-    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=2e-6)
+    require_close(out, expected)
     for x in (out, expected):
         x.pow(2).sum().backward()
     torch.testing.assert_close(bias.grad.double(), truth.grad, atol=2e-5, rtol=2e-5)
@@ -490,9 +501,7 @@ def test_bfloat16_on_a_gpu_is_as_exact_as_eager(name: str, how: str) -> None:
     found = []
     for subject, implementation in ((narrow, "fcute"), (narrow, "eager"), (wide, "exact")):
         subject.set_attn_implementation(implementation)
-        arguments = cast(given.arguments, "cuda", torch.bfloat16)
-        if subject is wide:  # inputs that were rounded in the same way
-            arguments = cast(arguments, "cpu", torch.float64)
+        arguments = cast(given.arguments, subject.device, subject.dtype)
         found.append(logits_and_gradients(subject, given._replace(arguments=arguments)))
     mine, eager, exact = found
     require_exact(mine, eager, exact, torch.bfloat16)

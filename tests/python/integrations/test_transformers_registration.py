@@ -46,6 +46,8 @@ def test_settings_are_checked() -> None:
         register(on_unsupported="ignore")
     with pytest.raises(fc.ArgumentError, match=r"^accept: expected a list of names"):
         register(accept="position_ids")
+    with pytest.raises(fc.ArgumentError, match=r"^accept: .* changes no score, got 'softcap'"):
+        register(accept=["softcap"])
 
 
 @needs_transformers

@@ -167,7 +167,8 @@ def padding(side: str) -> Any:
 
 
 def noise(*shape: int) -> Any:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+    """Normal numbers that every dtype holds exactly."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2)).bfloat16().float()
 
 
 def inputs(name: str, arrangement: str) -> Inputs:
