@@ -117,7 +117,9 @@ def require_free_name(name: object) -> None:
 
 
 def checked_names(accept: Iterable[str]) -> frozenset[str]:
-    names = (accept,) if isinstance(accept, str) else tuple(accept)
+    names = (
+        [accept] if isinstance(accept, str) or not isinstance(accept, Iterable) else list(accept)
+    )
     if isinstance(accept, str) or not all(isinstance(name, str) for name in names):
         raise ArgumentError(f"accept: expected a list of names, got {accept!r}")
     if known := sorted(NO_KERNEL.keys() & names):
@@ -128,7 +130,7 @@ def checked_names(accept: Iterable[str]) -> frozenset[str]:
 def found_transformers() -> tuple[Any, Any]:
     """The library, and its function that makes boolean masks. Raises UnsupportedError where they are not what the
     attention function counts on."""
-    wanted = "transformers: expected version 5 with torch"
+    wanted = "transformers: expected version 5.4 or later, with torch"
     try:
         transformers = import_module("transformers")
     except ImportError as error:
