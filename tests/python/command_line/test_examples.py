@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -57,3 +58,27 @@ def test_flash_attn_unchanged(tmp_path: Path) -> None:
     assert first > 2.5  # guessing is log(16) = 2.77
     assert last < 1.0
     assert "flashcute" not in re.sub(r'""".*?"""', "", program[0].read_text(), flags=re.DOTALL)
+
+
+@needs_torch
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+def test_finetune_transformers(tmp_path: Path) -> None:
+    """A few steps: the loss falls, and kernels compute all of them: torch's attention would warn."""
+    options = ["--steps", "8", "--batch", "4", "--length", "32", "--width", "32", "--device", "cpu"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error::UserWarning",
+            EXAMPLES / "finetune_transformers.py",
+            *options,
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [float(x) for x in re.findall(r"step +\d+  loss (\S+)", done.stdout)]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0] - 0.1

@@ -1,0 +1,314 @@
+"""Hugging Face transformers: ``attn_implementation="fcute"``.
+
+    >>> from flashcute.integrations.transformers import register
+    >>> register()
+    >>> model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="fcute")
+
+transformers keeps two tables of functions by name, one of attentions and one of masks. `register` adds a name to both
+and patches nothing. Importing this module imports neither transformers nor torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any
+
+from .._call import SDPA
+from .._core import ArgumentError, UnsupportedError
+from .._import_hook import when_imported
+from ..attention import flash_attention
+
+Tensor = Any
+Attention = Callable[..., tuple[Tensor, None]]
+
+NAME = "fcute"
+
+# transformers looks for these inside a name, and then takes it for something of its own.
+RESERVED = {
+    "flash": "a package of FlashAttention, or a kernel to download",
+    "sdpa": "torch's attention",
+    "flex_attention": "torch's FlexAttention",
+    "eager": "its own attention in plain torch",
+    "/": "a kernel to download",
+    ":": "a kernel to download",
+    "|": "a prefix of continuous batching",
+}
+
+# What models hand down to every layer, and what changes no score: other parts of a model read it.
+READ_ELSEWHERE = frozenset(
+    {
+        "cache",
+        "cache_position",
+        "labels",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",  # the rotation is in query and key already
+        "position_ids",
+        "return_dict",
+        "seq_idx",  # of state-space layers; attention has it as a mask
+        "use_cache",
+    }
+)
+
+# Arguments that change the result, and that nothing here can compute.
+NO_KERNEL = {
+    "softcap": "scores that are capped",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "indices": "keys that are chosen for each query",
+    "block_indices": "blocks of keys that are chosen for each query",
+    "head_mask": "heads that are switched off",
+    "output_attentions": "attention weights as a result",
+}
+
+
+# ---- registration ----------------------------------------------------------------------------------
+
+_registered: set[str] = set()
+
+
+def register(name: str = NAME, *, on_unsupported: str = "warn", accept: Iterable[str] = ()) -> None:
+    """Makes flashcute known to transformers: models then take it by ``attn_implementation=name``.
+
+    name: any that transformers does not take for something of its own: without "flash", "sdpa", "flex_attention",
+        "eager", "/", ":" and "|", and not registered by others.
+    on_unsupported: what to do with masks, biases and dropout, which no kernel covers yet. "warn" (once for each of
+        them) and "silent" let torch's scaled_dot_product_attention compute the call; "error" raises UnsupportedError.
+    accept: names of further keyword arguments that a model hands to its attention and that change no score. What is
+        neither here nor known to flashcute is refused, never ignored.
+
+    A second call with the same name replaces the first one's settings.
+
+    Raises ArgumentError (a ValueError) for a name or a setting that is not allowed, and UnsupportedError (a
+    NotImplementedError) if transformers is missing or too old.
+    """
+    require_free_name(name)
+    if on_unsupported not in ("warn", "silent", "error"):
+        raise ArgumentError(
+            f"on_unsupported: expected 'warn', 'silent' or 'error', got {on_unsupported!r}"
+        )
+    accepted = checked_names(accept)
+    transformers, sdpa_mask = found_transformers()
+    if name not in _registered and name in transformers.AttentionInterface().valid_keys():
+        raise ArgumentError(f"name: expected a free one, got {name!r}, which is registered already")
+    when_imported("torch._dynamo", _keep_out_of_the_trace)
+    attention = attention_function(on_unsupported, accepted)
+    transformers.AttentionInterface.register(name, attention)
+    # Without a mask function of the same name transformers makes no mask at all, and padding is attended to.
+    transformers.AttentionMaskInterface.register(name, sdpa_mask)
+    _registered.add(name)
+
+
+def require_free_name(name: object) -> None:
+    if not isinstance(name, str) or not name:
+        raise ArgumentError(f"name: expected a string, got {name!r}")
+    for part, meaning in RESERVED.items():
+        if part in name:
+            raise ArgumentError(
+                f"name: expected one without {part!r}, got {name!r}: transformers takes it for {meaning}"
+            )
+
+
+def checked_names(accept: Iterable[str]) -> frozenset[str]:
+    names = (
+        [accept] if isinstance(accept, str) or not isinstance(accept, Iterable) else list(accept)
+    )
+    if isinstance(accept, str) or not all(isinstance(name, str) for name in names):
+        raise ArgumentError(f"accept: expected a list of names, got {accept!r}")
+    if known := sorted(NO_KERNEL.keys() & names):
+        raise ArgumentError(f"accept: expected names of what changes no score, got {known[0]!r}")
+    return frozenset(names)
+
+
+def found_transformers() -> tuple[Any, Any]:
+    """The library, and its function that makes boolean masks. Raises UnsupportedError where they are not what the
+    attention function counts on."""
+    wanted = "transformers: expected version 5.4 or later, with torch"
+    try:
+        transformers = import_module("transformers")
+    except ImportError as error:
+        raise UnsupportedError(
+            f"{wanted}, got none that can be imported ({error}). pip install transformers torch"
+        ) from error
+    try:
+        # Attributes of transformers are imported when they are asked for, and fail then.
+        masking = import_module("transformers.masking_utils")
+        sdpa_mask = masking.sdpa_mask
+        complete = transformers.AttentionInterface and transformers.AttentionMaskInterface
+        complete = complete and "q_offset" in inspect.signature(sdpa_mask).parameters
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedError(f"{wanted}, got {transformers.__version__}: {error}") from error
+    if not complete:
+        raise UnsupportedError(f"{wanted}, got {transformers.__version__}, which is too old")
+    return transformers, sdpa_mask
+
+
+# ---- the attention function ------------------------------------------------------------------------
+
+
+def attention_function(on_unsupported: str, accepted: frozenset[str]) -> Attention:
+    """What transformers calls in each layer."""
+
+    def fcute_attention(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        deterministic: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """query: (batch, heads, seqlen_q, d).  key, value: (batch, kv_heads, seqlen_k, d or d_v).
+        attention_mask: None, or (batch, heads, seqlen_q, seqlen_k) with any of them 1; bool (True: keep), or a float
+            that is added to the scaled scores. A mask says everything, so with one nothing else is causal.
+
+        Returns the output, (batch, seqlen_q, heads, d_v), contiguous, and None for the weights.
+        """
+        require_known(accepted, {"softcap": softcap, "s_aux": s_aux, **kwargs})
+        require_mask(attention_mask, sliding_window, cu_seq_lens_q, cu_seq_lens_k, key.shape[2])
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        if attention_mask is not None or query.shape[2] == 1:
+            causal = False  # one query without a mask is the last one, which sees all keys
+        mask = attention_mask
+        if cu_seq_lens_q is not None:
+            mask = within_sequences(mask, query, key, cu_seq_lens_q, cu_seq_lens_k)
+        mask = with_bias(mask, position_bias)
+        out = flash_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            causal,
+            # Without a mask there are as many keys as queries, or the cache is static and empty before the call:
+            # its first keys are the queries' own, and those that follow are not written yet.
+            diagonal="start" if causal else "end",
+            scale=scaling,
+            attn_mask=mask,
+            dropout_p=dropout,
+            deterministic=deterministic,
+            on_unsupported=fallback_of(on_unsupported, attention_mask, position_bias, dropout),
+        )
+        return out.contiguous(), None
+
+    return fcute_attention
+
+
+def require_known(accepted: frozenset[str], arguments: dict[str, Any]) -> None:
+    """Raises UnsupportedError for an argument that changes the result, or may."""
+    for name, given in arguments.items():
+        if given is None or given is False or name in READ_ELSEWHERE or name in accepted:
+            continue
+        reason = NO_KERNEL.get(name)
+        if reason:
+            raise UnsupportedError(
+                f"{name}: expected None, got one: {reason} are not supported yet. Use "
+                "attn_implementation='eager'"
+            )
+        raise UnsupportedError(
+            f"{name}: expected no such argument, got one of {type(given).__name__}: flashcute does not know what it "
+            f"changes. If it changes no score, register(accept=[{name!r}]) accepts it; else use "
+            "attn_implementation='eager'"
+        )
+
+
+def require_mask(
+    mask: Tensor | None,
+    sliding_window: int | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+    keys: int,
+) -> None:
+    """Raises where the mask does not say what the other arguments do."""
+    if mask is not None:
+        if mask.dim() != 4:
+            raise ArgumentError(
+                "attention_mask: expected 4 dimensions, (batch, heads, seqlen_q, seqlen_k), got "
+                f"{tuple(mask.shape)}"
+            )
+        if (cu_seq_lens_q is None) != (cu_seq_lens_k is None):
+            raise ArgumentError("cu_seq_lens_q, cu_seq_lens_k: expected both or none, got one")
+        return
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        raise UnsupportedError(
+            "cu_seq_lens_q, cu_seq_lens_k: no kernel covers packed sequences yet, and there is no mask that keeps them "
+            "apart. Pass position_ids that begin again at 0 in each sequence, use_cache=False and no attention_mask: "
+            "transformers makes the mask of them"
+        )
+    if sliding_window is not None and keys > sliding_window:
+        raise UnsupportedError(
+            f"sliding_window: expected a mask that has the window of {sliding_window} in it, got none for {keys} keys"
+        )
+
+
+def within_sequences(
+    mask: Tensor, query: Tensor, key: Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor
+) -> Tensor:
+    """The mask, with queries kept from keys of other packed sequences: it may have been made without knowing of
+    them."""
+    torch = sys.modules["torch"]
+    row, column = (
+        torch.searchsorted(ends.contiguous(), torch.arange(x.shape[2], device=x.device), right=True)
+        for ends, x in ((cu_seq_lens_q, query), (cu_seq_lens_k, key))
+    )
+    same = row[:, None] == column[None, :]
+    return mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, float("-inf"))
+
+
+def with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """One mask that says both."""
+    if mask is None or bias is None:
+        return bias if mask is None else mask
+    if mask.dtype == sys.modules["torch"].bool:
+        return bias.masked_fill(~mask, float("-inf"))
+    return bias + mask
+
+
+# ---- warnings --------------------------------------------------------------------------------------
+
+_warned: set[str] = set()
+
+
+def fallback_of(
+    on_unsupported: str, mask: Tensor | None, bias: Tensor | None, dropout: float
+) -> str:
+    """What flash_attention does where it has no kernel. It would warn of a mask in each layer."""
+    known = {"attention masks": mask, "position biases": bias, "dropout": dropout or None}
+    reasons = [reason for reason, given in known.items() if given is not None]
+    if on_unsupported != "warn" or not reasons:
+        return on_unsupported
+    for reason in reasons:
+        warn_once(reason)
+    return "silent"
+
+
+def warn_once(reason: str) -> None:
+    if reason in _warned:
+        return
+    _warned.add(reason)
+    warnings.warn(
+        f"{reason}: no kernel of flashcute covers this yet, {SDPA} computes such calls. "
+        "register(on_unsupported='silent') accepts that, 'error' refuses them",
+        stacklevel=4,
+    )
+
+
+def _keep_out_of_the_trace() -> None:
+    """Compiled calls warn when they are traced."""
+    sys.modules["torch"].compiler.assume_constant_result(warn_once)

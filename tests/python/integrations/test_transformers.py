@@ -1,0 +1,519 @@
+"""Models of transformers with ``attn_implementation="fcute"`` beside the same with ``"eager"``."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import flashcute as fc
+import optional_torch
+import pytest
+from optional_torch import torch
+
+if not optional_torch.available:
+    pytest.skip(optional_torch.REASON, allow_module_level=True)
+if importlib.util.find_spec("transformers") is None:
+    pytest.skip("needs transformers", allow_module_level=True)
+
+import tiny_models
+import transformers
+from flashcute.integrations import transformers as integration
+from tiny_models import BATCH, LENGTH, Inputs, cast, inputs, model, noise, tokens
+
+integration.register(on_unsupported="silent")
+
+ARRANGEMENTS = ("whole", "left", "right", "packed")
+SERVED = [
+    *((name, how) for name in ("llama", "mistral", "qwen3") for how in ARRANGEMENTS),
+    *((name, how) for name in ("bert", "whisper") for how in ARRANGEMENTS[:3]),
+    ("t5", "whole"),
+    ("t5", "left"),
+    ("vit", "whole"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _heard_again() -> None:
+    """Each test hears the warnings that another has had."""
+    integration._warned.clear()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """For such small tensors torch's threads would wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def with_attention(name: str, implementation: str) -> Any:
+    found = model(name)
+    found.set_attn_implementation(implementation)
+    return found
+
+
+# ---- logits and gradients ------------------------------------------------------------------------
+
+
+def logits_and_gradients(subject: Any, given: Inputs) -> dict[str, Any]:
+    """The logits where they count, and the gradients of a random weighting of them."""
+    subject.zero_grad(set_to_none=True)
+    logits = subject(**given.arguments).logits
+    if given.real is not None:
+        logits = logits[given.real.to(logits.device).bool()]
+    (logits * noise(*logits.shape).to(logits)).sum().backward()
+    gradients = {n: p.grad for n, p in subject.named_parameters() if p.grad is not None}
+    assert len(gradients) > 10
+    return {"logits": logits.detach(), **{n: g.clone() for n, g in gradients.items()}}
+
+
+def error(found: Any, exact: Any) -> float:
+    return float((found.double().cpu() - exact).abs().max())
+
+
+def require_exact(
+    mine: dict[str, Any], eager: dict[str, Any], exact: dict[str, Any], dtype: Any
+) -> None:
+    """Of each result at most twice the error of eager attention in the same dtype, plus what rounding its largest
+    number a few times makes."""
+    assert mine.keys() == eager.keys() == exact.keys()
+    for name, truth in exact.items():
+        # A key's bias adds the same to all scores of a query, so its gradient is 0 but for the rounding of its terms.
+        # They are as large as the gradient of the weight.
+        weight = exact.get(name.replace(".bias", ".weight"), truth)
+        largest = max(float(x.abs().max()) for x in (truth, weight))
+        allowed = 2 * error(eager[name], truth) + 16 * torch.finfo(dtype).eps * largest
+        assert error(mine[name], truth) <= allowed, name
+
+
+def by_three(name: str, compute: Any) -> tuple[Any, Any, Any]:
+    """What compute(model, dtype) gives under fcute, under eager, and in float64."""
+    return (
+        compute(with_attention(name, "fcute"), torch.float32),
+        compute(with_attention(name, "eager"), torch.float32),
+        compute(tiny_models.exact(name), torch.float64),
+    )
+
+
+@pytest.mark.parametrize(("name", "how"), SERVED)
+def test_logits_and_gradients_are_as_exact_as_eager(name: str, how: str) -> None:
+    """A mask that is dropped, doubled or shifted; heads that are mixed up; a scale that is forgotten."""
+
+    def compute(subject: Any, dtype: Any) -> dict[str, Any]:
+        given = inputs(name, how)
+        return logits_and_gradients(
+            subject, given._replace(arguments=cast(given.arguments, "cpu", dtype))
+        )
+
+    require_exact(*by_three(name, compute), torch.float32)
+
+
+MISTAKES: dict[str, dict[str, Any]] = {
+    "no mask": {"attention_mask": None},
+    "not causal": {"attention_mask": None, "is_causal": False},
+    "another scale": {"scaling": 0.251},
+}
+
+
+@pytest.mark.parametrize(
+    ("mistake", "how"),
+    [("no mask", "left"), ("no mask", "packed"), ("not causal", "whole"), ("another scale", "whole")],
+)  # fmt: skip
+def test_mistakes_are_noticed(mistake: str, how: str) -> None:
+    """A comparison that would let a wrong mask or scale pass."""
+    right = integration.attention_function("silent", frozenset())
+
+    def wrong(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        return right(
+            module, query, key, value, **{"attention_mask": mask, **kwargs, **MISTAKES[mistake]}
+        )
+
+    transformers.AttentionInterface.register("wrong", wrong)
+    transformers.AttentionMaskInterface.register("wrong", transformers.masking_utils.sdpa_mask)
+
+    def compute(subject: Any, dtype: Any) -> dict[str, Any]:
+        return logits_and_gradients(subject, inputs("llama", how))
+
+    _, eager, exact = by_three("llama", compute)
+    with pytest.raises(AssertionError):
+        require_exact(
+            compute(with_attention("llama", "wrong"), torch.float32), eager, exact, torch.float32
+        )
+
+
+@pytest.mark.parametrize("name", ["llama", "whisper"])
+def test_checkpointing_changes_no_bit(name: str) -> None:
+    """A forward that is computed again in the backward, with other bits or with another mask."""
+    given, subject = inputs(name, "left"), with_attention(name, "fcute")
+    plain = logits_and_gradients(subject, given)
+    calls = []
+    layers = [x for n, x in subject.named_modules() if n.endswith("self_attn")]
+    hooks = [x.register_forward_hook(lambda *_: calls.append(1)) for x in layers]
+    subject.gradient_checkpointing_enable({"use_reentrant": False})
+    subject.train()  # only then are layers computed again; none of the models has dropout
+    try:
+        again = logits_and_gradients(subject, given)
+    finally:
+        subject.eval()
+        subject.gradient_checkpointing_disable()
+        for hook in hooks:
+            hook.remove()
+    assert len(calls) == 2 * len(layers)
+    assert all(torch.equal(again[n], x) for n, x in plain.items())
+
+
+# ---- generation ------------------------------------------------------------------------------------
+
+GENERATION: dict[str, dict[str, Any]] = {
+    "dynamic cache": {},
+    "static cache": {"cache_implementation": "static"},
+    "beam search": {"num_beams": 3},
+    "static beam search": {"num_beams": 3, "cache_implementation": "static"},
+    "prefill in parts": {"prefill_chunk_size": 5},  # more keys than queries, and not from the start
+    "assisted": {"prompt_lookup_num_tokens": 3},  # several queries after what is cached
+}
+PROMPTS = {"whole": LENGTH, "left": LENGTH, "one token": 1}
+
+
+def generated(subject: Any, arguments: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    found = subject.generate(
+        **arguments,
+        **options,
+        max_new_tokens=8,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        disable_compile=True,
+    )
+    return {"sequences": found.sequences, "logits": torch.stack(found.logits)}
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "way"),
+    [
+        *(("llama", prompt, way) for prompt in ("whole", "left") for way in GENERATION if way != "assisted"),
+        *(("mistral", prompt, way) for prompt in ("whole", "left") for way in GENERATION if way != "assisted"),
+        *((name, "one token", way) for name in ("llama", "mistral") for way in ("dynamic cache", "static cache")),
+        *((name, "whole", "assisted") for name in ("llama", "mistral")),
+        ("qwen3", "left", "static cache"),
+        *(("whisper", "whole", way) for way in ("dynamic cache", "static cache", "beam search")),
+    ],
+)  # fmt: skip
+def test_generated_tokens_are_those_of_eager(name: str, prompt: str, way: str) -> None:
+    """Cached keys that are not written yet and are attended to; a causal mask that is aligned to the wrong end."""
+
+    def compute(subject: Any, dtype: Any) -> dict[str, Any]:
+        if name == "whisper":
+            arguments = {"input_features": noise(BATCH, 8, 20)}
+        else:
+            arguments = {"input_ids": tokens(1 if way == "assisted" else BATCH, PROMPTS[prompt])}
+            if prompt == "left":
+                arguments["attention_mask"] = tiny_models.padding("left")
+        return generated(subject, cast(arguments, "cpu", dtype), GENERATION[way])
+
+    mine, eager, exact = by_three(name, compute)
+    for found in (mine, exact):
+        assert torch.equal(found.pop("sequences"), eager["sequences"])
+    del eager["sequences"]
+    require_exact(mine, eager, exact, torch.float32)
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------
+
+
+def compiled(subject: Any) -> tuple[Any, set[str]]:
+    """Its forward as one graph, and the operators in it. By aot_eager: Dynamo and the operators' fakes are what is at
+    stake, and Inductor would take minutes."""
+    operators: set[str] = set()
+
+    def backend(graph: Any, examples: Any) -> Any:
+        operators.update(str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, examples)
+
+    torch._dynamo.reset()
+    return torch.compile(subject.forward, backend=backend, fullgraph=True), operators
+
+
+OPERATOR = "flashcute.flash_attention_forward.default"
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_decoding_compiles_as_one_graph(name: str, cache: str) -> None:
+    """Code that torch.compile cannot trace, or a cache that a compiled step reads wrongly."""
+
+    @torch.no_grad()
+    def decode(subject: Any, forward: Any) -> dict[str, Any]:
+        past = (
+            transformers.StaticCache(config=subject.config, max_cache_len=LENGTH + 4)
+            if cache == "static"
+            else transformers.DynamicCache(config=subject.config)
+        )
+        words = tokens()
+        logits = [subject(words[:, :8], cache=past).logits[:, -1:]]
+        for at in range(8, LENGTH):
+            step, positions = words[:, at : at + 1], torch.tensor([[at]])
+            found = forward(input_ids=step, position_ids=positions, cache=past)
+            logits.append(found.logits)
+        return {"logits": torch.cat(logits, 1)}
+
+    subject = with_attention(name, "fcute")
+    forward, operators = compiled(subject)
+    mine = decode(subject, forward)
+    _, eager, exact = by_three(name, lambda model, dtype: decode(model, model.forward))
+    require_exact(mine, eager, exact, torch.float32)
+    assert operators, "nothing was compiled"
+    if (name, cache) == ("llama", "dynamic"):  # the others have a mask
+        assert OPERATOR in operators
+
+
+@pytest.mark.parametrize(("name", "use_cache"), [("llama", True), ("llama", False), ("bert", None)])
+def test_training_compiles_as_one_graph(name: str, use_cache: bool | None) -> None:
+    """Kernels that compiled training does not reach. Without a cache transformers makes a mask: it looks whether
+    position_ids are packed, which it cannot while it is traced."""
+    given = inputs(name, "whole")
+    if use_cache is not None:
+        given.arguments["use_cache"] = use_cache
+
+    class Compiled(torch.nn.Module):
+        def __init__(self, subject: Any) -> None:
+            super().__init__()
+            self.subject = subject
+            self.run, self.operators = compiled(subject)
+
+        def named_parameters(self, *_: Any, **__: Any) -> Any:
+            return self.subject.named_parameters()
+
+        def forward(self, **arguments: Any) -> Any:
+            return self.run(**arguments)
+
+    _, eager, exact = by_three(name, lambda subject, dtype: logits_and_gradients(subject, given))
+    subject = Compiled(with_attention(name, "fcute"))
+    require_exact(logits_and_gradients(subject, given), eager, exact, torch.float32)
+    assert (OPERATOR in subject.operators) == (use_cache is not False)
+
+
+# ---- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ARRANGEMENTS)
+@pytest.mark.parametrize(("name", "argument"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])
+def test_what_no_kernel_computes_is_refused(name: str, argument: str, how: str) -> None:
+    """Scores that are not capped, sinks that are not there: plausible text, and the wrong model."""
+    subject = with_attention(name, "fcute")
+    with pytest.raises(fc.UnsupportedError, match=f"^{argument}: .*eager"):
+        subject(**inputs(name, how).arguments)
+    with pytest.raises(fc.UnsupportedError, match=f"^{argument}: "):
+        subject.generate(tokens(), max_new_tokens=2, cache_implementation="static")
+
+
+def test_attention_weights_are_refused() -> None:
+    """A tuple of None where the caller asked for weights."""
+    with pytest.raises(fc.UnsupportedError, match=r"^output_attentions: .*eager"):
+        with_attention("llama", "fcute")(tokens(), output_attentions=True)
+
+
+def test_packed_lengths_without_positions_are_refused() -> None:
+    """Sequences that see each other."""
+    ends = torch.tensor([0, 5, 9, 12], dtype=torch.int32)
+    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 5, "max_length_k": 5}
+    subject, given = with_attention("llama", "fcute"), inputs("llama", "packed").arguments
+    expected = subject(**given).logits
+    assert torch.equal(subject(**given, **lengths).logits, expected)
+    del given["position_ids"]
+    with pytest.raises(fc.UnsupportedError, match=r"^cu_seq_lens_q, .*position_ids"):
+        subject(**given, **lengths)
+
+
+# ---- the attention function by itself --------------------------------------------------------------
+
+
+class Layer:
+    is_causal = True
+
+
+def require_close(found: Any, exact: Any) -> None:
+    """Of float32: the limit that all tests have for it."""
+    torch.testing.assert_close(found.double().cpu(), exact, atol=1e-5, rtol=1e-5)
+
+
+def call(queries: int = 3, keys: int = 3, mask: Any = None, accept: str = "", **kwargs: Any) -> Any:
+    """q, k, v and what the attention function makes of them."""
+    q, k, v = noise(BATCH, 4, queries, 16), noise(BATCH, 2, keys, 16), noise(BATCH, 2, keys, 16)
+    attend = integration.attention_function("silent", frozenset([accept]))
+    return q, k, v, attend(Layer(), q, k, v, mask, **kwargs)[0]
+
+
+def by_torch(q: Any, k: Any, v: Any, mask: Any = None, **kwargs: Any) -> Any:
+    """(batch, seqlen, heads, head_dim), in float64."""
+    q, k, v = (x.double() for x in (q, k, v))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(q, k, v, mask, enable_gqa=True, **kwargs).transpose(1, 2)
+
+
+def test_an_empty_static_cache_is_not_seen(device: str) -> None:
+    """Keys behind the queries' own, which are not written yet: here they are NaN."""
+    q, k, v = noise(1, 2, 5, 16), noise(1, 2, 9, 16), noise(1, 2, 9, 16)
+    k[:, :, 5:] = v[:, :, 5:] = torch.nan
+    attend = integration.attention_function("error", frozenset())
+    out, weights = attend(Layer(), *(x.to(device) for x in (q, k, v)), None)
+    assert weights is None
+    require_close(out, by_torch(q, k[:, :, :5], v[:, :, :5], is_causal=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "causal"),
+    [({}, True), ({"is_causal": False}, False), ({"is_causal": None}, True), ({"queries": 1}, False)],
+)  # fmt: skip
+def test_what_is_causal(arguments: dict[str, Any], causal: bool) -> None:
+    """A decoder that sees the future; an encoder, or the last query of a cache, that does not see everything."""
+    q, k, v, out = call(keys=3, **{"queries": 3, **arguments})
+    require_close(out, by_torch(q, k, v, is_causal=causal))
+    assert out.shape == (BATCH, q.shape[2], 4, 16)
+    assert out.is_contiguous()
+
+
+def test_a_mask_says_everything() -> None:
+    """A mask that the causal one narrows a second time: of prefixes, or of several queries after what is cached."""
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()[None, None]
+    q, k, v, out = call(2, 4, mask)
+    require_close(out, by_torch(q, k, v, mask))
+    assert out.is_contiguous()
+
+
+def test_packed_lengths_narrow_a_mask() -> None:
+    """A mask that was made without knowing of the sequences in a row."""
+    ends = torch.tensor([0, 2, 3], dtype=torch.int32)
+    causal = torch.ones(3, 3).tril().bool()[None, None]
+    packed = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]]).bool()
+    for mask in (causal, torch.zeros(1, 1, 3, 3).masked_fill(~causal, -torch.inf)):
+        q, k, v, out = call(3, 3, mask, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+        require_close(out, by_torch(q, k, v, packed))
+
+
+@pytest.mark.parametrize("masked", [None, torch.bool, torch.float32])
+def test_a_bias_is_added_and_learned(masked: Any) -> None:
+    """A relative position bias that is dropped, or that gets no gradient."""
+    seen = torch.ones(3, 3).tril().bool()[None, None]
+    minus = torch.zeros(1, 1, 3, 3).masked_fill(~seen, -torch.inf)
+    mask = {None: None, torch.bool: seen, torch.float32: minus}[masked]
+    bias = noise(1, 4, 3, 3).requires_grad_()
+    q, k, v, out = call(3, 3, mask, position_bias=bias)
+    truth = noise(1, 4, 3, 3).double().requires_grad_()
+    expected = by_torch(q, k, v, truth + minus.double())
+    require_close(out, expected)
+    for x in (out, expected):
+        x.pow(2).sum().backward()
+    torch.testing.assert_close(bias.grad.double(), truth.grad, atol=2e-5, rtol=2e-5)
+
+
+def test_dropout_drops() -> None:
+    """Dropout that is asked for in training, and ignored."""
+    torch.manual_seed(3)
+    q, k, v, out = call(3, 3, dropout=0.5, is_causal=False)
+    torch.manual_seed(3)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert torch.equal(out, attend(q, k, v, dropout_p=0.5, enable_gqa=True).transpose(1, 2))
+
+
+def test_a_window_is_in_the_mask_or_not_needed() -> None:
+    """A window that is dropped, where no mask has it."""
+    assert torch.equal(call(3, 3, sliding_window=3)[-1], call(3, 3)[-1])
+    with pytest.raises(fc.UnsupportedError, match=r"^sliding_window: .* 2 .* 3 keys"):
+        call(3, 3, sliding_window=2)
+
+
+def test_what_is_not_known_is_refused() -> None:
+    """An argument that changes the scores, and is ignored."""
+    known = {
+        "position_ids": torch.arange(3),
+        "use_cache": True,
+        "output_attentions": False,
+        "sinks": None,
+    }
+    call(**known)
+    with pytest.raises(fc.UnsupportedError, match=r"^curvature: .*accept=\['curvature'\]"):
+        call(curvature=torch.zeros(()))
+    call(curvature=torch.zeros(()), accept="curvature")
+    with pytest.raises(fc.UnsupportedError, match=r"^indices: .*chosen"):
+        call(indices=torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mask": (BATCH, 3)}, r"^attention_mask: expected 4 dimensions.*got \(2, 3\)"),
+        ({"mask": (1, 1, 3, 3), "cu_seq_lens_q": (2,)}, "^cu_seq_lens_q, cu_seq_lens_k: expected both"),
+    ],
+)  # fmt: skip
+def test_arguments_that_contradict_each_other(arguments: dict[str, Any], message: str) -> None:
+    """A mask of padding, (batch, keys), that is taken for one of queries and keys."""
+    made = {name: torch.ones(shape).bool() for name, shape in arguments.items()}
+    with pytest.raises(fc.ArgumentError, match=message):
+        call(**made)
+
+
+# ---- warnings --------------------------------------------------------------------------------------
+
+
+def test_each_reason_warns_once() -> None:
+    """Two warnings for each layer of each step, or none at all."""
+    integration.register("fcute_warns")
+    subject = with_attention("llama", "fcute_warns")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            subject(**inputs("llama", "left").arguments)
+        ours = [str(x.message) for x in heard if "flashcute" in str(x.message)]
+        assert len(ours) == 1
+        assert ours[0].startswith("attention masks: no kernel of flashcute")
+        subject(**inputs("llama", "whole").arguments)
+    assert len([x for x in heard if "flashcute" in str(x.message)]) == 1
+
+
+def test_masks_are_refused_on_request() -> None:
+    """Torch's attention in place of the kernels, where the caller wants these or nothing."""
+    integration.register("fcute_strict", on_unsupported="error")
+    subject = with_attention("llama", "fcute_strict")
+    subject(**inputs("llama", "whole").arguments)
+    with pytest.raises(fc.UnsupportedError, match="attn_mask"):
+        subject(**inputs("llama", "left").arguments)
+
+
+# ---- a GPU -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("llama", "whole"), ("llama", "left"), ("llama", "packed"), ("mistral", "whole"), ("bert", "right"),
+     ("whisper", "whole")],
+)  # fmt: skip
+def test_bfloat16_on_a_gpu_is_as_exact_as_eager(name: str, how: str) -> None:
+    """As on the CPU: the truth is that of the weights as bfloat16 holds them."""
+    narrow = copy.deepcopy(model(name)).to("cuda", torch.bfloat16)
+    wide = copy.deepcopy(narrow).to("cpu", torch.float64)
+    given = inputs(name, how)
+    found = []
+    for subject, implementation in ((narrow, "fcute"), (narrow, "eager"), (wide, "exact")):
+        subject.set_attn_implementation(implementation)
+        arguments = cast(given.arguments, subject.device, subject.dtype)
+        found.append(logits_and_gradients(subject, given._replace(arguments=arguments)))
+    mine, eager, exact = found
+    require_exact(mine, eager, exact, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["dynamic cache", "static cache"])
+def test_generation_on_a_gpu(way: str) -> None:
+    """As on the CPU, in float32, whose tokens rounding does not change."""
+    subject = copy.deepcopy(model("llama")).to("cuda")
+    found = []
+    for implementation in ("fcute", "eager"):
+        subject.set_attn_implementation(implementation)
+        found.append(generated(subject, {"input_ids": tokens().to("cuda")}, GENERATION[way]))
+    assert torch.equal(found[0]["sequences"], found[1]["sequences"])
