@@ -57,7 +57,7 @@ setup setup-torch:
 
 install: configure-system
 	cmake --build $(BUILD) --parallel $(JOBS) --target flashcute_package
-	cmake --install $(BUILD) --prefix $(STAGE) > $(BUILD)/install.log
+	cmake --install $(BUILD) --component python --prefix $(STAGE) > $(BUILD)/install.log
 endif
 
 configure-system:

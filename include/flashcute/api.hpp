@@ -15,6 +15,9 @@
 #include "flashcute/core/forward_config.hpp"
 #include "flashcute/error.hpp"
 
+// What a shared library exports is declared here and in error.hpp.
+#pragma GCC visibility push(default)
+
 namespace flashcute {
 
 enum class DeviceType : uint8_t { cpu, cuda };
@@ -294,7 +297,13 @@ class EnvironmentSnapshot {
 /// headers that run-time compilation includes, and the program flashcute_compiler, in which it compiles several kernels
 /// at the same time; without it, kernels are compiled in this process, one after the other. Nothing is opened before it
 /// is needed.
+///
+/// What is empty here is found by itself where the library was installed: beside the shared library, in flashcute/; for
+/// a program in bin/ that a static library is linked into, in lib/flashcute/ of the same prefix. The CMake package calls
+/// that folder flashcute_SUPPORT_DIR: device headers in include and include/cccl, and flashcute_compiler.
 void set_search_paths(std::vector<std::string> package_roots, std::vector<std::string> device_headers,
                       std::string compiler = {});
 
 }  // namespace flashcute
+
+#pragma GCC visibility pop
