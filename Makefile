@@ -80,7 +80,7 @@ test-python: install setup-torch
 
 # ---- for developers ----------------------------------------------------------------------------
 
-CXX_FILES = $(shell git ls-files '*.hpp' '*.cpp')
+CXX_FILES = $(shell git ls-files '*.hpp' '*.cpp' '*.cu')
 
 lint: setup
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
