@@ -51,8 +51,15 @@ echo "consumers: installed in $SECONDS s"
 # ---- what the shared library exports, and needs -------------------------------------------------------
 library=$scratch/shared/lib/libflashcute.so
 readelf -d "$library" | grep -q 'SONAME.*\[libflashcute\.so\.0\.1\]' || fail "libflashcute.so has another soname than 0.1"
-others=$(nm -DC --defined-only "$library" | cut -d' ' -f3- | grep -vE '^((vtable|typeinfo|typeinfo name) for )?flashcute::[^:(<]+(::[~A-Za-z_]+|::operator.*)?(\(|\[|$)' || true)
-[ -z "$others" ] || fail "the shared library exports what is not in its interface: $others"
+exported=$(nm -DC --defined-only "$library" | cut -d' ' -f3-)
+names=$(grep -oP '^((vtable|typeinfo|typeinfo name) for )?flashcute::\K\w+' <<< "$exported" | sort -u)
+inside() { grep -ohP "$1" include/flashcute/api.hpp include/flashcute/error.hpp | sort -u; }
+compiled=$(inside '^(?!inline)\w[\w:<>, ]* \K\w+(?=\()|^class \K\w+') # functions, and classes with functions
+missing=$(comm -23 <(echo "$compiled") <(echo "$names"))
+[ -z "$missing" ] || fail "the shared library does not export" $missing
+others=$(comm -13 <( (echo "$compiled"; inside '^struct \K\w+') | sort -u) <(echo "$names"))
+others+=$(grep -vE '^((vtable|typeinfo|typeinfo name) for )?flashcute::' <<< "$exported" || true)
+[ -z "$others" ] || fail "the shared library exports what is not in its interface:" $others
 needed=$(readelf -d "$library" | sed -n 's/.*NEEDED.*\[\(.*\)\.so.*/\1/p' | grep -vE '^(libc|libm|libstdc\+\+|libgcc_s|libdl|libpthread|ld-linux.*)$' || true)
 [ -z "$needed" ] || fail "the shared library needs $needed"
 
