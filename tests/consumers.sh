@@ -12,7 +12,8 @@ cd "$(dirname "$0")/.."
 gpu=
 if [ "${1-}" = --gpu ]; then gpu=gpu; shift; fi
 python=$(command -v "${1-python3}")
-export PATH="$(dirname "$python"):$PATH"
+export PATH="$(cd "$(dirname "$python")" && pwd):$PATH" # an environment's cmake is beside its interpreter
+python=$(command -v "$(basename "$python")")
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 jobs=$(nproc)
@@ -78,6 +79,13 @@ attends() { # program [gpu]
   text=$("$@" 2>&1) || fail "$* says: $text"
   grep -q '^cpu: largest error' <<< "$text" || fail "$* does not say how large the error is: $text"
 }
+compiles() { # program [support folder]: at run time, in a process of its own
+  local text
+  rm -rf "$FLASHCUTE_CACHE_DIR"
+  text=$("$@" 2>&1) || fail "$*: $text"
+  grep -q 'flashcute: compiling flashcute_sm80_fwd_f16_d64' <<< "$text" || fail "$* compiled nothing: $text"
+  if grep -q 'in this process' <<< "$text"; then fail "$* did not find flashcute_compiler: $text"; fi
+}
 for kind in static shared; do
   by_cmake attention "$scratch/$kind"
   attends "$scratch/by_cmake/attention"
@@ -88,15 +96,21 @@ for kind in static shared; do
   by_pkg_config examples/cpp/attention/main.cpp "$moved"
   attends "$scratch/by_pkg_config"
 
-  # A program finds the headers and the compiler that are installed with the library: beside a shared library, and in
-  # the prefix where a program has a static one inside.
+  # The device headers and flashcute_compiler are found beside a shared library, and in the prefix of a program that has
+  # a static one inside; for such a program elsewhere, they can be named.
   by_pkg_config tests/consumers/compile.cpp "$moved"
   mkdir -p "$moved/bin"
-  program=$([ $kind = static ] && echo "$moved/bin/compile" || echo "$scratch/compile")
-  mv "$scratch/by_pkg_config" "$program"
-  text=$(FLASHCUTE_CACHE_DIR="$scratch/cache_$kind" "$program" 2>&1) || fail "compiling at run time, $kind: $text"
-  grep -q 'flashcute: compiling flashcute_sm80_fwd_f16_d64' <<< "$text" || fail "nothing was compiled at run time, $kind: $text"
-  grep -q 'in this process' <<< "$text" && fail "flashcute_compiler was not found, $kind: $text"
+  mv "$scratch/by_pkg_config" "$moved/bin/compile"
+  cp "$moved/bin/compile" "$scratch/compile"
+  support=$(PKG_CONFIG_PATH="$moved/lib/pkgconfig" pkg-config --variable=supportdir flashcute)
+  compiles "$moved/bin/compile"
+  if [ $kind = shared ]; then
+    compiles "$scratch/compile"
+  else
+    compiles "$scratch/compile" "$support"
+    text=$("$scratch/compile" 2>&1) && fail "a program elsewhere found the device headers: $text"
+    grep -q 'set_search_paths has to name' <<< "$text" || fail "what is missing is not said: $text"
+  fi
 
   if [ -n "$have_nvcc" ]; then
     by_cmake own_kernel "$moved" -DFLASHCUTE_CUTLASS_DIR="$cutlass"

@@ -1,10 +1,14 @@
-// Compiles a kernel for compute capability 8.0, with nothing said about where the library's headers and its compiler are.
-#include <exception>
+// Compiles a kernel for compute capability 8.0. The argument is the library's support folder; without one, the library has
+// to find it.
 #include <iostream>
+#include <string>
 
 #include "flashcute/api.hpp"
 
-int main() {
+int main(int argc, char** argv) {
+  if (std::string const folder = argc > 1 ? argv[1] : ""; !folder.empty()) {
+    flashcute::set_search_paths({}, {folder + "/include", folder + "/include/cccl"}, folder + "/flashcute_compiler");
+  }
   flashcute::ForwardConfig const config{.dtype = flashcute::DType::float16, .head_dim = 64};
   flashcute::Features const full{};
   try {

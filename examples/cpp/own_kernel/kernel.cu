@@ -23,8 +23,7 @@ namespace {
 // How it is computed: any option of ForwardConfig; a combination that cannot be compiled is refused in a sentence.
 constexpr flashcute::ForwardConfig config{.dtype = flashcute::DType::float16, .head_dim = 64, .block_m = 64};
 // What is computed.
-constexpr flashcute::ForwardKernelId kernel =
-    flashcute::kernel_of(config, {.mask = flashcute::MaskKind::causal});
+constexpr flashcute::ForwardKernelId kernel = flashcute::kernel_of(config, {.mask = flashcute::MaskKind::causal});
 using Pass = flashcute::ForwardPass<kernel>;
 
 __global__ void __launch_bounds__(flashcute::num_threads(config))
@@ -62,7 +61,8 @@ std::vector<double> plain_row(__half const* q, __half const* k, __half const* v,
   double sum = 0;
   for (int j = 0; j <= i; ++j) {
     double score = 0;
-    for (int d = 0; d < head_dim; ++d) score += double{__half2float(q[offset(i, h) + d])} * __half2float(k[offset(j, h) + d]);
+    for (int d = 0; d < head_dim; ++d)
+      score += double{__half2float(q[offset(i, h) + d])} * __half2float(k[offset(j, h) + d]);
     double const p = std::exp(score / std::sqrt(double{head_dim}));
     sum += p;
     for (int d = 0; d < head_dim; ++d) row[d] += p * __half2float(v[offset(j, h) + d]);
@@ -88,8 +88,8 @@ double largest_error(__half const* q, __half const* k, __half const* v, __half c
 flashcute::ForwardParams params_for(__half const* q, __half const* k, __half const* v, __half* out) {
   flashcute::ForwardParams p{};
   p.q = q, p.k = k, p.v = v, p.out = out;
-  p.q_stride = p.k_stride = p.v_stride = p.out_stride = {
-      .batch = static_cast<std::int64_t>(elements), .row = heads * head_dim, .head = head_dim};
+  p.q_stride = p.k_stride = p.v_stride =
+      p.out_stride = {.batch = static_cast<std::int64_t>(elements), .row = heads * head_dim, .head = head_dim};
   p.scale = 1 / std::sqrt(double{head_dim});
   p.scale_log2 = static_cast<float>(p.scale * flashcute::log2_e<double>);
   p.batch = 1, p.heads = p.kv_heads = heads;
@@ -104,7 +104,8 @@ int run() {
                 *const v = managed<__half>(elements), *const out = managed<__half>(elements);
   std::mt19937 engine(0);
   std::normal_distribution<float> normal;
-  for (__half* const tensor : {q, k, v}) std::generate(tensor, tensor + elements, [&] { return __half(normal(engine)); });
+  for (__half* const tensor : {q, k, v})
+    std::generate(tensor, tensor + elements, [&] { return __half(normal(engine)); });
   std::fill(out, out + elements, __half(NAN));
 
   flashcute::ForwardParams const params = params_for(q, k, v, out);
