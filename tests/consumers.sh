@@ -36,6 +36,7 @@ export FLASHCUTE_CACHE_DIR="$scratch/cache"
 # ---- two prefixes from one build folder, without ahead-of-time images ---------------------------------
 # What `make` has fetched is taken from there.
 cutlass=${FLASHCUTE_CUTLASS_DIR-$(sed -n 's/^flashcute_cutlass_found:INTERNAL=//p' build/make/CMakeCache.txt 2> /dev/null || true)}
+unset FLASHCUTE_CUTLASS_DIR
 install_library() { # static|shared
   quietly cmake -S . -B "$scratch/build" -DFLASHCUTE_IMAGES=OFF -DFLASHCUTE_BUILD_TESTS=OFF \
     -DPython_EXECUTABLE="$python" -DFLASHCUTE_CUTLASS_DIR="$cutlass" -DFLASHCUTE_CCCL_DIR="${FLASHCUTE_CCCL_DIR-}" \
@@ -72,7 +73,7 @@ by_cmake() { # example prefix [-D...]: its program is $scratch/by_cmake/EXAMPLE
 }
 by_pkg_config() { # source prefix: the program is $scratch/by_pkg_config
   quietly c++ -std=c++20 -O2 "$1" -o "$scratch/by_pkg_config" \
-    $(PKG_CONFIG_PATH="$2/lib/pkgconfig" pkg-config --cflags --libs flashcute) -Wl,-rpath,"$2/lib"
+    $(PKG_CONFIG_PATH="$2/lib/pkgconfig" pkg-config --cflags --libs flashcute) -Wl,-rpath,"$2/lib" -ldl
 }
 attends() { # program [gpu]
   local text
@@ -129,15 +130,15 @@ done
 [ -n "$have_nvcc" ] || echo "consumers: there is no nvcc: own_kernel was not built"
 
 # ---- what find_package refuses, and how ---------------------------------------------------------------
+find_package() { # its arguments [-D...]
+  mkdir -p "$scratch/asks"
+  printf 'cmake_minimum_required(VERSION 3.24)\nproject(asks LANGUAGES CXX)\nfind_package(flashcute %s)\n' "$1" \
+    > "$scratch/asks/CMakeLists.txt"
+  rm -rf "$scratch/asks/build"
+  cmake -S "$scratch/asks" -B "$scratch/asks/build" -DCMAKE_PREFIX_PATH="$scratch/moved_shared" "${@:2}" > "$scratch/log" 2>&1
+}
 refuses() { # arguments of find_package, what it is to say [-D...]
-  mkdir -p "$scratch/refused"
-  printf 'cmake_minimum_required(VERSION 3.24)\nproject(p LANGUAGES CXX)\nfind_package(flashcute %s)\n' "$1" \
-    > "$scratch/refused/CMakeLists.txt"
-  rm -rf "$scratch/refused/build"
-  if env -u FLASHCUTE_CUTLASS_DIR cmake -S "$scratch/refused" -B "$scratch/refused/build" \
-    -DCMAKE_PREFIX_PATH="$scratch/moved_shared" "${@:3}" > "$scratch/log" 2>&1; then
-    fail "find_package(flashcute $1) is not refused"
-  fi
+  if find_package "$1" "${@:3}"; then fail "find_package(flashcute $1) is not refused"; fi
   # CMake breaks lines.
   tr -s ' \n' ' ' < "$scratch/log" | grep -qF "$2" || fail "find_package(flashcute $1) does not say '$2': $(cat "$scratch/log")"
 }
@@ -148,4 +149,5 @@ refuses "0.1 REQUIRED COMPONENTS headers" "has 3.9" -DFLASHCUTE_CUTLASS_DIR="$sc
 refuses "0.1 REQUIRED COMPONENTS kernels" "no component 'kernels'"
 refuses "0.2 REQUIRED" "version: 0.1.0"
 refuses "1 REQUIRED" "version: 0.1.0"
+FLASHCUTE_CUTLASS_DIR=$cutlass find_package "0.1 REQUIRED COMPONENTS headers" || fail "the environment's CUTLASS: $(cat "$scratch/log")"
 echo "consumers: all passed in $SECONDS s"
