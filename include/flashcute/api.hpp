@@ -299,8 +299,8 @@ class EnvironmentSnapshot {
 /// is needed.
 ///
 /// What is empty here is found by itself where the library was installed: beside the shared library, in flashcute/; for
-/// a program in bin/ that a static library is linked into, in lib/flashcute/ of the same prefix. The CMake package calls
-/// that folder flashcute_SUPPORT_DIR: device headers in include and include/cccl, and flashcute_compiler.
+/// a program in bin/ that a static library is linked into, in lib/flashcute/ of the same prefix. The CMake package
+/// calls that folder flashcute_SUPPORT_DIR: device headers in include and include/cccl, and flashcute_compiler.
 void set_search_paths(std::vector<std::string> package_roots, std::vector<std::string> device_headers,
                       std::string compiler = {});
 

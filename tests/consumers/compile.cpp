@@ -1,5 +1,5 @@
-// Compiles a kernel for compute capability 8.0. The argument is the library's support folder; without one, the library has
-// to find it.
+// Compiles a kernel for compute capability 8.0. The argument is the library's support folder; without one, the library
+// has to find it.
 #include <iostream>
 #include <string>
 
