@@ -298,9 +298,10 @@ class EnvironmentSnapshot {
 /// at the same time; without it, kernels are compiled in this process, one after the other. Nothing is opened before it
 /// is needed.
 ///
-/// What is empty here is found by itself where the library was installed: beside the shared library, in flashcute/; for
-/// a program in bin/ that a static library is linked into, in lib/flashcute/ of the same prefix. The CMake package
-/// calls that folder flashcute_SUPPORT_DIR: device headers in include and include/cccl, and flashcute_compiler.
+/// For device headers or a compiler that are not given, the library looks where it was installed: beside the shared
+/// library, in flashcute/; or, if a static library is part of a program in bin/, in lib/flashcute/ of the same prefix.
+/// The CMake package calls that folder flashcute_SUPPORT_DIR. It has the device headers in include/ and include/cccl/,
+/// and flashcute_compiler.
 void set_search_paths(std::vector<std::string> package_roots, std::vector<std::string> device_headers,
                       std::string compiler = {});
 

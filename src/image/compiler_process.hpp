@@ -9,8 +9,8 @@
 
 namespace flashcute {
 
-/// The path of the program `flashcute_compiler` (compiler_main.cpp). Python sets it at import; by default, and if it is
-/// empty, it is that of the support folder. Without it nothing can be compiled apart.
+/// The path of the program `flashcute_compiler` (compiler_main.cpp). Python sets it at import. If it is empty, as it is
+/// by default, the program is looked for in support_folder(). Without it nothing can be compiled apart.
 void set_compiler_program(std::string path);
 
 /// What nvrtc_compile returns or throws, by a new process. Nothing, with a reason, where none can be started. A
