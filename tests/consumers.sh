@@ -10,15 +10,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 gpu=
+fail() { echo "consumers: $*" >&2; exit 1; }
 if [ "${1-}" = --gpu ]; then gpu=gpu; shift; fi
-python=$(command -v "${1-python3}")
+python=$(command -v "${1-python3}") || fail "there is no ${1-python3}"
 export PATH="$(cd "$(dirname "$python")" && pwd):$PATH" # an environment's cmake is beside its interpreter
 python=$(command -v "$(basename "$python")")
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 jobs=$(nproc)
 
-fail() { echo "consumers: $*" >&2; exit 1; }
 quietly() { "$@" > "$scratch/log" 2>&1 || { tail -40 "$scratch/log" >&2; fail "failed: $*"; }; }
 
 for program in cmake pkg-config c++ nm readelf; do
