@@ -57,7 +57,7 @@ setup setup-torch:
 
 install: configure-system
 	cmake --build $(BUILD) --parallel $(JOBS) --target flashcute_package
-	cmake --install $(BUILD) --prefix $(STAGE) > $(BUILD)/install.log
+	cmake --install $(BUILD) --component python --prefix $(STAGE) > $(BUILD)/install.log
 endif
 
 configure-system:
@@ -80,7 +80,7 @@ test-python: install setup-torch
 
 # ---- for developers ----------------------------------------------------------------------------
 
-CXX_FILES = $(shell git ls-files '*.hpp' '*.cpp')
+CXX_FILES = $(shell git ls-files '*.hpp' '*.cpp' '*.cu')
 
 lint: setup
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)

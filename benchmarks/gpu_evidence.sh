@@ -61,7 +61,7 @@ for step in "${steps[@]}"; do
         -DPython_EXECUTABLE="$(command -v python3)" \
         ${FLASHCUTE_CUTLASS_DIR:+-DFLASHCUTE_CUTLASS_DIR=$(realpath "$FLASHCUTE_CUTLASS_DIR")}
       run package_build 300 cmake --build build/system
-      run package_install 30 cmake --install build/system --prefix build/system/stage ;;
+      run package_install 30 cmake --install build/system --component python --prefix build/system/stage ;;
     cpp) run cpp 200 ctest --test-dir build/system --output-on-failure --no-tests=error --parallel 8 ;;
     python) run python 400 python3 -m pytest -q tests/python ;;
     memcheck | synccheck | initcheck | racecheck)

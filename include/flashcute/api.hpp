@@ -15,6 +15,9 @@
 #include "flashcute/core/forward_config.hpp"
 #include "flashcute/error.hpp"
 
+// What a shared library exports is declared here and in error.hpp.
+#pragma GCC visibility push(default)
+
 namespace flashcute {
 
 enum class DeviceType : uint8_t { cpu, cuda };
@@ -295,7 +298,14 @@ class EnvironmentSnapshot {
 /// `device_headers`, the folders with the headers that run-time compilation includes; `compiler`, the program
 /// flashcute_compiler, which compiles several kernels at the same time. Without it, kernels are compiled in this
 /// process, one after the other. Nothing is opened before it is needed.
+///
+/// For device headers or a compiler that are not given, the library looks where it was installed: beside the shared
+/// library, in flashcute/; or, if a static library is part of a program in bin/, in lib/flashcute/ of the same prefix.
+/// The CMake package calls that folder flashcute_SUPPORT_DIR. It has the device headers in include/ and include/cccl/,
+/// and flashcute_compiler.
 void set_search_paths(std::vector<std::string> package_roots, std::vector<std::string> device_headers,
                       std::string compiler = {});
 
 }  // namespace flashcute
+
+#pragma GCC visibility pop

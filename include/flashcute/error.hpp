@@ -5,6 +5,9 @@
 #include <stdexcept>
 #include <string>
 
+// Thrown by one binary and caught by another: all must agree on what the types are.
+#pragma GCC visibility push(default)
+
 namespace flashcute {
 
 class Error : public std::runtime_error {
@@ -60,3 +63,5 @@ class CacheError : public Error {
 };
 
 }  // namespace flashcute
+
+#pragma GCC visibility pop

@@ -18,6 +18,7 @@
 
 #include "flashcute/error.hpp"
 #include "image/message.hpp"
+#include "system/installation.hpp"
 
 namespace flashcute {
 namespace {
@@ -35,7 +36,9 @@ Program& program() {
 std::string program_path() {
   Program& p = program();
   std::lock_guard const guard(p.mutex);
-  return p.path;
+  if (!p.path.empty()) return p.path;
+  auto const folder = support_folder();
+  return folder ? *folder / "flashcute_compiler" : "";
 }
 
 [[noreturn]] void throw_errno(char const* call, int error) {
@@ -167,7 +170,7 @@ void set_compiler_program(std::string path) {
 std::optional<std::string> compile_apart(CompileRequest const& request, std::string& why_not) {
   std::string const path = program_path();
   if (path.empty()) {
-    why_not = "no compiler program was named";
+    why_not = "no compiler program was named, and none is installed beside the library";
     return std::nullopt;
   }
   std::optional<int> status;

@@ -9,8 +9,8 @@
 
 namespace flashcute {
 
-/// The path of the program `flashcute_compiler` (compiler_main.cpp), which is installed beside the library. Python
-/// sets it at import. Without it compile_apart returns nothing.
+/// The path of the program `flashcute_compiler` (compiler_main.cpp). Python sets it at import. If it is empty, as it is
+/// by default, the program is looked for in support_folder(). Without it compile_apart returns nothing.
 void set_compiler_program(std::string path);
 
 /// As nvrtc_compile, in a new process. Returns nothing, and the reason in `why_not`, if none can be started. If the

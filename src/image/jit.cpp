@@ -23,6 +23,7 @@
 #include "image/sha256.hpp"
 #include "image/workers.hpp"
 #include "system/environment.hpp"
+#include "system/installation.hpp"
 
 namespace flashcute {
 namespace {
@@ -47,11 +48,11 @@ Headers& headers() {
 std::vector<std::string> our_folders() {
   Headers& h = headers();
   std::lock_guard const guard(h.mutex);
-  if (h.folders.empty()) {
-    throw UnsupportedError(
-        "Compiling at run time needs the folder of flashcute's headers: set_include_folders has to name it before");
-  }
-  return h.folders;
+  if (!h.folders.empty()) return h.folders;
+  if (auto const folder = support_folder()) return {*folder / "include", *folder / "include/cccl"};
+  throw UnsupportedError(
+      "Compiling at run time needs flashcute's device headers, which are not installed beside the library: "
+      "set_search_paths has to name their folders before");
 }
 
 std::string hash_once(std::map<std::string, std::string> Headers::* known, std::string const& folder,

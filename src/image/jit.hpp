@@ -12,7 +12,7 @@
 namespace flashcute {
 
 /// The folders that hold flashcute/, cute/, cutlass/, cuda/std/ and nv/: one in a wheel, several in a source tree.
-/// Python sets them at import; a C++ program that compiles at run time sets them once, before it does.
+/// Python sets them at import. If there are none, as by default, they are those of support_folder().
 void set_include_folders(std::vector<std::string> folders);
 
 /// The image's key in the disk cache: the kernel's name, the target, the compiler, and a hash of everything that the

@@ -10,7 +10,7 @@
 
 namespace flashcute {
 
-class EnvironmentSnapshot;
+class [[gnu::visibility("default")]] EnvironmentSnapshot;  // as in api.hpp
 
 struct Variable {
   char const* name;

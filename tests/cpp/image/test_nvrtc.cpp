@@ -508,7 +508,7 @@ TEST_F(Jit, RefusesWhatCannotRun) {
   EXPECT_THROW(jit_image(code_of(id(), cpu_arch), cpu_arch), ArgumentError);
   EXPECT_THROW(jit_image(kernel(), cpu_arch), ArgumentError);
   set_include_folders({});
-  EXPECT_TRUE(contains(message_of<UnsupportedError>([] { jit_image(kernel(), 80); }), "set_include_folders"));
+  EXPECT_TRUE(contains(message_of<UnsupportedError>([] { jit_image(kernel(), 80); }), "set_search_paths"));
 }
 
 // Guards against publishing what a failed compilation left, and against a progress line that stays open.

@@ -187,7 +187,7 @@ class GpuBackward : public ::testing::TestWithParam<Shape> {
 
   /// Has kernels compiled at first use; sanitizers come with a warm cache.
   static void set_up_compiler() {
-    set_search_paths({}, {FLASHCUTE_DEVICE_HEADERS, FLASHCUTE_DEVICE_HEADERS "/cccl"});
+    set_search_paths({}, {FLASHCUTE_DEVICE_HEADERS, FLASHCUTE_DEVICE_HEADERS "/cccl"}, FLASHCUTE_COMPILER);
     if (!nvrtc_available()) GTEST_SKIP() << nvrtc_problem();
   }
 

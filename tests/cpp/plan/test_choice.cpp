@@ -233,7 +233,7 @@ TEST_F(Choice, ACompilerNeedsHeadersAndMustKnowTheGpu) {
   EXPECT_TRUE(can_compile(90));
   set_include_folders({});
   EXPECT_FALSE(can_compile(90));
-  EXPECT_TRUE(contains(compile_problem(90), "set_include_folders"));
+  EXPECT_TRUE(contains(compile_problem(90), "set_search_paths"));
 }
 
 }  // namespace
