@@ -40,6 +40,7 @@ struct ForwardParams {
   int32_t seqlen_q, seqlen_k;
   int32_t head_dim, head_dim_v;
   int32_t causal_offset;  // causal: query i sees key j iff j <= i + causal_offset
+  int32_t window_offset;  // band: iff also i + window_offset <= j
 };
 
 // The host (g++) fills the struct, the device compiler reads it: both assert the layout.
@@ -52,6 +53,7 @@ static_assert(offsetof(ForwardParams, out_stride) == 120);
 static_assert(offsetof(ForwardParams, scale) == 144);
 static_assert(offsetof(ForwardParams, batch) == 156);
 static_assert(offsetof(ForwardParams, causal_offset) == 184);
+static_assert(offsetof(ForwardParams, window_offset) == 188);
 #endif
 
 /// Where the LSE of a head's first query lies, in a contiguous tensor of (batch, heads, seqlen_q). Delta lies likewise.

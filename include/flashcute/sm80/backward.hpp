@@ -212,8 +212,10 @@ struct TileGradients {
     auto const score_gradients = convert<typename L::Operand>(ds);
     if constexpr (stores_ds) stage_fragment<C, SmemScores, column_warps>(score_gradients, ds_tile());
 
-    // (All rows see the same where a block is partial because rows of queries are missing.)
-    bool const differ = Partial::value && Mask::rows_differ && (!keys_stay || at.block < at.full_begin);
+    // (Unless keys are hidden on both sides, all rows see the same where a block is partial at its end: rows of queries
+    // are missing.)
+    bool const differ =
+        Partial::value && Mask::rows_differ && (!keys_stay || Mask::two_edges || at.block < at.full_begin);
     bool const finite = (P::wants_finite ? arrived_finite : !differ) || drop_nonfinite(stage);
     if constexpr (column_warps > 1) block_sync();  // P and dS are there
     if constexpr (keys_stay) {

@@ -25,9 +25,10 @@ FLASHCUTE_DEVICE void store_counts(BlockCounter<Id.features.count_blocks> const&
 template <ForwardKernelId Id>
 class Consumer {
   static constexpr ForwardConfig C = Id.config;
-  using L = ForwardLayout<C>;
-  using P = Products<C>;
   using Mask = flashcute::Mask<Id.features.mask>;
+  using Range = typename Mask::Range;
+  using L = ForwardLayout<C, Range>;
+  using P = Products<C>;
   using Softmax = OnlineSoftmax<L::rows_per_thread, C.optimized_softmax, C.rescale_threshold>;
   using Storage = typename L::SharedStorage;
 
@@ -108,7 +109,7 @@ class Consumer {
         fresh_ = true;
         replace(probabilities, next);
         for (int n = range_.next(range_.first()); range_.left(n) > 0; n = range_.next(n)) {
-          if (C.stale_max && n < range_.full_end && range_.left(n) > pairs_from) {
+          if (C.stale_max && !range_.is_partial(n) && range_.full_left(n) > pairs_from) {
             n = attend_pairs(n, probabilities, next);
             if (range_.left(n) <= 0) break;
           }
@@ -165,7 +166,7 @@ class Consumer {
         n = range_.next(n);
         attend_ahead(n, odd, even, next, probabilities);
         n = range_.next(n);
-      } while (range_.left(n) > 2);
+      } while (range_.full_left(n) > 2);
       begin_output(probabilities);
       auto const correction = sums_.softmax.update_by_stale_max(next, even);
       tiles_.await_value_after();
@@ -178,7 +179,7 @@ class Consumer {
         n = range_.next(n);
         attend<false>(n, next, probabilities);
         n = range_.next(n);
-      } while (range_.left(n) > 1);
+      } while (range_.full_left(n) > 1);
       return n;
     }
   }
@@ -280,7 +281,7 @@ class Consumer {
 
   /// Everything that changes the scores of a block.
   FLASHCUTE_DEVICE void apply(int n, Scores& s) {
-    if (n < range_.full_end) return;
+    if (!range_.is_partial(n)) return;
     QueryTile const& rows = tiles_.work(0).rows;
     int const key = n * C.block_n + L::first_column(), row0 = rows.row0;
     flashcute::apply_mask<L, Mask>(s, [&](int i) { return row0 + L::row(i); }, key, rows.sequence(p_));
@@ -331,12 +332,20 @@ class Consumer {
   }
 
   /// As the tile sees it.
-  FLASHCUTE_DEVICE void count_block(int n) { sums_.counter.visit(tiles_.work(0).loaded.full_end <= n); }
+  FLASHCUTE_DEVICE void count_block(int n) { sums_.counter.visit(tiles_.work(0).loaded.is_partial(n)); }
+
+  // The same in all lanes, as the compiler cannot know.
+  FLASHCUTE_DEVICE static KvRange uniform_range(KvRange const& r) {
+    return {uniform(r.begin), uniform(r.full_end), uniform(r.end)};
+  }
+  FLASHCUTE_DEVICE static BandRange uniform_range(BandRange const& r) {
+    return {uniform(r.begin), uniform(r.full_begin), uniform(r.full_end), uniform(r.end)};
+  }
 
   /// Goes on to the next tile. False if there are no more.
   FLASHCUTE_DEVICE bool next_tile() {
-    Work const& work = tiles_.next();
-    range_ = {uniform(work.range.begin), uniform(work.range.full_end), uniform(work.range.end)};
+    auto const& work = tiles_.next();
+    range_ = uniform_range(work.range);
     skipped_ = Mask::rows_differ ? uniform(work.loaded.end) - range_.end : 0;
     absent_ = uniform(work.rows.rows <= 0);
     return uniform(work.exists);
@@ -344,7 +353,7 @@ class Consumer {
 
   /// Writes the output of the tile, or of one `before`.
   FLASHCUTE_DEVICE void store(uint32_t before, Sums& sums) {
-    Work const& work = tiles_.work(before);
+    auto const& work = tiles_.work(before);
     QueryTile const tile = work.rows;
     Softmax& softmax = sums.softmax;
     softmax.finish(o_, [&](int i) { return Mask::empty_row(tile.row0 + L::row(i), tile.sequence(p_)); });
@@ -359,8 +368,8 @@ class Consumer {
     }
     store_output<C>(o_, p_, tile);
     if (Mask::rows_differ && tiles_.dropped(before)) {
-      int const end = min_of(work.loaded.end * C.block_n, tile.sequence(p_).keys());
-      add_dropped<C, Mask>(work.loaded.full_end * C.block_n, end, p_, tile);
+      RowRange const looked_at = work.loaded.keys(true, C.block_n, tile.sequence(p_));
+      add_dropped<C, Mask>(looked_at.begin, looked_at.end, p_, tile);
     }
     // Lanes whose rows do not exist were left behind. The compiler would take all that follows for code that lanes go
     // through apart, with addresses in registers of each.
@@ -369,11 +378,11 @@ class Consumer {
 
   ForwardParams const& p_;
   int const warpgroup_;
-  Tiles<C> tiles_;
+  Tiles<C, Range> tiles_;
   Turns<L::first_turn_barrier, L::warpgroups, C.pingpong> const turns_;
-  KvRange range_;  // of the warpgroup's rows
-  int skipped_;    // blocks of keys that only others of the tile see
-  bool absent_;    // none of the tile's rows are its own
+  Range range_;  // of the warpgroup's rows
+  int skipped_;  // blocks of keys that only others of the tile see
+  bool absent_;  // none of the tile's rows are its own
   Sums sums_;
   Scores s_;    // (MMA, MMA_M, MMA_N)
   Output o_;    // (MMA, MMA_M, MMA_DV)

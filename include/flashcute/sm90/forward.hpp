@@ -18,14 +18,15 @@ struct ForwardPass {
 #undef FLASHCUTE_RULE
   static_assert(has_only<&Features::mask, &Features::count_blocks>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
 
-  using L = ForwardLayout<C>;
   using Mask = flashcute::Mask<Id.features.mask>;
+  using Range = typename Mask::Range;
+  using L = ForwardLayout<C, Range>;
   using Storage = typename L::SharedStorage;
   static constexpr WarpgroupRegisters registers = registers_of(C);
 
   FLASHCUTE_DEVICE static void run(Sm90ForwardParams const& p, Storage& smem_symbol) {
     Storage& smem = hidden(smem_symbol);
-    if (thread_index() == 0) Tiles<C>::init(smem, Mask::rows_differ);
+    if (thread_index() == 0) Tiles<C, Range>::init(smem, Mask::rows_differ);
     if constexpr (C.cluster > 1) {
       cluster_sync();  // the barriers are there, and those of the others
     } else {
@@ -33,14 +34,14 @@ struct ForwardPass {
     }
 
     // Before the registers change hands: it needs more than the loading warpgroup will have.
-    if (Mask::empty_row(0, Sequence::uniform(p.forward)) && thread_index() < 32) store_empty_tiles(p.forward);
+    if (Mask::has_empty_rows(Sequence::uniform(p.forward)) && thread_index() < 32) store_empty_tiles(p.forward);
 
     // One if/else, each branch with its own number of registers: the compiler wants to see no more than that.
     int const warpgroup = warpgroup_index();
     if (warpgroup == 0) {
       release_registers<registers.loader>();
       if (warp_of_warpgroup() != 0) {
-        if (Mask::rows_differ) Inspector<C>::run(smem);
+        if (Mask::rows_differ) Inspector<C, Range>::run(smem);
       } else if (elected_lane()) {
         load(p, smem);
       }
@@ -62,7 +63,7 @@ struct ForwardPass {
     loader.finish();
   }
 
-  /// Tiles that see no key are not announced. If the first row sees one, there are none.
+  /// Tiles that see no key are not announced.
   FLASHCUTE_DEVICE static void store_empty_tiles(ForwardParams const& p) {
     int64_t const count = QueryTile::count(p, L::tile_rows);
     auto const per_head = static_cast<uint32_t>(ceil_div(p.seqlen_q, L::tile_rows));

@@ -9,9 +9,9 @@ namespace flashcute::sm90 {
 /// The side of the loading warpgroup's other warps. A row that does not see a key multiplies its value by 0, and 0 *
 /// NaN is NaN: what is not finite in a partial block of V becomes 0 before it is multiplied, and is remembered with the
 /// tile.
-template <ForwardConfig C>
+template <ForwardConfig C, class Range>
 class Inspector {
-  using L = ForwardLayout<C>;
+  using L = ForwardLayout<C, Range>;
   using Storage = typename L::SharedStorage;
   using Element = typename L::Element;
 

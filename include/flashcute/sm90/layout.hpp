@@ -10,10 +10,11 @@
 namespace flashcute::sm90 {
 
 /// What a warpgroup has to do next. The loading warp writes it to shared memory.
+template <class Range>
 struct Work {
   QueryTile rows;  // its part of a tile; it may have none
-  KvRange range;   // of keys that its rows see
-  KvRange loaded;  // of keys that any of the tile's rows sees
+  Range range;     // of keys that its rows see
+  Range loaded;    // of keys that any of the tile's rows sees
   bool exists;     // false: there is no more
 };
 
@@ -39,7 +40,8 @@ constexpr WarpgroupRegisters registers_of(ForwardConfig const& c) {
   return c.head_dim_v > 128 ? WarpgroupRegisters{24, 240} : WarpgroupRegisters{40, 232};
 }
 
-template <ForwardConfig C>
+/// `Range` is what the mask's ranges are; it matters to shared memory alone.
+template <ForwardConfig C, class Range = KvRange>
 struct ForwardLayout {
   using Element = typename TensorCore<C.dtype>::Element;
   using BlockN = cute::Int<C.block_n>;
@@ -93,7 +95,7 @@ struct ForwardLayout {
     alignas(1024) Element q[warpgroups][q_elements];
     alignas(1024) Element k[C.stages][k_elements];
     alignas(1024) Element v[C.stages][v_elements];
-    Work work[tiles][warpgroups];
+    Work<Range> work[tiles][warpgroups];
     bool dropped[tiles];  // V was not finite where rows see different keys
     Inspection inspections[C.stages];
     Barrier v_landed[C.stages];  // an inspection may begin

@@ -9,7 +9,8 @@ namespace flashcute::sm90 {
 /// The loading warp's side. One lane of it calls.
 template <ForwardConfig C, class Mask>
 class Loader {
-  using L = ForwardLayout<C>;
+  using Range = typename Mask::Range;
+  using L = ForwardLayout<C, Range>;
   using Storage = typename L::SharedStorage;
   static constexpr bool inspected = Mask::rows_differ;
 
@@ -23,16 +24,16 @@ class Loader {
 
   /// A tile's Q, K and V, in the order in which they are needed: V(n) after the K that comes after K(n), which may be
   /// the next tile's first.
-  FLASHCUTE_DEVICE void load(QueryTile const& tile, KvRange const& range) {
+  FLASHCUTE_DEVICE void load(QueryTile const& tile, Range const& range) {
     for (int w = 0; w < L::warpgroups; ++w) {  // long before there is a place for it
       int const row = rows_of(tile, w).row0;
       for_each_page<C.head_dim>([&](int column) { prefetch_box(p_.q, column, row, tile.head, tile.batch); });
     }
-    for (int n = range.first(); range.left(n) > 0; n += KvRange::step) {
+    for (int n = range.first(); range.left(n) > 0; n += Range::step) {
       load_key(tile, n);
       load_value_left();
       if (n == range.first()) announce(tile, range);
-      left_ = {tile, n, n >= range.full_end, true};
+      left_ = {tile, n, range.is_partial(n), true};
     }
   }
 
@@ -53,10 +54,10 @@ class Loader {
 
  private:
   /// Tells the warpgroups what comes next, and loads its Q.
-  FLASHCUTE_DEVICE void announce(QueryTile const& tile, KvRange const& range) {
+  FLASHCUTE_DEVICE void announce(QueryTile const& tile, Range const& range) {
     smem_.dropped[tile_ % L::tiles] = false;
     for (int w = 0; w < L::warpgroups; ++w) {
-      Work& next = work(w);
+      Work<Range>& next = work(w);
       next = part(tile, range, w);
       await_place_for_query(w);
       auto* const q = smem_.q[w];
@@ -70,7 +71,7 @@ class Loader {
     ++tile_;
   }
 
-  FLASHCUTE_DEVICE Work& work(int warpgroup) { return smem_.work[tile_ % L::tiles][warpgroup]; }
+  FLASHCUTE_DEVICE Work<Range>& work(int warpgroup) { return smem_.work[tile_ % L::tiles][warpgroup]; }
 
   FLASHCUTE_DEVICE void await_place_for_query(int warpgroup) { barrier_wait(smem_.q_empty[warpgroup], tile_ % 2 ^ 1); }
 
@@ -80,13 +81,15 @@ class Loader {
     return tile.part_from_end(static_cast<int>(turn % (L::warpgroups * C.cluster)), warpgroup_rows);
   }
 
-  FLASHCUTE_DEVICE Work part(QueryTile const& tile, KvRange const& range, int warpgroup) const {
-    Work part{rows_of(tile, warpgroup), range, range, true};
+  FLASHCUTE_DEVICE Work<Range> part(QueryTile const& tile, Range const& range, int warpgroup) const {
+    Work<Range> part{rows_of(tile, warpgroup), range, range, true};
     if (inspected && part.rows.rows > 0) {
       part.range = Mask::kv_range(part.rows, p_.forward, C.block_n);
       // A block at least, so that there is one loop for all. And no more keys are passed over than have a place while
       // the last V of the tile before keeps its own.
       part.range.end = max_of(max_of(part.range.end, range.begin + 1), range.end - (C.stages - 1));
+      // What only others see of the first blocks is not passed over: its rows see nothing there.
+      part.range.begin = range.begin;
     }
     return part;
   }
