@@ -33,6 +33,7 @@ struct KvRange {
   FLASHCUTE_HD bool is_partial(int32_t n) const { return n >= full_end; }
   /// How many full blocks follow each other from the full block `n` on.
   FLASHCUTE_HD int32_t full_left(int32_t n) const { return left(n); }
+  FLASHCUTE_HD int32_t first_partial() const { return full_end; }
 
   /// The keys of all blocks, or of the partial ones only, as far as the sequence has them.
   FLASHCUTE_HD RowRange keys(bool only_partial, int32_t block_n, Sequence const& sequence) const {
@@ -73,6 +74,7 @@ struct BandRange {
   FLASHCUTE_HD int32_t left(int32_t n) const { return n - begin + 1; }
   FLASHCUTE_HD bool is_partial(int32_t n) const { return (n < full_begin) | (n >= full_end); }
   FLASHCUTE_HD int32_t full_left(int32_t n) const { return n - full_begin + 1; }
+  FLASHCUTE_HD int32_t first_partial() const { return begin; }
 
   /// The keys of all blocks: what holds the partial ones at both ends holds the full ones between them.
   FLASHCUTE_HD RowRange keys(bool /*only_partial*/, int32_t block_n, Sequence const& sequence) const {

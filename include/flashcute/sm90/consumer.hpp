@@ -109,7 +109,7 @@ class Consumer {
         fresh_ = true;
         replace(probabilities, next);
         for (int n = range_.next(range_.first()); range_.left(n) > 0; n = range_.next(n)) {
-          if (C.stale_max && !range_.is_partial(n) && range_.full_left(n) > pairs_from) {
+          if (C.stale_max && n < range_.full_end && range_.full_left(n) > pairs_from) {
             n = attend_pairs(n, probabilities, next);
             if (range_.left(n) <= 0) break;
           }
@@ -368,8 +368,8 @@ class Consumer {
     }
     store_output<C>(o_, p_, tile);
     if (Mask::rows_differ && tiles_.dropped(before)) {
-      RowRange const looked_at = work.loaded.keys(true, C.block_n, tile.sequence(p_));
-      add_dropped<C, Mask>(looked_at.begin, looked_at.end, p_, tile);
+      int const end = min_of(work.loaded.end * C.block_n, tile.sequence(p_).keys());
+      add_dropped<C, Mask>(work.loaded.first_partial() * C.block_n, end, p_, tile);
     }
     // Lanes whose rows do not exist were left behind. The compiler would take all that follows for code that lanes go
     // through apart, with addresses in registers of each.

@@ -33,7 +33,8 @@ class Loader {
       load_key(tile, n);
       load_value_left();
       if (n == range.first()) announce(tile, range);
-      left_ = {tile, n, range.is_partial(n), true};
+      // Spelled out: with `is_partial` alone nvcc 13.0 makes other code of masks with one edge.
+      left_ = {tile, n, n >= range.full_end || (Mask::two_edges && range.is_partial(n)), true};
     }
   }
 
@@ -89,7 +90,7 @@ class Loader {
       // the last V of the tile before keeps its own.
       part.range.end = max_of(max_of(part.range.end, range.begin + 1), range.end - (C.stages - 1));
       // What only others see of the first blocks is not passed over: its rows see nothing there.
-      part.range.begin = range.begin;
+      if constexpr (Mask::two_edges) part.range.begin = range.begin;
     }
     return part;
   }
