@@ -37,7 +37,7 @@ std::vector<Config> configs_among(Family<Config> const (&families)[n]) {
   return all;
 }
 
-/// What would be faster than the chosen configuration but has no image at hand, and how much faster that is.
+/// Adds the faster configurations that have no image yet, and how much faster they are.
 void explain_given_up(std::vector<GivenUp> const& given_up, ForwardConfig const& chosen, Explanation& e) {
   for (GivenUp const& g : given_up) {
     bool const sm90 = g.config.kernel == Kernel::sm90;
@@ -63,8 +63,8 @@ void explain_given_up(std::vector<GivenUp> const& given_up, ForwardConfig const&
   }
 }
 
-/// Hopper's kernel has no table for more thread blocks at once than one for each multiprocessor of the largest Hopper
-/// GPU.
+/// Adds a note if Hopper's kernel leaves multiprocessors idle: its table of tiles has room for one thread block on each
+/// multiprocessor of the largest Hopper GPU.
 void explain_idle_multiprocessors(Device device, Explanation& e) {
   int32_t const all = cuda::device_facts(device.index).multiprocessors;
   if (all <= max_multiprocessors) return;
@@ -73,7 +73,7 @@ void explain_idle_multiprocessors(Device device, Explanation& e) {
                     std::to_string(all) + " of this GPU are idle");
 }
 
-/// Why a call does not run `other`. `given`: the caller named another.
+/// Why a call does not run `other`. `given`: the caller chose another configuration.
 std::string why_not(ForwardConfig const& other, bool given, Call const& call) {
   return why_not(other, call, [&]() -> std::string {
     plan_forward(other, call, {});
@@ -82,8 +82,8 @@ std::string why_not(ForwardConfig const& other, bool given, Call const& call) {
   });
 }
 
-/// Why each ahead-of-time configuration but the chosen one is not taken, unless it has been told already. `why` finds
-/// it out.
+/// Adds, for each ahead-of-time configuration that was not chosen and is not in `given_up`, the reason,
+/// `why(configuration)`.
 template <class Why>
 void explain_others(std::optional<ForwardConfig> const& chosen, std::vector<GivenUp> const& given_up, Explanation& e,
                     Why const& why) {
@@ -94,7 +94,7 @@ void explain_others(std::optional<ForwardConfig> const& chosen, std::vector<Give
   }
 }
 
-/// The configuration of a call that brings none.
+/// The configuration of a call that gives none.
 ForwardConfig chosen_config(Call const& call, TensorView const* out, bool count_blocks) {
   require_kernel(call);
   return choose_config(forward_tensors(call, out), features_of(call, count_blocks), call.device);
@@ -133,7 +133,7 @@ std::string problem_of(std::string_view variable) {
       {"FLASHCUTE_CACHE_SIZE", [] { cache_limit(); }},
       {"FLASHCUTE_NVRTC",
        [] {
-         if (env("FLASHCUTE_NVRTC").empty()) return;  // nothing is looked for only to say that it can be found
+         if (env("FLASHCUTE_NVRTC").empty()) return;  // no search only to report that it would succeed
          if (std::string const problem = nvrtc_problem(); !problem.empty()) throw ArgumentError(problem);
        }},
       {"FLASHCUTE_CUDA_INCLUDE",
@@ -171,12 +171,12 @@ void forward(std::optional<ForwardConfig> const& config, TensorView const& q, Te
     try {
       Operand const copied[] = {call.q, call.k, call.v, operand("out", out, options.layout)};
       return kernels_of(choose_backward_config(call, copied), plan.kernel.features);
-    } catch (UnsupportedError const&) {  // there are none, which the call for gradients will say
+    } catch (UnsupportedError const&) {  // no kernels: the call of `backward` will report it
       return {};
     }
   };
   std::function<std::vector<BackwardKernelId>()> needed_next;
-  if (options.gradients_follow) needed_next = std::ref(gradients);  // which allocates nothing
+  if (options.gradients_follow) needed_next = std::ref(gradients);  // std::ref: does not allocate
   launch(plan.kernel, plan.params, plan.device.index, options.stream, needed_next);
 }
 

@@ -28,7 +28,7 @@ struct Device {
 
 std::string to_string(Device device);  // "cpu", "cuda:0"
 
-/// Memory that somebody else owns, seen as a tensor. Strides count elements.
+/// A tensor in memory that the caller owns. Strides count elements.
 struct TensorView {
   void* data = nullptr;
   ElementType dtype = ElementType::float32;
@@ -39,7 +39,7 @@ struct TensorView {
   bool read_only = false;
 };
 
-/// A tensor and the name by which the user of a call knows it.
+/// A tensor and the name of the argument that it was passed as, for error messages.
 struct Argument {
   char const* name;
   TensorView const* tensor;
@@ -48,11 +48,11 @@ struct Argument {
 /// bshd: (batch, seqlen, heads, head_dim); bhsd: (batch, heads, seqlen, head_dim).
 enum class Layout : uint8_t { bshd, bhsd };
 
-/// What is computed of q, k and v, and how. One value for all calls: each looks at what concerns it.
+/// The options of every call. Each function reads those that concern it.
 struct CallOptions {
   bool causal = false;
   // Causal: key j is visible to query i iff j <= i + diagonal. Default seqlen_k - seqlen_q: the last query sees the
-  // last key. With 0 the first query sees the first key. A window lies about the diagonal, causal or not.
+  // last key. With 0 the first query sees the first key only. A window lies about the diagonal, causal or not.
   std::optional<int64_t> diagonal;
   // How many keys before and after the diagonal a query sees, beside the key on it: i + diagonal - left <= j <= i +
   // diagonal + right. Counts >= 0; default no limit. With causal, `right` changes nothing.
@@ -61,9 +61,9 @@ struct CallOptions {
   Layout layout = Layout::bshd;
   void* stream = nullptr;      // CUstream of the tensors' device; the default stream if null
   bool allow_tf32 = false;     // a default configuration for float32 may use one product of TF32, not three
-  bool deterministic = false;  // what a default configuration of the backward is to be
-  // `backward` will be called without a configuration: `explain` tells of it too, and a `forward` that has to compile
-  // compiles its kernels along.
+  bool deterministic = false;  // a default configuration of the backward gives the same bits in every run
+  // `backward` will be called for this call, without a configuration: `explain` reports on it too, and a `forward` that
+  // has to compile its kernel compiles those of `backward` at the same time.
   bool gradients_follow = false;
 };
 
@@ -71,12 +71,12 @@ inline bool has_window(CallOptions const& options) { return options.window_left 
 
 /// How the gradients of a call are computed, and why.
 struct BackwardExplanation {
-  std::string backend;  // "sm80" or "cpu"; empty if nothing computes them
+  std::string backend;  // "sm80" or "cpu"; empty if no backend can compute them
   std::optional<BackwardConfig> config;
   // Each kernel (its entry point, or the CPU's instruction set) in the order of launches, and where it comes from.
   std::vector<std::pair<std::string, std::string>> kernels;
-  int64_t workspace_bytes = 0;                                // of memory that a call on a GPU needs beside its results
-  bool same_bits = false;                                     // whether every run gives the same bits
+  int64_t workspace_bytes = 0;  // of memory that a call on a GPU needs in addition to its results
+  bool same_bits = false;       // whether every run gives the same bits
   std::vector<std::pair<std::string, std::string>> rejected;  // each alternative, and why it was not taken
   std::vector<std::string> notes;                             // what else the call will do or cost
   std::vector<std::string> reasons;                           // why this backend and configuration, in sentences
@@ -103,7 +103,7 @@ struct Explanation {
 std::string to_string(ForwardConfig const& config);
 std::string to_string(BackwardConfig const& config);
 
-/// For people: a few lines, with one for each reason why something was not taken.
+/// A few lines for human readers; the alternatives that were not taken are grouped by reason.
 std::string to_string(Explanation const& explanation);
 std::string to_string(BackwardExplanation const& explanation);
 
@@ -112,9 +112,9 @@ std::string to_string(BackwardExplanation const& explanation);
 /// q (batch, seqlen_q, heads, d), k (batch, seqlen_k, kv_heads, d), v (batch, seqlen_k, kv_heads, d_v), out
 /// (batch, seqlen_q, heads, d_v), in the order that `options.layout` says; d, d_v <= 256; all of one dtype, on one
 /// device, with unit last stride. `lse`, if given, is (batch, heads, seqlen_q), contiguous, fp32 (fp64 with fp64
-/// inputs): log(sum(exp(scores))). `block_counts`, if given, becomes how each tile of query rows treated the K/V
+/// inputs): log(sum(exp(scores))). `block_counts`, if given, receives how each tile of query rows treated the K/V
 /// blocks, int32 (batch, heads, row blocks, 3), contiguous: how many were visited whole, visited with a test of
-/// elements, skipped. Without a configuration it is that of `config_for`.
+/// elements, skipped. If `config` is empty, the call uses what `config_for` returns.
 ///
 /// On a GPU the kernel is launched on `options.stream` and the call returns; on the CPU it returns when
 /// the output is there. Throws before anything is launched or written: ArgumentError, ConfigError,
@@ -125,7 +125,7 @@ void forward(std::optional<ForwardConfig> const& config, TensorView const& q, Te
 
 /// Computes the gradients dq, dk and dv of a forward call from those of its results.
 ///
-/// q, k, v, out and lse are what `forward` took and gave; dout is shaped like out, dlse (may be null) like lse.
+/// q, k, v are the inputs of `forward`, out and lse its results; dout is shaped like out, dlse (may be null) like lse.
 /// dq, dk and dv are shaped like q, k and v and are overwritten; gradients of keys and values are sums over the
 /// query heads that share them. The last stride of every tensor but dlse is 1; lse is contiguous.
 ///
@@ -133,11 +133,11 @@ void forward(std::optional<ForwardConfig> const& config, TensorView const& q, Te
 ///     dq = scale dS k               dk = scale dS^T q               dv = P^T dout
 ///
 /// Rows that see no key, and keys that no row sees, get zeros. On the CPU, and with config.deterministic on a GPU, the
-/// result is the same bit for bit in every call; otherwise dq is a sum in any order.
+/// result is the same bit for bit in every call; otherwise the terms of dq are added in no fixed order.
 ///
 /// On a GPU, where q has float16, bfloat16 or float32, the kernels are launched on `options.stream` and the call
 /// returns; they need `workspace`: float32, contiguous, at least backward_workspace_size elements, at a multiple of 16
-/// bytes, which is overwritten, and free for other work on the stream after the call. It is not looked at on the CPU,
+/// bytes, which is overwritten, and free for other work on the stream after the call. It is ignored on the CPU,
 /// where the call returns when the gradients are there. Throws, as `forward` does, before anything is launched or
 /// written.
 void backward(std::optional<BackwardConfig> const& config, TensorView const& dout, TensorView const& q,
@@ -155,8 +155,8 @@ int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, Ten
 BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v = {},
                                        bool deterministic = false);
 
-/// The same for these tensors. `others` are those of the call's that are copied too, as far as they are there: out,
-/// dout, dq, dk and dv.
+/// The default configuration for these tensors. `others` are the further tensors of the call that kernels copy, as far
+/// as they exist yet: out, dout, dq, dk and dv. Their addresses and strides limit `copy_bytes`.
 BackwardConfig backward_config_for(TensorView const& q, TensorView const& k, TensorView const& v,
                                    std::initializer_list<Argument> others = {}, CallOptions const& options = {});
 
@@ -166,16 +166,16 @@ std::vector<BackwardConfig> backward_configs();
 /// Throws ConfigError with the first rule that the configuration breaks and the values that broke it.
 void check_config(BackwardConfig const& config, Arch arch);
 
-/// What to check configurations against on a device: cpu_arch, or the GPU's compute capability * 10.
+/// The Arch of a device, for check_config: cpu_arch, or the GPU's compute capability * 10.
 Arch arch_of(Device device);
 
-/// The configuration that `flash_attention` takes for a head dimension (of v: head_dim_v) where addresses and
-/// strides are multiples of 16 bytes, there is work for the whole GPU, and images can be had of all kernels.
+/// The default configuration of the forward for a head dimension (of v: head_dim_v), where addresses and strides are
+/// multiples of 16 bytes, there is work for the whole GPU, and every kernel's image is available.
 ForwardConfig default_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v = {});
 
-/// The configuration that `forward` takes for these tensors (`out` may be null) if it is given none: the fastest of
-/// those whose kernel is at hand or, if none is, can be compiled. `count_blocks`: whether the call is given
-/// `block_counts`.
+/// The configuration that `forward` chooses for these tensors (`out` may be null) if it is given none: the fastest of
+/// those whose kernel has an image already or, if none has, of those that can be compiled. `count_blocks`: whether the
+/// call is given `block_counts`.
 ForwardConfig config_for(TensorView const& q, TensorView const& k, TensorView const& v, TensorView const* out,
                          CallOptions const& options = {}, bool count_blocks = false);
 
@@ -185,12 +185,13 @@ void check_config(ForwardConfig const& config, Arch arch);
 /// The configurations whose GPU kernels were compiled ahead of time.
 std::vector<ForwardConfig> configs();
 
-/// Throws ArgumentError if q, k, v and the scale do not fit together: for who computes them with something else.
+/// Throws ArgumentError if q, k, v and the scale do not fit together: for callers that compute attention by other
+/// means.
 void check_problem(TensorView const& q, TensorView const& k, TensorView const& v, CallOptions const& options = {});
 
 /// What `forward` with a given configuration, or with the default one, would run for these tensors (`out` may be null)
-/// and why; with options.gradients_follow also what `backward` without a configuration would. An option and not a
-/// function of its own, because the options that `forward` gets say already whether gradients follow. Launches nothing.
+/// and why; with options.gradients_follow also what `backward` without a configuration would run. (That is an option
+/// because `forward` is given the same one.) Launches nothing.
 Explanation explain(std::optional<ForwardConfig> const& config, TensorView const& q, TensorView const& k,
                     TensorView const& v, CallOptions const& options = {}, TensorView const* out = nullptr);
 
@@ -227,7 +228,7 @@ struct DriverInfo {
   bool operator==(DriverInfo const&) const = default;
 };
 
-/// Initialises the CUDA driver; nothing before it, import included, does.
+/// Initialises the CUDA driver, which neither loading the library nor importing the Python package does.
 DriverInfo driver_info();
 
 std::string build_version();  // "0.1.0"
@@ -236,7 +237,7 @@ struct BuildInfo {
   std::string image_archs;     // "80 90 100 120 80-ptx"; empty: built without images
   std::string image_compiler;  // "nvcc 13.0"; empty: built without images
   std::string jit_compiler;    // "NVRTC 13.0 (path)"; empty if there is none
-  std::string jit_problem;     // why there is none, and what brings it
+  std::string jit_problem;     // why there is none, and how to install it
   std::string cache_folder;
   int64_t cache_limit = 0;  // bytes
   std::string cpu_isa;
@@ -277,9 +278,9 @@ struct EnvironmentVariable {
 };
 std::vector<EnvironmentVariable> environment_variables();
 
-/// The environment variables that flashcute reads, as they are when it is made: while it lives, calls of this thread
-/// see these. For programs in which another thread may change the environment during a call, because the C library does
-/// not let one thread read variables while another sets them.
+/// A copy of the environment variables that flashcute reads, taken when it is made. While it lives, calls of this
+/// thread read the copy. For programs in which another thread may change the environment during a call: in the C
+/// library getenv is not safe while another thread calls setenv.
 class EnvironmentSnapshot {
  public:
   EnvironmentSnapshot();
@@ -295,10 +296,10 @@ class EnvironmentSnapshot {
   EnvironmentSnapshot const* outer_;  // of this thread, made earlier
 };
 
-/// Where to look for NVRTC and CUDA headers (folders that hold installed Python packages), the folders with the device
-/// headers that run-time compilation includes, and the program flashcute_compiler, in which it compiles several kernels
-/// at the same time; without it, kernels are compiled in this process, one after the other. Nothing is opened before it
-/// is needed.
+/// Sets where the library looks: `package_roots`, folders of installed Python packages, for NVRTC and CUDA headers;
+/// `device_headers`, the folders with the headers that run-time compilation includes; `compiler`, the program
+/// flashcute_compiler, which compiles several kernels at the same time. Without it, kernels are compiled in this
+/// process, one after the other. Nothing is opened before it is needed.
 void set_search_paths(std::vector<std::string> package_roots, std::vector<std::string> device_headers,
                       std::string compiler = {});
 

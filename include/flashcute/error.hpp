@@ -1,4 +1,4 @@
-// Every failure that a caller can cause or meet is one of these exceptions. The message of an
+// The exceptions of the library: every failure that a caller can cause or meet is one of these. The message of an
 // ArgumentError names the argument, what came and what is allowed.
 #pragma once
 
@@ -53,7 +53,7 @@ class CompileError : public Error {
   using Error::Error;
 };
 
-/// The folder of compiled images is unsafe to use.
+/// The folder of the disk cache is unsafe to use.
 class CacheError : public Error {
  public:
   using Error::Error;

@@ -1,12 +1,12 @@
-// The backward pass of one tile, compiled once per instruction set as forward_impl.hpp is, in two passes: one
-// over tiles of queries for dQ, one over tiles of keys for dK and dV. Each recomputes P from the LSE. So every
-// element of a gradient is summed by one task in one order: nothing depends on the threads.
+// The backward pass of one tile, compiled once per instruction set as forward_impl.hpp is, in two passes: one over
+// tiles of queries for dQ, one over tiles of keys for dK and dV. Each recomputes P from the LSE. So one task sums every
+// element of a gradient, in one order: the result does not depend on the number of threads.
 //
 //     P = exp(scale Q K^T - LSE)     dS = P * (dO V^T - delta)     delta = rowsum(dO * O) - dLSE
 //     dQ = scale dS K                dK = scale dS^T Q             dV = P^T dO
 //
-// The passes mirror each other. A tile's rows of X (Q or K) and Y (dO or V) lie in vector lanes; blocks of the
-// other side, B_X (K or Q) and B_Y (V or dO), are read where they lie: dX^T = B_X^T dS, dY^T = B_Y^T P.
+// The passes mirror each other. A tile's rows of X (Q or K) and Y (dO or V) are in vector lanes; blocks of the other
+// side, B_X (K or Q) and B_Y (V or dO), are read in place: dX^T = B_X^T dS, dY^T = B_Y^T P.
 #pragma once
 
 #include "cpu/backward_isa.hpp"
@@ -30,8 +30,8 @@ struct PerRow {
   [[gnu::always_inline]] Vector<T> at(int row, int) const { return broadcast(values[row]); }
 };
 
-/// P = exp2(S - LSE), of S = A B diag(factor) in units of log2. P is at most 1: where scores are so large that rounding
-/// says otherwise, it is held there. NaN stays NaN.
+/// P = exp2(S - LSE), where S = A B diag(factor) in units of log2. P is limited to 1, which rounding errors of large
+/// scores can exceed. NaN stays NaN.
 template <class T, class PerQuery>
 struct Probabilities {
   T* p;
@@ -45,7 +45,7 @@ struct Probabilities {
   }
 };
 
-/// dS = P * (dP - delta), of dP = A B.
+/// dS = P * (dP - delta), where dP = A B.
 template <class T, class PerQuery>
 struct ScoreGradients {
   T const* p;
@@ -160,7 +160,7 @@ class BackwardTile {
 
   // ---- the mathematics of a block --------------------------------------------------------------------
 
-  /// P and dS of a block. What is not visible becomes 0 by select: it may be NaN.
+  /// P and dS of a block. Hidden elements become 0 by selection: they may be NaN.
   template <class PerQuery, class Partial, class Visible>
   void compute_scores(RowMajor<T> block_x, RowMajor<T> block_y, int rows, PerQuery lse, PerQuery delta, Partial,
                       Visible visible) const {
@@ -219,7 +219,7 @@ class BackwardTile {
 
   // ---- from and to the tensors -----------------------------------------------------------------------
 
-  /// X^T, the second part of its scores' factor (scale and log2(e)), Y^T, and sums that start at 0.
+  /// Loads X^T, the second part of the scores' factor (scale and log2(e)) and Y^T, and clears the sums.
   void load_tile(Element const* x, Strides const& x_stride, Element const* y, Strides const& y_stride) const {
     T* const factor = memory_ + layout_.factor;
     ScoreFactor<T> const score_factor{f_.scale * log2_e<double>};
@@ -241,8 +241,9 @@ class BackwardTile {
     return {memory_ + sums, memory_ + totals, memory_ + errors, rows, layout_.ld, columns_};
   }
 
-  /// The scale of dQ and dK. Its first part comes with Y and delta into dS, so that the sums do not overflow where a
-  /// scale below 1 keeps the gradients from it. It takes no more than half of the exponents, or dS would lose digits.
+  /// The scale of dQ and dK in two parts. The first is multiplied into Y and delta, and so into dS: then sums do not
+  /// overflow that a scale below 1 would bring back into range. It takes no more than half of the range of exponents,
+  /// or dS would lose digits.
   static SplitFactor<T> split_scale(double scale) {
     int exponent;
     __builtin_frexp(scale, &exponent);
@@ -269,10 +270,10 @@ class BackwardTile {
     return static_cast<Element const*>(base) + row_offset(stride, batch, head, row);
   }
 
-  /// Which keys each query of the tile sees, or each query of the block that passes by a tile of keys.
+  /// Which keys each query of the tile sees; of a tile of keys, each query of the current block.
   RowRange* visible_keys() const { return reinterpret_cast<RowRange*>(memory_ + layout_.visible); }
 
-  BackwardParams const p_;  // a copy: nothing that is stored can change it, as far as the compiler knows
+  BackwardParams const p_;  // a copy, so that no store may alias it
   ForwardParams const& f_;
   MaskFunctions const mask_;
   int const block_m_, block_n_;

@@ -1,4 +1,4 @@
-// What each instruction set's file offers to dispatch.cpp: one function, the only symbol it exports.
+// The one function of the backward that each instruction set's object file exports, for dispatch.cpp.
 #pragma once
 
 #include "cpu/backward_scratch.hpp"
@@ -7,7 +7,7 @@
 
 namespace flashcute::cpu {
 
-/// Computes tile `index` of QueryTile::count or KeyTile::count, as the pass has it. `scratch` holds
+/// Computes tile `index` of QueryTile::count or KeyTile::count, by the pass. `scratch` has room for
 /// BackwardScratch::of(config, pass).elements of the accumulation type, aligned to scratch_alignment.
 using BackwardTileFunction = void (*)(BackwardConfig const& config, MaskFunctions const& mask,
                                       BackwardParams const& params, int64_t index, void* scratch);

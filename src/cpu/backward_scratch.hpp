@@ -1,5 +1,5 @@
-// The working memory of one backward tile, shared by who allocates it (dispatch.cpp) and who uses it
-// (backward_impl.hpp, once per instruction set).
+// The layout of the scratch memory of one backward tile, which dispatch.cpp allocates and backward_impl.hpp uses, once
+// per instruction set.
 #pragma once
 
 #include "cpu/forward_scratch.hpp"
@@ -7,8 +7,8 @@
 
 namespace flashcute::cpu {
 
-/// Offsets in elements of the accumulation type. X is what meets in scores, Q or K; Y what meets in their
-/// gradients, dO or V.
+/// Offsets in elements of the accumulation type. X is Q or K, the tile's side of the scores; Y is dO or V, its side of
+/// dP.
 struct BackwardScratch {
   int64_t ld;      // columns of the matrices with a column per lane
   int64_t x, y;    // (head_dim, ld), (head_dim_v, ld)   X^T, Y^T of the tile, times parts of factors

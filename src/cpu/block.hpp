@@ -1,5 +1,5 @@
-// Blocks of matrices on their way from the tensors into the products: widened, transposed, rid of what is not
-// finite. Compiled once per instruction set; see forward_impl.hpp.
+// Prepares blocks of the tensors for the products: widens, transposes and replaces values that are not finite. Compiled
+// once per instruction set; see forward_impl.hpp.
 #pragma once
 
 #include "cpu/gemm.hpp"
@@ -9,7 +9,7 @@
 namespace flashcute::cpu::FLASHCUTE_CPU_ISA {
 namespace {
 
-/// How a dtype is stored, and what is computed in.
+/// The type in which a dtype is stored, and that in which it is computed.
 template <DType>
 struct ElementOf;
 template <>
@@ -59,8 +59,8 @@ template <class Element, class T, class Factor>
   }
 }
 
-/// A factor as a product of two: a row's elements are multiplied by `before`, a power of two, which is exact; what
-/// comes of products with the row is multiplied by `after`.
+/// A factor as a product of two: a row's elements are multiplied by `before`, a power of two, which is exact; the
+/// results of products with the row are multiplied by `after`.
 template <class T>
 struct SplitFactor {
   T before, after;
@@ -70,9 +70,9 @@ struct SplitFactor {
 [[gnu::always_inline]] inline int32_t size_bits(float x) { return __builtin_bit_cast(int32_t, x) & INT32_MAX; }
 [[gnu::always_inline]] inline int64_t size_bits(double x) { return __builtin_bit_cast(int64_t, x) & INT64_MAX; }
 
-/// Splits the factor of the scores, for rows of X: `before` is as much of its power of two as the row can take. So no
-/// product overflows unless the score does, and the row's largest element neither overflows nor comes so near to the
-/// smallest number that the row loses digits.
+/// Splits the factor of the scores, for rows of X: `before` is as much of its power of two as the row allows. So no
+/// product overflows unless the score does, and the largest element of the row neither overflows nor becomes so small
+/// that the row loses digits.
 template <class T>
 class ScoreFactor {
  public:
@@ -85,7 +85,8 @@ class ScoreFactor {
     if (factor_ == 0) return {0, 1};
     typename FloatTraits<T>::Int largest = 0;
     for (int i = 0; i < width; ++i) largest = max_of(largest, size_bits(to_float(row[i])));
-    // The row is below 2 to this; a row that is not finite or less than normal only counts as near to that.
+    // All elements are below 2^of_row; for rows that are not finite or below the smallest normal number that is
+    // approximate.
     int const of_row = static_cast<int>(largest >> FloatTraits<T>::mantissa_bits) - FloatTraits<T>::exponent_bias + 1;
     int const least = Limits::min_exponent + Limits::digits - of_row, most = Limits::max_exponent - of_row;
     int exponent = min_of(max_of(exponent_, least), most);
@@ -111,8 +112,9 @@ template <class T>
 /// How many blocks are summed one by one before their sum is added to a total.
 constexpr int blocks_per_total = 32;
 
-/// A matrix of sums over blocks that does not get less exact with their number: every few blocks the sums are added to
-/// totals, and beside these what each addition rounds off (Knuth's two-sum, in any order of magnitudes).
+/// A matrix of sums over blocks whose error does not grow with their number: every few blocks the sums are added to
+/// totals, and the rounding error of each addition to a matrix of errors (Knuth's two-sum, exact whichever operand is
+/// larger).
 template <class T>
 class Totals {
  public:
@@ -143,7 +145,7 @@ class Totals {
     add([](int) { return broadcast(T{1}); });
   }
 
-  /// Leaves all that was added in the sums.
+  /// Writes the totals of everything that was added to the sums.
   template <class Factor>
   void finish(Factor factor) {
     if (empty_) return;
@@ -151,7 +153,7 @@ class Totals {
     for (int r = 0; r < rows_; ++r) {
       for (int c = 0; c < columns_; c += lanes<T>) {
         Vector<T> const error = load(errors_ + r * ld_ + c);
-        // Of a total that is not finite the error is NaN.
+        // The error of a total that is not finite is NaN.
         store(sums_ + r * ld_ + c, load(totals_ + r * ld_ + c) + (error - error == 0 ? error : Vector<T>{}));
       }
     }
@@ -173,8 +175,8 @@ template <class T>
   return x - x == 0;
 }
 
-/// In a partial block a row of `a` may be seen by some lanes only, and 0 * NaN would poison the others.
-/// Gives back `a` where all of it is finite, else a copy with 0 in place of what is not.
+/// In a partial block only some lanes may see a row of `a`; in the others 0 * NaN would make the sum NaN.
+/// Returns `a` if all of it is finite, else a copy with 0 in place of other values.
 template <class T>
 [[gnu::always_inline]] inline RowMajor<T> finite_part(RowMajor<T> a, int rows, int width, T* copy) {
   int found = 0;
@@ -188,7 +190,7 @@ template <class T>
   return {copy, width};
 }
 
-/// Adds to `sum` = A^T W what `finite_part` left out of A, to the lanes that see it.
+/// Adds to `sum` = A^T W the terms with the values that `finite_part` replaced by 0, in the lanes that see them.
 template <class T, class Visible>
 [[gnu::always_inline]] inline void add_not_finite(RowMajor<T> a, int rows, int width, T const* weights, T* sum,
                                                   int64_t ld, int lanes_in_use, Visible visible) {

@@ -39,8 +39,8 @@ namespace {
 
 // ---- OpenMP --------------------------------------------------------------------------------------------
 
-/// Whether the user asks OpenMP to pin threads. Only then are its runtimes asked for their places, because to ask
-/// LLVM's is to start it.
+/// Whether the user asks OpenMP to pin threads. Only then are its runtimes asked for their places, because asking
+/// LLVM's starts it.
 bool openmp_may_pin() {
   for (char const* name : {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"}) {
     if (!environment_value(name).empty()) return true;
@@ -87,7 +87,7 @@ CpuSet unpinned(CpuSet const& mask) {
   std::vector<CpuSet> places;
   try {
     BlockSignals const blocked;
-    // On a thread of its own: LLVM's runtime pins whoever asks.
+    // On a thread of its own: LLVM's runtime pins the thread that asks.
     std::thread{[&] {
       for (std::string const& runtime : openmp_runtimes()) add_places(runtime, places);
     }}.join();
@@ -104,13 +104,13 @@ CpuSet unpinned(CpuSet const& mask) {
 
 namespace {
 
-/// What the OpenMP runtimes said of a mask.
+/// The cores that the OpenMP runtimes allow for a mask.
 struct Answer {
   CpuSet mask, cores;
 };
 
-// The last answer that any thread got, for children of fork: there no lock may be taken that another thread of the
-// parent might have held. It is never freed, and so not replaced for ever.
+// The last answer that any thread got, for forked children: they may take no lock that another thread of the parent
+// might have held. An answer is never freed, because another thread may read it, so their number is limited.
 std::atomic<Answer const*> last_answer{nullptr};
 std::atomic<int> answers_left{64};
 std::atomic<bool> is_forked_child{false};
@@ -121,8 +121,8 @@ std::atomic<bool> is_forked_child{false};
 CpuSet cores() {
   CpuSet const mask = CpuSet::of_this_thread();
   if (!openmp_may_pin()) return mask;
-  // A runtime that pins this thread changes its mask: only then there is something new to ask. To ask takes the lock of
-  // the dynamic loader, which a fork leaves locked in the child if it comes meanwhile.
+  // Only a new mask needs a new answer: a runtime that pins this thread changes its mask. Asking takes the lock of the
+  // dynamic loader, and a fork in that moment would leave it locked in the child.
   thread_local Answer known;
   if (known.mask == mask) return known.cores;
   if (is_forked_child) {

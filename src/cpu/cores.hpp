@@ -9,7 +9,7 @@
 
 namespace flashcute::cpu {
 
-/// A set of CPUs by number, as the kernel has it: no Linux counts more than 8192.
+/// A set of CPUs by number, with the layout of Linux's cpu_set_t; a Linux kernel supports at most 8192 CPUs.
 class CpuSet {
  public:
   void add(int cpu) {
@@ -44,8 +44,8 @@ class CpuSet {
 /// The calling thread's affinity mask, or, where OpenMP has pinned the thread to one of its places, all its places.
 CpuSet cores();
 
-/// What the CPU quotas (cgroup v1 and v2) of the calling process leave it, in whole CPUs, rounded up; nothing where
-/// there is no quota. `root` stands for "/".
+/// The CPU quota of the calling process (cgroup v1 and v2, the smallest of all groups) in whole CPUs, rounded up;
+/// nothing if there is none. `root` stands for "/".
 std::optional<int> cpu_quota(std::filesystem::path const& root);
 
 /// How many threads are worth having: one for each of cores(), but no more than the quota, which is read once.

@@ -99,8 +99,8 @@ QueryBandRange query_range(KeyTile const& tile, ForwardParams const& p, int32_t 
 }
 
 MaskFunctions mask_functions(Features const& features) {
-  // Names every feature: a new one does not compile until it is known here. Every forward tile can count its blocks,
-  // the backward counts none.
+  // The structured binding names every feature, so that a new one is a compile error until it is handled here. Every
+  // forward tile can count its blocks; the backward counts none.
   auto const& [mask, count_blocks] = features;
   return with_constant(mask, []<MaskKind kind>() -> MaskFunctions {
     using Mask = flashcute::Mask<kind>;
@@ -110,7 +110,7 @@ MaskFunctions mask_functions(Features const& features) {
 
 size_t accumulator_bytes(DType dtype) { return dtype == DType::float64 ? sizeof(double) : sizeof(float); }
 
-/// How many threads are worth waking.
+/// One thread for small calls, otherwise all.
 int useful_threads(ForwardParams const& p, int threads) {
   double const work = static_cast<double>(p.batch) * p.heads * p.seqlen_q * static_cast<double>(p.seqlen_k) *
                       (p.head_dim + p.head_dim_v) / 2;

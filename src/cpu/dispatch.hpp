@@ -1,4 +1,5 @@
-// Behind forward.hpp and backward.hpp: the choices it makes, as arguments. For tests and benchmarks.
+// The functions behind forward.hpp and backward.hpp with instruction set and number of threads as arguments, for tests
+// and benchmarks.
 #pragma once
 
 #include <string>

@@ -11,9 +11,9 @@
 
 namespace flashcute::cpu {
 
-/// While one lives, its thread rounds to nearest, keeps subnormal numbers and raises no trap, as a new process does.
-/// The mode is a thread's own, and other libraries change it: torch.set_flush_denormal, or any that was linked with
-/// -ffast-math, in the thread that loads it. Left as it is, the same inputs would give other bits on other threads.
+/// While an object lives, its thread rounds to nearest, keeps subnormal numbers and raises no trap, as a new process
+/// does. The mode belongs to the thread, and other libraries change it: torch.set_flush_denormal, or a library linked
+/// with -ffast-math in the thread that loads it. Otherwise the same inputs could give other bits on other threads.
 class DefaultFloatMode {
  public:
 #if defined(__x86_64__)

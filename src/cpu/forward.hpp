@@ -11,10 +11,11 @@ namespace flashcute::cpu {
 /// bit for bit, whatever the number of threads.
 void forward(ForwardConfig const& config, Features const& features, ForwardParams const& params);
 
-/// What runs here: "avx512", "avx2" or "baseline". The best that this CPU has, or FLASHCUTE_CPU_ISA.
+/// The instruction set in use: "avx512", "avx2" or "baseline"; FLASHCUTE_CPU_ISA, or the best that this CPU has.
 char const* isa();
 
-/// How many threads a call uses: FLASHCUTE_NUM_THREADS, else one for each core that is this process's.
+/// How many threads a call uses: FLASHCUTE_NUM_THREADS, else one for each CPU that the process may use
+/// (available_cpus).
 int num_threads();
 
 }  // namespace flashcute::cpu

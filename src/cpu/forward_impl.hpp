@@ -1,11 +1,11 @@
 // The forward pass of one tile, compiled once per instruction set: forward_<isa>.cpp defines
 // FLASHCUTE_CPU_ISA and includes this file. All but `forward_tile` has internal linkage: were an inline
 // function or a template of the AVX-512 file visible to the linker, it could replace the baseline's copy
-// of the same name (tools/check_isa_symbols.py looks).
+// of the same name (tools/check_isa_symbols.py checks).
 //
-// The lanes of a vector are queries. S^T = K Q^T has a row per key and a column per query, so row
-// maximum, row sum and the rescaling of O need no reduction across lanes, K and V are read where
-// they lie, one element broadcast to all queries, and a query's result never depends on its neighbours'.
+// The lanes of a vector are queries. S^T = K Q^T has a row per key and a column per query, so row maximum, row sum and
+// the rescaling of O need no reduction across lanes; K and V are read in place, one element broadcast to all queries;
+// and a query's result never depends on its neighbours'.
 #pragma once
 
 #include "cpu/block.hpp"
@@ -26,8 +26,8 @@ template <class T>
 struct OnlineSoftmax {
   T* row_max;
   T* row_sum;
-  T* correction;  // what the last update made of 1: O must be multiplied by it
-  T* pending;     // what the updates since it was 1 made of 1
+  T* correction;  // of the last update: O must be multiplied by it
+  T* pending;     // the product of all corrections since the last add_to
   int64_t ld;
   int columns;
 
@@ -57,7 +57,7 @@ struct OnlineSoftmax {
     }
   }
 
-  /// `totals` of row_sum and O, brought to the maximum of now.
+  /// Adds row_sum and O to `totals`, which are first rescaled to the current maximum.
   void add_to(Totals<T>& totals) const {
     totals.add([&](int m) { return load(pending + m); });
     for (int m = 0; m < columns; ++m) pending[m] = 1;
@@ -73,9 +73,9 @@ struct OnlineSoftmax {
   }
 
  private:
-  /// NaN is passed over: it reaches the result through P.
+  /// Ignores NaN, which reaches the result through P.
   Vector<T> max_over(T const* s, int keys, Vector<T> start) const {
-    constexpr int chains = 4;  // one chain would wait for each maximum
+    constexpr int chains = 4;  // independent maxima: one alone is bound by latency
     Vector<T> best[chains] = {start, start, start, start};
     int n = 0;
     for (; n + chains <= keys; n += chains) {
@@ -153,7 +153,7 @@ class ForwardTile {
                          [&](int n, int m) { return visible_keys()[m].has(key0 + n); });
         }
       }
-      // By the block's number, not by how many have been: a row's sums do not depend on the tile it is in.
+      // By the number of the block, not by how many were visited: a row's result does not depend on its tile.
       if (n > 0 && n % blocks_per_total == 0) softmax.add_to(totals);
     });
     softmax.finish(totals);
@@ -168,7 +168,7 @@ class ForwardTile {
     return static_cast<Element const*>(base) + offset + key0 * stride.row;
   }
 
-  /// Q^T, and what makes its products with keys scores in units of log2: scale and log2(e).
+  /// Loads Q^T, and the factor that turns its products with keys into scores in units of log2: scale * log2(e).
   void load_query(T* q) const {
     Element const* const from = static_cast<Element const*>(p_.q) + tile_.q_offset(p_);
     T* const factor = memory_ + layout_.factor;
@@ -182,7 +182,7 @@ class ForwardTile {
     for (int r = tile_.rows; r < columns_; ++r) factor[r] = 0;
   }
 
-  /// By select: a masked score may be NaN.
+  /// By selection: a masked score may be NaN.
   void apply_mask(T* s, int key0, int keys) const {
     RowRange const* const visible = visible_keys();
     for (int n = 0; n < keys; ++n) {
@@ -193,7 +193,7 @@ class ForwardTile {
     }
   }
 
-  /// A row whose visible scores are all -inf is 0 / 0, which is the NaN it should be.
+  /// A row whose visible scores are all -inf becomes 0 / 0 = NaN, as it should.
   void store_out(T* o, OnlineSoftmax<T> const& softmax) const {
     Element* const to = static_cast<Element*>(p_.out) + tile_.out_offset(p_);
     for (int m = 0; m < tile_.rows; ++m) {
@@ -213,7 +213,7 @@ class ForwardTile {
   /// Which keys each row of the tile sees.
   RowRange* visible_keys() const { return reinterpret_cast<RowRange*>(memory_ + layout_.visible); }
 
-  ForwardParams const p_;  // a copy: nothing that is stored can change it, as far as the compiler knows
+  ForwardParams const p_;  // a copy, so that no store may alias it
   MaskFunctions const mask_;
   QueryTile const tile_;
   int const block_m_, block_n_;

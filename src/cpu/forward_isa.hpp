@@ -1,11 +1,11 @@
-// What each instruction set's file offers to dispatch.cpp: one function, the only symbol it exports.
+// The one function of the forward that each instruction set's object file exports, for dispatch.cpp.
 #pragma once
 
 #include "cpu/mask_functions.hpp"
 
 namespace flashcute::cpu {
 
-/// Computes tile `index` of QueryTile::count. `scratch` holds ForwardScratch::of(config).elements of
+/// Computes tile `index` of QueryTile::count. `scratch` has room for ForwardScratch::of(config).elements of
 /// the accumulation type, aligned to scratch_alignment.
 using ForwardTileFunction = void (*)(ForwardConfig const& config, MaskFunctions const& mask,
                                      ForwardParams const& params, int64_t index, void* scratch);

@@ -1,5 +1,5 @@
-// The working memory of one forward tile, shared by who allocates it (dispatch.cpp) and who uses it
-// (forward_impl.hpp, once per instruction set).
+// The layout of the scratch memory of one forward tile, which dispatch.cpp allocates and forward_impl.hpp uses, once
+// per instruction set.
 #pragma once
 
 #include "flashcute/core/forward_config.hpp"
@@ -9,22 +9,22 @@ namespace flashcute::cpu {
 
 inline constexpr int64_t scratch_alignment = 64;
 
-/// The room of a RowRange, in elements of the narrower accumulation type.
+/// The size of a RowRange in elements of the narrower accumulation type.
 inline constexpr int64_t elements_per_range = sizeof(RowRange) / sizeof(float);
 
-/// Offsets in elements of the accumulation type. The matrices with a column per query are the
-/// transposes of the paper's: queries lie in vector lanes.
+/// Offsets in elements of the accumulation type. Matrices with a column per query are transposed: queries are in vector
+/// lanes.
 struct ForwardScratch {
   int64_t ld;          // columns of `q`, `scores` and what follows
   int64_t q;           // (head_dim, ld)   Q^T, each column times the first part of the scores' factor
   int64_t scores;      // (block_n, ld)    S^T, then P^T
   int64_t row_sum;     // (ld)
-  int64_t out;         // (head_dim_v, ld) unnormalised O^T, behind row_sum: they are summed alike
+  int64_t out;         // (head_dim_v, ld) unnormalised O^T, right after row_sum: `totals` sums both
   int64_t totals;      // (1 + head_dim_v, ld), as row_sum and out
   int64_t errors;      // (1 + head_dim_v, ld)
   int64_t row_max;     // (ld)
   int64_t correction;  // (ld)
-  int64_t pending;     // (ld)             what `totals` are still to be multiplied by
+  int64_t pending;     // (ld)             the factor that `totals` still have to be multiplied by
   int64_t factor;      // (ld)             the second part of the scores' factor
   int64_t k, v;        // (block_n, head_dim), (block_n, head_dim_v): widened blocks of 16-bit inputs
   int64_t finite_v;    // (block_n, head_dim_v)

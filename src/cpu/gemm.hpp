@@ -1,5 +1,5 @@
-// C = A B for a block that fits the cache. The columns of B and C lie in vector lanes, so each element
-// of A is broadcast: A is read where it lies, with any stride, and nothing is packed.
+// C = A B for a block that fits the cache. The columns of B and C are in vector lanes, and each element of A is
+// broadcast: A is read in place, with any stride, and nothing is packed.
 #pragma once
 
 #include "cpu/vector.hpp"
@@ -32,7 +32,7 @@ template <class T>
   return {a.data, a.stride};
 }
 
-// The accumulators of one register tile: all but the registers that hold B's vectors and one of A.
+// The accumulators of one register tile: all registers but those for B's vectors and one element of A.
 constexpr int max_tile_vectors = vector_registers == 32 ? 4 : 2;
 constexpr int tile_accumulators = vector_registers == 32 ? 24 : 12;
 constexpr int max_tile_rows = 8;  // with more, single queries (C = 1) ran about 10 % slower

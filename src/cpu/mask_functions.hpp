@@ -1,13 +1,13 @@
-// A mask as tiles ask for it: by functions, so that one tile serves every kind of mask. They are those of `Mask<kind>`
-// in mask.hpp, which stays the only place that knows who sees whom; dispatch.cpp takes them from there.
+// A mask as a table of functions, so that one compiled tile serves every kind of mask. dispatch.cpp fills it from
+// `Mask<kind>` in policy/mask.hpp, the only definition of masks.
 #pragma once
 
 #include "flashcute/policy/mask.hpp"
 
 namespace flashcute::cpu {
 
-/// A mask under which each query sees neighbouring keys. A tile makes a call for itself or for a block, never for an
-/// element.
+/// For masks under which the keys of each query are contiguous. A tile calls these once for itself or for a block,
+/// never for an element.
 struct MaskFunctions {
   BandRange (*kv_range)(QueryTile const& tile, ForwardParams const& p, int32_t block_n);
   QueryBandRange (*query_range)(KeyTile const& tile, ForwardParams const& p, int32_t block_m);

@@ -70,7 +70,7 @@ class Pool {
     posted_.notify_all();
     work_inside(job);
     std::unique_lock lock{mutex_};
-    job_ = nullptr;  // a thread that wakes up only now stays out
+    job_ = nullptr;  // a thread that wakes up only now does not join
     left_.wait(lock, [&] { return working_ == 0; });
     return true;
   }
@@ -97,7 +97,7 @@ class Pool {
       ++working_;
       Job& job = *job_;
       lock.unlock();
-      if (job.cores != bound) {  // at first it is bound as the thread that happened to create it
+      if (job.cores != bound) {  // a new thread has the mask of the thread that created it
         job.cores.bind_this_thread();
         bound = job.cores;
       }
@@ -117,9 +117,9 @@ class Pool {
   int started_ = 0;
 };
 
-// The pool is never destroyed: its threads sleep in it until the process is gone. After fork the child
-// makes a new one in the same place. The old one cannot be cleaned up, because its locks may be held and
-// its condition variables waited on by threads that the child does not have.
+// The pool is never destroyed: its threads sleep in it until the process ends. After fork the child constructs a new
+// one in the same memory. The old one cannot be destroyed, because threads that the child does not have may hold its
+// locks and wait on its condition variables.
 alignas(Pool) unsigned char pool_storage[sizeof(Pool)];
 Pool* pool = new (pool_storage) Pool;
 

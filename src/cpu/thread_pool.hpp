@@ -1,5 +1,5 @@
-// Threads of our own: OpenMP's runtime hangs in a forked child, and a child of fork is where data
-// loaders run.
+// A thread pool of the library's own, not OpenMP: GNU's runtime (libgomp) hangs in a child that was forked after its
+// use, and data loaders run in forked children.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,13 @@
 
 namespace flashcute::cpu {
 
-/// Calls task(context, index) for every index in [0, count), on up to `threads` threads of which the
-/// caller is one, and the others run on the caller's cores() (cores.hpp). Every task runs in the default
-/// floating-point mode. Indices are handed out in order, one by one. Returns when all have been done, or
-/// throws one of the exceptions that the tasks threw (the indices not yet started are then skipped).
+/// Calls task(context, index) for every index in [0, count), on up to `threads` threads, one of which is the caller;
+/// the others run on the caller's cores() (cores.hpp). Every task runs in the default floating-point mode. Indices are
+/// handed out in order, one by one. Returns when all are done, or throws one of the exceptions that the tasks threw
+/// (indices not yet started are then skipped).
 ///
-/// Threads start at first use, sleep in between, and are never joined. A call from inside a task, or
-/// while another thread's call runs, does its work alone. After fork the child starts with no threads.
+/// Threads start at first use, sleep between calls, and are never joined. A call from inside a task, or during another
+/// thread's call, runs on its own thread alone. After fork the child starts without threads.
 void parallel_for(int64_t count, int threads, void (*task)(void* context, int64_t index), void* context);
 
 template <class F>

@@ -1,6 +1,6 @@
-// Vectors as wide as the instruction set this file is compiled for, in the compiler's own vector
-// language: arithmetic, comparison and `mask ? a : b` work lane by lane. Everything has internal
-// linkage, because the same names exist once per instruction set (see forward_impl.hpp).
+// Vectors as wide as the instruction set that this file is compiled for, as GCC vector extensions: arithmetic,
+// comparison and `mask ? a : b` work lane by lane. Everything has internal linkage, because the same names exist once
+// per instruction set (see forward_impl.hpp).
 #pragma once
 
 #include "flashcute/core/std.hpp"
@@ -84,7 +84,7 @@ template <class T>
 }
 
 /// 2^x with a relative error of about one rounding. 2^-inf = 0, NaN stays NaN, and results below the
-/// smallest normal number are 0. Meant for x <= 0: a large x overflows into nonsense, not to inf.
+/// smallest normal number are 0. Meant for x <= 0: for a large x the result is meaningless, not inf.
 template <class T>
 [[gnu::always_inline]] inline Vector<T> exp2(Vector<T> x) {
   using Traits = FloatTraits<T>;

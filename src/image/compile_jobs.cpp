@@ -14,7 +14,7 @@
 namespace flashcute {
 namespace {
 
-// What NVRTC needs for one kernel: benchmarks/results/compile_cost.jsonl has 0.4 to 0.7 GB.
+// Memory that NVRTC needs for one kernel: 0.4 to 0.7 GB by benchmarks/results/compile_cost.jsonl.
 constexpr std::uint64_t bytes_per_job = std::uint64_t{1} << 30;
 
 std::optional<std::uint64_t> number_in(std::string_view text) {
@@ -35,7 +35,7 @@ std::optional<std::uint64_t> field(std::filesystem::path const& file, std::strin
   return std::nullopt;
 }
 
-/// What a group's limit leaves. Cached pages of files count as used there, although they make room when asked.
+/// The memory that a group's limit leaves. Its use includes cached pages of files, which the kernel frees on demand.
 std::optional<std::uint64_t> left_in(Cgroup const& group) {
   auto const limit = number_in(first_line(group.folder / (group.v2 ? "memory.max" : "memory.limit_in_bytes")));
   auto const used = number_in(first_line(group.folder / (group.v2 ? "memory.current" : "memory.usage_in_bytes")));

@@ -7,12 +7,12 @@
 
 namespace flashcute {
 
-/// FLASHCUTE_JIT_JOBS; without it, one for each core that this thread may use and each GiB of available memory, but at
-/// least one. What is available is asked anew in each call.
+/// FLASHCUTE_JIT_JOBS; without it, one per CPU that this thread may use, but at most one per GiB of available memory,
+/// and at least one. Each call reads the available memory again.
 int compile_jobs();
 
-/// The bytes that the calling process can still use: what the system has, but no more than the memory limits of its
-/// control groups leave it. Nothing where the system does not say. `root` stands for "/".
+/// The bytes that the calling process can still use: the system's available memory, or what the memory limits of its
+/// control groups leave, whichever is less. Nothing if the system does not say. `root` stands for "/".
 std::optional<std::uint64_t> available_memory(std::filesystem::path const& root);
 
 }  // namespace flashcute

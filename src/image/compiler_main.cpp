@@ -40,7 +40,7 @@ bool write_all(int fd, std::string_view text) {
 }  // namespace
 
 int main() {
-  prctl(PR_SET_PDEATHSIG, SIGKILL);  // nobody waits for the image of a process that is gone
+  prctl(PR_SET_PDEATHSIG, SIGKILL);  // if the parent dies, nobody needs the image
   auto const parts = isatty(STDIN_FILENO) ? std::nullopt : flashcute::unpacked(everything_from(STDIN_FILENO));
   auto const includes = parts && parts->size() == 5 ? flashcute::unpacked(parts->at(3)) : std::nullopt;
   auto const options = parts && parts->size() == 5 ? flashcute::unpacked(parts->at(4)) : std::nullopt;

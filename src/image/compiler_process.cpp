@@ -42,7 +42,7 @@ std::string program_path() {
   throw std::system_error(error, std::generic_category(), call);
 }
 
-/// A file in memory: unlike a pipe it has room for everything, so nobody waits for a reader.
+/// A file in memory (memfd). Unlike a pipe it holds any amount, so no writer blocks until somebody reads.
 class MemoryFile {
  public:
   explicit MemoryFile(char const* name) : fd_(memfd_create(name, MFD_CLOEXEC)) {
@@ -54,7 +54,7 @@ class MemoryFile {
 
   int fd() const { return fd_; }
 
-  /// Reading then begins with the text.
+  /// Writes the text and leaves the position at its beginning.
   void fill(std::string_view text) {
     for (off_t at = 0; !text.empty();) {
       ssize_t const n = pwrite(fd_, text.data(), text.size(), at);
@@ -80,8 +80,8 @@ class MemoryFile {
   int fd_;
 };
 
-/// What a terminal sends and this program ignores. Its compilers have to ignore it too: a program in a shell script's
-/// background, or under nohup, is to go on when its terminal sends Ctrl-C or is closed.
+/// The signals of a terminal that this program ignores. Its compilers must ignore them too: a program in a shell
+/// script's background, or under nohup, continues when its terminal sends Ctrl-C or is closed.
 std::vector<int> ignored_of_a_terminal() {
   std::vector<int> ignored;
   for (int const signal : {SIGINT, SIGQUIT, SIGHUP}) {
@@ -91,14 +91,15 @@ std::vector<int> ignored_of_a_terminal() {
   return ignored;
 }
 
-/// What the new process starts with: three files as its standard ones and none else, no blocked signal and no ignored
-/// one but those, no variable but the path of NVRTC. This process's own variables may be changing at this moment.
+/// How the new process starts: with three files as its standard streams and no others, no blocked signal, no ignored
+/// signal but those, and no environment variable but the path of NVRTC. This process's own environment is not read,
+/// because another thread may be changing it.
 class Start {
  public:
   Start(MemoryFile const& in, MemoryFile const& out, MemoryFile const& log)
       : nvrtc_("FLASHCUTE_NVRTC=" + nvrtc_path()) {
     posix_spawn_file_actions_init(&files_);
-    // In this order no file is overwritten before its turn, also where this process has closed its own 0, 1 or 2.
+    // In this order no dup2 overwrites a file that is still needed, even if this process has closed its own 0, 1 or 2.
     posix_spawn_file_actions_adddup2(&files_, in.fd(), STDIN_FILENO);
     posix_spawn_file_actions_adddup2(&files_, out.fd(), STDOUT_FILENO);
     posix_spawn_file_actions_adddup2(&files_, log.fd(), STDERR_FILENO);
@@ -136,8 +137,8 @@ class Start {
   posix_spawnattr_t attributes_;
 };
 
-/// How the process ended; nothing where somebody else in this program has waited for it, or SIGCHLD is ignored. Then
-/// the answer alone tells.
+/// How the process ended; nothing if other code in this program has waited for it, or SIGCHLD is ignored. Then its
+/// answer alone decides.
 std::optional<int> status_of(pid_t child) {
   int status = 0;
   while (waitpid(child, &status, 0) < 0) {
@@ -186,7 +187,7 @@ std::optional<std::string> compile_apart(CompileRequest const& request, std::str
     if (parts->at(0) == "image") return parts->at(1);
     if (parts->at(0) == "error") throw CompileError(parts->at(1));
   }
-  // 126 and 127: what the loader says where the program is there and cannot run.
+  // Exit status 126 or 127: the program exists but could not be started.
   bool const started = !status || !WIFEXITED(*status) || (WEXITSTATUS(*status) != 126 && WEXITSTATUS(*status) != 127);
   if (!started) {
     why_not = path + " " + how_it_ended(status) + (log.empty() ? "" : ": " + log);

@@ -1,5 +1,5 @@
-// Compiling in a process of its own. NVRTC compiles one kernel at a time in each process, so kernels that are needed
-// together are compiled in several; and what a compiler allocates, or a crash of it, ends with its process.
+// Compiles in a process of its own. NVRTC compiles one kernel at a time in each process, so kernels that are needed
+// together are compiled in several; and memory that a compiler allocates, or its crash, ends with its process.
 #pragma once
 
 #include <optional>
@@ -10,12 +10,12 @@
 namespace flashcute {
 
 /// The path of the program `flashcute_compiler` (compiler_main.cpp), which is installed beside the library. Python
-/// sets it at import. Without it nothing can be compiled apart.
+/// sets it at import. Without it compile_apart returns nothing.
 void set_compiler_program(std::string path);
 
-/// What nvrtc_compile returns or throws, by a new process. Nothing, with a reason, where none can be started. A
-/// process that dies is a CompileError with how it ended and what it printed. The process ends with the calling
-/// process, inherits none of its environment variables, and is waited for: no zombie stays.
+/// As nvrtc_compile, in a new process. Returns nothing, and the reason in `why_not`, if none can be started. If the
+/// process dies, throws a CompileError with how it ended and what it printed. The process is killed if the calling one
+/// dies, inherits none of its environment variables, and is always waited for, so no zombie remains.
 std::optional<std::string> compile_apart(CompileRequest const& request, std::string& why_not);
 
 }  // namespace flashcute

@@ -29,13 +29,14 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// An entry is `<key>.image`. `<key>.lock` is there while somebody builds or removes it, `<key>.<16 digits>.tmp` while
-// it is written. A key ends with a hash and has no slash, so no key can name another key's files or leave the folder.
+// An entry is `<key>.image`. `<key>.lock` exists while a process builds or removes it, `<key>.<16 digits>.tmp` while it
+// is written. A key ends with a hash and contains no slash, so no key can name the files of another key or leave the
+// folder.
 constexpr std::string_view entry_suffix = ".image";
 constexpr std::string_view lock_suffix = ".lock";
 constexpr std::string_view temporary_suffix = ".tmp";
 constexpr std::size_t key_digits = 64;        // of the hash that a key ends with
-constexpr std::size_t temporary_digits = 16;  // of the number that tells writers apart
+constexpr std::size_t temporary_digits = 16;  // of the random number that distinguishes writers
 
 class Descriptor {
  public:
@@ -58,7 +59,7 @@ class Descriptor {
 
 std::string text_of(int error) { return std::generic_category().message(error); }
 
-/// Whether the text ends with a dot and so many hexadecimal digits.
+/// Whether the text ends with a dot and `count` hexadecimal digits.
 bool ends_in_digits(std::string_view text, std::size_t count) {
   if (text.size() <= count || text[text.size() - count - 1] != '.') return false;
   std::string_view const digits = text.substr(text.size() - count);
@@ -83,7 +84,7 @@ void check_key(std::string const& key) {
 
 std::string file_name(std::string const& key, std::string_view suffix) { return key + std::string(suffix); }
 
-/// The key whose file with this suffix has the name; nothing if the file is somebody else's.
+/// The key of the file with this name and suffix; nothing if the file does not belong to the cache.
 std::optional<std::string> key_of_file(std::string_view name, std::string_view suffix) {
   if (!name.ends_with(suffix)) return std::nullopt;
   name.remove_suffix(suffix.size());
@@ -112,8 +113,8 @@ std::string octal(mode_t mode) {
 
 bool only_we_can_write(struct stat const& s) { return s.st_uid == geteuid() && (s.st_mode & (S_IWGRP | S_IWOTH)) == 0; }
 
-/// The open folder, or none and errno. All files are opened relative to this descriptor, so that what was checked here
-/// is what is used, whatever happens to the path meanwhile.
+/// The open folder, or none and errno. All files are opened relative to this descriptor, so that the folder that was
+/// checked is the one that is used, even if the path changes meanwhile.
 Descriptor open_folder(fs::path const& folder) {
   Descriptor dir(open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!dir) return dir;
@@ -129,7 +130,7 @@ Descriptor open_folder(fs::path const& folder) {
   return dir;
 }
 
-/// The open folder, or none if there is none.
+/// The open folder, or none if it does not exist.
 Descriptor open_existing_folder(fs::path const& folder) {
   Descriptor dir = open_folder(folder);
   if (!dir && errno != ENOENT) {
@@ -145,8 +146,8 @@ std::string header_of(std::string_view key, std::string_view image) {
          sha256_hex(image) + "\n";
 }
 
-/// The image in the bytes of an entry. The header is what the key and the image say it must be, to the letter: hence
-/// truncation, flipped bits, trailing bytes and another key's file all show in one comparison.
+/// The image in the bytes of an entry. Its header must equal the one that key and image imply: one comparison detects
+/// truncation, flipped bits, trailing bytes and the file of another key.
 std::optional<std::string> image_in(std::string_view key, std::string_view entry) {
   std::size_t header_size = 0;
   for (int line = 0; line < 4; ++line) {
@@ -160,7 +161,7 @@ std::optional<std::string> image_in(std::string_view key, std::string_view entry
 }
 
 std::optional<std::string> read_entry(Descriptor const& dir, std::string const& key) {
-  // NONBLOCK: a fifo in the entry's place must not stop us. NOFOLLOW: a symbolic link is not an entry.
+  // NONBLOCK: opening a FIFO with the entry's name must not block. NOFOLLOW: a symbolic link is not an entry.
   int const flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC;
   Descriptor const file(openat(dir.get(), file_name(key, entry_suffix).c_str(), flags));
   struct stat s;
@@ -187,9 +188,9 @@ int write_all(int fd, std::string_view bytes) {
   return 0;
 }
 
-/// As read_entry; the entry counts as just used. That is its time of modification: other programs that read the file,
-/// such as a backup, do not change it, and mounts that keep no time of access keep this one. Where it cannot be set (a
-/// read-only file system), nothing can be evicted either.
+/// As read_entry, and marks the entry as just used, by its modification time: other programs that read the file, such
+/// as a backup, do not change it, and it works on mounts without access times. Where it cannot be set (a read-only file
+/// system), nothing can be evicted either.
 std::optional<std::string> use_entry(Descriptor const& dir, std::string const& key) {
   auto image = read_entry(dir, key);
   if (image) {
@@ -208,7 +209,7 @@ std::string temporary_name(std::string const& key) {
 
 /// Makes the entry appear whole or not at all. Returns 0 or errno.
 int publish(fs::path const& folder, std::string const& key, std::string const& image) {
-  // The folder is opened again: somebody may have cleared the cache while the image was being built.
+  // The folder is opened again: another process may have cleared the cache while the image was being built.
   if (int const error = make_folder(folder); error != 0) return error;
   Descriptor const dir = open_folder(folder);
   if (!dir) return errno;
@@ -219,8 +220,8 @@ int publish(fs::path const& folder, std::string const& key, std::string const& i
   if (!file) return errno;
   int error = write_all(file.get(), header_of(key, image));
   if (error == 0) error = write_all(file.get(), image);
-  // Without fsync a power cut may keep the rename and lose the bytes. The folder itself needs none: an entry whose
-  // rename was lost is only absent.
+  // Without fsync a power failure may keep the rename and lose the bytes. The folder needs no fsync: if its rename is
+  // lost, the entry is only absent.
   if (error == 0 && fsync(file.get()) != 0) error = errno;
   std::string const entry = file_name(key, entry_suffix);
   if (error == 0 && renameat(dir.get(), temporary.c_str(), dir.get(), entry.c_str()) != 0) error = errno;
@@ -230,10 +231,10 @@ int publish(fs::path const& folder, std::string const& key, std::string const& i
 
 // ---- the lock of a key ---------------------------------------------------------------------------
 
-/// An flock on `<key>.lock`. The kernel drops it when its holder dies, and each KeyLock has its own open file, so
-/// threads of one process exclude each other too. The holder removes the file before it unlocks. Whoever had opened it
-/// before then locks a file that has no name any more, beside the holder of a new file of this name: hence a lock
-/// counts only if the name still leads to the locked file, and a file without a name is opened anew.
+/// An flock on `<key>.lock`. The kernel releases it when its holder dies, and each KeyLock has its own open file, so
+/// threads of one process exclude each other too. The holder removes the file before it unlocks. A process that opened
+/// the file before then locks a file without a name, while another may hold a new file of the same name: so a lock
+/// counts only if the name still leads to the locked file; otherwise the file is opened again.
 class KeyLock {
  public:
   enum class State { held, busy, unavailable };
@@ -249,11 +250,11 @@ class KeyLock {
     flock(file_.get(), LOCK_UN);
   }
 
-  /// Does not wait. `unavailable`: a folder that cannot be written, or a file system without locks. Then everybody
+  /// Does not wait. `unavailable`: the folder cannot be written, or the file system has no locks. Then every process
   /// builds.
   State try_acquire() {
-    // Each turn but the first means that another holder came and went just now: there are few. Their limit is for file
-    // systems that number a file anew at each look, where the name never seems to lead to the file.
+    // Each iteration but the first means that another holder came and went just now, so there are few. The limit is for
+    // file systems on which a file has another inode number at each stat, so that the name never seems to lead to it.
     for (int attempt = 0;; ++attempt) {
       if (!file_) {
         int const flags = O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC;
@@ -302,12 +303,13 @@ std::int64_t nanoseconds(timespec const& t) { return std::int64_t{t.tv_sec} * 1'
 /// Files that vanish meanwhile are left out.
 Contents contents_of(Descriptor const& dir) {
   Contents found;
-  // A second open file of the folder, since reading moves its position.
+  // A second open file of the folder, because reading it moves its position.
   Descriptor copy(openat(dir.get(), ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   std::unique_ptr<DIR, int (*)(DIR*)> const list(copy ? fdopendir(copy.get()) : nullptr, closedir);
   if (!list) return found;
   copy.release();
-  // A live writer needs milliseconds. Its process id would say nothing where hosts share the folder: the age decides.
+  // A live writer needs milliseconds. Its process id would be meaningless if hosts share the folder, so the age
+  // decides.
   std::time_t const an_hour_ago = std::time(nullptr) - 3600;
   while (dirent const* file = readdir(list.get())) {
     std::string_view const name = file->d_name;
@@ -336,7 +338,7 @@ Contents contents_of(Descriptor const& dir) {
 Outcome remove_file(Descriptor const& dir, std::string const& key, std::string const& name, bool only_damaged = false) {
   KeyLock lock(dir, key);
   bool const busy = lock.try_acquire() == KeyLock::State::busy;
-  // Only now: before the lock was ours, a builder could have replaced a damaged entry by a good one.
+  // Only under the lock: before, a builder could have replaced a damaged entry by a good one.
   if (only_damaged && read_entry(dir, key)) return Outcome::whole;
   if (busy) return Outcome::in_use;
   if (unlinkat(dir.get(), name.c_str(), 0) == 0) return Outcome::removed;
@@ -347,10 +349,10 @@ Outcome remove_entry(Descriptor const& dir, Entry const& entry, bool only_damage
   return remove_file(dir, entry.key, file_name(entry.key, entry_suffix), only_damaged);
 }
 
-/// Removes what killed processes left: files that were being written, and locks that nobody holds.
+/// Removes what killed processes left: temporary files, and lock files that no process holds.
 void remove_remains(Descriptor const& dir, Contents const& found) {
   for (auto const& [key, name] : found.stale_temporaries) remove_file(dir, key, name);
-  for (std::string const& key : found.locks) KeyLock(dir, key).try_acquire();  // who gets it removes it
+  for (std::string const& key : found.locks) KeyLock(dir, key).try_acquire();  // its destructor removes the file
 }
 
 // ---- building ------------------------------------------------------------------------------------
@@ -362,7 +364,7 @@ std::string run_build(std::string const& key, std::function<std::string()> const
   return image;
 }
 
-/// Once; who comes meanwhile waits until it is said.
+/// Prints the warning once per process; other threads wait until it is printed.
 void report_unwritable(fs::path const& folder, int error) {
   static std::once_flag reported;
   if (quiet()) return;
@@ -416,7 +418,7 @@ std::string DiskCache::get_or_build(std::string const& key, std::function<std::s
       pause = std::min(2 * pause, std::chrono::milliseconds(50));
       if (auto published = use_entry(dir, key)) return *published;
     }
-    // The holder before us may have published between our last look and our lock.
+    // The previous holder may have published between the last look and this lock.
     if (auto published = use_entry(dir, key)) return *published;
 
     image = run_build(key, build, built);
@@ -427,10 +429,10 @@ std::string DiskCache::get_or_build(std::string const& key, std::function<std::s
   return image;
 }
 
-/// Removes what killed processes left, and the least recently used entries, but never the one that was just published,
-/// until all fit the limit. Never waits and never fails: whatever goes wrong here, the caller has its image.
+/// Removes what killed processes left, and the least recently used entries until the rest fits the limit, but never the
+/// one that was just published. Never waits and never fails: whatever goes wrong here, the caller has its image.
 void DiskCache::tidy(std::string const& published) const try {
-  Descriptor const dir = open_folder(folder_);  // anew, as for publishing
+  Descriptor const dir = open_folder(folder_);  // opened again, as in publish
   if (!dir) return;
   Contents const found = contents_of(dir);
   remove_remains(dir, found);

@@ -1,6 +1,6 @@
-// A folder of compiled kernel images that many threads and processes share: whoever needs an image first builds it,
-// the others wait and read it. Nothing is believed because it lies there: each read verifies owner, mode and hash.
-// When an image is published, those that were used least recently go, until the images fit the limit.
+// The disk cache: a folder of compiled kernel images that many threads and processes share. The first to need an image
+// builds it, the others wait and read it. Each read verifies owner, mode and hash. When an image is published, the
+// least recently used ones are removed until all fit the limit.
 #pragma once
 
 #include <chrono>
@@ -15,16 +15,16 @@
 
 namespace flashcute {
 
-/// A key is a name, a dot and a SHA-256 in 64 hexadecimal digits. By these digits the cache tells its files from those
-/// of others, which may lie in the same folder: it neither counts nor removes them.
+/// A key is a name, a dot and a SHA-256 in 64 hexadecimal digits. By these digits the cache recognises its own files:
+/// it neither counts nor removes others in the same folder.
 class DiskCache {
  public:
   static constexpr std::uint64_t no_limit = std::numeric_limits<std::uint64_t>::max();
 
-  /// Touches nothing yet; the folder is made at the first write. `limit` is in bytes of all images together; the image
-  /// that was just published stays even if it is larger. `patience` limits the wait for another builder of the
-  /// same key. It may run out without harm (two builders then publish the same image), and has to end: a process
-  /// that was forked while its parent was building inherits the lock, and keeps it if the parent is killed.
+  /// Does not touch the folder, which is made at the first write. `limit` is in bytes of all images together; the image
+  /// that was just published stays even if it is larger. `patience` limits the wait for another builder of the same
+  /// key. Running out of it does no harm (two builders publish the same image), and the wait has to end: a process
+  /// forked while its parent was building inherits the lock, and keeps it if the parent is killed.
   explicit DiskCache(std::filesystem::path folder, std::uint64_t limit = no_limit,
                      std::chrono::milliseconds patience = std::chrono::minutes(5));
 
@@ -35,16 +35,16 @@ class DiskCache {
   /// Whether there is an entry, which may be damaged.
   bool has(std::string const& key) const;
 
-  /// The image, built now if nobody has. `built` tells whether this call ran `build`. What `build` throws passes
-  /// through and publishes nothing. A folder that cannot be written costs the next process a build, never this one its
-  /// image.
+  /// The image; `build` makes it if no process has. `built` tells whether this call ran `build`. Exceptions of `build`
+  /// pass through, and nothing is published. If the folder cannot be written, this call returns its image all the same,
+  /// and the next process builds again.
   std::string get_or_build(std::string const& key, std::function<std::string()> const& build,
                            bool* built = nullptr) const;
 
   struct Entry {
     std::string key;
     std::uint64_t size;      // of the file
-    std::int64_t last_used;  // nanoseconds since 1970; published counts as used
+    std::int64_t last_used;  // nanoseconds since 1970; publishing counts as use
   };
 
   /// The most recently used first.
@@ -59,8 +59,8 @@ class DiskCache {
   };
   using Outcomes = std::vector<std::pair<Entry, Outcome>>;
 
-  /// Verifies every entry as reading it does, and removes those that are damaged or that others can write. Counts as no
-  /// use.
+  /// Verifies every entry as `find` does, and removes those that are damaged or that others can write. Does not count
+  /// as use.
   Outcomes check() const;
 
   /// Removes every entry.

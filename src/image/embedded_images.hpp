@@ -1,5 +1,5 @@
-// The images that the build put into the library, one for each family of kernels.def. Tests define these functions
-// themselves, to be a library with other images.
+// The images that the build put into the library, one for each family of kernels.def. Tests that need other images
+// define these functions themselves.
 #pragma once
 
 #include <string_view>
@@ -8,10 +8,10 @@
 
 namespace flashcute {
 
-/// What the images were assembled for: "80 90 100 120 80-ptx"; "" in a library without images.
+/// The targets of the images: "80 90 100 120 80-ptx"; "" in a library without images.
 std::string_view embedded_targets();
 
-/// Of the nvcc that made them: "13.0.88"; "" in a library without images.
+/// The version of the nvcc that made them: "13.0.88"; "" in a library without images.
 std::string_view embedded_compiler_version();
 
 /// The image of a family, which is an element of forward_families or backward_families. Empty if the build has no

@@ -11,14 +11,14 @@
 
 namespace flashcute {
 
-/// What kernels compute of which nobody says it: those of most families, and those that `prebuild` makes.
+/// The features of most families, and the default ones of `prebuild`.
 inline constexpr Features full_and_causal[] = {{.mask = MaskKind::full}, {.mask = MaskKind::causal}};
 
 template <class Config>
 struct Family {
   std::string_view name;
-  Config config;                       // with any of the dtypes of its size
-  std::span<Features const> features;  // what its kernels compute; those with others are compiled at their first use
+  Config config;                       // stands for the dtypes of the same size too
+  std::span<Features const> features;  // of its kernels; those with other features are compiled at their first use
 };
 
 inline constexpr Family<ForwardConfig> forward_families[] = {
@@ -52,7 +52,7 @@ std::vector<KernelId<Config>> kernels_of(Config const& config, std::span<Feature
   for (auto const pass : passes_of(config)) {
     for (Features const& each : features) {
       KernelId<Config> const kernel = kernel_of(config, pass, each);
-      // A pass has one kernel for all that differ in what it does not read.
+      // Features that differ only in what the pass does not read share one kernel.
       if (std::find(kernels.begin(), kernels.end(), kernel) == kernels.end()) kernels.push_back(kernel);
     }
   }

@@ -1,4 +1,4 @@
-// Build-time tool: prints the translation unit of one family of src/kernels.def.
+// Build-time tool: prints the translation unit of one family of src/image/kernels.def.
 #include <cstdio>
 
 #include "image/families.hpp"
@@ -6,7 +6,7 @@
 
 namespace {
 
-/// Whether `name` is one of the families.
+/// Prints the unit of the family `name`; false if none has that name.
 template <class Families>
 bool print_unit(Families const& families, char const* name) {
   for (auto const& family : families) {

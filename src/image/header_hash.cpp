@@ -53,7 +53,7 @@ std::string contents(fs::path const& path, std::uintmax_t size) {
   return text;
 }
 
-/// Name and size of each file stand before what else is hashed of it: no two lists of files spell the same text.
+/// The name and size of each file are hashed before its contents, so no two lists of files hash the same text.
 template <class More>
 std::string hash_of_files(fs::path const& folder, More const& more) {
   Sha256 hash;

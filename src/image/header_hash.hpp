@@ -1,4 +1,4 @@
-// What the headers of a folder say, as one hash: part of the name of every image that was compiled from them.
+// A hash of all headers in a folder: part of the cache key of every image that was compiled from them.
 #pragma once
 
 #include <filesystem>
@@ -6,12 +6,12 @@
 
 namespace flashcute {
 
-/// SHA-256 over the relative path and the contents of every file below `folder`. The place of the folder does not
-/// count: the same headers hash alike in a wheel and in a build folder.
+/// SHA-256 over the relative path and the contents of every file below `folder`. The folder's own path does not count:
+/// the same headers hash alike in a wheel and in a build folder.
 std::string hash_of_contents(std::filesystem::path const& folder);
 
-/// SHA-256 over the relative path and the size of every file below `folder`. For NVIDIA's own headers: 20 MB that
-/// change only as a package, where reading all would take longer than loading the image.
+/// SHA-256 over the relative path and the size of every file below `folder`. For the CUDA toolkit's headers: 20 MB that
+/// change only with their version, and take longer to read than an image takes to load.
 std::string hash_of_sizes(std::filesystem::path const& folder);
 
 }  // namespace flashcute

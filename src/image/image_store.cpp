@@ -26,8 +26,8 @@ auto kernels_among(Family<Config> const (&families)[n]) {
   return all;
 }
 
-/// The family that holds the kernel, or null. Kernels are compared by their ids: to spell their names would cost more
-/// than all else here.
+/// The family that holds the kernel, or null. Compares kernels by their ids, because building their names would cost
+/// more than the rest.
 template <class KernelId, class Config, std::size_t n>
 Family<Config> const* family_among(Family<Config> const (&families)[n], KernelId const& kernel) {
   static auto const kernels = kernels_among<KernelId>(families);
@@ -38,7 +38,7 @@ Family<Config> const* family_among(Family<Config> const (&families)[n], KernelId
 auto family_of(ForwardKernelId const& kernel) { return family_among(forward_families, kernel); }
 auto family_of(BackwardKernelId const& kernel) { return family_among(backward_families, kernel); }
 
-/// The image that may be taken for `arch`: empty if there is none, or FLASHCUTE_JIT forbids to take it.
+/// The ahead-of-time image for `arch`; empty if there is none, or FLASHCUTE_JIT forbids its use.
 template <class KernelId>
 std::string_view embedded_image_for(KernelId const& kernel, Arch arch) {
   if (jit_mode() == JitMode::force || source_among(embedded_targets(), arch) == ImageSource::none) return {};
@@ -46,7 +46,7 @@ std::string_view embedded_image_for(KernelId const& kernel, Arch arch) {
   return family == nullptr ? std::string_view{} : embedded_image(*family);
 }
 
-/// Why embedded_image_for has none.
+/// Why embedded_image_for returns none.
 template <class KernelId>
 std::string embedded_problem(KernelId const& kernel) {
   if (jit_mode() == JitMode::force) return "FLASHCUTE_JIT=force";
@@ -63,7 +63,7 @@ int cuda_version_of(std::string_view version) {
   return 1000 * major + 10 * minor;
 }
 
-/// Which kernels have an image in a folder of the disk cache, as it was when it was first asked.
+/// Which kernels have an image in a folder of the disk cache, as it was when this process first looked.
 template <class KernelId>
 class KnownImages {
  public:

@@ -24,23 +24,24 @@ struct Image {
 using AnyKernelId = std::variant<ForwardKernelId, BackwardKernelId>;
 
 /// The images that hold the kernels for `arch`, in their order. Those that are neither in the library nor in the disk
-/// cache are compiled at the same time. Throws UnsupportedError or CompileError if there is none and none can be made.
+/// cache are compiled, at the same time. Throws UnsupportedError or CompileError if an image does not exist and cannot
+/// be made.
 std::vector<Image> find_images(std::span<AnyKernelId const> kernels, Arch arch);
 
 /// Whether find_images would compile it.
 bool needs_compiler(AnyKernelId const& kernel, Arch arch);
 
-/// How find_images would come by an image, in order of how long a first call waits for it.
+/// Where find_images would get an image, in order of how long a first call waits for it.
 enum class ImageSource : std::uint8_t {
-  none,        // not at all: find_images throws
+  none,        // from nowhere: find_images throws
   compiler,    // it is compiled
   ptx,         // the library has PTX of it, which the driver compiles while it loads
-  disk_cache,  // it was compiled before: by this process, or before this process first asked
+  disk_cache,  // it was compiled before: by this process, or before this process first looked
   library,     // compiled ahead of time
 };
 
-/// Cheap enough for every call; the environment is read anew in each. What another process compiles meanwhile is not
-/// seen, so that a process does not change its choices by itself. This and the next two take both kinds of ids.
+/// Cheap enough for every call; reads the environment in each. Does not see what another process compiles meanwhile, so
+/// that a process does not change its choices on its own. This and the next two take both kinds of ids.
 template <class KernelId>
 ImageSource image_source(KernelId const& kernel, Arch arch);
 
@@ -52,8 +53,9 @@ std::string image_problem(KernelId const& kernel, Arch arch);
 template <class KernelId>
 std::string image_origin(KernelId const& kernel, Arch arch);
 
-/// How an image assembled for `targets` ("80 90 80-ptx") serves `arch`: by machine code, which runs within its major
-/// version from its minor version on (`library`), by PTX, which runs on everything from its version on, or not at all.
+/// How an image for `targets` ("80 90 80-ptx") serves `arch`: by machine code (`library`), which runs on GPUs of the
+/// same major and the same or a later minor compute capability; by PTX, which runs on the same or any later one; or not
+/// at all.
 ImageSource source_among(std::string_view targets, Arch arch);
 
 /// What the build put into the library.

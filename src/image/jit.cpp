@@ -29,14 +29,14 @@ namespace {
 
 // ---- the headers ---------------------------------------------------------------------------------
 
-/// The folders of our headers, and what they and the toolkit's held when they were first asked for: each folder is read
-/// once per process.
+/// The folders of flashcute's headers, and the hashes of these and of the toolkit's folder: each folder is read once
+/// per process.
 struct Headers {
   std::mutex mutex;
   std::vector<std::string> folders;
   std::map<std::string, std::string> contents;  // folder -> hash
   std::map<std::string, std::string> sizes;
-  std::set<std::pair<Arch, std::string>> complete;  // with all that it takes to compile, by FLASHCUTE_CUDA_INCLUDE
+  std::set<std::pair<Arch, std::string>> complete;  // targets, with FLASHCUTE_CUDA_INCLUDE, that can be compiled for
 };
 
 Headers& headers() {
@@ -78,7 +78,8 @@ CompileRequest request_for(KernelCode const& kernel, Arch arch) {
   request.arch = target_of(kernel, arch);
   request.include_folders = our_folders();
   if (kernel.arch_specific) {
-    // CuTe names the files with Hopper's products of any width relative to its own, where NVRTC shall not look.
+    // CuTe includes the files with WGMMA of any width by paths relative to its own, which NVRTC does not search with
+    // -no-source-include.
     std::string const root = request.include_folders.at(0);
     for (char const* folder : {"/cute/arch", "/cute/atom"}) {
       if (std::filesystem::exists(root + folder)) request.include_folders.push_back(root + folder);
@@ -88,17 +89,16 @@ CompileRequest request_for(KernelCode const& kernel, Arch arch) {
   return request;
 }
 
-/// The folders with our headers; the toolkit's, which comes last, is left out.
+/// The folders with flashcute's headers: all but the last, the toolkit's.
 std::span<std::string const> ours_in(CompileRequest const& request) {
   return std::span(request.include_folders).first(request.include_folders.size() - 1);
 }
 
-// In the name of an image, before the compiler's version.
+// Stands before the compiler's version in a cache key.
 constexpr char const* compiler_mark = ".nvrtc";
 
-/// The part of a key that people read. It may be cut, because the hash that follows is of the source, which has the
-/// whole name: 124 characters, with the target, the compiler and the hash, leave room in a file name for longer
-/// versions.
+/// The readable part of a cache key. It may be cut, because the hash after it includes the source, which has the whole
+/// name. With 124 characters, the target, the compiler and the hash, a file name still has room for longer versions.
 std::string readable_name(std::string const& name) {
   constexpr std::size_t longest = 124;
   constexpr std::string_view mark = "-etc";  // no kernel's own name has a hyphen
@@ -107,7 +107,7 @@ std::string readable_name(std::string const& name) {
 
 std::string key_of(CompileRequest const& request) {
   Sha256 hash;
-  // Each part is preceded by its length: no two lists of parts spell the same text.
+  // Each part is preceded by its length, so no two lists of parts hash the same text.
   auto const add = [&](std::string_view part) {
     hash.update(std::to_string(part.size()) + ":");
     hash.update(part);
@@ -121,7 +121,7 @@ std::string key_of(CompileRequest const& request) {
   return readable_name(request.name) + "." + request.arch + compiler_mark + nvrtc_version() + "." + hash.hex();
 }
 
-/// Somebody edits headers while a process runs: its images would be published under the hash of the old text.
+/// If a user edits headers while a process runs, the image would be published under the hash of the old text.
 void check_unchanged(CompileRequest const& request) {
   for (std::string const& folder : ours_in(request)) {
     if (hash_of_contents(folder) == hash_once(&Headers::contents, folder, hash_of_contents)) continue;
@@ -133,9 +133,9 @@ void check_unchanged(CompileRequest const& request) {
 
 // ---- the progress line ---------------------------------------------------------------------------
 
-/// "flashcute: compiling NAME and 2 more ... 1 2 3, 8.1 s" on stderr, once something is compiled. The line stays open
-/// while compilers work; if another call starts some meanwhile, it breaks this line, whose end then names the kernel
-/// again.
+/// "flashcute: compiling NAME and 2 more ... 1 2 3, 8.1 s" on stderr, as soon as something is compiled. The line stays
+/// open while compilers run; if another call begins a line meanwhile, the end of this one goes to a new line that names
+/// the kernel again.
 class ProgressLine {
  public:
   ProgressLine(std::string const& first_kernel, std::size_t kernels, std::string target, std::filesystem::path cache)
@@ -147,7 +147,7 @@ class ProgressLine {
   ProgressLine(ProgressLine const&) = delete;
   ProgressLine& operator=(ProgressLine const&) = delete;
 
-  /// Before each compilation.
+  /// Called before each compilation; the first begins the line.
   void begin() {
     std::lock_guard const guard(mutex_);
     if (silent_ || begun_) return;
@@ -159,7 +159,7 @@ class ProgressLine {
     open_line_ = this;
   }
 
-  /// For each image, wherever it comes from.
+  /// Called for each image, compiled or from the cache.
   void one_more() {
     std::lock_guard const guard(mutex_);
     ++done_;
@@ -207,7 +207,7 @@ class ProgressLine {
 
 // ---- compiling -----------------------------------------------------------------------------------
 
-/// A place among those that compile at the same time in this process, whichever call they work for.
+/// A slot for one compilation: at most `most` run at the same time in this process, over all calls.
 class Job {
  public:
   explicit Job(int most) {

@@ -1,4 +1,4 @@
-// A kernel as the compiler and the driver know it: what finds, compiles and caches images asks for no more.
+// A kernel as text: all that the code needs that finds, compiles and caches images.
 #pragma once
 
 #include <string>
@@ -9,7 +9,7 @@
 namespace flashcute {
 
 struct KernelCode {
-  std::string name;            // of the entry point; no other kernel has it
+  std::string name;            // of the entry point; unique
   std::string source;          // a complete translation unit that defines it
   bool arch_specific = false;  // it uses instructions that no other architecture has, not even a later one
 };
@@ -20,7 +20,7 @@ inline std::string target_of(Arch arch) {
   return "sm_" + std::to_string(arch);
 }
 
-/// The same with the suffix without which they refuse instructions of one architecture: "sm_90a".
+/// The same, with the suffix "a" that compilers require for instructions of one architecture: "sm_90a".
 inline std::string target_of(KernelCode const& kernel, Arch arch) {
   return target_of(arch) + (kernel.arch_specific ? "a" : "");
 }

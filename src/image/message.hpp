@@ -1,4 +1,4 @@
-// What two of our processes tell each other: a list of texts in one.
+// Messages between the library and its compiler processes: a list of texts packed into one.
 #pragma once
 
 #include <charconv>
@@ -22,7 +22,7 @@ inline std::string packed(std::initializer_list<std::string> texts) {
   return packed(std::span(texts.begin(), texts.size()));
 }
 
-/// Nothing if the message is not whole.
+/// Nothing if the message is malformed.
 inline std::optional<std::vector<std::string>> unpacked(std::string_view message) {
   std::vector<std::string> texts;
   while (!message.empty()) {

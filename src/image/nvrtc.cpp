@@ -87,7 +87,7 @@ struct Nvrtc {
 
 // ---- finding it ----------------------------------------------------------------------------------
 
-/// The toolkits of this machine, in the order in which they are asked.
+/// Where CUDA toolkits may be installed, in the order of the search.
 std::vector<std::string> toolkit_folders() {
   std::vector<std::string> folders;
   for (char const* variable : {"CUDA_HOME", "CUDA_PATH"}) {
@@ -113,8 +113,9 @@ std::vector<std::string> library_candidates(std::vector<std::string> const& root
   return candidates;
 }
 
-/// NVRTC opens its companion by the plain name, which the loader does not find in a Python package: the libraries there
-/// carry no RUNPATH. Opened beforehand by its path, it is found by name. If it is not there the compiler's log says so.
+/// NVRTC opens libnvrtc-builtins by its soname, which the loader does not find in a Python package, whose libraries
+/// have no RUNPATH. If it was opened before by its path, the loader finds it. If the file does not exist, the
+/// compiler's log says so.
 void open_builtins(Nvrtc const& nvrtc) {
   fs::path const folder = fs::path(nvrtc.library.path()).parent_path();
   SharedLibrary::open({(folder / ("libnvrtc-builtins.so." + nvrtc.version_text())).string()});
@@ -153,8 +154,8 @@ Search search(std::vector<std::string> const& roots) {
   return {std::nullopt, what + ". Tried:\n" + tried};
 }
 
-/// Search roots and the result of the search. What was found stays for the process; a failure is searched anew when
-/// roots or variable have changed.
+/// Search roots and the result of the search. A library that was found stays for the process; after a failure the
+/// search runs again when the roots or FLASHCUTE_NVRTC have changed.
 struct Registry {
   std::mutex mutex;
   std::vector<std::string> roots;
@@ -293,7 +294,7 @@ std::optional<std::string> cuda_include_folder() {
                         "'" + chosen + "'");
   }
   std::vector<std::string> candidates;
-  // First the headers that came with the compiler: those of another version need not agree with it.
+  // First the headers that came with the compiler: those of another version may not match it.
   if (Nvrtc const* const found = find_nvrtc(nullptr)) {
     candidates.push_back((fs::path(found->library.path()).parent_path().parent_path() / "include").string());
   }
@@ -311,12 +312,13 @@ std::optional<std::string> cuda_include_folder() {
 }
 
 std::vector<std::string> options_without_paths(CompileRequest const& request) {
-  // diag-suppress: our headers and CuTe's have plain constexpr functions, for constant expressions. NVRTC calls each of
-  // them an error, 20217, because it is not marked __device__; without that error a call at run time still fails, in
-  // the assembler. -default-device would make device functions of them, but also a variable of every constant in a
-  // namespace, with a symbol in the image (decision 0012).
-  // CCCL_DISABLE_FP16_SUPPORT: numeric_limits of CUDA's narrow types are such variables too, and no kernel needs them.
-  // no-source-include: else NVRTC looks for headers in the current directory first, whatever lies there.
+  // diag-suppress: flashcute's and CuTe's headers have constexpr functions without __device__, for constant
+  // expressions. NVRTC reports error 20217 for each; without that error a call at run time still fails, in ptxas.
+  // -default-device would make device functions of them, but also a device variable of every constant in a namespace,
+  // with a symbol in the image (docs/decisions/0012-compile-cost.md).
+  // CCCL_DISABLE_FP16_SUPPORT: numeric_limits of CUDA's narrow types would be such variables too, and no kernel needs
+  // them.
+  // no-source-include: otherwise NVRTC searches the current directory for headers first.
   std::vector<std::string> options = {
       "--gpu-architecture=" + request.arch, "-std=c++20", "--diag-suppress=20217", "-no-source-include", "-DNDEBUG",
       "-DCCCL_DISABLE_FP16_SUPPORT"};
@@ -332,8 +334,8 @@ std::string nvrtc_compile(CompileRequest const& request) {
 
   ProgramOwner const program(n, request.source, request.name + ".cu");
   Result const result = compile(n, program.get(), options);
-  // After a failed compilation nvrtcGetCUBINSize still succeeds, with size 0: result, size and first bytes must all be
-  // right before anybody may keep the image.
+  // After a failed compilation nvrtcGetCUBINSize still succeeds, with size 0: the image is valid only if the result,
+  // the size and the first bytes are right.
   std::string image;
   if (result == 0) image = n.text(program.get(), n.cubin_size, n.cubin, "nvrtcGetCUBIN");
   if (!image.starts_with("\x7f"

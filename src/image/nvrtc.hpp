@@ -14,7 +14,7 @@ void set_search_roots(std::vector<std::string> roots);
 
 bool nvrtc_available();
 
-/// "pip install ...": what brings NVRTC and the headers that kernels include, where there is no CUDA toolkit.
+/// "pip install ...": installs NVRTC and the headers that kernels include, for machines without a CUDA toolkit.
 std::string install_command();
 
 /// Why there is no NVRTC and how to get one, in a sentence; "" where it is available.
@@ -25,13 +25,14 @@ std::string nvrtc_problem();
 std::string nvrtc_version();  // "13.0"
 std::string nvrtc_path();     // the file
 
-/// The compiler's own signature, with patch level and build number: what nvrtc_version() leaves out.
+/// The compiler's exact version, with patch level and build number, which nvrtc_version() leaves out.
 std::string nvrtc_build();
 
-/// Throws a CompileError that lists what NVRTC knows unless it compiles for `arch`: "sm_80", "sm_90a".
+/// Throws a CompileError that lists the supported architectures unless NVRTC compiles for `arch`: "sm_80", "sm_90a".
 void require_nvrtc_knows(std::string const& arch);
 
-/// The folder that holds cuda_fp16.h, or nothing. Throws an ArgumentError if FLASHCUTE_CUDA_INCLUDE names another.
+/// The folder that holds cuda_fp16.h, or nothing. Throws an ArgumentError if FLASHCUTE_CUDA_INCLUDE names a folder
+/// without it.
 std::optional<std::string> cuda_include_folder();
 
 struct CompileRequest {
@@ -39,10 +40,10 @@ struct CompileRequest {
   std::string source;
   std::string arch;  // "sm_80"
   std::vector<std::string> include_folders;
-  std::vector<std::string> options;  // beside those that are always given
+  std::vector<std::string> options;  // in addition to those that are always given
 };
 
-/// Everything that NVRTC is told but the include folders: paths do not belong into the name of an image.
+/// All options of NVRTC but the include folders: paths must not be part of a cache key.
 std::vector<std::string> options_without_paths(CompileRequest const& request);
 
 /// The image: a cubin, an ELF file that is never empty. A CompileError carries the compiler's log.

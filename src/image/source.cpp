@@ -6,7 +6,7 @@
 namespace flashcute {
 namespace {
 
-// One overload per type: an option or a feature of a new type does not compile until it can be spelled here.
+// One overload per type: an option or a feature of a new type does not compile until it has a literal here.
 std::string literal(bool value) { return value ? "true" : "false"; }
 std::string literal(int32_t value) { return std::to_string(value); }
 template <TabulatedEnum Enum>
@@ -14,7 +14,7 @@ std::string literal(Enum value) {
   return std::string("flashcute::") + EnumTable<Enum>::type + "::" + name_of(value);
 }
 
-/// A value as an initializer. Every member is spelled, defaults too: the text alone says what is compiled.
+/// A designated initializer. It lists every member, defaults too, so that the text alone determines what is compiled.
 class Initializer {
  public:
   void add(char const* member, auto value) {

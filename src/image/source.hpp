@@ -1,5 +1,5 @@
-// The translation unit that defines kernels: the same text for the ahead-of-time build (nvcc) and for NVRTC. Uses plain
-// C++ only, because a small program of the build runs it before anything else exists.
+// Generates the translation unit that defines kernels: the same text for the ahead-of-time build (nvcc) and for NVRTC.
+// Plain C++ only, because the build runs it (generate_unit.cpp) before the library exists.
 #pragma once
 
 #include <span>

@@ -1,4 +1,4 @@
-// Threads for the parts of one call.
+// Runs the parts of one call on several threads.
 #pragma once
 
 #include <algorithm>
@@ -16,9 +16,9 @@
 
 namespace flashcute {
 
-/// Calls work(0) to work(count - 1), up to `most` of them at the same time, and returns when all are done. The first
-/// exception, which keeps what has not begun from beginning, is thrown then. The threads see the caller's environment,
-/// may use all cores although the caller is pinned to one, and run no signal's handler.
+/// Calls work(0) to work(count - 1), up to `most` of them at the same time, and returns when all are done. After an
+/// exception no further part begins, and the first exception is thrown at the end. The threads see the caller's
+/// EnvironmentSnapshot, may use all of cpu::cores() even if the caller is pinned to one, and run no signal handlers.
 template <class Work>
 void run_at_once(std::size_t count, std::size_t most, Work const& work) {
   std::size_t const workers = std::min(count, most);
@@ -47,7 +47,7 @@ void run_at_once(std::size_t count, std::size_t most, Work const& work) {
   {
     std::vector<std::jthread> threads;
     try {
-      // Not longer: while it waits, this thread takes the signals that come, and no other thread of the program has to.
+      // Only while threads start: this thread must handle signals while it waits, or no thread of the program may.
       BlockSignals const blocked;
       for (std::size_t i = 0; i < workers; ++i) threads.emplace_back(take_turns);
     } catch (std::system_error const&) {  // the system gives no more threads

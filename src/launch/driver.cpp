@@ -63,14 +63,14 @@ std::string version_text(int cuda_version) {
 }  // namespace
 
 void* driver_function(char const* name, int version) {
-  static GetProcAddress const get = find_get_proc_address();  // a throw leaves it to the next call to try again
+  static GetProcAddress const get = find_get_proc_address();  // after a throw the next call tries again
   void* address = nullptr;
   int status = 0;
   return get(name, &address, version, 0, &status) == success ? address : nullptr;
 }
 
 Driver const& driver() {
-  static Driver const d = open_driver();  // a throw leaves it to the next call to try again
+  static Driver const d = open_driver();  // after a throw the next call tries again
   return d;
 }
 

@@ -1,6 +1,6 @@
-// The CUDA driver, opened at run time: nothing links libcuda, so the library loads on any machine.
-// Prototypes are ours; <cuda.h> is included nowhere (its types differ between CUDA 12 and 13, and a
-// machine without a toolkit has none).
+// The CUDA driver, opened at run time: nothing links libcuda, so the library loads on any machine. Its prototypes are
+// declared here and <cuda.h> is not included: its types differ between CUDA 12 and 13, and a machine without a toolkit
+// does not have it.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +36,8 @@ static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56);
 
 inline constexpr Result success = 0;
 
-/// The driver entry points that flashcute uses. Field names are the API's names.
+/// The driver functions that flashcute uses, each with the CUDA version whose ABI is requested. Field names are the
+/// API's names.
 #define FLASHCUTE_DRIVER_FUNCTIONS(F)                                                                                \
   F(cuInit, 2000, (unsigned flags))                                                                                  \
   F(cuDriverGetVersion, 2020, (int* version))                                                                        \
@@ -75,9 +76,9 @@ struct Driver {
 /// driver.
 void* driver_function(char const* name, int version);
 
-/// The initialised driver; opens and initialises it on the first call. Throws DeviceError that says why
-/// there is none. Safe from any thread. CUDA cannot be used
-/// in the child of a process that has used it; a child of one that has not may.
+/// The initialised driver; opens and initialises it on the first call. Throws a DeviceError that says why there is
+/// none. Safe from any thread. CUDA cannot be used in a forked child of a process that has used it; in a child of one
+/// that has not, it can.
 Driver const& driver();
 
 /// Throws DriverError "<what>: CUDA_ERROR_... (explanation)" unless result is success.
@@ -86,7 +87,7 @@ void check_result(Result result, std::string const& what);
 Arch device_arch(int ordinal);
 std::string device_name(int ordinal);
 
-/// What a launch needs to know of a device, read once. Throws DeviceError for an ordinal that does not exist.
+/// Facts about a device that a launch needs, read once. Throws DeviceError for an ordinal that does not exist.
 struct DeviceFacts {
   DeviceHandle handle;
   Context primary_context;  // retained for the life of the process: frameworks share it
@@ -95,11 +96,11 @@ struct DeviceFacts {
 };
 DeviceFacts const& device_facts(int ordinal);
 
-/// Throws DeviceError unless the driver can load images of this CUDA version (13000 for 13.0): an image
-/// loads on drivers of its own major version or later.
+/// Throws DeviceError unless the driver can load images of this CUDA version (13000 for 13.0): an image loads on
+/// drivers of the same major version or a later one.
 void require_driver_for(int image_cuda_version, int driver_cuda_version);
 
-/// Makes the device's primary context current for a scope, and puts back what was there.
+/// Makes a context current for a scope, and restores the previous one.
 class ContextGuard {
  public:
   explicit ContextGuard(Context context);
@@ -111,7 +112,7 @@ class ContextGuard {
   bool pushed_ = false;
 };
 
-/// Lets this thread load modules while some thread captures a CUDA graph.
+/// Lets this thread load kernels while a thread captures a CUDA graph (CU_STREAM_CAPTURE_MODE_RELAXED).
 class RelaxedCapture {
  public:
   RelaxedCapture();

@@ -31,7 +31,7 @@ int64_t smem_bytes(ForwardKernelId const& kernel) { return smem_bytes(kernel.con
 int32_t blocks_per_cluster(ForwardKernelId const& kernel) { return kernel.config.cluster; }
 int32_t blocks_per_cluster(BackwardKernelId const&) { return 1; }
 
-/// A kernel, by its id, on a device. Launches compare ids: to spell a name costs more than to find its kernel.
+/// A kernel on a device. Launches look kernels up by id: building a name costs more than the lookup.
 template <class KernelId>
 struct Key {
   KernelId kernel;
@@ -50,8 +50,8 @@ struct KeyHash {
 template <class KernelId>
 struct Launch {
   KernelId kernel;
-  int64_t blocks;               // as many as a grid holds, or none
-  Function function = nullptr;  // once KernelCache has prepared it
+  int64_t blocks;               // thread blocks of the grid
+  Function function = nullptr;  // set by KernelCache::get
 
   /// `params` is the kernel's only parameter.
   template <class Params>
@@ -80,26 +80,26 @@ struct Launch {
   }
 };
 
-/// A kernel being prepared for one device: one thread works, others that want it wait on the slot, so that a
-/// compilation does not hold up launches of other kernels.
+/// A kernel being prepared for one device. One thread works; others that want the kernel wait for its mutex, so that a
+/// compilation does not block launches of other kernels.
 struct Slot {
   std::mutex mutex;
   Function function = nullptr;
 };
 
-/// Loads the image of a kernel, and leaves nothing for the first launch.
+/// Loads the image of a kernel completely, so that the first launch has nothing left to load.
 template <class KernelId>
 Function load(KernelId const& id, Image const& image, DeviceFacts const& device) {
   int64_t const shared_bytes = smem_bytes(id);
   Name const entry = name(id);
   require_driver_for(image.cuda_version, driver().version);
 
-  // Loading synchronises, which a stream capture under way elsewhere in the process would forbid.
+  // Loading synchronises, which a stream capture in another thread would forbid.
   RelaxedCapture const relaxed;
   ContextGuard const guard(device.primary_context);
   Library library = nullptr;
-  // The driver makes a copy of the image, unless it is told that the bytes stay. Those of an ahead-of-time image do;
-  // those that were read or compiled are freed here, so that each image is in memory once.
+  // The driver copies the image unless it is told that the bytes stay valid. Those of an ahead-of-time image do; those
+  // that were read or compiled are freed afterwards. So each image is in memory once.
   int option = option_binary_is_preserved;
   void* value = reinterpret_cast<void*>(std::uintptr_t{1});
   unsigned const options = image.storage.empty() ? 1 : 0;
@@ -112,19 +112,19 @@ Function load(KernelId const& id, Image const& image, DeviceFacts const& device)
                                              device.handle),
                std::string("cuKernelSetAttribute(") + entry.text + ", " + std::to_string(shared_bytes) +
                    " bytes of shared memory)");
-  // Under lazy loading the first launch would load, and synchronise: do it now.
+  // With lazy loading the first launch would load, and synchronise; this loads now.
   Function function = nullptr;
   check_result(driver().cuKernelGetFunction(&function, kernel), std::string("cuKernelGetFunction(") + entry.text + ")");
   return function;
 }
 
-/// The prepared kernels of one type of id: it has a `config`, `features`, smem_bytes, num_threads, blocks_per_cluster
-/// and a name, and is one of AnyKernelId.
+/// The prepared kernels of one type of id, which must have a `config`, `features`, smem_bytes, num_threads,
+/// blocks_per_cluster and a name, and be one of AnyKernelId.
 template <class KernelId>
 class KernelCache {
  public:
-  /// Sets the `function` of each launch. Kernels that are not prepared yet are compiled at the same time, as far as
-  /// they have to be, and then those that will be needed next as well: these go to the disk cache.
+  /// Sets the `function` of each launch. Kernels that are not prepared yet are compiled if necessary, at the same time.
+  /// If any is compiled, so are the kernels of `needed_next`, which only go to the disk cache.
   void get(std::span<Launch<KernelId>> wanted, int device,
            std::function<std::vector<BackwardKernelId>()> const& needed_next = {}) {
     if (find(wanted, device)) return;
@@ -138,7 +138,7 @@ class KernelCache {
         slots.push_back(place);
       }
     }
-    // In the order of their addresses, so that no two threads wait for each other's.
+    // Locked in the order of their addresses, so that two threads cannot deadlock.
     std::set<std::shared_ptr<Slot>> const ordered(slots.begin(), slots.end());
     std::vector<std::unique_lock<std::mutex>> locks;
     for (auto const& slot : ordered) locks.emplace_back(slot->mutex);
@@ -157,7 +157,7 @@ class KernelCache {
         if (is_compiled(kernel)) missing.emplace_back(kernel);
       }
     }
-    // A throw leaves the slots for the next call to try again.
+    // After a throw the slots are empty, and the next call tries again.
     std::vector<Image> const images = find_images(missing, facts.arch);
     for (std::size_t i = 0; i < places.size(); ++i) {
       auto const& kernel = std::get<KernelId>(missing[i]);
@@ -169,7 +169,7 @@ class KernelCache {
   }
 
  private:
-  /// False if one is not prepared.
+  /// Looks all launches up; false if a kernel is not prepared.
   bool find(std::span<Launch<KernelId>> wanted, int device) {
     std::shared_lock const lock(mutex_);
     return std::all_of(wanted.begin(), wanted.end(), [&](Launch<KernelId>& launch) {

@@ -1,5 +1,4 @@
-// From a kernel's identity to a launch: finds or makes the image, loads and prepares it once per kernel and
-// device, launches.
+// Launches kernels by their ids: finds or makes the image, and loads and prepares it once per kernel and device.
 #pragma once
 
 #include <functional>
@@ -10,16 +9,16 @@
 
 namespace flashcute {
 
-/// Launches on `stream` of the device: not more thread blocks than a grid holds (require_grid). Throws DriverError if
-/// the driver refuses. If the kernel has to be compiled, those that `needed_next` returns are compiled at the same
-/// time.
+/// Launches the kernel on `stream` of the device. The plan has checked that a grid can hold the thread blocks
+/// (require_grid). Throws DriverError if the driver reports an error. If the kernel has to be compiled, the kernels
+/// that `needed_next` returns are compiled at the same time.
 void launch(ForwardKernelId const& kernel, ForwardParams const& params, int device, void* stream,
             std::function<std::vector<BackwardKernelId>()> const& needed_next = {});
 
 /// The kernels of the passes, in order.
 std::vector<BackwardKernelId> kernels_of(BackwardConfig const& config, Features const& features);
 
-/// The same of all passes, in order. Nothing is launched before the kernels of all are ready.
+/// Launches all passes, in order; nothing is launched before the kernels of all are ready.
 void launch(BackwardConfig const& config, Features const& features, BackwardParams const& params, int device,
             void* stream);
 

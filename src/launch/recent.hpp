@@ -1,4 +1,4 @@
-// A small memory of what was computed last.
+// A small LRU cache.
 #pragma once
 
 #include <algorithm>
@@ -9,11 +9,12 @@
 
 namespace flashcute {
 
-/// Values by their keys, at most `most` of them: the one that was not asked for longest makes room. For one thread.
+/// At most `most` values by their keys; the least recently used one is replaced. Not thread-safe.
 template <class Key, class Value, std::size_t most>
 class Recent {
  public:
-  /// The key's value, made by `make()` if it is not here. It stays in place until it is forgotten.
+  /// The value of the key, made by `make()` if it is not in the cache. The reference is valid until the value is
+  /// replaced.
   template <class Make>
   Value const& get(Key const& key, Make const& make) {
     ++now_;

@@ -23,7 +23,8 @@ struct Tensor {
 
 TensorMap encode(DType dtype, Tensor const& t) {
   auto const bytes = static_cast<std::uint64_t>(size_of(dtype));
-  // A dimension of size 1 may have any stride, one of size 0 is never read: the engine wants neither.
+  // cuTensorMapEncodeTiled rejects a size of 0, which is never read, and some strides of a dimension of size 1, which
+  // may have any.
   auto const size = [](int64_t n) { return static_cast<std::uint64_t>(std::max<int64_t>(n, 1)); };
   auto const stride = [&](int64_t n, int64_t elements) {
     return n > 1 ? static_cast<std::uint64_t>(elements) * bytes : box_row_bytes;
@@ -37,7 +38,7 @@ TensorMap encode(DType dtype, Tensor const& t) {
   Result const result = driver().cuTensorMapEncodeTiled(
       &map, dtype == DType::float16 ? map_float16 : map_bfloat16, 4, const_cast<void*>(t.data), sizes, strides, box,
       dense, interleave_none, swizzle_128_bytes, promote_to_256_bytes, fill_with_zeros);
-  // Every call comes through here: it spells no message that nobody reads.
+  // Runs in every call, so the text is only built for an error.
   if (result != success) check_result(result, std::string("cuTensorMapEncodeTiled(") + t.name + ")");
   return map;
 }

@@ -1,4 +1,4 @@
-// Tensors as Hopper's copy engine sees them.
+// Encodes the tensor maps through which Hopper's kernel reads tensors by TMA.
 #pragma once
 
 #include "flashcute/api.hpp"
@@ -6,8 +6,8 @@
 
 namespace flashcute {
 
-/// Sets the maps of a launch of the Hopper forward, of the tensors in its other parameters. Throws DriverError, with
-/// the tensor's name, if the driver refuses one.
+/// Sets the maps of a launch of Hopper's forward from its other parameters. Throws DriverError, with the tensor's name,
+/// if the driver rejects one.
 void set_tensor_maps(ForwardConfig const& config, Sm90ForwardParams& params);
 
 }  // namespace flashcute

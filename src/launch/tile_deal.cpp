@@ -12,7 +12,7 @@
 namespace flashcute {
 namespace {
 
-/// All that a deal depends on.
+/// The cache key of a deal: everything that it depends on.
 struct Sizes {
   int32_t tile_rows, block_n, blocks;
   SectionRounds section_rounds;
@@ -22,7 +22,8 @@ struct Sizes {
   bool operator==(Sizes const&) const = default;
 };
 
-/// What a tile costs besides its blocks of keys: half of one. In halves, so that all costs are whole.
+/// The cost of a tile: its blocks of keys, and half a block for the rest. Counted in half blocks, so that it is an
+/// integer.
 template <MaskKind mask>
 int64_t cost(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {
   auto const range = Mask<mask>::kv_range(tile, p, block_n);
@@ -31,8 +32,8 @@ int64_t cost(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {
 
 template <MaskKind mask>
 TileDeal deal_by_load(Sizes const& s, ForwardParams const& p) {
-  // Of all rounds, which may be millions, only the last matter: those of the table, and those before that may still be
-  // felt. Round i is at i % kept.
+  // There may be millions of rounds; only the last ones matter: those of the table, and those before it whose load is
+  // still uneven. Round i is at i % kept.
   constexpr int32_t kept = 4 * TileDeal::rounds;
   std::array<TileRound, kept> last;
   int32_t count = 0;
@@ -79,8 +80,8 @@ int32_t persistent_clusters(ForwardConfig const& config, int64_t tiles, int32_t 
 }
 
 TileDeal const& deal_tiles(ForwardKernelId const& kernel, ForwardParams const& p, int32_t blocks) {
-  // Tiles that all cost the same need no more than the rounds' own order, nor does a single round: nobody has anything
-  // to do before it.
+  // If all tiles cost the same, the regular order of the rounds is good enough, and so it is for a single round, before
+  // which all blocks have the same load.
   static TileDeal const in_order{.first_round = std::numeric_limits<int32_t>::max(), .turns = {}};
   ForwardConfig const& c = kernel.config;
   SectionRounds const section = section_rounds(kernel);
@@ -88,7 +89,7 @@ TileDeal const& deal_tiles(ForwardKernelId const& kernel, ForwardParams const& p
   Sizes const sizes{tile_rows(c), c.block_n,  blocks,     section,         kernel.features, p.batch,
                     p.heads,      p.seqlen_q, p.seqlen_k, p.causal_offset, p.window_offset};
   // The layers of a model call with the same few sizes again and again: those of self and cross attention, of an
-  // encoder and a decoder. To deal takes as long as the rest of a call.
+  // encoder and a decoder. Computing a deal takes as long as the rest of a call.
   thread_local Recent<Sizes, TileDeal, remembered_deals> deals;
   return deals.get(sizes, [&] {
     return with_constant(kernel.features.mask, [&]<MaskKind mask>() { return deal_by_load<mask>(sizes, p); });

@@ -24,7 +24,7 @@ void require_length(char const* argument, char const* what, int64_t value) {
 }
 
 double checked_scale(std::optional<double> scale, int64_t d) {
-  cpu::DefaultFloatMode const mode;  // else the default would depend on how the caller's thread rounds
+  cpu::DefaultFloatMode const mode;  // otherwise the default would depend on the rounding mode of the caller's thread
   if (!scale) return d > 0 ? 1.0 / std::sqrt(static_cast<double>(d)) : 1.0;
   if (!std::isfinite(*scale) || *scale < 0) {
     throw ArgumentError("scale", "a finite number >= 0", std::to_string(*scale));

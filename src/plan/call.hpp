@@ -1,4 +1,4 @@
-// A call that was checked: from here on nobody looks at q, k, v or the options again to find out what they mean.
+// A checked call: all later code reads this, and not the arguments q, k, v and options again.
 #pragma once
 
 #include <span>
@@ -29,7 +29,7 @@ struct Call {
   bool on_gpu() const { return device.type == DeviceType::cuda; }
 };
 
-/// Checks q, k, v and the options against each other. Throws ArgumentError. Each tensor is described here, once a call.
+/// Checks q, k, v and the options against each other. Throws ArgumentError, or DeviceError if their GPU cannot be used.
 Call checked_call(TensorView const& q, TensorView const& k, TensorView const& v, CallOptions const& options);
 
 /// Throws UnsupportedError, which says what to use instead, if no configuration can serve a dtype on `arch`;
@@ -38,7 +38,8 @@ void require_kernel(DType dtype, Arch arch, std::string const& whose);
 
 inline void require_kernel(Call const& call) { require_kernel(call.dtype, call.arch, "q: "); }
 
-/// A configuration's dtype must be the tensors', and its compiled head dims must hold theirs.
+/// Throws ConfigError unless the configuration's dtype is that of the tensors and its compiled head dims are large
+/// enough.
 template <class Config>
 void require_fits(Config const& config, Call const& call) {
   if (config.dtype != call.dtype) {

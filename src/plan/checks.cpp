@@ -26,9 +26,9 @@ std::string text_of(std::array<int64_t, 4> const& numbers, int count) {
   return text + (count > 4 ? ", ...)" : ")");
 }
 
-/// Whether a tensor of rank 4 has no element: its strides then mean nothing. Throws if it has more elements, or they
-/// lie further apart, than 64-bit numbers of bytes can tell: whatever is computed from sizes and strides later is a
-/// number.
+/// Whether a tensor of rank 4 has no element: its strides are then meaningless. Throws if the number of its elements,
+/// or the distance of any two in bytes, exceeds 64 bits, so that later arithmetic with sizes and strides cannot
+/// overflow.
 bool is_empty(char const* argument, TensorView const& t) {
   if (std::find(t.shape.begin(), t.shape.end(), 0) != t.shape.end()) return true;
   constexpr int64_t limit = std::numeric_limits<int64_t>::max() / 8;  // elements have at most 8 bytes
@@ -53,7 +53,7 @@ bool is_empty(char const* argument, TensorView const& t) {
 
 std::string capability_text(Arch arch) { return std::to_string(arch / 10) + "." + std::to_string(arch % 10); }
 
-/// Why nothing larger than `bytes` at a time can be copied from or to a tensor; "" if `bytes` can.
+/// Why `bytes` at a time cannot be copied from or to a tensor; "" if they can.
 std::string alignment_problem(Operand const& tensor, int32_t bytes) {
   Named const& n = tensor.dims;
   if (n.batch == 0 || n.row == 0 || n.head == 0 || n.d == 0) return "";
@@ -93,7 +93,7 @@ Operand operand(char const* name, TensorView const& t, Layout layout) {
   if (t.data == nullptr && !empty) {
     throw ArgumentError(name, "a tensor with memory", "one without (a fake or wrapper tensor)");
   }
-  // A dimension of size 1 is never stepped over: its stride may be anything, so it is made harmless.
+  // A dimension of size 1 is never stepped over: its stride may be anything, so it is set to 0.
   auto const stride = [&](int i) { return t.shape[i] > 1 && !empty ? t.strides[i] : 0; };
   return {name, &t, {t.shape[0], t.shape[row], t.shape[head], t.shape[3], {stride(0), stride(row), stride(head)}}};
 }

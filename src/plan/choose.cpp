@@ -9,14 +9,14 @@
 namespace flashcute {
 namespace {
 
-/// What the choice depends on, and may do without.
+/// What a default configuration depends on, to be reduced by concessions.
 struct Wishes {
   ForwardTensors tensors;
   int32_t multiprocessors;
 };
 
-/// What can be given up without changing what a call computes, one after the other: Hopper's kernel, for the sm80 one;
-/// one product of TF32, which is allowed and not demanded, for three; a tile for small grids, for the usual one.
+/// What can be given up, one after the other, within what the call allows: Hopper's kernel, for the sm80 one; one
+/// product of TF32, which is allowed and not demanded, for three; a tile for small grids, for the usual one.
 constexpr void (*concessions[])(Wishes&) = {
     [](Wishes& wishes) { wishes.tensors.allow_sm90 = false; },
     [](Wishes& wishes) { wishes.tensors.allow_tf32 = false; },
@@ -45,7 +45,7 @@ ForwardConfig choose_config(ForwardTensors const& tensors, Features const& featu
   };
   Wishes const wishes{tensors, facts.multiprocessors};
   ForwardConfig const fastest = default_forward_config(tensors, facts.arch, facts.multiprocessors);
-  // Neither waits for a compiler.
+  // The disk cache and the library need no compiler.
   if (source_of(fastest) >= ImageSource::disk_cache) return fastest;
 
   std::vector<ForwardConfig> const all = candidates(wishes, facts.arch);

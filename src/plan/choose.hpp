@@ -1,6 +1,6 @@
-// The configuration of a call that brings none: the fastest of those whose image is at hand, so that a first call does
-// not wait for a compiler; if there is none, the fastest of those whose image can be compiled. FLASHCUTE_JIT=fastest
-// compiles the fastest of all.
+// Chooses the configuration of a call that gives none: the fastest of those whose image exists already, so that a first
+// call does not wait for a compiler; if there is none, the fastest of those that can be compiled. With
+// FLASHCUTE_JIT=fastest, the fastest that exists or can be compiled.
 #pragma once
 
 #include <string>
@@ -15,11 +15,12 @@ namespace flashcute {
 struct GivenUp {
   ForwardConfig config;
   bool can_be_compiled;
-  std::string why;  // there is no image at hand
+  std::string why;  // the reason why it has no image yet
 };
 
-/// For tensors on the CPU, or on a GPU. If no configuration that serves the call can have an image, it is the default
-/// one, whose launch says what is missing. `given_up`, if not null, becomes what would be faster, the fastest first.
+/// For tensors on `device`, CPU or GPU. If no configuration that serves the call can have an image, returns the default
+/// one, whose launch reports what is missing. `given_up`, if not null, receives the faster configurations, the fastest
+/// first.
 ForwardConfig choose_config(ForwardTensors const& tensors, Features const& features, Device device,
                             std::vector<GivenUp>* given_up = nullptr);
 

@@ -29,7 +29,7 @@ std::string why_not(BackwardConfig const& other, Call const& call) {
   });
 }
 
-/// What would be faster, or is missing, on a GPU.
+/// Adds what would be faster on a GPU and why it was not taken.
 void explain_wishes(BackwardConfig const& chosen, Call const& call, std::string const& misaligned,
                     BackwardExplanation& e) {
   if (call.arch == 90) e.rejected.emplace_back("sm90", "Hopper's kernel computes no gradients");
@@ -40,7 +40,7 @@ void explain_wishes(BackwardConfig const& chosen, Call const& call, std::string 
   }
 }
 
-/// The kernels of all passes, and a note if a first call waits for a compiler.
+/// Adds the kernels of all passes, and a note if a first call waits for a compiler.
 void explain_images(BackwardConfig const& chosen, Call const& call, BackwardExplanation& e) {
   std::size_t compiled = 0;
   for (BackwardKernelId const& kernel : kernels_of(chosen, features_of(call))) {

@@ -1,4 +1,4 @@
-// What `explain` says of gradients.
+// The part of `explain` about gradients.
 #pragma once
 
 #include "flashcute/api.hpp"
@@ -6,8 +6,8 @@
 
 namespace flashcute {
 
-/// How `backward` without a configuration computes the gradients of a call, as far as it is known before: dout and the
-/// gradients may be less aligned than q, k, v and `out`, which may be null.
+/// How `backward` without a configuration computes the gradients of a call, as far as q, k, v and `out` (which may be
+/// null) determine it: dout and the gradients may be less aligned.
 BackwardExplanation explain_backward(Call const& call, TensorView const* out);
 
 }  // namespace flashcute

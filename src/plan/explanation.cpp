@@ -37,7 +37,7 @@ std::string tile_text(Config const& chosen) {
          " keys are the default for head dimensions up to " + std::to_string(chosen.head_dim);
 }
 
-/// Of tensors with head dimension d.
+/// How tensors with head dimension d are padded and copied.
 template <class Config>
 std::string padding_and_copies(Config const& chosen, int32_t d) {
   std::string text;
@@ -77,7 +77,7 @@ std::string why_this_tile(BackwardConfig const& chosen, Call const& call) {
   BackwardTensors const with_room{
       .dtype = chosen.dtype, .head_dim = d, .head_dim_v = d, .deterministic = chosen.deterministic};
   std::string text = tile_text(chosen);
-  // Of compute capability 9.0: no GPU has more.
+  // Compute capability 9.0: no GPU has more shared memory.
   if (BackwardConfig const larger = default_backward_config(with_room, 90);
       larger.block_m > chosen.block_m || larger.block_n > chosen.block_n) {
     text += " where a thread block has no more than " + std::to_string(max_smem_bytes(call.arch)) +
@@ -112,7 +112,7 @@ std::vector<Rejected> by_reason(std::vector<std::pair<std::string, std::string>>
   return groups;
 }
 
-// The parts that both kinds of explanations have.
+// The parts that forward's and backward's explanations share.
 
 std::string reasons_text(std::vector<std::string> const& reasons) {
   std::string text;
@@ -121,7 +121,7 @@ std::string reasons_text(std::vector<std::string> const& reasons) {
   return text;
 }
 
-/// Kernels, if they are several, and their images: one line if they have the same origin.
+/// The kernels, if there are several, and their images: in one line if all have the same origin.
 std::string kernels_text(std::vector<std::pair<std::string, std::string>> const& kernels) {
   std::string text;
   char const* label = "\n  kernels ";

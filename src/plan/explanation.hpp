@@ -1,4 +1,4 @@
-// Why a call runs what it runs, in sentences.
+// The reasons of `explain`, in sentences: why a call runs this backend and configuration.
 #pragma once
 
 #include <string>
@@ -11,7 +11,7 @@
 
 namespace flashcute {
 
-/// Why `chosen` runs a call of these tensors on `device`, of architecture `arch`. `given`: the caller named it.
+/// Why `chosen` runs a call of these tensors on `device`, of architecture `arch`. `given`: the caller chose it.
 std::vector<std::string> reasons_for(ForwardConfig const& chosen, bool given, ForwardTensors const& tensors,
                                      Device device, Arch arch);
 
@@ -21,8 +21,9 @@ std::vector<std::string> reasons_for(BackwardConfig const& chosen, Call const& c
 /// "the tensors are on cuda:0"
 std::string where_tensors_are(Device device);
 
-/// Why a call does not run `other`, in words that all configurations with this reason share: the first rule that it
-/// breaks, or why it cannot serve the tensors. Otherwise what `plan` returns, which throws in the second case.
+/// Why a call does not run `other`, in words without the values of this configuration, so that several can share them:
+/// the first rule that it breaks, or the exception with which `plan()` refuses the tensors; otherwise what `plan()`
+/// returns.
 template <class Config, class Plan>
 std::string why_not(Config const& other, Call const& call, Plan const& plan) {
   try {
@@ -32,7 +33,7 @@ std::string why_not(Config const& other, Call const& call, Plan const& plan) {
     return plan();
   } catch (ConfigError const& error) {
     std::string_view const message = error.what();
-    constexpr std::string_view argument = "cfg: ";  // which nobody passed
+    constexpr std::string_view argument = "cfg: ";  // the user passed none
     return std::string(message.substr(message.starts_with(argument) ? argument.size() : 0));
   } catch (Error const& error) {
     return error.what();

@@ -12,18 +12,18 @@
 namespace flashcute {
 namespace {
 
-/// A dimension that is stepped over.
+/// A dimension of size above 1.
 struct Step {
   int64_t distance, size;
   std::size_t dimension;
 };
 
-/// Dimensions that a view can hold, whatever its rank says.
+/// The number of dimensions, at most the 4 that a view can hold.
 std::size_t dimensions_of(TensorView const& t) { return static_cast<std::size_t>(std::clamp(t.rank, 0, 4)); }
 
 int64_t length(int64_t stride) { return std::abs(std::max(stride, -std::numeric_limits<int64_t>::max())); }
 
-/// All of them, the largest distance first; none of an empty tensor.
+/// The dimensions of size above 1, the largest distance first; none of an empty tensor.
 std::vector<Step> steps_of(TensorView const& t) {
   std::vector<Step> steps;
   for (std::size_t i = 0; i < dimensions_of(t); ++i) {
@@ -34,13 +34,13 @@ std::vector<Step> steps_of(TensorView const& t) {
   return steps;
 }
 
-/// Counts of steps that lead from an element of one tensor to an element of the other, along one dimension.
+/// Along one dimension: the counts of steps that can lead from an element of one tensor to an element of the other.
 struct Walk {
   int64_t distance, fewest, most;
 };
 
-/// Whether counts of steps within their limits add up to `distance`. Walks come from the largest distance to the
-/// smallest, and each steps over all that the smaller ones reach, so only the nearest counts can succeed.
+/// Whether counts of steps within their limits add up to `distance`. Walks are ordered from the largest distance to the
+/// smallest, and each distance is larger than all that the smaller ones reach, so only the nearest counts can succeed.
 bool can_reach(int64_t distance, std::span<Walk const> walks) {
   if (walks.empty()) return distance == 0;
   Walk const& walk = walks.front();
@@ -54,12 +54,12 @@ bool can_reach(int64_t distance, std::span<Walk const> walks) {
 
 int64_t address(TensorView const& t) { return static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(t.data)); }
 
-/// Addresses of a tensor's first byte in memory, and behind its last.
+/// The address of a tensor's first byte in memory, and that after its last byte.
 struct Extent {
   int64_t low, high;
 };
 
-/// Nothing between them for an empty tensor. None at all if the addresses do not fit 64 bits.
+/// Empty for an empty tensor; nothing if the addresses do not fit 64 bits.
 std::optional<Extent> extent(TensorView const& t) {
   int64_t const start = address(t);
   Extent e{start, start};
@@ -80,11 +80,11 @@ std::optional<Extent> extent(TensorView const& t) {
 
 std::optional<std::size_t> overlapping_dimension(TensorView const& t) {
   std::vector<Step> const steps = steps_of(t);
-  int64_t reach = 0;  // of the smaller dimensions, over which the next must step
+  int64_t reach = 0;  // of the smaller dimensions, which the next distance must exceed
   for (auto step = steps.rbegin(); step != steps.rend(); ++step) {
     if (step->distance <= reach) return step->dimension;
     int64_t own = 0;
-    // No distance is larger than the largest number: what the sum would be beyond it does not matter.
+    // No distance exceeds the largest number, so the sum may stop there.
     if (__builtin_mul_overflow(step->size - 1, step->distance, &own) || __builtin_add_overflow(reach, own, &reach)) {
       reach = std::numeric_limits<int64_t>::max();
     }
@@ -94,7 +94,7 @@ std::optional<std::size_t> overlapping_dimension(TensorView const& t) {
 
 bool may_share_an_element(TensorView const& a, TensorView const& b) {
   auto const in_a = extent(a), in_b = extent(b);
-  if (!in_a || !in_b) return true;  // as far as can be told
+  if (!in_a || !in_b) return true;  // assumed
   if (in_a->low == in_a->high || in_b->low == in_b->high) return false;
   if (in_a->high <= in_b->low || in_b->high <= in_a->low) return false;
   int64_t distance = 0;

@@ -7,12 +7,12 @@
 
 namespace flashcute {
 
-/// A dimension along which the tensor steps onto elements of its own, if there is one.
+/// A dimension along which elements of the tensor may share an address, if there is one.
 std::optional<std::size_t> overlapping_dimension(TensorView const& t);
 
-/// Whether two tensors of one dtype share an element. Exact for tensors of equal strides, such as the parts of a
-/// packed QKV, which interleave and share nothing; of others whose memory ranges intersect it is assumed. Neither
-/// tensor overlaps itself.
+/// Whether two tensors of one dtype share an element. Exact for tensors of equal strides, such as the parts of a packed
+/// QKV, which interleave without overlap; other tensors are assumed to share one if their memory ranges intersect.
+/// Neither tensor may overlap itself.
 bool may_share_an_element(TensorView const& a, TensorView const& b);
 
 }  // namespace flashcute

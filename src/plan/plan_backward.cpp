@@ -15,7 +15,7 @@
 namespace flashcute {
 namespace {
 
-/// A gradient to write: shaped like its input, in memory of its own.
+/// Checks a gradient: writable, shaped like its input, without overlap in itself.
 Operand checked_gradient(char const* name, TensorView const& gradient, Operand const& input, Layout layout) {
   require_writable(name, gradient);
   Operand const checked = operand(name, gradient, layout);
@@ -26,8 +26,8 @@ Operand checked_gradient(char const* name, TensorView const& gradient, Operand c
   return checked;
 }
 
-/// Chooses the configuration of every call that gives none, and so the size of its workspace. Throws UnsupportedError
-/// if there is none.
+/// The default configuration; chooses for every call that gives none, and so determines the size of its workspace.
+/// Throws UnsupportedError if there is none.
 BackwardConfig default_config_of(BackwardTensors const& t, Arch arch, std::string const& whose) {
   BackwardConfig const config = default_backward_config(t, arch);
   if (arch != cpu_arch && blocks_that_fit(config, arch) == 0) {
@@ -40,13 +40,14 @@ BackwardConfig default_config_of(BackwardTensors const& t, Arch arch, std::strin
   return config;
 }
 
-/// How large the workspace of a call on a GPU must be, whose tiles of query rows one launch can compute.
+/// The size of the workspace of a call on a GPU. Throws UnsupportedError if a launch cannot have all tiles of query
+/// rows.
 BackwardWorkspace checked_workspace_of(BackwardConfig const& config, Named const& q) {
   require_grid(q.all_heads() * ceil_div<int64_t>(q.row, config.block_m), "q: batch * heads * ceil(seqlen_q / block_m)");
   return workspace_of(config, q.all_heads(), q.row);
 }
 
-/// The workspace of a call on a GPU, in memory of its own: where it begins; null if none is needed.
+/// Checks the workspace of a call on a GPU and returns its address; null if none is needed.
 float* checked_workspace(TensorView const* workspace, int64_t elements, Device device,
                          std::span<Argument const> others) {
   if (elements == 0) return nullptr;
@@ -158,7 +159,7 @@ int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, Ten
   require_head_dim("v", nv.d);
   if (arch == cpu_arch) return 0;
   if (config) check_config(*config, arch);
-  // Without k and the gradients their alignment is not known. It says how a tile is copied, and never which one.
+  // The alignment of k and of the gradients is not known here. It affects how a tile is copied, but not its size.
   BackwardTensors const t{.dtype = dtype,
                           .head_dim = static_cast<int32_t>(nq.d),
                           .head_dim_v = static_cast<int32_t>(nv.d),

@@ -1,4 +1,4 @@
-// plan.hpp for the backward.
+// From a checked call of the backward to its launches, as plan_forward.hpp for the forward.
 #pragma once
 
 #include <optional>
@@ -27,21 +27,20 @@ struct BackwardTensorViews {
   TensorView const& dq;
   TensorView const& dk;
   TensorView const& dv;
-  TensorView const* workspace;  // not looked at on the CPU
+  TensorView const* workspace;  // ignored on the CPU
 };
 
-/// Checks all tensors of `backward` against each other, the configuration, or the default one, and the backend. Throws
-/// ArgumentError, ConfigError, UnsupportedError or DeviceError.
+/// Checks the tensors of `backward`, the configuration, or the default one, and the backend. Throws ArgumentError,
+/// ConfigError, UnsupportedError or DeviceError.
 BackwardPlan plan_backward(std::optional<BackwardConfig> const& config, Call const& call,
                            BackwardTensorViews const& tensors);
 
-/// The configuration of a call that gives none. `copied`: q, k, v, and what is known of the other tensors that the
-/// kernels copy: out, dout, dq, dk and dv. `misaligned` as in common_alignment.
+/// The configuration of a call that gives none. `copied`: q, k, v, and those of the other tensors that kernels copy
+/// (out, dout, dq, dk and dv) that are known. `misaligned` as in common_alignment.
 BackwardConfig choose_backward_config(Call const& call, std::span<Operand const> copied,
                                       std::string* misaligned = nullptr);
 
-/// How large the workspace of a call on a GPU must be. Throws UnsupportedError if a launch cannot compute all its
-/// tiles.
+/// The size of the workspace of a call on a GPU. Throws UnsupportedError if a launch cannot have all its tiles.
 BackwardWorkspace checked_workspace_of(BackwardConfig const& config, Call const& call);
 
 }  // namespace flashcute

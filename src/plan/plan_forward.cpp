@@ -11,7 +11,7 @@
 namespace flashcute {
 namespace {
 
-/// `out` as its operand.
+/// Checks `out`, and returns it with its dimensions.
 Operand checked_out(TensorView const& out, Call const& call) {
   require_same_type("out", out, *call.q.view);
   require_writable("out", out);
@@ -56,7 +56,7 @@ ForwardPlan plan_forward(ForwardConfig const& config, Call const& call, ForwardO
     p.out = out.view->data;
     p.out_stride = out.dims.stride;
   }
-  /// A contiguous result beside `out`, in memory of its own.
+  /// Checks a contiguous output other than `out`.
   auto const require_result = [&](char const* argument, TensorView const& t, ElementType dtype,
                                   std::vector<int64_t> const& shape, char const* dimensions) {
     require_writable(argument, t);

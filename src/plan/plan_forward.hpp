@@ -1,4 +1,4 @@
-// From a checked call to a launch, or to the exception that says why not.
+// From a checked call of the forward to its launch, or to the exception that says why there is none.
 #pragma once
 
 #include "flashcute/api.hpp"
@@ -8,7 +8,7 @@
 
 namespace flashcute {
 
-/// What a forward call writes; null: not asked for, or not there yet.
+/// The outputs of a forward call; null: not requested, or not allocated yet.
 struct ForwardOutputs {
   TensorView const* out = nullptr;
   TensorView const* lse = nullptr;
@@ -25,11 +25,11 @@ struct ForwardPlan {
 /// UnsupportedError or DeviceError.
 ForwardPlan plan_forward(ForwardConfig const& config, Call const& call, ForwardOutputs const& outputs);
 
-/// What the default configuration of a call depends on. `misaligned`, if given, becomes the reason why fewer
-/// than 16 bytes can be copied at once, if so.
+/// What the default configuration of a call depends on. `misaligned`, if given, receives the reason why fewer than 16
+/// bytes can be copied at once, or why TMA cannot read the tensors.
 ForwardTensors forward_tensors(Call const& call, TensorView const* out, std::string* misaligned = nullptr);
 
-/// What a call computes, as far as it changes the code.
+/// The features of a call.
 Features features_of(Call const& call, bool count_blocks = false);
 
 }  // namespace flashcute

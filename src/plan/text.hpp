@@ -18,9 +18,9 @@ std::string python_text(Enum value) {
 }
 
 /// "dtype='bfloat16', head_dim=128, block_m=128, block_n=64, stages=2": the keywords that Python needs to make an equal
-/// configuration. The first four are always there; head_dim_v is if it is not head_dim, and each other option if it has
-/// not its default value, or if `sentence` names it. With `gpu_options` false these others are left out, as the CPU
-/// ignores them, but for those that `sentence` names.
+/// configuration. The first four are always there; head_dim_v if it differs from head_dim; each other option if its
+/// value is not the default, or if `sentence` names it. With `gpu_options` false, only those of the others that
+/// `sentence` names, because the CPU ignores them.
 template <class Config>
 std::string options_text(Config const& config, bool gpu_options = true, std::string_view sentence = {}) {
   std::string text;
@@ -35,7 +35,8 @@ std::string options_text(Config const& config, bool gpu_options = true, std::str
   return text;
 }
 
-/// "swizzled, blocks_per_sm": the options that the configuration's kernel does not read and that were set.
+/// "swizzled, blocks_per_sm": the options that the configuration's kernel does not read but that are not at their
+/// defaults.
 template <class Config>
 std::string options_of_other_kernels(Config const& config) {
   std::string names;

@@ -12,11 +12,11 @@ struct Cgroup {
   bool v2;
 };
 
-/// The groups whose limits of `controller` ("cpu", "memory") hold for the calling process: its own and those above, as
-/// far as they are mounted. `root` stands for "/".
+/// The groups whose limits of `controller` ("cpu", "memory") apply to the calling process: its own and their ancestors,
+/// as far as they are mounted. `root` stands for "/".
 std::vector<Cgroup> cgroups(std::filesystem::path const& root, std::string const& controller);
 
-/// The first line of a file, without spaces at its begin; "" if there is none.
+/// The first line of a file, without leading spaces; "" if there is none.
 std::string first_line(std::filesystem::path const& file);
 
 /// The text between separators.

@@ -21,7 +21,7 @@ namespace {
 
 thread_local EnvironmentSnapshot const* snapshot = nullptr;
 
-// Of other programs, but for these flashcute looks too.
+// Variables of other programs that flashcute reads too.
 constexpr std::string_view foreign[] = {"HOME",          "XDG_CACHE_HOME", "CUDA_HOME",         "CUDA_PATH",
                                         "OMP_PROC_BIND", "OMP_PLACES",     "GOMP_CPU_AFFINITY", "KMP_AFFINITY"};
 
@@ -79,7 +79,7 @@ std::filesystem::path home_folder() {
 }  // namespace
 
 EnvironmentSnapshot::EnvironmentSnapshot() : outer_{snapshot} {
-  if (outer_ != nullptr) return;  // which is as good, and the environment may be changing
+  if (outer_ != nullptr) return;  // reads go to the outer one; the environment may be changing
   for (char const* const* entry = environ; entry != nullptr && *entry != nullptr; ++entry) {
     std::string_view const text = *entry;
     std::string_view const name = text.substr(0, text.find('='));
@@ -132,7 +132,7 @@ std::optional<int> jit_jobs() { return whole_number("FLASHCUTE_JIT_JOBS"); }
 
 std::filesystem::path cache_folder() {
   if (std::string const folder = env("FLASHCUTE_CACHE_DIR"); !folder.empty()) {
-    // A relative path would mean another folder after each chdir, and nobody expands a quoted ~.
+    // A relative path would mean another folder after each chdir, and a ~ in quotes is not expanded by the shell.
     if (folder[0] != '/') {
       throw ArgumentError("environment variable FLASHCUTE_CACHE_DIR", "an absolute path", "'" + folder + "'");
     }

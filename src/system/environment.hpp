@@ -1,5 +1,5 @@
-// The only place that reads the environment variables of flashcute. The documentation and the `info` command print
-// the same table that the getters use.
+// Environment variables: no other file reads any. The documentation and the `info` command print the table that the
+// getters use.
 #pragma once
 
 #include <cstdint>
@@ -20,10 +20,11 @@ struct Variable {
 
 std::span<Variable const> variables();
 
-/// The value of any variable, or "": that of this thread's EnvironmentSnapshot, if it has one.
+/// The value of any variable, or ""; from this thread's EnvironmentSnapshot, if it has one.
 std::string environment_value(char const* name);
 
-/// For threads that work for a call: while one lives, its thread sees the EnvironmentSnapshot of the calling thread.
+/// For threads that work for a call: while an object lives, its thread sees the EnvironmentSnapshot of the calling
+/// thread.
 class SharedEnvironment {
  public:
   explicit SharedEnvironment(EnvironmentSnapshot const* callers);
@@ -35,11 +36,11 @@ class SharedEnvironment {
   EnvironmentSnapshot const* own_;
 };
 
-/// That of the calling thread, or null.
+/// The EnvironmentSnapshot of the calling thread, or null.
 EnvironmentSnapshot const* environment_snapshot();
 
-/// What the user set, or "" if nothing; a variable set to "" counts as not set. `name` must be in the table.
-/// Variables are read anew at each call: they may change between calls, but not during one.
+/// What the user set, or "" if nothing; a variable set to "" counts as not set. `name` must be in the table. Each call
+/// reads it again: variables may change between calls, but not during one.
 std::string env(char const* name);
 
 // Typed getters. A value that is not allowed raises an ArgumentError with variable, value and allowed values.
@@ -47,7 +48,7 @@ std::string env(char const* name);
 enum class JitMode : std::uint8_t { off, on, fastest, force };
 JitMode jit_mode();
 
-/// FLASHCUTE_JIT_JOBS, or nothing: cores and memory decide.
+/// FLASHCUTE_JIT_JOBS, or nothing: compile_jobs then decides by cores and memory.
 std::optional<int> jit_jobs();
 
 /// FLASHCUTE_CACHE_DIR, else flashcute below $XDG_CACHE_HOME or ~/.cache; empty where the user has no home.

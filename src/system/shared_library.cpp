@@ -8,8 +8,8 @@ namespace flashcute {
 
 std::optional<SharedLibrary> SharedLibrary::open(std::vector<std::string> const& candidates, std::string* problems) {
   for (std::string const& candidate : candidates) {
-    // NOW: a missing dependency shows here, not in the middle of a call. LOCAL: another CUDA version that the
-    // process has loaded keeps its own symbols.
+    // RTLD_NOW: a missing symbol is an error here, not in the middle of a call. RTLD_LOCAL: another CUDA version that
+    // the process has loaded keeps its own symbols.
     void* const handle = dlopen(candidate.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (handle == nullptr) {
       char const* const reason = dlerror();

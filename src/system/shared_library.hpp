@@ -10,8 +10,8 @@
 
 namespace flashcute {
 
-/// A library that is open for the rest of the process. There is no close: a CUDA library starts threads,
-/// registers exit handlers and hands out pointers that nobody can call back, so unmapping it crashes later.
+/// A library that stays open for the rest of the process. There is no close: a CUDA library starts threads, registers
+/// exit handlers and hands out pointers that cannot be revoked, so unmapping it crashes later.
 class SharedLibrary {
  public:
   /// Opens the first candidate (a path or a soname) that the loader accepts. If there is none and `problems` is

@@ -1,4 +1,4 @@
-// What differs between GPUs, as far as the rules of configurations and the default ones depend on it.
+// The limits of each compute capability on which the rules and the defaults of configurations depend.
 #pragma once
 
 #include "flashcute/core/std.hpp"
@@ -34,7 +34,7 @@ constexpr int32_t max_smem_bytes(Arch arch) {
   }
 }
 
-/// Shared memory of a multiprocessor, in bytes, of which CUDA keeps some for itself with each thread block.
+/// Shared memory of a multiprocessor, in bytes. CUDA reserves 1 KiB of it for each resident thread block.
 constexpr int32_t max_smem_bytes_per_sm(Arch arch) { return max_smem_bytes(arch) + 1024; }
 inline constexpr int32_t reserved_smem_bytes = 1024;
 

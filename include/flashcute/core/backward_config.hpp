@@ -1,11 +1,11 @@
-// The static configuration of a backward kernel: as config.hpp for the forward.
+// The static configuration of a backward kernel, as forward_config.hpp for the forward.
 #pragma once
 
 #include "flashcute/core/forward_config.hpp"
 
 namespace flashcute {
 
-/// How to compute gradients: the options a user may choose. What ForwardConfig has too means the same here.
+/// How to compute gradients: the options a user may choose. Options that ForwardConfig has too mean the same.
 struct BackwardConfig {
   using Pass = BackwardPass;
 
@@ -15,17 +15,17 @@ struct BackwardConfig {
   int32_t block_m = 64;           // B_r: query rows per tile
   int32_t block_n = 64;           // B_c: keys per tile
   int32_t num_warps = 4;
-  Kernel kernel = Kernel::sm80;  // Hopper has no other yet
-  int32_t column_warps = 1;  // of them share the columns of a score tile, the others its rows; 1: P and dS in registers
+  Kernel kernel = Kernel::sm80;  // there is no Hopper kernel of the backward yet
+  int32_t column_warps = 1;      // warps along the columns of a score tile; 1: dK and dV take P and dS from registers
   int32_t blocks_per_sm = 2;
   Math math = Math::tensor_core;
-  int32_t stages = 2;  // blocks that pass by at once in shared memory: one is multiplied while the other arrives
+  int32_t stages = 2;  // blocks in shared memory; 2: one arrives while the other is multiplied
   int32_t copy_bytes = 16;
   bool async_copy = true;
   bool swizzled = true;
   int32_t k_tiles_per_load = 0;
   bool mma_double_buffer = true;
-  bool deterministic = false;  // the same bits in every run, by two passes without atomics; the CPU always gives them
+  bool deterministic = false;  // the same bits in every run, by two passes without atomics; on the CPU always so
 
   constexpr bool operator==(BackwardConfig const&) const = default;
 
@@ -61,7 +61,7 @@ constexpr Name name(BackwardConfig const& c) { return option_words("bwd", c); }
 
 // ---- passes --------------------------------------------------------------------------------------
 
-/// The passes that a GPU takes, in order.
+/// The passes of the backward on a GPU, in order of launch.
 struct BackwardPasses {
   int32_t count;
   BackwardPass pass[3];
@@ -76,10 +76,10 @@ constexpr BackwardPasses passes_of(BackwardConfig const& c) {
   return {3, {prepare, gradients, finish}};
 }
 
-/// Whether the tiles of a pass are of keys, or of queries.
+/// Whether each thread block of the pass owns a tile of keys and loops over blocks of queries; else the reverse.
 constexpr bool keys_stay(BackwardPass pass) { return pass == BackwardPass::keys || pass == BackwardPass::gradients; }
 
-/// The tile of a pass. prepare and finish take that of gradients.
+/// The tile of a pass. prepare and finish use that of gradients.
 constexpr TileConfig tile_of(BackwardConfig const& c, BackwardPass pass) {
   bool const of_queries = pass == BackwardPass::queries;
   return tile_with_rows(c, of_queries ? c.block_m : c.block_n, of_queries ? c.block_n : c.block_m);
@@ -89,7 +89,7 @@ constexpr TileConfig tile_of(BackwardConfig const& c, BackwardPass pass) {
 
 constexpr int32_t num_threads(BackwardKernelId const& k) { return 32 * k.config.num_warps; }
 
-/// The warps that share the columns of dQ = dS K in `gradients`: it has more columns than rows.
+/// Warps side by side along the columns of dQ = dS K in `gradients`: dQ has more columns than rows.
 constexpr int32_t dq_column_warps(BackwardConfig const& c) { return c.num_warps / 2; }
 
 /// Whether P, or dS, of a block goes through shared memory.
@@ -98,8 +98,9 @@ constexpr bool stores_ds(BackwardConfig const& c, BackwardPass pass) {
   return c.column_warps > 1 || pass == BackwardPass::gradients;
 }
 
-/// Dynamic shared memory of a kernel, in bytes: a tile of X and Y; `stages` blocks of the other side's; LSE and delta
-/// of the queries among them; tiles of P and dS where more than one warp reads them; for `finish` only a tile of dQ.
+/// Dynamic shared memory of a kernel, in bytes: the tile's rows of K and V, or of Q and dO; `stages` blocks of the
+/// other two; LSE and delta of the queries among these rows; tiles of P and dS where more than one warp reads them.
+/// `finish` has only a tile of dQ.
 constexpr int64_t smem_bytes(BackwardKernelId const& k) {
   BackwardConfig const& c = k.config;
   int64_t const size = size_of(c.dtype);
@@ -114,7 +115,8 @@ constexpr int64_t smem_bytes(BackwardKernelId const& k) {
   return ceil_div<int64_t>(bytes, 128) * 128;
 }
 
-/// Floats of workspace: delta, then (not if deterministic) the sums that become dQ, at a multiple of 16 bytes.
+/// Floats of workspace: delta, then (unless deterministic) the sums that become dQ, which start at a multiple of 16
+/// bytes.
 struct BackwardWorkspace {
   int64_t delta, dq_sums;
 
@@ -205,7 +207,7 @@ constexpr BackwardConfigError check_sm80(BackwardConfig const& c, Arch arch) {
   return none;
 }
 
-/// The first rule that `c` breaks on `arch`. The first three are all that the CPU has.
+/// The first rule that `c` breaks on `arch`. Only the first three apply to the CPU.
 constexpr BackwardConfigError check(BackwardConfig const& c, Arch arch) {
   using enum BackwardConfigError;
   int32_t const widths[] = {c.head_dim, c.head_dim_v};

@@ -1,4 +1,4 @@
-// What one backward pass needs to know: plain data, as params.hpp for the forward.
+// The parameters of one backward pass: plain data, as forward_params.hpp for the forward.
 #pragma once
 
 #include "flashcute/core/forward_params.hpp"
@@ -14,13 +14,13 @@ struct BackwardParams {
   void* dk;          // (batch, seqlen_k, kv_heads, head_dim): sums over the query heads of a group
   void* dv;          // (batch, seqlen_k, kv_heads, head_dim_v): the same
   void* delta;       // (batch, heads, seqlen_q), contiguous, of lse's type: rowsum(dO * O) - dLSE, a workspace
-  void* dq_sums;     // fp32: dq / scale, tile by tile of block_m x head_dim (of the configuration), in an order that
-                     // `gradients` and `finish` agree on; a workspace; null for those who do without
+  void* dq_sums;     // fp32: dq / scale in tiles of block_m x head_dim (of the configuration), whose element order only
+                     // `gradients` and `finish` know; a workspace; null if deterministic, and on the CPU
 
   Strides dout_stride, dlse_stride, dq_stride, dk_stride, dv_stride;
 };
 
-// The host (g++) fills the struct, the device compiler reads it: both assert the layout.
+// The host compiler and the device compiler have to agree on the layout: the assertions run in both.
 static_assert(sizeof(BackwardParams) == 368);
 #if !defined(__CUDACC_RTC__)  // NVRTC's offsetof is no constant expression
 static_assert(offsetof(BackwardParams, dout) == 192);

@@ -1,4 +1,4 @@
-// Numbers that kernels and CPU backend share: softmax is computed in base 2.
+// Constants of the change of base that GPU kernels and the CPU backend share: softmax is computed in base 2.
 #pragma once
 
 namespace flashcute {

@@ -1,4 +1,4 @@
-// The default configurations: one table, in which every entry says what chose it.
+// The default configurations: a table for each direction, in which every entry says why it was chosen.
 #pragma once
 
 #include "flashcute/core/backward_config.hpp"
@@ -8,11 +8,12 @@ namespace flashcute {
 /// Whether there are blocks enough for every multiprocessor of the GPU.
 enum class Grid : uint8_t { large, small };
 
-/// A default configuration, with its bucket's width as head dimension: serves narrower ones too, other types of the
-/// same size, and lesser alignments. block_n, math, optimized_softmax and rescale_threshold change the bits of a
-/// result, the rest does not (docs/decisions/0003-tiles.md, also about NaN and infinity); so they are the same for
-/// large and small grids, and a row's result does not depend on its batch mates. All stay under the 99 KB of shared
-/// memory that compute capabilities 8.6, 8.9 and 12.0 allow, but those of Hopper's kernel.
+/// A default configuration. Its head_dim is the upper end of a range of head dimensions (a bucket); it serves all of
+/// them, every type of the same size, and smaller alignments. block_n, math, optimized_softmax and rescale_threshold
+/// change the bits of a result, the other options do not (docs/decisions/0003-tiles.md, also about NaN and infinity);
+/// so these four are the same for large and small grids, and a row's result does not depend on the batch size. All but
+/// those of Hopper's kernel need less than the 99 KB of shared memory that compute capabilities 8.6, 8.9 and 12.0
+/// allow.
 struct ForwardTile {
   Grid grid;
   ForwardConfig config;
@@ -62,7 +63,7 @@ inline constexpr ForwardTile forward_tiles[] = {
 
 /// The entry for tensors whose wider head dimension is `d`, at most 256. Not every bucket has one for small grids.
 constexpr ForwardTile const& forward_tile(DType dtype, Kernel kernel, Math math, int32_t d, Grid grid) {
-  ForwardTile const* chosen = &forward_tiles[0];  // only for types without a kernel, which `check` will refuse
+  ForwardTile const* chosen = &forward_tiles[0];  // stays only for types without a kernel, which `check` will refuse
   int32_t width = 0;
   for (auto const& tile : forward_tiles) {
     ForwardConfig const& c = tile.config;
@@ -82,18 +83,18 @@ struct ForwardTensors {
   bool allow_tf32 = false;  // float32 in one product of TF32, not three
   int64_t heads = 0;        // of all batches; 0: very many
   int32_t seqlen_q = 0;
-  bool bulk_copies = true;  // Hopper's copy engine can walk the strides
+  bool bulk_copies = true;  // TMA can follow the strides
   bool allow_sm90 = true;   // Hopper's kernel may be chosen
 };
 
-/// Which kernel. Rows that are no multiples of 16 bytes, and strides that the copy engine cannot walk, take the sm80
+/// Which kernel. Tensors whose rows are not multiples of 16 bytes, or whose strides TMA cannot follow, take the sm80
 /// kernel on a Hopper GPU too.
 constexpr Kernel kernel_for(ForwardTensors const& t, Arch arch) {
   bool const hoppers = arch == 90 && size_of(t.dtype) == 2 && t.alignment == 16 && t.bulk_copies && t.allow_sm90;
   return hoppers ? Kernel::sm90 : Kernel::sm80;
 }
 
-/// Who multiplies.
+/// Which units multiply, and how.
 constexpr Math math_for(ForwardTensors const& t) {
   return size_of(t.dtype) == 2 || t.allow_tf32 ? Math::tensor_core : Math::tf32x3;
 }
@@ -103,7 +104,7 @@ constexpr Grid grid_of(ForwardTensors const& t, ForwardTile const& tile, int32_t
   return small ? Grid::small : Grid::large;
 }
 
-/// For a GPU: of how many multiprocessors (0: it does not matter).
+/// `multiprocessors` of the GPU; with 0 the grid counts as large.
 constexpr ForwardConfig default_forward_config(ForwardTensors const& t, Arch arch, int32_t multiprocessors = 0) {
   if (arch == cpu_arch) {
     return {.dtype = t.dtype, .head_dim = t.head_dim, .head_dim_v = t.head_dim_v, .block_m = 64, .block_n = 128};
@@ -124,20 +125,20 @@ constexpr ForwardConfig default_forward_config(ForwardTensors const& t, Arch arc
   return config;
 }
 
-/// With work for the whole GPU.
+/// The default for a large grid.
 constexpr ForwardConfig default_forward_config(DType dtype, int32_t d, Arch arch) {
   return default_forward_config({dtype, d, d}, arch);
 }
 
-/// With work for a part of it.
+/// The default for a small grid.
 constexpr ForwardConfig small_grid_forward_config(DType dtype, int32_t d, Arch arch) {
   return default_forward_config({.dtype = dtype, .head_dim = d, .head_dim_v = d, .heads = 1, .seqlen_q = 1}, arch, 2);
 }
 
 // ---- the backward --------------------------------------------------------------------------------
 
-/// A default configuration of the backward on a GPU, as ForwardTile. block_m, block_n and deterministic change the
-/// bits of a result.
+/// A default configuration of the backward on a GPU, as ForwardTile. block_m, block_n and deterministic change the bits
+/// of a result.
 struct BackwardTile {
   BackwardConfig config;
   char const* chosen_by;
@@ -205,7 +206,7 @@ struct BackwardTensors {
   bool deterministic = false;
 };
 
-/// How many thread blocks share a multiprocessor, at most the blocks_per_sm that are asked for.
+/// How many thread blocks fit the shared memory of a multiprocessor, at most blocks_per_sm.
 constexpr int64_t blocks_that_fit(BackwardConfig const& c, Arch arch) {
   int64_t blocks = c.blocks_per_sm;
   for (BackwardPass const pass : passes_of(c)) {
@@ -215,7 +216,7 @@ constexpr int64_t blocks_that_fit(BackwardConfig const& c, Arch arch) {
   return blocks;
 }
 
-/// As in the forward, but stages that cost no block stay.
+/// Falls back to one stage where two let fewer thread blocks share a multiprocessor.
 constexpr BackwardConfig with_stages_that_fit(BackwardConfig const& c, Arch arch) {
   BackwardConfig one_stage = c;
   one_stage.stages = 1;

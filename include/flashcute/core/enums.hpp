@@ -1,5 +1,5 @@
-// The enums that tell kernels apart, each with a table of its enumerators. Everything that spells, parses, lists or
-// dispatches on an enumerator goes through the table.
+// The enums that distinguish kernels, each with a table of its enumerators. All code that prints, parses, lists or
+// dispatches on an enumerator uses the table.
 #pragma once
 
 #include "flashcute/core/std.hpp"
@@ -11,7 +11,7 @@ template <class Enum>
 struct Enumerator {
   Enum value;
   char const* name;  // as C++ and Python spell it
-  char const* word;  // what the name of a kernel says of it; "" for nothing
+  char const* word;  // what stands for it in the name of a kernel; "" for nothing
 };
 
 /// The table of an enum: `type`, the enum's name, and `rows`, one for each enumerator in order.
@@ -65,7 +65,7 @@ constexpr auto with_constant(Enum value, F const& f) {
 
 // ---- the enums -----------------------------------------------------------------------------------
 
-// What kernels compute with.
+// The types that kernels compute with.
 #define FLASHCUTE_DTYPES(ROW) \
   ROW(float16, "f16")         \
   ROW(bfloat16, "bf16")       \
@@ -73,7 +73,7 @@ constexpr auto with_constant(Enum value, F const& f) {
   ROW(float64, "f64")
 FLASHCUTE_ENUM(DType, FLASHCUTE_DTYPES)
 
-// What the elements of a tensor are: these, and int32, with which kernels count. The first rows are the same.
+// The element types of tensors: those and int32, for counters. The first rows equal those of DType.
 #define FLASHCUTE_ELEMENT_TYPES(ROW) FLASHCUTE_DTYPES(ROW) ROW(int32, "")
 FLASHCUTE_ENUM(ElementType, FLASHCUTE_ELEMENT_TYPES)
 
@@ -99,15 +99,15 @@ constexpr int32_t size_of(ElementType t) { return t == ElementType::int32 ? 4 : 
   ROW(sm90, "sm90")
 FLASHCUTE_ENUM(Kernel, FLASHCUTE_KERNELS)
 
-// Who multiplies. With float32 the tensor cores compute in TF32, 10 bits of fraction; tf32x3 makes up for that by
-// three products in place of one.
+// How matrices are multiplied. With float32 the tensor cores compute in TF32, which has 10 bits of fraction; tf32x3
+// recovers the precision by three products in place of one.
 #define FLASHCUTE_MATHS(ROW) \
   ROW(tensor_core, "")       \
   ROW(tf32x3, "tf32x3")      \
   ROW(cuda_core, "cudacore")
 FLASHCUTE_ENUM(Math, FLASHCUTE_MATHS)
 
-// Which keys a query sees: mask.hpp has a Mask for each.
+// Which keys a query sees: policy/mask.hpp has a Mask for each.
 #define FLASHCUTE_MASK_KINDS(ROW) \
   ROW(full, "full")               \
   ROW(causal, "causal")           \
@@ -118,11 +118,11 @@ FLASHCUTE_ENUM(MaskKind, FLASHCUTE_MASK_KINDS)
 #define FLASHCUTE_FORWARD_PASSES(ROW) ROW(forward, "")
 FLASHCUTE_ENUM(SinglePass, FLASHCUTE_FORWARD_PASSES)
 
-// The backward takes a few passes, a launch each on a GPU. What a pass computes:
-//   queries    delta and dQ of a tile of query rows, past which the keys go
-//   keys       dK and dV of a tile of keys, past which the queries go
-//   prepare    delta of a tile of query rows; clears the sums that become its dQ
-//   gradients  dK and dV of a tile of keys, past which the queries go, and adds to their sums what it gives to dQ
+// The backward has several passes, each a launch on a GPU. What a pass computes:
+//   queries    delta and dQ of a tile of query rows, in a loop over blocks of keys
+//   keys       dK and dV of a tile of keys, in a loop over blocks of queries
+//   prepare    delta of a tile of query rows; clears its sums for dQ
+//   gradients  as keys; also adds the part of each dQ that comes from its keys to the sums for dQ
 //   finish     dQ of a tile of query rows, from its sums
 #define FLASHCUTE_BACKWARD_PASSES(ROW) \
   ROW(queries, "queries")              \

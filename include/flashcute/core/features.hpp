@@ -1,4 +1,4 @@
-// What a kernel computes, as far as it changes the code: taken from the arguments of a call, not chosen.
+// The features of a kernel: what it computes, as far as that changes its code. The arguments of a call determine them.
 #pragma once
 
 #include "flashcute/core/enums.hpp"
@@ -7,7 +7,7 @@ namespace flashcute {
 
 struct Features {
   MaskKind mask = MaskKind::full;
-  bool count_blocks = false;  // also tell which K/V blocks each tile visited
+  bool count_blocks = false;  // also count how each tile treated its K/V blocks
 
   constexpr bool operator==(Features const&) const = default;
 };
@@ -35,16 +35,16 @@ struct Feature {
   Readers readers;
 };
 
-/// The table of features. Calls visit(row, field) for each, in order: names, generated source, hashes and what a pass
-/// may ignore are written once from it.
+/// The table of features: calls visit(row, field) for each, in order. Names, generated source, hashes and the features
+/// that a pass ignores all come from it.
 template <class F, class Visitor>
 constexpr void for_each_feature(F& f, Visitor&& visit) {
   visit(Feature{"mask", "", Readers::scores}, f.mask);
   visit(Feature{"count_blocks", "counting", Readers::forward}, f.count_blocks);
 }
 
-// Visitors that kernels' headers need are structs: NVRTC takes a lambda of a plain constexpr function for host code and
-// refuses it.
+// Visitors that device code needs are structs: NVRTC treats a lambda in a constexpr function without __device__ as host
+// code and rejects the call.
 
 struct FeatureBytes {
   size_t sum = 0;
@@ -55,7 +55,7 @@ struct FeatureBytes {
   }
 };
 
-/// The bytes of the fields that the table has.
+/// The sum of the sizes of the fields in the table.
 constexpr size_t bytes_of_features() {
   Features const features;
   FeatureBytes bytes;
@@ -75,16 +75,16 @@ struct ForgetUnread {
   }
 };
 
-/// The features that the pass reads; the others are as in Features{}, the zeros of their types. Calls that differ in no
-/// more than those share the pass's kernel.
+/// The features that the pass reads; the others have their defaults, which are zeros. Calls that differ only in the
+/// others share the kernel of the pass.
 template <class Pass>
 constexpr Features relevant(Features features, Pass pass) {
   for_each_feature(features, ForgetUnread<Pass>{pass});
   return features;
 }
 
-/// Whether no feature is asked for but those whose fields are `known`. What computes asserts it of what it has code
-/// for: a feature that it does not know is an error there, not left out of the result.
+/// Whether only features whose fields are `known` are switched on. Each kernel asserts it of the features that it has
+/// code for, so that a new feature is a compile error there and is not silently left out of the result.
 template <auto... known>
 constexpr bool has_only(Features features) {
   ((features.*known = {}), ...);

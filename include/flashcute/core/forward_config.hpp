@@ -20,22 +20,22 @@ struct ForwardConfig {
   int32_t block_n = 64;           // B_c: keys per K/V block
   int32_t num_warps = 4;          // that compute: each owns 16-row slices of the tile
   Kernel kernel = Kernel::sm80;   // for every GPU, or Hopper's own
-  int32_t blocks_per_sm = 2;      // sm80: thread blocks that shall fit a multiprocessor: limits registers
-  Math math = Math::tensor_core;  // three products for one, for float32; fused multiply-adds on the CUDA cores
+  int32_t blocks_per_sm = 2;      // sm80: thread blocks that must fit a multiprocessor: limits registers
+  Math math = Math::tensor_core;  // how to multiply: tensor cores, three TF32 products for float32, CUDA cores
   int32_t stages = 1;             // K/V blocks in shared memory; 2: one arrives while the other is multiplied
   int32_t copy_bytes = 16;        // sm80: what a thread copies at once; addresses and strides must be multiples
   bool async_copy = true;         // sm80: global to shared memory by cp.async, not through registers
-  bool eager_load_blocks = true;  // sm80: copy a K or V block as soon as its place is free, not when it is needed
+  bool eager_load_blocks = true;  // sm80: copy a K or V block as soon as its buffer is free, not when it is needed
   bool swizzled = true;           // sm80: XOR-swizzled shared memory: no bank conflicts
   bool q_in_registers = false;    // sm80: keep Q's fragments for the whole K/V loop
-  int32_t k_tiles_per_load = 0;   // sm80: K-steps of K or V per fetch into registers; 0: pieces of 16 columns of one
+  int32_t k_tiles_per_load = 0;   // sm80: K-steps of K or V per fetch into registers; 0: 16 columns of one K-step
   bool mma_double_buffer = true;  // sm80: fetch the next fragments while the tensor cores work on these
-  bool optimized_softmax = true;  // one multiply-add and exp2 a score, one reduction of the row sum in the end
+  bool optimized_softmax = true;  // one multiply-add and exp2 per score, one reduction of the row sum at the end
   int32_t rescale_threshold = 8;  // rescale a row once an exponential would exceed 2^this; 0: in every block
-  bool pingpong = true;           // sm90: warpgroups take turns in multiplying, softmax under each other's products
-  bool overlap = true;            // sm90: softmax of a block under the product P V of the block before
-  bool stale_max = true;          // sm90: exponentials do not wait for the maximum, and are checked afterwards
-  bool scores_ahead = false;      // sm90: the next block's scores are multiplied under this one's softmax too
+  bool pingpong = true;           // sm90: warpgroups take turns: one's softmax overlaps another's products
+  bool overlap = true;            // sm90: the softmax of a block overlaps the product P V of the block before
+  bool stale_max = true;          // sm90: exponentials use the maximum so far, and are checked afterwards
+  bool scores_ahead = false;      // sm90: the softmax of a block overlaps the product S of the next one too
   int32_t cluster = 1;            // sm90: thread blocks that share K and V; 2: each loads half, for both
 
   constexpr bool operator==(ForwardConfig const&) const = default;
@@ -74,7 +74,7 @@ struct ForwardConfig {
 
 using ForwardKernelId = KernelId<ForwardConfig>;
 
-/// The kernel of a call: the forward has no other.
+/// The kernel of a call: the forward has one pass.
 constexpr ForwardKernelId kernel_of(ForwardConfig const& config, Features const& features) {
   return kernel_of(config, SinglePass::forward, features);
 }
@@ -85,11 +85,11 @@ constexpr Name name(ForwardConfig const& c) { return option_words("fwd", c); }
 
 // ---- resources and rules -------------------------------------------------------------------------
 
-// Hopper's kernel computes with warpgroups of four warps and 64 query rows each, and loads with one more.
+// Hopper's kernel computes with warpgroups of four warps, each of which owns 64 query rows; one more warpgroup loads.
 inline constexpr int32_t warpgroup_rows = 64;
 constexpr int32_t consumer_warpgroups(ForwardConfig const& c) { return c.num_warps / 4; }
 
-/// Query rows that share the blocks of keys that are loaded for them.
+/// Query rows of a tile: those of all thread blocks of a cluster, which share the blocks of keys.
 constexpr int32_t tile_rows(ForwardConfig const& c) { return c.block_m * c.cluster; }
 
 /// Keys of a block that one thread block of a cluster loads.
@@ -102,11 +102,11 @@ constexpr int32_t num_threads(ForwardConfig const& c) {
 /// The tile of the sm80 kernel.
 constexpr TileConfig tile_of(ForwardConfig const& c) { return tile_with_rows(c, c.block_m, c.block_n); }
 
-/// For the barriers of Hopper's kernel.
+/// Shared memory of Hopper's kernel beside the tiles: mbarriers and what the loading warp announces.
 inline constexpr int32_t barrier_bytes = 1024;
 
-/// Dynamic shared memory of the kernel: one Q tile, and `stages` blocks each of K and V. The output tile
-/// reuses Q's place.
+/// Dynamic shared memory of the kernel: one Q tile, and `stages` blocks each of K and V. In the sm80 kernel the output
+/// tile reuses the memory of Q.
 constexpr int64_t smem_bytes(ForwardConfig const& c) {
   int64_t const m = c.block_m, n = c.block_n, d = c.head_dim, d_v = c.head_dim_v;
   if (c.kernel == Kernel::sm90) return (m * d + c.stages * n * (d + d_v)) * size_of(c.dtype) + barrier_bytes;

@@ -1,12 +1,12 @@
-// What one launch of the forward needs to know: plain data, passed by value as the kernel's only
-// parameter and read by the CPU backend too.
+// The parameters of one launch of the forward: plain data, passed by value as the sm80 kernel's only parameter, as a
+// part of Hopper's, and to the CPU backend.
 #pragma once
 
 #include "flashcute/core/std.hpp"
 
 namespace flashcute {
 
-/// Element (not byte) distances between neighbours. The last dimension always has stride 1.
+/// Distances between neighbours, in elements. The last dimension always has stride 1.
 struct Strides {
   int64_t batch, row, head;
 };
@@ -18,7 +18,7 @@ struct BlockCounts {
   int32_t skipped;  // never touched
 };
 
-/// Where element 0 of a row lies.
+/// Offset of the first element of a row.
 FLASHCUTE_HD int64_t row_offset(Strides const& s, int64_t batch, int64_t head, int64_t row) {
   return batch * s.batch + head * s.head + row * s.row;
 }
@@ -43,7 +43,7 @@ struct ForwardParams {
   int32_t window_offset;  // band: iff also i + window_offset <= j
 };
 
-// The host (g++) fills the struct, the device compiler reads it: both assert the layout.
+// The host compiler and the device compiler have to agree on the layout: the assertions run in both.
 static_assert(sizeof(Strides) == 24);
 static_assert(sizeof(BlockCounts) == 12);
 static_assert(sizeof(ForwardParams) == 192);
@@ -56,7 +56,7 @@ static_assert(offsetof(ForwardParams, causal_offset) == 184);
 static_assert(offsetof(ForwardParams, window_offset) == 188);
 #endif
 
-/// Where the LSE of a head's first query lies, in a contiguous tensor of (batch, heads, seqlen_q). Delta lies likewise.
+/// Offset of the LSE of a head's first query in a contiguous tensor of (batch, heads, seqlen_q); of its delta too.
 FLASHCUTE_HD int64_t lse_offset(ForwardParams const& p, int32_t batch, int32_t head) {
   return (static_cast<int64_t>(batch) * p.heads + head) * p.seqlen_q;
 }

@@ -1,4 +1,4 @@
-// The identity of a kernel, and its name.
+// The identity of a kernel: its configuration, pass and features; and the name made from them.
 #pragma once
 
 #include "flashcute/core/features.hpp"
@@ -22,7 +22,7 @@ constexpr KernelId<Config> kernel_of(Config const& config, typename Config::Pass
   return {config, pass, relevant(features, pass)};
 }
 
-/// A hash of everything that tells kernels apart.
+/// A hash of everything that distinguishes kernels.
 template <class Config>
 constexpr size_t hash_of(KernelId<Config> const& kernel) {
   size_t hash = static_cast<size_t>(kernel.pass);
@@ -66,7 +66,7 @@ struct Name {
 constexpr char const* word_of(Feature const& feature, bool value) { return value ? feature.word : ""; }
 constexpr char const* word_of(Feature const&, TabulatedEnum auto value) { return word_of(value); }
 
-/// What a name says of an option: nothing of a default.
+/// Appends the word of an option that differs from its default.
 template <class Config>
 struct OptionWord {
   Name& name;
@@ -101,7 +101,7 @@ constexpr Name option_words(char const* kind, Config const& c) {
 template <class Config>
 constexpr Name name(KernelId<Config> const& kernel) {
   Config rest = kernel.config;
-  rest.kernel = {};  // said in front
+  rest.kernel = {};  // the prefix names it
   Name s;
   s << "flashcute_" << name_of(kernel.config.kernel) << "_" << name(rest).text;
   s.add_word(word_of(kernel.pass));

@@ -1,12 +1,12 @@
 // The options of a configuration as data. Each configuration has one table, for_each_member; names, hashes, generated
-// source, Python's class and the rule about options of another kernel are written once from it.
+// source, Python's class and the rule about options of another kernel all come from it.
 #pragma once
 
 #include "flashcute/core/enums.hpp"
 
 namespace flashcute {
 
-/// Which kernels read an option. The CPU reads none but those of the tile's sizes.
+/// Which GPU kernels read an option. The CPU reads only dtype and the sizes of a tile.
 enum class ReadBy : uint8_t { all, sm80, sm90 };
 
 constexpr bool reads(Kernel kernel, ReadBy readers) {
@@ -22,8 +22,8 @@ constexpr bool reads(Kernel kernel, ReadBy readers) {
 struct Option {
   char const* name;  // of the member
   ReadBy readers;
-  /// What a configuration's name says of a value that is not the default: the word, and of an integer also its value.
-  /// An enumerator has a word of its own. Null if every name says it.
+  /// The word that stands for a value other than the default in a configuration's name; an integer is followed by its
+  /// value. An enumerator has a word of its own. Null if every name contains the option.
   char const* word = "";
 };
 
@@ -34,7 +34,7 @@ constexpr void for_each_option(Config& config, Visit&& visit) {
       [&](Option const& option, auto member) { visit(option, config.*member); });
 }
 
-// A struct, not a lambda, as for_each_feature's visitors.
+// A struct, not a lambda, as the visitors of for_each_feature (features.hpp).
 template <class Config>
 struct ResetUnread {
   Config& config;

@@ -1,5 +1,5 @@
-// The only header of the device code that includes standard headers. NVRTC has none of them, so
-// there libcu++ stands in; everything below this header spells `flashcute::int64_t` and the like.
+// The only header of the device code that includes standard headers. NVRTC has none of them, so libcu++ takes their
+// place there; all other headers write `flashcute::int64_t` and the like.
 #pragma once
 
 #if defined(__CUDACC_RTC__)
@@ -14,10 +14,9 @@
 #include <type_traits>
 #endif
 
-// FLASHCUTE_DEVICE marks device code; the host compiles it only in tests that emulate a thread block.
-// FLASHCUTE_HD marks functions that host and device share. On the host they are always inlined: the
-// CPU backend compiles the same policies once per instruction set, and an out-of-line copy built for
-// AVX-512 must never be the one the linker keeps for everybody.
+// FLASHCUTE_DEVICE marks device code; the host compiles it only in tests that emulate a thread block. FLASHCUTE_HD
+// marks functions that host and device share. On the host they are always inlined: the CPU backend compiles the same
+// code once per instruction set, and the linker could otherwise keep the copy built for AVX-512 for all of them.
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define FLASHCUTE_HD __host__ __device__ __forceinline__
 #define FLASHCUTE_DEVICE __device__ __forceinline__

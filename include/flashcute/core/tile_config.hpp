@@ -1,5 +1,5 @@
-// What the sm80 kernels of both directions build their layouts, copies and products from: the part of a configuration
-// that says how a tile is cut, kept in shared memory and multiplied.
+// The part of a configuration from which the sm80 kernels of both directions build their layouts, copies and products:
+// how a tile is divided, kept in shared memory and multiplied.
 #pragma once
 
 #include "flashcute/core/enums.hpp"
@@ -10,8 +10,8 @@ struct TileConfig {
   DType dtype;
   int32_t head_dim;    // of q and k
   int32_t head_dim_v;  // of v and the output
-  int32_t block_m;     // rows that stay
-  int32_t block_n;     // rows that pass by, block after block
+  int32_t block_m;     // rows of the tile that a thread block owns
+  int32_t block_n;     // rows of each block that its loop visits
   int32_t num_warps;
   Math math;
   int32_t stages;
@@ -24,7 +24,7 @@ struct TileConfig {
   constexpr bool operator==(TileConfig const&) const = default;
 };
 
-/// The tile of a configuration of either direction, with as many rows as are said.
+/// The tile of a configuration of either direction, with the given numbers of rows.
 template <class Config>
 constexpr TileConfig tile_with_rows(Config const& c, int32_t block_m, int32_t block_n) {
   return {.dtype = c.dtype,
@@ -44,8 +44,8 @@ constexpr TileConfig tile_with_rows(Config const& c, int32_t block_m, int32_t bl
 
 constexpr int32_t num_threads(TileConfig const& c) { return 32 * c.num_warps; }
 
-/// How a tile of `width` columns lies in shared memory and is copied there. Its rows are cut into chunks of
-/// at most 128 bytes, all 32 banks; neighbouring threads copy neighbouring pieces of a chunk's row.
+/// How a tile of `width` columns is laid out in shared memory and copied there. Its rows are cut into chunks of at most
+/// 128 bytes, one word for each of the 32 banks; neighbouring threads copy neighbouring pieces of a row of a chunk.
 struct CopyShape {
   int32_t chunk;            // columns of a chunk
   int32_t vector;           // columns that a thread copies at once

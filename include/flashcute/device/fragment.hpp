@@ -16,14 +16,14 @@ FLASHCUTE_DEVICE auto by_row_and_column(Tensor&& acc) {
 }
 
 /// Views an accumulator of probabilities (MMA = (2, 2), MMA_M, MMA_N) as the A operand, of type To, of the next
-/// product, so that no lane exchanges anything. In 16 bits two n8 accumulators side by side are one k16 operand
-/// ((2, 2, 2), MMA_M, MMA_N / 2). In TF32 an n8 accumulator is a k8 operand ((2, 2), MMA_M, MMA_N) if key 2 i
-/// counts as the operand's i-th and key 2 i + 1 as its (i + 4)-th; V's operand has to agree.
+/// product, without any shuffle between lanes. In 16 bits two n8 accumulators side by side are one k16 operand ((2, 2,
+/// 2), MMA_M, MMA_N / 2). In TF32 an n8 accumulator is a k8 operand ((2, 2), MMA_M, MMA_N) if key 2 i counts as the
+/// operand's i-th and key 2 i + 1 as its (i + 4)-th; V's operand has to use the same order.
 template <class To, class Tensor>
 FLASHCUTE_DEVICE auto as_operand_a(Tensor&& acc) {
   using namespace cute;
   if constexpr (sizeof(To) == 2) {
-    // MMA_N is split as logical_divide by 2 would, which each kernel would derive anew.
+    // The same as logical_divide by 2, written out: deriving it in every kernel costs compile time.
     auto const l = acc.layout();
     auto const n = stride<2>(l);
     return make_tensor(acc.data(), make_layout(make_layout(get<0, 0>(l), get<0, 1>(l), make_layout(_2{}, n)), get<1>(l),
@@ -34,7 +34,7 @@ FLASHCUTE_DEVICE auto as_operand_a(Tensor&& acc) {
   }
 }
 
-/// A number as an operand of the tensor cores: in TF32, or whole, for products that take it apart.
+/// A number as an operand: rounded to TF32, or unchanged for products that split it into parts (tf32x3).
 template <class To>
 FLASHCUTE_DEVICE To to_operand(float x) {
   if constexpr (std_::is_same_v<To, float>)
@@ -43,8 +43,8 @@ FLASHCUTE_DEVICE To to_operand(float x) {
     return round_tf32(x);
 }
 
-/// A compact fragment as 32-bit words, in the order of its registers. (CuTe's recast keeps the shape, and derives it
-/// for each fragment anew.)
+/// A compact fragment as 32-bit words, in the order of its registers. (CuTe's recast keeps the shape; deriving that for
+/// every fragment costs compile time.)
 template <class Fragment>
 FLASHCUTE_DEVICE auto words_of(Fragment&& fragment) {
   using namespace cute;

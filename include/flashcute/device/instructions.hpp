@@ -1,11 +1,12 @@
-// What the hardware does for us (compute capability 8.0): the instructions that the kernels are made of,
-// by name. All inline PTX and all choices of CuTe atoms are here; everything above is C++. The tests put
-// a header of the same name in this one's place, to run whole kernels on the host.
+// The instructions of compute capability 8.0 that the kernels are made of, by name. All inline PTX is here and in
+// sm90/instructions.hpp, and the CuTe atoms of the sm80 kernels are chosen here; the other headers are plain C++. To
+// run whole kernels on the host, the tests substitute a header of the same name.
 #pragma once
 
-// Of CuTe just what is used: cute/tensor.hpp brings every atom of every GPU, a third of what a kernel costs to compile.
+// Only the parts of CuTe that are used: cute/tensor.hpp includes every atom of every GPU, a third of a kernel's compile
+// time.
 #include <cute/tensor_impl.hpp>
-// The rest needs its tensor first.
+// These headers do not compile unless the tensor comes first.
 #include <cute/algorithm/clear.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/mma_sm80.hpp>
@@ -52,15 +53,15 @@ using SharedAddress = uint32_t;
 
 FLASHCUTE_DEVICE SharedAddress shared_address(void const* p) { return cute::cast_smem_ptr_to_uint(p); }
 
-/// The same number, of which the compiler knows nothing: what is computed from it stays where it is written. Else
-/// everything that does not change in a loop is computed before it and kept, in registers that are not there.
+/// The same address, opaque to the compiler, so that what is computed from it is computed where it is written.
+/// Otherwise nvcc hoists all loop-invariant addresses out of the loop, and the registers that hold them spill.
 FLASHCUTE_DEVICE SharedAddress computed_here(SharedAddress address) {
   asm volatile("" : "+r"(address));
   return address;
 }
 
-/// Four 8x8 tiles of 16-bit elements (8x4 of 32-bit ones) from shared memory to the lanes of a warp: lane i gives
-/// the address of row i % 8 of tile i / 8. `Transposed` is each tile of 16-bit elements.
+/// Loads four 8x8 tiles of 16-bit elements (8x4 of 32-bit ones) from shared memory into the registers of a warp: lane i
+/// passes the address of row i % 8 of tile i / 8. With `Transposed` each tile, of 16-bit elements, arrives transposed.
 template <bool Transposed>
 FLASHCUTE_DEVICE void ldmatrix(SharedAddress row, uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3) {
   if constexpr (Transposed) {
@@ -123,7 +124,7 @@ FLASHCUTE_DEVICE void reduce_add(float* to, float const* x) {
   }
 }
 
-/// Starts copying one word (4, 8 or 16 bytes) from global to shared memory; zeros if it does not exist.
+/// Starts copying one word (4, 8 or 16 bytes) from global to shared memory; writes zeros if it does not exist.
 template <class Word>
 FLASHCUTE_DEVICE void copy_async(void const* from, void* to, bool exists) {
   static_assert(sizeof(Word) == 4 || sizeof(Word) == 8 || sizeof(Word) == 16);
@@ -137,7 +138,7 @@ FLASHCUTE_DEVICE void copy_async(void const* from, void* to, bool exists) {
   }
 }
 
-/// Loads from shared memory that come later in the program are not moved before this.
+/// The compiler does not move later loads from shared memory above this.
 FLASHCUTE_DEVICE void keep_loads_behind() { __syncwarp(); }
 
 /// Waits for all asynchronous copies of this thread.
@@ -149,19 +150,19 @@ FLASHCUTE_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 
 FLASHCUTE_DEVICE uint32_t block_index() { return blockIdx.x; }
 
-/// All threads of the block arrive, and see what the others wrote to shared memory.
+/// Barrier of all threads of the block; after it each sees what the others wrote to shared memory.
 FLASHCUTE_DEVICE void block_sync() { __syncthreads(); }
 
-/// block_sync that also tells whether any thread passed true.
+/// block_sync that also returns whether any thread passed true.
 FLASHCUTE_DEVICE bool block_any(bool x) { return __syncthreads_or(x); }
 
-/// The value of the lane whose number differs by `mask`.
+/// The value of the lane whose number differs in the bits of `mask`.
 FLASHCUTE_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 /// Whether any lane of the warp passed true.
 FLASHCUTE_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 
-/// The value of lane `lane` of this thread's group of `Width` lanes.
+/// The value of lane `lane` within this thread's group of `Width` lanes.
 template <int Width>
 FLASHCUTE_DEVICE float shuffle(float x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane, Width);
@@ -176,7 +177,7 @@ FLASHCUTE_DEVICE float exp2_approx(float x) {
   return y;
 }
 
-/// The greater; NaN if one is.
+/// The greater of two; NaN if either is NaN.
 FLASHCUTE_DEVICE float max_or_nan(float x, float y) {
   float z;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
@@ -203,7 +204,7 @@ FLASHCUTE_DEVICE uint32_t round_pair(float low, float high) {
   return packed;
 }
 
-/// The lesser of each element in the word and 1; NaN stays NaN.
+/// The minimum of each element in the word and 1; NaN stays NaN.
 template <class Element>
 FLASHCUTE_DEVICE uint32_t at_most_one(uint32_t word) {
   uint32_t result;
@@ -218,20 +219,21 @@ FLASHCUTE_DEVICE uint32_t at_most_one(uint32_t word) {
   return result;
 }
 
-/// x rounded to nearest in TF32, half away from zero; but not up to infinity: 0 * infinity would be NaN.
+/// x rounded to nearest in TF32, half away from zero; but a finite x does not become infinity: 0 * infinity would be
+/// NaN.
 FLASHCUTE_DEVICE cute::tfloat32_t round_tf32(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  if ((bits & 0x7fffffffu) == 0x7f800000u) bits = __float_as_uint(x);  // the tensor cores cut off the rest
+  if ((bits & 0x7fffffffu) == 0x7f800000u) bits = __float_as_uint(x);  // the tensor cores truncate it
   return cute::tfloat32_t::bitcast(bits);
 }
 
-/// The upper bits of x, which TF32 keeps.
+/// x truncated to TF32.
 FLASHCUTE_DEVICE cute::tfloat32_t truncate_tf32(float x) {
   return cute::tfloat32_t::bitcast(__float_as_uint(x) & 0xffffe000u);
 }
 
-/// x as an operand, of which the tensor cores read the upper bits.
+/// x as an operand: the tensor cores read only its upper bits.
 FLASHCUTE_DEVICE cute::tfloat32_t as_tf32(float x) { return cute::tfloat32_t::bitcast(__float_as_uint(x)); }
 
 /// sum + 0 * word, for each element in the word: a sum turns NaN at the first element that is not finite.

@@ -1,14 +1,14 @@
-// NaN and infinity in V that only some rows of a tile see. In O += P V an invisible value is multiplied by
-// 0, which is as good as leaving it out while it is finite; but 0 * NaN is NaN. So before a product in
-// which rows see different keys, values that are not finite are replaced by 0; and in the end, if there were
-// any, every element of the output adds those of them that its row sees.
+// NaN and infinity in V that only some rows of a tile see. O += P V multiplies a hidden value by 0, which adds nothing
+// while the value is finite; but 0 * NaN and 0 * infinity are NaN. So before a product in which rows see different
+// keys, values that are not finite are replaced by 0; at the end, if there were any, every element of the output adds
+// those of them that its row sees.
 #pragma once
 
 #include "flashcute/device/fragment.hpp"
 
 namespace flashcute {
 
-/// Tells NaN and infinity by the bits of an element: its exponent is all 1.
+/// Recognises NaN and infinity by the bits of an element: all bits of its exponent are 1.
 template <class Element>
 struct NonFinite {
   static constexpr int bits = 8 * sizeof(Element);
@@ -36,7 +36,7 @@ struct alignas(Bytes) SharedWords {
   uint32_t word[Bytes / 4];
 };
 
-/// Whether elements of shared memory are all finite: found out together, by adding up 0 times each.
+/// Whether elements of shared memory are all finite: one sum of 0 times each element becomes NaN if any is not.
 template <class Element>
 class FiniteCheck {
  public:
@@ -77,7 +77,7 @@ FLASHCUTE_DEVICE void zero_nonfinite(Element* place) {
   shared_store(place, words);
 }
 
-/// The same for `count` elements. All threads of the block call it.
+/// The same for `count` elements. All threads of the block call it, and have to synchronise afterwards.
 template <int Threads, class Element>
 FLASHCUTE_DEVICE void zero_nonfinite(Element* elements, int count) {
   for_each_shared_words<Threads>(elements, count, [](Element* place) { zero_nonfinite(place); });

@@ -47,7 +47,7 @@ class Exponential {
   float scale_log2_;
 };
 
-/// As in a textbook: scale all scores, then exp(score - maximum), with the base changed in each.
+/// As in a textbook: scales all scores, then computes exp(score - maximum), each with a change to base 2.
 template <>
 class Exponential<false> {
  public:
@@ -71,13 +71,13 @@ class Exponential<false> {
   FLASHCUTE_DEVICE float scaled(float x) const { return x; }
 
  private:
-  float scale_;  // above 0: a masked score stays -inf
+  float scale_;  // above 0: with 0, a masked score of -inf would become NaN
 };
 
-/// A maximum need not be the latest one: any value near it keeps exponentials and sums in range, and cancels in the
-/// end. So with a threshold t a row keeps its maximum until a score exceeds it so far that an exponential would
-/// exceed 2^t, and a warp whose rows all keep theirs does not touch its output.
-/// Source of the idea: FlashAttention-4.
+/// The maximum that is subtracted need not be the latest one: any value near it keeps exponentials and sums in range,
+/// and cancels at the end. So with a threshold t a row keeps its maximum until a score is so much larger that its
+/// exponential would exceed 2^t, and a warp whose rows all keep theirs does not touch its output. Source of the idea:
+/// FlashAttention-4.
 template <int Rows, bool Optimized, int Threshold>
 class OnlineSoftmax {
  public:
@@ -89,7 +89,7 @@ class OnlineSoftmax {
     }
   }
 
-  /// What the sums and the output so far have to be multiplied by, row by row, to be relative to new maxima.
+  /// The factors by which sums and output so far have to be multiplied, row by row, to be relative to new maxima.
   struct Correction {
     float factor[Rows];
     bool any;  // whether a row of the warp has a new maximum; else all factors are 1
@@ -108,15 +108,16 @@ class OnlineSoftmax {
     exponentiate(scores);
   }
 
-  /// Calls wait(maxima): the next exponentials depend on what comes out of it, so none of them is computed before.
+  /// Calls wait(maxima). The next exponentials use the maxima as `wait` leaves them, so the compiler computes none
+  /// earlier.
   template <class F>
   FLASHCUTE_DEVICE void hold_until(F const& wait) {
     wait(row_max_);
   }
 
-  // For an output that is being added to meanwhile: the caller rescales it later.
+  // For an output to which an asynchronous product still adds: the caller rescales it later.
 
-  /// As `update`; tells by what to rescale the output.
+  /// As `update`, but returns the factors for the output.
   template <class Scores>
   FLASHCUTE_DEVICE Correction update(Scores&& scores) {
     exponential_.prepare(scores);
@@ -126,7 +127,7 @@ class OnlineSoftmax {
     return correction;
   }
 
-  /// The same, but the scores stay; the probabilities go to `p`, a fragment of their operand type.
+  /// The same, but keeps the scores; the probabilities go to `p`, a fragment of their operand type.
   template <class Scores, class Probabilities>
   FLASHCUTE_DEVICE Correction update_into(Probabilities& p, Scores const& scores) {
     auto const correction = raise_max(scores);
@@ -136,9 +137,9 @@ class OnlineSoftmax {
     return correction;
   }
 
-  /// The same relative to the maxima so far, without a look at the scores: no exponential can exceed 2^Threshold unless
-  /// what a thread adds to a row's sum does. Where it does, the maximum is raised and all is done again. A row that has
-  /// no maximum yet adds infinity or NaN.
+  /// The same relative to the maxima so far, without a maximum over the scores: an exponential can exceed 2^Threshold
+  /// only if what a thread adds to the row's sum does. Where it does, the maximum is raised and the exponentials are
+  /// computed again. For a row that has no maximum yet the sum is infinity or NaN, which counts as exceeding.
   template <class Scores, class Probabilities>
   FLASHCUTE_DEVICE Correction update_by_stale_max(Probabilities& p, Scores const& scores) {
     float const limit = static_cast<float>(1 << Threshold);
@@ -157,7 +158,7 @@ class OnlineSoftmax {
         row_sum_[i] = sums[i];
         added[i] = quad_reduce(added[i], [](float a, float b) { return max_or_nan(a, b); });
       }
-      // Of the other rows nothing changes, not even by rounding: a row does not depend on its neighbours.
+      // The other rows do not change, not even by rounding: a row's result does not depend on its neighbours.
       correction = raise_max_where(scores, [&](int i, float) { return !(added[i] <= limit); });
       rescale_sums(correction);
       exponentiate_into<true>(p, scores, added);
@@ -175,7 +176,7 @@ class OnlineSoftmax {
     }
   }
 
-  /// Divides the output by the row sums. `empty(i)` tells whether row i of this thread sees no key:
+  /// Divides the output by the row sums. `empty(i)` says whether row i of this thread sees no key:
   /// its output is 0. A row that sees keys, all with score -inf, becomes 0 * inf = NaN.
   template <class Output, class Empty>
   FLASHCUTE_DEVICE void finish(Output&& output, Empty const& empty) {
@@ -196,7 +197,7 @@ class OnlineSoftmax {
   }
 
  private:
-  /// Raises maxima by a threshold: only where an exponential would exceed 2^Threshold.
+  /// Raises the maxima of rows in which an exponential would exceed 2^Threshold.
   template <class Scores>
   FLASHCUTE_DEVICE Correction raise_max(Scores const& scores) {
     return raise_max_where(scores, [&](int i, float new_max) {
@@ -213,7 +214,7 @@ class OnlineSoftmax {
     bool any = false;
     CUTE_UNROLL
     for (int i = 0; i < Rows; ++i) {
-      // fmaxf passes over NaN; a NaN score still becomes a NaN probability below.
+      // fmaxf ignores NaN; a NaN score still becomes a NaN probability below.
       float new_max = row_max_[i];
       CUTE_UNROLL
       for (int j = 0; j < size<1>(s); ++j) new_max = fmaxf(new_max, s(i, j));
@@ -233,7 +234,8 @@ class OnlineSoftmax {
     for (int i = 0; i < Rows; ++i) row_sum_[i] *= correction.factor[i];
   }
 
-  /// Adds exponentials to the sums, and puts them, rounded, into `p`. Tells what this thread added to each.
+  /// Adds exponentials to the sums, and writes them, rounded, to `p`. Returns in `added` what this thread added to
+  /// each.
   template <bool Shift, class Probabilities, class Scores>
   FLASHCUTE_DEVICE void exponentiate_into(Probabilities& p, Scores const& scores, float (&added)[Rows]) {
     using namespace cute;
@@ -248,7 +250,7 @@ class OnlineSoftmax {
       sum[2 * i] = 0.f;
       sum[2 * i + 1] = 0.f;
     }
-    // In the accumulator's own order: pairs of columns, rows within.
+    // In the order of the accumulator's registers: pairs of columns, and for each the rows.
     CUTE_UNROLL
     for (int j = 0; j < size<1>(s) / 2; ++j) {
       CUTE_UNROLL
@@ -288,8 +290,8 @@ class OnlineSoftmax {
     }
   }
 
-  /// What is subtracted from a row's scores. A row that has seen no key keeps -inf as its maximum: 0 then, because
-  /// -inf - -inf is NaN.
+  /// What is subtracted from a row's scores: its maximum, or 0 while that is -inf because the row has seen no key: -inf
+  /// - -inf is NaN.
   FLASHCUTE_DEVICE static float shift_of(float row_max) { return row_max == -infinity ? 0.f : row_max; }
 
   FLASHCUTE_DEVICE static float quad_sum(float x) {

@@ -1,5 +1,5 @@
-// Debug mode: which K/V blocks a tile of query rows visited. Counted where they are visited, to be compared
-// with what the mask says.
+// Debug mode: counts the K/V blocks that a tile of query rows visits, where the loop visits them, to be compared with
+// what the mask implies.
 #pragma once
 
 #include "flashcute/policy/mask.hpp"
@@ -12,13 +12,13 @@ struct BlockCounter {
 
   FLASHCUTE_HD void visit(bool is_partial) { ++(is_partial ? partial : full); }
 
-  /// The counts, and that all other blocks of the sequence were skipped.
+  /// The counts; all other blocks of the sequence were skipped.
   FLASHCUTE_HD BlockCounts counts(Sequence const& sequence, int32_t block_n) const {
     return {full, partial, ceil_div(sequence.keys(), block_n) - full - partial};
   }
 };
 
-/// Costs nothing.
+/// For kernels that do not count: no code, no registers.
 template <>
 struct BlockCounter<false> {
   FLASHCUTE_HD void visit(bool) {}

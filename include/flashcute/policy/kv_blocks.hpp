@@ -20,7 +20,7 @@ struct RowRange {
 struct KvRange {
   int32_t begin, full_end, end;
 
-  /// From a block to the next one. `next` adds it; loaders, which move a pointer by as many rows, add it themselves.
+  /// From a block to the next one. `next` adds it; loaders that move a pointer along add it themselves.
   static constexpr int32_t step = -1;
 
   FLASHCUTE_HD bool empty() const { return begin >= end; }
@@ -40,11 +40,10 @@ struct KvRange {
     return {(only_partial ? full_end : begin) * block_n, min_of(end * block_n, sequence.keys())};
   }
 
-  /// Calls body(n, partial) for each block; `partial` is a bool_constant, so that a full block pays nothing for the
-  /// existence of partial ones.
+  /// Calls body(n, partial) for each block; `partial` is a bool_constant, so that full blocks run code without tests.
   template <class Body>
   FLASHCUTE_HD void for_each_backward(Body&& body) const {
-    // Spelled out: with `next`, or a function for the conditions, nvcc 13.0 allocates registers differently.
+    // Written out: with `next`, or a function for the conditions, nvcc 13.0 allocates registers differently.
     int32_t n = end - 1;
     for (; n >= full_end; --n) body(n, std_::true_type{});
     for (; n >= begin; --n) body(n, std_::false_type{});
@@ -137,12 +136,12 @@ struct QueryBandRange {
   }
 };
 
-/// A walk over the blocks that pass by a tile of the GPU's backward, always from the first to the last: [begin, end) of
-/// one head, then of the next head. Blocks [full_begin, full_end) have nothing to test; in the others rows see
-/// different things, or do not exist.
+/// An iterator over the blocks that a tile of the GPU's backward visits, always from the first to the last: [begin,
+/// end) of one head, then of the next head. Blocks [full_begin, full_end) need no test; in the others rows see
+/// different keys, or do not exist.
 struct PassingBlocks {
   int32_t begin, end, full_begin, full_end;
-  int32_t head, block, left;  // where the walk is, and how many blocks are left, this one included
+  int32_t head, block, left;  // the current block, and how many are left, this one included
 
   /// Blocks of keys of one K/V head.
   FLASHCUTE_HD static PassingBlocks of(KvRange const& r, int32_t kv_head) {

@@ -1,8 +1,8 @@
-// Which keys a query sees. A mask has five functions: `kv_range` tells which blocks of keys a tile of query rows must
-// visit, `query_range` which blocks of query rows a tile of keys must visit, `visible` whether a query sees a key,
-// `seen` which of many keys a query sees, and `seen_by` which of many queries see which keys. A mask under which each
-// query sees neighbouring keys has a sixth: `keys_of`, which keys. GPU kernels, the CPU backend and the tests share
-// them.
+// Masks: which keys a query sees. `kv_range` returns the blocks of keys that a tile of query rows must visit,
+// `query_range` the blocks of query rows that a tile of keys must visit, `visible` whether a query sees a key, `seen`
+// which of many keys a query sees, `seen_by` which of many queries see which keys, `empty_row` whether a query sees
+// none. `rows_differ` says whether queries may see different keys. A mask under which the keys of each query are
+// contiguous also has `keys_of`, their range. GPU kernels, the CPU backend and the tests share these.
 #pragma once
 
 #include "flashcute/core/forward_config.hpp"
@@ -11,17 +11,17 @@
 
 namespace flashcute {
 
-/// The lowest `count` bits, for any `count`.
+/// The lowest `count` bits set; any `count` is allowed.
 FLASHCUTE_HD uint32_t low_bits(int32_t count) { return count >= 32 ? ~0u : (1u << max_of(count, 0)) - 1; }
 
-/// What one query sees of the keys from some key on: the first `count` of them.
+/// The keys that one query sees, from a given key on: the first `count` of them.
 struct Seen {
   int32_t count;
 
   FLASHCUTE_HD bool at(int32_t distance) const { return distance < count; }
 
-  /// The same for 32 of a thread's columns, from its `first`-th on, as bits. `Columns::columns_before(distance)` tells
-  /// how many of the thread's columns are less than `distance` from its first.
+  /// The same for 32 of a thread's columns, from its `first`-th on, as bits. `Columns::columns_before(distance)`
+  /// returns how many of the thread's columns lie less than `distance` from its first.
   template <class Columns>
   FLASHCUTE_HD uint32_t bits(int32_t first) const {
     return low_bits(Columns::columns_before(count) - first);
@@ -42,23 +42,23 @@ struct SeenBetween {
   }
 };
 
-/// The same where keys stay and queries pass by: which of the queries from `query0` on see which of the keys from
+/// The same for a tile of keys and a block of queries: which of the queries from `query0` on see which of the keys from
 /// `key0` on.
 template <class Mask>
 struct SeenBy {
   int32_t key0, query0;
   Sequence sequence;
 
-  /// Whether the query exists and sees the key. (Of the keys that stay, those that do not exist are never stored.)
-  /// Query by query: with a range of queries for each key nvcc 13.0 makes other code.
+  /// Whether the query exists and sees the key. (Keys of the tile that do not exist need no test: their rows are not
+  /// stored.) Written query by query: with a range of queries for each key nvcc 13.0 generates other code.
   FLASHCUTE_HD bool at(int32_t query, int32_t key) const {
     bool const exists = query0 + query < sequence.rows();
     return exists & Mask::seen(query0 + query, key0, sequence).at(key);
   }
 };
 
-/// A mask under which a row sees a prefix of the keys that never shrinks from row to row: the last row
-/// of a tile says which blocks to visit, the first row which are full.
+/// A mask under which a row sees a prefix of the keys that never shrinks from row to row: the last row of a tile
+/// determines which blocks to visit, the first row which of them are full.
 template <class Derived>
 struct PrefixMask {
   using Range = KvRange;
@@ -69,7 +69,7 @@ struct PrefixMask {
   /// The keys that query `q` sees.
   FLASHCUTE_HD static RowRange keys_of(int32_t q, Sequence const& s) { return {0, Derived::visible_keys(q, s)}; }
 
-  /// What query `q` sees of the keys from `key0` on.
+  /// Which of the keys from `key0` on query `q` sees.
   FLASHCUTE_HD static Seen seen(int32_t q, int32_t key0, Sequence const& s) {
     return {Derived::visible_keys(q, s) - key0};
   }
@@ -109,7 +109,7 @@ struct Mask<MaskKind::full> : PrefixMask<Mask<MaskKind::full>> {
 
   FLASHCUTE_HD static int32_t visible_keys(int32_t /*q*/, Sequence const& s) { return s.keys(); }
 
-  /// The first row that sees a key; `rows` if none does.
+  /// The first row that sees key `k`; sequence.rows() if none does.
   FLASHCUTE_HD static int32_t first_query(int32_t /*k*/, Sequence const& /*s*/) { return 0; }
 };
 

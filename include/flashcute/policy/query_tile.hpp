@@ -1,5 +1,5 @@
-// What one thread block, or one task of the CPU, computes: a tile of query rows of one head, or a tile of keys of one
-// K/V head.
+// The tiles into which the work is divided, each computed by one thread block or one task of the CPU's threads: query
+// rows of one head, or keys of one K/V head.
 #pragma once
 
 #include "flashcute/policy/sequence.hpp"
@@ -42,7 +42,7 @@ struct QueryTile {
     t.head = static_cast<int32_t>(head_index % heads);
     t.kv_head = t.head / (p.heads / p.kv_heads);
     t.row0 = 0;
-    t.rows = p.seqlen_q;  // sequence(p).rows(), with which nvcc 13.0 schedules Hopper's kernel for d 128 differently
+    t.rows = p.seqlen_q;  // not sequence(p).rows(): with that nvcc 13.0 schedules Hopper's kernel for d 128 differently
     return t;
   }
 
@@ -68,8 +68,8 @@ struct QueryTile {
   FLASHCUTE_HD int64_t out_offset(ForwardParams const& p) const { return row_offset(p.out_stride, batch, head, row0); }
   FLASHCUTE_HD int64_t lse_offset(ForwardParams const& p) const { return flashcute::lse_offset(p, batch, head) + row0; }
 
-  /// Where the block counts lie of the tile that these rows are, or are a part of. It does not matter whether tiles are
-  /// cut from the first row on or from the last.
+  /// Offset of the block counts of the tile that these rows are, or are a part of. It is the same whether tiles are cut
+  /// from the first row on or from the last.
   FLASHCUTE_HD int64_t block_counts_offset(ForwardParams const& p, int32_t block_m) const {
     int64_t const heads_to_here = static_cast<int64_t>(batch) * p.heads + head + 1;
     return heads_to_here * ceil_div(p.seqlen_q, block_m) - ceil_div(p.seqlen_q - row0, block_m);
@@ -88,9 +88,10 @@ struct KeyTile {
 
   static constexpr int64_t cache_bytes = 32 << 20;
 
-  /// Tile `index` of `count(p, block_keys)`. Under a causal mask most queries see the first keys, and long tiles should
-  /// start early: the first tiles of several heads come before the second tiles of these heads. The heads are so few
-  /// that what their tiles read and write of the queries (Q, dO and the sums of dQ) stays in a level 2 cache.
+  /// Tile `index` of `count(p, block_keys)`. Under a causal mask the first keys are seen by the most queries, and long
+  /// tiles should start early: the first tiles of several heads come before the second tiles of these heads. The number
+  /// of heads is limited so that what their tiles read and write of the queries (Q, dO and the sums of dQ) fits in the
+  /// level 2 cache.
   template <class Index>
   FLASHCUTE_HD static KeyTile at(ForwardParams const& p, Index index, int32_t block_keys) {
     auto const blocks = static_cast<Index>(ceil_div(p.seqlen_k, block_keys));

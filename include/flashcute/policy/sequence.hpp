@@ -1,18 +1,18 @@
-// The lengths of one sequence of queries and keys, and how its queries and keys are aligned. A tile tells the sequence
-// that it belongs to, and everything that depends on a length or on the alignment (masks, loads, stores) asks the tile,
-// not the launch: the launch describes tensors, of which a sequence may fill a part.
+// The lengths of one sequence of queries and keys, and how they are aligned. Everything that depends on a length or on
+// the alignment (masks, loads, stores) takes it from the sequence of its tile, not from the parameters of the launch:
+// those describe tensors, of which a sequence may fill a part.
 #pragma once
 
 #include "flashcute/core/forward_params.hpp"
 
 namespace flashcute {
 
-/// A view: each number is read where it is used. A kernel then reads it from constant memory there. Copies that are
-/// made at the start of a kernel occupy registers for its whole length, and nvcc spills more; even their order changes
-/// the machine code.
+/// A view of the parameters: each number is read where it is used, in a kernel from constant memory. Copies made at the
+/// start of a kernel would occupy registers throughout, and nvcc would spill more; even their order changes the machine
+/// code.
 ///
-/// Packed tensors will also need the row where a sequence begins, and a mask with a prefix its length. Nothing reads
-/// them yet, so they are not here.
+/// Packed tensors will also need the row where a sequence begins, and a mask with a prefix will need its length. No
+/// code reads them yet, so they are not here.
 class Sequence {
  public:
   /// The sequence of every batch entry if all have the same lengths: those of the tensors.

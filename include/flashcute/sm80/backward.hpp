@@ -5,15 +5,16 @@
 //     dQ = scale dS K                dK = scale dS^T Q             dV = P^T dO
 //
 // A thread block owns a tile of rows: of keys, for dK and dV, or of queries, for dQ. Its rows of X (K, or Q) and Y (V,
-// or dO) stay in shared memory; blocks of the other side, B_X (Q, or K) and B_Y (dO, or V), pass by:
+// or dO) stay in shared memory; its loop loads blocks of the other side, B_X (Q, or K) and B_Y (dO, or V), one after
+// the other:
 //
 //     S = X B_X^T,   dP = Y B_Y^T,   dX += dS B_X,   dY += P B_Y (of keys only)
 //
 // P and dS go from product to product in registers, or through shared memory where several warps share the columns of
-// S. Two roads: `queries` and `keys`, seven products, in which every
-// element of a gradient is summed by one thread block in one order; or `gradients`, five, in which tiles of keys also
-// add dS X to the dQ of the queries that pass by. Source: Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 2, of
-// which `queries` exchanges the loops.
+// S. There are two algorithms. The passes `queries` and `keys` take seven products; one thread block sums every element
+// of a gradient in one order. The pass `gradients` takes five: tiles of keys also add dS X, with dS from shared memory,
+// to the dQ of the queries in each block. Source: Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 2; `queries`
+// exchanges its loops.
 #pragma once
 
 #include "flashcute/core/constants.hpp"
@@ -42,8 +43,8 @@ struct TileGradients {
   static constexpr bool stores_p = flashcute::stores_p(Id.config, pass);
   static constexpr bool stores_ds = flashcute::stores_ds(Id.config, pass);
   static constexpr int column_warps = Id.config.column_warps;
-  /// Whether the next block's copies are started between the products, not before them: their addresses then spill
-  /// nothing, unless P and dS are in registers too.
+  /// Whether the next block's copies are started between the products, not before them: computing their addresses then
+  /// spills no registers, unless P and dS are in registers too.
   static constexpr bool loads_late = column_warps > 1;
   using L = TileLayout<C>;
   using P = TileProducts<C, column_warps>;
@@ -58,7 +59,7 @@ struct TileGradients {
   using SmemBlockY = typename L::SmemV;
   using SmemScores = typename L::template Smem<typename L::BlockM, typename L::BlockN>;
 
-  /// What there is of each query: its LSE and delta.
+  /// The LSE and delta of each query.
   template <int Queries>
   struct Statistics {
     alignas(16) float lse[Queries];
@@ -73,7 +74,8 @@ struct TileGradients {
     Statistics<keys_stay ? C.block_n : C.block_m> queries[keys_stay ? C.stages : 1];
   };
   static_assert(sizeof(SharedStorage) == smem_bytes(Id));
-  // (How much shared memory there is, the GPU that it will run on decides.)
+  // (Compute capabilities below 9.0 are checked as 9.0: one image runs on GPUs with different limits of shared memory,
+  // which the host checks for the actual one.)
 #define FLASHCUTE_RULE(id, sentence) \
   static_assert(check(Id.config, max_of(compiled_arch, 90)) != BackwardConfigError::id, sentence);
   FLASHCUTE_BACKWARD_CONFIG_RULES(FLASHCUTE_RULE)
@@ -144,8 +146,8 @@ struct TileGradients {
     }
   }
 
-  /// A block has arrived, and before the first one X and Y; all warps have finished with the one before. If the
-  /// products want to know, tells whether all that is there is finite.
+  /// Waits until a block has arrived (before the first one X and Y too) and all warps have finished with the block
+  /// before. If the products need to know, returns whether all of it is finite.
   FLASHCUTE_DEVICE bool arrive_and_sync(int stage, bool first) {
     copies_wait();
     if constexpr (P::wants_finite) {
@@ -162,8 +164,8 @@ struct TileGradients {
     if (blocks.left > 1) load_block(blocks.after());
   }
 
-  /// Starts loading the rows of a block that exist; the others become zeros, which add nothing. Blocks are loaded in
-  /// order.
+  /// Starts loading the rows of a block that exist; the others become zeros, which add nothing. Called for the blocks
+  /// in order.
   FLASHCUTE_DEVICE void load_block(PassingBlocks const& at) {
     ForwardParams const& f = p_.forward;
     int64_t const x_stride = keys_stay ? f.q_stride.row : f.k_stride.row;
@@ -212,17 +214,17 @@ struct TileGradients {
     auto const score_gradients = convert<typename L::Operand>(ds);
     if constexpr (stores_ds) stage_fragment<C, SmemScores, column_warps>(score_gradients, ds_tile());
 
-    // (Unless keys are hidden on both sides, all rows see the same where a block is partial at its end: rows of queries
-    // are missing.)
+    // (In a block that is partial only because rows of queries are missing, all rows see the same keys. Where keys are
+    // hidden on both sides, the blocks at the end may be partial for either reason.)
     bool const differ =
         Partial::value && Mask::rows_differ && (!keys_stay || Mask::two_edges || at.block < at.full_begin);
     bool const finite = (P::wants_finite ? arrived_finite : !differ) || drop_nonfinite(stage);
-    if constexpr (column_warps > 1) block_sync();  // P and dS are there
+    if constexpr (column_warps > 1) block_sync();  // P and dS are in shared memory
     if constexpr (keys_stay) {
       P::gemm(dy_, left_operand(probabilities, p_tile()), right_operand<SmemBlockY>(smem_.block_y[stage]));
     }
     P::gemm(dx_, left_operand(score_gradients, ds_tile()), right_operand<SmemBlockX>(smem_.block_x[stage]));
-    // dS is there, and all warps have finished with the block.
+    // dS is in shared memory, and all warps have finished reading the block.
     if constexpr ((adds_dq && column_warps == 1) || C.stages == 1) block_sync();
     if constexpr (C.stages == 1) load_next(at);
     if constexpr (adds_dq) add_dq(at, finite);
@@ -246,7 +248,7 @@ struct TileGradients {
     P::gemm(acc, P::template rows_as_a<SmemA>(a), P::template rows_as_b<SmemB>(b));
   }
 
-  /// P or dS as the A operand: this warp's own, or what all stored.
+  /// P or dS as the A operand: from this warp's registers, or from shared memory, where all warps stored their parts.
   template <class Fragment>
   FLASHCUTE_DEVICE static auto left_operand(Fragment const& own, Element const* stored) {
     if constexpr (column_warps == 1) {
@@ -256,13 +258,13 @@ struct TileGradients {
     }
   }
 
-  /// The rows of a block as the B operand to it.
+  /// The rows of a block as the B operand of the same product.
   template <class Smem>
   FLASHCUTE_DEVICE static auto right_operand(Element const* block) {
     return P::template columns_as_b<Smem, column_warps == 1 ? KOrder::registers : KOrder::memory>(block);
   }
 
-  /// From S, in place, P.
+  /// Turns S into P, in place.
   template <bool Partial, class Scores>
   FLASHCUTE_DEVICE void to_probabilities(Scores& scores, int block_row0, int stage) const {
     using namespace cute;
@@ -281,7 +283,7 @@ struct TileGradients {
     }
   }
 
-  /// Where scores are so large that rounding says that P is more than 1, it is 1.
+  /// Limits P to 1: where scores are large, their rounding errors can make it exceed 1.
   template <class Probabilities>
   FLASHCUTE_DEVICE static void hold_at_one(Probabilities& probabilities) {
     auto words = words_of(probabilities);
@@ -289,7 +291,7 @@ struct TileGradients {
     for (int i = 0; i < cute::size(words); ++i) words(i) = at_most_one<Element>(words(i));
   }
 
-  /// From dP, in place, dS. What is not visible becomes 0 by selection: it may be NaN.
+  /// Turns dP into dS, in place. Hidden elements become 0 by selection: they may be NaN.
   template <bool Partial, class Scores, class Probabilities>
   FLASHCUTE_DEVICE void to_score_gradients(Scores& scores, Probabilities const& probabilities, int block_row0,
                                            int stage) const {
@@ -315,14 +317,14 @@ struct TileGradients {
         L::template coordinates<typename L::BlockM, typename L::BlockN, column_warps>(thread_index()));
   }
 
-  /// Which elements of a block this thread holds are of a query and a key that it sees.
+  /// Which of the thread's elements of a block belong to a query and a key that it sees.
   template <class Coordinates>
   FLASHCUTE_DEVICE auto visible_elements(Coordinates const& c, int block_row0) const {
     int const row = tile_.row0 + cute::get<0>(c(0, 0)), column = block_row0 + cute::get<1>(c(0, 0));
     return VisibleElements<L, Mask, keys_stay, column_warps>{row, column, sequence()};
   }
 
-  /// Adds dS X to the sums of the queries that pass by.
+  /// Adds dS X to the sums for dQ of the queries of the block.
   FLASHCUTE_DEVICE void add_dq(PassingBlocks const& at, bool finite) const {
     Sums const sums(p_, tile_.batch, at.head, at.block);
     if (finite) {
@@ -333,16 +335,16 @@ struct TileGradients {
     }
   }
 
-  // ---- NaN and infinity: what the products would multiply by 0 for rows that do not see it ------------
+  // ---- NaN and infinity, which a product would multiply by 0 for rows that do not see them -----------
 
-  /// Takes them out of a block, for dX and dY; add_dropped adds them where they are seen. For dQ tells whether all, and
-  /// all of X, is finite.
+  /// Replaces them by 0 in a block, for dX and dY; add_dropped adds them where they are seen. Returns, for dQ, whether
+  /// the block, and all of X, was finite.
   FLASHCUTE_DEVICE bool drop_nonfinite(int stage) {
     FiniteCheck<Element> check;
     auto const look_at = [&](Element* place) { check.template look_at<16>(place); };
     for_each_word_of_block(stage, look_at);
     if constexpr (adds_dq) for_each_shared_words<L::threads>(smem_.x, C.block_m * C.head_dim, look_at);
-    if (!block_any(!check.all_finite())) return true;  // all warps have finished S and dP
+    if (!block_any(!check.all_finite())) return true;  // also: all warps have finished S and dP
     dropped_ = true;
     for_each_word_of_block(stage, [](Element* place) { zero_nonfinite(place); });
     block_sync();  // the whole block is finite
@@ -355,7 +357,7 @@ struct TileGradients {
     if constexpr (keys_stay) for_each_shared_words<L::threads>(smem_.block_y[stage], C.block_n * C.head_dim_v, f);
   }
 
-  /// dS X element by element. Slow, and rare.
+  /// dS X element by element. Slow, but rare.
   FLASHCUTE_DEVICE void add_visible_dq(Sums const& sums, int block_row0) const {
     using namespace cute;
     auto const c = Sums::coordinates();                                                    // -> (query, column)
@@ -375,9 +377,9 @@ struct TileGradients {
     }
   }
 
-  // ---- what there is of each query -------------------------------------------------------------------
+  // ---- statistics of the queries: LSE and delta ---------------------------------------------------------
 
-  /// delta of the tile's rows, to shared and to global memory; their LSE to shared memory.
+  /// Computes delta of the tile's rows and writes it to shared and to global memory; copies their LSE to shared memory.
   FLASHCUTE_DEVICE static void prepare_statistics(BackwardParams const& p, QueryTile const& tile, SharedStorage& smem) {
     auto const first = tile.lse_offset(p.forward);
     auto& queries = smem.queries[0];
@@ -408,19 +410,20 @@ struct TileGradients {
 
   // ---- results ---------------------------------------------------------------------------------------
 
-  /// dX and dY to shared memory, in the places of X and Y.
+  /// Writes dX and dY to shared memory, over X and Y.
   FLASHCUTE_DEVICE void stage_results() {
     auto const scale = static_cast<float>(p_.forward.scale);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(dx_); ++i) dx_(i) *= scale;
     copies_wait();
-    block_sync();  // all warps have finished reading X and Y, and no copy is under way
+    block_sync();  // all warps have finished reading X and Y, and all copies have arrived
     stage_tile<C, SmemX, column_warps>(dx_, smem_.x);
     if constexpr (keys_stay) stage_tile<C, SmemY, column_warps>(dy_, smem_.y);
     block_sync();  // the tiles are in shared memory
   }
 
-  /// Corrects the tiles there: to each of the `rows` rows what it sees of the rows `others` of some heads.
+  /// Adds to each of the first `rows` rows of these tiles the non-finite values that it sees among the rows `others` of
+  /// some heads.
   FLASHCUTE_DEVICE void add_dropped(int first_head, int heads, RowRange const& others, int rows) const {
     if (!(P::wants_finite || Mask::rows_differ) || !dropped_) return;
     ForwardParams const& f = p_.forward;
@@ -469,8 +472,8 @@ struct TileGradients {
       L::template accumulator<typename L::BlockM, typename L::HeadDim, column_warps>();  // (MMA, MMA_M, MMA_D)
   AccumulatorY dy_ =
       L::template accumulator<typename L::BlockM, typename L::HeadDimV, column_warps>();  // only if keys stay
-  bool dropped_ = false;     // whether anything was taken out; the same in all threads of the block
-  bool tile_finite_ = true;  // what this thread copied of X and Y
+  bool dropped_ = false;     // whether anything was replaced by 0; the same in all threads of the block
+  bool tile_finite_ = true;  // whether what this thread copied of X and Y is finite
 };
 
 }  // namespace flashcute

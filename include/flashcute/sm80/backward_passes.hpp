@@ -1,11 +1,11 @@
-// The passes of the backward as kernels: those that compute tiles of gradients, and what comes before and after them.
+// The passes of the backward as kernels: those that compute gradients, and those before and after `gradients`.
 #pragma once
 
 #include "flashcute/sm80/backward.hpp"
 
 namespace flashcute {
 
-/// What comes before the tiles of keys that add to dQ: delta, and cleared sums.
+/// The pass before `gradients`: computes delta and clears the sums for dQ.
 template <BackwardKernelId Id>
 struct PrepareGradients {
   static_assert(has_only<>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
@@ -22,7 +22,7 @@ struct PrepareGradients {
   }
 };
 
-/// What comes after them: dQ, from its sums.
+/// The pass after `gradients`: turns the sums into dQ.
 template <BackwardKernelId Id>
 struct FinishGradients {
   static_assert(has_only<>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);

@@ -1,4 +1,4 @@
-// Copies of tiles between global and shared memory: which thread copies what, and where it lies.
+// Copies of tiles between global and shared memory: which thread copies which elements, and where they are.
 #pragma once
 
 #include "flashcute/device/nonfinite.hpp"
@@ -6,8 +6,8 @@
 
 namespace flashcute {
 
-/// A thread's places in a tile: the first depends on the thread, the others lie at distances that do not. As with
-/// `Pieces`, the swizzle differs by an XOR.
+/// The addresses of a thread's elements in a tile: the first depends on the thread, the others follow at constant
+/// distances. As with `Pieces` (gemm.hpp), an XOR accounts for the swizzle.
 template <class Smem>
 class Places {
   using Element = typename Smem::Element;
@@ -20,7 +20,8 @@ class Places {
         first_(size * ((column / chunk * Smem::rows + row) * chunk + (column % chunk ^ Smem::unit * Smem::mask(row)))) {
   }
 
-  /// `down` is a multiple of 8, and in `across` no bit is set that the first column has.
+  /// The element `down` rows and `across` columns further; `down` is a multiple of 8, and `across` shares no set bit
+  /// with the first column.
   FLASHCUTE_DEVICE Element* at(int down, int across) const {
     int const further = size * (across / chunk * Smem::rows + down) * chunk;
     return reinterpret_cast<Element*>(tile_ + (first_ ^ size * (across % chunk)) + further);
@@ -31,7 +32,7 @@ class Places {
   int first_;
 };
 
-/// Copies tiles of one shape, `Smem` being a TileLayout::Smem: this thread's part of each.
+/// This thread's part of the copy of a tile; `Smem` is a TileLayout::Smem.
 template <TileConfig C, class Smem>
 class TileCopy {
   using Element = typename TileLayout<C>::Element;
@@ -98,15 +99,15 @@ class TileCopy {
     }
   }
 
-  /// A thread's places in a tile: (COPY, COPY_rows, COPY_columns). They are those of partition_D of CuTe's tiled copy,
-  /// which takes much longer to compile (tests/cpp/kernel/test_layout.cpp compares).
+  /// The addresses of a thread's elements in a tile: (COPY, COPY_rows, COPY_columns). The same as partition_D of CuTe's
+  /// tiled copy, which takes much longer to compile (tests/cpp/kernel/test_layout.cpp compares).
   FLASHCUTE_DEVICE static auto part(Element* tile, int thread) {
     using namespace cute;
     using Swizzle = typename Smem::Swizzle;
     constexpr int chunk = shape.chunk;
     int const row = thread / shape.threads_per_row, column = thread % shape.threads_per_row * shape.vector;
     if constexpr (shape.rows_per_pass % 8 == 0 && columns_per_pass == chunk) {
-      // All passes are swizzled as the first is. Its place is computed in CuTe's steps: with other ones nvcc 13.0
+      // All passes have the swizzle of the first. Its place is computed in CuTe's steps: with other steps nvcc 13.0
       // spills up to 200 bytes more in the backward.
       using Passes = Layout<Shape<_1, Int<row_passes>, Int<column_passes>>,
                             Stride<_0, Int<shape.rows_per_pass * chunk>, Int<Smem::rows * chunk>>>;

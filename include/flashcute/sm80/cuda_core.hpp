@@ -1,6 +1,6 @@
-// Matrix products by the CUDA cores: fused multiply-adds in fp32, operands straight from shared memory. A
-// thread computes the elements that it would hold if the tensor cores had computed them, so all else in the
-// kernel is the same.
+// Matrix products by the CUDA cores: fused multiply-adds in fp32, operands straight from shared memory. A thread
+// computes the elements that it would hold if the tensor cores had computed them, so the rest of the kernel is the
+// same.
 #pragma once
 
 #include "flashcute/sm80/gemm.hpp"
@@ -14,9 +14,8 @@ struct Products<C, Math::cuda_core> {
 
   static constexpr bool wants_finite = false;
 
-  /// A tile in shared memory, read where it lies. The addresses that CuTe would compute, taken apart by hand
-  /// into what depends on the thread and what is constant: rows r and r + 8 i are swizzled alike, and the
-  /// compiler does not see it.
+  /// A tile in shared memory, read in place. Its addresses are those of CuTe, split by hand into what depends on the
+  /// thread and what is constant: rows r and r + 8 i have the same swizzle, which the compiler does not see.
   template <class Smem>
   struct SharedRows {
     Element const* tile;
@@ -79,7 +78,8 @@ struct Products<C, Math::cuda_core> {
     }
   }
 
-  /// O += P V, key by key: the lane that holds its probabilities tells the others of the row. P is used up.
+  /// O += P V, key by key: a shuffle from the lane that holds a probability passes it to the lanes of its row.
+  /// Overwrites P.
   template <class Accumulator, class Scores>
   FLASHCUTE_DEVICE static void gemm(Accumulator& acc, QuadRows<Scores> const& scores,
                                     SharedRows<typename L::SmemV> const& v) {
@@ -89,9 +89,9 @@ struct Products<C, Math::cuda_core> {
     constexpr int rows = decltype(size<0>(o))::value, columns = decltype(size<1>(o))::value;
     constexpr int held = decltype(size<1>(p))::value;
     constexpr int chunk = L::SmemV::shape.chunk, unit = L::SmemV::unit;
-    constexpr int lane_units = 8 / unit - 1;  // the bits of a unit's index that tell the lanes of a quad apart
+    constexpr int lane_units = 8 / unit - 1;  // the bits of a unit's index in which the lanes of a quad differ
     int const lane_column = thread_index() % 4 * 2;
-    // Eight keys at a time, two in each lane's registers, which are indexed by constants: so P moves along.
+    // Eight keys at a time, two in each lane's registers. Registers need constant indices, so P is shifted down by two.
     CUTE_NO_UNROLL
     for (int key0 = 0; key0 < C.block_n; key0 += 8) {
       CUTE_UNROLL

@@ -1,4 +1,4 @@
-// delta = rowsum(dO * O) - dLSE of query rows: with the LSE all that the backward needs to know of a softmax.
+// delta = rowsum(dO * O) - dLSE of query rows: with the LSE, all that the backward needs of the forward's softmax.
 #pragma once
 
 #include "flashcute/core/backward_params.hpp"
@@ -6,14 +6,14 @@
 
 namespace flashcute {
 
-/// Lanes that share a row: as few as read it at once, at most a warp.
+/// Lanes that share a row: enough to read it with one load each, at most a warp.
 constexpr int lanes_of_row(int columns, int columns_of_lane) {
   int count = 1;
   while (count < 32 && count * columns_of_lane < columns) count *= 2;
   return count;
 }
 
-/// Of tiles of TileRows rows.
+/// delta of tiles of TileRows query rows.
 template <TileConfig C, int TileRows>
 class Delta {
   using L = TileLayout<C>;
@@ -24,7 +24,7 @@ class Delta {
   static constexpr int rows_per_pass = L::threads / lanes;
 
  public:
-  /// Calls result(row, delta) with each row of the tile that exists, in one thread of the block.
+  /// Calls result(row, delta) for each row of the tile that exists, once, in one thread of the block.
   template <class Result>
   FLASHCUTE_DEVICE static void compute(BackwardParams const& p, QueryTile const& tile, Result const& result) {
     ForwardParams const& f = p.forward;

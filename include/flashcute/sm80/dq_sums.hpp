@@ -1,6 +1,6 @@
 // Sums in fp32 that become dQ. The tiles of keys that a query sees add to them in any order, by atomic additions: the
-// result differs from run to run in its last bits. A tile of sums lies in memory as the threads of a block hold it, so
-// that what a warp adds at once lies together.
+// last bits of the result differ from run to run. A tile of sums is stored in the order in which the threads of a block
+// hold it, so that a warp adds to contiguous memory.
 #pragma once
 
 #include "flashcute/core/backward_config.hpp"
@@ -10,7 +10,7 @@
 
 namespace flashcute {
 
-/// The sums of tiles of `block_m` queries, of the kernels of B.
+/// The sums of tiles of `block_m` queries, for the kernels of configuration B.
 template <BackwardConfig B>
 class QueryGradientSums {
   static constexpr TileConfig C = tile_of(B, BackwardPass::gradients);
@@ -20,7 +20,7 @@ class QueryGradientSums {
   static constexpr int warps_n = dq_column_warps(B);
   using Products = TileProducts<C, warps_n>;
 
-  /// A cleared tile: this thread's part.
+  /// This thread's part of a tile, set to 0.
   FLASHCUTE_DEVICE static auto fragment() {
     return L::template accumulator<typename L::BlockN, typename L::HeadDim, warps_n>();  // (MMA, MMA_M, MMA_D)
   }
@@ -42,8 +42,8 @@ class QueryGradientSums {
     for (int i = 0; i < words; ++i) global_store(at(i), Word{});
   }
 
-  /// Adds the product of two operands. In registers is all of the left one or all of the results, whichever is less;
-  /// neither where a product fetches its left operand again for every 16 columns anyway.
+  /// Adds the product of two operands. Keeps all of the left operand or all results in registers, whichever is less;
+  /// with tf32x3 neither: its product fetches the left operand again for every 16 columns anyway.
   template <class OperandA, class OperandB>
   FLASHCUTE_DEVICE void add_product(OperandA a, OperandB b) const {
     constexpr int depth = decltype(cute::size<2>(a.fragment))::value;    // in K-steps
@@ -60,7 +60,7 @@ class QueryGradientSums {
     }
   }
 
-  /// To this thread's i-th element alone.
+  /// Adds to this thread's i-th element alone.
   FLASHCUTE_DEVICE void add(int i, float x) const { reduce_add<1>(at(i / width) + i % width, &x); }
 
   template <class Fragment>
@@ -74,14 +74,14 @@ class QueryGradientSums {
   }
 
  private:
-  /// To this thread's elements from the i-th on.
+  /// Adds to this thread's elements from number `first` on.
   template <class Fragment>
   FLASHCUTE_DEVICE void add(int first, Fragment const& x) const {
     CUTE_UNROLL
     for (int i = 0; i < cute::size(x); i += width) reduce_add<width>(at((first + i) / width), &x(i));
   }
 
-  static constexpr int width = reduction_width;  // floats that lie together
+  static constexpr int width = reduction_width;  // floats of one thread that are contiguous
   static constexpr int words = B.block_m * B.head_dim / L::threads / width;
   using Word = cute::uint_bit_t<32 * width>;
 

@@ -1,5 +1,5 @@
-// The __global__ functions of the sm80 kernels. A generated translation unit has one such line per
-// kernel; nvcc and NVRTC compile it unchanged.
+// The __global__ functions of the sm80 kernels. A generated translation unit has one of these macros per kernel; nvcc
+// and NVRTC compile the same text.
 #pragma once
 
 #include "flashcute/sm80/backward_passes.hpp"

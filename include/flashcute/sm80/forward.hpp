@@ -66,7 +66,7 @@ struct ForwardPass {
   /// Tile row of the thread's i-th row.
   FLASHCUTE_DEVICE static int row_of(int i) { return cute::get<0>(coordinates()(i, 0)); }
 
-  /// Adds to the staged output the values that are not finite and were dropped, where they are visible.
+  /// Adds to the staged output the non-finite values that were replaced by 0, where they are visible.
   FLASHCUTE_DEVICE static void add_dropped_values(typename Mask::Range const& range, ForwardParams const& p,
                                                   QueryTile const& tile, typename L::SharedStorage& smem) {
     auto const v = Rows<typename L::Element>::of(p.v, p.v_stride, tile.batch, tile.kv_head);

@@ -1,5 +1,5 @@
-// Matrix products by the tensor cores. An operand is register fragments plus where they are filled from; the
-// product fetches the fragments it needs next while the tensor cores work on these.
+// Matrix products by the tensor cores. An operand is a set of register fragments and the place that they are loaded
+// from; the product loads the next fragments while the tensor cores work on the current ones.
 #pragma once
 
 #include "flashcute/device/fragment.hpp"
@@ -11,17 +11,16 @@ namespace flashcute {
 template <TileConfig C, Math = C.math>
 struct Products;
 
-/// A tile in shared memory that all threads may read.
+/// A tile in shared memory that has arrived: all threads may read it.
 template <class Element>
 struct ArrivedTile {
   Element const* tile;
-  bool finite;  // that all of it is; known if Products::wants_finite
+  bool finite;  // whether all of it is; only computed if Products::wants_finite
 
   FLASHCUTE_DEVICE operator Element const*() const { return tile; }
 };
 
-/// TF32 keeps 10 bits of fraction. What comes from memory has 23: rounds it, where the tensor cores would
-/// cut it off.
+/// Rounds a fragment in fp32, of 23 bits of fraction, to the 10 of TF32: the tensor cores would truncate it.
 template <class Fragment>
 FLASHCUTE_DEVICE void round_operand(Fragment&& fragment) {
   if constexpr (std_::is_same_v<typename std_::remove_reference_t<Fragment>::value_type, cute::tfloat32_t>) {
@@ -30,23 +29,23 @@ FLASHCUTE_DEVICE void round_operand(Fragment&& fragment) {
   }
 }
 
-/// The pieces of a tile that one ldmatrix takes, 16 rows by 32 bytes: where their rows are. The addresses that
-/// CuTe would compute, taken apart by hand: 16 rows further the swizzle is the same, and 32 bytes further it
-/// differs by an XOR, so that one register and constants give all of them.
+/// The pieces of a tile that one ldmatrix loads, 16 rows by 32 bytes: the addresses of their rows. They are CuTe's,
+/// split by hand: 16 rows further the swizzle is the same, and 32 bytes further it differs by an XOR, so that one
+/// register and constants give all addresses.
 template <class Smem>
 class Pieces {
   static constexpr int chunk_bytes = Smem::shape.chunk * sizeof(typename Smem::Element);
   static constexpr int per_chunk = chunk_bytes / 32;
 
  public:
-  /// `tile` is at a multiple of 128 bytes. This lane gives row `row` (of the tile) and the 16 bytes `half` of it, of
-  /// the piece that begins 32 * `column` bytes into it.
+  /// `tile` is aligned to 128 bytes. This lane passes to ldmatrix the address of row `row` of the tile: of the 16-byte
+  /// half `half` of the piece that begins 32 * `column` bytes into the row.
   FLASHCUTE_DEVICE Pieces(void const* tile, int row, int half, int column = 0)
       : first_(shared_address(tile) + (column / per_chunk * Smem::rows + row) * chunk_bytes +
                16 * ((2 * (column % per_chunk) + half) ^ Smem::mask(row))) {}
 
-  /// The row of the piece that begins `rows` (a multiple of 16) rows and 32 * `column` bytes further: the first piece's
-  /// column is less than what `column` is a multiple of, a power of 2.
+  /// The same of the piece `rows` rows (a multiple of 16) and 32 * `column` bytes further. `column` must be a multiple
+  /// of a power of 2 that is larger than the `column` of the constructor, so that the XOR adds.
   FLASHCUTE_DEVICE SharedAddress at(int rows, int column) const {
     return (computed_here(first_) ^ 32 * (column % per_chunk)) + (column / per_chunk * Smem::rows + rows) * chunk_bytes;
   }
@@ -55,7 +54,7 @@ class Pieces {
   SharedAddress first_;
 };
 
-/// Fragments of A, whose rows Warps warps share: they are rows of a tile or, transposed on the way, its columns.
+/// Fragments of A, whose rows Warps warps share: rows of a tile or, with Transposed, its columns.
 template <class Fragment, class Smem, bool Transposed, int Warps>
 struct OperandA {
   Fragment fragment;  // (MMA, MMA_M, MMA_K)
@@ -74,8 +73,7 @@ struct OperandA {
   }
 };
 
-/// Fragments of B, whose columns Warps warps share: they are rows of a tile (K) or, transposed on the way, its columns
-/// (V).
+/// Fragments of B, whose columns Warps warps share: rows of a tile (K) or, with Transposed, its columns (V).
 template <class Fragment, class Smem, bool Transposed, int Warps>
 struct OperandB {
   Fragment fragment;  // (MMA, MMA_N, MMA_K)
@@ -92,14 +90,14 @@ struct OperandB {
   }
 };
 
-/// The order in which a K-step takes 8 rows of a tile of fp32: the fragments of both operands have to agree.
+/// The order in which a K-step takes 8 rows of a tile of fp32: both operands must use the same.
 enum class KOrder {
   registers,  // as `as_operand_a` numbers the columns of an accumulator; no bank conflicts
-  memory,     // as they lie there, and as ldmatrix fetches the columns of the other operand
+  memory,     // as in memory, which is also how ldmatrix loads the columns of the other operand
 };
 
-/// The elements of fp32 fragments whose K-steps are rows of a tile. ldmatrix transposes 16-bit elements only, so each
-/// lane loads what it needs. As with `Pieces`, one register gives all addresses.
+/// The elements of fp32 fragments whose K-steps are rows of a tile. ldmatrix transposes only 16-bit elements, so each
+/// lane loads its elements one by one. As with `Pieces`, one register gives all addresses.
 template <class Smem, KOrder Order>
 class GatheredElements {
   static constexpr int chunk = Smem::shape.chunk, chunk_bytes = chunk * sizeof(float);
@@ -107,12 +105,13 @@ class GatheredElements {
   static constexpr int half_step = Order == KOrder::registers ? 1 : 4;  // from the first half of a K-step to the other
 
  public:
-  /// Of the lanes that share a column, this one takes the `lane`-th of each half.
+  /// Of the four lanes that share a column, this is number `lane`: it loads that row of each half.
   FLASHCUTE_DEVICE GatheredElements(void const* tile, int lane, int column)
       : first_(shared_address(tile) + (column / chunk * Smem::rows + row_step * lane) * chunk_bytes +
                16 * (column % chunk / 4 ^ Smem::mask(row_step * lane)) + 4 * (column % 4)) {}
 
-  /// Of half `half` of K-step k, and `column` columns further, in which no bit is set that the first column has.
+  /// The element of half `half` of K-step k, `column` columns further; `column` shares no set bit with the first
+  /// column.
   FLASHCUTE_DEVICE float at(int k, int half, int column) const {
     int const row = 8 * k + half_step * half, unit = column % chunk / 4 ^ Smem::mask(row);
     return shared_load_at((computed_here(first_) ^ 16 * unit) + (column / chunk * Smem::rows + row) * chunk_bytes);
@@ -168,7 +167,7 @@ struct RegisterOperand {
   FLASHCUTE_DEVICE void fetch(int) const {}
 };
 
-/// All of an A operand, fetched once and for all.
+/// An A operand, loaded whole into registers.
 template <class Operand>
 FLASHCUTE_DEVICE auto held(Operand a) {
   CUTE_UNROLL
@@ -188,7 +187,7 @@ struct TensorCoreProducts {
   /// Q as the A operand of S = Q K^T.
   FLASHCUTE_DEVICE static auto query(Element const* tile) { return rows_as_a<typename L::SmemQ>(tile); }
 
-  /// The same with all of it fetched, once and for all.
+  /// The same, loaded whole into registers.
   FLASHCUTE_DEVICE static auto held_query(Element const* tile) { return held(query(tile)); }
 
   /// K as the B operand of S = Q K^T.
@@ -211,21 +210,21 @@ struct TensorCoreProducts {
     return RegisterOperand<decltype(view)>{view};
   }
 
-  /// A tile as the A operand whose rows are its rows: its columns are summed over.
+  /// The A operand whose rows are the rows of a tile: sums run over its columns.
   template <class Smem>
   FLASHCUTE_DEVICE static auto rows_as_a(Element const* tile) {
     auto fragment = fragment_a<typename Smem::TileRows, typename Smem::TileColumns>();
-    // The piece's tiles: rows 0-7 and 8-15, then the same of the next 16 bytes.
+    // The order of the piece's four 8x8 tiles: rows 0-7 and 8-15, then the same of the next 16 bytes.
     Pieces<Smem> const pieces{tile, 16 * warp_m() + lane() % 16, lane() / 16};
     return OperandA<decltype(fragment), Smem, false, warps_m>{fragment, pieces};
   }
 
-  /// A tile as the A operand whose rows are its columns: its rows are summed over.
+  /// The A operand whose rows are the columns of a tile: sums run over its rows.
   template <class Smem>
   FLASHCUTE_DEVICE static auto columns_as_a(Element const* tile) {
     auto fragment = fragment_a<typename Smem::TileColumns, typename Smem::TileRows>();
     if constexpr (sizeof(Element) == 2) {
-      // The piece's tiles: columns 0-7 and 8-15, then the same of the next 8 rows.
+      // The order of the piece's tiles: columns 0-7 and 8-15, then the same of the next 8 rows.
       Pieces<Smem> const pieces{tile, lane() / 16 * 8 + lane() % 8, lane() / 8 % 2, warp_m()};
       return OperandA<decltype(fragment), Smem, true, warps_m>{fragment, pieces};
     } else {
@@ -235,21 +234,21 @@ struct TensorCoreProducts {
     }
   }
 
-  /// A tile as the B operand whose columns are its rows: its columns are summed over.
+  /// The B operand whose columns are the rows of a tile: sums run over its columns.
   template <class Smem>
   FLASHCUTE_DEVICE static auto rows_as_b(Element const* tile) {
     auto fragment = fragment_b<typename Smem::TileRows, typename Smem::TileColumns>();
-    // The piece's tiles: 32 bytes of rows 0-7, then of rows 8-15.
+    // The order of the piece's tiles: 32 bytes of rows 0-7, then of rows 8-15.
     Pieces<Smem> const pieces{tile, 16 * warp_n() + lane() / 16 * 8 + lane() % 8, lane() / 8 % 2};
     return OperandB<decltype(fragment), Smem, false, WarpsN>{fragment, pieces};
   }
 
-  /// A tile as the B operand whose columns are its columns: its rows are summed over, in `Order`.
+  /// The B operand whose columns are the columns of a tile: sums run over its rows, in `Order`.
   template <class Smem, KOrder Order = KOrder::registers>
   FLASHCUTE_DEVICE static auto columns_as_b(Element const* tile) {
     auto fragment = fragment_b<typename Smem::TileColumns, typename Smem::TileRows>();
     if constexpr (sizeof(Element) == 2) {
-      // The piece's tiles: rows 0-7 and 8-15, then the same of the next 8 columns.
+      // The order of the piece's tiles: rows 0-7 and 8-15, then the same of the next 8 columns.
       Pieces<Smem> const pieces{tile, lane() % 16, lane() / 16, warp_n()};
       return OperandB<decltype(fragment), Smem, true, WarpsN>{fragment, pieces};
     } else {
@@ -265,11 +264,11 @@ struct TensorCoreProducts {
     cute::mma_unpack(typename L::Mma{}, sums, a, b, sums);
   }
 
-  /// acc += A B^T over all K-steps. The B operand comes in pieces of 16 columns of one K-step: one ldmatrix,
-  /// which feeds 2 * MMA_M tensor-core instructions. k_tiles_per_load says how many pieces a fetch brings;
-  /// with mma_double_buffer each is under way while its predecessors are multiplied. Single pieces go two
-  /// ahead: that hides the latency of shared memory, and larger fetches only cost registers. The compiler would
-  /// fetch ahead of its own accord, so all but this best order is held in place.
+  /// acc += A B^T over all K-steps. The B operand is loaded in pieces of 16 columns of one K-step: one ldmatrix, which
+  /// feeds 2 * MMA_M tensor-core instructions. k_tiles_per_load says how many pieces one fetch loads; with
+  /// mma_double_buffer a fetch is in flight while the pieces before it are multiplied. Single pieces are fetched two
+  /// ahead: that hides the latency of shared memory, and larger fetches only cost registers. The compiler would move
+  /// loads up to this best order by itself, so every other order is fixed by keep_loads_behind.
   template <class Accumulator, class A, class B>
   FLASHCUTE_DEVICE static void gemm(Accumulator& acc, A&& a, B&& b) {
     using namespace cute;
@@ -305,8 +304,8 @@ struct TensorCoreProducts {
     }
   }
 
-  /// A B^T for results that nobody keeps: take(n, sums) gets 16 columns at a time, those of this warp's n-th piece. All
-  /// of A is in registers.
+  /// A B^T without an accumulator for all columns: take(n, sums) gets 16 columns at a time, those of this warp's n-th
+  /// piece. All of A is in registers.
   template <class A, class B, class Take>
   FLASHCUTE_DEVICE static void gemm_by_columns(A const& a, B& b, Take const& take) {
     using namespace cute;

@@ -1,5 +1,4 @@
-// From a configuration to CuTe types: where tiles live in shared memory, how threads copy them, how
-// warps multiply them.
+// From a configuration to CuTe types: the layout of tiles in shared memory, and how warps multiply them.
 #pragma once
 
 #include "flashcute/device/instructions.hpp"
@@ -23,9 +22,9 @@ struct TileLayout {
   using HeadDimV = cute::Int<C.head_dim_v>;
 
   // ---- shared memory ----
-  /// A tile of Rows x Columns, cut into chunks whose rows are at most 128 bytes, all 32 banks. Without the
-  /// swizzle, eight rows read by one ldmatrix phase would start in the same few banks: it XORs the 16-byte
-  /// column with the row.
+  /// A tile of Rows x Columns, cut into chunks whose rows are at most 128 bytes, one word for each of the 32 banks. The
+  /// swizzle XORs the index of a 16-byte unit with the row: without it, the eight rows of one ldmatrix phase would
+  /// begin in the same few banks.
   template <class Rows, class Columns>
   struct Smem {
     using Element = typename TileLayout::Element;
@@ -37,14 +36,14 @@ struct TileLayout {
     static constexpr int swizzle_bits = C.swizzled ? cute::log_2(static_cast<unsigned>(shape.chunk / unit)) : 0;
     using Chunk = cute::Int<shape.chunk>;
     using Swizzle = cute::Swizzle<swizzle_bits, cute::log_2(static_cast<unsigned>(unit)), 3>;
-    // What tile_to_shape makes of a swizzled atom of 8 rows of a chunk.
+    // The same as CuTe's tile_to_shape of a swizzled atom of 8 rows of a chunk.
     using Layout = cute::ComposedLayout<  // (rows, columns)
         Swizzle, cute::_0,
         cute::Layout<cute::Shape<cute::Shape<cute::_8, cute::Int<rows / 8>>,
                                  cute::Shape<Chunk, cute::Int<Columns::value / shape.chunk>>>,
                      cute::Stride<cute::Stride<Chunk, cute::Int<8 * shape.chunk>>,
                                   cute::Stride<cute::_1, cute::Int<rows * shape.chunk>>>>>;
-    /// What the swizzle XORs to the index of a unit within a row of a chunk.
+    /// The number that the swizzle XORs with the index of a unit within a row of a chunk.
     FLASHCUTE_DEVICE static constexpr int mask(int row) { return row % 8 >> (3 - swizzle_bits); }
   };
   using SmemQ = Smem<BlockM, HeadDim>;
@@ -67,10 +66,10 @@ struct TileLayout {
 
   static constexpr int threads = num_threads(C);
   static constexpr int rows_per_thread = 2 * C.block_m / (16 * C.num_warps);
-  static constexpr bool masks_by_bits = false;  // comparisons with constants are as cheap here
+  static constexpr bool masks_by_bits = false;  // one comparison with a constant per element is as cheap here
 
-  // What a thread holds of a matrix that is multiplied so. CuTe's partition_fragment_A, _B and _C derive the same
-  // (tests/cpp/kernel/test_layout.cpp compares), but at a third of what a kernel costs to compile.
+  // The layouts of a thread's fragments. CuTe's partition_fragment_A, _B and _C derive the same
+  // (tests/cpp/kernel/test_layout.cpp compares), but that takes a third of a kernel's compile time.
   template <int WarpsN>
   static constexpr int warps_m = C.num_warps / WarpsN;
   /// Of a Rows x Columns accumulator: (MMA, MMA_M, MMA_N)
@@ -116,7 +115,8 @@ struct TileLayout {
                Stride<ScaledBasis<_8, 1>, ScaledBasis<Int<16 * WarpsN>, 1>>>>;
     return make_tensor(make_inttuple_iter(first_coordinate<WarpsN>(thread)), Elements{});
   }
-  // What of them does not depend on the thread, so that the compiler need not find out:
+  // The distances between them do not depend on the thread; as constexpr functions they need no analysis by the
+  // compiler:
   /// Tile rows from a thread's first row to its i-th: 8 within an m16 slice, then on to the warps' next slices.
   template <int WarpsN = 1>
   FLASHCUTE_DEVICE static constexpr int row_distance(int i) {

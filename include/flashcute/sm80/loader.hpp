@@ -1,4 +1,4 @@
-// Brings Q, K and V to shared memory and owns all synchronisation of the forward's main loop: the kernel asks for Q,
+// Loads Q, K and V into shared memory and owns all synchronisation of the forward's main loop: the kernel asks for Q,
 // K(n), V(n) in order, and what it gets is ready to multiply.
 #pragma once
 
@@ -20,15 +20,15 @@ class ForwardLoader {
   using CopyV = TileCopy<C, typename L::SmemV>;
 
  public:
-  /// Starts loading Q and, if blocks are to be loaded eagerly, what the last block of `range` has a place for.
+  /// Starts loading Q and, with eager_load_blocks, the last block of `range`: K, and with two stages also V.
   FLASHCUTE_DEVICE ForwardLoader(ForwardParams const& p, QueryTile const& tile, Range const& range,
                                  typename L::SharedStorage& smem)
       : p_(p), tile_(tile), smem_(smem), range_(range) {
     auto const q = CopyQ::first(static_cast<Element const*>(p.q) + tile.q_offset(p), p.q_stride.row);
     CopyQ::load(q, p.q_stride.row, tile.rows, p.head_dim, smem_.q, std_::true_type{});
 
-    // Without blocks, and after the first, these point before the tensor, as a partial block's last rows point behind
-    // it: addresses that are computed and never read.
+    // If the range is empty, and after its first block, these may point outside the tensor, as the last rows of a
+    // partial block do: such addresses are computed but never read.
     int64_t const last_row = range.first() * static_cast<int64_t>(C.block_n);
     k_ = CopyK::first(static_cast<Element const*>(p.k) + tile.k_offset(p) + last_row * p.k_stride.row, p.k_stride.row);
     v_ = CopyV::first(static_cast<Element const*>(p.v) + tile.v_offset(p) + last_row * p.v_stride.row, p.v_stride.row);
@@ -38,8 +38,8 @@ class ForwardLoader {
     }
   }
 
-  /// Q as the left operand of S = Q K^T. Unless it is to stay in registers, each product reads it from shared
-  /// memory, after `key` has waited for it.
+  /// Q as the left operand of S = Q K^T. Without q_in_registers each product reads it from shared memory, after `key`
+  /// has waited for it.
   FLASHCUTE_DEVICE auto query() {
     if constexpr (P::wants_finite) {
       return P::query({smem_.q, arrive_and_sync([&] { return CopyQ::is_finite(smem_.q); })});
@@ -54,10 +54,10 @@ class ForwardLoader {
   /// K(n) as the right operand of S = Q K^T.
   template <class Partial>
   FLASHCUTE_DEVICE auto key(int n, Partial partial) {
-    // Lazily: K's place is free since all warps have passed `value`.
+    // Lazily: K's buffer is free since all warps have passed `value`.
     if constexpr (!F.eager_load_blocks) load_key(n, partial);
     // K(n) (and Q; with two stages also V(n)) have arrived, and all warps have finished reading V(n + 1) (with two
-    // stages all of block n + 1): its place may be refilled.
+    // stages all of block n + 1): its buffer may be refilled.
     bool const finite = arrive_and_sync(
         [&] { return CopyK::is_finite(key_place(n)) && (C.stages == 1 || CopyV::is_finite(value_place(n))); });
     if constexpr (C.stages > 1) {
@@ -76,9 +76,9 @@ class ForwardLoader {
   template <class Partial>
   FLASHCUTE_DEVICE auto value(int n, Partial partial) {
     if constexpr (C.stages == 1) {
-      // Lazily: V's place is free since all warps have passed `key`.
+      // Lazily: V's buffer is free since all warps have passed `key`.
       if constexpr (!F.eager_load_blocks) load_value(n, partial);
-      // V(n) has arrived, and all warps have finished reading K(n): its place may be refilled.
+      // V(n) has arrived, and all warps have finished reading K(n): its buffer may be refilled.
       value_finite_ = arrive_and_sync([&] { return CopyV::is_finite(value_place(n)); });
       if (F.eager_load_blocks && range_.left(n) > 1) load_key(n + Range::step, partial);
     }
@@ -94,12 +94,12 @@ class ForwardLoader {
     block_sync();  // the whole block is finite
   }
 
-  /// Whether it found any so far; the same in all threads of the block.
+  /// Whether any value was replaced so far; the same in all threads of the block.
   FLASHCUTE_DEVICE bool dropped_values() const { return dropped_; }
 
  private:
-  /// This thread's copies have arrived; then all threads meet. If the products want to know, tells whether
-  /// `is_finite`, of what this thread copied, holds for all of them.
+  /// Waits for this thread's copies, then for all threads of the block. If the products need to know, returns whether
+  /// `is_finite`, of what each thread copied, holds in all threads.
   template <class IsFinite>
   FLASHCUTE_DEVICE static bool arrive_and_sync(IsFinite const& is_finite) {
     copies_wait();
@@ -111,7 +111,7 @@ class ForwardLoader {
   FLASHCUTE_DEVICE Element* key_place(int n) const { return smem_.k[n % C.stages]; }
   FLASHCUTE_DEVICE Element* value_place(int n) const { return smem_.v[n % C.stages]; }
 
-  // Blocks are loaded in the order of the range.
+  // Called for the blocks in the order of the range.
   template <class Partial>
   FLASHCUTE_DEVICE void load_key(int n, Partial partial) {
     CopyK::load(k_, p_.k_stride.row, tile_.sequence(p_).keys() - n * C.block_n, p_.head_dim, key_place(n), partial);
@@ -131,7 +131,7 @@ class ForwardLoader {
   Element const* v_;
   Range const range_;
   bool dropped_ = false;
-  bool value_finite_ = true;  // V(n), once it has arrived
+  bool value_finite_ = true;  // whether V(n), once it has arrived, is finite
 };
 
 }  // namespace flashcute

@@ -1,4 +1,5 @@
-// Fragments to shared memory, and from there to global memory; values that are not finite and were dropped.
+// Stores fragments to shared memory, and from there to global memory; restores NaN and infinity that were replaced by
+// 0.
 #pragma once
 
 #include "flashcute/policy/mask.hpp"
@@ -47,8 +48,8 @@ struct Rows {
   FLASHCUTE_DEVICE Element at(int row, int column) const { return global_load<Element>(first + row * stride + column); }
 };
 
-/// Adds to each element of a staged tile what its row sees, of the rows `others` of a tensor, that is not finite and
-/// was therefore dropped from its product. Slow, and rare.
+/// Adds to each element of a staged tile the non-finite values that its row sees among the rows `others` of a tensor,
+/// and that were replaced by 0 before the product. Slow, but rare.
 template <TileConfig C, class Smem, class Sees>
 FLASHCUTE_DEVICE void add_dropped(Rows<typename Smem::Element> const& from, RowRange const& others, int rows,
                                   int columns, typename Smem::Element* tile, Sees const& sees) {
@@ -68,17 +69,17 @@ FLASHCUTE_DEVICE void add_dropped(Rows<typename Smem::Element> const& from, RowR
   }
 }
 
-/// Puts the output into shared memory, in Q's place.
+/// Writes the output to shared memory, over Q.
 template <TileConfig C, class Fragment>
 FLASHCUTE_DEVICE void stage_output(Fragment const& o, typename TileLayout<C>::SharedStorage& smem) {
-  // All warps have finished reading Q, and no copy into shared memory is under way.
+  // Wait until all copies have arrived and all warps have finished reading Q.
   copies_wait();
   block_sync();
   stage_tile<C, typename TileLayout<C>::SmemO>(o, smem.q);
   block_sync();  // the whole tile is in shared memory
 }
 
-/// Writes it from there, copy_bytes a thread.
+/// Writes the output from shared to global memory, copy_bytes per thread at a time.
 template <TileConfig C>
 FLASHCUTE_DEVICE void store_output(ForwardParams const& p, QueryTile const& tile,
                                    typename TileLayout<C>::SharedStorage& smem) {

@@ -1,13 +1,13 @@
-// fp32 products by tensor cores that keep 11 bits of an operand: a number is the sum of two of those, up to 2^-21 of
-// it, and a product the sum of three of theirs ("3xTF32"); the fourth is too small to matter. Source: Ootomo and
-// Yokota, "Recovering single precision accuracy from Tensor Cores", arXiv 2203.03341.
+// fp32 products by tensor cores that keep 11 significant bits of an operand ("3xTF32"): a number is the sum of two TF32
+// numbers, up to 2^-21 of it, and a product the sum of three of their products; the fourth is too small to matter.
+// Source: Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores", arXiv 2203.03341.
 #pragma once
 
 #include "flashcute/sm80/gemm.hpp"
 
 namespace flashcute {
 
-/// A fragment of numbers that are each high + low. Of infinity `low` is NaN.
+/// A fragment of numbers, each split into high + low. `low` of infinity is NaN.
 template <class Fragment>
 struct Tf32Pair {
   using Part = decltype(cute::make_fragment_like<cute::tfloat32_t>(Fragment{}));
@@ -23,7 +23,7 @@ struct Tf32Pair {
   }
 };
 
-/// Products of finite numbers, as TensorCoreProducts.
+/// Products with the operands of TensorCoreProducts, for numbers that are all finite.
 template <TileConfig C, int WarpsN = 1>
 struct Tf32x3Products : TensorCoreProducts<C, WarpsN> {
   using L = TileLayout<C>;
@@ -43,9 +43,9 @@ struct Tf32x3Products : TensorCoreProducts<C, WarpsN> {
     });
   }
 
-  /// A B^T, 16 columns at a time, each into sums of its own: tensor cores cut off what they add up, and over the many
-  /// blocks of a long row that would be a bias. take(n, sums) gets those of this warp's n-th piece. Large and small
-  /// products go to sums apart, so that more of them are under way at once.
+  /// A B^T, 16 columns at a time, each with sums of its own that start at 0: tensor cores truncate the sums of their
+  /// accumulators, which over the many blocks of a long row would be a bias. take(n, sums) gets those of this warp's
+  /// n-th piece. Large and small products have separate sums, so that more instructions are independent.
   template <class A, class B, class Take>
   FLASHCUTE_DEVICE static void gemm_by_columns(A&& a, B&& b, Take const& take) {
     using namespace cute;
@@ -86,12 +86,12 @@ struct Tf32x3Products : TensorCoreProducts<C, WarpsN> {
     }
   }
 
-  /// acc += A B^T of the rows of two tiles as it is written, for numbers that cannot be taken apart. Slow, and rare.
+  /// acc += A B^T of the rows of two tiles, in fp32 without a split, for tiles with NaN or infinity. Slow, but rare.
   template <class SmemA, class SmemB, class Accumulator>
   FLASHCUTE_DEVICE static void gemm_of_rows(Accumulator& acc, Element const* a, Element const* b) {
     using namespace cute;
     auto sums = by_row_and_column(acc);  // (row, column)
-    // (Nothing of this is to be computed before the main loop.)
+    // (Opaque to the compiler, which would otherwise compute these coordinates before the main loop.)
     int const thread = static_cast<int>(computed_here(static_cast<SharedAddress>(thread_index())));
     auto const c = by_row_and_column(  // -> (row, column)
         L::template coordinates<typename SmemA::TileRows, typename SmemB::TileRows, WarpsN>(thread));
@@ -133,7 +133,7 @@ struct Products<C, Math::tf32x3> {
 
   static constexpr bool wants_finite = true;
 
-  /// Q or K: the operand, and where it comes from.
+  /// Q or K as an operand, with the tile that it is loaded from.
   template <class Fragments>
   struct Operand {
     Fragments fragments;
@@ -150,7 +150,7 @@ struct Products<C, Math::tf32x3> {
 
   FLASHCUTE_DEVICE static auto value(Tile v) { return Tf32x3::value(v.tile); }
 
-  /// S = Q K^T, S being 0.
+  /// S = Q K^T; S is 0 before.
   template <class Accumulator, class Q, class K>
   FLASHCUTE_DEVICE static void gemm(Accumulator& s, Operand<Q>& q, Operand<K>&& k) {
     Tf32x3::gemm(s, q.fragments, k.fragments);
@@ -159,7 +159,7 @@ struct Products<C, Math::tf32x3> {
     Tf32x3::template gemm_of_rows<typename L::SmemQ, typename L::SmemK>(s, q.tile, k.tile);
   }
 
-  /// O += P V, V being finite.
+  /// O += P V; V is finite.
   template <class Accumulator, class P, class V>
   FLASHCUTE_DEVICE static void gemm(Accumulator& o, P&& p, V& v) {
     Tf32x3::gemm(o, p, v);

@@ -1,5 +1,5 @@
-// A warpgroup that computes: 64 query rows of every tile of its thread block. Its products are asynchronous: what runs
-// under which product, the options of the configuration say.
+// The consumer warpgroups of Hopper's forward: each computes 64 query rows of every tile of its thread block. Its
+// products are asynchronous (WGMMA); the options of the configuration say which work overlaps which product.
 #pragma once
 
 #include "flashcute/device/apply.hpp"
@@ -11,7 +11,7 @@
 
 namespace flashcute::sm90 {
 
-/// Which blocks of keys a tile visited, if the kernel counts them.
+/// Stores how the tile treated its blocks of keys, if the kernel counts them.
 template <ForwardKernelId Id>
 FLASHCUTE_DEVICE void store_counts(BlockCounter<Id.features.count_blocks> const& counter, ForwardParams const& p,
                                    QueryTile const& tile) {
@@ -21,7 +21,7 @@ FLASHCUTE_DEVICE void store_counts(BlockCounter<Id.features.count_blocks> const&
   }
 }
 
-/// A warpgroup that computes: 64 rows of every tile.
+/// One consumer warpgroup.
 template <ForwardKernelId Id>
 class Consumer {
   static constexpr ForwardConfig C = Id.config;
@@ -45,7 +45,7 @@ class Consumer {
   }
 
  private:
-  /// What becomes of a tile's rows.
+  /// The running results of a tile's rows beside the output.
   struct Sums {
     Softmax softmax;
     BlockCounter<Id.features.count_blocks> counter;
@@ -53,8 +53,8 @@ class Consumer {
     FLASHCUTE_DEVICE explicit Sums(ForwardParams const& p) : softmax(p) {}
   };
 
-  // Two blocks at once spare moving probabilities, and are more code: for tiles of that many blocks
-  // (docs/sm90_forward.md).
+  // attend_pairs takes two blocks per iteration, which saves copying the probabilities between registers but is more
+  // code: only for tiles with more blocks left than this (docs/sm90_forward.md).
   static constexpr int pairs_from = L::warpgroups < 3 || C.scores_ahead ? 4 : 12;
 
   using Scores = decltype(L::template accumulator<typename L::BlockN>());
@@ -86,8 +86,7 @@ class Consumer {
     }
   }
 
-  /// The softmax of a block runs while P V of the block before is multiplied, also when that was the last of another
-  /// tile.
+  /// The softmax of a block overlaps P V of the block before, also when that block was the last of the previous tile.
   FLASHCUTE_DEVICE void run_overlapped() {
     Probabilities probabilities, next;
     bool any = next_tile();
@@ -116,11 +115,10 @@ class Consumer {
           attend<Mask::rows_differ>(n, probabilities, next);
           replace(probabilities, next);
         }
-        // The last product needs no Q: the next tile's arrives meanwhile, and its first scores are multiplied while
-        // the output is written. If there is no next tile, or none of its rows are this warpgroup's, they are
-        // multiplied all the same and dropped: with a branch around them the compiler would let all products of the
-        // loop wait for each other. They then read a place of the ring that nobody waited for: a copy (TMA) of the
-        // next tile's keys to it may be in flight.
+        // The last product needs no Q: meanwhile the next tile's Q arrives, and its first scores are multiplied while
+        // the output is written. If there is no next tile, or this warpgroup has no rows in it, they are multiplied too
+        // and discarded: with a branch around them nvcc would serialise all WGMMA of the loop. In that case they read a
+        // stage of the ring without having waited for it: a TMA copy of the next tile's keys to it may be in flight.
         finished = sums_;
         P::begin_output(o_, probabilities, tiles_.arrived_value(), fresh_);
         any = next_tile();
@@ -142,19 +140,20 @@ class Consumer {
     }
   }
 
-  /// The next block of a tile: O += P V with the probabilities of the block before, while this one's become `next`.
+  /// The next block of a tile: O += P V with the probabilities of the block before, while the softmax writes those of
+  /// this block to `next`.
   template <bool Partial>
   FLASHCUTE_DEVICE void attend(int n, Probabilities& probabilities, Probabilities& next) {
     begin_products(probabilities);
     scores_ready<Partial>(n, s_);
     auto const correction = next_softmax(next);
-    // Waiting here, for the next V, which has arrived long ago, keeps the compiler from moving exponentials behind
+    // The next V arrived long ago. Waiting for it here keeps the compiler from moving exponentials behind the wait for
     // the product.
     tiles_.await_value_after();
     finish_block(correction);
   }
 
-  /// Blocks n, n - 1, ..., two at a time, until at most one is left: returns the number of the next.
+  /// Visits blocks n, n - 1, ..., two at a time, until at most one is left; returns the number of the next.
   FLASHCUTE_DEVICE int attend_pairs(int n, Probabilities& probabilities, Probabilities& next) {
     if constexpr (C.scores_ahead) {
       Scores even, odd;
@@ -184,7 +183,7 @@ class Consumer {
     }
   }
 
-  /// As `attend`, but this block's scores are there already, and those of the block after are multiplied meanwhile.
+  /// As `attend`, but this block's scores are ready; those of the next block are multiplied during the softmax.
   FLASHCUTE_DEVICE void attend_ahead(int n, Scores const& scores, Scores& after, Probabilities& probabilities,
                                      Probabilities& next) {
     tiles_.await_key();
@@ -193,7 +192,7 @@ class Consumer {
     P::begin_scores(after, tiles_.query(), tiles_.arrived_key());
     begin_output(probabilities);
     turns_.pass();
-    // Held: else the compiler computes exponentials first, and begins the products when they are done.
+    // Without hold_until the compiler computes exponentials before it begins the products.
     sums_.softmax.hold_until([&](auto& maxima) { tiles_.await_value_after(maxima); });
     tiles_.look_for_key_after();
     auto const correction = sums_.softmax.update_by_stale_max(next, scores);
@@ -201,11 +200,11 @@ class Consumer {
     scores_ready<false>(range_.next(n), after);
   }
 
-  // With stale maxima the scores stay, in case that their exponentials have to be done again, and probabilities are
-  // made beside them; else in their place.
+  // With stale_max the scores are kept, because their exponentials may have to be computed again, and probabilities go
+  // to other registers; without it they overwrite the scores.
 
   FLASHCUTE_DEVICE void first_softmax(Probabilities& next) {
-    // As scores_ready does. With a call of it nvcc 13.0 orders instructions differently.
+    // The same as a call of scores_ready, with which nvcc 13.0 orders instructions differently.
     release_operands(range_.first());
     apply(range_.first(), s_);
     if constexpr (C.stale_max) {
@@ -223,7 +222,7 @@ class Consumer {
     }
   }
 
-  /// The next product's probabilities are those that were made last.
+  /// Makes the latest probabilities the operand of the next product.
   FLASHCUTE_DEVICE void replace(Probabilities& probabilities, Probabilities const& next) {
     if constexpr (C.stale_max) {
       P::move(next, probabilities);
@@ -257,7 +256,7 @@ class Consumer {
     fresh_ = false;
   }
 
-  /// While S(n) became probabilities, O += P V of the block before was multiplied; now it is done.
+  /// Waits for O += P V of the block before, which overlapped the softmax of S(n), and rescales O.
   template <class... Ahead>
   FLASHCUTE_DEVICE void finish_block(typename Softmax::Correction const& correction, Ahead&... ahead) {
     P::template finish<0>(o_, ahead...);
@@ -265,21 +264,21 @@ class Consumer {
     if (correction.any) Softmax::rescale(o_, correction);
   }
 
-  /// The product S(n) is done. Every block's scores come by here before their softmax.
+  /// After the product S(n) is done, before the softmax: releases its operands and masks its scores.
   template <bool MayBePartial = true>
   FLASHCUTE_DEVICE void scores_ready(int n, Scores& s) {
     release_operands(n);
     if constexpr (MayBePartial) apply(n, s);
   }
 
-  /// K(n) is not read any more, nor is Q after the last block.
+  /// No product reads K(n) any more, nor Q after the last block.
   FLASHCUTE_DEVICE void release_operands(int n) {
     count_block(n);
     tiles_.release_key();
     if (range_.is_last(n)) tiles_.release_query();
   }
 
-  /// Everything that changes the scores of a block.
+  /// Masks the scores of a partial block.
   FLASHCUTE_DEVICE void apply(int n, Scores& s) {
     if (!range_.is_partial(n)) return;
     QueryTile const& rows = tiles_.work(0).rows;
@@ -287,8 +286,8 @@ class Consumer {
     flashcute::apply_mask<L, Mask>(s, [&](int i) { return row0 + L::row(i); }, key, rows.sequence(p_));
   }
 
-  // Blocks of keys that only other warpgroups' rows see. The barrier that takes a place back is not in the right
-  // phase before what it held was there.
+  // For blocks of keys that only rows of other warpgroups see: their stages are waited for and released unused. Without
+  // the wait the arrival at the `empty` mbarrier could count for the wrong phase.
 
   FLASHCUTE_DEVICE void skip_keys() {
 #pragma unroll 1
@@ -300,7 +299,7 @@ class Consumer {
     for (int i = 0; i < skipped_; ++i) skip_value();
   }
 
-  /// None of the tile's rows are this warpgroup's.
+  /// Passes over a tile in which this warpgroup has no rows.
   FLASHCUTE_DEVICE void skip_tile() {
     sums_ = Sums{p_};
 #pragma unroll 1
@@ -325,13 +324,13 @@ class Consumer {
     tiles_.pass_value();
   }
 
-  /// One thread does for the tile.
+  /// Whether this is the one thread that stores the counts of the tile.
   FLASHCUTE_DEVICE bool counts() const {
     return Id.features.count_blocks && warpgroup_ == 0 && thread_of_warpgroup() == 0 &&
            (C.cluster == 1 || rank_in_cluster() == 0);
   }
 
-  /// As the tile sees it.
+  /// Counts block n as full or partial for the whole tile, not for this warpgroup's rows.
   FLASHCUTE_DEVICE void count_block(int n) { sums_.counter.visit(tiles_.work(0).loaded.is_partial(n)); }
 
   // The same in all lanes, as the compiler cannot know.
@@ -342,7 +341,7 @@ class Consumer {
     return {uniform(r.begin), uniform(r.full_begin), uniform(r.full_end), uniform(r.end)};
   }
 
-  /// Goes on to the next tile. False if there are no more.
+  /// Moves on to the next tile; false if there is none.
   FLASHCUTE_DEVICE bool next_tile() {
     auto const& work = tiles_.next();
     range_ = uniform_range(work.range);
@@ -351,7 +350,7 @@ class Consumer {
     return uniform(work.exists);
   }
 
-  /// Writes the output of the tile, or of one `before`.
+  /// Writes the output of the current tile (`before` 0) or of the one before it (1).
   FLASHCUTE_DEVICE void store(uint32_t before, Sums& sums) {
     auto const& work = tiles_.work(before);
     QueryTile const tile = work.rows;
@@ -371,8 +370,8 @@ class Consumer {
       int const end = min_of(work.loaded.end * C.block_n, tile.sequence(p_).keys());
       add_dropped<C, Mask>(work.loaded.first_partial() * C.block_n, end, p_, tile);
     }
-    // Lanes whose rows do not exist were left behind. The compiler would take all that follows for code that lanes go
-    // through apart, with addresses in registers of each.
+    // Lanes whose rows do not exist may have skipped code above. Without __syncwarp the compiler assumes that the lanes
+    // stay diverged in all that follows, and keeps addresses in registers of each lane instead of uniform registers.
     reconverge();
   }
 
@@ -380,9 +379,9 @@ class Consumer {
   int const warpgroup_;
   Tiles<C, Range> tiles_;
   Turns<L::first_turn_barrier, L::warpgroups, C.pingpong> const turns_;
-  Range range_;  // of the warpgroup's rows
-  int skipped_;  // blocks of keys that only others of the tile see
-  bool absent_;  // none of the tile's rows are its own
+  Range range_;  // blocks that the warpgroup's rows see
+  int skipped_;  // blocks of keys that only other rows of the tile see
+  bool absent_;  // the warpgroup has no rows in the tile
   Sums sums_;
   Scores s_;    // (MMA, MMA_M, MMA_N)
   Output o_;    // (MMA, MMA_M, MMA_DV)

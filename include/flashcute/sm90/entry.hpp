@@ -1,8 +1,8 @@
 // The __global__ functions of the sm90 kernels, as flashcute/sm80/entry.hpp.
 #pragma once
 
-// Built for plain sm_90, WGMMA and the register hand-over compile to a trap that only shows on the GPU. The
-// host, whose compiler defines no __CUDA_ARCH__, may read these headers.
+// For plain sm_90 CuTe compiles WGMMA to a trap that shows only when the kernel runs, hence this check. The host, whose
+// compiler defines no __CUDA_ARCH__, may include these headers.
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #error "Hopper's kernels must be compiled for sm_90a: plain sm_90 lacks their instructions (WGMMA, setmaxnreg)"
 #endif

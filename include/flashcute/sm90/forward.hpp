@@ -1,5 +1,6 @@
-// FlashAttention forward on Hopper: one warp loads tiles with the copy engine, one to three warpgroups compute, each
-// 64 query rows with asynchronous products. A thread block computes one tile of query rows of one head after another.
+// FlashAttention forward on Hopper: a persistent kernel with specialised warps. One warp loads tiles by TMA; one to
+// three warpgroups compute, each 64 query rows, with WGMMA. A thread block computes tiles of query rows of one head,
+// one after the other.
 // Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, algorithms 1 and 2.
 #pragma once
 
@@ -28,15 +29,15 @@ struct ForwardPass {
     Storage& smem = hidden(smem_symbol);
     if (thread_index() == 0) Tiles<C, Range>::init(smem, Mask::rows_differ);
     if constexpr (C.cluster > 1) {
-      cluster_sync();  // the barriers are there, and those of the others
+      cluster_sync();  // all mbarriers of the cluster are initialised
     } else {
       block_sync();
     }
 
-    // Before the registers change hands: it needs more than the loading warpgroup will have.
+    // Before setmaxnreg: this needs more registers than the loading warpgroup keeps.
     if (Mask::has_empty_rows(Sequence::uniform(p.forward)) && thread_index() < 32) store_empty_tiles(p.forward);
 
-    // One if/else, each branch with its own number of registers: the compiler wants to see no more than that.
+    // nvcc handles setmaxnreg well only in this form: one if/else, whose branches each set the number of registers.
     int const warpgroup = warpgroup_index();
     if (warpgroup == 0) {
       release_registers<registers.loader>();
@@ -48,7 +49,7 @@ struct ForwardPass {
     } else {
       claim_registers<registers.consumer>();
       Consumer<Id>{p.forward, smem, warpgroup - 1}.run();
-      if constexpr (C.cluster > 1) cluster_sync();  // the others write here until they are done
+      if constexpr (C.cluster > 1) cluster_sync();  // until then other blocks write to this one's shared memory
     }
   }
 
@@ -63,7 +64,7 @@ struct ForwardPass {
     loader.finish();
   }
 
-  /// Tiles that see no key are not announced.
+  /// Writes the tiles that see no key, which the loader leaves out. If the first row sees a key, there are none.
   FLASHCUTE_DEVICE static void store_empty_tiles(ForwardParams const& p) {
     int64_t const count = QueryTile::count(p, L::tile_rows);
     auto const per_head = static_cast<uint32_t>(ceil_div(p.seqlen_q, L::tile_rows));

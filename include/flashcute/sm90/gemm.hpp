@@ -1,11 +1,11 @@
-// Products of a warpgroup (WGMMA): they are begun, and waited for later.
+// Products of a warpgroup (WGMMA), which are asynchronous: begun here, waited for later.
 #pragma once
 
 #include "flashcute/sm90/layout.hpp"
 
 namespace flashcute::sm90 {
 
-/// The accumulator as the warpgroup's instruction holds it.
+/// The accumulator with the layout of the WGMMA atom.
 template <class Accumulator>
 FLASHCUTE_DEVICE auto as_warpgroup_accumulator(Accumulator& acc) {
   using namespace cute;
@@ -26,7 +26,7 @@ struct Products {
     mma.accumulate_ = GMMA::ScaleOut::Zero;
     auto tSrQ = described<typename L::MmaS::FrgTypeA, typename L::OperandQ>(q);             // (MMA, 1, MMA_D)
     auto const tSrK = described<typename L::MmaS::FrgTypeB, typename L::OperandK>(k.ring);  // (MMA, 1, MMA_D, STAGE)
-    // Else the descriptions of so many operands are kept over the loop, in registers that there are not.
+    // Otherwise the compiler keeps the descriptors of so many operands in registers across the loop, and these spill.
     if constexpr (size<2>(tSrQ) > 8) described_anew(tSrQ);
     auto tSrS = as_warpgroup_accumulator(scores);
     keep_in_place(tSrS);
@@ -40,7 +40,7 @@ struct Products {
     keep_in_place(tSrS);
   }
 
-  /// Begins O += P V, with P in registers, which stay untouched until it is done; O = P V if it is `fresh`.
+  /// Begins O += P V, or O = P V if `fresh`. P is in registers, which must not change until the product is done.
   template <class Output, class Probabilities>
   FLASHCUTE_DEVICE static void begin_output(Output& output, Probabilities& p, InRing<Element> v, bool fresh) {
     using namespace cute;
@@ -61,7 +61,7 @@ struct Products {
     keep_in_place(tOrO);
   }
 
-  /// Waits until at most `Pending` of the products begun are not done.
+  /// Waits until at most `Pending` of the products that were begun are not done.
   template <int Pending, class... Accumulators>
   FLASHCUTE_DEVICE static void finish(Accumulators&... done) {
     wait_for_products<Pending>();
@@ -74,8 +74,8 @@ struct Products {
     return convert<Element>(scores);
   }
 
-  /// Between registers, now: an operand must not change while products that read it may be under way, and the compiler
-  /// would rather not have the copy.
+  /// Copies between registers, at this place: an operand must not change while products that read it may be in flight,
+  /// and the compiler would otherwise remove the copy.
   template <class Probabilities>
   FLASHCUTE_DEVICE static void move(Probabilities const& from, Probabilities& to) {
     auto const source = words_of(from);

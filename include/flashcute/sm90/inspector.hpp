@@ -1,4 +1,4 @@
-// Looks for NaN and infinity in partial blocks of V before they are multiplied.
+// The inspecting warps: they look for NaN and infinity in partial blocks of V before these are multiplied.
 #pragma once
 
 #include "flashcute/device/nonfinite.hpp"
@@ -6,9 +6,9 @@
 
 namespace flashcute::sm90 {
 
-/// The side of the loading warpgroup's other warps. A row that does not see a key multiplies its value by 0, and 0 *
-/// NaN is NaN: what is not finite in a partial block of V becomes 0 before it is multiplied, and is remembered with the
-/// tile.
+/// Run by the warps of the loading warpgroup that do not load. A row that does not see a key multiplies its value by 0,
+/// and 0 * NaN is NaN: values of a partial block of V that are not finite become 0 before the product, and a flag of
+/// the tile records it.
 template <ForwardConfig C, class Range>
 class Inspector {
   using L = ForwardLayout<C, Range>;
@@ -29,13 +29,13 @@ class Inspector {
         for_each_part(v, [](Element* words) { zero_nonfinite(words); });
         publish_to_products();
       }
-      reconverge();  // one lane speaks for all: they have read what to look at, and written
+      reconverge();  // one lane arrives for the warp: all its lanes have read the inspection and written V
       if (thread_index() % 32 == 0) barrier_arrive(smem.v_full[place]);
     }
   }
 
  private:
-  /// Calls f(place) for each 16 bytes of a V that are this thread's part.
+  /// Calls f(place) for each 16 bytes of a block of V that are this thread's part.
   template <class F>
   FLASHCUTE_DEVICE static void for_each_part(Element* v, F const& f) {
     constexpr int vector = 16 / sizeof(Element);

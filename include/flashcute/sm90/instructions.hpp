@@ -1,52 +1,51 @@
-// What Hopper's hardware does for us (compute capability 9.0a): bulk tensor copies (TMA), barriers in shared memory
-// that count bytes, barriers between some of the warps, registers that change hands, products of a warpgroup (WGMMA,
-// CuTe's atoms). Everything of the Hopper kernels that no host can execute is here: tests/cpp/emulation has a twin of
-// this header.
+// The instructions of Hopper (compute capability 9.0a) by name: bulk tensor copies (TMA), mbarriers, named barriers,
+// register reallocation (setmaxnreg) and warpgroup products (WGMMA, by CuTe's atoms). Everything of the Hopper kernel
+// that a host cannot execute is here: tests/cpp/emulation has a header of the same name that stands in for it.
 #pragma once
 
 // CuTe has WGMMA for 8, 16, 32, 64, 96, 128, 192 and 256 columns. For others a translation unit defines
 // CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED first (src/image/source.cpp does where a configuration asks for it).
 #include "flashcute/device/instructions.hpp"
 #include "flashcute/sm90/params.hpp"
-// They need instructions.hpp's tensor first.
+// These headers do not compile unless device/instructions.hpp has included CuTe's tensor.
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/mma_sm90.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 
 namespace flashcute::sm90 {
 
-/// What these headers are compiled for; a host only emulates it.
+/// The architecture that these headers are compiled for.
 inline constexpr Arch sm90_arch = 90;
 
 inline constexpr int warpgroup_size = 128;
-/// Those of the loading warpgroup that do not load.
+/// Warps of the loading warpgroup that do not load.
 inline constexpr int inspecting_warps = warpgroup_size / 32 - 1;
 
-/// What is the same in all lanes of a warp, as the compiler then knows: it goes to registers that a warp shares, and
-/// what depends on it does not diverge.
+/// Tells the compiler that x is the same in all lanes of a warp: it then lives in a uniform register, and branches that
+/// depend on it do not diverge.
 FLASHCUTE_DEVICE int uniform(int x) {
   return static_cast<int>(__reduce_or_sync(0xffffffffu, static_cast<unsigned>(x)));
 }
 
-/// The word in another register.
+/// Copies the word to another register.
 FLASHCUTE_DEVICE uint32_t moved(uint32_t word) {
   uint32_t result;
   asm volatile("mov.b32 %0, %1;" : "=r"(result) : "r"(word));
   return result;
 }
 
-/// The same number, which the compiler takes for any: what it knows of a loop's flag it would use to split the loop,
-/// and then hold its parts for code that lanes go through apart.
+/// The same number, opaque to the compiler: what it knows of a loop's flag it would use to split the loop, and then
+/// treat the parts as code in which lanes diverge.
 FLASHCUTE_DEVICE int opaque(int x) { return uniform(static_cast<int>(moved(static_cast<uint32_t>(x)))); }
 
-/// The lanes of the warp meet.
+/// Synchronises the lanes of the warp.
 FLASHCUTE_DEVICE void reconverge() { __syncwarp(); }
 
 /// The word of the lane whose number differs in the bits of `mask`.
 FLASHCUTE_DEVICE uint32_t shuffle_xor_word(uint32_t word, int mask) { return __shfl_xor_sync(0xffffffffu, word, mask); }
 
-/// The same place in shared memory, found in a way that the compiler does not see through. Otherwise it computes the
-/// address of every barrier and tile anew, each time, from a special register.
+/// The same address in shared memory, opaque to the compiler. Otherwise it recomputes the address of every barrier and
+/// tile from a special register at each use.
 template <class Storage>
 FLASHCUTE_DEVICE Storage& hidden(Storage& smem) {
   return *static_cast<Storage*>(__cvta_shared_to_generic(__shfl_sync(0xffffffffu, shared_address(&smem), 0)));
@@ -58,10 +57,10 @@ FLASHCUTE_DEVICE int thread_of_warpgroup() { return thread_index() % warpgroup_s
 
 FLASHCUTE_DEVICE uint32_t block_count() { return gridDim.x; }
 
-/// Of this thread block in its cluster.
+/// The rank of this thread block in its cluster.
 FLASHCUTE_DEVICE int rank_in_cluster() { return static_cast<int>(cute::block_rank_in_cluster()); }
 
-/// This thread has arrived, and waits for all others of the cluster that have not ended.
+/// Barrier of all threads of the cluster that have not exited.
 FLASHCUTE_DEVICE void cluster_sync() {
   cute::cluster_arrive();
   cute::cluster_wait();
@@ -70,7 +69,7 @@ FLASHCUTE_DEVICE void cluster_sync() {
 /// True in one lane of a converged warp.
 FLASHCUTE_DEVICE bool elected_lane() { return cute::elect_one_sync(); }
 
-// Stores to global memory where `exists`, without a branch: others go on side by side.
+// Stores to global memory if `exists`, by a predicate and not a branch, so that several stores are in flight.
 FLASHCUTE_DEVICE void global_store_if(bool exists, float* to, float x) {
   asm volatile(
       "{\n"
@@ -94,36 +93,38 @@ FLASHCUTE_DEVICE void global_store_if(bool exists, void* to, uint4 const& words)
 
 // ---- registers -----------------------------------------------------------------------------------
 
-/// The warpgroup gives back all but `Count` registers a thread.
+/// The warpgroup releases all but `Count` registers per thread.
 template <int Count>
 FLASHCUTE_DEVICE void release_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
 }
 
-/// The warpgroup waits until it has `Count` registers a thread.
+/// The warpgroup waits until it has `Count` registers per thread.
 template <int Count>
 FLASHCUTE_DEVICE void claim_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
 }
 
-// ---- barriers in shared memory -------------------------------------------------------------------
+// ---- mbarriers -----------------------------------------------------------------------------------
 
-/// A phase of a barrier ends when all arrivals that it was made for have come, and all bytes that they announced.
+/// An mbarrier. A phase ends when all arrivals that it was initialised for have come, and all bytes that they
+/// announced.
 using Barrier = uint64_t;
 
 FLASHCUTE_DEVICE void barrier_init(Barrier& barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals));
 }
 
-/// Makes barriers known to the copy engine. The threads of the block have yet to meet.
+/// Makes initialised mbarriers visible to TMA and to the cluster. The threads of the block still have to synchronise.
 FLASHCUTE_DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 FLASHCUTE_DEVICE void barrier_arrive(Barrier& barrier, int times = 1) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(times) : "memory");
 }
 
-/// At the barrier in the same place of another thread block of the cluster, or of this one. Orders products and bulk
-/// copies, which are done: to order other writes for the cluster would take a fence of the whole GPU each time.
+/// Arrives at the mbarrier with the same offset in another thread block of the cluster, or in this one. That releases
+/// memory which only WGMMA and TMA accessed, both done. To order ordinary writes for the cluster too would need a
+/// release at cluster scope, which costs a fence of the whole GPU each time.
 FLASHCUTE_DEVICE void barrier_arrive_at(Barrier& barrier, int rank) {
   asm volatile(
       "{\n"
@@ -140,7 +141,7 @@ FLASHCUTE_DEVICE void barrier_arrive_expecting(Barrier& barrier, int bytes) {
                : "memory");
 }
 
-/// Waits for the end of the phase of this parity. Asks again and again: to let the warp sleep meanwhile is slower.
+/// Waits for the end of the phase of this parity. Repeats try_wait without a suspend-time hint: with one it is slower.
 FLASHCUTE_DEVICE void barrier_wait(Barrier& barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -155,8 +156,7 @@ FLASHCUTE_DEVICE void barrier_wait(Barrier& barrier, uint32_t parity) {
       : "memory");
 }
 
-/// Whether the phase of this parity is over: 1 or 0. The answer takes a while: asked early, it is there when it
-/// matters.
+/// Whether the phase of this parity is over: 1 or 0. The answer has a latency: test early what is needed later.
 FLASHCUTE_DEVICE uint32_t barrier_passed(Barrier& barrier, uint32_t parity) {
   uint32_t passed;
   asm volatile(
@@ -171,7 +171,7 @@ FLASHCUTE_DEVICE uint32_t barrier_passed(Barrier& barrier, uint32_t parity) {
   return passed;
 }
 
-/// Waits, unless that it has `passed` is known.
+/// Waits, unless `passed` says that the phase is over.
 FLASHCUTE_DEVICE void barrier_wait_unless(uint32_t passed, Barrier& barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -187,9 +187,9 @@ FLASHCUTE_DEVICE void barrier_wait_unless(uint32_t passed, Barrier& barrier, uin
       : "memory");
 }
 
-/// The same; nothing that depends on the numbers is computed before. They stay as they are, but who waits has them from
-/// a shuffle, through which the assembler, which moves code last, does not see. All lanes of the warp have the same
-/// `passed`.
+/// The same, and nothing that depends on the `held` numbers is computed before the wait. They keep their values, but
+/// after a wait they come from a shuffle with lane mask 0, because ptxas reorders code and does not see that the
+/// shuffle changes nothing. `passed` is the same in all lanes of the warp.
 FLASHCUTE_DEVICE void barrier_wait_unless(uint32_t passed, Barrier& barrier, uint32_t parity, float (&held)[2]) {
   asm volatile(
       "{\n"
@@ -208,46 +208,46 @@ FLASHCUTE_DEVICE void barrier_wait_unless(uint32_t passed, Barrier& barrier, uin
       : "memory");
 }
 
-// ---- barriers between warps ----------------------------------------------------------------------
+// ---- named barriers ------------------------------------------------------------------------------
 
-/// Barrier `id` (1 to 15) of `Threads` threads: this warp's arrive, and wait for the others.
+/// Arrives with this warp at named barrier `id` (1 to 15), of `Threads` threads, and waits for the others.
 template <int Threads>
 FLASHCUTE_DEVICE void named_sync(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(Threads) : "memory");
 }
 
-/// This warp's arrive, and go on.
+/// Arrives with this warp without waiting.
 template <int Threads>
 FLASHCUTE_DEVICE void named_arrive(int id) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(Threads) : "memory");
 }
 
-/// What this thread wrote to shared memory is seen by products that begin later.
+/// Proxy fence: makes what this thread wrote to shared memory visible to WGMMA that begin later.
 FLASHCUTE_DEVICE void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- products of a warpgroup ---------------------------------------------------------------------
-// They are begun in batches, and multiplied later. Until a batch is done, its accumulators and its operands in
-// registers must not be touched, and its operands in shared memory must not change.
+// WGMMA are asynchronous and committed in batches (wgmma groups). Until a batch is done, its accumulators and its
+// operands in registers must not be touched, and its operands in shared memory must not change.
 
-/// An operand in shared memory as a tensor of its descriptors, of CuTe's type `Descriptor`.
+/// An operand in shared memory as a tensor of matrix descriptors, of CuTe's type `Descriptor`.
 template <class Descriptor, class Operand, class Element>
 FLASHCUTE_DEVICE auto described(Element* tile) {
   return cute::make_tensor<Descriptor>(cute::make_tensor(cute::make_smem_ptr(tile), Operand{}));
 }
 
-/// The same description of an operand in shared memory, unknown to the compiler: what depends on it is computed anew.
+/// Makes the descriptor opaque to the compiler, so that what depends on it is recomputed.
 template <class Operand>
 FLASHCUTE_DEVICE void described_anew(Operand& operand) {
   asm volatile("" : "+r"(operand.data().desc_.reg32_[0]));
 }
 
-/// Orders what was done to the warpgroup's registers before the products that follow.
+/// wgmma.fence: orders accesses to the warpgroup's registers before the products that follow.
 FLASHCUTE_DEVICE void begin_products() { cute::warpgroup_arrive(); }
 
 /// sums += a b, or = where mma.accumulate_ says so; `mma` is the atom's MMA_Traits.
 template <class Mma, class Sums, class A, class B>
 FLASHCUTE_DEVICE void multiply(Mma const& mma, Sums& sums, A const& a, B const& b) {
-  mma_unpack(mma, sums, a, b, sums);  // each atom's own, found by its argument
+  mma_unpack(mma, sums, a, b, sums);  // the atom's overload, found by argument-dependent lookup
 }
 
 /// Ends a batch.
@@ -259,7 +259,7 @@ FLASHCUTE_DEVICE void wait_for_products() {
   cute::warpgroup_wait<Pending>();
 }
 
-/// The compiler may move nothing that concerns these registers over this place.
+/// The compiler moves no access to these registers across this place.
 template <class Registers>
 FLASHCUTE_DEVICE void keep_in_place(Registers& registers) {
   cute::warpgroup_fence_operand(registers);
@@ -267,7 +267,7 @@ FLASHCUTE_DEVICE void keep_in_place(Registers& registers) {
 
 // ---- bulk copies ---------------------------------------------------------------------------------
 
-/// How long a copied tile is to stay in the L2 cache: the copy engine's encoding.
+/// How long a copied tile should stay in the L2 cache: TMA's encoding of the cache policy.
 enum class L2Hint : uint64_t { evict_first = 0x12F0000000000000, evict_last = 0x14F0000000000000 };
 
 FLASHCUTE_DEVICE void prefetch(TensorMap const& map) {
@@ -282,7 +282,7 @@ FLASHCUTE_DEVICE void prefetch_box(TensorMap const& map, int column, int row, in
 }
 
 /// Starts copying the box at (column, row, head, batch) of a tensor to shared memory; what lies outside the tensor
-/// arrives as 0. Counts its bytes, those outside too, at the barrier.
+/// arrives as 0. The mbarrier counts its bytes, including those outside.
 FLASHCUTE_DEVICE void copy_box(TensorMap const& map, int column, int row, int head, int batch, void* to,
                                Barrier& barrier, L2Hint hint) {
   asm volatile(
@@ -293,8 +293,8 @@ FLASHCUTE_DEVICE void copy_box(TensorMap const& map, int column, int row, int he
       : "memory");
 }
 
-/// The same to the same place of each of the `blocks` thread blocks of the cluster, whose barriers in the same place
-/// count the bytes.
+/// The same to the same offset in each of the `blocks` thread blocks of the cluster (multicast); the mbarrier with the
+/// same offset in each counts the bytes.
 FLASHCUTE_DEVICE void copy_box_to_all(TensorMap const& map, int column, int row, int head, int batch, void* to,
                                       Barrier& barrier, L2Hint hint, int blocks) {
   asm volatile(

@@ -1,37 +1,39 @@
-// From a configuration to CuTe types, as flashcute/sm80/layout.hpp: where tiles live in shared memory, how warpgroups
-// multiply them.
+// From a configuration to CuTe types, as flashcute/sm80/layout.hpp: the layout of shared memory, and how warpgroups
+// multiply tiles.
 #pragma once
 
 #include "flashcute/sm90/instructions.hpp"
-// Its atoms are made for the instructions.
+// Built on the instructions above.
 #include "flashcute/device/fragment.hpp"
 #include "flashcute/policy/mask.hpp"
 
 namespace flashcute::sm90 {
 
-/// What a warpgroup has to do next. The loading warp writes it to shared memory.
+/// The next tile of a warpgroup. The loading warp writes it to shared memory.
 template <class Range>
 struct Work {
-  QueryTile rows;  // its part of a tile; it may have none
+  QueryTile rows;  // the warpgroup's part of the tile; it may be empty
   Range range;     // of keys that its rows see
   Range loaded;    // of keys that any of the tile's rows sees
-  bool exists;     // false: there is no more
+  bool exists;     // false: there are no more tiles
 };
 
-/// A block of V to look at before it is multiplied.
+/// A block of V for the inspecting warps.
 struct Inspection {
-  int place;  // where V is; below 0: there is no more
-  int tile;   // whose V it is
+  int place;  // its stage in the ring; below 0: there are no more
+  int tile;   // the slot in `dropped` of its tile
 };
 
-/// A block in a ring of places. The tensor cores' description of the first place is made once, and the place added.
+/// A block in a ring of stages. The matrix descriptor of the first stage is made once; that of `place` is an offset
+/// from it.
 template <class Element>
 struct InRing {
   Element* ring;
   int place;
 };
 
-/// Registers of a thread of the warpgroup that loads, and of those that compute: of the 65536 of a multiprocessor.
+/// Registers per thread of the loading warpgroup and of the consumer warpgroups: together at most the 65536 of a
+/// multiprocessor.
 struct WarpgroupRegisters {
   int32_t loader, consumer;
 };
@@ -54,16 +56,16 @@ struct ForwardLayout {
   static constexpr int keys_per_load = flashcute::keys_per_load(C);
 
   // ---- shared memory ----
-  // A tile is cut into pages of 128 bytes a row, one box of the copy engine each, swizzled as engine and tensor
-  // cores agree.
+  // A tile is cut into pages whose rows are 128 bytes. TMA copies a page as one box (in a cluster as one box per thread
+  // block), in the 128-byte swizzle that WGMMA reads.
   static constexpr int page = box_row_bytes / sizeof(Element);    // columns
   static constexpr int q_elements = warpgroup_rows * C.head_dim;  // of one warpgroup
   static constexpr int k_elements = C.block_n * C.head_dim;
   static constexpr int v_elements = C.block_n * C.head_dim_v;
 
-  // The tiles as WGMMA takes them, 16 of the columns that are summed over in each step. These are the layouts that CuTe
-  // would partition out of its Layout_K_SW128_Atom and Layout_MN_SW128_Atom; deriving them takes longer than to compile
-  // the rest of the kernel. `Shape` and `Stride` of one step, then of the steps, then of the ring's places.
+  // The operands of WGMMA, 16 of the columns that are summed over in each step. CuTe would derive the same layouts from
+  // its Layout_K_SW128_Atom and Layout_MN_SW128_Atom, but that takes longer than to compile the rest of the kernel.
+  // `Shape` and `Stride` describe one step, then the steps, then the stages of the ring.
   template <class Shape, class Stride>
   using Operand =
       cute::ComposedLayout<cute::Swizzle<3, 4, 3>, cute::smem_ptr_flag_bits<16>, cute::Layout<Shape, Stride>>;
@@ -83,12 +85,13 @@ struct ForwardLayout {
                            cute::Stride<cute::Stride<cute::Stride<cute::_1, cute::Int<C.block_n * page>>, Page>,
                                         cute::_0, cute::Int<16 * page>, cute::Int<v_elements>>>;
 
-  // Barriers between warps: 0 is the block's; one a warpgroup to take turns at, one a warpgroup of its own.
+  // Named barriers: 0 is __syncthreads; then one per warpgroup for taking turns, and one per warpgroup for its own
+  // warps.
   static constexpr int first_turn_barrier = 1;
   static constexpr int first_own_barrier = first_turn_barrier + warpgroups;
 
-  /// When a tile is announced, a warpgroup may be at the one before and not have stored the one before that, and
-  /// another may be a tile ahead.
+  /// Slots for announced tiles: when a tile is announced, a warpgroup may be at the tile before it without having
+  /// stored the one before that, and another may be a tile ahead.
   static constexpr int tiles = 4;
 
   struct SharedStorage {
@@ -96,9 +99,9 @@ struct ForwardLayout {
     alignas(1024) Element k[C.stages][k_elements];
     alignas(1024) Element v[C.stages][v_elements];
     Work<Range> work[tiles][warpgroups];
-    bool dropped[tiles];  // V was not finite where rows see different keys
+    bool dropped[tiles];  // whether non-finite values were replaced by 0 in a partial block of V
     Inspection inspections[C.stages];
-    Barrier v_landed[C.stages];  // an inspection may begin
+    Barrier v_landed[C.stages];  // V has arrived, its inspection may begin
     Barrier q_full[warpgroups], q_empty[warpgroups];
     Barrier k_full[C.stages], k_empty[C.stages];
     Barrier v_full[C.stages], v_empty[C.stages];
@@ -115,15 +118,15 @@ struct ForwardLayout {
   static constexpr int rows_per_thread = 2;
   static constexpr bool masks_by_bits = true;
 
-  /// This thread's part of a warpgroup's 64 x Columns accumulator, as mma.sync would hold it: what reads it by row and
-  /// column serves both.
+  /// This thread's part of a warpgroup's 64 x Columns accumulator, in the layout of mma.sync, so that code that reads
+  /// it by row and column serves both kernels.
   template <class Columns>
   FLASHCUTE_DEVICE static auto accumulator() {
     using namespace cute;
     return make_tensor<float>(Layout<Shape<Shape<_2, _2>, _1, Int<Columns::value / 8>>>{});  // (MMA, MMA_M, MMA_N)
   }
 
-  /// Of the thread's i-th row, from the warpgroup's first.
+  /// The thread's i-th row, counted from the warpgroup's first.
   FLASHCUTE_DEVICE static int row(int i) { return thread_of_warpgroup() / 32 * 16 + thread_index() % 32 / 4 + 8 * i; }
   FLASHCUTE_DEVICE static int first_column() { return 2 * (thread_index() % 4); }
   /// Columns from the thread's first to its j-th.

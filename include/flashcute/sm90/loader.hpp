@@ -1,12 +1,12 @@
-// Moves tiles from global to shared memory and owns all synchronisation between the warp that loads, the warps that
-// look at what came, and the warpgroups that compute.
+// The loading warp: copies tiles from global to shared memory by TMA and tells the inspecting warps and the consumer
+// warpgroups, through mbarriers, what has arrived.
 #pragma once
 
 #include "flashcute/sm90/pipeline.hpp"
 
 namespace flashcute::sm90 {
 
-/// The loading warp's side. One lane of it calls.
+/// Run by one lane of the loading warp.
 template <ForwardConfig C, class Mask>
 class Loader {
   using Range = typename Mask::Range;
@@ -22,10 +22,10 @@ class Loader {
     prefetch(p.v);
   }
 
-  /// A tile's Q, K and V, in the order in which they are needed: V(n) after the K that comes after K(n), which may be
-  /// the next tile's first.
+  /// Loads a tile's Q, K and V in the order in which they are needed: V(n) comes after the K that follows K(n), which
+  /// may be the next tile's first.
   FLASHCUTE_DEVICE void load(QueryTile const& tile, Range const& range) {
-    for (int w = 0; w < L::warpgroups; ++w) {  // long before there is a place for it
+    for (int w = 0; w < L::warpgroups; ++w) {  // to L2, long before its buffer is free
       int const row = rows_of(tile, w).row0;
       for_each_page<C.head_dim>([&](int column) { prefetch_box(p_.q, column, row, tile.head, tile.batch); });
     }
@@ -38,7 +38,7 @@ class Loader {
     }
   }
 
-  /// The last V, and that there are no more tiles.
+  /// Loads the last V and announces that there are no more tiles.
   FLASHCUTE_DEVICE void finish() {
     load_value_left();
     for (int w = 0; w < L::warpgroups; ++w) {
@@ -47,14 +47,14 @@ class Loader {
       barrier_arrive(smem_.q_full[w]);
     }
     if constexpr (inspected) {
-      await_place_for_value();  // so that there is one for the inspection too
+      await_place_for_value();  // then an inspection slot is free too
       smem_.inspections[inspection_.place].place = -1;
       barrier_arrive(smem_.v_landed[inspection_.place]);
     }
   }
 
  private:
-  /// Tells the warpgroups what comes next, and loads its Q.
+  /// Announces the tile to the warpgroups and loads its Q.
   FLASHCUTE_DEVICE void announce(QueryTile const& tile, Range const& range) {
     smem_.dropped[tile_ % L::tiles] = false;
     for (int w = 0; w < L::warpgroups; ++w) {
@@ -76,7 +76,8 @@ class Loader {
 
   FLASHCUTE_DEVICE void await_place_for_query(int warpgroup) { barrier_wait(smem_.q_empty[warpgroup], tile_ % 2 ^ 1); }
 
-  /// A warpgroup's rows of a tile. Under a mask some have less to do: each gets all of them in turn.
+  /// A warpgroup's rows of a tile. Under a mask some parts of a tile are less work, so the parts rotate among the
+  /// warpgroups.
   FLASHCUTE_DEVICE QueryTile rows_of(QueryTile const& tile, int warpgroup) const {
     auto const turn = static_cast<uint32_t>(rank_ * L::warpgroups + warpgroup) + tile_;
     return tile.part_from_end(static_cast<int>(turn % (L::warpgroups * C.cluster)), warpgroup_rows);
@@ -86,8 +87,8 @@ class Loader {
     Work<Range> part{rows_of(tile, warpgroup), range, range, true};
     if (inspected && part.rows.rows > 0) {
       part.range = Mask::kv_range(part.rows, p_.forward, C.block_n);
-      // A block at least, so that there is one loop for all. And no more keys are passed over than have a place while
-      // the last V of the tile before keeps its own.
+      // At least one block, so that all warpgroups run the same loop. And a warpgroup skips at most stages - 1 blocks,
+      // the stages that are free while the last V of the tile before still occupies one.
       part.range.end = max_of(max_of(part.range.end, range.begin + 1), range.end - (C.stages - 1));
       // What only others see of the first blocks is not passed over: its rows see nothing there.
       if constexpr (Mask::two_edges) part.range.begin = range.begin;
@@ -114,7 +115,7 @@ class Loader {
         landed = &smem_.v_landed[inspection_.place];
         inspection_.advance();
       } else {
-        barrier_arrive(*landed, inspecting_warps - 1);  // in place of those who would have looked
+        barrier_arrive(*landed, inspecting_warps - 1);  // instead of the inspecting warps; load_block arrives once more
       }
     }
     load_block<C.head_dim_v>(p_.v, n, tile, smem_.v[v_.place], *landed);
@@ -123,7 +124,7 @@ class Loader {
 
   FLASHCUTE_DEVICE void await_place_for_value() { barrier_wait(smem_.v_empty[v_.place], v_.parity ^ 1); }
 
-  /// Block `n` of K or V. Of a cluster, each thread block loads its share of the keys, for all.
+  /// Loads block `n` of K or V. In a cluster each thread block loads its share of the keys for all.
   template <int Columns>
   FLASHCUTE_DEVICE void load_block(TensorMap const& map, int n, QueryTile const& tile, typename L::Element* place,
                                    Barrier& full) {
@@ -155,7 +156,7 @@ class Loader {
   Storage& smem_;
   int const rank_;  // of the thread block in its cluster
   RingPosition<C.stages> k_, v_;
-  RingPosition<C.stages> inspection_;  // as many as V has places: when one of those is free, so is one of these
+  RingPosition<C.stages> inspection_;  // as many slots as V has stages: when a stage is free, so is a slot
   uint32_t tile_ = 0;
   struct {
     QueryTile tile;

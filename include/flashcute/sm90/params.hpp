@@ -1,4 +1,4 @@
-// What a launch of the Hopper forward needs to know.
+// The parameters of a launch of Hopper's forward kernel, passed by value as its only parameter.
 #pragma once
 
 #include "flashcute/sm90/rounds.hpp"

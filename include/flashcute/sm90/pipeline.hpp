@@ -1,12 +1,12 @@
-// The rings of places through which tiles reach the warpgroups that compute: where each side is in a ring, the waits
-// and arrivals of those that compute, and their turns in multiplying.
+// The pipeline between loader and consumers: rings of stages in shared memory with an mbarrier for `full` and one for
+// `empty`, the consumers' side of them, and the turns that consumer warpgroups take in multiplying.
 #pragma once
 
 #include "flashcute/sm90/layout.hpp"
 
 namespace flashcute::sm90 {
 
-/// Where one side is in a ring of `Stages` places. A place's barriers change phase once each time around.
+/// One side's position in a ring of `Stages` stages. A stage's mbarriers change phase once per round.
 template <int Stages>
 struct RingPosition {
   int place = 0;
@@ -26,7 +26,7 @@ struct RingPosition {
   }
 };
 
-/// A computing warpgroup's side: waits for tiles, and gives their places back.
+/// A consumer warpgroup's side: waits for tiles, and releases their stages.
 template <ForwardConfig C, class Range>
 class Tiles {
   using L = ForwardLayout<C, Range>;
@@ -36,7 +36,7 @@ class Tiles {
  public:
   FLASHCUTE_DEVICE Tiles(Storage& smem, int warpgroup) : smem_(smem), warpgroup_(warpgroup) {}
 
-  /// The block's barriers, before anyone waits at them. One thread calls.
+  /// Initialises the thread block's mbarriers, before any thread waits at them. One thread calls it.
   FLASHCUTE_DEVICE static void init(Storage& smem, bool inspected) {
     for (int w = 0; w < L::warpgroups; ++w) {
       barrier_init(smem.q_full[w], 1);
@@ -52,14 +52,14 @@ class Tiles {
     publish_barriers();
   }
 
-  /// What comes next, once its Q has arrived.
+  /// Waits until the next tile is announced and its Q has arrived.
   FLASHCUTE_DEVICE Work<Range> const& next() {
     ++tile_;
     barrier_wait(smem_.q_full[warpgroup_], tile_ % 2);
     return work(0);
   }
 
-  /// Of the tile, or of one of those before.
+  /// Of the current tile (`before` 0), or of an earlier one.
   FLASHCUTE_DEVICE Work<Range> const& work(uint32_t before) const {
     return smem_.work[(tile_ - before) % L::tiles][warpgroup_];
   }
@@ -71,13 +71,13 @@ class Tiles {
     if (thread_of_warpgroup() == 0) barrier_arrive(smem_.q_empty[warpgroup_]);
   }
 
-  /// The next K.
+  /// Waits for the next K.
   FLASHCUTE_DEVICE void await_key() {
     barrier_wait_unless(key_passed_, smem_.k_full[k_.place], k_.parity);
     key_passed_ = 0;
   }
   FLASHCUTE_DEVICE InRing<Element> arrived_key() const { return {smem_.k[0], k_.place}; }
-  /// Asks about the K after it, for the time when that is the next.
+  /// Tests early whether the K after it has arrived, for the wait when that is the next.
   FLASHCUTE_DEVICE void look_for_key_after() {
     auto const after = k_.after();
     key_passed_ = barrier_passed(smem_.k_full[after.place], after.parity);
@@ -87,14 +87,14 @@ class Tiles {
     k_.advance();
   }
 
-  /// Gives it back unused. No warp may lag behind: the barrier goes on without it, and nothing else keeps warps
-  /// together that multiply nothing.
+  /// Releases the stage unused. First synchronises the warps of the warpgroup: the arrival of one counts for all, and
+  /// without WGMMA nothing else keeps a warp from still waiting for the old phase.
   FLASHCUTE_DEVICE void pass_key() {
     meet();
     release_key();
   }
 
-  /// The next V, and the one after it: they are waited for before they are needed.
+  /// The next V. The functions named `after` concern the V after it, which is waited for before it is needed.
   FLASHCUTE_DEVICE InRing<Element> arrived_value() const { return {smem_.v[0], v_.place}; }
   FLASHCUTE_DEVICE void release_value() {
     release(smem_.v_empty[v_.place]);
@@ -109,7 +109,7 @@ class Tiles {
     auto const after = v_.after();
     value_passed_ = barrier_passed(smem_.v_full[after.place], after.parity);
   }
-  /// `held`: numbers, of which nothing is computed before.
+  /// `held`: numbers; nothing that depends on them is computed before the wait.
   template <class... Held>
   FLASHCUTE_DEVICE void await_value_after(Held&... held) {
     auto const after = v_.after();
@@ -118,10 +118,10 @@ class Tiles {
   }
 
  private:
-  /// The warpgroup's warps.
+  /// Synchronises the warpgroup's warps.
   FLASHCUTE_DEVICE void meet() const { named_sync<warpgroup_size>(L::first_own_barrier + warpgroup_); }
 
-  /// The place is given back to all who load into it.
+  /// Releases the stage to every thread block that loads into it.
   FLASHCUTE_DEVICE static void release(Barrier& empty) {
     if constexpr (C.cluster > 1) {
       if (thread_of_warpgroup() < C.cluster) barrier_arrive_at(empty, thread_of_warpgroup());
@@ -134,20 +134,20 @@ class Tiles {
   int warpgroup_;
   RingPosition<C.stages> k_, v_;
   uint32_t tile_ = ~uint32_t{0};  // before the first
-  // Answers about the barriers that are waited for next: a key's place is released once between question and wait, a
-  // value's not at all.
+  // Results of the early tests, for the next wait. Between test and wait the ring of K advances once, that of V not at
+  // all.
   uint32_t key_passed_ = 0, value_passed_ = 0;
 };
 
-/// Warpgroups take turns in beginning their products, so that while one computes its softmax, another has the tensor
-/// cores. Warpgroup w waits at barrier First + w for its predecessor.
+/// Warpgroups take turns in beginning their products, so that while one computes its softmax, another uses the tensor
+/// cores. Warpgroup w waits at named barrier First + w for its predecessor.
 template <int First, int Warpgroups, bool Enabled>
 class Turns {
-  static constexpr int threads = 2 * warpgroup_size;  // who waits, and who goes before
+  static constexpr int threads = 2 * warpgroup_size;  // the waiting warpgroup and its predecessor
 
  public:
   FLASHCUTE_DEVICE explicit Turns(int warpgroup) : warpgroup_(warpgroup) {
-    if (Enabled && warpgroup == 0) named_arrive<threads>(First);  // nobody goes before the first
+    if (Enabled && warpgroup == 0) named_arrive<threads>(First);  // the first turn has no predecessor
   }
 
   FLASHCUTE_DEVICE void wait() const {

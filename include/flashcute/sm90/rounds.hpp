@@ -1,6 +1,6 @@
-// How Hopper's kernel deals tiles of query rows to its thread blocks, each of which computes one after the other. No
-// counter in memory deals them out, so nothing has to be cleared, and every launch is the same. The host decides who
-// gets which tile (src/launch/tile_deal.cpp), and each block walks the same rounds to find its own.
+// How Hopper's persistent kernel distributes tiles of query rows over its thread blocks. There is no atomic counter:
+// nothing has to be cleared before a launch, and every launch distributes tiles alike. The host decides which block
+// gets which tile (src/launch/tile_deal.cpp), and each block runs through the same rounds to find its own.
 #pragma once
 
 #include "flashcute/core/forward_config.hpp"
@@ -8,15 +8,15 @@
 
 namespace flashcute {
 
-/// How many rounds of tiles Hopper's kernel takes heads for at once, and in the end: their K and V shall stay in the L2
-/// cache (132 tiles of 128 rows have 9 MB at head_dim 128), but to the end there must be short tiles for those who have
-/// less to do so far.
+/// The size of a section of heads, in rounds of tiles: usually, and for the last section. K and V of a section should
+/// stay in the L2 cache (132 tiles of 128 rows have 9 MB at head_dim 128), but the last section has to be large enough
+/// to have short tiles for the blocks with the least work so far.
 struct SectionRounds {
   int32_t usual, last;
 
   constexpr bool operator==(SectionRounds const&) const = default;
 };
-inline constexpr SectionRounds equally_long{0, 0};  // tiles, which then go by heads
+inline constexpr SectionRounds equally_long{0, 0};  // all tiles cost the same: one section, head by head
 constexpr SectionRounds section_rounds(ForwardKernelId const& k) {
   switch (k.features.mask) {
     case MaskKind::full: return equally_long;
@@ -26,35 +26,35 @@ constexpr SectionRounds section_rounds(ForwardKernelId const& k) {
   return equally_long;
 }
 
-/// That Hopper's kernel uses: all that the chip has (an H100 or H200 has 132). On a larger one of compute
-/// capability 9.0 the rest would be idle, as `explain` then says.
+/// Multiprocessors that Hopper's kernel uses at most: as many as the full chip has (an H100 or H200 has 132). On a
+/// larger GPU of compute capability 9.0 the rest would be idle, and `explain` says so.
 inline constexpr int32_t max_multiprocessors = 144;
 
-/// The `i`-th tile of a head from its last rows on. The tile that has fewer rows than others is the first rows': under
-/// a causal mask it sees the fewest keys, and warpgroups without a row have the least to wait for.
+/// The `i`-th tile of a head, counted from its last rows. The incomplete tile is that of the first rows: under a causal
+/// mask it sees the fewest keys, and warpgroups without rows wait the least.
 FLASHCUTE_HD QueryTile sm90_tile(ForwardParams const& p, uint32_t head_index, int32_t i, int32_t tile_rows) {
   return QueryTile::whole_head(p, head_index).part_from_end(i, tile_rows);
 }
 
-/// One tile for each thread block, or for some of them, by turn; the longest come first. Thread blocks of a cluster
-/// compute one tile together: here they are one.
+/// A round: at most one tile for each thread block; the longest come first. The thread blocks of a cluster compute one
+/// tile together and count as one here.
 struct TileRound {
   uint32_t head0;  // first head of the section, of all batches
   int32_t heads;   // in the section
   int32_t first;   // tile of the section that the round begins with
   int32_t count;   // of tiles
-  int32_t start;   // the block whose turn is the first
-  bool by_head;    // all tiles of a head follow each other
+  int32_t start;   // the block with turn 0
+  bool by_head;    // the tiles of a head are consecutive
   bool backwards;  // blocks take their turns from the last to the first
 
-  /// The turn of a block, if nothing else is known of it; `count` or more: it gets none.
+  /// The turn of a block by the regular order, without a TileDeal; if it is `count` or more, the block gets no tile.
   FLASHCUTE_HD int32_t turn(int32_t block, int32_t blocks) const {
     int32_t const turn = (block + blocks - start) % blocks;
     return backwards && turn < count ? count - 1 - turn : turn;
   }
 
-  /// In a section the long tiles come first: the last rows of all its heads, then the rows before. But where all are
-  /// equally long, those of a head do, which read the same keys at about the same time.
+  /// In a section the long tiles come first: the last rows of all its heads, then the rows before. Where all tiles are
+  /// equally long, those of one head come together: they read the same keys at about the same time.
   FLASHCUTE_HD QueryTile tile(ForwardParams const& p, int32_t turn, int32_t tile_rows) const {
     int32_t const index = first + turn;
     if (by_head) {
@@ -65,10 +65,10 @@ struct TileRound {
   }
 };
 
-/// Heads are taken in sections, whose K and V shall stay in the L2 cache, and the tiles of a section are dealt in
-/// rounds, every other one backwards, so that who got a long tile gets a short one next. The next section goes on with
-/// the block after the last that got one. The last section is larger: there are to be short tiles in the end, for those
-/// who have less to do so far. If all tiles are equally long (`per_section` 0), there is one section.
+/// Heads are divided into sections, whose K and V should stay in the L2 cache, and the tiles of a section into rounds,
+/// every other one backwards, so that a block with a long tile gets a short one next. The next section continues with
+/// the block after the last that got a tile. The last section is larger, so that there are short tiles at the end for
+/// the blocks with the least work so far. If all tiles are equally long (`per_section` 0), there is one section.
 class TileRounds {
  public:
   FLASHCUTE_HD TileRounds(ForwardParams const& p, int32_t tile_rows, int32_t blocks, SectionRounds per_section)
@@ -90,7 +90,7 @@ class TileRounds {
     round = round_;
     round_.first += round_.count;
     if (round_.by_head) {
-      // A head's incomplete tile shall not always be the same blocks'.
+      // So that the incomplete tiles of the heads do not all go to the same block.
       round_.start = (round_.start + 1) % blocks_;
     } else {
       round_.backwards = !round_.backwards;
@@ -121,8 +121,8 @@ class TileRounds {
   TileRound round_ = {};
 };
 
-/// Whose turn it is, round by round, where it pays to look closely: each tile to the block that has the least to do.
-/// The rounds from `first_round` on are here, those before follow TileRound::turn.
+/// The turns of the last rounds, computed by the host: each tile goes to the block with the least work so far. The
+/// rounds before `first_round` follow TileRound::turn.
 struct TileDeal {
   static constexpr int32_t rounds = 16;
 

@@ -1,4 +1,4 @@
-// Which tiles a thread block, or a cluster of them, computes, one after the other.
+// The sequence of tiles that a thread block, or a cluster, computes.
 #pragma once
 
 #include "flashcute/sm90/instructions.hpp"

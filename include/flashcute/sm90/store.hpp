@@ -6,7 +6,7 @@
 
 namespace flashcute::sm90 {
 
-/// Transposes a 4 x 4 matrix of words, of which each lane of a quad has a row.
+/// Transposes a 4 x 4 matrix of words, one row in each lane of a quad.
 FLASHCUTE_DEVICE void transpose_in_quad(uint32_t (&word)[4]) {
   int const lane = thread_index() % 4;
   CUTE_UNROLL
@@ -15,7 +15,7 @@ FLASHCUTE_DEVICE void transpose_in_quad(uint32_t (&word)[4]) {
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
       if (i & distance) continue;
-      // The lane keeps one of a pair of words and gets the other from its partner, who wants what it gives.
+      // Of each pair of words the lane keeps one and exchanges the other with its partner.
       uint32_t const given = upper ? word[i] : word[i + distance];
       uint32_t const got = shuffle_xor_word(given, distance);
       if (upper) {
@@ -27,8 +27,8 @@ FLASHCUTE_DEVICE void transpose_in_quad(uint32_t (&word)[4]) {
   }
 }
 
-/// Rounds, and writes 16 bytes a lane: no shared memory, so the next tile's loads need not wait. `tile` are the
-/// warpgroup's rows.
+/// Rounds the output and writes 16 bytes per lane, without shared memory, so that the next tile's loads need not wait.
+/// `tile` holds the warpgroup's rows.
 template <ForwardConfig C, class Output>
 FLASHCUTE_DEVICE void store_output(Output const& output, ForwardParams const& p, QueryTile const& tile) {
   using namespace cute;
@@ -53,8 +53,8 @@ FLASHCUTE_DEVICE void store_output(Output const& output, ForwardParams const& p,
   }
 }
 
-/// Adds to the output, where this thread has written it, the values that are not finite and were dropped, as far as
-/// they are visible: of `keys`. Slow, and rare.
+/// Adds to the elements of the output that this thread has written the non-finite values that were replaced by 0, where
+/// they are visible, among keys [first, end). Slow, but rare.
 template <ForwardConfig C, class Mask>
 FLASHCUTE_DEVICE void add_dropped(int first, int end, ForwardParams const& p, QueryTile const& tile) {
   using L = ForwardLayout<C>;

@@ -1,4 +1,5 @@
-// How Hopper's copy engine sees a tensor: written by the host's driver, read by the engine, opaque to both sides' code.
+// The tensor map (CUtensorMap) that describes a tensor to TMA: encoded by the CUDA driver, opaque to the code of host
+// and device.
 #pragma once
 
 #include "flashcute/core/std.hpp"
@@ -10,7 +11,7 @@ struct alignas(128) TensorMap {
 };
 static_assert(sizeof(TensorMap) == 128);
 
-/// Of one row of a box, in bytes: the widest that the engine swizzles.
+/// Bytes of a row of a box: the widest that TMA can swizzle.
 inline constexpr int32_t box_row_bytes = 128;
 
 }  // namespace flashcute
