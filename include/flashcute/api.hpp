@@ -55,8 +55,11 @@ enum class Layout : uint8_t { bshd, bhsd };
 struct CallOptions {
   bool causal = false;
   // Causal: key j is visible to query i iff j <= i + diagonal. Default seqlen_k - seqlen_q: the last query sees the
-  // last key. With 0 the first query sees the first key only.
+  // last key. With 0 the first query sees the first key only. A window lies about the diagonal, causal or not.
   std::optional<int64_t> diagonal;
+  // How many keys before and after the diagonal a query sees, beside the key on it: i + diagonal - left <= j <= i +
+  // diagonal + right. Counts >= 0; default no limit. With causal, `right` changes nothing.
+  std::optional<int64_t> window_left, window_right;
   std::optional<double> scale;  // of the scores, finite and >= 0; default head_dim^-0.5
   Layout layout = Layout::bshd;
   void* stream = nullptr;      // CUstream of the tensors' device; the default stream if null
@@ -66,6 +69,8 @@ struct CallOptions {
   // has to compile its kernel compiles those of `backward` at the same time.
   bool gradients_follow = false;
 };
+
+inline bool has_window(CallOptions const& options) { return options.window_left || options.window_right; }
 
 /// How the gradients of a call are computed, and why.
 struct BackwardExplanation {

@@ -22,8 +22,8 @@ struct PythonOptions {
 };
 
 // The members of the tuple Options of _call.py. Python makes one in every call, so it is read by position.
-constexpr std::array option_names = {"causal", "diagonal",   "scale",         "layout",
-                                     "stream", "allow_tf32", "deterministic", "gradients_follow"};
+constexpr std::array option_names = {"causal",     "diagonal",      "scale",            "layout",      "stream",
+                                     "allow_tf32", "deterministic", "gradients_follow", "window_left", "window_right"};
 
 }  // namespace flashcute::python
 
@@ -42,7 +42,7 @@ struct nanobind::detail::type_caster<flashcute::python::PythonOptions> {
     auto const item = [&] { return handle(PyTuple_GET_ITEM(source.ptr(), next++)); };
     return read(item(), o.causal) && read(item(), o.diagonal) && read(item(), o.scale) && read(item(), o.layout) &&
            read(item(), value.stream) && read(item(), o.allow_tf32) && read(item(), o.deterministic) &&
-           read(item(), o.gradients_follow);
+           read(item(), o.gradients_follow) && read(item(), o.window_left) && read(item(), o.window_right);
   }
 
  private:

@@ -42,10 +42,17 @@ class Options(NamedTuple):
     allow_tf32: bool = False
     deterministic: bool | None = None  # None: what `same_bits` says when gradients are computed
     gradients_follow: bool = False
+    # How many keys before and after the diagonal a query sees; None: no limit.
+    window_left: int | None = None
+    window_right: int | None = None
 
     def offset(self, rows: int, keys: int) -> int:
         """The diagonal as a number."""
         return keys - rows if self.diagonal is None else self.diagonal
+
+    @property
+    def has_window(self) -> bool:
+        return self.window_left is not None or self.window_right is not None
 
 
 def checked_options(
@@ -56,6 +63,7 @@ def checked_options(
     stream: object = None,
     allow_tf32: object = False,
     deterministic: object = None,
+    window: object = None,
 ) -> Options:
     """The arguments of a public function as one value. Raises ArgumentError for what is wrong whatever q, k and v are;
     the rest is checked with them, in C++."""
@@ -66,7 +74,9 @@ def checked_options(
             raise ArgumentError(f"causal: expected True or False, got {causal!r}")
         causal = bool(causal)
     at_end = isinstance(diagonal, str) and diagonal == "end"
-    offset = None if at_end else checked_diagonal(diagonal, causal)
+    left, right = (None, None) if window is None else checked_window(window)
+    windowed = left is not None or right is not None
+    offset = None if at_end else checked_diagonal(diagonal, causal or windowed)
     if stream is not None:
         stream_number(stream)
     if deterministic is not None and not isinstance(deterministic, bool):
@@ -75,7 +85,18 @@ def checked_options(
     # Options(...) without the function that a NamedTuple defines for it, which takes twice the time.
     return tuple.__new__(
         Options,
-        (causal, offset, factor, layout, stream, bool(allow_tf32), deterministic, False),
+        (
+            causal,
+            offset,
+            factor,
+            layout,
+            stream,
+            bool(allow_tf32),
+            deterministic,
+            False,
+            left,
+            right,
+        ),
     )
 
 
@@ -96,7 +117,7 @@ def index_of(x: object) -> int:
     return operator.index(x)  # type: ignore[arg-type]
 
 
-def checked_diagonal(diagonal: object, causal: object) -> int | None:
+def checked_diagonal(diagonal: object, masked: object) -> int | None:
     """As a number; None for "end"."""
     value: Any = {"end": None, "start": 0}
     if isinstance(diagonal, str):
@@ -113,10 +134,34 @@ def checked_diagonal(diagonal: object, causal: object) -> int | None:
         raise ArgumentError(
             f"diagonal: expected 'end', 'start' or an integer of 64 bits, got {diagonal!r}"
         )
-    if value is not None and not causal:
-        raise ArgumentError(f"diagonal: expected 'end' without causal=True, got {diagonal!r}")
+    if value is not None and not masked:
+        raise ArgumentError(
+            f"diagonal: expected 'end' without causal=True or a window, got {diagonal!r}"
+        )
     found: int | None = value
     return found
+
+
+def checked_window(window: object) -> tuple[int | None, int | None]:
+    """(left, right), with None for no limit."""
+    try:
+        bounds = [checked_bound(bound) for bound in window]  # type: ignore[attr-defined]
+    except (TypeError, ValueError, RuntimeError):  # the last: a tensor without a value
+        bounds = []
+    if len(bounds) != 2 or not all(-1 <= bound < 2**63 for bound in bounds):
+        raise ArgumentError(
+            f"window: expected (left, right), two integers >= -1 (-1 or None: no limit), got {window!r}"
+        )
+    left, right = (None if bound == -1 else bound for bound in bounds)
+    return left, right
+
+
+def checked_bound(bound: object) -> int:
+    if bound is None:
+        return -1
+    if type(bound) is int or type(bound).__name__ == "SymInt":
+        return bound  # type: ignore[return-value]  # a symbol stays one, as of a diagonal
+    return index_of(bound)
 
 
 def number(scale: object) -> float:
@@ -147,9 +192,7 @@ def same_bits(asked: bool | None) -> bool:
 # ---- arguments that no kernel serves yet -----------------------------------------------------------
 
 
-def missing_feature(
-    attn_mask: Array | None, dropout_p: float, window: tuple[int, int] | None
-) -> str | None:
+def missing_feature(attn_mask: Array | None, dropout_p: float) -> str | None:
     """The first of these features that is asked for, and what to use instead: no kernel has it yet."""
     if attn_mask is not None:
         return f"attn_mask is not supported yet: use {SDPA}(attn_mask=...)"
@@ -160,24 +203,7 @@ def missing_feature(
         )
     if dropout_p != 0.0:
         return f"dropout_p={dropout_p} is not supported yet: use {SDPA}(dropout_p=...)"
-    if checked_window(window) != (-1, -1):
-        return (
-            "window is not supported yet: use torch.nn.attention.flex_attention with a block mask"
-        )
     return None
-
-
-def checked_window(window: object) -> tuple[int, int]:
-    """(left, right); -1: no limit."""
-    if window is None:
-        return -1, -1
-    try:
-        left, right = (index_of(bound) for bound in window)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        left = right = -2
-    if min(left, right) < -1:
-        raise ArgumentError(f"window: expected two integers >= -1, (left, right), got {window!r}")
-    return left, right
 
 
 # ---- arrays ----------------------------------------------------------------------------------------

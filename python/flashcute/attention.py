@@ -30,6 +30,7 @@ def forward(
     *,
     causal: bool = False,
     diagonal: str | int = "end",
+    window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     layout: str = "bshd",
     out: Array | None = None,
@@ -44,8 +45,11 @@ def forward(
         the CPU also float64. The last stride is 1, the others are free; on a GPU they, d and d_v must be multiples of
         cfg.copy_bytes bytes.
     causal: query i sees key j if and only if j <= i + diagonal.
-    diagonal: of the causal mask. "end" is seqlen_k - seqlen_q: the last query sees all keys; "start" is 0: the first
-        query sees the first key alone; or an integer, which may be negative. Without causal=True only "end" is allowed.
+    diagonal: of the causal mask and the window. "end" is seqlen_k - seqlen_q: the last query's is the last key; "start"
+        is 0: the first query's is the first key; or an integer, which may be negative. Without causal=True or a window
+        only "end" is allowed.
+    window: (left, right): query i sees keys from i + diagonal - left to i + diagonal + right, both included; -1 or None
+        is no limit. With causal=True as well both hold. A window of w keys up to a query's own is (w - 1, 0).
     scale: factor of the scores, >= 0; default d**-0.5. A tensor is taken by its value, and refused if it requires a
         gradient.
     layout: "bshd" as above, or "bhsd" with heads before seqlen, for all arrays.
@@ -64,7 +68,7 @@ def forward(
     if not isinstance(cfg, ForwardConfig):
         raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
     require_unrecorded(q=q, k=k, v=v, out=out)
-    options = checked_options(causal, diagonal, scale, layout, stream)
+    options = checked_options(causal, diagonal, scale, layout, stream, window=window)
     return run(cfg, q, k, v, options, out, return_lse)
 
 
@@ -75,6 +79,7 @@ def flash_attention(
     causal: bool = False,
     *,
     diagonal: str | int = "end",
+    window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     layout: str = "bshd",
     return_lse: bool = False,
@@ -84,7 +89,6 @@ def flash_attention(
     deterministic: bool | None = None,
     attn_mask: Array | None = None,
     dropout_p: float = 0.0,
-    window: tuple[int, int] | None = None,
     on_unsupported: str | None = None,
 ) -> Any:
     """Attention, softmax(scale * q kᵀ) v, with the configuration that suits the arrays.
@@ -116,7 +120,6 @@ def flash_attention(
     attn_mask: broadcastable to (batch, heads, seqlen_q, seqlen_k); bool (True: keep), or a float that is added to the
         scaled scores. A torch CausalBias is causal=True with the diagonal "start" or "end", which kernels cover.
     dropout_p: the probability with which a weight is dropped.
-    window: (left, right): query i sees keys from i + diagonal - left to i + diagonal + right; -1 means no limit.
 
     on_unsupported: what to do then. "warn" (the default for torch tensors) and "silent" call torch's
         scaled_dot_product_attention, with or without a warning. It may need memory for seqlen_q * seqlen_k scores;
@@ -126,14 +129,16 @@ def flash_attention(
 
     Packed sequences are not supported yet: call flash_attention per sequence, or use torch.nn.attention.varlen.
     """
-    options = checked_options(causal, diagonal, scale, layout, stream, allow_tf32, deterministic)
+    options = checked_options(
+        causal, diagonal, scale, layout, stream, allow_tf32, deterministic, window
+    )
     library = library_of(type(q))
     fallback = checked_fallback(on_unsupported, library)
-    missing = missing_feature(attn_mask, dropout_p, window)
+    missing = missing_feature(attn_mask, dropout_p)
     if isinstance(library, Torch) and (missing or library.wants_more(q, k, v)):
         from . import _torch
 
-        problem = _torch.Problem(q, k, v, options, attn_mask, dropout_p, window)
+        problem = _torch.Problem(q, k, v, options, attn_mask, dropout_p)
         return _torch.attend(problem, out, return_lse, fallback)
     require_torch_to_record(k=k, v=v, out=out)  # of q, torch's have been asked for above
     if missing:
@@ -153,6 +158,7 @@ def backward(
     dlse: Array | None = None,
     causal: bool = False,
     diagonal: str | int = "end",
+    window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     layout: str = "bshd",
     dq: Array | None = None,
@@ -167,7 +173,7 @@ def backward(
         ever is.
     q, k, v, out, lse: the arrays that `forward` took, and those that it returned with return_lse=True; lse contiguous.
     dlse: the gradient of lse, (batch, heads, seqlen_q), with lse's dtype and any strides; default none.
-    causal, diagonal, scale, layout: as in the forward call.
+    causal, diagonal, window, scale, layout: as in the forward call.
     dq, dk, dv: arrays to write to, shaped like q, k and v; default new arrays of q's library.
     workspace: memory for a call on a GPU, float32, at least `backward_workspace_size` elements, which the call
         overwrites; default a new array of q's library.
@@ -196,7 +202,7 @@ def backward(
     given = {name: x for name, x in outputs.items() if x is not None}
     require_arrays({**inputs, **given})
     require_kind(**inputs, **given)
-    options = checked_options(causal, diagonal, scale, layout, stream)
+    options = checked_options(causal, diagonal, scale, layout, stream, window=window)
     for name, array in {**inputs, **given}.items():
         library = library_of(type(array))
         if library.wants_gradient(array):

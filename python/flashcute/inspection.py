@@ -41,7 +41,7 @@ def explain(
     deterministic: bool | None = None,
     attn_mask: Array | None = None,
     dropout_p: float = 0.0,
-    window: tuple[int, int] | None = None,
+    window: tuple[int | None, int | None] | None = None,
     on_unsupported: str | None = None,
 ) -> Explanation:
     """What `flash_attention` (or `forward` with `cfg`) would run for these arguments, and why. Launches nothing.
@@ -62,9 +62,11 @@ def explain(
     `backend` is 'torch', and `notes` says how much memory it needs. Raises ArgumentError only for arguments that cannot
     be described at all: no DLPack, a dtype that no kernel could have, an option that is wrong for any tensors.
     """
-    options = checked_options(causal, diagonal, scale, layout, stream, allow_tf32, deterministic)
+    options = checked_options(
+        causal, diagonal, scale, layout, stream, allow_tf32, deterministic, window
+    )
     options = options._replace(gradients_follow=bool(gradients))
-    missing = missing_feature(attn_mask, dropout_p, window)
+    missing = missing_feature(attn_mask, dropout_p)
     if cfg is not None and missing:
         raise ArgumentError(f"cfg: expected None, as only flash_attention takes it: {missing}")
     require_memory(q=q, k=k, v=v)
@@ -73,7 +75,7 @@ def explain(
     if isinstance(library, Torch) and cfg is None:
         from . import _torch
 
-        problem = _torch.Problem(q, k, v, options, attn_mask, dropout_p, window)
+        problem = _torch.Problem(q, k, v, options, attn_mask, dropout_p)
         return _torch.explained(problem, out, return_lse, fallback)
     arrays = {"q": q, "k": k, "v": v} if out is None else {"q": q, "k": k, "v": v, "out": out}
     require_arrays(arrays)
@@ -104,6 +106,7 @@ def count_blocks(
     *,
     causal: bool = False,
     diagonal: str | int = "end",
+    window: tuple[int | None, int | None] | None = None,
     layout: str = "bshd",
 ) -> Any:
     """Debug mode of `forward`: what each tile of query rows did with the K/V blocks of its sequence.
@@ -119,7 +122,7 @@ def count_blocks(
         raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
     require_arrays({"q": q, "k": k, "v": v})
     require_memory(q=q, k=k, v=v)
-    options = checked_options(causal, diagonal, None, layout)
+    options = checked_options(causal, diagonal, None, layout, window=window)
     _core.check_problem(q, k, v, options)
     library = library_of(type(q))
     batch, heads, rows = rows_of_heads(q, layout)

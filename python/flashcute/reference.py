@@ -13,7 +13,8 @@ For one head with queries q (seqlen_q, d), keys k (seqlen_k, d) and values v (se
     L = log(rowsum(exp(S)))             log-sum-exp     (seqlen_q,)
 
 With a causal mask, query i sees key j iff j <= i + diagonal, which is seqlen_k - seqlen_q by
-default: the last query sees every key. A row that sees no key has O = 0 and L = -inf. A key that a
+default: the last query sees every key. A window (left, right) shows it keys from i + diagonal -
+left to i + diagonal + right. A row that sees no key has O = 0 and L = -inf. A key that a
 row does not see never enters its sums, not even as 0 * NaN; a NaN that it does see comes out.
 
 From the gradients dO and dL of the results to those of q, k and v:
@@ -28,7 +29,7 @@ import math
 import sys
 from typing import Any, NamedTuple
 
-from ._call import checked_diagonal, require_kind
+from ._call import checked_diagonal, checked_window, require_kind
 from ._core import ArgumentError
 
 Array = Any
@@ -46,6 +47,7 @@ def naive(
     causal: bool = False,
     *,
     diagonal: str | int = "end",
+    window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     layout: str = "bshd",
     return_lse: bool = False,
@@ -54,7 +56,8 @@ def naive(
 
     q: (batch, seqlen_q, heads, d).  k, v: (batch, seqlen_k, kv_heads, d), kv_heads dividing heads.
     layout: "bshd" as above, or "bhsd" with heads before seqlen.
-    diagonal: of the causal mask: "end" (seqlen_k - seqlen_q), "start" (0) or an integer.
+    diagonal: of the causal mask and the window: "end" (seqlen_k - seqlen_q), "start" (0) or an integer.
+    window: (left, right), how many keys before and after the diagonal a query sees; -1 or None: no limit.
     scale: default d**-0.5.
     return_lse: also return L, (batch, heads, seqlen_q), float32 (float64 for float64 arrays).
 
@@ -66,8 +69,8 @@ def naive(
     Returns out, or (out, lse).
     """
     xp = namespace(q)
-    shape, q, k, v = _split_heads(xp, q, k, v, layout, checked_diagonal(diagonal, causal))
-    seen = _visible(xp, shape, 0, shape.rows, 0, shape.keys, q) if causal else None  # (rows, keys)
+    shape, q, k, v = _split_heads(xp, q, k, v, layout, causal, diagonal, window)
+    seen = _visible(xp, shape, 0, shape.rows, 0, shape.keys, q)  # (rows, keys)
 
     scores = _cast(xp, _matmul(xp, q, _swap(xp, k, -1, -2)), _wide(xp, q))
     scores = scores * (shape.head_dim**-0.5 if scale is None else scale)
@@ -92,6 +95,7 @@ def naive_gradients(
     *,
     dlse: Array | None = None,
     diagonal: str | int = "end",
+    window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     layout: str = "bshd",
 ) -> tuple[Array, Array, Array]:
@@ -106,15 +110,23 @@ def naive_gradients(
     """
     xp = namespace(q)
     out, lse = naive(
-        q, k, v, causal, diagonal=diagonal, scale=scale, layout=layout, return_lse=True
+        q,
+        k,
+        v,
+        causal,
+        diagonal=diagonal,
+        window=window,
+        scale=scale,
+        layout=layout,
+        return_lse=True,
     )
     dtype, wide = q.dtype, _wide(xp, q)
     shape, q, k, v = (
         x if isinstance(x, _Shape) else _cast(xp, x, wide)
-        for x in _split_heads(xp, q, k, v, layout, checked_diagonal(diagonal, causal))
+        for x in _split_heads(xp, q, k, v, layout, causal, diagonal, window)
     )
     scale = shape.head_dim**-0.5 if scale is None else scale
-    seen = _visible(xp, shape, 0, shape.rows, 0, shape.keys, q) if causal else None  # (rows, keys)
+    seen = _visible(xp, shape, 0, shape.rows, 0, shape.keys, q)  # (rows, keys)
     lse = xp.reshape(lse, (*shape.out[:4], 1))  # (..., rows, 1)
     dout, out = (_split_rows(xp, shape, _cast(xp, x, wide), layout) for x in (dout, out))
 
@@ -145,6 +157,7 @@ def chunked(
     causal: bool = False,
     *,
     diagonal: str | int = "end",
+    window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     layout: str = "bshd",
     block_m: int = 64,
@@ -175,7 +188,7 @@ def chunked(
             raise ArgumentError(f"{name}: expected at least 1, got {block}")
     xp = namespace(q)
     dtype, wide = q.dtype, _wide(xp, q)
-    shape, q, k, v = _split_heads(xp, q, k, v, layout, checked_diagonal(diagonal, causal))
+    shape, q, k, v = _split_heads(xp, q, k, v, layout, causal, diagonal, window)
     scale = shape.head_dim**-0.5 if scale is None else scale
 
     tiles: list[tuple[Array, Array]] = []
@@ -186,15 +199,15 @@ def chunked(
         l = xp.zeros_like(m)  # (..., B_r, 1)  # noqa: E741  the paper's name
         o = xp.broadcast_to(l, (*shape.out[:3], i_end - i, shape.out[4]))  # (..., B_r, d)
 
-        visible_keys = shape.keys_seen_by(i_end - 1) if causal else shape.keys
-        for j in range(0, visible_keys, block_n):
-            j_end = min(j + block_n, visible_keys)
+        first, end = shape.keys_seen_by(i)[0], shape.keys_seen_by(i_end - 1)[1]
+        for j in range(first // block_n * block_n, end, block_n):
+            j_end = min(j + block_n, end)
             k_block = _cast(xp, k[..., j:j_end, :], wide)  # (..., B_c, d)
             v_block = _cast(xp, v[..., j:j_end, :], wide)  # (..., B_c, d)
 
             s = scale * xp.matmul(q_tile, _swap(xp, k_block, -1, -2))  # (..., B_r, B_c)
-            # Only a block on the diagonal needs the mask: before it, every row sees every key.
-            partial = causal and j_end > shape.keys_seen_by(i)
+            # Only blocks on the edges need the mask: between them, every row sees every key.
+            partial = j < shape.keys_seen_by(i_end - 1)[0] or j_end > shape.keys_seen_by(i)[1]
             seen = _visible(xp, shape, i, i_end, j, j_end, q) if partial else None  # (B_r, B_c)
             if seen is not None:
                 s = xp.where(seen, s, -INFINITY)
@@ -207,10 +220,8 @@ def chunked(
             o = rescale * o + _weighted_sum(xp, p, v_block, seen)
             m = m_new
 
-        if visible_keys > 0:
-            # Whoever sees a key sees the first.
-            seen = _visible(xp, shape, i, i_end, 0, 1, q) if causal else None
-            o = o / _at_least_one_key(xp, seen, l)
+        if first < end:
+            o = o / _at_least_one_key(xp, _visible(xp, shape, i, i_end, first, end, q), l)
         tiles.append((_cast(xp, o, dtype), m + xp.log(xp.where(l == 0, 1.0, l))))
 
     concatenate = getattr(xp, "concat", None) or xp.concatenate
@@ -255,16 +266,28 @@ class _Shape(NamedTuple):
     rows: int  # seqlen_q
     keys: int  # seqlen_k
     head_dim: int
-    diagonal: int  # of the causal mask
+    before: (
+        int | None
+    )  # query i sees no key before i + before, and none after i + after; None: no limit
+    after: int | None
     out: tuple[int, ...]  # (batch, kv_heads, group, seqlen_q, d)
 
-    def keys_seen_by(self, row: int) -> int:
-        """How many keys a row sees under the causal mask: the first ones."""
-        return max(0, min(self.keys, row + 1 + self.diagonal))
+    def keys_seen_by(self, row: int) -> tuple[int, int]:
+        """The keys [first, end) that a row sees."""
+        first = 0 if self.before is None else row + self.before
+        end = self.keys if self.after is None else row + self.after + 1
+        return max(0, min(self.keys, first)), max(0, min(self.keys, end))
 
 
 def _split_heads(
-    xp: Namespace, q: Array, k: Array, v: Array, layout: str, diagonal: int | None
+    xp: Namespace,
+    q: Array,
+    k: Array,
+    v: Array,
+    layout: str,
+    causal: bool,
+    diagonal: str | int,
+    window: tuple[int | None, int | None] | None,
 ) -> tuple[_Shape, Array, Array, Array]:
     """q as (batch, kv_heads, group, seqlen_q, d), k and v as (batch, kv_heads, 1, seqlen_k, d).
 
@@ -281,9 +304,18 @@ def _split_heads(
     if kv_heads == 0 or heads % kv_heads != 0:
         raise ArgumentError(f"k: expected a head count that divides q's {heads}, got {kv_heads}")
     group = heads // kv_heads
-    diagonal = keys - rows if diagonal is None else diagonal
-    diagonal = max(-rows, min(diagonal, keys))  # beyond these it shows or hides nothing more
-    shape = _Shape(rows, keys, head_dim, diagonal, (batch, kv_heads, group, rows, v.shape[-1]))
+    left, right = (None, None) if window is None else checked_window(window)
+    given = checked_diagonal(diagonal, causal or left is not None or right is not None)
+    offset = keys - rows if given is None else given
+    right = 0 if causal else right
+
+    def held(x: int) -> int:
+        return int(max(-rows, min(x, keys)))  # beyond these it shows or hides nothing more
+
+    before = None if left is None else held(offset - left)
+    after = None if right is None else held(offset + right)
+    out = batch, kv_heads, group, rows, v.shape[-1]
+    shape = _Shape(rows, keys, head_dim, before, after, out)
     q = xp.reshape(q, (batch, kv_heads, group, rows, head_dim))
     return shape, q, k[:, :, None, :, :], v[:, :, None, :, :]
 
@@ -306,11 +338,15 @@ def _merge_heads(
 
 def _visible(
     xp: Namespace, shape: _Shape, i: int, i_end: int, j: int, j_end: int, like: Array
-) -> Array:
-    """The causal mask of a block of scores, (i_end - i, j_end - j): True where row sees key."""
+) -> Array | None:
+    """The mask of a block of scores, (i_end - i, j_end - j): True where row sees key. None: there is none."""
     rows = _positions(xp, i, i_end, like)[:, None]
     keys = _positions(xp, j, j_end, like)[None, :]
-    return keys <= rows + shape.diagonal
+    seen = None if shape.after is None else keys <= rows + shape.after
+    if shape.before is None:
+        return seen
+    not_before = keys >= rows + shape.before
+    return not_before if seen is None else seen & not_before
 
 
 # ---- what array libraries spell differently ----------------------------------------------------

@@ -83,13 +83,28 @@ void keys_of_queries(int32_t query0, int32_t count, Sequence const& sequence, Ro
   for (int32_t i = 0; i < count; ++i) to[i] = Mask::keys_of(query0 + i, sequence);
 }
 
+// Of every mask, the ranges of masks that hide keys on both sides: one tile serves all.
+BandRange band(BandRange const& r) { return r; }
+BandRange band(KvRange const& r) { return {r.begin, r.begin, r.full_end, r.end}; }
+QueryBandRange band(QueryBandRange const& r) { return r; }
+QueryBandRange band(QueryRange const& r) { return {r.begin, min_of(r.full_begin, r.end), r.end, r.end}; }
+
+template <class Mask>
+BandRange kv_range(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {
+  return band(Mask::kv_range(tile, p, block_n));
+}
+template <class Mask>
+QueryBandRange query_range(KeyTile const& tile, ForwardParams const& p, int32_t block_m) {
+  return band(Mask::query_range(tile, p, block_m));
+}
+
 MaskFunctions mask_functions(Features const& features) {
   // The structured binding names every feature, so that a new one is a compile error until it is handled here. Every
   // forward tile can count its blocks; the backward counts none.
   auto const& [mask, count_blocks] = features;
   return with_constant(mask, []<MaskKind kind>() -> MaskFunctions {
     using Mask = flashcute::Mask<kind>;
-    return {Mask::kv_range, Mask::query_range, keys_of_queries<Mask>};
+    return {kv_range<Mask>, query_range<Mask>, keys_of_queries<Mask>};
   });
 }
 

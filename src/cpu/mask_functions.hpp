@@ -9,8 +9,8 @@ namespace flashcute::cpu {
 /// For masks under which the keys of each query are contiguous. A tile calls these once for itself or for a block,
 /// never for an element.
 struct MaskFunctions {
-  KvRange (*kv_range)(QueryTile const& tile, ForwardParams const& p, int32_t block_n);
-  QueryRange (*query_range)(KeyTile const& tile, ForwardParams const& p, int32_t block_m);
+  BandRange (*kv_range)(QueryTile const& tile, ForwardParams const& p, int32_t block_n);
+  QueryBandRange (*query_range)(KeyTile const& tile, ForwardParams const& p, int32_t block_m);
   /// Writes to `to` which keys each of the queries [query0, query0 + count) sees.
   void (*keys_of_queries)(int32_t query0, int32_t count, Sequence const& sequence, RowRange* to);
 };

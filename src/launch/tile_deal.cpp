@@ -17,7 +17,7 @@ struct Sizes {
   int32_t tile_rows, block_n, blocks;
   SectionRounds section_rounds;
   Features features;
-  int32_t batch, heads, seqlen_q, seqlen_k, causal_offset;
+  int32_t batch, heads, seqlen_q, seqlen_k, causal_offset, window_offset;
 
   bool operator==(Sizes const&) const = default;
 };
@@ -26,7 +26,7 @@ struct Sizes {
 /// integer.
 template <MaskKind mask>
 int64_t cost(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {
-  KvRange const range = Mask<mask>::kv_range(tile, p, block_n);
+  auto const range = Mask<mask>::kv_range(tile, p, block_n);
   return 2 * static_cast<int64_t>(range.end - range.begin) + 1;
 }
 
@@ -86,8 +86,8 @@ TileDeal const& deal_tiles(ForwardKernelId const& kernel, ForwardParams const& p
   ForwardConfig const& c = kernel.config;
   SectionRounds const section = section_rounds(kernel);
   if (section == equally_long || QueryTile::count(p, tile_rows(c)) <= blocks) return in_order;
-  Sizes const sizes{tile_rows(c), c.block_n, blocks,     section,    kernel.features,
-                    p.batch,      p.heads,   p.seqlen_q, p.seqlen_k, p.causal_offset};
+  Sizes const sizes{tile_rows(c), c.block_n,  blocks,     section,         kernel.features, p.batch,
+                    p.heads,      p.seqlen_q, p.seqlen_k, p.causal_offset, p.window_offset};
   // The layers of a model call with the same few sizes again and again: those of self and cross attention, of an
   // encoder and a decoder. Computing a deal takes as long as the rest of a call.
   thread_local Recent<Sizes, TileDeal, remembered_deals> deals;

@@ -36,6 +36,22 @@ double checked_scale(std::optional<double> scale, int64_t d) {
   return *scale;
 }
 
+/// The first and the last key that a query sees, from its own number on. Beyond -seqlen_q and seqlen_k they show or
+/// hide nothing more.
+void set_diagonals(CallOptions const& options, ForwardParams& p) {
+  static constexpr int64_t far = int64_t{1} << 40;  // further than any key is from any query: no sum of these overflows
+  auto const count = [](std::optional<int64_t> n) {
+    if (n && *n < 0) throw ArgumentError("window", "two counts >= 0, or -1 for no limit", std::to_string(*n));
+    return std::min(n.value_or(far), far);
+  };
+  int64_t const left = count(options.window_left), right = count(options.window_right);
+  int64_t const diagonal = std::clamp(options.diagonal.value_or(int64_t{p.seqlen_k} - p.seqlen_q), -far, far);
+  bool const ends_at_diagonal = options.causal || !has_window(options);
+  auto const held = [&](int64_t x) { return static_cast<int32_t>(std::clamp<int64_t>(x, -p.seqlen_q, p.seqlen_k)); };
+  p.causal_offset = held(ends_at_diagonal ? diagonal : diagonal + right);
+  p.window_offset = held(diagonal - left);
+}
+
 /// Checks the sizes of q, k and v against each other, and the scale.
 ForwardParams checked_params(Operand const& q, Operand const& k, Operand const& v, CallOptions const& options) {
   Named const &nq = q.dims, &nk = k.dims, &nv = v.dims;
@@ -72,9 +88,7 @@ ForwardParams checked_params(Operand const& q, Operand const& k, Operand const& 
   p.seqlen_k = static_cast<int32_t>(nk.row);
   p.head_dim = static_cast<int32_t>(nq.d);
   p.head_dim_v = static_cast<int32_t>(nv.d);
-  // Beyond these limits the diagonal makes no difference.
-  int64_t const diagonal = options.diagonal.value_or(nk.row - nq.row);
-  p.causal_offset = static_cast<int32_t>(std::clamp<int64_t>(diagonal, -nq.row, nk.row));
+  set_diagonals(options, p);
   return p;
 }
 

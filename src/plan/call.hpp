@@ -19,7 +19,13 @@ struct Call {
   Device device;
   Arch arch;
 
-  MaskKind mask() const { return options.causal ? MaskKind::causal : MaskKind::full; }
+  /// A window that hides nothing before or after the diagonal is an easier mask.
+  MaskKind mask() const {
+    bool const window = has_window(options);
+    if (window && params.window_offset > 1 - params.seqlen_q) return MaskKind::band;
+    if (options.causal || (window && params.causal_offset < params.seqlen_k - 1)) return MaskKind::causal;
+    return MaskKind::full;
+  }
   bool on_gpu() const { return device.type == DeviceType::cuda; }
 };
 

@@ -8,10 +8,15 @@ from optional_torch import torch
 
 
 def expected_block_counts(
-    cfg: fc.ForwardConfig, sq: int, sk: int, causal: bool, diagonal: int | None = None
+    cfg: fc.ForwardConfig,
+    sq: int,
+    sk: int,
+    causal: bool,
+    diagonal: int | None = None,
+    window: oracle.Window = None,
 ) -> torch.Tensor:
     """By brute force: (tiles, 3)."""
-    seen = oracle.visible(sq, sk, causal, diagonal)
+    seen = oracle.visible(sq, sk, causal, diagonal, window)
     expected = []
     rows = cfg.block_m * cfg.cluster
     first = -(-sq // rows) * rows - sq if cfg.kernel == "sm90" else 0  # rows that the first lacks

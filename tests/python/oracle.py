@@ -49,12 +49,29 @@ def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
 # ---- the definition ------------------------------------------------------------------------------
 
 
-def visible(seqlen_q: int, seqlen_k: int, causal: bool, diagonal: int | None = None) -> np.ndarray:
+Window = tuple[int, int] | None  # keys before and after the diagonal; -1: no limit
+
+
+def visible(
+    seqlen_q: int,
+    seqlen_k: int,
+    causal: bool,
+    diagonal: int | None = None,
+    window: Window = None,
+) -> np.ndarray:
     """(seqlen_q, seqlen_k): whether query i sees key j. Without a diagonal the last query sees all keys."""
     i = np.arange(seqlen_q)[:, None]
     j = np.arange(seqlen_k)[None, :]
     diagonal = seqlen_k - seqlen_q if diagonal is None else diagonal
-    return (j - i <= diagonal) if causal else np.ones((seqlen_q, seqlen_k), bool)
+    left, right = window or (-1, -1)
+    seen = np.ones((seqlen_q, seqlen_k), bool)
+    if causal:
+        seen &= j - i <= diagonal
+    if left >= 0:
+        seen &= j - i >= diagonal - left
+    if right >= 0:
+        seen &= j - i <= diagonal + right
+    return seen
 
 
 def scores_of(q: np.ndarray, k: np.ndarray, scale: float) -> np.ndarray:
@@ -103,10 +120,11 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     diagonal: int | None = None,
+    window: Window = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """out (batch, seqlen_q, heads, d) and LSE (batch, heads, seqlen_q) of finite inputs, in
     fp64."""
-    seen = visible(q.shape[1], k.shape[1], causal, diagonal)
+    seen = visible(q.shape[1], k.shape[1], causal, diagonal, window)
     p, lse = softmax(scores_of(q, k, default_scale(q, scale)), seen)
     return weighted_values(p, v), lse
 
@@ -120,11 +138,12 @@ def naive(
     causal: bool = False,
     scale: float | None = None,
     diagonal: int | None = None,
+    window: Window = None,
 ) -> np.ndarray:
     """What three separate kernels in `dtype` give: scores, probabilities and output are each
     rounded to it when they are stored; sums are taken in higher precision, as matrix units do."""
     s = rounded(scores_of(q, k, default_scale(q, scale)), dtype)
-    p, _ = softmax(s, visible(q.shape[1], k.shape[1], causal, diagonal))
+    p, _ = softmax(s, visible(q.shape[1], k.shape[1], causal, diagonal, window))
     return rounded(weighted_values(rounded(p, dtype), v), dtype)
 
 
@@ -178,10 +197,12 @@ class Problem:
     causal: bool = False
     scale: float | None = None
     diagonal: int | None = None
+    window: Window = None
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"causal": self.causal, "scale": self.scale, "diagonal": self.diagonal}
+        names = ("causal", "scale", "diagonal", "window")
+        return {name: getattr(self, name) for name in names}
 
     def expected(self) -> tuple[np.ndarray, np.ndarray]:
         return attention(self.q, self.k, self.v, **self.options)

@@ -33,6 +33,7 @@ class BackwardProblem:
     scale: float | None = None
     dlse: np.ndarray | None = None  # (batch, heads, seqlen_q)
     diagonal: int | None = None
+    window: oracle.Window = None
 
     def gradients(self, dtype: str = "float64") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """dq, dk, dv. In a narrower dtype: as separate kernels give them, which round whatever they store."""
@@ -43,7 +44,7 @@ class BackwardProblem:
         q, k, v, dout = self.q, self.k, self.v, self.dout
         heads, kv_heads = q.shape[2], k.shape[2]
         scale = oracle.default_scale(q, self.scale)
-        seen = oracle.visible(q.shape[1], k.shape[1], self.causal, self.diagonal)
+        seen = oracle.visible(q.shape[1], k.shape[1], self.causal, self.diagonal, self.window)
         repeated_k, repeated_v = (np.repeat(x, heads // kv_heads, axis=2) for x in (k, v))
         p, _ = oracle.softmax(stored(oracle.scores_of(q, k, scale)), seen)
         out = stored(oracle.weighted_values(stored(p), v))

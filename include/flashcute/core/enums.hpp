@@ -110,7 +110,8 @@ FLASHCUTE_ENUM(Math, FLASHCUTE_MATHS)
 // Which keys a query sees: policy/mask.hpp has a Mask for each.
 #define FLASHCUTE_MASK_KINDS(ROW) \
   ROW(full, "full")               \
-  ROW(causal, "causal")
+  ROW(causal, "causal")           \
+  ROW(band, "band")
 FLASHCUTE_ENUM(MaskKind, FLASHCUTE_MASK_KINDS)
 
 // The forward is one launch.

@@ -40,6 +40,7 @@ struct ForwardParams {
   int32_t seqlen_q, seqlen_k;
   int32_t head_dim, head_dim_v;
   int32_t causal_offset;  // causal: query i sees key j iff j <= i + causal_offset
+  int32_t window_offset;  // band: iff also i + window_offset <= j
 };
 
 // The host compiler and the device compiler have to agree on the layout: the assertions run in both.
@@ -52,6 +53,7 @@ static_assert(offsetof(ForwardParams, out_stride) == 120);
 static_assert(offsetof(ForwardParams, scale) == 144);
 static_assert(offsetof(ForwardParams, batch) == 156);
 static_assert(offsetof(ForwardParams, causal_offset) == 184);
+static_assert(offsetof(ForwardParams, window_offset) == 188);
 #endif
 
 /// Offset of the LSE of a head's first query in a contiguous tensor of (batch, heads, seqlen_q); of its delta too.

@@ -30,6 +30,10 @@ struct KvRange {
   FLASHCUTE_HD bool is_last(int32_t n) const { return n == begin; }
   /// How many blocks are left to visit, block `n` included. `n` is `first()` or what `next` returned.
   FLASHCUTE_HD int32_t left(int32_t n) const { return n - begin + 1; }
+  FLASHCUTE_HD bool is_partial(int32_t n) const { return n >= full_end; }
+  /// How many full blocks follow each other from the full block `n` on.
+  FLASHCUTE_HD int32_t full_left(int32_t n) const { return left(n); }
+  FLASHCUTE_HD int32_t first_partial() const { return full_end; }
 
   /// The keys of all blocks, or of the partial ones only, as far as the sequence has them.
   FLASHCUTE_HD RowRange keys(bool only_partial, int32_t block_n, Sequence const& sequence) const {
@@ -43,6 +47,47 @@ struct KvRange {
     int32_t n = end - 1;
     for (; n >= full_end; --n) body(n, std_::true_type{});
     for (; n >= begin; --n) body(n, std_::false_type{});
+  }
+};
+
+/// The same under a mask that hides keys on both sides: of blocks [begin, end), [full_begin, full_end) hold only
+/// visible elements.
+struct BandRange {
+  int32_t begin, full_begin, full_end, end;
+
+  static constexpr int32_t step = KvRange::step;
+
+  /// Of the keys [first.begin, last.end), as the first and the last row of a tile see them. What a row sees begins and
+  /// ends no earlier than what the row before sees, and no key between them is hidden from all.
+  FLASHCUTE_HD static BandRange of(RowRange const& first, RowRange const& last, int32_t block) {
+    if (first.begin >= last.end) return {0, 0, 0, 0};
+    int32_t const begin = first.begin / block, end = ceil_div(last.end, block);
+    int32_t const full_end = min_of(max_of(first.end / block, begin), end);
+    return {begin, min_of(max_of(ceil_div(last.begin, block), begin), full_end), full_end, end};
+  }
+
+  FLASHCUTE_HD bool empty() const { return begin >= end; }
+  FLASHCUTE_HD int32_t first() const { return end - 1; }
+  FLASHCUTE_HD int32_t next(int32_t n) const { return n + step; }
+  FLASHCUTE_HD bool is_last(int32_t n) const { return n == begin; }
+  FLASHCUTE_HD int32_t left(int32_t n) const { return n - begin + 1; }
+  FLASHCUTE_HD bool is_partial(int32_t n) const { return (n < full_begin) | (n >= full_end); }
+  FLASHCUTE_HD int32_t full_left(int32_t n) const { return n - full_begin + 1; }
+  FLASHCUTE_HD int32_t first_partial() const { return begin; }
+
+  /// The keys of all blocks: what holds the partial ones at both ends holds the full ones between them.
+  FLASHCUTE_HD RowRange keys(bool /*only_partial*/, int32_t block_n, Sequence const& sequence) const {
+    return {begin * block_n, min_of(end * block_n, sequence.keys())};
+  }
+
+  template <class Body>
+  FLASHCUTE_HD void for_each_backward(Body&& body) const {
+    int32_t n = end - 1;
+    for (int32_t stop = full_end;; stop = begin) {  // twice, with each body written once
+      for (; n >= stop; --n) body(n, std_::true_type{});
+      for (; n >= full_begin; --n) body(n, std_::false_type{});
+      if (n < begin) return;
+    }
   }
 };
 
@@ -69,6 +114,28 @@ struct QueryRange {
   }
 };
 
+/// The same under a mask that hides queries on both sides: of blocks [begin, end), [full_begin, full_end) hold only
+/// rows that see all of the keys. Blocks with rows that do not exist are partial.
+struct QueryBandRange {
+  int32_t begin, full_begin, full_end, end;
+
+  FLASHCUTE_HD bool empty() const { return begin >= end; }
+
+  FLASHCUTE_HD RowRange rows(bool /*only_partial*/, int32_t block_m, Sequence const& sequence) const {
+    return {begin * block_m, min_of(end * block_m, sequence.rows())};
+  }
+
+  template <class Body>
+  FLASHCUTE_HD void for_each(Body&& body) const {
+    int32_t m = begin;
+    for (int32_t stop = full_begin;; stop = end) {
+      for (; m < stop; ++m) body(m, std_::true_type{});
+      for (; m < full_end; ++m) body(m, std_::false_type{});
+      if (m >= end) return;
+    }
+  }
+};
+
 /// An iterator over the blocks that a tile of the GPU's backward visits, always from the first to the last: [begin,
 /// end) of one head, then of the next head. Blocks [full_begin, full_end) need no test; in the others rows see
 /// different keys, or do not exist.
@@ -80,10 +147,17 @@ struct PassingBlocks {
   FLASHCUTE_HD static PassingBlocks of(KvRange const& r, int32_t kv_head) {
     return {r.begin, r.end, r.begin, r.full_end, kv_head, r.begin, max_of(0, r.end - r.begin)};
   }
+  FLASHCUTE_HD static PassingBlocks of(BandRange const& r, int32_t kv_head) {
+    return {r.begin, r.end, r.full_begin, r.full_end, kv_head, r.begin, max_of(0, r.end - r.begin)};
+  }
 
   /// Blocks of queries of `heads` heads. Of the blocks of a head, `complete` have all their rows.
   FLASHCUTE_HD static PassingBlocks of(QueryRange const& r, int32_t complete, int32_t first_head, int32_t heads) {
     return {r.begin, r.end, r.full_begin, complete, first_head, r.begin, heads * max_of(0, r.end - r.begin)};
+  }
+  FLASHCUTE_HD static PassingBlocks of(QueryBandRange const& r, int32_t /*complete*/, int32_t first_head,
+                                       int32_t heads) {
+    return {r.begin, r.end, r.full_begin, r.full_end, first_head, r.begin, heads * max_of(0, r.end - r.begin)};
   }
 
   FLASHCUTE_HD bool partial() const { return block < full_begin || block >= full_end; }

@@ -28,6 +28,20 @@ struct Seen {
   }
 };
 
+/// What one query sees of the keys from some key on if keys are hidden on both sides: those at distances [first, end).
+struct SeenBetween {
+  int32_t first, end;
+
+  FLASHCUTE_HD bool at(int32_t distance) const {
+    return static_cast<uint32_t>(distance - first) < static_cast<uint32_t>(end - first);
+  }
+
+  template <class Columns>
+  FLASHCUTE_HD uint32_t bits(int32_t from) const {
+    return low_bits(Columns::columns_before(end) - from) & ~low_bits(Columns::columns_before(first) - from);
+  }
+};
+
 /// The same for a tile of keys and a block of queries: which of the queries from `query0` on see which of the keys from
 /// `key0` on.
 template <class Mask>
@@ -47,6 +61,9 @@ struct SeenBy {
 /// determines which blocks to visit, the first row which of them are full.
 template <class Derived>
 struct PrefixMask {
+  using Range = KvRange;
+  static constexpr bool two_edges = false;  // whether a block may be partial on both sides
+
   FLASHCUTE_HD static bool visible(int32_t q, int32_t k, Sequence const& s) { return k < Derived::visible_keys(q, s); }
 
   /// The keys that query `q` sees.
@@ -79,6 +96,7 @@ struct PrefixMask {
 
   /// A row that sees nothing has output 0 and LSE -inf.
   FLASHCUTE_HD static bool empty_row(int32_t q, Sequence const& s) { return Derived::visible_keys(q, s) == 0; }
+  FLASHCUTE_HD static bool has_empty_rows(Sequence const& s) { return empty_row(0, s); }
 };
 
 template <MaskKind Kind>
@@ -108,6 +126,58 @@ struct Mask<MaskKind::causal> : PrefixMask<Mask<MaskKind::causal>> {
   FLASHCUTE_HD static int32_t first_query(int32_t k, Sequence const& s) {
     int64_t const row = static_cast<int64_t>(k) - s.diagonal();
     return static_cast<int32_t>(max_of<int64_t>(0, min_of<int64_t>(row, s.rows())));
+  }
+};
+
+/// Keys i + first_diagonal <= j <= i + diagonal. What a row sees neither begins nor ends before what the row before
+/// sees.
+template <>
+struct Mask<MaskKind::band> {
+  using Range = BandRange;
+  static constexpr bool two_edges = true;
+  static constexpr bool rows_differ = true;
+
+  FLASHCUTE_HD static RowRange keys_of(int32_t q, Sequence const& s) {
+    return {clamped(static_cast<int64_t>(q) + s.first_diagonal(), s.keys()),
+            clamped(static_cast<int64_t>(q) + s.diagonal() + 1, s.keys())};
+  }
+
+  /// The queries that see a key.
+  FLASHCUTE_HD static RowRange queries_of(int32_t k, Sequence const& s) {
+    return {clamped(static_cast<int64_t>(k) - s.diagonal(), s.rows()),
+            clamped(static_cast<int64_t>(k) - s.first_diagonal() + 1, s.rows())};
+  }
+
+  FLASHCUTE_HD static bool visible(int32_t q, int32_t k, Sequence const& s) { return keys_of(q, s).has(k); }
+
+  FLASHCUTE_HD static SeenBetween seen(int32_t q, int32_t key0, Sequence const& s) {
+    RowRange const keys = keys_of(q, s);
+    return {keys.begin - key0, keys.end - key0};
+  }
+
+  FLASHCUTE_HD static SeenBy<Mask> seen_by(int32_t key0, int32_t query0, Sequence const& s) {
+    return {key0, query0, s};
+  }
+
+  FLASHCUTE_HD static BandRange kv_range(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {
+    auto const sequence = tile.sequence(p);
+    return BandRange::of(keys_of(tile.row0, sequence), keys_of(tile.row0 + tile.rows - 1, sequence), block_n);
+  }
+
+  FLASHCUTE_HD static QueryBandRange query_range(KeyTile const& tile, ForwardParams const& p, int32_t block_m) {
+    auto const sequence = tile.sequence(p);
+    auto const r =
+        BandRange::of(queries_of(tile.row0, sequence), queries_of(tile.row0 + tile.rows - 1, sequence), block_m);
+    return {r.begin, r.full_begin, r.full_end, r.end};
+  }
+
+  FLASHCUTE_HD static bool empty_row(int32_t q, Sequence const& s) { return keys_of(q, s).empty(); }
+  /// The rows that see something follow each other.
+  FLASHCUTE_HD static bool has_empty_rows(Sequence const& s) { return empty_row(0, s) || empty_row(s.rows() - 1, s); }
+
+ private:
+  FLASHCUTE_HD static int32_t clamped(int64_t x, int32_t most) {
+    return static_cast<int32_t>(max_of<int64_t>(0, min_of<int64_t>(x, most)));
   }
 };
 

@@ -20,8 +20,10 @@ class Sequence {
 
   FLASHCUTE_HD int32_t rows() const { return p_.seqlen_q; }  // of queries
   FLASHCUTE_HD int32_t keys() const { return p_.seqlen_k; }
-  /// Causal: query i sees key j iff j <= i + diagonal.
+  /// Causal and band: query i sees no key after i + diagonal.
   FLASHCUTE_HD int32_t diagonal() const { return p_.causal_offset; }
+  /// Band: query i sees no key before i + first_diagonal.
+  FLASHCUTE_HD int32_t first_diagonal() const { return p_.window_offset; }
 
  private:
   FLASHCUTE_HD explicit Sequence(ForwardParams const& p) : p_(p) {}

@@ -214,8 +214,10 @@ struct TileGradients {
     auto const score_gradients = convert<typename L::Operand>(ds);
     if constexpr (stores_ds) stage_fragment<C, SmemScores, column_warps>(score_gradients, ds_tile());
 
-    // (In a block that is partial only because rows of queries are missing, all rows see the same keys.)
-    bool const differ = Partial::value && Mask::rows_differ && (!keys_stay || at.block < at.full_begin);
+    // (In a block that is partial only because rows of queries are missing, all rows see the same keys. Where keys are
+    // hidden on both sides, the blocks at the end may be partial for either reason.)
+    bool const differ =
+        Partial::value && Mask::rows_differ && (!keys_stay || Mask::two_edges || at.block < at.full_begin);
     bool const finite = (P::wants_finite ? arrived_finite : !differ) || drop_nonfinite(stage);
     if constexpr (column_warps > 1) block_sync();  // P and dS are in shared memory
     if constexpr (keys_stay) {

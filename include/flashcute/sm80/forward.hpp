@@ -30,7 +30,7 @@ struct ForwardPass {
     using namespace cute;
     auto const tile = QueryTile::at(p, block_index(), C.block_m);
     auto const range = Mask::kv_range(tile, p, C.block_n);
-    ForwardLoader<F> loader{p, tile, range, smem};
+    ForwardLoader<F, typename Mask::Range> loader{p, tile, range, smem};
     Softmax softmax{p};
     BlockCounter<Id.features.count_blocks> counter;
 
@@ -67,8 +67,8 @@ struct ForwardPass {
   FLASHCUTE_DEVICE static int row_of(int i) { return cute::get<0>(coordinates()(i, 0)); }
 
   /// Adds to the staged output the non-finite values that were replaced by 0, where they are visible.
-  FLASHCUTE_DEVICE static void add_dropped_values(KvRange const& range, ForwardParams const& p, QueryTile const& tile,
-                                                  typename L::SharedStorage& smem) {
+  FLASHCUTE_DEVICE static void add_dropped_values(typename Mask::Range const& range, ForwardParams const& p,
+                                                  QueryTile const& tile, typename L::SharedStorage& smem) {
     auto const v = Rows<typename L::Element>::of(p.v, p.v_stride, tile.batch, tile.kv_head);
     auto const looked_at = range.keys(!P::wants_finite, C.block_n, tile.sequence(p));
     add_dropped<C, typename L::SmemO>(v, looked_at, tile.rows, p.head_dim_v, smem.q, [&](int row, int key) {

@@ -9,7 +9,7 @@
 
 namespace flashcute {
 
-template <ForwardConfig F>
+template <ForwardConfig F, class Range>
 class ForwardLoader {
   static constexpr TileConfig C = tile_of(F);
   using L = TileLayout<C>;
@@ -21,7 +21,7 @@ class ForwardLoader {
 
  public:
   /// Starts loading Q and, with eager_load_blocks, the last block of `range`: K, and with two stages also V.
-  FLASHCUTE_DEVICE ForwardLoader(ForwardParams const& p, QueryTile const& tile, KvRange const& range,
+  FLASHCUTE_DEVICE ForwardLoader(ForwardParams const& p, QueryTile const& tile, Range const& range,
                                  typename L::SharedStorage& smem)
       : p_(p), tile_(tile), smem_(smem), range_(range) {
     auto const q = CopyQ::first(static_cast<Element const*>(p.q) + tile.q_offset(p), p.q_stride.row);
@@ -63,8 +63,8 @@ class ForwardLoader {
     if constexpr (C.stages > 1) {
       value_finite_ = finite;
       if (range_.left(n) > 1) {
-        load_key(n + KvRange::step, partial);
-        load_value(n + KvRange::step, partial);
+        load_key(n + Range::step, partial);
+        load_value(n + Range::step, partial);
       }
     } else if constexpr (F.eager_load_blocks) {
       load_value(n, partial);
@@ -80,7 +80,7 @@ class ForwardLoader {
       if constexpr (!F.eager_load_blocks) load_value(n, partial);
       // V(n) has arrived, and all warps have finished reading K(n): its buffer may be refilled.
       value_finite_ = arrive_and_sync([&] { return CopyV::is_finite(value_place(n)); });
-      if (F.eager_load_blocks && range_.left(n) > 1) load_key(n + KvRange::step, partial);
+      if (F.eager_load_blocks && range_.left(n) > 1) load_key(n + Range::step, partial);
     }
     return P::value(ArrivedTile<Element>{value_place(n), value_finite_});
   }
@@ -129,7 +129,7 @@ class ForwardLoader {
   typename L::SharedStorage& smem_;
   Element const* k_;  // this thread's first element of the K block to load next
   Element const* v_;
-  KvRange const range_;
+  Range const range_;
   bool dropped_ = false;
   bool value_finite_ = true;  // whether V(n), once it has arrived, is finite
 };

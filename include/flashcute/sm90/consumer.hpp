@@ -25,9 +25,10 @@ FLASHCUTE_DEVICE void store_counts(BlockCounter<Id.features.count_blocks> const&
 template <ForwardKernelId Id>
 class Consumer {
   static constexpr ForwardConfig C = Id.config;
-  using L = ForwardLayout<C>;
-  using P = Products<C>;
   using Mask = flashcute::Mask<Id.features.mask>;
+  using Range = typename Mask::Range;
+  using L = ForwardLayout<C, Range>;
+  using P = Products<C>;
   using Softmax = OnlineSoftmax<L::rows_per_thread, C.optimized_softmax, C.rescale_threshold>;
   using Storage = typename L::SharedStorage;
 
@@ -107,7 +108,7 @@ class Consumer {
         fresh_ = true;
         replace(probabilities, next);
         for (int n = range_.next(range_.first()); range_.left(n) > 0; n = range_.next(n)) {
-          if (C.stale_max && n < range_.full_end && range_.left(n) > pairs_from) {
+          if (C.stale_max && n < range_.full_end && range_.full_left(n) > pairs_from) {
             n = attend_pairs(n, probabilities, next);
             if (range_.left(n) <= 0) break;
           }
@@ -164,7 +165,7 @@ class Consumer {
         n = range_.next(n);
         attend_ahead(n, odd, even, next, probabilities);
         n = range_.next(n);
-      } while (range_.left(n) > 2);
+      } while (range_.full_left(n) > 2);
       begin_output(probabilities);
       auto const correction = sums_.softmax.update_by_stale_max(next, even);
       tiles_.await_value_after();
@@ -177,7 +178,7 @@ class Consumer {
         n = range_.next(n);
         attend<false>(n, next, probabilities);
         n = range_.next(n);
-      } while (range_.left(n) > 1);
+      } while (range_.full_left(n) > 1);
       return n;
     }
   }
@@ -279,7 +280,7 @@ class Consumer {
 
   /// Masks the scores of a partial block.
   FLASHCUTE_DEVICE void apply(int n, Scores& s) {
-    if (n < range_.full_end) return;
+    if (!range_.is_partial(n)) return;
     QueryTile const& rows = tiles_.work(0).rows;
     int const key = n * C.block_n + L::first_column(), row0 = rows.row0;
     flashcute::apply_mask<L, Mask>(s, [&](int i) { return row0 + L::row(i); }, key, rows.sequence(p_));
@@ -330,12 +331,20 @@ class Consumer {
   }
 
   /// Counts block n as full or partial for the whole tile, not for this warpgroup's rows.
-  FLASHCUTE_DEVICE void count_block(int n) { sums_.counter.visit(tiles_.work(0).loaded.full_end <= n); }
+  FLASHCUTE_DEVICE void count_block(int n) { sums_.counter.visit(tiles_.work(0).loaded.is_partial(n)); }
+
+  // The same in all lanes, as the compiler cannot know.
+  FLASHCUTE_DEVICE static KvRange uniform_range(KvRange const& r) {
+    return {uniform(r.begin), uniform(r.full_end), uniform(r.end)};
+  }
+  FLASHCUTE_DEVICE static BandRange uniform_range(BandRange const& r) {
+    return {uniform(r.begin), uniform(r.full_begin), uniform(r.full_end), uniform(r.end)};
+  }
 
   /// Moves on to the next tile; false if there is none.
   FLASHCUTE_DEVICE bool next_tile() {
-    Work const& work = tiles_.next();
-    range_ = {uniform(work.range.begin), uniform(work.range.full_end), uniform(work.range.end)};
+    auto const& work = tiles_.next();
+    range_ = uniform_range(work.range);
     skipped_ = Mask::rows_differ ? uniform(work.loaded.end) - range_.end : 0;
     absent_ = uniform(work.rows.rows <= 0);
     return uniform(work.exists);
@@ -343,7 +352,7 @@ class Consumer {
 
   /// Writes the output of the current tile (`before` 0) or of the one before it (1).
   FLASHCUTE_DEVICE void store(uint32_t before, Sums& sums) {
-    Work const& work = tiles_.work(before);
+    auto const& work = tiles_.work(before);
     QueryTile const tile = work.rows;
     Softmax& softmax = sums.softmax;
     softmax.finish(o_, [&](int i) { return Mask::empty_row(tile.row0 + L::row(i), tile.sequence(p_)); });
@@ -359,7 +368,7 @@ class Consumer {
     store_output<C>(o_, p_, tile);
     if (Mask::rows_differ && tiles_.dropped(before)) {
       int const end = min_of(work.loaded.end * C.block_n, tile.sequence(p_).keys());
-      add_dropped<C, Mask>(work.loaded.full_end * C.block_n, end, p_, tile);
+      add_dropped<C, Mask>(work.loaded.first_partial() * C.block_n, end, p_, tile);
     }
     // Lanes whose rows do not exist may have skipped code above. Without __syncwarp the compiler assumes that the lanes
     // stay diverged in all that follows, and keeps addresses in registers of each lane instead of uniform registers.
@@ -368,11 +377,11 @@ class Consumer {
 
   ForwardParams const& p_;
   int const warpgroup_;
-  Tiles<C> tiles_;
+  Tiles<C, Range> tiles_;
   Turns<L::first_turn_barrier, L::warpgroups, C.pingpong> const turns_;
-  KvRange range_;  // blocks that the warpgroup's rows see
-  int skipped_;    // blocks of keys that only other rows of the tile see
-  bool absent_;    // the warpgroup has no rows in the tile
+  Range range_;  // blocks that the warpgroup's rows see
+  int skipped_;  // blocks of keys that only other rows of the tile see
+  bool absent_;  // the warpgroup has no rows in the tile
   Sums sums_;
   Scores s_;    // (MMA, MMA_M, MMA_N)
   Output o_;    // (MMA, MMA_M, MMA_DV)

@@ -19,14 +19,15 @@ struct ForwardPass {
 #undef FLASHCUTE_RULE
   static_assert(has_only<&Features::mask, &Features::count_blocks>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
 
-  using L = ForwardLayout<C>;
   using Mask = flashcute::Mask<Id.features.mask>;
+  using Range = typename Mask::Range;
+  using L = ForwardLayout<C, Range>;
   using Storage = typename L::SharedStorage;
   static constexpr WarpgroupRegisters registers = registers_of(C);
 
   FLASHCUTE_DEVICE static void run(Sm90ForwardParams const& p, Storage& smem_symbol) {
     Storage& smem = hidden(smem_symbol);
-    if (thread_index() == 0) Tiles<C>::init(smem, Mask::rows_differ);
+    if (thread_index() == 0) Tiles<C, Range>::init(smem, Mask::rows_differ);
     if constexpr (C.cluster > 1) {
       cluster_sync();  // all mbarriers of the cluster are initialised
     } else {
@@ -34,14 +35,14 @@ struct ForwardPass {
     }
 
     // Before setmaxnreg: this needs more registers than the loading warpgroup keeps.
-    if (Mask::empty_row(0, Sequence::uniform(p.forward)) && thread_index() < 32) store_empty_tiles(p.forward);
+    if (Mask::has_empty_rows(Sequence::uniform(p.forward)) && thread_index() < 32) store_empty_tiles(p.forward);
 
     // nvcc handles setmaxnreg well only in this form: one if/else, whose branches each set the number of registers.
     int const warpgroup = warpgroup_index();
     if (warpgroup == 0) {
       release_registers<registers.loader>();
       if (warp_of_warpgroup() != 0) {
-        if (Mask::rows_differ) Inspector<C>::run(smem);
+        if (Mask::rows_differ) Inspector<C, Range>::run(smem);
       } else if (elected_lane()) {
         load(p, smem);
       }

@@ -9,7 +9,8 @@ namespace flashcute::sm90 {
 /// Run by one lane of the loading warp.
 template <ForwardConfig C, class Mask>
 class Loader {
-  using L = ForwardLayout<C>;
+  using Range = typename Mask::Range;
+  using L = ForwardLayout<C, Range>;
   using Storage = typename L::SharedStorage;
   static constexpr bool inspected = Mask::rows_differ;
 
@@ -23,16 +24,17 @@ class Loader {
 
   /// Loads a tile's Q, K and V in the order in which they are needed: V(n) comes after the K that follows K(n), which
   /// may be the next tile's first.
-  FLASHCUTE_DEVICE void load(QueryTile const& tile, KvRange const& range) {
+  FLASHCUTE_DEVICE void load(QueryTile const& tile, Range const& range) {
     for (int w = 0; w < L::warpgroups; ++w) {  // to L2, long before its buffer is free
       int const row = rows_of(tile, w).row0;
       for_each_page<C.head_dim>([&](int column) { prefetch_box(p_.q, column, row, tile.head, tile.batch); });
     }
-    for (int n = range.first(); range.left(n) > 0; n += KvRange::step) {
+    for (int n = range.first(); range.left(n) > 0; n += Range::step) {
       load_key(tile, n);
       load_value_left();
       if (n == range.first()) announce(tile, range);
-      left_ = {tile, n, n >= range.full_end, true};
+      // Spelled out: with `is_partial` alone nvcc 13.0 makes other code of masks with one edge.
+      left_ = {tile, n, n >= range.full_end || (Mask::two_edges && range.is_partial(n)), true};
     }
   }
 
@@ -53,10 +55,10 @@ class Loader {
 
  private:
   /// Announces the tile to the warpgroups and loads its Q.
-  FLASHCUTE_DEVICE void announce(QueryTile const& tile, KvRange const& range) {
+  FLASHCUTE_DEVICE void announce(QueryTile const& tile, Range const& range) {
     smem_.dropped[tile_ % L::tiles] = false;
     for (int w = 0; w < L::warpgroups; ++w) {
-      Work& next = work(w);
+      Work<Range>& next = work(w);
       next = part(tile, range, w);
       await_place_for_query(w);
       auto* const q = smem_.q[w];
@@ -70,7 +72,7 @@ class Loader {
     ++tile_;
   }
 
-  FLASHCUTE_DEVICE Work& work(int warpgroup) { return smem_.work[tile_ % L::tiles][warpgroup]; }
+  FLASHCUTE_DEVICE Work<Range>& work(int warpgroup) { return smem_.work[tile_ % L::tiles][warpgroup]; }
 
   FLASHCUTE_DEVICE void await_place_for_query(int warpgroup) { barrier_wait(smem_.q_empty[warpgroup], tile_ % 2 ^ 1); }
 
@@ -81,13 +83,15 @@ class Loader {
     return tile.part_from_end(static_cast<int>(turn % (L::warpgroups * C.cluster)), warpgroup_rows);
   }
 
-  FLASHCUTE_DEVICE Work part(QueryTile const& tile, KvRange const& range, int warpgroup) const {
-    Work part{rows_of(tile, warpgroup), range, range, true};
+  FLASHCUTE_DEVICE Work<Range> part(QueryTile const& tile, Range const& range, int warpgroup) const {
+    Work<Range> part{rows_of(tile, warpgroup), range, range, true};
     if (inspected && part.rows.rows > 0) {
       part.range = Mask::kv_range(part.rows, p_.forward, C.block_n);
       // At least one block, so that all warpgroups run the same loop. And a warpgroup skips at most stages - 1 blocks,
       // the stages that are free while the last V of the tile before still occupies one.
       part.range.end = max_of(max_of(part.range.end, range.begin + 1), range.end - (C.stages - 1));
+      // What only others see of the first blocks is not passed over: its rows see nothing there.
+      if constexpr (Mask::two_edges) part.range.begin = range.begin;
     }
     return part;
   }

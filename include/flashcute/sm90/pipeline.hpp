@@ -27,9 +27,9 @@ struct RingPosition {
 };
 
 /// A consumer warpgroup's side: waits for tiles, and releases their stages.
-template <ForwardConfig C>
+template <ForwardConfig C, class Range>
 class Tiles {
-  using L = ForwardLayout<C>;
+  using L = ForwardLayout<C, Range>;
   using Storage = typename L::SharedStorage;
   using Element = typename L::Element;
 
@@ -53,14 +53,14 @@ class Tiles {
   }
 
   /// Waits until the next tile is announced and its Q has arrived.
-  FLASHCUTE_DEVICE Work const& next() {
+  FLASHCUTE_DEVICE Work<Range> const& next() {
     ++tile_;
     barrier_wait(smem_.q_full[warpgroup_], tile_ % 2);
     return work(0);
   }
 
   /// Of the current tile (`before` 0), or of an earlier one.
-  FLASHCUTE_DEVICE Work const& work(uint32_t before) const {
+  FLASHCUTE_DEVICE Work<Range> const& work(uint32_t before) const {
     return smem_.work[(tile_ - before) % L::tiles][warpgroup_];
   }
   FLASHCUTE_DEVICE bool dropped(uint32_t before) const { return smem_.dropped[(tile_ - before) % L::tiles]; }

@@ -20,7 +20,8 @@ inline constexpr SectionRounds equally_long{0, 0};  // all tiles cost the same: 
 constexpr SectionRounds section_rounds(ForwardKernelId const& k) {
   switch (k.features.mask) {
     case MaskKind::full: return equally_long;
-    case MaskKind::causal: return {1, k.config.head_dim > 128 ? 2 : 4};
+    case MaskKind::causal:
+    case MaskKind::band: return {1, k.config.head_dim > 128 ? 2 : 4};
   }
   return equally_long;
 }

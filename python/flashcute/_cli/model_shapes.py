@@ -20,7 +20,6 @@ HEAD_DIM = ("head_dim", "d_kv", "kv_channels")
 
 # A member that is there, and neither 0 nor false, asks for what no kernel covers yet.
 NO_KERNEL = {
-    "sliding_window": "sliding windows: a mask, which goes to torch's own attention",
     "attn_logit_softcapping": "capped scores",
     "alibi": "ALiBi: biases of the scores",
 }
@@ -34,13 +33,15 @@ class Model(NamedTuple):
     kv_heads: int
     head_dim: int
     dtype: str
+    window: int | None  # keys up to its own that a query of a local layer sees
     not_served: list[str]
 
     def __str__(self) -> str:
         heads = f"{self.heads} heads" + (
             "" if self.kv_heads == self.heads else f", {self.kv_heads} of keys"
         )
-        return f"{self.kind}: {heads}, head dimension {self.head_dim}"
+        window = "" if self.window is None else f", window {self.window}"
+        return f"{self.kind}: {heads}, head dimension {self.head_dim}{window}"
 
 
 def read(path: Path) -> Model:
@@ -76,14 +77,19 @@ def read(path: Path) -> Model:
         kv_heads=size(KV_HEADS, heads),
         head_dim=head_dim,
         dtype=dtype if dtype in DTYPES else "bfloat16",
+        window=window_of(config),
         not_served=features_without_kernel(config),
     )
 
 
+def window_of(config: dict[str, Any]) -> int | None:
+    window = config.get("sliding_window")
+    used = config.get("use_sliding_window") is not False
+    return window if type(window) is int and window > 0 and used else None
+
+
 def features_without_kernel(config: dict[str, Any]) -> list[str]:
     found = [what for name, what in NO_KERNEL.items() if config.get(name)]
-    if config.get("use_sliding_window") is False:
-        found = [what for what in found if what != NO_KERNEL["sliding_window"]]
     if config.get("model_type") in WITH_SINKS:
         found.append("learned sinks")
     if config.get("attention_dropout"):
@@ -94,11 +100,13 @@ def features_without_kernel(config: dict[str, Any]) -> list[str]:
 def calls(model: Model, kit: Kit, seqlen: int, dtype: str) -> Iterator[tuple[str, str]]:
     """(what a model does, what would run)."""
 
+    window = None if model.window is None else (model.window - 1, 0)
+
     def told(rows: int, *, gradients: bool) -> Explanation:
         q = kit.empty((1, rows, model.heads, model.head_dim), dtype)
         k = kit.empty((1, seqlen, model.kv_heads, model.head_dim), dtype)
         v = kit.empty((1, seqlen, model.kv_heads, model.head_dim), dtype)
-        return explain(q, k, v, causal=True, gradients=gradients)
+        return explain(q, k, v, causal=True, window=window, gradients=gradients)
 
     yield "prefill", in_a_line(told(seqlen, gradients=False))
     yield "decode", in_a_line(told(1, gradients=False))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .. import _core
-from .._call import SDPA, checked_window
+from .._call import SDPA
 from .._core import ArgumentError, UnsupportedError
 from .framework import Tensor, torch
 from .problem import Problem
@@ -94,7 +94,11 @@ def mask_for_sdpa(problem: Problem) -> tuple[Tensor | None, bool]:
     """attn_mask and is_causal, which is torch's name for the diagonal 0."""
     _, _, rows, keys = problem.sizes
     causal, device = problem.options.causal, problem.q.device
-    given, (left, right) = checked_mask(problem), checked_window(problem.window)
+    given, left, right = (
+        checked_mask(problem),
+        problem.options.window_left,
+        problem.options.window_right,
+    )
     if needs_no_mask(problem):
         return None, causal
     seen = None
@@ -104,9 +108,9 @@ def mask_for_sdpa(problem: Problem) -> tuple[Tensor | None, bool]:
         diagonal = max(-(2**62), min(diagonal, 2**62))
     distance = torch.arange(keys, device=device) - diagonal
     distance = distance[None, :] - torch.arange(rows, device=device)[:, None]
-    if causal or right >= 0:
+    if causal or right is not None:
         seen = distance <= (0 if causal else right)
-    if left >= 0:
+    if left is not None:
         seen = distance >= -left if seen is None else seen & (distance >= -left)
     if given is None or seen is None:
         return (seen if given is None else given), False
@@ -152,7 +156,7 @@ def checked_dropout(probability: object) -> None:
 def needs_no_mask(problem: Problem) -> bool:
     """Whether torch's is_causal says it all. Keys that no row sees need a mask: they may hold NaN."""
     _, _, rows, keys = problem.sizes
-    if problem.attn_mask is not None or checked_window(problem.window) != (-1, -1):
+    if problem.attn_mask is not None or problem.options.has_window:
         return False
     return not problem.options.causal or (keys <= rows and problem.diagonal == 0)
 

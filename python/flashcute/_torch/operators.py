@@ -28,8 +28,11 @@ def _forward(
     allow_tf32: bool,
     diagonal: int | None = None,
     deterministic: bool | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
 ) -> Any:
-    options = Options(causal, diagonal, scale, layout, None, allow_tf32)
+    window: dict[str, Any] = {"window_left": window_left, "window_right": window_right}
+    options = Options(causal, diagonal, scale, layout, None, allow_tf32, **window)
     return run(None, q, k, v, options, return_lse=True)
 
 
@@ -54,22 +57,28 @@ def _backward_of(
     layout: str,
     diagonal: int | None = None,
     deterministic: bool | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = Options(causal, diagonal, scale, layout, deterministic=deterministic)
+    window: dict[str, Any] = {"window_left": window_left, "window_right": window_right}
+    options = Options(causal, diagonal, scale, layout, deterministic=deterministic, **window)
     return gradients(dout, q, k, v, out, lse, dlse, options)
 
 
 def forward_by_operator(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Any:
     o = options
-    return forward_operator(
-        q, k, v, o.causal, o.scale, o.layout, o.allow_tf32, o.diagonal, o.deterministic
-    )
+    return forward_operator(q, k, v, o.causal, o.scale, o.layout, o.allow_tf32, *appended(o))
+
+
+def appended(o: Options) -> tuple[Any, ...]:
+    """The arguments of both operators that have defaults."""
+    return o.diagonal, o.deterministic, o.window_left, o.window_right
 
 
 def backward_by_operator(*arguments: Any) -> Any:
     """Of tensors and Options, as `gradients`."""
     *tensors, o = arguments
-    return backward_operator(*tensors, o.causal, o.scale, o.layout, o.diagonal, o.deterministic)
+    return backward_operator(*tensors, o.causal, o.scale, o.layout, *appended(o))
 
 
 def _backward_fake(
@@ -79,9 +88,10 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, causal, scale, layout, _, diagonal, deterministic = inputs
+    q, k, v, causal, scale, layout, _, diagonal, deterministic, left, right = inputs
     ctx.save_for_backward(q, k, v, *output)
-    ctx.options = Options(causal, diagonal, scale, layout, deterministic=deterministic)
+    window: dict[str, Any] = {"window_left": left, "window_right": right}
+    ctx.options = Options(causal, diagonal, scale, layout, deterministic=deterministic, **window)
     ctx.set_materialize_grads(False)
 
 
@@ -91,7 +101,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
         dout, dlse = as_placed(dout, out), as_placed(dlse, lse)
         found = backward_by_operator(dout, q, k, v, out, lse, dlse, ctx.options)
-    return (*found, *[None] * 6)
+    return (*found, *[None] * 8)
 
 
 # A vmapped dimension becomes part of the batch.
@@ -137,7 +147,8 @@ forward_operator = torch.library.custom_op(
     _forward,
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, bool causal, float? scale, str layout, bool allow_tf32,"
-    " SymInt? diagonal=None, bool? deterministic=None) -> (Tensor, Tensor)",
+    " SymInt? diagonal=None, bool? deterministic=None, SymInt? window_left=None, SymInt? window_right=None)"
+    " -> (Tensor, Tensor)",
 )
 forward_operator.register_fake(_forward_fake)
 forward_operator.register_autograd(_backward, setup_context=_save)
@@ -148,7 +159,8 @@ backward_operator = torch.library.custom_op(
     _backward_of,
     mutates_args=(),
     schema="(Tensor? dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, bool causal,"
-    " float? scale, str layout, SymInt? diagonal=None, bool? deterministic=None) -> (Tensor, Tensor, Tensor)",
+    " float? scale, str layout, SymInt? diagonal=None, bool? deterministic=None, SymInt? window_left=None,"
+    " SymInt? window_right=None) -> (Tensor, Tensor, Tensor)",
 )
 backward_operator.register_fake(_backward_fake)
 backward_operator.register_autograd(no_second_derivative)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, NamedTuple
 
-from .._call import Options, checked_window, missing_feature, require_kind, rows_of_heads
+from .._call import Options, missing_feature, require_kind, rows_of_heads
 from .._core import ArgumentError
 from .framework import Tensor, has_autocast, torch
 
@@ -19,7 +19,6 @@ class Problem(NamedTuple):
     options: Options
     attn_mask: Tensor | None
     dropout_p: float
-    window: tuple[int, int] | None
 
     @property
     def recording(self) -> bool:
@@ -53,7 +52,7 @@ class Problem(NamedTuple):
     @property
     def missing(self) -> str | None:
         """Why no kernel can do it, if the features say so already."""
-        return missing_feature(self.attn_mask, self.dropout_p, self.window)
+        return missing_feature(self.attn_mask, self.dropout_p)
 
     def require_kinds(self, traced: bool) -> None:
         """Raises ArgumentError for nested, sparse and other tensors that no road serves."""
@@ -80,7 +79,7 @@ class Problem(NamedTuple):
             bias = min(bias, self.diagonal)
         if bias == self.diagonal:
             return self.causal_at(self.options.diagonal)
-        if checked_window(self.window) == (-1, -1):
+        if not self.options.has_window:
             return self.causal_at(bias)
         # The window has a diagonal of its own.
         seen = torch.ones(rows, keys, dtype=torch.bool, device=self.q.device).tril(bias)

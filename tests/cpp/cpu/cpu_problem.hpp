@@ -106,11 +106,12 @@ struct Shape {
   MaskKind mask = MaskKind::full;
   double scale = 0.25;
   int block_m = 64, block_n = 64;
-  int causal_offset = 0;
+  int causal_offset = 0, window_offset = -40;
 
   /// Bottom-right alignment, as attention uses it.
   Shape& bottom_right() {
     causal_offset = seqlen_k - seqlen_q;
+    window_offset = causal_offset - 40;
     return *this;
   }
 };
@@ -118,8 +119,9 @@ struct Shape {
 inline std::string describe(Shape const& s) {
   return std::string(name_of(s.dtype)) + " d" + std::to_string(s.head_dim) + " b" + std::to_string(s.batch) + " h" +
          std::to_string(s.heads) + "/" + std::to_string(s.kv_heads) + " q" + std::to_string(s.seqlen_q) + " k" +
-         std::to_string(s.seqlen_k) + " " + name_of(s.mask) + " offset " + std::to_string(s.causal_offset) + " m" +
-         std::to_string(s.block_m) + " n" + std::to_string(s.block_n);
+         std::to_string(s.seqlen_k) + " " + name_of(s.mask) + " offset " + std::to_string(s.causal_offset) +
+         " window " + std::to_string(s.window_offset) + " m" + std::to_string(s.block_m) + " n" +
+         std::to_string(s.block_n);
 }
 
 enum class Order { bshd, bhsd };
@@ -252,6 +254,7 @@ inline ForwardParams params_of(Problem& problem) {
   p.head_dim = s.head_dim;
   p.head_dim_v = s.head_dim_v;
   p.causal_offset = s.causal_offset;
+  p.window_offset = s.window_offset;
   return p;
 }
 
@@ -290,7 +293,7 @@ inline std::vector<double> rows_of(Tensor const& t, int b, int h, int rows, int 
 inline std::vector<int> keys_of(Shape const& s, int i) {
   std::vector<int> keys;
   for (int j = 0; j < s.seqlen_k; ++j) {
-    if (definition::sees(s.mask, i, j, {s.seqlen_k, s.causal_offset})) keys.push_back(j);
+    if (definition::sees(s.mask, i, j, {s.seqlen_k, s.causal_offset, s.window_offset})) keys.push_back(j);
   }
   return keys;
 }

@@ -294,6 +294,24 @@ TEST(CpuBackward, CausalOffsets) {
   }
 }
 
+// Windows that end at one or the other side of a tile's and a block's edges; queries that see no key, at either end.
+TEST(CpuBackward, Windows) {
+  for (DType const dtype : all_dtypes) {
+    for (int const first : {-140, -64, -10, 0, 70}) {
+      for (int const size : {0, 1, 63, 64, 100, 220}) {
+        BackwardProblem problem{Shape{.dtype = dtype,
+                                      .head_dim = 8,
+                                      .seqlen_q = 130,
+                                      .seqlen_k = 170,
+                                      .mask = MaskKind::band,
+                                      .causal_offset = first + size,
+                                      .window_offset = first}};
+        ASSERT_NO_FATAL_FAILURE(check(problem));
+      }
+    }
+  }
+}
+
 // The gradient of the LSE left out, of the wrong sign, or read with the wrong strides.
 TEST(CpuBackward, GradientOfLse) {
   for (DType const dtype : all_dtypes) {
@@ -460,6 +478,27 @@ TEST(CpuBackward, UnseenRowsAreNaN) {
     rows.run_forward();
     for (long double const x : reference_gradients(rows).dk.values) ASSERT_TRUE(std::isfinite(x));
     ASSERT_NO_FATAL_FAILURE(check(rows));
+  }
+}
+
+// The same beside a window.
+TEST(CpuBackward, KeysBesideAWindowAreNaN) {
+  for (DType const dtype : all_dtypes) {
+    BackwardProblem problem{Shape{.dtype = dtype,
+                                  .head_dim = 24,
+                                  .seqlen_q = 70,
+                                  .seqlen_k = 203,
+                                  .mask = MaskKind::band,
+                                  .causal_offset = 90,
+                                  .window_offset = 50},
+                            {},
+                            true};
+    for (int row = 0; row < 203; ++row) {
+      if (row < 50 || row >= 160) problem.k.fill_row(row, nan), problem.v.fill_row(row, nan);
+    }
+    problem.run_forward();
+    for (long double const x : reference_gradients(problem).dk.values) ASSERT_TRUE(std::isfinite(x));
+    ASSERT_NO_FATAL_FAILURE(check(problem));
   }
 }
 

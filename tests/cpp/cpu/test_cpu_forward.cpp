@@ -115,6 +115,24 @@ TEST(CpuForward, CausalOffsets) {
   }
 }
 
+// Windows that end at one or the other side of a tile's and a block's edges; queries that see no key, at either end.
+TEST(CpuForward, Windows) {
+  for (DType const dtype : all_dtypes) {
+    for (int const first : {-140, -64, -10, 0, 70}) {
+      for (int const size : {0, 1, 63, 64, 100, 220}) {
+        Problem problem{Shape{.dtype = dtype,
+                              .head_dim = 8,
+                              .seqlen_q = 130,
+                              .seqlen_k = 170,
+                              .mask = MaskKind::band,
+                              .causal_offset = first + size,
+                              .window_offset = first}};
+        ASSERT_NO_FATAL_FAILURE(check(problem));
+      }
+    }
+  }
+}
+
 // ---- memory ------------------------------------------------------------------------------------------
 
 // Strides other than those of a packed tensor, bases aligned to one element only: wrong or faulting
@@ -293,6 +311,24 @@ TEST(CpuForward, UnseenKeysAndValuesAreNaN) {
     for (int row = 70; row < 203; ++row) problem.k.fill_row(row, nan), problem.v.fill_row(row, nan);
     Reference const want = reference(problem);
     for (long double const x : want.out) ASSERT_TRUE(std::isfinite(x));
+    ASSERT_NO_FATAL_FAILURE(check(problem));
+  }
+}
+
+// The same beside a window: the keys before the first query's, and those after the last query's.
+TEST(CpuForward, KeysBesideAWindowAreNaN) {
+  for (DType const dtype : all_dtypes) {
+    Problem problem{Shape{.dtype = dtype,
+                          .head_dim = 24,
+                          .seqlen_q = 70,
+                          .seqlen_k = 203,
+                          .mask = MaskKind::band,
+                          .causal_offset = 90,
+                          .window_offset = 50}};
+    for (int row = 0; row < 203; ++row) {
+      if (row < 50 || row >= 160) problem.k.fill_row(row, nan), problem.v.fill_row(row, nan);
+    }
+    for (long double const x : reference(problem).out) ASSERT_TRUE(std::isfinite(x));
     ASSERT_NO_FATAL_FAILURE(check(problem));
   }
 }

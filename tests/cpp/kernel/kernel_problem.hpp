@@ -121,6 +121,7 @@ struct Shape {
   int batch = 1, heads = 1, kv_heads = 1;
   Order order = Order::bshd;
   std::optional<int> causal_offset{};  // default: bottom-right
+  int window_offset = 0;               // of the band
 };
 
 /// One call of the forward.
@@ -150,7 +151,8 @@ class Problem {
   float lse_at(int b, int h, int i) const { return lse[static_cast<size_t>((b * s_.heads + h) * s_.sq + i)]; }
 
   bool visible(int i, int j) const {
-    return definition::sees(id_.features.mask, i, j, {s_.sk, s_.causal_offset.value_or(s_.sk - s_.sq)});
+    return definition::sees(id_.features.mask, i, j,
+                            {s_.sk, s_.causal_offset.value_or(s_.sk - s_.sq), s_.window_offset});
   }
 
   /// Clears the outputs; what a launch is told.
@@ -171,6 +173,7 @@ class Problem {
     p.batch = s_.batch, p.heads = s_.heads, p.kv_heads = s_.kv_heads;
     p.seqlen_q = s_.sq, p.seqlen_k = s_.sk, p.head_dim = s_.d, p.head_dim_v = s_.d_v;
     p.causal_offset = s_.causal_offset.value_or(s_.sk - s_.sq);
+    p.window_offset = s_.window_offset;
     return p;
   }
 
@@ -281,6 +284,7 @@ class Problem {
 constexpr ForwardKernelId causal(ForwardConfig c) {
   return kernel_of(c, {.mask = MaskKind::causal, .count_blocks = true});
 }
+constexpr ForwardKernelId band(ForwardConfig c) { return kernel_of(c, {.mask = MaskKind::band, .count_blocks = true}); }
 constexpr ForwardKernelId full(ForwardConfig c) { return kernel_of(c, {.mask = MaskKind::full, .count_blocks = true}); }
 
 inline constexpr auto f16 = DType::float16, bf16 = DType::bfloat16, f32 = DType::float32;

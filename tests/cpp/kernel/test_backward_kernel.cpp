@@ -154,6 +154,7 @@ class BackwardProblem {
     p.forward.batch = s_.batch, p.forward.heads = s_.heads, p.forward.kv_heads = s_.kv_heads;
     p.forward.seqlen_q = s_.sq, p.forward.seqlen_k = s_.sk, p.forward.head_dim = s_.d, p.forward.head_dim_v = s_.d_v;
     p.forward.causal_offset = s_.causal_offset.value_or(s_.sk - s_.sq);
+    p.forward.window_offset = s_.window_offset;
     p.dout = dout.data(), p.dq = dq.data(), p.dk = dk.data(), p.dv = dv.data(), p.delta = delta.data();
     if (!dq_sums.empty()) p.dq_sums = dq_sums.data();
     p.dout_stride = dout.stride(), p.dq_stride = dq.stride(), p.dk_stride = dk.stride(), p.dv_stride = dv.stride();
@@ -284,6 +285,28 @@ TEST(BackwardKernel, Shapes) {
   check_shapes<small_f32_deterministic>();
 }
 
+// Windows that end at one or the other side of a tile's and a block's edges; queries without a key, keys without a
+// query.
+template <BackwardConfig B>
+void check_windows() {
+  for (auto const& [first, size] : {std::pair(-70, 0), {-40, 33}, {-20, 90}, {0, 0}, {0, 63}, {5, 130}, {60, 64}}) {
+    BackwardProblem<B, MaskKind::band> problem(
+        Shape{.sq = 150, .sk = 140, .d = 32, .causal_offset = first + size, .window_offset = first});
+    check_gradients(problem);
+  }
+  BackwardProblem<B, MaskKind::band> grouped(Shape{
+      .sq = 90, .sk = 200, .d = 16, .batch = 2, .heads = 4, .kv_heads = 2, .causal_offset = 110, .window_offset = 30});
+  check_gradients(grouped);
+}
+
+TEST(BackwardKernel, Windows) {
+  check_windows<small>();
+  check_windows<small_shared>();
+  check_windows<small_deterministic>();
+  check_windows<small_f32>();
+  check_windows<small_f32_deterministic>();
+}
+
 TEST(BackwardKernel, Configurations) {
   check_shapes<{.dtype = f16, .head_dim = 64, .block_m = 64, .block_n = 128}>();
   check_shapes<{.dtype = bf16, .head_dim = 32, .head_dim_v = 64, .block_m = 64, .block_n = 64, .stages = 1}>();
@@ -408,6 +431,28 @@ void check_poison() {
   }
 }
 
+// Beside a window: query i sees keys i + 5 to i + 25.
+template <BackwardConfig B>
+void check_poison_beside_a_window() {
+  Shape const s{.sq = 80, .sk = 110, .d = 32, .causal_offset = 25, .window_offset = 5};
+  auto const is_poisoned = [&](Tensor const& t, int row) { return !std::isfinite(t.at(0, row, 0, 3)); };
+  for (double value : {nan, inf}) {
+    BackwardProblem<B, MaskKind::band> late(s);
+    late.problem.v.set(0, 45, 0, 3, value);
+    ASSERT_NO_FATAL_FAILURE(late.run(1));
+    for (int i = 0; i < s.sq; ++i) EXPECT_EQ(is_poisoned(late.dq, i), i >= 20 && i <= 40) << i;
+
+    BackwardProblem<B, MaskKind::band> gradient(s);
+    gradient.dout.set(0, 20, 0, 3, value);
+    ASSERT_NO_FATAL_FAILURE(gradient.run(1));
+    for (int i = 0; i < s.sq; ++i) EXPECT_EQ(is_poisoned(gradient.dq, i), i == 20) << i;
+    for (int j = 0; j < s.sk; ++j) {
+      EXPECT_EQ(is_poisoned(gradient.dk, j), j >= 25 && j <= 45) << j;
+      EXPECT_EQ(is_poisoned(gradient.dv, j), j >= 25 && j <= 45) << j;
+    }
+  }
+}
+
 // The same in a block that is partial only because it has rows that do not exist.
 template <BackwardConfig B>
 void check_poison_at_the_end() {
@@ -429,6 +474,11 @@ TEST(BackwardKernel, PoisonReachesWhatSeesIt) {
   check_poison<small_f32>();
   check_poison<small_f32_shared>();
   check_poison<small_f32_deterministic>();
+  check_poison_beside_a_window<small>();
+  check_poison_beside_a_window<small_shared>();
+  check_poison_beside_a_window<small_deterministic>();
+  check_poison_beside_a_window<small_f32>();
+  check_poison_beside_a_window<small_f32_deterministic>();
 }
 
 // Guards against NaN from the rows of zeros that stand where there is no query: a score of them with a key that is

@@ -11,6 +11,10 @@ namespace {
 // Small tiles, for the tests that need many problems.
 constexpr ForwardKernelId small_causal =
     causal({.dtype = bf16, .head_dim = 64, .block_m = 32, .block_n = 16, .num_warps = 2});
+constexpr ForwardKernelId small_band =
+    band({.dtype = bf16, .head_dim = 64, .block_m = 32, .block_n = 16, .num_warps = 2, .stages = 2});
+constexpr ForwardKernelId serial_band =
+    band({.dtype = f16, .head_dim = 64, .block_m = 32, .block_n = 16, .num_warps = 2, .eager_load_blocks = false});
 constexpr ForwardKernelId small_full =
     full({.dtype = f16, .head_dim = 128, .block_m = 64, .block_n = 32, .num_warps = 2, .q_in_registers = true});
 
@@ -46,6 +50,31 @@ TEST(ForwardKernel, CausalOffsets) {
   }
 }
 
+// Windows that end at one or the other side of a tile's and a block's edges; queries that see no key, at either end.
+TEST(ForwardKernel, Windows) {
+  for (int first : {-80, -33, -16, -5, 0, 3}) {
+    for (int size : {0, 1, 15, 16, 31, 47, 70}) {
+      check<small_band>({.sq = 70, .sk = 75, .d = 64, .causal_offset = first + size, .window_offset = first});
+    }
+  }
+  // Several full blocks between two partial ones.
+  for (int size : {64, 99, 120}) {
+    check<small_band>({.sq = 40, .sk = 200, .d = 64, .causal_offset = 150, .window_offset = 150 - size});
+    check<serial_band>({.sq = 40, .sk = 200, .d = 64, .causal_offset = 150, .window_offset = 150 - size});
+  }
+}
+
+// A value that a window hides, before or after the keys that a row sees, in a block that other rows of the tile see.
+TEST(ForwardKernel, NanBesideAWindow) {
+  for (double poison : {nan, inf, -inf}) {
+    Problem problem(small_band, {.sq = 40, .sk = 90, .d = 64, .causal_offset = 30, .window_offset = 5});
+    for (int j : {0, 20, 21, 50, 89}) problem.v.set(0, j, 0, 3, poison);
+    problem.v.set(0, 35, 0, 3, inf);
+    for (int j : {3, 60}) problem.k.set_row(0, j, 0, nan);
+    check<small_band>(problem, 2);
+  }
+}
+
 // Guards against what nobody thought of: combinations of everything above.
 TEST(ForwardKernel, RandomProblems) {
   std::mt19937 random(7);
@@ -57,6 +86,8 @@ TEST(ForwardKernel, RandomProblems) {
     s.order = static_cast<Order>(below(3));
     if (below(2) == 0) s.causal_offset = below(140) - 70;
     check<small_causal>(s, 2);
+    s.window_offset = s.causal_offset.value_or(s.sk - s.sq) - below(90);
+    check<small_band>(s, 2);
     s.d += 8 * below(9);
     check<small_full>(s, 2);
   }

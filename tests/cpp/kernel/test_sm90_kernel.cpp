@@ -174,6 +174,33 @@ TEST(Sm90Kernel, Diagonals) {
   }
 }
 
+// Windows: rows that see no key, at either end; warpgroups whose rows see blocks that others do not, first or last;
+// pairs of full blocks between partial ones.
+TEST(Sm90Kernel, Windows) {
+  for (int first : {-260, -130, -64, -1, 0, 70}) {
+    for (int size : {0, 1, 63, 64, 130, 300}) {
+      Shape const s{.sq = 150, .sk = 200, .d = 64, .causal_offset = first + size, .window_offset = first};
+      check_sm90<band(narrow)>(s, 1);
+    }
+  }
+  for (int size : {0, 100, 330, 600}) {
+    check_sm90<band(narrow)>({.sq = 260, .sk = 700, .d = 64, .causal_offset = 440, .window_offset = 440 - size}, 2);
+    check_sm90<band(ahead)>({.sq = 260, .sk = 700, .d = 64, .causal_offset = 440, .window_offset = 440 - size}, 2);
+    check_sm90<band(serial)>({.sq = 130, .sk = 500, .d = 64, .causal_offset = 370, .window_offset = 370 - size}, 1);
+    check_sm90<band(wide)>({.sq = 130, .sk = 500, .d = 128, .causal_offset = 370, .window_offset = 370 - size}, 1);
+  }
+  check_sm90<band(single)>({.sq = 100, .sk = 300, .d = 64, .causal_offset = 200, .window_offset = 150}, 1);
+}
+
+TEST(Sm90Kernel, NanBesideAWindow) {
+  for (double poison : {nan, inf, -inf}) {
+    Problem problem(band(narrow), {.sq = 140, .sk = 300, .d = 64, .causal_offset = 120, .window_offset = 20});
+    for (int j : {0, 30, 100, 200, 270, 299}) problem.v.set(0, j, 0, 3, poison);
+    for (int j : {5, 280}) problem.k.set_row(0, j, 0, nan);
+    check_sm90<band(narrow)>(problem);
+  }
+}
+
 // Guards against 0 * NaN: a value that a row does not see must not reach it, and one that it sees must.
 TEST(Sm90Kernel, NanInValues) {
   for (double poison : {nan, inf, -inf}) {

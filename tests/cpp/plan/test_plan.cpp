@@ -14,6 +14,7 @@
 #include "image/embedded_images.hpp"
 #include "image/image_store.hpp"
 #include "launch/driver.hpp"
+#include "plan/call.hpp"
 #include "plan/checks.hpp"
 #include "plan/memory_overlap.hpp"
 #include "support/printing.hpp"
@@ -87,6 +88,43 @@ TEST(Plan, TheDiagonalSaysWhatARowSees) {
           << row;
     }
   }
+}
+
+// Guards against kernels of the band for windows that hide nothing, which are slower and may have to be compiled first,
+// and against other masks for windows that hide something.
+TEST(Plan, AWindowThatHidesNothingIsAnEasierMask) {
+  constexpr int64_t most = std::numeric_limits<int64_t>::max();
+  using Bound = std::optional<int64_t>;
+  struct Case {
+    bool causal;
+    Bound left, right;
+    MaskKind mask;
+  };
+  // 4 queries, 5 keys: query 0 stands at key 1, query 3 at key 4.
+  for (auto const& [causal, left, right, mask] : {
+           Case{false, {}, {}, MaskKind::full},
+           Case{false, {4}, {3}, MaskKind::full},
+           Case{false, {most}, {most}, MaskKind::full},
+           Case{false, {}, {3}, MaskKind::full},
+           Case{false, {}, {2}, MaskKind::causal},
+           Case{false, {4}, {0}, MaskKind::causal},
+           Case{false, {3}, {3}, MaskKind::band},
+           Case{false, {3}, {}, MaskKind::band},
+           Case{true, {}, {}, MaskKind::causal},
+           Case{true, {}, {7}, MaskKind::causal},
+           Case{true, {4}, {}, MaskKind::causal},
+           Case{true, {3}, {0}, MaskKind::band},
+       }) {
+    Problem p;
+    p.options.causal = causal;
+    p.options.window_left = left;
+    p.options.window_right = right;
+    EXPECT_EQ(checked_call(p.q, p.k, p.v, p.options).mask(), mask)
+        << causal << " " << left.value_or(-1) << " " << right.value_or(-1);
+  }
+  Problem p;
+  p.options.window_left = -2;
+  p.expect<ArgumentError>({"window", ">= 0", "-2"});
 }
 
 TEST(Plan, WrongTensorsAreRefused) {

@@ -11,22 +11,24 @@
 namespace flashcute {
 namespace {
 
-ForwardParams problem(int32_t seqlen_q, int32_t seqlen_k, int32_t offset) {
+ForwardParams problem(int32_t seqlen_q, int32_t seqlen_k, int32_t offset, int32_t window_offset = 0) {
   ForwardParams p{};
   p.batch = p.heads = p.kv_heads = 1;
   p.seqlen_q = seqlen_q;
   p.seqlen_k = seqlen_k;
   p.causal_offset = offset;
+  p.window_offset = window_offset;
   return p;
 }
 
 bool sees(MaskKind kind, int32_t q, int32_t k, ForwardParams const& p) {
-  return definition::sees(kind, q, k, {p.seqlen_k, p.causal_offset});
+  return definition::sees(kind, q, k, {p.seqlen_k, p.causal_offset, p.window_offset});
 }
 
 /// A loop that asks the range for one block after another visits the same blocks in the same order, and knows how many
 /// are left.
-void check_walk(KvRange const& range, std::set<int32_t> const& visited) {
+template <class Range>
+void check_walk(Range const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full) {
   auto expected = visited.rbegin();
   auto left = static_cast<int32_t>(visited.size());
   for (int32_t n = range.first(); range.left(n) > 0; n = range.next(n), ++expected, --left) {
@@ -34,27 +36,37 @@ void check_walk(KvRange const& range, std::set<int32_t> const& visited) {
     EXPECT_EQ(n, *expected);
     EXPECT_EQ(range.left(n), left);
     EXPECT_EQ(range.is_last(n), left == 1);
-    EXPECT_EQ(range.next(n), n + KvRange::step);
+    EXPECT_EQ(range.next(n), n + Range::step);
+    EXPECT_EQ(range.is_partial(n), !full.contains(n));
+    if (full.contains(n)) {
+      int32_t count = 0;
+      while (full.contains(n - count)) ++count;
+      EXPECT_EQ(range.full_left(n), count);
+    }
   }
   EXPECT_EQ(expected, visited.rend());
 }
 
 /// What is corrected for values that are not finite must be looked for in exactly the keys of the blocks visited, or of
-/// the partial ones, and never beyond the sequence.
-void check_keys(KvRange const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full, int32_t block_n,
+/// the partial ones, and never beyond the sequence. (Where both ends are partial, in those between them too.)
+template <class Range>
+void check_keys(Range const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full, int32_t block_n,
                 Sequence const& sequence) {
+  constexpr bool one_end = std::is_same_v<Range, KvRange>;
   for (bool const only_partial : {false, true}) {
     RowRange const keys = range.keys(only_partial, block_n, sequence);
     for (int32_t k = 0; k < sequence.keys() + 2 * block_n; ++k) {
       int32_t const n = k / block_n;
-      bool const expected = k < sequence.keys() && visited.contains(n) && !(only_partial && full.contains(n));
+      bool const expected =
+          k < sequence.keys() && visited.contains(n) && !(only_partial && one_end && full.contains(n));
       ASSERT_EQ(keys.begin <= k && k < keys.end, expected) << "key " << k;
     }
   }
 }
 
 /// The GPU's backward visits the same blocks of one K/V head from the first to the last.
-void check_passing_blocks(KvRange const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full) {
+template <class Range>
+void check_passing_blocks(Range const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full) {
   auto blocks = PassingBlocks::of(range, 5);
   for (int32_t const n : visited) {
     ASSERT_GT(blocks.left, 0);
@@ -70,7 +82,7 @@ template <MaskKind Kind>
 void check_all_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
   for (int64_t index = 0; index < QueryTile::count(p, block_m); ++index) {
     QueryTile const tile = QueryTile::at(p, index, block_m);
-    KvRange const range = Mask<Kind>::kv_range(tile, p, block_n);
+    auto const range = Mask<Kind>::kv_range(tile, p, block_n);
     std::set<int32_t> visited, full;
     int32_t last = std::numeric_limits<int32_t>::max();
     range.for_each_backward([&](int32_t n, auto partial) {
@@ -80,7 +92,7 @@ void check_all_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
       if (!decltype(partial)::value) full.insert(n);
     });
     EXPECT_EQ(range.empty(), visited.empty());
-    check_walk(range, visited);
+    check_walk(range, visited, full);
     check_keys(range, visited, full, block_n, tile.sequence(p));
     check_passing_blocks(range, visited, full);
     for (int32_t n = 0; n * block_n < p.seqlen_k + 2 * block_n; ++n) {
@@ -110,6 +122,9 @@ TEST(Mask, BlockRangesAgreeWithElementVisibility) {
           check_all_tiles<MaskKind::full>(problem(sq, sk, 0), block_m, block_n);
           for (int32_t offset : {sk - sq, 0, -3, 5}) {
             check_all_tiles<MaskKind::causal>(problem(sq, sk, offset), block_m, block_n);
+            for (int32_t const size : {0, 1, 2, 3, 5, 8, 20}) {
+              check_all_tiles<MaskKind::band>(problem(sq, sk, offset, offset - size), block_m, block_n);
+            }
           }
         }
       }
@@ -118,14 +133,17 @@ TEST(Mask, BlockRangesAgreeWithElementVisibility) {
 }
 
 /// As check_keys.
-void check_rows(QueryRange const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full,
-                int32_t block_m, Sequence const& sequence) {
+template <class Range>
+void check_rows(Range const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full, int32_t block_m,
+                Sequence const& sequence) {
   if (range.empty()) return;
+  constexpr bool one_end = std::is_same_v<Range, QueryRange>;
   for (bool const only_partial : {false, true}) {
     RowRange const rows = range.rows(only_partial, block_m, sequence);
     for (int32_t q = 0; q < sequence.rows() + 2 * block_m; ++q) {
       int32_t const m = q / block_m;
-      bool const expected = q < sequence.rows() && visited.contains(m) && !(only_partial && full.contains(m));
+      bool const expected =
+          q < sequence.rows() && visited.contains(m) && !(only_partial && one_end && full.contains(m));
       ASSERT_EQ(rows.begin <= q && q < rows.end, expected) << "row " << q;
     }
   }
@@ -133,7 +151,8 @@ void check_rows(QueryRange const& range, std::set<int32_t> const& visited, std::
 
 /// The GPU's backward walks over the same blocks once for each head, and also tests the elements of a block that lacks
 /// rows.
-void check_passing_blocks(QueryRange const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full,
+template <class Range>
+void check_passing_blocks(Range const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full,
                           int32_t complete) {
   constexpr int32_t first_head = 3, heads = 2;
   auto blocks = PassingBlocks::of(range, complete, first_head, heads);
@@ -153,7 +172,7 @@ template <MaskKind Kind>
 void check_all_key_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
   for (int64_t index = 0; index < KeyTile::count(p, block_n); ++index) {
     KeyTile const tile = KeyTile::at(p, index, block_n);
-    QueryRange const range = Mask<Kind>::query_range(tile, p, block_m);
+    auto const range = Mask<Kind>::query_range(tile, p, block_m);
     std::set<int32_t> visited, full;
     range.for_each([&](int32_t m, auto partial) {
       EXPECT_TRUE(visited.empty() || m > *visited.rbegin()) << "blocks must come from the first to the last";
@@ -172,6 +191,8 @@ void check_all_key_tiles(ForwardParams const& p, int32_t block_m, int32_t block_
           all = all && visible;
         }
       }
+      // Where queries are hidden on both sides, a block that lacks rows is a partial one.
+      all = all && (!Mask<Kind>::two_edges || (m + 1) * block_m <= p.seqlen_q);
       ASSERT_EQ(visited.contains(m), any) << "block " << m << " sq " << p.seqlen_q << " sk " << p.seqlen_k;
       ASSERT_EQ(full.contains(m), any && all) << "block " << m << " sq " << p.seqlen_q << " sk " << p.seqlen_k;
     }
@@ -187,6 +208,11 @@ TEST(Mask, QueryRangesAgreeWithElementVisibility) {
           check_all_key_tiles<MaskKind::full>(problem(sq, sk, 0), block_m, block_n);
           for (int32_t offset : {sk - sq, 0, -3, 5, INT32_MAX, INT32_MIN}) {
             check_all_key_tiles<MaskKind::causal>(problem(sq, sk, offset), block_m, block_n);
+          }
+          for (int32_t offset : {sk - sq, 0, -3, 5}) {
+            for (int32_t const size : {0, 1, 2, 3, 5, 8, 20}) {
+              check_all_key_tiles<MaskKind::band>(problem(sq, sk, offset, offset - size), block_m, block_n);
+            }
           }
         }
       }
@@ -226,7 +252,8 @@ template <MaskKind Kind>
 void check_seen(std::mt19937& random) {
   auto const from_to = [&](int32_t low, int32_t high) { return std::uniform_int_distribution(low, high)(random); };
   int32_t const sq = from_to(0, 200), sk = from_to(0, 700);
-  ForwardParams const p = problem(sq, sk, from_to(0, 1) == 0 ? sk - sq : from_to(-300, 700));
+  int32_t const offset = from_to(0, 1) == 0 ? sk - sq : from_to(-300, 700);
+  ForwardParams const p = problem(sq, sk, offset, offset - from_to(0, 1) * from_to(0, 300));
   auto const s = Sequence::uniform(p);
   SCOPED_TRACE(testing::Message() << "sq " << sq << " sk " << sk << " offset " << p.causal_offset);
   int32_t const q0 = from_to(0, sq + 64), key0 = from_to(0, sk + 64);
@@ -249,6 +276,7 @@ TEST(Mask, SeenAgreesWithElementVisibility) {
   for (int i = 0; i < 2000; ++i) {
     check_seen<MaskKind::full>(random);
     check_seen<MaskKind::causal>(random);
+    check_seen<MaskKind::band>(random);
   }
 }
 
@@ -281,21 +309,30 @@ TEST(KeyTile, TilesCoverEveryKeyOnce) {
   }
 }
 
+template <MaskKind Kind>
+void check_empty_rows(ForwardParams const& p) {
+  auto const sequence = Sequence::uniform(p);
+  bool any_empty = false;
+  for (int32_t q = 0; q < p.seqlen_q; ++q) {
+    bool any = false;
+    for (int32_t k = 0; k < p.seqlen_k; ++k) any = any || sees(Kind, q, k, p);
+    EXPECT_EQ(Mask<Kind>::empty_row(q, sequence), !any);
+    EXPECT_EQ(Mask<Kind>::keys_of(q, sequence).empty(), !any);
+    any_empty = any_empty || !any;
+  }
+  EXPECT_EQ(Mask<Kind>::has_empty_rows(sequence), any_empty);
+}
+
 // A row without keys must be known to be empty, and no other.
 TEST(Mask, EmptyRowsAreThoseThatSeeNoKey) {
   for (int32_t sq = 1; sq <= 9; ++sq) {
     for (int32_t sk = 0; sk <= 9; ++sk) {
-      ForwardParams const p = problem(sq, sk, sk - sq);
-      for (int32_t q = 0; q < sq; ++q) {
-        bool any_full = false, any_causal = false;
-        for (int32_t k = 0; k < sk; ++k) {
-          any_full = any_full || sees(MaskKind::full, q, k, p);
-          any_causal = any_causal || sees(MaskKind::causal, q, k, p);
+      check_empty_rows<MaskKind::full>(problem(sq, sk, 0));
+      for (int32_t offset = -sq; offset <= sk; ++offset) {
+        check_empty_rows<MaskKind::causal>(problem(sq, sk, offset));
+        for (int32_t window = -sq; window <= offset; ++window) {
+          check_empty_rows<MaskKind::band>(problem(sq, sk, offset, window));
         }
-        EXPECT_EQ(Mask<MaskKind::full>::empty_row(q, Sequence::uniform(p)), !any_full);
-        EXPECT_EQ(Mask<MaskKind::causal>::empty_row(q, Sequence::uniform(p)), !any_causal);
-        EXPECT_EQ(Mask<MaskKind::full>::keys_of(q, Sequence::uniform(p)).empty(), !any_full);
-        EXPECT_EQ(Mask<MaskKind::causal>::keys_of(q, Sequence::uniform(p)).empty(), !any_causal);
       }
     }
   }

@@ -8,7 +8,7 @@
 namespace flashcute::definition {
 
 struct MaskProblem {
-  int64_t seqlen_k, causal_offset;
+  int64_t seqlen_k, causal_offset, window_offset;
 };
 
 inline bool sees(MaskKind kind, int64_t q, int64_t k, MaskProblem const& s) {
@@ -16,6 +16,7 @@ inline bool sees(MaskKind kind, int64_t q, int64_t k, MaskProblem const& s) {
   switch (kind) {
     case MaskKind::full: return true;
     case MaskKind::causal: return k <= q + s.causal_offset;
+    case MaskKind::band: return q + s.window_offset <= k && k <= q + s.causal_offset;
   }
   return false;
 }

@@ -27,6 +27,7 @@ OPTIONS: dict[str, Any] = {
     "layout": "bhsd",
     "allow_tf32": True,
     "deterministic": True,
+    "window": (3, 1),
 }
 
 
@@ -84,7 +85,8 @@ def test_a_checked_value_is_an_ordinary_one() -> None:
     made = checked_options(np.bool_(True), "start", 2, "bhsd", 7, 1, False)
     assert made == Options(True, 0, 2.0, "bhsd", 7, True, False)
     assert type(made) is Options
-    assert [type(x) for x in made] == [bool, int, float, str, int, bool, bool, bool]
+    assert [type(x) for x in made[:8]] == [bool, int, float, str, int, bool, bool, bool]
+    assert checked_options(False, "end", None, "bshd", window=(3, -1)) == Options(window_left=3)
     assert made._replace(causal=False).diagonal == 0
 
 
@@ -103,6 +105,10 @@ def test_every_option_reaches_every_call(core: Recorder, name: str) -> None:
 
     def check(function: str, wanted: dict[str, Any]) -> None:
         found = core.one(function)
+        if "window" in wanted:
+            left, right = wanted["window"]
+            wanted = {**wanted, "window_left": left, "window_right": right}
+            del wanted["window"]
         assert {n: getattr(found, n) for n in wanted} == wanted
 
     fc.flash_attention(*(x.numpy() for x in arrays), **given)
@@ -147,7 +153,7 @@ def test_a_stream_object_stays_in_python(monkeypatch: pytest.MonkeyPatch) -> Non
     core = SimpleNamespace(backward_config_for=lambda *arguments: told.append(arguments[-1]))
     monkeypatch.setattr(dispatch, "_core", core)
     options = checked_options(False, "end", None, "bshd", stream, deterministic=True)
-    asked = problem.Problem(tensor, tensor, tensor, options, None, 0.0, None)
+    asked = problem.Problem(tensor, tensor, tensor, options, None, 0.0)
     assert dispatch.missing_gradient(asked, traced=False) is None
     fc._core.check_problem(*[np.ones((1, 2, 1, 8), np.float32)] * 3, told[0])  # takes these options
     assert told[0].deterministic

@@ -171,7 +171,6 @@ def test_what_a_model_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("member", "said"),
     [
-        ({"sliding_window": 128}, "sliding windows"),
         ({"attn_logit_softcapping": 50.0}, "capped scores"),
         ({"model_type": "gpt_oss"}, "learned sinks"),
         ({"attention_dropout": 0.1}, "dropout of 0.1"),
@@ -183,10 +182,16 @@ def test_what_of_a_model_has_no_kernel(tmp_path: Path, member: dict, said: str) 
     assert any(said in x for x in model_shapes.read(write(tmp_path, **member)).not_served)
 
 
-def test_a_window_that_is_switched_off(tmp_path: Path) -> None:
-    """Qwen's files name a window that no layer uses."""
-    folder = write(tmp_path, sliding_window=128, use_sliding_window=False)
-    assert model_shapes.read(folder).not_served == []
+def test_a_models_window(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Calls are explained with it; Qwen's files name a window that no layer uses."""
+    folder = write(tmp_path, sliding_window=16)
+    assert model_shapes.read(folder).window == 16
+    assert main(["doctor", "--model", str(folder), "--seqlen", "64"]) == 0
+    assert "window 16" in capsys.readouterr().out
+    assert (
+        model_shapes.read(write(tmp_path, sliding_window=16, use_sliding_window=False)).window
+        is None
+    )
 
 
 def test_a_head_dimension_that_no_kernel_has(

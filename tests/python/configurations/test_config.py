@@ -465,7 +465,7 @@ def test_explain_takes_what_the_call_takes() -> None:
         ({"out": np.ones((1, 4, 2, 7), np.float32)}, "out: expected shape"),
         ({"stream": 7}, "stream: expected None for arrays on the CPU"),
         ({"out": torch.ones(1, 4, 2, 8, requires_grad=True)}, "out: gradients"),
-        ({"window": (1, 1), "return_lse": True}, "window is not supported yet"),
+        ({"dropout_p": 0.5, "return_lse": True}, "dropout_p=0.5 is not supported yet"),
     ],
 )
 def test_explain_refuses_what_the_call_refuses(given: dict[str, Any], says: str) -> None:

@@ -476,7 +476,7 @@ def test_a_trace_asks_for_the_kernel_of_the_call(
         q, k, v = (
             torch.empty(1, 4, 2, width, device="cuda", requires_grad=True) for width in (d, d, d_v)
         )
-        problem = Problem(q, k, v, Options(), None, 0.0, None)
+        problem = Problem(q, k, v, Options(), None, 0.0)
         missing = dispatch.missing_gradient(problem, traced=True)
     assert asked == [(torch.float32, d, 10 * arch[0] + arch[1], d_v, same_bits)]
     if served:
