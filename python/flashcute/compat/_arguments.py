@@ -16,7 +16,6 @@ class Mask(NamedTuple):
     """Which keys a query sees, in flash_attention's words."""
 
     causal: bool = False
-    diagonal: int | str = "end"
     window: tuple[int, int] | None = None
 
 
@@ -77,37 +76,21 @@ def mask_2(q: Tensor, k: Tensor, causal: bool, window_size: object) -> Mask:
     """flash-attn 2: causal is a right bound of 0, and a bound that is no shorter than the keys is off."""
     left, right = bounds_of(window_size)
     keys = length(k)
-    if causal:
-        right = 0
-    elif right >= keys:
-        right = -1
-    return _mask(q, k, causal, -1 if left >= keys else left, right, window_size)
+    return _mask(causal, -1 if left >= keys else left, -1 if right >= keys else right)
 
 
 def mask_3(q: Tensor, k: Tensor, causal: bool, window_size: object) -> Mask:
     """flash-attn 3: a bound that hides nothing is off, then causal is a right bound of 0."""
     left, right = bounds_of(window_size)
+    return _mask(
+        causal, -1 if left >= length(k) - 1 else left, -1 if right >= length(q) - 1 else right
+    )
+
+
+def _mask(causal: bool, left: int, right: int) -> Mask:
     if causal:
-        right = 0
-    elif right >= length(q) - 1:
-        right = -1
-    return _mask(q, k, causal, -1 if left >= length(k) - 1 else left, right, window_size)
-
-
-def _mask(q: Tensor, k: Tensor, causal: bool, left: int, right: int, window_size: object) -> Mask:
-    if left >= 0:
-        if _settings.on_unsupported == "error":
-            refuse(
-                "window_size",
-                window_size,
-                "A left bound that hides keys is not: -1, or one of at least seqlen_k, is off. "
-                f"{ALLOW_TORCH}",
-            )
-        return Mask(window=(left, right))
-    if right < 0:
-        return Mask()
-    # A right bound alone is a causal mask whose diagonal lies further to the right.
-    return Mask(True, "end" if right == 0 else length(k) - length(q) + right)
+        right = -1  # the causal mask is the right bound
+    return Mask(causal, None if left < 0 and right < 0 else (left, right))
 
 
 def length(x: Tensor) -> Any:

@@ -45,7 +45,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rest: Rest) -> Any:
         adjacent(k),
         adjacent(v),
         mask.causal,
-        diagonal=mask.diagonal,
         scale=rest.scale,
         return_lse=rest.return_lse,
         deterministic=deterministic_or_default(rest.deterministic),
@@ -80,12 +79,13 @@ def attend_packed(q: Tensor | None, packed: Tensor, packing: Packing, rest: Rest
     mask = rest.mask_of(q_k_v[0], q_k_v[1], rest.causal, rest.window_size)
     options = checked_options(
         mask.causal,
-        mask.diagonal,
+        "end",
         rest.scale,
         "bshd",
         deterministic=deterministic_or_default(rest.deterministic),
+        window=mask.window,
     )
-    problem = Problem(*q_k_v, options, None, rest.dropout_p, mask.window)
+    problem = Problem(*q_k_v, options, None, rest.dropout_p)
     if not _is_plain(problem) or problem.missing or missing_gradient(problem, traced=False):
         return attend(*q_k_v, rest)
     given = None if q is None else q_k_v[0]

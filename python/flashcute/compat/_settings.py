@@ -8,8 +8,8 @@ on_unsupported = "error"
 
 
 def configure(*, on_unsupported: str) -> None:
-    """Sets, for this process, what flash-attn's functions do with dropout, a window or a missing gradient, which no
-    kernel of flashcute covers yet.
+    """Sets, for this process, what flash-attn's functions do with dropout or a missing gradient, which no kernel
+    of flashcute covers yet.
 
     on_unsupported: "error" (the default) raises UnsupportedError. "warn" and "silent" call torch's
         scaled_dot_product_attention, with or without a warning, as `flash_attention` does; it may need memory for

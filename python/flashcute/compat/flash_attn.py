@@ -9,8 +9,8 @@ float32 (float64 for float64 inputs), by the natural logarithm, +inf for a row t
 S_dmask is an empty tensor, as flash-attn's is without dropout.
 
 Raises UnsupportedError (a NotImplementedError) for what no kernel covers yet, naming the argument and its value:
-dropout, windows with a left bound, softcap, ALiBi, sinks, packed sequences, caches. `flashcute.compat.configure` can
-send dropout and windows to torch's own attention. Raises ArgumentError (a ValueError) for arguments that do not fit.
+dropout, softcap, ALiBi, sinks, packed sequences, caches. `flashcute.compat.configure` can send dropout to torch's own
+attention. Raises ArgumentError (a ValueError) for arguments that do not fit.
 """
 
 from __future__ import annotations
@@ -287,16 +287,14 @@ def _flash_attn_backward(
     if checked_dropout(dropout_p) != 0:  # configure() may allow it in the forward
         refuse("dropout_p", dropout_p, "Only 0.0 is")
     require_tensors(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse, dq=dq, dk=dk, dv=dv)
-    window = (window_size_left, window_size_right)
-    mask = mask_2(q, k, causal, window)
-    if mask.window is not None:
-        refuse("window_size", window, "A left bound that hides keys has no gradient here")
+    mask = mask_2(q, k, causal, (window_size_left, window_size_right))
     options = checked_options(
         mask.causal,
-        mask.diagonal,
+        "end",
         softmax_scale,
         "bshd",
         deterministic=deterministic_or_default(deterministic),
+        window=mask.window,
     )
     lse = empty_rows_minus_infinity(_as_memory_has_it(softmax_lse, q)).contiguous()
     dout, q, k, v, out = (adjacent(x.detach()) for x in (dout, q, k, v, out))

@@ -234,7 +234,7 @@ def on_another_mesh() -> Any:
 
 @case
 def without_a_kernel() -> Any:
-    return _beside(lambda k: distribute(k, "R"), window=(2, 2), on_unsupported="silent")
+    return _beside(lambda k: distribute(k, "R"), dropout_p=0.5, on_unsupported="silent")
 
 
 @case

@@ -135,7 +135,7 @@ REFUSALS = {
     "batch of 1": "UnsupportedError: q, k, v: .*batch .*2 ranks.*got 1",
     "beside_a_plain_tensor": "ArgumentError: k: expected a DTensor as q, got a Tensor",
     "on_another_mesh": "ArgumentError: k: expected a DTensor on the mesh of q",
-    "without_a_kernel": "UnsupportedError: q, k, v: .*window is not supported",
+    "without_a_kernel": "UnsupportedError: q, k, v: .*dropout_p=0.5 is not supported",
     "with_a_configuration": r"ArgumentError: q: .*class DTensor.*to_local\(\)",
     "three_dimensions": "ArgumentError: q: expected 4 dimensions",
     "backward_operator_with_other_placements": "UnsupportedError: dout: expected the placements",
