@@ -75,9 +75,10 @@ by_pkg_config() { # source prefix: the program is $scratch/by_pkg_config
   quietly c++ -std=c++20 -O2 "$1" -o "$scratch/by_pkg_config" \
     $(PKG_CONFIG_PATH="$2/lib/pkgconfig" pkg-config --cflags --libs flashcute) -Wl,-rpath,"$2/lib" -ldl
 }
-attends() { # program [gpu]
+attends() { # program: on the CPU. There are no images, and a program with a static library, outside of the prefix, cannot
+  # compile any.
   local text
-  text=$("$@" 2>&1) || fail "$* says: $text"
+  text=$(CUDA_VISIBLE_DEVICES='' "$@" 2>&1) || fail "$* says: $text"
   grep -q '^cpu: largest error' <<< "$text" || fail "$* does not say how large the error is: $text"
 }
 compiles() { # program [support folder]: at run time, in a process of its own

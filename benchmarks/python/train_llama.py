@@ -5,8 +5,9 @@
 
 All runs begin with the same random weights and see the same batches in the same order, so their losses differ by
 rounding alone. The data is made here: each token has four possible successors, so the loss can fall to log(4) = 1.386.
-Weights are float32, products bfloat16 (autocast), the optimizer AdamW. Prints a table, and writes a JSON line for each
-attention: the loss of every step, the median time of a step, tokens per second and the peak of allocated memory.
+Weights are float32, products bfloat16 (autocast), the optimizer AdamW with a warm-up and clipped gradients. Prints a
+table, and writes a JSON line for each attention: the loss of every step, the median time of a step, tokens per second
+and the peak of allocated memory.
 
 The attentions: fcute, flashcute; sdpa, transformers' own by torch; flash2, FlashAttention-2 by the package flash_attn
 where it is installed, else by the copy in torch. The exit code is 1 if the loss of fcute differs from that of sdpa by
@@ -38,6 +39,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SUCCESSORS = 4
 UNTIMED = 10  # steps in which kernels are loaded, and memory is asked for
+WARMUP = 50  # steps in which the learning rate rises to its value
+CLIPPED_NORM = 1.0  # of the gradients
 FIRST = 20  # steps in which weights are still nearly the same
 Line = dict[str, Any]
 
@@ -145,6 +148,10 @@ def train(start: nn.Module, tokens: Tensor, attention: str, options: argparse.Na
     model: Any = copy.deepcopy(start).to(options.device)
     model.set_attn_implementation(attention)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, fused=on_gpu)
+    # Without both, single large steps make of differences in rounding different curves.
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / WARMUP)
+    )
     losses, clock = [], Clock(options.device)
     clock.mark()
     for batch in tokens:
@@ -153,7 +160,9 @@ def train(start: nn.Module, tokens: Tensor, attention: str, options: argparse.Na
             loss = model(batch, labels=batch).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIPPED_NORM, foreach=on_gpu)
         optimizer.step()
+        schedule.step()
         losses.append(loss.detach())
         clock.mark()
     times = list(clock.ms())

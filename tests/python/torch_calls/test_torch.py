@@ -623,11 +623,11 @@ def test_compile_takes_the_fallback_too(compiled: Any) -> None:
     tensors = qkv()
 
     def attend(*tensors: torch.Tensor) -> torch.Tensor:
-        return fc.flash_attention(*tensors, window=(3, 0), on_unsupported="silent")
+        return fc.flash_attention(*tensors, dropout_p=1e-30, on_unsupported="silent")
 
     torch.testing.assert_close(compiled(attend)(*tensors), attend(*tensors))
-    with pytest.warns(UserWarning, match="window is not supported"):
-        compiled(lambda *x: fc.flash_attention(*x, window=(3, 0)))(*tensors)
+    with pytest.warns(UserWarning, match="dropout_p=1e-30 is not supported"):
+        compiled(lambda *x: fc.flash_attention(*x, dropout_p=1e-30))(*tensors)
 
 
 def test_export() -> None:
@@ -733,21 +733,23 @@ def test_fallback_drops_weights() -> None:
 def test_fallback_tells() -> None:
     """A silent detour through an O(S^2) path: it warns unless told not to, and explain says so beforehand."""
     q, k, v = qkv(grad=False)
-    with pytest.warns(UserWarning, match=r"scaled_dot_product_attention: window is not supported"):
-        fc.flash_attention(q, k, v, window=(3, 0))
+    with pytest.warns(
+        UserWarning, match=r"scaled_dot_product_attention: dropout_p=1e-30 is not supported"
+    ):
+        fc.flash_attention(q, k, v, dropout_p=1e-30)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fc.flash_attention(q, k, v, window=(3, 0), on_unsupported="silent")
-    told = fc.explain(q, k, v, window=(3, 0))
+        fc.flash_attention(q, k, v, dropout_p=1e-30, on_unsupported="silent")
+    told = fc.explain(q, k, v, dropout_p=1e-30, window=(3, 0))
     assert told.backend == "torch"
     assert told.config is None
-    assert "window" in dict(told.rejected)["cpu"]
+    assert "dropout_p" in dict(told.rejected)["cpu"]
     mask, scores = 17 * 23 * 9, 2 * 2 * 4 * 17 * 23 * 8
     assert f"{mask} bytes for masks" in told.notes[0]
     assert f"{scores} bytes for scores" in told.notes[0]
-    told = fc.explain(q, k, v, window=(3, 0), on_unsupported="error")
+    told = fc.explain(q, k, v, dropout_p=1e-30, on_unsupported="error")
     assert told.backend == ""
-    assert "window" in dict(told.rejected)["cpu"]
+    assert "dropout_p" in dict(told.rejected)["cpu"]
     assert fc.explain(q.numpy(), k.numpy(), v.numpy(), dropout_p=0.5).backend == ""
     assert fc.explain(q, k, v).notes == []
     told = fc.explain(q[0], k, v, dropout_p=0.5)
@@ -773,7 +775,7 @@ def test_explain_tells_how_gradients_are_computed() -> None:
         assert fc.explain(q, k, v, gradients=True).gradients == told.gradients
     assert fc.explain(q[0], k, v).backend == ""
     assert (
-        fc.explain(q, k, v, window=(1, 1)).gradients is None
+        fc.explain(q, k, v, dropout_p=1e-30).gradients is None
     )  # autograd's own, of torch's attention
 
 
@@ -781,7 +783,7 @@ def test_explain_refuses_what_the_call_refuses() -> None:
     """An argument beside the tensors that torch's attention, or a call that records, does not take."""
     recorded, plain = qkv(), [x.detach() for x in qkv()]
     out = torch.empty_like(plain[0])
-    masked = {"window": (3, 0), "on_unsupported": "silent"}
+    masked = {"dropout_p": 1e-30, "on_unsupported": "silent"}
     cases: list[tuple[list[torch.Tensor], dict[str, Any]]] = [
         (recorded, {"out": out}),
         (recorded, {"stream": 7}),
@@ -828,7 +830,7 @@ def test_fallback_writes_out() -> None:
     """`out` is where the result goes on every road."""
     q, k, v = qkv(grad=False)
     out = torch.empty_like(q)
-    options = {"window": (3, 0), "on_unsupported": "silent"}
+    options = {"dropout_p": 1e-30, "on_unsupported": "silent"}
     assert fc.flash_attention(q, k, v, out=out, **options) is out
     assert torch.equal(out, fc.flash_attention(q, k, v, **options))
 
@@ -841,9 +843,9 @@ def test_fallback_writes_out() -> None:
         ({"attn_mask": torch.ones(1, 1, 1, 17, 23) == 1}, fc.ArgumentError, r"^attn_mask: expected a shape"),
         ({"attn_mask": torch.ones(17, 23)}, fc.ArgumentError, r"^attn_mask: expected dtype bool or .*float64"),
         ({"attn_mask": np.ones((17, 23), bool)}, fc.ArgumentError, r"^attn_mask: expected a torch tensor"),
-        ({"window": (3,)}, fc.ArgumentError, r"^window: expected two integers"),
-        ({"window": (-2, 0)}, fc.ArgumentError, r"^window: expected two integers"),
-        ({"window": 5}, fc.ArgumentError, r"^window: expected two integers"),
+        ({"window": (3,)}, fc.ArgumentError, r"^window: expected \(left, right\), two integers"),
+        ({"window": (-2, 0)}, fc.ArgumentError, r"^window: expected \(left, right\), two integers"),
+        ({"window": 5}, fc.ArgumentError, r"^window: expected \(left, right\), two integers"),
         ({"dropout_p": True}, fc.ArgumentError, r"^dropout_p: expected a probability, got True"),
         ({"dropout_p": 1.5}, fc.ArgumentError, r"^dropout_p: expected a probability, got 1.5"),
         ({"dropout_p": 0.5, "return_lse": True}, fc.UnsupportedError, r"^return_lse=True: .*no LSE"),
@@ -934,7 +936,7 @@ def test_fallback_checks_what_it_writes_to(out: Any, stream: Any, says: str) -> 
     """An output that is silently broadcast, rounded or ignored."""
     q, k, v = qkv(grad=False)
     with pytest.raises(fc.ArgumentError, match=says):
-        fc.flash_attention(q, k, v, window=(2, 0), out=out, stream=stream, **SILENT)
+        fc.flash_attention(q, k, v, dropout_p=1e-30, out=out, stream=stream, **SILENT)
 
 
 def test_no_limit_is_no_window() -> None:
@@ -943,7 +945,7 @@ def test_no_limit_is_no_window() -> None:
     assert fc.explain(q, k, v, window=(-1, -1)).backend == "cpu"
     x = np.ones((1, 3, 1, 8), np.float32)
     assert (fc.flash_attention(x, x, x, window=(np.int64(-1), -1)) == 1).all()
-    with pytest.raises(fc.ArgumentError, match=r"^window: expected two integers"):
+    with pytest.raises(fc.ArgumentError, match=r"^window: expected \(left, right\), two integers"):
         fc.flash_attention(x, x, x, window="x")  # type: ignore[arg-type]
 
 
@@ -974,8 +976,8 @@ def test_explain_knows_what_the_fallback_refuses(wrong: dict) -> None:
 def test_the_warning_points_at_the_caller() -> None:
     """A line of this file, not one of the library."""
     q, k, v = qkv(grad=False)
-    with pytest.warns(UserWarning, match="window") as caught:
-        fc.flash_attention(q, k, v, window=(2, 0))
+    with pytest.warns(UserWarning, match="dropout_p") as caught:
+        fc.flash_attention(q, k, v, dropout_p=1e-30)
     assert caught[0].filename == __file__
 
 
@@ -1040,10 +1042,10 @@ def test_traced_fallback_checks_sizes() -> None:
     """torch's own function would broadcast a batch of 1."""
     q, k, v = qkv(grad=False)
     compiled = torch.compile(
-        lambda *x: fc.flash_attention(*x, window=(2, 0), **SILENT), backend="eager"
+        lambda *x: fc.flash_attention(*x, dropout_p=1e-30, **SILENT), backend="eager"
     )
     torch.testing.assert_close(
-        compiled(q, k, v), fc.flash_attention(q, k, v, window=(2, 0), **SILENT)
+        compiled(q, k, v), fc.flash_attention(q, k, v, dropout_p=1e-30, **SILENT)
     )
     with pytest.raises(Exception, match="batch size 2"):
         compiled(q, k[:1], v[:1])
