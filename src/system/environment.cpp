@@ -25,6 +25,15 @@ thread_local EnvironmentSnapshot const* snapshot = nullptr;
 constexpr std::string_view foreign[] = {"HOME",          "XDG_CACHE_HOME", "CUDA_HOME",         "CUDA_PATH",
                                         "OMP_PROC_BIND", "OMP_PLACES",     "GOMP_CPU_AFFINITY", "KMP_AFFINITY"};
 
+/// Whether a variable whose name begins with this letter may be one that flashcute reads. Every call looks at the whole
+/// environment, which may hold hundreds of variables: of most it looks at this letter alone.
+constexpr bool may_be_read(char first_letter) {
+  for (std::string_view const name : foreign) {
+    if (name.front() == first_letter) return true;
+  }
+  return first_letter == 'F';
+}
+
 constexpr std::array table = {
     Variable{
         "FLASHCUTE_JIT", "on",
@@ -81,6 +90,7 @@ std::filesystem::path home_folder() {
 EnvironmentSnapshot::EnvironmentSnapshot() : outer_{snapshot} {
   if (outer_ != nullptr) return;  // reads go to the outer one; the environment may be changing
   for (char const* const* entry = environ; entry != nullptr && *entry != nullptr; ++entry) {
+    if (!may_be_read(**entry)) continue;
     std::string_view const text = *entry;
     std::string_view const name = text.substr(0, text.find('='));
     bool const wanted =
