@@ -147,11 +147,11 @@ def check_feature(copy: Copy) -> None:
 
 
 def check_mask(copy: Copy) -> None:
-    last = 'ROW(causal, "causal")'
+    last = 'ROW(band, "band")'
     copy.edit("include/flashcute/core/enums.hpp", last, f'{last} ROW(probe, "probe")')
     copy.expect_error('#include "flashcute/sm90/rounds.hpp"\n', "probe.* not handled in switch")
-    causal = "    case MaskKind::causal: return {1,"
-    copy.edit("include/flashcute/sm90/rounds.hpp", causal, f"    case MaskKind::probe:\n{causal}")
+    band = "    case MaskKind::band: return {1,"
+    copy.edit("include/flashcute/sm90/rounds.hpp", band, f"    case MaskKind::probe:\n{band}")
     copy.expect_success(MASK_IN_TABLE)
 
     users = [CPU, "src/launch/tile_deal.cpp"]

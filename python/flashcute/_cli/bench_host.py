@@ -56,6 +56,14 @@ def overhead(options: argparse.Namespace, out: TextIO | None) -> int:
         calls["scaled_dot_product_attention"] = functools.partial(
             scaled_dot_product_attention, *in_bhsd
         )
+        from ..compat.flash_attn import flash_attn_func
+        from ..integrations.transformers import attention_function
+
+        fcute = attention_function("error", frozenset())
+        calls["compat.flash_attn"] = functools.partial(flash_attn_func, q, k, v)
+        calls["fcute of transformers"] = functools.partial(
+            fcute, None, *in_bhsd, None, is_causal=False
+        )
         calls["sdpa"] = torchs
         if has_registry():
             calls[ACTIVATED] = torchs
