@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import flashcute as fc
 import numpy as np
 import oracle
 import pytest
+from flashcute import reference
 from optional_torch import torch
 
 both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -91,3 +95,20 @@ def run_and_check(
     assert lse.dtype == (torch.float64 if p.dtype == "float64" else torch.float32)
     tf32 = cfg is not None and (p.dtype, cfg.math, where) == ("float32", "tensor_core", "cuda")
     oracle.assert_accurate(p, bshd(out, layout), lse, tiny=tiny, tf32=tf32)
+
+
+def every_call(q: Any) -> dict[str, Callable[..., object]]:
+    """Every public function of q, k and v, by name, as a function of its keyword options."""
+    cfg = fc.default_config(8, "float32", "cpu")
+    gradients = fc.default_backward_config(8, "float32", "cpu")
+    lse = np.zeros((1, 2, 4), np.float32)
+    return {
+        "flash_attention": lambda **o: fc.flash_attention(q, q, q, **o),
+        "forward": lambda **o: fc.forward(cfg, q, q, q, **o),
+        "backward": lambda **o: fc.backward(gradients, q, q, q, q, q, lse, **o),
+        "explain": lambda **o: fc.explain(q, q, q, **o),
+        "count_blocks": lambda **o: fc.count_blocks(cfg, q, q, q, **o),
+        "naive": lambda **o: reference.naive(q, q, q, **o),
+        "chunked": lambda **o: reference.chunked(q, q, q, **o),
+        "naive_gradients": lambda **o: reference.naive_gradients(q, q, q, q, **o),
+    }

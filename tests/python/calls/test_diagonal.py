@@ -16,6 +16,7 @@ from block_counts import expected_block_counts
 from conftest import backward_configurations_of_first_use
 from flashcute import reference
 from optional_torch import needs_torch, torch
+from tensors import every_call
 
 pytestmark = pytest.mark.compiles(backward_configurations_of_first_use())
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
@@ -156,23 +157,7 @@ def test_count_blocks(device: str, sq: int, sk: int) -> None:
 # ---- errors --------------------------------------------------------------------------------------
 
 
-def calls(q: Any) -> dict[str, Callable[..., object]]:
-    cfg = fc.default_config(8, "float32", "cpu")
-    gradients = fc.default_backward_config(8, "float32", "cpu")
-    lse = np.zeros((1, 2, 4), np.float32)
-    return {
-        "flash_attention": lambda **o: fc.flash_attention(q, q, q, **o),
-        "forward": lambda **o: fc.forward(cfg, q, q, q, **o),
-        "backward": lambda **o: fc.backward(gradients, q, q, q, q, q, lse, **o),
-        "explain": lambda **o: fc.explain(q, q, q, **o),
-        "count_blocks": lambda **o: fc.count_blocks(cfg, q, q, q, **o),
-        "naive": lambda **o: reference.naive(q, q, q, **o),
-        "chunked": lambda **o: reference.chunked(q, q, q, **o),
-        "naive_gradients": lambda **o: reference.naive_gradients(q, q, q, q, **o),
-    }
-
-
-NAMES = list(calls(None))
+NAMES = list(every_call(None))
 
 
 @pytest.mark.parametrize("call", NAMES)
@@ -186,7 +171,7 @@ def test_no_diagonal(call: str, wrong: Any) -> None:
     with pytest.raises(
         fc.ArgumentError, match=r"^diagonal: expected 'end', 'start' or an integer of 64 bits, got"
     ):
-        calls(q)[call](causal=True, diagonal=wrong)
+        every_call(q)[call](causal=True, diagonal=wrong)
 
 
 @pytest.mark.parametrize("call", NAMES)
@@ -195,8 +180,8 @@ def test_diagonal_of_no_mask(call: str, diagonal: Any) -> None:
     """Accepted and ignored, it would let a caller who forgot causal=True believe in a mask."""
     q = np.ones((1, 4, 2, 8), np.float32)
     with pytest.raises(fc.ArgumentError, match=r"^diagonal: expected 'end' without causal=True"):
-        calls(q)[call](diagonal=diagonal)
-    calls(q)[call](diagonal="end")
+        every_call(q)[call](diagonal=diagonal)
+    every_call(q)[call](diagonal="end")
 
 
 # What libraries have for True.
@@ -214,7 +199,7 @@ def test_a_boolean_is_no_number(whose: str) -> None:
     """Python takes booleans of some libraries for 0 or 1 where it asks for a number."""
     q, true = np.ones((1, 4, 2, 8), np.float32), TRUTHS[whose]()
     got = re.escape(f"got {true!r}")
-    for name, call in calls(q).items():
+    for name, call in every_call(q).items():
         with pytest.raises(fc.ArgumentError, match=rf"^diagonal: expected 'end', .*{got}"):
             call(causal=True, diagonal=true)
         if name in ("flash_attention", "forward", "backward", "explain"):

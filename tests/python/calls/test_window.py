@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import flashcute as fc
@@ -15,6 +14,7 @@ import pytest
 from block_counts import expected_block_counts
 from flashcute import reference
 from optional_torch import needs_torch, torch
+from tensors import every_call
 
 LENGTHS = [(70, 70), (50, 131), (131, 50), (1, 140), (140, 1)]
 WINDOWS = [(0, 0), (5, 0), (0, 7), (31, 16), (64, 64), (-1, 3), (3, -1), (200, 0), (0, 200)]
@@ -175,23 +175,7 @@ def test_what_a_window_hides_does_not_leak(rng: np.random.Generator, device: str
 # ---- errors --------------------------------------------------------------------------------------
 
 
-def calls(q: Any) -> dict[str, Callable[..., object]]:
-    cfg = fc.default_config(8, "float32", "cpu")
-    gradients = fc.default_backward_config(8, "float32", "cpu")
-    lse = np.zeros((1, 2, 4), np.float32)
-    return {
-        "flash_attention": lambda **o: fc.flash_attention(q, q, q, **o),
-        "forward": lambda **o: fc.forward(cfg, q, q, q, **o),
-        "backward": lambda **o: fc.backward(gradients, q, q, q, q, q, lse, **o),
-        "explain": lambda **o: fc.explain(q, q, q, **o),
-        "count_blocks": lambda **o: fc.count_blocks(cfg, q, q, q, **o),
-        "naive": lambda **o: reference.naive(q, q, q, **o),
-        "chunked": lambda **o: reference.chunked(q, q, q, **o),
-        "naive_gradients": lambda **o: reference.naive_gradients(q, q, q, q, **o),
-    }
-
-
-@pytest.mark.parametrize("call", list(calls(None)))
+@pytest.mark.parametrize("call", list(every_call(None)))
 @pytest.mark.parametrize(
     "wrong", [3, (3,), (1, 2, 3), (-2, 0), (0, -3), (1.0, 2), ("1", 2), (True, 1), (0, 2**63)], ids=repr
 )  # fmt: skip
@@ -202,8 +186,8 @@ def test_no_window(call: str, wrong: Any) -> None:
         fc.ArgumentError,
         match=r"^window: expected \(left, right\), two integers >= -1 \(-1 or None: no limit\), got ",
     ):
-        calls(q)[call](window=wrong)
-    calls(q)[call](window=(1, 2), diagonal=1)  # a window has a diagonal, causal or not
+        every_call(q)[call](window=wrong)
+    every_call(q)[call](window=(1, 2), diagonal=1)  # a window has a diagonal, causal or not
 
 
 # ---- torch ---------------------------------------------------------------------------------------
