@@ -20,14 +20,14 @@ steps=("$@")
 export PYTHONPATH=$PWD/build/system/stage${PYTHONPATH:+:$PYTHONPATH}
 logs=$(mktemp -d)
 mkdir -p "$out"
-failures=()
+touch "$logs/failures"
 
 run() { # name, limit in seconds, command...
   local name=$1 limit=$2 start=$SECONDS
   shift 2
   timeout "$limit" "$@" > "$logs/$name.log" 2>&1
   local status=$?
-  [ $status = 0 ] || failures+=("$name (exit $status)")
+  [ $status = 0 ] || echo "$name (exit $status)" >> "$logs/failures"
   printf '%-10s %4d s  %s\n' "$name" $((SECONDS - start)) "$(grep -v '^$' "$logs/$name.log" | tail -1 | cut -c1-140)"
 }
 
@@ -63,7 +63,11 @@ for step in "${steps[@]}"; do
       run package_build 300 cmake --build build/system
       run package_install 30 cmake --install build/system --component python --prefix build/system/stage ;;
     cpp) run cpp 200 ctest --test-dir build/system --output-on-failure --no-tests=error --parallel 8 ;;
-    python) run python 400 python3 -m pytest -q tests/python ;;
+    python) # All folders at once: most of the time kernels are compiled.
+      for folder in tests/python/*/; do
+        FLASHCUTE_JIT_JOBS=4 run "python_$(basename "$folder")" 560 python3 -m pytest -q -m gpu "$folder" &
+      done
+      wait ;;
     memcheck | synccheck | initcheck | racecheck)
       run "$step" 150 compute-sanitizer --tool "$step" --error-exitcode 1 build/system/tests/cpp/test_gpu ;;
     o1) # The suite on kernels that the assembler has hardly optimised, in a build folder of its own.
@@ -118,11 +122,11 @@ for step in "${steps[@]}"; do
 done
 
 tar cf "$out/logs.tar" -C "$logs" .
-if [ ${#failures[@]} -gt 0 ]; then
-  for failure in "${failures[@]}"; do
+if [ -s "$logs/failures" ]; then
+  while read -r failure; do
     echo "==== FAILED: $failure"
     tail -40 "$logs/${failure%% *}.log"
-  done
+  done < "$logs/failures"
   exit 1
 fi
 echo "all passed: ${steps[*]}"

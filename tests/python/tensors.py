@@ -1,4 +1,4 @@
-"""Random tensors for the tests, and what they ask of results."""
+"""Random tensors, the list of all calls, and what tests ask of results."""
 
 from __future__ import annotations
 
