@@ -95,14 +95,14 @@ def register(name: str = NAME, *, on_unsupported: str = "warn", accept: Iterable
             f"on_unsupported: expected 'warn', 'silent' or 'error', got {on_unsupported!r}"
         )
     accepted = checked_names(accept)
-    transformers, sdpa_mask = found_transformers()
+    transformers, masking = found_transformers()
     if name not in _registered and name in transformers.AttentionInterface().valid_keys():
         raise ArgumentError(f"name: expected a free one, got {name!r}, which is registered already")
     when_imported("torch._dynamo", _keep_out_of_the_trace)
     attention = attention_function(on_unsupported, accepted)
     transformers.AttentionInterface.register(name, attention)
     # Without a mask function of the same name transformers makes no mask at all, and padding is attended to.
-    transformers.AttentionMaskInterface.register(name, sdpa_mask)
+    transformers.AttentionMaskInterface.register(name, mask_function(masking))
     _registered.add(name)
 
 
@@ -128,8 +128,8 @@ def checked_names(accept: Iterable[str]) -> frozenset[str]:
 
 
 def found_transformers() -> tuple[Any, Any]:
-    """The library, and its function that makes boolean masks. Raises UnsupportedError where they are not what the
-    attention function counts on."""
+    """The library, and its module that makes masks. Raises UnsupportedError where they are not what the attention
+    function counts on."""
     wanted = "transformers: expected version 5.4 or later, with torch"
     try:
         transformers = import_module("transformers")
@@ -140,14 +140,68 @@ def found_transformers() -> tuple[Any, Any]:
     try:
         # Attributes of transformers are imported when they are asked for, and fail then.
         masking = import_module("transformers.masking_utils")
-        sdpa_mask = masking.sdpa_mask
         complete = transformers.AttentionInterface and transformers.AttentionMaskInterface
-        complete = complete and "q_offset" in inspect.signature(sdpa_mask).parameters
+        complete = complete and "q_offset" in inspect.signature(masking.sdpa_mask).parameters
     except (ImportError, AttributeError) as error:
         raise UnsupportedError(f"{wanted}, got {transformers.__version__}: {error}") from error
     if not complete:
         raise UnsupportedError(f"{wanted}, got {transformers.__version__}, which is too old")
-    return transformers, sdpa_mask
+    return transformers, masking
+
+
+# ---- the mask function -----------------------------------------------------------------------------
+
+
+def mask_function(masking: Any) -> Callable[..., Tensor | None]:
+    """transformers' own masks, but none where a causal window is all that one would say: models hand the window to
+    their attention too, and kernels have it."""
+
+    def fcute_mask(
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int = 0,
+        kv_offset: int = 0,
+        mask_function: Any = masking.causal_mask_function,
+        attention_mask: Tensor | None = None,
+        local_size: int | None = None,
+        **others: Any,
+    ) -> Tensor | None:
+        sizes = batch_size, q_length, kv_length, q_offset, kv_offset
+        own_keys = q_length == kv_length and q_offset == kv_offset == 0
+        if own_keys and local_size and causal_window(mask_function, masking) == local_size:
+            # Without the window: None if it is causal and nothing else, padding included.
+            rest = masking.sdpa_mask(*sizes, attention_mask=attention_mask, **others)
+            if rest is None:
+                return None
+        given = {"mask_function": mask_function, "attention_mask": attention_mask}
+        mask: Tensor | None = masking.sdpa_mask(*sizes, **given, local_size=local_size, **others)
+        return mask
+
+    return fcute_mask
+
+
+def causal_window(function: Any, masking: Any) -> int | None:
+    """How many keys up to its own a query sees by transformers' function of a causal window. None for any other
+    function, also for one that this makes a part of."""
+    make = getattr(masking, "sliding_window_causal_mask_function", None)
+    if make is None or sys.modules["torch"].compiler.is_compiling():
+        return None
+    [overlay, causal] = _parts(make(1))
+    parts = _parts(function) if _same_code(function, make(1)) else ()
+    if len(parts) != 2 or not _same_code(parts[0], overlay) or parts[1] is not causal:
+        return None
+    window = inspect.getclosurevars(parts[0]).nonlocals.get("sliding_window")
+    return window if type(window) is int else None
+
+
+def _parts(function: Any) -> tuple[Any, ...]:
+    """Of a function of transformers' and_masks, those that it joins."""
+    return tuple(inspect.getclosurevars(function).nonlocals.get("mask_functions", ()))
+
+
+def _same_code(a: Any, b: Any) -> bool:
+    return getattr(a, "__code__", a) is getattr(b, "__code__", b)
 
 
 # ---- the attention function ------------------------------------------------------------------------
@@ -183,7 +237,8 @@ def attention_function(on_unsupported: str, accepted: frozenset[str]) -> Attenti
         Returns the output, (batch, seqlen_q, heads, d_v), contiguous, and None for the weights.
         """
         require_known(accepted, {"softcap": softcap, "s_aux": s_aux, **kwargs})
-        require_mask(attention_mask, sliding_window, cu_seq_lens_q, cu_seq_lens_k, key.shape[2])
+        lengths = query.shape[2], key.shape[2]
+        require_mask(attention_mask, sliding_window, cu_seq_lens_q, cu_seq_lens_k, lengths)
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         if attention_mask is not None or query.shape[2] == 1:
             causal = False  # one query without a mask is the last one, which sees all keys
@@ -199,6 +254,7 @@ def attention_function(on_unsupported: str, accepted: frozenset[str]) -> Attenti
             # Without a mask there are as many keys as queries, or the cache is static and empty before the call:
             # its first keys are the queries' own, and those that follow are not written yet.
             diagonal="start" if causal else "end",
+            window=None if mask is not None else window_of(sliding_window, key.shape[2]),
             scale=scaling,
             attn_mask=mask,
             dropout_p=dropout,
@@ -233,9 +289,10 @@ def require_mask(
     sliding_window: int | None,
     cu_seq_lens_q: Tensor | None,
     cu_seq_lens_k: Tensor | None,
-    keys: int,
+    lengths: tuple[int, int],
 ) -> None:
     """Raises where the mask does not say what the other arguments do."""
+    queries, keys = lengths
     if mask is not None:
         if mask.dim() != 4:
             raise ArgumentError(
@@ -251,10 +308,18 @@ def require_mask(
             "apart. Pass position_ids that begin again at 0 in each sequence, use_cache=False and no attention_mask: "
             "transformers makes the mask of them"
         )
-    if sliding_window is not None and keys > sliding_window:
+    if sliding_window is not None and keys > sliding_window and queries != keys:
         raise UnsupportedError(
-            f"sliding_window: expected a mask that has the window of {sliding_window} in it, got none for {keys} keys"
+            f"sliding_window: expected a mask that has the window of {sliding_window} in it, got none for {queries} "
+            f"queries and {keys} keys"
         )
+
+
+def window_of(sliding_window: int | None, keys: int) -> tuple[int, int] | None:
+    """A window of w keys, the query's own included, as flash_attention has it; None if it hides nothing."""
+    if sliding_window is None or sliding_window >= keys:
+        return None
+    return sliding_window - 1, -1
 
 
 def within_sequences(

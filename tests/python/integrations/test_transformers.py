@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import warnings
 from collections.abc import Iterator
@@ -420,11 +421,49 @@ def test_dropout_drops() -> None:
     assert torch.equal(out, attend(q, k, v, dropout_p=0.5, enable_gqa=True).transpose(1, 2))
 
 
-def test_a_window_is_in_the_mask_or_not_needed() -> None:
-    """A window that is dropped, where no mask has it."""
+def test_a_window_that_no_mask_has() -> None:
+    """A window that is dropped, or is off by one."""
     assert torch.equal(call(3, 3, sliding_window=3)[-1], call(3, 3)[-1])
-    with pytest.raises(fc.UnsupportedError, match=r"^sliding_window: .* 2 .* 3 keys"):
-        call(3, 3, sliding_window=2)
+    q, k, v, out = call(3, 3, sliding_window=2)
+    seen = torch.ones(3, 3).tril().triu(-1).bool()
+    require_close(out, by_torch(q, k, v, seen))
+    with pytest.raises(fc.UnsupportedError, match=r"^sliding_window: .* 2 .* 2 queries and 3 keys"):
+        call(2, 3, sliding_window=2)
+
+
+def test_a_sliding_window_makes_no_mask() -> None:
+    """A mask of seqlen x seqlen for a window that kernels have; a window that is lost with its mask."""
+    integration.register(on_unsupported="error")
+    try:
+        given = inputs("mistral", "whole").arguments
+        eager, subject = (with_attention("mistral", name) for name in ("eager", "fcute"))
+        assert given["input_ids"].shape[1] > subject.config.sliding_window
+        found, expected = (one(**given).logits for one in (subject, eager))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        with pytest.raises(fc.UnsupportedError, match="attn_mask"):
+            subject(**inputs("mistral", "left").arguments)  # a mask says more there
+    finally:
+        integration.register()
+
+
+def test_which_functions_are_causal_windows() -> None:
+    """A mask that says more than a window, and is taken for one."""
+    from transformers import masking_utils as masking
+
+    window = masking.sliding_window_causal_mask_function(5)
+    assert integration.causal_window(window, masking) == 5
+
+    def other(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return key > query - 5
+
+    causal, overlay = masking.causal_mask_function, masking.sliding_window_overlay(5)
+    for function in (
+        causal, overlay, other, functools.partial(window),
+        masking.and_masks(window, other), masking.and_masks(overlay, causal, other),
+        masking.and_masks(causal, overlay), masking.and_masks(overlay, other), masking.and_masks(),
+        masking.or_masks(overlay, causal), masking.chunked_causal_mask_function(5, torch.zeros(1)),
+    ):  # fmt: skip
+        assert integration.causal_window(function, masking) is None
 
 
 def test_what_is_not_known_is_refused() -> None:
