@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from .. import _core
 from .._arrays import library_of
 from .._call import Options, rows_of_heads
+from .flash2 import window_of
 from .framework import Tensor, torch
 from .gradients import gradients
 from .served import NotServedError, leave, refusal, taken
@@ -83,17 +84,21 @@ def _options(
     causal: bool,
     diagonal: int | None,
     scale: float | None,
+    window: tuple[int | None, int | None] = (None, None),
 ) -> Options:
     reason = refusal(q, k, v, layout, dropout_p, scale)
     if reason:
         raise NotServedError(reason)
-    return Options(causal, diagonal if causal else None, scale, layout)
+    left, right = window_of(causal, *window, k.shape[1 if layout == "bshd" else 2])
+    return Options(
+        causal, diagonal if causal else None, scale, layout, window_left=left, window_right=right
+    )
 
 
 def _require_off(**arguments: object) -> None:
-    """What no kernel of flashcute does, and what a newer torch has added. -1 and None switch a window off."""
+    """What no kernel of flashcute does, and what a newer torch has added."""
     for name, value in arguments.items():
-        if value is not None and not (name.startswith("window_size") and value == -1):
+        if value is not None:
             raise NotServedError(name)
 
 
@@ -213,12 +218,15 @@ def _flash_forward(
     return_debug_mask: bool,
     *,
     scale: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
     num_splits: int | None = None,  # how fast, not what
     **others: object,
 ) -> Any:
     _require_dense(cum_seq_q, cum_seq_k)
     _require_off(return_debug_mask=return_debug_mask or None, **others)
-    options = _options(query, key, value, "bshd", dropout_p, is_causal, LAST_KEY, scale)
+    window = window_size_left, window_size_right
+    options = _options(query, key, value, "bshd", dropout_p, is_causal, LAST_KEY, scale, window)
     out = torch.empty_like(query)
     lse = _attend(query, key, value, out, options)
     return out, lse, *_without_random(query)
@@ -238,12 +246,15 @@ def _flash_forward_into(
     return_debug_mask: bool,
     *,
     scale: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
     num_splits: int | None = None,  # how fast, not what
     **others: object,
 ) -> Any:
     _require_dense(cum_seq_q, cum_seq_k)
     _require_off(return_debug_mask=return_debug_mask or None, **others)
-    options = _options(query, key, value, "bshd", dropout_p, is_causal, LAST_KEY, scale)
+    window = window_size_left, window_size_right
+    options = _options(query, key, value, "bshd", dropout_p, is_causal, LAST_KEY, scale, window)
     return _attend(query, key, value, out, options)
 
 
@@ -264,11 +275,14 @@ def _flash_backward(
     unused: Tensor,
     *,
     scale: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
     **others: object,
 ) -> Any:
     _require_dense(cum_seq_q, cum_seq_k)
     _require_off(**others)
-    options = _options(query, key, value, "bshd", dropout_p, is_causal, LAST_KEY, scale)
+    window = window_size_left, window_size_right
+    options = _options(query, key, value, "bshd", dropout_p, is_causal, LAST_KEY, scale, window)
     return _differentiate(grad_out, query, key, value, out, logsumexp, options)
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 from .._arrays import library_of
 from .._call import index_of
 from .._core import ArgumentError, UnsupportedError
+from .._torch.flash2 import window_of
 from .._torch.framework import Tensor, torch
 from . import _settings
 
@@ -16,7 +17,7 @@ class Mask(NamedTuple):
     """Which keys a query sees, in flash_attention's words."""
 
     causal: bool = False
-    window: tuple[int, int] | None = None
+    window: tuple[int | None, int | None] | None = None
 
 
 # ---- arguments that no kernel serves yet -----------------------------------------------------------
@@ -74,23 +75,20 @@ def bounds_of(window_size: object) -> tuple[int, int]:
 
 def mask_2(q: Tensor, k: Tensor, causal: bool, window_size: object) -> Mask:
     """flash-attn 2: causal is a right bound of 0, and a bound that is no shorter than the keys is off."""
-    left, right = bounds_of(window_size)
-    keys = length(k)
-    return _mask(causal, -1 if left >= keys else left, -1 if right >= keys else right)
+    return _mask(causal, *window_of(causal, *bounds_of(window_size), length(k)))
 
 
 def mask_3(q: Tensor, k: Tensor, causal: bool, window_size: object) -> Mask:
     """flash-attn 3: a bound that hides nothing is off, then causal is a right bound of 0."""
     left, right = bounds_of(window_size)
-    return _mask(
-        causal, -1 if left >= length(k) - 1 else left, -1 if right >= length(q) - 1 else right
-    )
+    left = -1 if left >= length(k) - 1 else left
+    right = -1 if causal or right >= length(q) - 1 else right  # the causal mask is the right bound
+    return _mask(causal, left, right)
 
 
-def _mask(causal: bool, left: int, right: int) -> Mask:
-    if causal:
-        right = -1  # the causal mask is the right bound
-    return Mask(causal, None if left < 0 and right < 0 else (left, right))
+def _mask(causal: bool, left: int | None, right: int | None) -> Mask:
+    off = left in (None, -1) and right in (None, -1)
+    return Mask(causal, None if off else (left, right))
 
 
 def length(x: Tensor) -> Any:

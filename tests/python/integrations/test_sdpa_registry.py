@@ -189,6 +189,37 @@ def test_the_operator_that_writes_to_out() -> None:
         assert torch.equal(same, lse)
 
 
+@needs_registry
+@pytest.mark.parametrize(
+    "window", [(2, 1), (3, None), (-1, 0), (0, 40), (40, -5), (39, 39)], ids=str
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_windows_of_the_operators(window: tuple[Any, Any], causal: bool) -> None:
+    """A bound that is off by one, of the forward or the backward; one that FlashAttention-2 takes for off."""
+    from flashcute._torch.aten import TABLE
+
+    q, k, v, dout = (x.transpose(1, 2) for x in tensors("cpu", *[(2, 3, 30, 16)] * 4))
+    k, v = k[:, :20], v[:, :20]
+    left, right = window
+    left = -1 if left is None or left >= 20 else left
+    right = -1 if right is None or right < 0 or right >= 20 else right
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    expected = flashcute.flash_attention(*leaves, causal, window=(left, 0 if causal else right))
+    options = (None, None, 30, 20, 0.0, causal)
+    sizes = {"window_size_left": window[0], "window_size_right": window[1]}
+    out, lse, rng, unused, _ = TABLE["_flash_attention_forward"].compute(
+        q, k, v, *options, False, **sizes
+    )
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+    found = TABLE["_flash_attention_backward"].compute(
+        dout, q, k, v, out, lse, *options, rng, unused, **sizes
+    )
+    for mine, theirs in zip(
+        found, torch.autograd.grad(expected, leaves, dout.double()), strict=True
+    ):
+        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=1e-4)
+
+
 # ---- what is left to torch -------------------------------------------------------------------------
 
 LEFT = {
@@ -230,8 +261,6 @@ def test_the_rest_is_torchs_own(what: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("window_size_left", 3),
-        ("window_size_right", 0),
         ("seqused_k", torch.ones(1)),
         ("alibi_slopes", torch.ones(1)),
         ("block_table", torch.ones(1)),
@@ -239,7 +268,7 @@ def test_the_rest_is_torchs_own(what: str) -> None:
     ],
 )
 def test_options_that_only_the_operators_have(name: str, value: object) -> None:
-    """A window, a bias or an argument that a later torch adds is ignored."""
+    """A bias or an argument that a later torch adds is ignored."""
     from flashcute._torch.aten import TABLE
     from flashcute._torch.served import NotServedError
 
