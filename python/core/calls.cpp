@@ -22,8 +22,9 @@ struct PythonOptions {
 };
 
 // The members of the tuple Options of _call.py. Python makes one in every call, so it is read by position.
-constexpr std::array option_names = {"causal",     "diagonal",      "scale",            "layout",      "stream",
-                                     "allow_tf32", "deterministic", "gradients_follow", "window_left", "window_right"};
+constexpr std::array option_names = {"causal",      "diagonal",    "scale",         "layout",
+                                     "stream",      "allow_tf32",  "deterministic", "gradients_follow",
+                                     "window_left", "window_right"};
 
 }  // namespace flashcute::python
 

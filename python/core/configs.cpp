@@ -271,10 +271,12 @@ void bind_classes(nb::module_& m) {
 
 std::vector<std::pair<std::string, std::string>> call_prebuild(std::vector<ForwardConfig> const& forward,
                                                                std::vector<BackwardConfig> const& backward,
-                                                               nb::handle arch, std::optional<bool> causal) {
+                                                               nb::handle arch, std::optional<bool> causal,
+                                                               bool window) {
   Arch const target = to_arch(arch);
   std::vector<Features> features;
   if (causal) features = {{.mask = *causal ? MaskKind::causal : MaskKind::full}};
+  if (window) features = {{.mask = MaskKind::band}};
   ReleaseGil const released;
   return prebuild(forward, backward, target, features);
 }
@@ -297,7 +299,7 @@ void bind_configs(nb::module_& m) {
       "dtype"_a.none(), "head_dim"_a, "arch"_a.none(), "head_dim_v"_a.none(), "deterministic"_a = false);
   m.def("configs", &configs);
   m.def("backward_configs", &backward_configs);
-  m.def("prebuild", &call_prebuild, "forward"_a, "backward"_a, "arch"_a.none(), "causal"_a.none());
+  m.def("prebuild", &call_prebuild, "forward"_a, "backward"_a, "arch"_a.none(), "causal"_a.none(), "window"_a = false);
 }
 
 }  // namespace flashcute::python

@@ -45,11 +45,12 @@ def forward(
         the CPU also float64. The last stride is 1, the others are free; on a GPU they, d and d_v must be multiples of
         cfg.copy_bytes bytes.
     causal: query i sees key j if and only if j <= i + diagonal.
-    diagonal: of the causal mask and the window. "end" is seqlen_k - seqlen_q: the last query's is the last key; "start"
-        is 0: the first query's is the first key; or an integer, which may be negative. Without causal=True or a window
-        only "end" is allowed.
+    diagonal: of the causal mask and the window. "end" is seqlen_k - seqlen_q: the last query is aligned to the last
+        key; "start" is 0: the first query is aligned to the first key; or an integer, which may be negative. Without
+        causal=True or a window only "end" is allowed.
     window: (left, right): query i sees keys from i + diagonal - left to i + diagonal + right, both included; -1 or None
-        is no limit. With causal=True as well both hold. A window of w keys up to a query's own is (w - 1, 0).
+        is no limit. With causal=True it also sees no key after i + diagonal. A causal window of w keys, the query's own
+        included, is causal=True, window=(w - 1, 0).
     scale: factor of the scores, >= 0; default d**-0.5. A tensor is taken by its value, and refused if it requires a
         gradient.
     layout: "bshd" as above, or "bhsd" with heads before seqlen, for all arrays.
@@ -96,8 +97,9 @@ def flash_attention(
     The arguments up to `stream`, their shapes and the exceptions are those of `forward`. `explain` tells which
     configuration a call takes and why.
 
-    On a GPU every head dimension and alignment runs; multiples of 16 bytes are fastest. They need no compilation at the
-    first call if the build has GPU kernels, except for float32 or deterministic gradients.
+    On a GPU every head dimension and alignment runs; addresses and strides that are multiples of 16 bytes are fastest.
+    If the build has GPU kernels, such calls compile nothing. Exceptions are windows that hide keys before the diagonal,
+    gradients of float32, and deterministic gradients: their kernels are compiled at the first call.
 
     allow_tf32: let a GPU round float32 inputs to TF32 (10 bits of fraction), once that kernel is compiled (`prebuild`,
         or FLASHCUTE_JIT=fastest). Without it, and always for gradients, three TF32 products take the place of one,

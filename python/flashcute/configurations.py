@@ -98,6 +98,7 @@ def prebuild(
     arch: str | int | None = None,
     *,
     causal: bool | None = None,
+    window: bool = False,
 ) -> dict[str, str]:
     """Makes kernels available before their first call, which may otherwise compile them (a few seconds each) or take
     slower ones that are at hand. What has to be compiled is compiled at the same time, as cores and memory allow.
@@ -106,6 +107,8 @@ def prebuild(
         of time and that `arch` can run.
     arch: "sm_90" and the like; default the architecture of GPU 0. If it is given, no GPU is needed.
     causal: only the kernels of calls with this `causal`; default those of both.
+    window: the kernels of calls with a window that hides keys before the diagonal, of any size, causal or not, instead
+        of those without one. None of these is compiled ahead of time.
 
     Returns, by kernel name, where each kernel came from: "ahead of time", "disk cache" or "compiled by NVRTC ...".
     """
@@ -120,6 +123,10 @@ def prebuild(
         )
     if causal is not None and not isinstance(causal, bool):
         raise ArgumentError(f"causal: expected True, False or None, got {causal!r}")
+    if not isinstance(window, bool) or (window and causal is not None):
+        raise ArgumentError(
+            f"window: expected True or False, and True without causal, got {window!r} with causal={causal!r}"
+        )
     if arch is None:
         info = _core.driver_info()
         if not info.gpus:
@@ -130,4 +137,4 @@ def prebuild(
     every = configs_ahead_of_time(arch) if chosen is None else chosen
     forward = [cfg for cfg in every if isinstance(cfg, ForwardConfig)]
     backward = [cfg for cfg in every if isinstance(cfg, BackwardConfig)]
-    return dict(_core.prebuild(forward, backward, arch, causal))
+    return dict(_core.prebuild(forward, backward, arch, causal, window))

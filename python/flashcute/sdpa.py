@@ -127,7 +127,8 @@ def why_not(
 
 
 def served() -> dict[str, int]:
-    """How many calls flashcute has computed since the start of the process, by the name of torch's operator."""
+    """How many calls that arrived through `activate` flashcute has computed since the start of the process, by the name
+    of torch's operator. Those of flashcute.scaled_dot_product_attention are not among them."""
     return dict(_served().taken) if _torch_is_there() else {}
 
 

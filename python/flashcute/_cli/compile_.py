@@ -46,6 +46,9 @@ def add_command(commands: Commands) -> None:
         action=argparse.BooleanOptionalAction,
         help="only the kernels of causal attention, or only those without a mask (default: both)",
     )
+    parser.add_argument(
+        "--window", action="store_true", help="the kernels of sliding windows, of any size, instead"
+    )
     parser.add_argument("--arch", help="sm_80, sm_90, ... (default: that of GPU 0)")
     parser.add_argument("--head-dim", type=positive_int, metavar="N", help="default: 128")
     parser.add_argument("--dtype", choices=GPU_DTYPES, help="default: bfloat16")
@@ -86,7 +89,9 @@ def run(options: argparse.Namespace) -> int:
     if options.jobs:
         os.environ["FLASHCUTE_JIT_JOBS"] = str(options.jobs)
     start = time.perf_counter()
-    for kernel, origin in prebuild(chosen, arch, causal=options.causal).items():
+    for kernel, origin in prebuild(
+        chosen, arch, causal=options.causal, window=options.window
+    ).items():
         print(f"{kernel} for {arch}: {origin}")
     print(f"{time.perf_counter() - start:.1f} s")
     return 0

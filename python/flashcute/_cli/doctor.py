@@ -47,7 +47,7 @@ def add_command(commands: Commands) -> None:
         description="Checks the settings, the driver, the run-time compiler and the disk cache, computes a small "
         "attention with gradients on the CPU and on the GPU, and tells who claims the name flash_attn and which "
         "attention torch's scaled_dot_product_attention runs. With --model it tells what flashcute would run for a "
-        "model's shapes. Ends with 1 if something is wrong.",
+        "model's shapes, without padding and masks. Ends with 1 if something is wrong.",
     )
     parser.add_argument(
         "--model",

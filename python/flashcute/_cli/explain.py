@@ -14,6 +14,7 @@ from .options import (
     diagonal,
     given_changes,
     natural,
+    window,
 )
 
 
@@ -42,7 +43,13 @@ def add_command(commands: Commands) -> None:
         type=diagonal,
         default="end",
         metavar="end|start|N",
-        help="of the causal mask (default: end)",
+        help="of the causal mask or the window (default: end)",
+    )
+    parser.add_argument(
+        "--window",
+        type=window,
+        metavar="LEFT,RIGHT",
+        help="how many keys before and after the diagonal a query sees; -1: no limit (default: no window)",
     )
     parser.add_argument("--allow-tf32", action="store_true", help="let a GPU round float32 to TF32")
     parser.add_argument("--gradients", action="store_true", help="also how gradients are computed")
@@ -81,6 +88,7 @@ def run(options: argparse.Namespace) -> int:
         cfg=cfg,
         gradients=options.gradients,
         diagonal=options.diagonal,
+        window=options.window,
         layout=options.layout,
         allow_tf32=options.allow_tf32,
         deterministic=options.deterministic,

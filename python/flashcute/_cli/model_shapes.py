@@ -40,7 +40,7 @@ class Model(NamedTuple):
         heads = f"{self.heads} heads" + (
             "" if self.kv_heads == self.heads else f", {self.kv_heads} of keys"
         )
-        window = "" if self.window is None else f", window {self.window}"
+        window = "" if self.window is None else f", window {self.window} (layers that have one)"
         return f"{self.kind}: {heads}, head dimension {self.head_dim}{window}"
 
 

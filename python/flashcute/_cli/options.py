@@ -44,6 +44,16 @@ def diagonal(text: str) -> str | int:
         ) from None
 
 
+def window(text: str) -> tuple[int, int]:
+    try:
+        left, right = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected two integers, LEFT,RIGHT, got {text!r}"
+        ) from None
+    return left, right
+
+
 def positive_float(text: str) -> float:
     number = float(text)
     if not number > 0:

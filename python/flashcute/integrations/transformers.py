@@ -168,8 +168,11 @@ def mask_function(masking: Any) -> Callable[..., Tensor | None]:
         **others: Any,
     ) -> Tensor | None:
         sizes = batch_size, q_length, kv_length, q_offset, kv_offset
-        own_keys = q_length == kv_length and q_offset == kv_offset == 0
-        if own_keys and local_size and causal_window(mask_function, masking) == local_size:
+        if (
+            local_size
+            and needs_no_mask(*sizes[1:], local_size)
+            and causal_window(mask_function, masking) == local_size
+        ):
             # Without the window: None if it is causal and nothing else, padding included.
             rest = masking.sdpa_mask(*sizes, attention_mask=attention_mask, **others)
             if rest is None:
@@ -179,6 +182,18 @@ def mask_function(masking: Any) -> Callable[..., Tensor | None]:
         return mask
 
     return fcute_mask
+
+
+def needs_no_mask(
+    q_length: int, kv_length: int, q_offset: Any, kv_offset: Any, window: int
+) -> bool:
+    """Whether the attention function knows from the lengths alone what a causal window shows: as many keys as queries,
+    or one query after no more keys than the window shows. Static caches, of which keys may not be written yet, have
+    offsets that are tensors, or more keys than that."""
+    if not (type(q_offset) is int and type(kv_offset) is int):
+        return False
+    last = q_offset - kv_offset + q_length == kv_length  # the last query's own key is the last one
+    return last and (q_length == kv_length or (q_length == 1 and kv_length <= window))
 
 
 def causal_window(function: Any, masking: Any) -> int | None:

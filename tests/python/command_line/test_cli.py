@@ -170,10 +170,16 @@ def test_explain_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "causal"), [([], None), (["--causal"], True), (["--no-causal"], False)]
+    ("argument", "causal", "window"),
+    [
+        ([], None, False),
+        (["--causal"], True, False),
+        (["--no-causal"], False, False),
+        (["--window"], None, True),
+    ],
 )
 def test_compile_of_one_mask(
-    argument: list[str], causal: bool | None, monkeypatch: pytest.MonkeyPatch
+    argument: list[str], causal: bool | None, window: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mask that the command drops on its way."""
     told: list[dict[str, Any]] = []
@@ -184,7 +190,18 @@ def test_compile_of_one_mask(
 
     monkeypatch.setattr("flashcute._cli.compile_.prebuild", prebuild)
     assert main(["compile", "--arch", "sm_80", *argument]) == 0
-    assert told == [{"causal": causal}]
+    assert told == [{"causal": causal, "window": window}]
+
+
+def test_explain_a_window(capsys: pytest.CaptureFixture[str]) -> None:
+    """An argument that the command drops, or cannot read."""
+    sizes = ["explain", "--device", "cpu", "--dtype", "float32", "--seqlen-q", "8"]
+    assert main([*sizes, "--window", "3,0"]) == 0
+    assert main([*sizes, "--window=-2,0"]) == 2
+    assert "window: expected (left, right)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*sizes, "--window", "3"])
+    assert "expected two integers, LEFT,RIGHT, got '3'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not _core.build_info().image_archs, reason="built without images")

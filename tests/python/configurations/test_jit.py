@@ -536,6 +536,14 @@ def test_prebuild_of_one_mask(
         fc.prebuild(CONFIG, arch="sm_90", causal=causal)
 
 
+def test_prebuild_of_windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Kernels of windows, which no build holds ahead of time, could not be compiled before they are needed."""
+    monkeypatch.setenv("FLASHCUTE_JIT", "off")
+    monkeypatch.setenv("FLASHCUTE_CACHE_DIR", str(tmp_path))
+    with pytest.raises(fc.UnsupportedError, match=FULL.replace("_full", "_band")):
+        fc.prebuild(CONFIG, arch="sm_90", window=True)
+
+
 @pytest.mark.parametrize("causal", [1, "yes"])
 def test_prebuild_of_no_mask(causal: Any) -> None:
     """Named, as by the calls."""
@@ -546,3 +554,12 @@ def test_prebuild_of_no_mask(causal: Any) -> None:
 def test_prebuild_of_nothing() -> None:
     """An empty list is not "all"."""
     assert fc.prebuild([], arch="sm_90") == {}
+
+
+@pytest.mark.parametrize(("window", "causal"), [(1, None), (True, True), (True, False)])
+def test_windows_are_compiled_without_other_masks(window: Any, causal: bool | None) -> None:
+    """Both at once would leave one out."""
+    with pytest.raises(
+        fc.ArgumentError, match=r"^window: expected True or False, and True without"
+    ):
+        fc.prebuild(CONFIG, arch="sm_90", causal=causal, window=window)

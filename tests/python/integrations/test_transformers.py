@@ -440,8 +440,14 @@ def test_a_sliding_window_makes_no_mask() -> None:
         assert given["input_ids"].shape[1] > subject.config.sliding_window
         found, expected = (one(**given).logits for one in (subject, eager))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        # And each token after a cache that holds no more than the window.
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        mine, theirs = (one.generate(given["input_ids"], **options) for one in (subject, eager))
+        assert torch.equal(mine, theirs)
         with pytest.raises(fc.UnsupportedError, match="attn_mask"):
             subject(**inputs("mistral", "left").arguments)  # a mask says more there
+        with pytest.raises(fc.UnsupportedError, match="attn_mask"):
+            subject.generate(given["input_ids"], **options, cache_implementation="static")
     finally:
         integration.register()
 
