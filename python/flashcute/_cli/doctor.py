@@ -196,7 +196,11 @@ def torch() -> Iterator[Finding]:
     if version is None:
         yield Finding("torch", "not installed")
         return
-    found: Any = import_module("torch")
+    try:
+        found: Any = import_module("torch")
+    except (ImportError, OSError) as problem:  # a library that it needs is missing
+        yield Finding("torch", f"{version} is installed and cannot be imported: {problem}")
+        return
     built_for = found.version.cuda
     gpus = _core.driver_info().gpus
     unusable = bool(gpus) and not found.cuda.is_available()

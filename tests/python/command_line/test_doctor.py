@@ -123,6 +123,15 @@ def test_who_claims_flash_attn(tmp_path: Path) -> None:
     assert done.returncode == 0
 
 
+def test_a_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The diagnosis ends where it is needed."""
+    monkeypatch.setattr(doctor, "installed_version", lambda name: "2.0")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    [found] = doctor.torch()
+    assert found.text.startswith("2.0 is installed and cannot be imported: ")
+    assert not found.wrong  # flashcute works without
+
+
 @needs_torch
 def test_the_active_implementation_of_sdpa() -> None:
     import torch
