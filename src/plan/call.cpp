@@ -39,17 +39,21 @@ double checked_scale(std::optional<double> scale, int64_t d) {
 /// The first and the last key that a query sees, from its own number on. Beyond -seqlen_q and seqlen_k they show or
 /// hide nothing more.
 void set_diagonals(CallOptions const& options, ForwardParams& p) {
-  static constexpr int64_t far = int64_t{1} << 40;  // further than any key is from any query: no sum of these overflows
-  auto const count = [](std::optional<int64_t> n) {
+  using Limits = std::numeric_limits<int64_t>;
+  for (std::optional<int64_t> const n : {options.window_left, options.window_right}) {
     if (n && *n < 0) throw ArgumentError("window", "two counts >= 0, or -1 for no limit", std::to_string(*n));
-    return std::min(n.value_or(far), far);
-  };
-  int64_t const left = count(options.window_left), right = count(options.window_right);
-  int64_t const diagonal = std::clamp(options.diagonal.value_or(int64_t{p.seqlen_k} - p.seqlen_q), -far, far);
-  bool const ends_at_diagonal = options.causal || !has_window(options);
+  }
+  int64_t const diagonal = options.diagonal.value_or(int64_t{p.seqlen_k} - p.seqlen_q);
+  // With the smallest or the largest number where 64 bits do not hold a sum.
+  int64_t first = Limits::min(), last = diagonal;
+  if (options.window_left && __builtin_sub_overflow(diagonal, *options.window_left, &first)) first = Limits::min();
+  if (has_window(options) && !options.causal) {
+    last = Limits::max();
+    if (options.window_right && __builtin_add_overflow(diagonal, *options.window_right, &last)) last = Limits::max();
+  }
   auto const held = [&](int64_t x) { return static_cast<int32_t>(std::clamp<int64_t>(x, -p.seqlen_q, p.seqlen_k)); };
-  p.causal_offset = held(ends_at_diagonal ? diagonal : diagonal + right);
-  p.window_offset = held(diagonal - left);
+  p.causal_offset = held(last);
+  p.window_offset = held(first);
 }
 
 /// Checks the sizes of q, k and v against each other, and the scale.

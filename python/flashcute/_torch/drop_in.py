@@ -9,7 +9,7 @@ from .._arrays import library_of
 from .._core import ArgumentError
 from ..attention import flash_attention
 from .framework import Tensor, has_autocast, torch
-from .served import leave
+from .served import LARGEST_SCALE, leave
 from .tracing import differentiates_as_function
 
 
@@ -110,8 +110,8 @@ def _why_torch(
         return "attn_mask"
     if dropout_p != 0.0:
         return "dropout"
-    if scale is not None and not 0.0 <= scale < math.inf:
-        return "a scale that is negative or not finite"
+    if scale is not None and not 0.0 <= scale <= LARGEST_SCALE:
+        return "a scale below 0 or above 2e38"
     if not (1 <= query.shape[-1] <= 256 and 1 <= value.shape[-1] <= 256):
         return "a head dimension of 0 or above 256"
     if enable_gqa and key.shape[-3] != value.shape[-3]:

@@ -102,21 +102,25 @@ def mask_for_sdpa(problem: Problem) -> tuple[Tensor | None, bool]:
     if needs_no_mask(problem):
         return None, causal
     seen = None
-    # How far after the diagonal a key lies. int64 holds it: the diagonal came as one, and counts up to 2^62.
-    diagonal = problem.diagonal
-    if problem.options.diagonal is not None:
-        diagonal = max(-(2**62), min(diagonal, 2**62))
-    distance = torch.arange(keys, device=device) - diagonal
-    distance = distance[None, :] - torch.arange(rows, device=device)[:, None]
+    # How far after its query a key lies, and how far the first and the last one that the query sees.
+    distance = (
+        torch.arange(keys, device=device)[None, :] - torch.arange(rows, device=device)[:, None]
+    )
     if causal or right is not None:
-        seen = distance <= (0 if causal else right)
+        seen = distance <= held(problem.diagonal + (0 if causal or right is None else right))
     if left is not None:
-        seen = distance >= -left if seen is None else seen & (distance >= -left)
+        not_before = distance >= held(problem.diagonal - left)
+        seen = not_before if seen is None else seen & not_before
     if given is None or seen is None:
         return (seen if given is None else given), False
     if given.dtype == torch.bool:
         return given & seen, False
     return given.masked_fill(~seen, -math.inf), False
+
+
+def held(distance: int) -> int:
+    """In 64 bits, further than any key from any query. In a trace it may be a symbol."""
+    return max(-(2**62), min(distance, 2**62))
 
 
 def check_sizes(problem: Problem) -> None:

@@ -15,4 +15,6 @@ def window_of(causal: bool, left: Bound, right: Bound, keys: Any) -> tuple[Bound
     """
     left = None if left is None or left < 0 or left >= keys else left
     right = None if causal or right is None or right < 0 or right >= keys else right
+    if left is not None and right is None and not causal:
+        right = keys  # as flash-attn 2 has it: with more queries than keys that hides some
     return left, right

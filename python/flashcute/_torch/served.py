@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from functools import cache
 from typing import Any
@@ -20,6 +19,9 @@ DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "cuda": (torch.float16, torch.bfloat16),  # of these alone torch has flash attention there
 }
+
+
+LARGEST_SCALE = 2e38  # kernels multiply by scale * log2(e) in float32
 
 
 class NotServedError(Exception):
@@ -56,8 +58,8 @@ def refusal(
         return "shapes that flash attention does not define"
     if dropout_p != 0.0:
         return "dropout"
-    if scale is not None and not 0.0 <= scale < math.inf:
-        return "a scale that is negative or not finite"
+    if scale is not None and not 0.0 <= scale <= LARGEST_SCALE:
+        return "a scale below 0 or above 2e38"
     if q.is_cuda and _capability(q.device) < (8, 0):
         return "a GPU below compute capability 8.0"
     return None

@@ -75,7 +75,7 @@ def _packed(
     indices = mask.flatten().nonzero().flatten()
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     tokens = index_first_axis(hidden_states.flatten(0, 1), indices)
-    return tokens, indices, cu_seqlens, int(lengths.max())
+    return tokens, indices, cu_seqlens, int(lengths.max()) if len(lengths) else 0
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:

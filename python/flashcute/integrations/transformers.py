@@ -69,6 +69,11 @@ NO_KERNEL = {
 }
 
 
+# Models, by the model_type of their configuration, that hand the window of a layer to its attention function. Others
+# leave it to the mask alone (Qwen2-MoE, Phi-MoE), and would attend to everything without one.
+HAND_DOWN_THE_WINDOW = frozenset({"gemma3_text", "mistral", "mixtral", "qwen2", "starcoder2"})
+
+
 # ---- registration ----------------------------------------------------------------------------------
 
 _registered: set[str] = set()
@@ -153,8 +158,8 @@ def found_transformers() -> tuple[Any, Any]:
 
 
 def mask_function(masking: Any) -> Callable[..., Tensor | None]:
-    """transformers' own masks, but none where a causal window is all that one would say: models hand the window to
-    their attention too, and kernels have it."""
+    """transformers' own masks, but none where a causal window is all that one would say and the model hands the window
+    to its attention too: kernels have it."""
 
     def fcute_mask(
         batch_size: int,
@@ -170,6 +175,7 @@ def mask_function(masking: Any) -> Callable[..., Tensor | None]:
         sizes = batch_size, q_length, kv_length, q_offset, kv_offset
         if (
             local_size
+            and (q_length == 1 or model_type_of(others) in HAND_DOWN_THE_WINDOW)
             and needs_no_mask(*sizes[1:], local_size)
             and causal_window(mask_function, masking) == local_size
         ):
@@ -182,6 +188,10 @@ def mask_function(masking: Any) -> Callable[..., Tensor | None]:
         return mask
 
     return fcute_mask
+
+
+def model_type_of(arguments: dict[str, Any]) -> object:
+    return getattr(arguments.get("config"), "model_type", None)
 
 
 def needs_no_mask(

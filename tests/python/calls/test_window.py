@@ -144,6 +144,41 @@ def test_no_limit(device: str) -> None:
     assert not torch.equal(at((129, 88), causal=False), full)
 
 
+@pytest.mark.parametrize(
+    ("diagonal", "window"),
+    [
+        (2**62, (2**62 + 5, -1)), (-(2**62), (-1, 2**62 - 3)), (2**40 + 3, (2**40 + 6, 0)),
+        (-(2**63), (LARGEST, LARGEST)), (LARGEST, (LARGEST, LARGEST)), (LARGEST, (LARGEST, 0)),
+        (-(2**63), (0, LARGEST)), (2**33, (2**33 + 2, 2**62)),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("causal", [False, True])
+def test_numbers_of_64_bits(
+    rng: np.random.Generator, diagonal: int, window: tuple[int, int], causal: bool
+) -> None:
+    """A sum that wraps, or bounds that are cut off before they are added."""
+    p = oracle.make_problem(rng, "float64", batch=1, seqlen_q=9, seqlen_k=12, heads=1, d=4)
+    left, right = window
+    seen = np.array(
+        [
+            [
+                (not causal or j <= i + diagonal)
+                and (left < 0 or j >= i + diagonal - left)
+                and (right < 0 or j <= i + diagonal + right)
+                for j in range(12)
+            ]
+            for i in range(9)
+        ]
+    )
+    weights, lse = oracle.softmax(oracle.scores_of(p.q, p.k, 0.5), seen)
+    found = fc.flash_attention(
+        p.q, p.k, p.v, causal, diagonal=diagonal, window=window, return_lse=True
+    )
+    oracle.assert_close(found[0], oracle.weighted_values(weights, p.v), 1e-12, "out")
+    oracle.assert_close(found[1], lse, 1e-12, "lse")
+
+
 def test_what_a_window_hides_does_not_leak(rng: np.random.Generator, device: str) -> None:
     """NaN in keys and values before and after the window, also in blocks that other queries of the tile see."""
     p = oracle.make_problem(rng, "float32", batch=1, seqlen_q=100, seqlen_k=300, d=64)

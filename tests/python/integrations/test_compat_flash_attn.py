@@ -215,6 +215,11 @@ def test_right_bound_with_more_queries_than_keys() -> None:
     assert torch.isfinite(lse_2).all()
     # i + 3 - 9 + 3 >= 0 from row 3 on
     assert torch.isneginf(lse_3).squeeze().tolist() == [True] * 3 + [False] * 6
+    # With a left bound flash-attn 2 takes a right one that is off for seqlen_k.
+    lse_2 = fa2.flash_attn_func(q, k, k, window_size=(2, -1), return_attn_probs=True)[1]
+    lse_3 = fa3.flash_attn_func(q, k, k, window_size=(1, -1), return_attn_probs=True)[1]
+    assert torch.isposinf(lse_2).squeeze().tolist() == [True] * 3 + [False] * 6
+    assert torch.isfinite(lse_3).all()
 
 
 @both_versions

@@ -452,6 +452,46 @@ def test_a_sliding_window_makes_no_mask() -> None:
         integration.register()
 
 
+WINDOWED = {  # (class, configuration class, settings beside those of a decoder)
+    "mistral": ("MistralForCausalLM", "MistralConfig", {}),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 2}),
+    "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", {}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"use_sliding_window": True, "max_window_layers": 0}),
+    "gemma3_text": ("Gemma3ForCausalLM", "Gemma3TextConfig", {"head_dim": 16}),
+    # These do not hand the window to their attention.
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM", "Qwen2MoeConfig",
+        {"use_sliding_window": True, "max_window_layers": 2, "num_experts": 2, "num_experts_per_tok": 1,
+         "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    ),
+    "phimoe": ("PhimoeForCausalLM", "PhimoeConfig", {"num_local_experts": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_windows_of_other_models(name: str) -> None:
+    """A window that the model leaves to a mask, where none is made: keys outside of it are attended to."""
+    import tiny_models
+
+    kind, configuration, settings = WINDOWED[name]
+    settings = tiny_models.DECODER | {"sliding_window": 4} | settings
+    config = getattr(transformers, configuration)(**settings)
+    assert name in integration.HAND_DOWN_THE_WINDOW or name in ("qwen2_moe", "phimoe")
+    assert config.model_type == name
+    torch.manual_seed(0)
+    subject = getattr(transformers, kind)(config).eval()
+    ids = tokens(length=13)
+    found = {}
+    for implementation in ("eager", "fcute"):
+        subject.set_attn_implementation(implementation)
+        found[implementation] = subject(ids).logits
+    torch.testing.assert_close(found["fcute"], found["eager"], atol=1e-3, rtol=1e-3)
+
+
+def test_all_models_that_hand_down_the_window_are_tested() -> None:
+    assert WINDOWED.keys() >= integration.HAND_DOWN_THE_WINDOW
+
+
 def test_which_functions_are_causal_windows() -> None:
     """A mask that says more than a window, and is taken for one."""
     from transformers import masking_utils as masking
