@@ -20,6 +20,7 @@ from ._import_hook import when_imported as _when_imported
 
 NAME = "flashcute"
 DEVICES = ("cpu", "cuda")
+FIRST_TORCH_WITH_REGISTRY = "2.11"
 
 __all__ = ["NAME", "Activation", "activate", "fallbacks", "is_active", "served", "why_not"]
 
@@ -157,14 +158,14 @@ def _registry() -> Any:
     """torch.nn.attention, which has the registry."""
     if not _torch_is_there():
         raise UnsupportedError(
-            "flashcute.sdpa needs torch 2.11 or later, and torch is not installed"
+            f"flashcute.sdpa needs torch {FIRST_TORCH_WITH_REGISTRY} or later, and torch is not installed"
         )
     attention = import_module("torch.nn.attention")
     if not hasattr(attention, "restore_flash_attention_impl"):
         version = import_module("torch").__version__
         raise UnsupportedError(
-            f"flashcute.sdpa needs the registry of torch 2.11 or later, and this is torch {version}. "
-            "flashcute.scaled_dot_product_attention works with it"
+            f"flashcute.sdpa needs the registry of torch {FIRST_TORCH_WITH_REGISTRY} or later, and this is "
+            f"torch {version}. flashcute.scaled_dot_product_attention works with it"
         )
     return attention
 

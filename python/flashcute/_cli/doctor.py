@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import FlashcuteError, __version__, _core
+from ..sdpa import FIRST_TORCH_WITH_REGISTRY
 from . import model_shapes
-from .info import installed_version, told, without
+from .info import cuda_version, installed_version, told, without
 from .kits import Kit, NumPyKit, choose_kit
 from .options import DTYPES, Commands, UsageError, positive_int
 from .self_test import self_test
@@ -26,7 +27,6 @@ FLASH_ATTENTION = {
     "flash_attn_2_cuda": "flash-attn",
     "flash_attn_3": "flash-attn-3",
 }
-FIRST_TORCH_WITH_REGISTRY = (2, 11)
 
 
 class Finding(NamedTuple):
@@ -110,10 +110,6 @@ def driver() -> Iterator[Finding]:
             "" if served else ": flashcute needs compute capability 8.0; calls on this GPU raise"
         )
         yield Finding(f"GPU {gpu.index}", f"{gpu.name}, sm_{gpu.arch}{reason}", wrong=not served)
-
-
-def cuda_version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def kernels() -> Iterator[Finding]:
@@ -211,8 +207,8 @@ def torch() -> Iterator[Finding]:
     )
     attention: Any = import_module("torch.nn.attention")
     if not hasattr(attention, "restore_flash_attention_impl"):
-        needed = ".".join(map(str, FIRST_TORCH_WITH_REGISTRY))
-        yield Finding("SDPA", f"torch's own; flashcute.sdpa.activate() needs torch {needed}")
+        needed = f"flashcute.sdpa.activate() needs torch {FIRST_TORCH_WITH_REGISTRY}"
+        yield Finding("SDPA", f"torch's own; {needed}")
         return
     active = attention.current_flash_attention_impl()
     others = sorted(set(attention.list_flash_attention_impls()) - {active})

@@ -53,8 +53,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"cache      {build.cache_folder}, at most {format_bytes(build.cache_limit)}")
     print(f"CPU        {build.cpu_isa}, {build.cpu_threads} threads")
     if driver.available:
-        version = f"{driver.cuda_version // 1000}.{driver.cuda_version % 1000 // 10}"
-        print(f"driver     CUDA {version}")
+        print(f"driver     CUDA {cuda_version(driver.cuda_version)}")
         for gpu in driver.gpus:
             print(f"GPU {gpu.index}      {gpu.name}, sm_{gpu.arch}")
         if not driver.gpus:
@@ -102,6 +101,11 @@ def without(names: Iterable[str]) -> Iterator[None]:
 def told(text: str, verbose: bool) -> str:
     """A message, with what was tried only where that was asked for."""
     return (text if verbose else text.partition(" Tried:")[0]).rstrip()
+
+
+def cuda_version(number: int) -> str:
+    """Like "13.0", of the driver's 13000."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def installed_version(library: str) -> str | None:
