@@ -25,8 +25,9 @@ _scratch = tempfile.TemporaryDirectory(prefix="flashcute_test_")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The user's cache is neither read nor written. Child processes inherit this folder.
-    os.environ["FLASHCUTE_CACHE_DIR"] = str(Path(_scratch.name) / "cache")
+    # The user's cache is neither read nor written. Child processes inherit this folder, pytest-xdist's workers too.
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ["FLASHCUTE_CACHE_DIR"] = str(Path(_scratch.name) / "cache")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
