@@ -35,6 +35,7 @@ from .attention import backward, backward_workspace_size, flash_attention, forwa
 from .configurations import configs, default_backward_config, default_config, prebuild
 from .drop_in import scaled_dot_product_attention
 from .inspection import count_blocks, explain
+from .variant import Variant
 
 # Nothing is searched, opened or initialised yet: these are only told. As bytes, because a folder's name need not be
 # UTF-8; of sys.path only what import itself looks at.
@@ -68,6 +69,7 @@ __all__ = [
     "FlashcuteError",
     "ForwardConfig",
     "UnsupportedError",
+    "Variant",
     "backward",
     "backward_workspace_size",
     "configs",

@@ -127,7 +127,7 @@ class NumPy(Library):
 
 
 class Torch(Library):
-    def wants_more(self, q: Array, k: Array, v: Array) -> bool:
+    def wants_more(self, q: Array, k: Array, v: Array, sink: Array | None) -> bool:
         """Whether a call is more than its result: recorded, traced, transformed or cast by autocast."""
         torch = sys.modules["torch"]
         if torch.compiler.is_compiling():
@@ -139,6 +139,7 @@ class Torch(Library):
             q.requires_grad
             or getattr(k, "requires_grad", False)
             or getattr(v, "requires_grad", False)
+            or getattr(sink, "requires_grad", False)
         ):
             return True
         return any(state() for state in torch_states())

@@ -45,6 +45,12 @@ class Options(NamedTuple):
     # How many keys before and after the diagonal a query sees; None: no limit.
     window_left: int | None = None
     window_right: int | None = None
+    # (batch,): how many queries and keys exist. `prefix` is one number for all batch entries, `prefixes` (batch,).
+    seqlens_q: Array | None = None
+    seqlens_k: Array | None = None
+    prefix: int | None = None
+    prefixes: Array | None = None
+    sink: Array | None = None  # (heads,)
 
     def offset(self, rows: int, keys: int) -> int:
         """The diagonal as a number."""
@@ -53,6 +59,25 @@ class Options(NamedTuple):
     @property
     def has_window(self) -> bool:
         return self.window_left is not None or self.window_right is not None
+
+    @property
+    def has_lengths(self) -> bool:
+        return self.seqlens_q is not None or self.seqlens_k is not None
+
+    @property
+    def has_prefix(self) -> bool:
+        return self.prefix is not None or self.prefixes is not None
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The arrays among the options that are given, by the name of their argument."""
+        found = {
+            "seqlens_q": self.seqlens_q,
+            "seqlens_k": self.seqlens_k,
+            "prefix": self.prefixes,
+            "sink": self.sink,
+        }
+        return {name: x for name, x in found.items() if x is not None}
 
 
 def checked_options(
@@ -64,6 +89,10 @@ def checked_options(
     allow_tf32: object = False,
     deterministic: object = None,
     window: object = None,
+    prefix: object = None,
+    seqlens_q: Array | None = None,
+    seqlens_k: Array | None = None,
+    sink: Array | None = None,
 ) -> Options:
     """The arguments of a public function as one value. Raises ArgumentError for what is wrong whatever q, k and v are;
     the rest is checked with them, in C++."""
@@ -77,6 +106,7 @@ def checked_options(
     left, right = (None, None) if window is None else checked_window(window)
     windowed = left is not None or right is not None
     offset = None if at_end else checked_diagonal(diagonal, causal or windowed)
+    shared, prefixes = (None, None) if prefix is None else checked_prefix(prefix, causal)
     if stream is not None:
         stream_number(stream)
     if deterministic is not None and not isinstance(deterministic, bool):
@@ -96,6 +126,11 @@ def checked_options(
             False,
             left,
             right,
+            seqlens_q,
+            seqlens_k,
+            shared,
+            prefixes,
+            sink,
         ),
     )
 
@@ -162,6 +197,25 @@ def checked_bound(bound: object) -> int:
     if type(bound) is int or type(bound).__name__ == "SymInt":
         return bound  # type: ignore[return-value]  # a symbol stays one, as of a diagonal
     return index_of(bound)
+
+
+def checked_prefix(prefix: object, causal: object) -> tuple[int | None, Array | None]:
+    """One number for all batch entries, or an array of one for each; the other is None."""
+    if not causal:
+        raise ArgumentError(f"prefix: expected causal=True with it, got causal={causal!r}")
+    if hasattr(prefix, "__dlpack__"):  # also of no dimensions: its value is not read on the host
+        return None, prefix
+    value: Any = prefix
+    if not (type(prefix) is int or type(prefix).__name__ == "SymInt"):  # as of a diagonal
+        try:
+            value = index_of(prefix)
+        except TypeError:
+            value = -1
+    if not 0 <= value < 2**63:
+        raise ArgumentError(
+            f"prefix: expected an integer >= 0 of 64 bits, or an int32 array (batch,), got {prefix!r}"
+        )
+    return value, None
 
 
 def number(scale: object) -> float:
@@ -260,7 +314,9 @@ def run(
     return_lse: bool = False,
 ) -> Any:
     """The forward, on the stream of the options."""
-    arrays = {"q": q, "k": k, "v": v} if out is None else {"q": q, "k": k, "v": v, "out": out}
+    arrays = {"q": q, "k": k, "v": v, **options.arrays}
+    if out is not None:
+        arrays["out"] = out
     require_arrays(arrays)
     if out is not None:
         require_mutable("out", out)

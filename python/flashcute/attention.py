@@ -20,6 +20,7 @@ from ._call import (
     run,
 )
 from ._core import ArgumentError, BackwardConfig, ForwardConfig, UnsupportedError
+from .variant import Variant, options_of
 
 
 def forward(
@@ -29,8 +30,7 @@ def forward(
     v: Array,
     *,
     causal: bool = False,
-    diagonal: str | int = "end",
-    window: tuple[int | None, int | None] | None = None,
+    variant: Variant | None = None,
     scale: float | None = None,
     layout: str = "bshd",
     out: Array | None = None,
@@ -44,19 +44,15 @@ def forward(
         heads is a multiple of kv_heads; d and d_v are at most 256. All have one dtype: float16, bfloat16 or float32, on
         the CPU also float64. The last stride is 1, the others are free; on a GPU they, d and d_v must be multiples of
         cfg.copy_bytes bytes.
-    causal: query i sees key j if and only if j <= i + diagonal.
-    diagonal: of the causal mask and the window. "end" is seqlen_k - seqlen_q: the last query is aligned to the last
-        key; "start" is 0: the first query is aligned to the first key; or an integer, which may be negative. Without
-        causal=True or a window only "end" is allowed.
-    window: (left, right): query i sees keys from i + diagonal - left to i + diagonal + right, both included; -1 or None
-        is no limit. With causal=True it also sees no key after i + diagonal. A causal window of w keys, the query's own
-        included, is causal=True, window=(w - 1, 0).
+    causal: query i sees key j if and only if j <= i + seqlen_k - seqlen_q: the last query sees all keys.
+    variant: in place of `causal`, all that can be said of which keys a query sees, and of the softmax; see `Variant`.
     scale: factor of the scores, >= 0; default d**-0.5. A tensor is taken by its value, and refused if it requires a
         gradient.
     layout: "bshd" as above, or "bhsd" with heads before seqlen, for all arrays.
     out: an array to write to, (batch, seqlen_q, heads, d_v); default a new array of q's library.
     return_lse: also return the log-sum-exp of each row, log(sum(exp(scores))), by the natural logarithm: (batch, heads,
-        seqlen_q), float32 (float64 for float64 inputs). A row that sees no key has -inf there, and output 0.
+        seqlen_q), float32 (float64 for float64 inputs). A row that sees no key has -inf there, and output 0. With a
+        sink its logit is one of the scores.
     stream: the CUDA stream to launch on; default the library's current one. The call does not synchronise.
 
     Returns out, or (out, lse).
@@ -68,8 +64,8 @@ def forward(
     """
     if not isinstance(cfg, ForwardConfig):
         raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
-    require_unrecorded(q=q, k=k, v=v, out=out)
-    options = checked_options(causal, diagonal, scale, layout, stream, window=window)
+    options = options_of(variant, causal, scale, layout, stream)
+    require_unrecorded(q=q, k=k, v=v, out=out, sink=options.sink)
     return run(cfg, q, k, v, options, out, return_lse)
 
 
@@ -81,6 +77,10 @@ def flash_attention(
     *,
     diagonal: str | int = "end",
     window: tuple[int | None, int | None] | None = None,
+    prefix: int | Array | None = None,
+    seqlens_q: Array | None = None,
+    seqlens_k: Array | None = None,
+    sink: Array | None = None,
     scale: float | None = None,
     layout: str = "bshd",
     return_lse: bool = False,
@@ -94,12 +94,14 @@ def flash_attention(
 ) -> Any:
     """Attention, softmax(scale * q kᵀ) v, with the configuration that suits the arrays.
 
-    The arguments up to `stream`, their shapes and the exceptions are those of `forward`. `explain` tells which
-    configuration a call takes and why.
+    q, k, v, scale, layout, return_lse, out and stream, their shapes and the exceptions are those of `forward`. causal,
+    diagonal, window, prefix, seqlens_q, seqlens_k and sink are those of `Variant`, and all can be combined. `explain`
+    tells which configuration a call takes and why.
 
     On a GPU every head dimension and alignment runs; addresses and strides that are multiples of 16 bytes are fastest.
-    If the build has GPU kernels, such calls compile nothing. Exceptions are windows that hide keys before the diagonal,
-    gradients of float32, and deterministic gradients: their kernels are compiled at the first call.
+    If the build has GPU kernels, such calls compile nothing. Exceptions are calls with a window that hides keys before
+    the diagonal, a prefix, lengths or a sink, gradients of float32, and deterministic gradients: their kernels are
+    compiled at the first call.
 
     allow_tf32: let a GPU round float32 inputs to TF32 (10 bits of fraction), once that kernel is compiled (`prebuild`,
         or FLASHCUTE_JIT=fastest). Without it, and always for gradients, three TF32 products take the place of one,
@@ -108,11 +110,12 @@ def flash_attention(
         q, so its last bits differ from run to run; True takes two passes instead. The CPU always gives the same bits,
         and so does the output everywhere. None: as torch.use_deterministic_algorithms says when they are computed.
 
-    Gradients: torch tensors are differentiated once, not twice, through the output and, if it is returned, the
-    log-sum-exp. Under torch.autocast tensors are cast as for torch's own attention.
+    Gradients: torch tensors, q, k, v and sink, are differentiated once, not twice, through the output and, if it is
+    returned, the log-sum-exp. Under torch.autocast tensors are cast as for torch's own attention.
     torch.compile and torch.export see the operators flashcute::flash_attention_forward and
     flashcute::flash_attention_backward. torch.vmap and batched gradients (is_grads_batched) fold the mapped dimension
-    into the batch. torch.func.grad and other derivatives of torch.func are refused.
+    into the batch, or make one call of each entry where the sink or its gradient is mapped. torch.func.grad and other
+    derivatives of torch.func are refused.
     Tensors of a class that computes operators by itself (DTensor, FakeTensor, your own) get the operator too; a DTensor
     must be replicated, or sharded over the batch or the heads. docs/torch_training.md lists all kinds.
 
@@ -126,23 +129,25 @@ def flash_attention(
     on_unsupported: what to do then. "warn" (the default for torch tensors) and "silent" call torch's
         scaled_dot_product_attention, with or without a warning. It may need memory for seqlen_q * seqlen_k scores;
         `explain` says how much. Masks mean there what they mean here, and a row that sees no key is 0. But a NaN in a
-        key or value that only some rows see reaches the others too (0 * NaN); one that no row sees reaches none.
+        key or value that only some rows see reaches the others too (0 * NaN); one that no row sees reaches none. It
+        has no sink: with one such a call raises UnsupportedError.
         "error" raises UnsupportedError, as arrays of other libraries always do.
 
     Packed sequences are not supported yet: call flash_attention per sequence, or use torch.nn.attention.varlen.
     """
     options = checked_options(
-        causal, diagonal, scale, layout, stream, allow_tf32, deterministic, window
-    )
+        causal, diagonal, scale, layout, stream, allow_tf32, deterministic, window,
+        prefix, seqlens_q, seqlens_k, sink,
+    )  # fmt: skip
     library = library_of(type(q))
     fallback = checked_fallback(on_unsupported, library)
     missing = missing_feature(attn_mask, dropout_p)
-    if isinstance(library, Torch) and (missing or library.wants_more(q, k, v)):
+    if isinstance(library, Torch) and (missing or library.wants_more(q, k, v, sink)):
         from . import _torch
 
         problem = _torch.Problem(q, k, v, options, attn_mask, dropout_p)
         return _torch.attend(problem, out, return_lse, fallback)
-    require_torch_to_record(k=k, v=v, out=out)  # of q, torch's have been asked for above
+    require_torch_to_record(k=k, v=v, out=out, sink=sink)  # of q, torch's have been asked for above
     if missing:
         raise UnsupportedError(missing)
     return run(None, q, k, v, options, out, return_lse)
@@ -159,37 +164,40 @@ def backward(
     *,
     dlse: Array | None = None,
     causal: bool = False,
-    diagonal: str | int = "end",
-    window: tuple[int | None, int | None] | None = None,
+    variant: Variant | None = None,
     scale: float | None = None,
     layout: str = "bshd",
     dq: Array | None = None,
     dk: Array | None = None,
     dv: Array | None = None,
+    dsink: Array | None = None,
     workspace: Array | None = None,
     stream: object = None,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """Gradients of `forward`, with a configuration of your choice; see `default_backward_config`.
 
     dout: the gradient of out, (batch, seqlen_q, heads, d_v). It is copied if its last stride is not 1; no other array
         ever is.
     q, k, v, out, lse: the arrays that `forward` took, and those that it returned with return_lse=True; lse contiguous.
     dlse: the gradient of lse, (batch, heads, seqlen_q), with lse's dtype and any strides; default none.
-    causal, diagonal, window, scale, layout: as in the forward call.
+    causal, variant, scale, layout: as in the forward call.
     dq, dk, dv: arrays to write to, shaped like q, k and v; default new arrays of q's library.
+    dsink: the same for the variant's sink, of its shape and dtype, contiguous; None without a sink.
     workspace: memory for a call on a GPU, float32, at least `backward_workspace_size` elements, which the call
         overwrites; default a new array of q's library.
     stream: the CUDA stream to launch on; default the library's current one. The call does not synchronise.
 
     With cfg.deterministic, and always on the CPU, the result is the same bit for bit in every call.
 
-    Returns (dq, dk, dv): with P = exp(scale q kᵀ - lse) and dS = P * (dout vᵀ - rowsum(dout * out) + dlse)
+    Returns (dq, dk, dv), with a sink (dq, dk, dv, dsink): with P = exp(scale q kᵀ - lse) and
+    dS = P * (dout vᵀ - rowsum(dout * out) + dlse)
 
         dq = scale dS k        dk = scale dSᵀ q        dv = Pᵀ dout
+        dsink = -sum(exp(sink - lse) * (rowsum(dout * out) - dlse))
 
-    where dk and dv are summed over the query heads that share a key head. Sums are float32 (float64 for float64
-    arrays). A query that sees no key and a key that no query sees have gradient 0. A GPU takes float16, bfloat16 and
-    float32.
+    where dk and dv are summed over the query heads that share a key head, dsink over the batch and the queries. Sums
+    are float32 (float64 for float64 arrays). A query that sees no key and a key that no query sees have gradient 0. A
+    GPU takes float16, bfloat16 and float32.
 
     Raises ArgumentError (a ValueError), ConfigError (a ValueError), UnsupportedError (a NotImplementedError) or
     DeviceError (a RuntimeError) before anything is written.
@@ -197,14 +205,17 @@ def backward(
     Source: Dao, FlashAttention-2, arXiv 2307.08691, algorithm 2.
     """
     require_config(cfg)
-    inputs = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse}
+    options = options_of(variant, causal, scale, layout, stream)
+    sink = options.sink
+    if sink is None and dsink is not None:
+        raise ArgumentError("dsink: expected None without a sink in the variant, got an array")
+    inputs = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse, **options.arrays}
     if dlse is not None:
         inputs["dlse"] = dlse
-    outputs = {"dq": dq, "dk": dk, "dv": dv, "workspace": workspace}
+    outputs = {"dq": dq, "dk": dk, "dv": dv, "dsink": dsink, "workspace": workspace}
     given = {name: x for name, x in outputs.items() if x is not None}
     require_arrays({**inputs, **given})
     require_kind(**inputs, **given)
-    options = checked_options(causal, diagonal, scale, layout, stream, window=window)
     for name, array in {**inputs, **given}.items():
         library = library_of(type(array))
         if library.wants_gradient(array):
@@ -215,7 +226,10 @@ def backward(
         if name in given:
             require_mutable(name, array)
     library = library_of(type(q))
-    for name in ("dq", "dk", "dv"):
+    likes = (
+        {"dq": q, "dk": k, "dv": v} if sink is None else {"dq": q, "dk": k, "dv": v, "dsink": sink}
+    )
+    for name in likes:
         if name not in given and type(library) is Library:
             raise library.cannot_make(name, q)
     address = stream_number(stream)
@@ -227,22 +241,28 @@ def backward(
             size = _core.backward_workspace_size(cfg, q, v, options) if workspace is None else 0
             if size and type(library) is Library:
                 raise library.cannot_make("workspace", q)
-            to_dq, to_dk, to_dv = (
-                library.empty(like.shape, q) if x is None else x
-                for x, like in ((dq, q), (dk, k), (dv, v))
-            )
+            made = {
+                name: library.empty(like.shape, q, _other_dtype(like, q))
+                for name, like in likes.items()
+                if name not in given
+            }
+            to = {**made, **given}
             work = library.empty((size,), q, "float32") if size else workspace
-            _core.backward(cfg, dout, q, k, v, out, lse, dlse, to_dq, to_dk, to_dv, work, options)
+            _core.backward(
+                cfg, dout, q, k, v, out, lse, dlse, to["dq"], to["dk"], to["dv"], to.get("dsink"), work, options
+            )  # fmt: skip
     except (ArgumentError, RuntimeError):
         require_memory(**inputs, **given)  # says it better, if that is the reason
         raise
     for array in given.values():
         library_of(type(array)).wrote(array)
-    return (
-        library.finish(to_dq, q) if dq is None else dq,
-        library.finish(to_dk, q) if dk is None else dk,
-        library.finish(to_dv, q) if dv is None else dv,
-    )
+    return tuple(given[x] if x in given else library.finish(made[x], q) for x in likes)
+
+
+def _other_dtype(like: Array, q: Array) -> str | None:
+    """The dtype of a gradient, if it is not q's: a sink may be float32 beside any q."""
+    wide = str(like.dtype).endswith("float32")
+    return "float32" if wide and not str(q.dtype).endswith("float32") else None
 
 
 def require_config(cfg: object) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from . import _core
-from ._call import index_of, same_bits
+from ._call import Options, index_of, same_bits
 from ._core import ArgumentError, BackwardConfig, ConfigError, ForwardConfig
+from .variant import Variant, options_of
 
 
 def default_config(
@@ -98,7 +99,7 @@ def prebuild(
     arch: str | int | None = None,
     *,
     causal: bool | None = None,
-    window: bool = False,
+    variant: Variant | None = None,
 ) -> dict[str, str]:
     """Makes kernels available before their first call, which may otherwise compile them (a few seconds each) or take
     slower ones that are at hand. What has to be compiled is compiled at the same time, as cores and memory allow.
@@ -107,8 +108,9 @@ def prebuild(
         of time and that `arch` can run.
     arch: "sm_90" and the like; default the architecture of GPU 0. If it is given, no GPU is needed.
     causal: only the kernels of calls with this `causal`; default those of both.
-    window: the kernels of calls with a window that hides keys before the diagonal, of any size, causal or not, instead
-        of those without one. None of these is compiled ahead of time.
+    variant: only the kernels of calls with such a `Variant`, in place of `causal`. Those with a window that hides keys
+        before the diagonal, lengths, a prefix or a sink share their kernels, whatever the numbers are; none of these
+        kernels is compiled ahead of time.
 
     Returns, by kernel name, where each kernel came from: "ahead of time", "disk cache" or "compiled by NVRTC ...".
     """
@@ -123,10 +125,13 @@ def prebuild(
         )
     if causal is not None and not isinstance(causal, bool):
         raise ArgumentError(f"causal: expected True, False or None, got {causal!r}")
-    if not isinstance(window, bool) or (window and causal is not None):
-        raise ArgumentError(
-            f"window: expected True or False, and True without causal, got {window!r} with causal={causal!r}"
-        )
+    band = False
+    if variant is not None:
+        if causal is not None:
+            raise ArgumentError(f"causal: expected None beside variant=, got {causal!r}")
+        options = options_of(variant)
+        band = _takes_band(options)
+        causal = None if band else options.causal or options.window_right is not None
     if arch is None:
         info = _core.driver_info()
         if not info.gpus:
@@ -137,4 +142,10 @@ def prebuild(
     every = configs_ahead_of_time(arch) if chosen is None else chosen
     forward = [cfg for cfg in every if isinstance(cfg, ForwardConfig)]
     backward = [cfg for cfg in every if isinstance(cfg, BackwardConfig)]
-    return dict(_core.prebuild(forward, backward, arch, causal, window))
+    return dict(_core.prebuild(forward, backward, arch, causal, band))
+
+
+def _takes_band(options: Options) -> bool:
+    """Whether calls take the kernels that can do more than a causal mask."""
+    softmax_or_lengths = options.has_lengths or options.has_prefix or options.sink is not None
+    return softmax_or_lengths or options.window_left is not None

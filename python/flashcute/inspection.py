@@ -7,6 +7,7 @@ from typing import Any
 from . import _core
 from ._arrays import Array, Torch, library_of, stream_number
 from ._call import (
+    Options,
     checked_fallback,
     checked_options,
     missing_feature,
@@ -21,6 +22,7 @@ from ._call import (
     with_copies,
 )
 from ._core import ArgumentError, Explanation, ForwardConfig, UnsupportedError
+from .variant import Variant, options_of
 
 
 def explain(
@@ -42,11 +44,16 @@ def explain(
     attn_mask: Array | None = None,
     dropout_p: float = 0.0,
     window: tuple[int | None, int | None] | None = None,
+    prefix: int | Array | None = None,
+    seqlens_q: Array | None = None,
+    seqlens_k: Array | None = None,
+    sink: Array | None = None,
+    variant: Variant | None = None,
     on_unsupported: str | None = None,
 ) -> Explanation:
     """What `flash_attention` (or `forward` with `cfg`) would run for these arguments, and why. Launches nothing.
 
-    cfg: what `forward` would be given.
+    cfg, variant: what `forward` would be given; without cfg no variant.
     gradients: also tell how `backward` with the default configuration computes gradients. Where torch records them
         (requires_grad=True), it is told anyway.
 
@@ -63,13 +70,22 @@ def explain(
     be described at all: no DLPack, a dtype that no kernel could have, an option that is wrong for any tensors.
     """
     options = checked_options(
-        causal, diagonal, scale, layout, stream, allow_tf32, deterministic, window
-    )
+        causal, diagonal, scale, layout, stream, allow_tf32, deterministic, window,
+        prefix, seqlens_q, seqlens_k, sink,
+    )  # fmt: skip
+    if variant is not None:
+        parts = diagonal != "end", window, prefix, seqlens_q, seqlens_k, sink
+        if causal is not False or any(part is not None and part is not False for part in parts):
+            raise ArgumentError(
+                "variant: expected None beside causal, diagonal, window, prefix, seqlens_q, seqlens_k and sink, which "
+                "are its parts"
+            )
+        options = _options_of_variant(variant, cfg, options)
     options = options._replace(gradients_follow=bool(gradients))
     missing = missing_feature(attn_mask, dropout_p)
     if cfg is not None and missing:
         raise ArgumentError(f"cfg: expected None, as only flash_attention takes it: {missing}")
-    require_memory(q=q, k=k, v=v)
+    require_memory(q=q, k=k, v=v, **options.arrays)
     library = library_of(type(q))
     fallback = checked_fallback(on_unsupported, library)
     if isinstance(library, Torch) and cfg is None:
@@ -77,7 +93,9 @@ def explain(
 
         problem = _torch.Problem(q, k, v, options, attn_mask, dropout_p)
         return _torch.explained(problem, out, return_lse, fallback)
-    arrays = {"q": q, "k": k, "v": v} if out is None else {"q": q, "k": k, "v": v, "out": out}
+    arrays = {"q": q, "k": k, "v": v, **options.arrays}
+    if out is not None:
+        arrays["out"] = out
     require_arrays(arrays)
     address = stream_number(stream)
     options = options._replace(stream=None, deterministic=same_bits(deterministic))
@@ -98,6 +116,16 @@ def explain(
     return with_copies(found, q, v)
 
 
+def _options_of_variant(variant: Variant, cfg: ForwardConfig | None, options: Options) -> Options:
+    """`options` with what `variant` says."""
+    if cfg is None:
+        raise ArgumentError(
+            "variant: expected None without cfg: flash_attention takes its parts as arguments"
+        )
+    given = options_of(variant, False, options.scale, options.layout, options.stream)
+    return given._replace(allow_tf32=options.allow_tf32, deterministic=options.deterministic)
+
+
 def count_blocks(
     cfg: ForwardConfig,
     q: Array,
@@ -105,13 +133,14 @@ def count_blocks(
     v: Array,
     *,
     causal: bool = False,
-    diagonal: str | int = "end",
-    window: tuple[int | None, int | None] | None = None,
+    variant: Variant | None = None,
     layout: str = "bshd",
 ) -> Any:
     """Debug mode of `forward`: what each tile of query rows did with the K/V blocks of its sequence.
 
     Runs the kernel of `cfg` in a variant that counts (on a GPU NVRTC compiles it at the first call).
+
+    causal, variant, layout: those of `forward`.
 
     Returns an int32 array (batch, heads, tiles, 3) of q's library and device. Its last dimension counts the blocks of
     cfg.block_n keys that were (0) visited with all elements visible, (1) visited with a test of each element,
@@ -122,7 +151,9 @@ def count_blocks(
         raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
     require_arrays({"q": q, "k": k, "v": v})
     require_memory(q=q, k=k, v=v)
-    options = checked_options(causal, diagonal, None, layout, window=window)
+    options = options_of(variant, causal, None, layout)
+    require_arrays(options.arrays)
+    require_memory(**options.arrays)
     _core.check_problem(q, k, v, options)
     library = library_of(type(q))
     batch, heads, rows = rows_of_heads(q, layout)

@@ -14,13 +14,20 @@ For one head with queries q (seqlen_q, d), keys k (seqlen_k, d) and values v (se
 
 With a causal mask, query i sees key j iff j <= i + diagonal, which is seqlen_k - seqlen_q by
 default: the last query sees every key. A window (left, right) shows it keys from i + diagonal -
-left to i + diagonal + right. A row that sees no key has O = 0 and L = -inf. A key that a
-row does not see never enters its sums, not even as 0 * NaN; a NaN that it does see comes out.
+left to i + diagonal + right. A prefix shows it the first keys whatever a causal mask hides. Where
+seqlens_q and seqlens_k say how many queries and keys exist, they take the place of the lengths of
+the arrays. A row that sees no key has O = 0 and L = -inf. A key that a row does not see never
+enters its sums, not even as 0 * NaN; a NaN that it does see comes out.
+
+A sink z is a further score of every row, with a value of 0:
+
+    P = exp(S - L)      O = P v      L = log(rowsum(exp(S)) + exp(z))
 
 From the gradients dO and dL of the results to those of q, k and v:
 
     dS = P * (dO vᵀ - rowsum(dO * O) + dL)                              (seqlen_q, seqlen_k)
     dq = scale * dS k        dk = scale * dSᵀ q        dv = Pᵀ dO
+    dz = -sum(exp(z - L) * (rowsum(dO * O) - dL))
 """
 
 from __future__ import annotations
@@ -29,7 +36,7 @@ import math
 import sys
 from typing import Any, NamedTuple
 
-from ._call import checked_diagonal, checked_window, require_kind
+from ._call import Options, checked_options, require_kind
 from ._core import ArgumentError
 
 Array = Any
@@ -48,6 +55,10 @@ def naive(
     *,
     diagonal: str | int = "end",
     window: tuple[int | None, int | None] | None = None,
+    prefix: int | Array | None = None,
+    seqlens_q: Array | None = None,
+    seqlens_k: Array | None = None,
+    sink: Array | None = None,
     scale: float | None = None,
     layout: str = "bshd",
     return_lse: bool = False,
@@ -58,6 +69,11 @@ def naive(
     layout: "bshd" as above, or "bhsd" with heads before seqlen.
     diagonal: of the causal mask and the window: "end" (seqlen_k - seqlen_q), "start" (0) or an integer.
     window: (left, right), how many keys before and after the diagonal a query sees; -1 or None: no limit.
+    prefix: with causal=True, how many first keys every query sees, as far as the window reaches: an
+        integer or (batch,).
+    seqlens_q, seqlens_k: how many queries and keys exist, integers (batch,); default all. Other queries
+        have O = 0 and L = -inf. The diagonal "end" is their difference.
+    sink: z, (heads,), floating point.
     scale: default d**-0.5.
     return_lse: also return L, (batch, heads, seqlen_q), float32 (float64 for float64 arrays).
 
@@ -68,8 +84,12 @@ def naive(
 
     Returns out, or (out, lse).
     """
+    options = checked_options(
+        causal, diagonal, scale, layout, window=window,
+        prefix=prefix, seqlens_q=seqlens_q, seqlens_k=seqlens_k, sink=sink,
+    )  # fmt: skip
     xp = namespace(q)
-    shape, q, k, v = _split_heads(xp, q, k, v, layout, causal, diagonal, window)
+    shape, q, k, v = _split_heads(xp, q, k, v, options)
     seen = _visible(xp, shape, 0, shape.rows, 0, shape.keys, q)  # (rows, keys)
 
     scores = _cast(xp, _matmul(xp, q, _swap(xp, k, -1, -2)), _wide(xp, q))
@@ -77,9 +97,12 @@ def naive(
     if seen is not None:
         scores = xp.where(seen, scores, -INFINITY)
     row_max = _max(xp, scores)
+    if shape.sink is not None:
+        row_max = xp.maximum(row_max, _cast(xp, shape.sink, row_max.dtype))
     shift = xp.where(row_max == -INFINITY, 0.0, row_max)  # -inf - -inf would be NaN
     exponentials = xp.exp(scores - shift)
     row_sum = xp.sum(exponentials, axis=-1, keepdims=True)
+    row_sum = row_sum + _exponential_of_sink(xp, shape, shift)
     probabilities = exponentials / _at_least_one_key(xp, seen, row_sum)
     out = _weighted_sum(xp, _cast(xp, probabilities, v.dtype), v, seen)
     lse = row_max + xp.log(xp.where(row_sum == 0, 1.0, row_sum))
@@ -96,9 +119,13 @@ def naive_gradients(
     dlse: Array | None = None,
     diagonal: str | int = "end",
     window: tuple[int | None, int | None] | None = None,
+    prefix: int | Array | None = None,
+    seqlens_q: Array | None = None,
+    seqlens_k: Array | None = None,
+    sink: Array | None = None,
     scale: float | None = None,
     layout: str = "bshd",
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     """The gradients of `naive`, through the whole matrix of scores.
 
     dout: gradient of out, shaped like it.  dlse: gradient of the log-sum-exp, (batch, heads, seqlen_q).
@@ -106,8 +133,12 @@ def naive_gradients(
 
     All in float32 (float64 for float64 arrays). dk and dv are sums over the query heads of a group.
 
-    Returns (dq, dk, dv), in the dtypes of q, k and v.
+    Returns (dq, dk, dv), in the dtypes of q, k and v; with a sink (dq, dk, dv, dsink), in its dtype.
     """
+    options = checked_options(
+        causal, diagonal, scale, layout, window=window,
+        prefix=prefix, seqlens_q=seqlens_q, seqlens_k=seqlens_k, sink=sink,
+    )  # fmt: skip
     xp = namespace(q)
     out, lse = naive(
         q,
@@ -116,6 +147,10 @@ def naive_gradients(
         causal,
         diagonal=diagonal,
         window=window,
+        prefix=prefix,
+        seqlens_q=seqlens_q,
+        seqlens_k=seqlens_k,
+        sink=sink,
         scale=scale,
         layout=layout,
         return_lse=True,
@@ -123,7 +158,7 @@ def naive_gradients(
     dtype, wide = q.dtype, _wide(xp, q)
     shape, q, k, v = (
         x if isinstance(x, _Shape) else _cast(xp, x, wide)
-        for x in _split_heads(xp, q, k, v, layout, causal, diagonal, window)
+        for x in _split_heads(xp, q, k, v, options)
     )
     scale = shape.head_dim**-0.5 if scale is None else scale
     seen = _visible(xp, shape, 0, shape.rows, 0, shape.keys, q)  # (rows, keys)
@@ -138,7 +173,8 @@ def naive_gradients(
     ds = p * (xp.matmul(dout, _swap(xp, v, -1, -2)) - delta)
     if seen is not None:
         p, ds = (xp.where(seen, x, 0.0) for x in (p, ds))
-    seen_by = None if seen is None else _swap(xp, seen, 0, 1)  # (keys, rows)
+    seen_by = None if seen is None else _swap(xp, seen, -1, -2)  # (keys, rows)
+    dsink = None if sink is None else _gradient_of_sink(xp, shape, lse, delta, sink)
     dq = scale * _weighted_sum(xp, ds, k, seen)
     dk = scale * _weighted_sum(xp, _swap(xp, ds, -1, -2), q, seen_by)
     dv = _weighted_sum(xp, _swap(xp, p, -1, -2), dout, seen_by)
@@ -147,7 +183,8 @@ def naive_gradients(
     dq = xp.reshape(dq, (batch, kv_heads * group, shape.rows, shape.head_dim))
     if layout == "bshd":
         dq, dk, dv = (_swap(xp, x, 1, 2) for x in (dq, dk, dv))
-    return _cast(xp, dq, dtype), _cast(xp, dk, dtype), _cast(xp, dv, dtype)
+    found = _cast(xp, dq, dtype), _cast(xp, dk, dtype), _cast(xp, dv, dtype)
+    return found if dsink is None else (*found, dsink)
 
 
 def chunked(
@@ -158,6 +195,10 @@ def chunked(
     *,
     diagonal: str | int = "end",
     window: tuple[int | None, int | None] | None = None,
+    prefix: int | Array | None = None,
+    seqlens_q: Array | None = None,
+    seqlens_k: Array | None = None,
+    sink: Array | None = None,
     scale: float | None = None,
     layout: str = "bshd",
     block_m: int = 64,
@@ -176,8 +217,9 @@ def chunked(
         m' = max(m, rowmax(S))      l' = exp(m - m') l + rowsum(exp(S - m'))
                                     O' = exp(m - m') O + exp(S - m') v
 
-    After the last block, O / l is the output and m + log(l) the log-sum-exp. Blocks that the tile
-    does not see are not visited. All in float32 (float64 for float64 arrays); a kernel also
+    After the last block, a sink changes m and l as one more key would. O / l is the output and m +
+    log(l) the log-sum-exp. Blocks that the tile does not see are not visited, but with a prefix or
+    lengths all are. All in float32 (float64 for float64 arrays); a kernel also
     rounds exp(S - m') to 16 bits for the tensor cores.
 
     Sources: Dao, FlashAttention-2, arXiv 2307.08691, algorithm 1; the online softmax is that of
@@ -186,9 +228,13 @@ def chunked(
     for name, block in (("block_m", block_m), ("block_n", block_n)):
         if block < 1:
             raise ArgumentError(f"{name}: expected at least 1, got {block}")
+    options = checked_options(
+        causal, diagonal, scale, layout, window=window,
+        prefix=prefix, seqlens_q=seqlens_q, seqlens_k=seqlens_k, sink=sink,
+    )  # fmt: skip
     xp = namespace(q)
     dtype, wide = q.dtype, _wide(xp, q)
-    shape, q, k, v = _split_heads(xp, q, k, v, layout, causal, diagonal, window)
+    shape, q, k, v = _split_heads(xp, q, k, v, options)
     scale = shape.head_dim**-0.5 if scale is None else scale
 
     tiles: list[tuple[Array, Array]] = []
@@ -207,7 +253,11 @@ def chunked(
 
             s = scale * xp.matmul(q_tile, _swap(xp, k_block, -1, -2))  # (..., B_r, B_c)
             # Only blocks on the edges need the mask: between them, every row sees every key.
-            partial = j < shape.keys_seen_by(i_end - 1)[0] or j_end > shape.keys_seen_by(i)[1]
+            partial = (
+                not shape.is_uniform
+                or j < shape.keys_seen_by(i_end - 1)[0]
+                or j_end > shape.keys_seen_by(i)[1]
+            )
             seen = _visible(xp, shape, i, i_end, j, j_end, q) if partial else None  # (B_r, B_c)
             if seen is not None:
                 s = xp.where(seen, s, -INFINITY)
@@ -220,6 +270,14 @@ def chunked(
             o = rescale * o + _weighted_sum(xp, p, v_block, seen)
             m = m_new
 
+        if shape.sink is not None:
+            m_new = xp.maximum(m, _cast(xp, shape.sink, m.dtype) + xp.zeros_like(m))
+            shift = xp.where(m_new == -INFINITY, 0.0, m_new)
+            rescale = xp.exp(m - shift)
+            l = rescale * l + _exponential_of_sink(xp, shape, shift)  # noqa: E741
+            o = rescale * o
+            m = m_new
+
         if first < end:
             o = o / _at_least_one_key(xp, _visible(xp, shape, i, i_end, first, end, q), l)
         tiles.append((_cast(xp, o, dtype), m + xp.log(xp.where(l == 0, 1.0, l))))
@@ -229,7 +287,26 @@ def chunked(
     return _merge_heads(xp, shape, out, lse[..., 0], layout, return_lse)
 
 
-# ---- the two helpers that are about attention --------------------------------------------------
+# ---- the helpers that are about attention ------------------------------------------------------
+
+
+def _exponential_of_sink(xp: Namespace, shape: _Shape, shift: Array) -> Array:
+    """exp(sink - shift) for a shift (..., rows, 1) that is not below the sink; without one 0."""
+    if shape.sink is None:
+        return xp.zeros_like(shift)
+    sink = _cast(xp, shape.sink, shift.dtype)
+    return xp.exp(xp.where(sink == shift, 0.0, sink - shift))  # inf - inf would be NaN
+
+
+def _gradient_of_sink(xp: Namespace, shape: _Shape, lse: Array, delta: Array, sink: Array) -> Array:
+    """(heads,): -sum(exp(sink - lse) * delta) over the batch and the rows that exist."""
+    value = _cast(xp, shape.sink, lse.dtype)
+    terms = xp.exp(value - lse) * delta
+    exists = _exists(xp, shape, 0, shape.rows, lse)
+    if exists is not None:
+        terms = xp.where(exists, terms, 0.0)
+    terms = xp.where(value == -INFINITY, 0.0, terms)
+    return _cast(xp, xp.reshape(-xp.sum(terms, axis=(0, 3, 4)), sink.shape), sink.dtype)
 
 
 def _at_least_one_key(xp: Namespace, seen: Array | None, row_sum: Array) -> Array:
@@ -239,7 +316,8 @@ def _at_least_one_key(xp: Namespace, seen: Array | None, row_sum: Array) -> Arra
     """
     if seen is None:
         return row_sum
-    return xp.where(xp.any(seen, axis=-1, keepdims=True), row_sum, 1.0)
+    sees = xp.any(seen, axis=-1, keepdims=True)
+    return xp.where(sees, row_sum, 1.0)
 
 
 def _weighted_sum(xp: Namespace, p: Array, v: Array, seen: Array | None) -> Array:
@@ -251,7 +329,7 @@ def _weighted_sum(xp: Namespace, p: Array, v: Array, seen: Array | None) -> Arra
         return _matmul(xp, p, v)
     wide_p, wide_v = (_cast(xp, x, _wide(xp, x)) for x in (p, v))
     terms = [
-        xp.where(seen[:, j : j + 1], wide_p[..., j : j + 1] * wide_v[..., j : j + 1, :], 0.0)
+        xp.where(seen[..., j : j + 1], wide_p[..., j : j + 1] * wide_v[..., j : j + 1, :], 0.0)
         for j in range(v.shape[-2])
     ]
     return _cast(xp, sum(terms[1:], start=terms[0]), v.dtype)
@@ -266,58 +344,107 @@ class _Shape(NamedTuple):
     rows: int  # seqlen_q
     keys: int  # seqlen_k
     head_dim: int
-    before: (
-        int | None
-    )  # query i sees no key before i + before, and none after i + after; None: no limit
-    after: int | None
+    # Query i sees no key before i + before, and none after i + after; None: no limit. Numbers, or
+    # where lengths differ (batch, 1, 1, 1, 1), as all that depends on the batch entry.
+    before: Any
+    after: Any
+    # With a prefix: no key that is both after i + diagonal and not among the first `prefix`.
+    diagonal: Any
+    prefix: Any
+    queries_existing: Array | None  # None: all
+    keys_existing: Array | None
+    sink: Array | None  # (kv_heads, group, 1, 1)
     out: tuple[int, ...]  # (batch, kv_heads, group, seqlen_q, d)
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the rows of all batch entries see the same keys, those between two diagonals."""
+        lengths = self.queries_existing is not None or self.keys_existing is not None
+        return self.prefix is None and not lengths
+
     def keys_seen_by(self, row: int) -> tuple[int, int]:
-        """The keys [first, end) that a row sees."""
+        """The keys [first, end) that a row sees at most; if the sequences are uniform, exactly."""
+        if not self.is_uniform:
+            return 0, self.keys
         first = 0 if self.before is None else row + self.before
         end = self.keys if self.after is None else row + self.after + 1
         return max(0, min(self.keys, first)), max(0, min(self.keys, end))
 
 
 def _split_heads(
-    xp: Namespace,
-    q: Array,
-    k: Array,
-    v: Array,
-    layout: str,
-    causal: bool,
-    diagonal: str | int,
-    window: tuple[int | None, int | None] | None,
+    xp: Namespace, q: Array, k: Array, v: Array, options: Options
 ) -> tuple[_Shape, Array, Array, Array]:
     """q as (batch, kv_heads, group, seqlen_q, d), k and v as (batch, kv_heads, 1, seqlen_k, d).
 
     A group is the heads / kv_heads query heads that share a K/V head. Broadcasting repeats the K/V
     head for them, without a copy.
     """
-    if layout not in ("bshd", "bhsd"):
-        raise ArgumentError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
-    require_kind(q=q, k=k, v=v)
-    if layout == "bshd":
+    require_kind(q=q, k=k, v=v, **options.arrays)
+    if options.layout == "bshd":
         q, k, v = (_swap(xp, x, 1, 2) for x in (q, k, v))
     batch, heads, rows, head_dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     if kv_heads == 0 or heads % kv_heads != 0:
         raise ArgumentError(f"k: expected a head count that divides q's {heads}, got {kv_heads}")
     group = heads // kv_heads
-    left, right = (None, None) if window is None else checked_window(window)
-    given = checked_diagonal(diagonal, causal or left is not None or right is not None)
-    offset = keys - rows if given is None else given
-    right = 0 if causal else right
+
+    def of_batch(name: str, x: Array | None) -> Array | None:
+        if x is None:
+            return None
+        if tuple(x.shape) != (batch,):
+            raise ArgumentError(
+                f"{name}: expected shape (batch,) = ({batch},), got {tuple(x.shape)}"
+            )
+        return xp.reshape(_cast(xp, x, xp.int64), (batch, 1, 1, 1, 1))
+
+    queries_existing = _held(xp, of_batch("seqlens_q", options.seqlens_q), rows)
+    keys_existing = _held(xp, of_batch("seqlens_k", options.seqlens_k), keys)
+    prefix = options.prefix if options.prefixes is None else of_batch("prefix", options.prefixes)
+    if isinstance(prefix, int):
+        prefix = min(prefix, keys)
 
     def held(x: int) -> int:
-        return int(max(-rows, min(x, keys)))  # beyond these it shows or hides nothing more
+        return int(max(-2 * (rows + keys), min(x, 2 * (rows + keys))))  # beyond nothing changes
 
-    before = None if left is None else held(offset - left)
-    after = None if right is None else held(offset + right)
-    out = batch, kv_heads, group, rows, v.shape[-1]
-    shape = _Shape(rows, keys, head_dim, before, after, out)
+    left, right = options.window_left, options.window_right
+    if options.causal and prefix is None:
+        right = 0
+    diagonal: Any = options.diagonal
+    if diagonal is None:
+        diagonal = (keys if keys_existing is None else keys_existing) - (
+            rows if queries_existing is None else queries_existing
+        )
+    # The difference of lengths is small, and a number of the caller's is added before it is held.
+    hold = held if isinstance(diagonal, int) else lambda x: x
+    before = None if left is None else hold(diagonal - (left if hold is held else held(left)))
+    after = None if right is None else hold(diagonal + (right if hold is held else held(right)))
+    sink = options.sink
+    if sink is not None:
+        if tuple(sink.shape) != (heads,):
+            raise ArgumentError(
+                f"sink: expected shape (heads,) = ({heads},), got {tuple(sink.shape)}"
+            )
+        sink = xp.reshape(sink, (kv_heads, group, 1, 1))
+    shape = _Shape(
+        rows=rows,
+        keys=keys,
+        head_dim=head_dim,
+        before=before,
+        after=after,
+        diagonal=hold(diagonal),
+        prefix=prefix,
+        queries_existing=queries_existing,
+        keys_existing=keys_existing,
+        sink=sink,
+        out=(batch, kv_heads, group, rows, v.shape[-1]),
+    )
     q = xp.reshape(q, (batch, kv_heads, group, rows, head_dim))
     return shape, q, k[:, :, None, :, :], v[:, :, None, :, :]
+
+
+def _held(xp: Namespace, x: Array | None, most: int) -> Array | None:
+    """Lengths between 0 and that of the array."""
+    return None if x is None else xp.where(x < 0, 0, xp.where(x > most, most, x))
 
 
 def _split_rows(xp: Namespace, shape: _Shape, array: Array, layout: str) -> Array:
@@ -329,6 +456,10 @@ def _merge_heads(
     xp: Namespace, shape: _Shape, out: Array, lse: Array, layout: str, return_lse: bool
 ) -> Any:
     """Undoes _split_heads: out in the caller's layout, lse as (batch, heads, seqlen_q)."""
+    exists = _exists(xp, shape, 0, shape.rows, out)
+    if exists is not None:
+        out = xp.where(exists, out, 0.0)
+        lse = xp.where(exists[..., 0], lse, -INFINITY)
     batch, kv_heads, group, rows, head_dim = shape.out
     out = xp.reshape(out, (batch, kv_heads * group, rows, head_dim))
     if layout == "bshd":
@@ -339,14 +470,33 @@ def _merge_heads(
 def _visible(
     xp: Namespace, shape: _Shape, i: int, i_end: int, j: int, j_end: int, like: Array
 ) -> Array | None:
-    """The mask of a block of scores, (i_end - i, j_end - j): True where row sees key. None: there is none."""
+    """The mask of a block of scores: True where row sees key, (i_end - i, j_end - j), or (batch, 1, 1, ...) before
+    these. None: there is none."""
     rows = _positions(xp, i, i_end, like)[:, None]
     keys = _positions(xp, j, j_end, like)[None, :]
-    seen = None if shape.after is None else keys <= rows + shape.after
-    if shape.before is None:
-        return seen
-    not_before = keys >= rows + shape.before
-    return not_before if seen is None else seen & not_before
+    conditions = []
+    if shape.before is not None:
+        conditions.append(keys >= rows + shape.before)
+    if shape.after is not None:
+        conditions.append(keys <= rows + shape.after)
+    if shape.prefix is not None:
+        conditions.append((keys <= rows + shape.diagonal) | (keys < shape.prefix))
+    if shape.keys_existing is not None:
+        conditions.append(keys < shape.keys_existing)
+    exists = _exists(xp, shape, i, i_end, like)
+    if exists is not None:
+        conditions.append(exists & (keys >= 0))
+    seen = None
+    for condition in conditions:
+        seen = condition if seen is None else seen & condition
+    return seen
+
+
+def _exists(xp: Namespace, shape: _Shape, i: int, i_end: int, like: Array) -> Array | None:
+    """Which rows exist, (batch, 1, 1, i_end - i, 1). None: all."""
+    if shape.queries_existing is None:
+        return None
+    return _positions(xp, i, i_end, like)[:, None] < shape.queries_existing
 
 
 # ---- what array libraries spell differently ----------------------------------------------------

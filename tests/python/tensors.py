@@ -97,6 +97,15 @@ def run_and_check(
     oracle.assert_accurate(p, bshd(out, layout), lse, tiny=tiny, tf32=tf32)
 
 
+VARIANT = ("causal", "diagonal", "window", "prefix", "seqlens_q", "seqlens_k", "sink")
+
+
+def with_variant(**options: Any) -> dict[str, Any]:
+    """The keywords of flash_attention as those of forward and backward, which take some of them as one value."""
+    said = {name: options.pop(name) for name in VARIANT if name in options}
+    return {**options, "variant": fc.Variant(**said)}
+
+
 def every_call(q: Any) -> dict[str, Callable[..., object]]:
     """Every public function of q, k and v, by name, as a function of its keyword options."""
     cfg = fc.default_config(8, "float32", "cpu")
@@ -104,10 +113,10 @@ def every_call(q: Any) -> dict[str, Callable[..., object]]:
     lse = np.zeros((1, 2, 4), np.float32)
     return {
         "flash_attention": lambda **o: fc.flash_attention(q, q, q, **o),
-        "forward": lambda **o: fc.forward(cfg, q, q, q, **o),
-        "backward": lambda **o: fc.backward(gradients, q, q, q, q, q, lse, **o),
+        "forward": lambda **o: fc.forward(cfg, q, q, q, **with_variant(**o)),
+        "backward": lambda **o: fc.backward(gradients, q, q, q, q, q, lse, **with_variant(**o)),
         "explain": lambda **o: fc.explain(q, q, q, **o),
-        "count_blocks": lambda **o: fc.count_blocks(cfg, q, q, q, **o),
+        "count_blocks": lambda **o: fc.count_blocks(cfg, q, q, q, **with_variant(**o)),
         "naive": lambda **o: reference.naive(q, q, q, **o),
         "chunked": lambda **o: reference.chunked(q, q, q, **o),
         "naive_gradients": lambda **o: reference.naive_gradients(q, q, q, q, **o),

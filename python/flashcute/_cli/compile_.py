@@ -6,7 +6,7 @@ import argparse
 import os
 import time
 
-from .. import BackwardConfig, ForwardConfig, _core, prebuild
+from .. import BackwardConfig, ForwardConfig, Variant, _core, prebuild
 from ..configurations import configs_ahead_of_time
 from .options import (
     GPU_DTYPES,
@@ -47,7 +47,9 @@ def add_command(commands: Commands) -> None:
         help="only the kernels of causal attention, or only those without a mask (default: both)",
     )
     parser.add_argument(
-        "--window", action="store_true", help="the kernels of sliding windows, of any size, instead"
+        "--window",
+        action="store_true",
+        help="the kernels of sliding windows of any size, of lengths, prefixes and sinks, instead",
     )
     parser.add_argument("--arch", help="sm_80, sm_90, ... (default: that of GPU 0)")
     parser.add_argument("--head-dim", type=positive_int, metavar="N", help="default: 128")
@@ -89,9 +91,10 @@ def run(options: argparse.Namespace) -> int:
     if options.jobs:
         os.environ["FLASHCUTE_JIT_JOBS"] = str(options.jobs)
     start = time.perf_counter()
-    for kernel, origin in prebuild(
-        chosen, arch, causal=options.causal, window=options.window
-    ).items():
+    if options.window and options.causal is not None:
+        raise UsageError("--window takes neither --causal nor --no-causal: windows share kernels")
+    variant = Variant(window=(0, 0)) if options.window else None  # kernels fit windows of any size
+    for kernel, origin in prebuild(chosen, arch, causal=options.causal, variant=variant).items():
         print(f"{kernel} for {arch}: {origin}")
     print(f"{time.perf_counter() - start:.1f} s")
     return 0

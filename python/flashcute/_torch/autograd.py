@@ -6,7 +6,14 @@ from typing import Any
 
 from .._call import Options, run
 from .framework import Tensor, torch
-from .gradients import decided, gradients, gradients_on_stream, no_second_derivative
+from .gradients import (
+    decided,
+    gradients,
+    gradients_on_stream,
+    no_second_derivative,
+    with_tensors,
+    without_tensors,
+)
 from .operators import backward_by_operator
 from .tracing import is_observed
 
@@ -31,24 +38,29 @@ class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        sink: Tensor | None,
         options: Options,
         return_lse: bool,
     ) -> Any:
+        """The sink is also in the options; here it is what autograd computes a gradient of."""
         out, lse = run(None, q, k, v, decided(options, gradients_follow=True), return_lse=True)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = options
+        ctx.options, tensors = without_tensors(options)
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
         ctx.set_materialize_grads(False)
         return (out, lse) if return_lse else out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
-        found = (None, None, None)
+        found: tuple[Tensor | None, ...] = (None, None, None)
         if dout is not None or dlse is not None:
-            tensors = (dout, *ctx.saved_tensors, dlse)
+            *saved, seqlens_q, seqlens_k, prefixes, sink = ctx.saved_tensors
+            options = with_tensors(ctx.options, (seqlens_q, seqlens_k, prefixes, sink))
+            tensors = (dout, *saved, dlse)
             if is_observed(dout, dlse):  # a batch of gradients, a counter of FLOPs
-                found = gradients_on_stream(backward_by_operator, *tensors, options=ctx.options)
+                found = gradients_on_stream(backward_by_operator, *tensors, options=options)
             elif torch.is_grad_enabled():
-                found = Gradients.apply(ctx.options, *tensors)
+                found = Gradients.apply(options, *tensors)
             else:
-                found = gradients_on_stream(gradients, *tensors, options=ctx.options)
-        return (*found, None, None)
+                found = gradients_on_stream(gradients, *tensors, options=options)
+        dsink = found[3] if len(found) > 3 and ctx.needs_input_grad[3] else None
+        return (*found[:3], dsink, None, None)

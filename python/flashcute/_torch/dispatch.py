@@ -35,6 +35,7 @@ def attend(problem: Problem, out: Tensor | None, return_lse: bool, fallback: str
     traced = is_traced(problem)
     problem.require_kinds(traced)
     if traced:
+        problem.require_tensors()
         require_one_world(problem)
     problem = problem.without_causal_bias().autocast()
     require_no_recorded_output(out, problem)
@@ -52,7 +53,7 @@ def attend(problem: Problem, out: Tensor | None, return_lse: bool, fallback: str
         out, lse = forward_by_operator(q, k, v, options)
         return (out, lse) if return_lse else out
     if problem.recording:
-        return FlashAttention.apply(q, k, v, options, return_lse)
+        return FlashAttention.apply(q, k, v, options.sink, options, return_lse)
     return run(None, q, k, v, options, out, return_lse)
 
 
@@ -142,7 +143,8 @@ def explained(problem: Problem, out: Tensor | None, return_lse: bool, fallback: 
             checked_dropout(problem.dropout_p)
         elif address is not None:
             library_of(type(q)).require_stream(
-                address, [q, k, v] if out is None else [q, k, v, out]
+                address,
+                [x for x in (q, k, v, out, *options.arrays.values()) if x is not None],
             )
     except (ArgumentError, UnsupportedError) as error:
         return unsupported(found, str(error))
@@ -159,5 +161,5 @@ def explained(problem: Problem, out: Tensor | None, return_lse: bool, fallback: 
             ],
         )
     # torch's own attention knows what a negated view is.
-    require_arrays({"q": q, "k": k, "v": v})
+    require_arrays({"q": q, "k": k, "v": v, **options.arrays})
     return with_copies(found, q, v)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from .. import _core
 from .._call import SDPA
@@ -23,6 +24,9 @@ def require_fallback(
         raise UnsupportedError(
             f"q, k, v: of DTensors only kernels compute attention, and {missing}"
         )
+    if problem.options.sink is not None:
+        raise UnsupportedError(f"sink: {SDPA} has none, and {missing}")
+    problem.require_tensors()
     if problem.options.stream is not None:
         raise ArgumentError(
             f"stream: expected None where {SDPA} computes, got {problem.options.stream!r}"
@@ -92,25 +96,10 @@ def sdpa(problem: Problem) -> Tensor:
 
 def mask_for_sdpa(problem: Problem) -> tuple[Tensor | None, bool]:
     """attn_mask and is_causal, which is torch's name for the diagonal 0."""
-    _, _, rows, keys = problem.sizes
-    causal, device = problem.options.causal, problem.q.device
-    given, left, right = (
-        checked_mask(problem),
-        problem.options.window_left,
-        problem.options.window_right,
-    )
+    given, causal = checked_mask(problem), problem.options.causal
     if needs_no_mask(problem):
         return None, causal
-    seen = None
-    # How far after its query a key lies, and how far the first and the last one that the query sees.
-    distance = (
-        torch.arange(keys, device=device)[None, :] - torch.arange(rows, device=device)[:, None]
-    )
-    if causal or right is not None:
-        seen = distance <= held(problem.diagonal + (0 if causal or right is None else right))
-    if left is not None:
-        not_before = distance >= held(problem.diagonal - left)
-        seen = not_before if seen is None else seen & not_before
+    seen = visible(problem)
     if given is None or seen is None:
         return (seen if given is None else given), False
     if given.dtype == torch.bool:
@@ -118,8 +107,57 @@ def mask_for_sdpa(problem: Problem) -> tuple[Tensor | None, bool]:
     return given.masked_fill(~seen, -math.inf), False
 
 
-def held(distance: int) -> int:
-    """In 64 bits, further than any key from any query. In a trace it may be a symbol."""
+def visible(problem: Problem) -> Tensor | None:
+    """What the options let each query see, (seqlen_q, seqlen_k), or (batch, 1, seqlen_q, seqlen_k) where it depends on
+    the batch entry. None: everything."""
+    _, _, rows, keys = problem.sizes
+    options, device = problem.options, problem.q.device
+    i = torch.arange(rows, device=device)[:, None]
+    j = torch.arange(keys, device=device)[None, :]
+    queries_exist, keys_exist = of_batch(options.seqlens_q, rows), of_batch(options.seqlens_k, keys)
+    diagonal: Any = problem.diagonal
+    if options.diagonal is None and options.has_lengths:
+        diagonal = (keys if keys_exist is None else keys_exist) - (
+            rows if queries_exist is None else queries_exist
+        )
+    left, right, distance = options.window_left, options.window_right, j - i
+    conditions = []
+    if options.causal and not options.has_prefix:
+        conditions.append(distance <= held(diagonal))
+    elif right is not None:
+        conditions.append(distance <= moved(diagonal, right))
+    if left is not None:
+        conditions.append(distance >= moved(diagonal, -left))
+    if options.has_prefix:
+        prefix: Any = options.prefix
+        of_each = options.prefixes
+        first = min(prefix, keys) if of_each is None else of_each[:, None, None, None]
+        conditions.append((distance <= held(diagonal)) | (j < first))
+    if keys_exist is not None:
+        conditions.append(j < keys_exist)
+    if queries_exist is not None:
+        conditions.append((i < queries_exist) & (j >= 0))
+    seen = None
+    for condition in conditions:
+        seen = condition if seen is None else seen & condition
+    return seen
+
+
+def of_batch(lengths: Tensor | None, most: int) -> Tensor | None:
+    """As (batch, 1, 1, 1), held between 0 and the tensor's own length. Not read on the host."""
+    return None if lengths is None else lengths.long().clamp(0, most)[:, None, None, None]
+
+
+def moved(diagonal: Any, by: int) -> Any:
+    """A diagonal, a number or one for each batch entry, moved by a bound of the window."""
+    return diagonal + held(by) if isinstance(diagonal, torch.Tensor) else held(diagonal + by)
+
+
+def held(distance: Any) -> Any:
+    """In 64 bits, further than any key from any query. In a trace it may be a symbol. The difference of lengths that
+    tensors hold is small."""
+    if isinstance(distance, torch.Tensor):
+        return distance
     return max(-(2**62), min(distance, 2**62))
 
 
@@ -143,6 +181,11 @@ def check_sizes(problem: Problem) -> None:
             raise ArgumentError(
                 f"{name}: expected seqlen {keys} and dtype {problem.q.dtype}, got {tuple(x.shape)}, {x.dtype}"
             )
+    for name, x in problem.options.arrays.items():
+        if x.dtype != torch.int32 or x.dim() != 1 or x.shape[0] != batch:
+            raise ArgumentError(
+                f"{name}: expected int32 (batch,) = ({batch},), got {x.dtype} {tuple(x.shape)}"
+            )
     scale = problem.options.scale
     if scale is not None and not 0 <= scale < math.inf:
         raise ArgumentError(f"scale: expected a finite number >= 0, got {scale}")
@@ -160,7 +203,10 @@ def checked_dropout(probability: object) -> None:
 def needs_no_mask(problem: Problem) -> bool:
     """Whether torch's is_causal says it all. Keys that no row sees need a mask: they may hold NaN."""
     _, _, rows, keys = problem.sizes
-    if problem.attn_mask is not None or problem.options.has_window:
+    options = problem.options
+    if problem.attn_mask is not None or options.has_window:
+        return False
+    if options.has_lengths or options.has_prefix:
         return False
     return not problem.options.causal or (keys <= rows and problem.diagonal == 0)
 
@@ -198,7 +244,8 @@ def memory_of_sdpa(problem: Problem) -> str:
     parts = []
     if not needs_no_mask(problem):
         given = problem.attn_mask
-        whole = rows * keys * (1 + item)
+        of_each = problem.options.has_lengths or problem.options.prefixes is not None
+        whole = rows * keys * (1 + item) * (batch if of_each else 1)
         if given is not None:
             whole += (
                 2

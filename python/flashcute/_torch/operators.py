@@ -11,7 +11,13 @@ from .._arrays import library_of
 from .._call import Options, rows_of_heads, run
 from .._import_hook import when_imported
 from .framework import Tensor, torch
-from .gradients import gradient_like, gradients, no_second_derivative
+from .gradients import (
+    gradient_like,
+    gradients,
+    no_second_derivative,
+    with_tensors,
+    without_tensors,
+)
 from .worlds import as_placed
 
 # Arguments were appended, with defaults that mean what the operators did before: programs that were saved without them
@@ -30,10 +36,39 @@ def _forward(
     deterministic: bool | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
+    seqlens_q: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+    prefix: int | None = None,
+    prefixes: Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> Any:
-    window: dict[str, Any] = {"window_left": window_left, "window_right": window_right}
-    options = Options(causal, diagonal, scale, layout, None, allow_tf32, **window)
+    options = _options(
+        causal, scale, layout, diagonal, None, window_left, window_right,
+        seqlens_q, seqlens_k, prefix, prefixes, sink, allow_tf32=allow_tf32,
+    )  # fmt: skip
     return run(None, q, k, v, options, return_lse=True)
+
+
+def _options(
+    causal: bool,
+    scale: float | None,
+    layout: str,
+    diagonal: int | None = None,
+    deterministic: bool | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    seqlens_q: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+    prefix: int | None = None,
+    prefixes: Tensor | None = None,
+    sink: Tensor | None = None,
+    allow_tf32: bool = False,
+) -> Options:
+    """From the arguments of an operator, in their order, but that only the forward has `allow_tf32`."""
+    return Options(
+        causal, diagonal, scale, layout, None, allow_tf32, deterministic, False, window_left, window_right,
+        seqlens_q, seqlens_k, prefix, prefixes, sink,
+    )  # fmt: skip
 
 
 def _forward_fake(
@@ -52,33 +87,47 @@ def _backward_of(
     out: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
-    causal: bool,
-    scale: float | None,
-    layout: str,
-    diagonal: int | None = None,
-    deterministic: bool | None = None,
-    window_left: int | None = None,
-    window_right: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    window: dict[str, Any] = {"window_left": window_left, "window_right": window_right}
-    options = Options(causal, diagonal, scale, layout, deterministic=deterministic, **window)
-    return gradients(dout, q, k, v, out, lse, dlse, options)
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    return gradients(dout, q, k, v, out, lse, dlse, _options(*others))
+
+
+def _backward_with_sink_of(
+    dout: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    sink: Tensor,
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    return gradients(dout, q, k, v, out, lse, dlse, _options(*others)._replace(sink=sink))
 
 
 def forward_by_operator(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Any:
     o = options
-    return forward_operator(q, k, v, o.causal, o.scale, o.layout, o.allow_tf32, *appended(o))
+    return forward_operator(
+        q, k, v, o.causal, o.scale, o.layout, o.allow_tf32, *_appended(o), o.sink
+    )
 
 
-def appended(o: Options) -> tuple[Any, ...]:
-    """The arguments of both operators that have defaults."""
-    return o.diagonal, o.deterministic, o.window_left, o.window_right
+def _appended(o: Options) -> tuple[Any, ...]:
+    """The arguments of all operators that have defaults."""
+    return (
+        o.diagonal, o.deterministic, o.window_left, o.window_right,
+        o.seqlens_q, o.seqlens_k, o.prefix, o.prefixes,
+    )  # fmt: skip
 
 
 def backward_by_operator(*arguments: Any) -> Any:
     """Of tensors and Options, as `gradients`."""
     *tensors, o = arguments
-    return backward_operator(*tensors, o.causal, o.scale, o.layout, *appended(o))
+    others = o.causal, o.scale, o.layout, *_appended(o)
+    if o.sink is None:
+        return backward_operator(*tensors, *others)
+    return backward_with_sink_operator(*tensors, o.sink, *others)
 
 
 def _backward_fake(
@@ -87,24 +136,33 @@ def _backward_fake(
     return gradient_like(q), gradient_like(k), gradient_like(v)
 
 
+def _backward_with_sink_fake(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor, sink: Tensor,
+    *others: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return gradient_like(q), gradient_like(k), gradient_like(v), torch.empty_like(sink)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, causal, scale, layout, _, diagonal, deterministic, left, right = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    window: dict[str, Any] = {"window_left": left, "window_right": right}
-    ctx.options = Options(causal, diagonal, scale, layout, deterministic=deterministic, **window)
+    q, k, v, causal, scale, layout, _, *appended = inputs
+    ctx.options, tensors = without_tensors(_options(causal, scale, layout, *appended))
+    ctx.save_for_backward(q, k, v, *output, *tensors)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
-    found = (None, None, None)
+    found: tuple[Tensor | None, ...] = (None, None, None)
     if dout is not None or dlse is not None:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
         dout, dlse = as_placed(dout, out), as_placed(dlse, lse)
-        found = backward_by_operator(dout, q, k, v, out, lse, dlse, ctx.options)
-    return (*found, *[None] * 8)
+        options = with_tensors(ctx.options, tuple(tensors))
+        found = backward_by_operator(dout, q, k, v, out, lse, dlse, options)
+    dsink = found[3] if len(found) > 3 else None
+    return (*found[:3], *[None] * 12, dsink)
 
 
-# A vmapped dimension becomes part of the batch.
+# A vmapped dimension becomes part of the batch. Of what belongs to heads it cannot: a sink that is mapped, and any
+# gradient of a sink, make one call of each entry.
 
 
 def fold(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -120,35 +178,72 @@ def unfold(found: tuple[Tensor, ...], size: int) -> tuple[tuple[Tensor, ...], tu
     return unfolded, (0,) * len(found)
 
 
+def _folded(arguments: Any, dims: Any, size: int) -> list[Any]:
+    """All tensors with the mapped dimension in their batch, all else as it is."""
+    return [
+        fold(x, dim, size) if isinstance(x, torch.Tensor) else x
+        for x, dim in zip(arguments, dims, strict=True)
+    ]
+
+
+def _one_by_one(operator: Any, info: Any, dims: Any, arguments: Any) -> Any:
+    calls = [
+        operator(
+            *(
+                x if dim is None else x.select(dim, i)
+                for x, dim in zip(arguments, dims, strict=True)
+            )
+        )
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(x) for x in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+
 def _forward_vmap(info: Any, dims: Any, *arguments: Any) -> Any:
-    size, options = info.batch_size, arguments[3:]
-    tensors = (fold(x, dim, size) for x, dim in zip(arguments[:3], dims[:3], strict=True))
-    return unfold(forward_operator(*tensors, *options), size)
+    *others, sink = arguments
+    if sink is not None and dims[-1] is not None:
+        return _one_by_one(forward_operator, info, dims, arguments)
+    folded = _folded(others, dims[:-1], info.batch_size)
+    return unfold(forward_operator(*folded, sink), info.batch_size)
+
+
+LSE = 5  # of the backward's arguments the one that is read as contiguous
 
 
 def _backward_vmap(info: Any, dims: Any, *arguments: Any) -> Any:
-    size, options = info.batch_size, arguments[7:]
-    dout, q, k, v, out, lse, dlse = (
-        fold(x, dim, size) for x, dim in zip(arguments[:7], dims[:7], strict=True)
-    )
-    # Unlike others, lse is read as contiguous.
-    return unfold(backward_operator(dout, q, k, v, out, lse.contiguous(), dlse, *options), size)
+    folded = _folded(arguments, dims, info.batch_size)
+    folded[LSE] = folded[LSE].contiguous()
+    return unfold(backward_operator(*folded), info.batch_size)
+
+
+def _backward_with_sink_vmap(info: Any, dims: Any, *arguments: Any) -> Any:
+    def call(*entry: Any) -> Any:
+        ready = list(entry)
+        ready[LSE] = ready[LSE].contiguous()
+        return backward_with_sink_operator(*ready)
+
+    return _one_by_one(call, info, dims, arguments)
 
 
 # importlib.reload defines the operators again. torch forgets an operator's packet, also that of the new definition,
 # when the Library of a former one is collected as garbage, and FlopCounterMode does not know the packet that follows.
 _former_operators = [
     *globals().get("_former_operators", ()),
-    *(globals().get(name) for name in ("forward_operator", "backward_operator")),
+    *(globals().get(f"{name}_operator") for name in ("forward", "backward", "backward_with_sink")),
 ]
+
+_APPENDED = (
+    " SymInt? diagonal=None, bool? deterministic=None, SymInt? window_left=None, SymInt? window_right=None,"
+    " Tensor? seqlens_q=None, Tensor? seqlens_k=None, SymInt? prefix=None, Tensor? prefixes=None"
+)
+_BACKWARD = "Tensor? dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse,"
 
 forward_operator = torch.library.custom_op(
     "flashcute::flash_attention_forward",
     _forward,
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, bool causal, float? scale, str layout, bool allow_tf32,"
-    " SymInt? diagonal=None, bool? deterministic=None, SymInt? window_left=None, SymInt? window_right=None)"
-    " -> (Tensor, Tensor)",
+    f"{_APPENDED}, Tensor? sink=None) -> (Tensor, Tensor)",
 )
 forward_operator.register_fake(_forward_fake)
 forward_operator.register_autograd(_backward, setup_context=_save)
@@ -158,20 +253,30 @@ backward_operator = torch.library.custom_op(
     "flashcute::flash_attention_backward",
     _backward_of,
     mutates_args=(),
-    schema="(Tensor? dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, bool causal,"
-    " float? scale, str layout, SymInt? diagonal=None, bool? deterministic=None, SymInt? window_left=None,"
-    " SymInt? window_right=None) -> (Tensor, Tensor, Tensor)",
+    schema=f"({_BACKWARD} bool causal, float? scale, str layout,{_APPENDED}) -> (Tensor, Tensor, Tensor)",
 )
 backward_operator.register_fake(_backward_fake)
 backward_operator.register_autograd(no_second_derivative)
 backward_operator.register_vmap(_backward_vmap)
+
+# An operator of its own: the number of tensors that an operator returns is fixed.
+backward_with_sink_operator = torch.library.custom_op(
+    "flashcute::flash_attention_backward_with_sink",
+    _backward_with_sink_of,
+    mutates_args=(),
+    schema=f"({_BACKWARD} Tensor sink, bool causal, float? scale, str layout,{_APPENDED})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+backward_with_sink_operator.register_fake(_backward_with_sink_fake)
+backward_with_sink_operator.register_autograd(no_second_derivative)
+backward_with_sink_operator.register_vmap(_backward_with_sink_vmap)
 
 
 def _forward_flops(
     q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], causal: bool, scale: Any, layout: str,
     *_: object, **__: object,
 ) -> int:  # fmt: skip
-    """As torch counts its own attention: of the whole matrix, causal or not, wherever the diagonal is."""
+    """As torch counts its own attention: of the whole matrix, whatever masks hide."""
     return _scores(q, k, layout) * 2 * (q[-1] + v[-1])
 
 
@@ -181,6 +286,13 @@ def _backward_flops(
 ) -> int:  # fmt: skip
     """The scores again, dP and dV, dQ and dK."""
     return _scores(q, k, layout) * 2 * (3 * q[-1] + 2 * v[-1])
+
+
+def _backward_with_sink_flops(
+    dout: Any, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], out: Any, lse: Any, dlse: Any,
+    sink: Any, *others: Any, **more: Any,
+) -> int:  # fmt: skip
+    return _backward_flops(dout, q, k, v, out, lse, dlse, *others, **more)
 
 
 def _scores(q: tuple[int, ...], k: tuple[int, ...], layout: str) -> int:
@@ -193,6 +305,7 @@ def _register_flops() -> None:
     for operator, formula in (
         (operators.flash_attention_forward, _forward_flops),
         (operators.flash_attention_backward, _backward_flops),
+        (operators.flash_attention_backward_with_sink, _backward_with_sink_flops),
     ):
         if operator not in counter.flop_registry:  # it is, where this module is loaded again
             counter.register_flop_formula(operator)(formula)

@@ -23,7 +23,7 @@ class Problem(NamedTuple):
     @property
     def recording(self) -> bool:
         # In what explain is asked about, k and v may be another library's.
-        inputs = (self.q, self.k, self.v, self.attn_mask)
+        inputs = (self.q, self.k, self.v, self.options.sink, self.attn_mask)
         return bool(
             torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in inputs)
         )
@@ -36,6 +36,12 @@ class Problem(NamedTuple):
                 got = type(getattr(self, name)).__qualname__
                 return f"{name}: expected a torch tensor as q, got {got}"
         return None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that kernels read: q, k, v and the tensors among the options."""
+        arrays = self.options.arrays.values()
+        return [self.q, self.k, self.v, *(x for x in arrays if isinstance(x, torch.Tensor))]
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -56,9 +62,19 @@ class Problem(NamedTuple):
 
     def require_kinds(self, traced: bool) -> None:
         """Raises ArgumentError for nested, sparse and other tensors that no road serves."""
-        require_kind(traced, q=self.q, k=self.k, v=self.v)
+        require_kind(traced, q=self.q, k=self.k, v=self.v, **self.options.arrays)
         if self.attn_mask is not None:
             require_kind(traced, attn_mask=self.attn_mask)
+
+    def require_tensors(self) -> None:
+        """Raises ArgumentError for arrays beside q, k and v that are of another library, which no operator takes."""
+        for name, array in self.options.arrays.items():
+            if not isinstance(array, torch.Tensor):
+                got = type(array).__qualname__
+                raise ArgumentError(
+                    f"{name}: expected a torch tensor where the call is traced, transformed or left to torch's own "
+                    f"attention, got {got}"
+                )
 
     def without_causal_bias(self) -> Problem:
         """With what torch's CausalBias means, a mask whose elements are not there, said in our words."""
@@ -74,6 +90,10 @@ class Problem(NamedTuple):
                 f"attn_mask: expected a CausalBias of q's and k's lengths, ({rows}, {keys}), got one of "
                 f"({mask.seq_len_q}, {mask.seq_len_kv})"
             )
+        if self.options.has_lengths or self.options.has_prefix:
+            # Of a mask of the tensors' own lengths, beside others.
+            seen = torch.ones(rows, keys, dtype=torch.bool, device=self.q.device)
+            return self._replace(attn_mask=seen.tril(keys - rows if lower_right else 0))
         bias = keys - rows if lower_right else 0
         if self.options.causal:  # both masks hold
             bias = min(bias, self.diagonal)
@@ -102,4 +122,7 @@ class Problem(NamedTuple):
             return x.to(dtype) if narrow and x.dtype != torch.float64 else x
 
         q, k, v, mask = (cast(x) for x in (self.q, self.k, self.v, self.attn_mask))
-        return self._replace(q=q, k=k, v=v, attn_mask=mask)
+        sink, options = self.options.sink, self.options
+        if isinstance(sink, torch.Tensor) and sink.dtype != torch.float32:  # which goes with any q
+            options = options._replace(sink=cast(sink))
+        return self._replace(q=q, k=k, v=v, options=options, attn_mask=mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ class Sharding(NamedTuple):
     keys: Any  # k and v
     dkeys: Any  # their gradients
     lse: Any
+    lengths: Any  # seqlens_q, seqlens_k, prefixes
+    sink: Any
+    dsink: Any
 
 
 def shardings_of(q: Any, k: Any, v: Any, layout: str) -> list[Sharding]:
@@ -24,11 +28,15 @@ def shardings_of(q: Any, k: Any, v: Any, layout: str) -> list[Sharding]:
     placements of which no rank could compute its part alone."""
     shard, replicate, partial = _placements()
     heads = 2 if layout == "bshd" else 1
-    whole = Sharding(replicate(), replicate(), replicate(), replicate())
-    of_batch = Sharding(shard(0), shard(0), shard(0), shard(0))
-    of_heads = Sharding(shard(heads), shard(heads), shard(heads), shard(1))
+    all_of_it = replicate(), replicate(), replicate()  # lengths, sink and its gradient
+    whole = Sharding(replicate(), replicate(), replicate(), replicate(), *all_of_it)
+    # Each rank needs all of the sink for its part of the batch, and has a part of the sum that is its gradient.
+    of_entries = shard(0), replicate(), partial()
+    of_batch = Sharding(shard(0), shard(0), shard(0), shard(0), *of_entries)
+    its_heads = replicate(), shard(0), shard(0)
+    of_heads = Sharding(shard(heads), shard(heads), shard(heads), shard(1), *its_heads)
     # With a single key head each rank needs all of k and v, and has a part of the sum that is their gradient.
-    of_queries = Sharding(shard(heads), replicate(), partial(), shard(1))
+    of_queries = Sharding(shard(heads), replicate(), partial(), shard(1), *its_heads)
     multi_query = k.shape[heads] == 1
 
     found = []
@@ -104,16 +112,50 @@ def _offered(found: list[Sharding]) -> list[Sharding]:
 
 
 def _forward_sharding(
-    q: Any, k: Any, v: Any, causal: bool, scale: Any, layout: str, *_: object
+    q: Any, k: Any, v: Any, causal: bool, scale: Any, layout: str, *others: Any
 ) -> Any:
-    offered = _offered(shardings_of(q, k, v, layout))
-    return [([s.rows, s.lse], [s.rows, s.keys, s.keys]) for s in offered]
+    found = shardings_of(q, k, v, layout)
+    lengths, sink = _arrays_of(others[5:])
+    _require_placed(found, lengths, sink)
+    return [
+        ([s.rows, s.lse], [s.rows, s.keys, s.keys, *_of_arrays(s, lengths, sink)])
+        for s in _offered(found)
+    ]
 
 
 def _backward_sharding(
     dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any,
-    causal: bool, scale: Any, layout: str, *_: object,
+    causal: bool, scale: Any, layout: str, *others: Any,
 ) -> Any:  # fmt: skip
+    found, inputs = _backward_inputs(dout, q, k, v, out, lse, dlse, layout)
+    lengths, _ = _arrays_of(others[4:])
+    _require_placed(found, lengths, None)
+    return [
+        ([s.rows, s.dkeys, s.dkeys], [*inputs(s), *_of_arrays(s, lengths, None)])
+        for s in _offered(found)
+    ]
+
+
+def _backward_with_sink_sharding(
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, sink: Any,
+    causal: bool, scale: Any, layout: str, *others: Any,
+) -> Any:  # fmt: skip
+    found, inputs = _backward_inputs(dout, q, k, v, out, lse, dlse, layout)
+    lengths, _ = _arrays_of(others[4:])
+    _require_placed(found, lengths, sink)
+    return [
+        (
+            [s.rows, s.dkeys, s.dkeys, s.dsink],
+            [*inputs(s), s.sink, *_of_arrays(s, lengths, None)],
+        )
+        for s in _offered(found)
+    ]
+
+
+def _backward_inputs(
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, layout: str
+) -> tuple[list[Sharding], Callable[[Sharding], list[Any]]]:
+    """The shardings, and the placements of these tensors in one of them."""
     found = shardings_of(q, k, v, layout)
     for name, x in (("dout", dout), ("out", out), ("lse", lse), ("dlse", dlse)):
         expected = tuple(s.lse if name in ("lse", "dlse") else s.rows for s in found)
@@ -121,31 +163,51 @@ def _backward_sharding(
             raise UnsupportedError(
                 f"{name}: expected the placements {expected}, as of the forward call, got {tuple(x.placements)}"
             )
-    return [
-        (
-            [s.rows, s.dkeys, s.dkeys],
-            [dout and s.rows, s.rows, s.keys, s.keys, s.rows, s.lse, dlse and s.lse],
-        )
-        for s in _offered(found)
-    ]
+    return found, lambda s: [
+        dout and s.rows, s.rows, s.keys, s.keys, s.rows, s.lse, dlse and s.lse
+    ]  # fmt: skip
+
+
+def _arrays_of(others: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
+    """Of the operators' last arguments, from seqlens_q on: the arrays of the batch that are given, and the sink."""
+    seqlens_q, seqlens_k, _, prefixes, sink = (*others, *[None] * 5)[:5]
+    given = {"seqlens_q": seqlens_q, "seqlens_k": seqlens_k, "prefix": prefixes}
+    return {name: x for name, x in given.items() if x is not None}, sink
+
+
+def _of_arrays(s: Sharding, lengths: dict[str, Any], sink: Any) -> list[Any]:
+    """Placements in one sharding, as many as there are arrays."""
+    return [*[s.lengths] * len(lengths), *([] if sink is None else [s.sink])]
+
+
+def _require_placed(found: list[Sharding], lengths: dict[str, Any], sink: Any) -> None:
+    """Raises UnsupportedError for arrays that do not lie as q, k and v do."""
+    arrays = {**lengths, "sink": sink} if sink is not None else lengths
+    for name, x in arrays.items():
+        expected = tuple(s.sink if name == "sink" else s.lengths for s in found)
+        if tuple(x.placements) != expected:
+            raise UnsupportedError(
+                f"{name}: expected the placements {expected} beside q, k and v, got {tuple(x.placements)}: "
+                f"{name}.redistribute(placements=...) moves it"
+            )
 
 
 def register_shardings() -> None:
-    """Tells DTensor how both operators may lie over the ranks."""
+    """Tells DTensor how the operators may lie over the ranks."""
     register = import_module("torch.distributed.tensor.experimental").register_sharding
     operators = torch.ops.flashcute
-    forward, backward = (
-        operators.flash_attention_forward.default,
-        operators.flash_attention_backward.default,
-    )
-    register(forward)(_forward_sharding)
-    register(backward)(_backward_sharding)
+    rules = [
+        (operators.flash_attention_forward.default, _forward_sharding, 3),
+        (operators.flash_attention_backward.default, _backward_sharding, 7),
+        (operators.flash_attention_backward_with_sink.default, _backward_with_sink_sharding, 8),
+    ]
     # DTensor keeps what it found by the tensors, and by the arguments after the first integer alone: of two layouts it
     # would take the first one's. The rest of the arguments counts as well.
     schema = import_module("torch.distributed.tensor._op_schema")
     propagator = import_module(
         "torch.distributed.tensor"
     ).DTensor._op_dispatcher.sharding_propagator
-    for operator, tensors in ((forward, 3), (backward, 7)):
+    for operator, rule, tensors in rules:
+        register(operator)(rule)
         info = schema.RuntimeSchemaInfo(static_argnum=tensors, needs_pytree=True)
         propagator.op_to_schema_info[operator] = info

@@ -14,12 +14,12 @@ def is_traced(problem: Problem) -> bool:
     does not have: forward-mode ones, and those of torch.func."""
     if torch.compiler.is_compiling():
         return True
-    if differentiates_as_function(*problem[:3]):
+    if differentiates_as_function(*problem.tensors):
         raise UnsupportedError(
             "flash_attention has no forward-mode derivative and none of torch.func: use requires_grad and "
             f"backward, or {SDPA}"
         )
-    return is_observed(*problem[:3])
+    return is_observed(*problem.tensors)
 
 
 def differentiates_as_function(*tensors: Tensor) -> bool:

@@ -14,6 +14,7 @@ import pytest
 from flashcute import attention, configurations, inspection
 from flashcute._call import Options, checked_options
 from optional_torch import REASON, torch
+from tensors import with_variant
 
 dispatch, autograd, fallback, gradients, problem = (
     pytest.importorskip(f"flashcute._torch.{name}", reason=REASON, exc_type=ImportError)
@@ -28,6 +29,11 @@ OPTIONS: dict[str, Any] = {
     "allow_tf32": True,
     "deterministic": True,
     "window": (3, 1),
+    "prefix": 2,
+    "prefixes": torch.tensor([3], dtype=torch.int32),
+    "seqlens_q": torch.tensor([4], dtype=torch.int32),
+    "seqlens_k": torch.tensor([6], dtype=torch.int32),
+    "sink": torch.tensor([0.5, -1.0]),
 }
 
 
@@ -90,13 +96,18 @@ def test_a_checked_value_is_an_ordinary_one() -> None:
     assert made._replace(causal=False).diagonal == 0
 
 
+def same(a: Any, b: Any) -> bool:
+    return np.array_equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_reaches_every_call(core: Recorder, name: str) -> None:
     """An option that a road drops on its way: computed as if it were not given."""
-    given: dict[str, Any] = {name: OPTIONS[name]}
-    if name == "diagonal":
+    given: dict[str, Any] = {"prefix" if name == "prefixes" else name: OPTIONS[name]}
+    if name in ("diagonal", "prefix", "prefixes"):
         given["causal"] = True
     plain = {n: x for n, x in given.items() if n not in ("allow_tf32", "deterministic")}
+    plain = plain if name in ("scale", "layout") else with_variant(**plain)
     q, k, v = qkv()
     with torch.no_grad():
         q_heads = q if name == "layout" else q.transpose(1, 2)
@@ -109,7 +120,9 @@ def test_every_option_reaches_every_call(core: Recorder, name: str) -> None:
             left, right = wanted["window"]
             wanted = {**wanted, "window_left": left, "window_right": right}
             del wanted["window"]
-        assert {n: getattr(found, n) for n in wanted} == wanted
+        if name == "prefixes":
+            wanted = {**wanted, "prefixes": wanted["prefix"], "prefix": None}
+        assert all(same(getattr(found, n), x) for n, x in wanted.items())
 
     fc.flash_attention(*(x.numpy() for x in arrays), **given)
     check("forward", given)
@@ -123,14 +136,15 @@ def test_every_option_reaches_every_call(core: Recorder, name: str) -> None:
     check("explain", {**given, "gradients_follow": True})
     cfg = fc.default_config(8, "float32", "cpu")
     out, lse = fc.forward(cfg, *arrays, return_lse=True, **plain)
-    check("forward", plain)
+    known = {n: x for n, x in given.items() if n not in ("allow_tf32", "deterministic")}
+    check("forward", known)
     gradients = fc.default_backward_config(8, "float32", "cpu")
     fc.backward(gradients, torch.ones_like(out), *arrays, out, lse, **plain)
-    check("backward", plain)
-    check("backward_workspace_size", plain)
+    check("backward", known)
+    check("backward_workspace_size", known)
     if name != "scale":
         fc.count_blocks(cfg, *arrays, **plain)
-        check("forward", plain)
+        check("forward", known)
     leaves = [x.detach().requires_grad_() for x in arrays]
     fc.flash_attention(*leaves, **given).sum().backward()
     check("forward", {**given, "gradients_follow": True})

@@ -61,7 +61,8 @@ def test_forward(rng: np.random.Generator, where: str, dtype: str, sq: int, sk: 
         # One row that sees few keys has so few elements that the naive error may be 0.
         oracle.assert_accurate(at, *found, tiny=True)
         cfg = fc.default_config(16, dtype, arch_of(where))
-        again = fc.forward(cfg, q, k, v, causal=True, diagonal=diagonal, return_lse=True)
+        variant = fc.Variant(causal=True, diagonal=diagonal)
+        again = fc.forward(cfg, q, k, v, variant=variant, return_lse=True)
         oracle.assert_accurate(at, *again, tiny=True)
 
 
@@ -83,7 +84,8 @@ def test_gradients(rng: np.random.Generator, where: str, dtype: str, sq: int, sk
         oracle_backward.assert_accurate(at, found)
         cfg = fc.default_backward_config(16, dtype, arch_of(where), deterministic=True)
         inputs = (x.detach() for x in (dout, q, k, v, out, lse))
-        for a, b in zip(fc.backward(cfg, *inputs, dlse=dlse, **options), found, strict=True):
+        again = fc.backward(cfg, *inputs, dlse=dlse, variant=fc.Variant(**options))
+        for a, b in zip(again, found, strict=True):
             assert torch.equal(a, b)
 
 
@@ -149,7 +151,7 @@ def test_count_blocks(device: str, sq: int, sk: int) -> None:
     if device == "cuda":
         cfg = fc.default_config(64, "float16", "sm_80")
     for diagonal in (-1000, -20, 0, 33, 1000):
-        found = fc.count_blocks(cfg, q, k, v, causal=True, diagonal=diagonal)
+        found = fc.count_blocks(cfg, q, k, v, variant=fc.Variant(causal=True, diagonal=diagonal))
         expected = expected_block_counts(cfg, sq, sk, True, diagonal)
         assert torch.equal(found.cpu()[0, 0], expected)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import flashcute as fc
+import numpy as np
 import pytest
 from conftest import environment
 
@@ -536,12 +537,24 @@ def test_prebuild_of_one_mask(
         fc.prebuild(CONFIG, arch="sm_90", causal=causal)
 
 
-def test_prebuild_of_windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Kernels of windows, which no build holds ahead of time, could not be compiled before they are needed."""
+ONES = np.ones(1, np.int32)
+VARIANTS = [
+    (fc.Variant(), "full"), (fc.Variant(causal=True, diagonal=3), "causal"), (fc.Variant(window=(-1, 5)), "causal"),
+    (fc.Variant(window=(0, -1)), "band"), (fc.Variant(causal=True, window=(9, 0)), "band"),
+    (fc.Variant(causal=True, prefix=3), "band"), (fc.Variant(causal=True, prefix=ONES), "band"),
+    (fc.Variant(seqlens_q=ONES), "band"), (fc.Variant(seqlens_k=ONES), "band"), (fc.Variant(sink=ONES), "band"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variant", "mask"), VARIANTS, ids=range(len(VARIANTS)))
+def test_prebuild_of_variants(
+    variant: fc.Variant, mask: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Other kernels than those of the calls, which would compile them when they are needed."""
     monkeypatch.setenv("FLASHCUTE_JIT", "off")
     monkeypatch.setenv("FLASHCUTE_CACHE_DIR", str(tmp_path))
-    with pytest.raises(fc.UnsupportedError, match=FULL.replace("_full", "_band")):
-        fc.prebuild(CONFIG, arch="sm_90", window=True)
+    with pytest.raises(fc.UnsupportedError, match=FULL.replace("_full", f"_{mask}")):
+        fc.prebuild(CONFIG, arch="sm_90", variant=variant)
 
 
 @pytest.mark.parametrize("causal", [1, "yes"])
@@ -556,10 +569,16 @@ def test_prebuild_of_nothing() -> None:
     assert fc.prebuild([], arch="sm_90") == {}
 
 
-@pytest.mark.parametrize(("window", "causal"), [(1, None), (True, True), (True, False)])
-def test_windows_are_compiled_without_other_masks(window: Any, causal: bool | None) -> None:
-    """Both at once would leave one out."""
-    with pytest.raises(
-        fc.ArgumentError, match=r"^window: expected True or False, and True without"
-    ):
-        fc.prebuild(CONFIG, arch="sm_90", causal=causal, window=window)
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"variant": 1}, r"^variant: expected a Variant or None, got 1"),
+        ({"variant": fc.Variant(causal=True), "causal": True}, r"^causal: expected None beside variant="),
+        ({"variant": fc.Variant(), "causal": False}, r"^causal: expected None beside variant="),
+    ],
+    ids=["number", "causal", "not causal"],
+)  # fmt: skip
+def test_a_variant_says_it_all(given: Any, says: str) -> None:
+    """Two that say which mask: one would be left out."""
+    with pytest.raises(fc.ArgumentError, match=says):
+        fc.prebuild(CONFIG, arch="sm_90", **given)

@@ -1,0 +1,79 @@
+"""What `forward` and `backward` compute, as one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ._arrays import Array
+from ._call import Options, checked_options, require_arrays
+from ._core import ArgumentError
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Variant:
+    """What attention is computed: the same value for `forward` and for `backward`, so that the gradients are those of
+    the function that was computed.
+
+    causal: query i sees key j if and only if j <= i + diagonal.
+    diagonal: of the causal mask and the window. "end" is seqlen_k - seqlen_q: the last query is aligned to the last
+        key; "start" is 0: the first query is aligned to the first key; or an integer, which may be negative. Without
+        causal=True or a window only "end" is allowed.
+    window: (left, right): query i sees keys from i + diagonal - left to i + diagonal + right, both included; -1 or None
+        is no limit. With causal=True it also sees no key after i + diagonal. A causal window of w keys, the query's own
+        included, is causal=True, window=(w - 1, 0).
+    prefix: with causal=True, keys that every query sees, whatever the causal mask hides: those before this number, an
+        integer >= 0 or one for each batch entry, int32 (batch,). The window still cuts them.
+    seqlens_q, seqlens_k: how many queries and keys of each batch entry exist, int32 (batch,); default all. Numbers
+        below 0 count as 0, those above the length of q or k as that. A query beyond has output 0, LSE -inf and gradient
+        0; a key beyond is seen by none, and its gradients are 0. It does not matter what memory holds there, NaN
+        included. The diagonal "end" of entry b is seqlens_k[b] - seqlens_q[b].
+    sink: (heads,), float32 or q's dtype: for each query head a logit beside the scaled scores, as of a key that every
+        query sees and whose value is 0. Neither scale nor masks apply to it. The LSE includes it. A query that sees no
+        key has output 0 and LSE sink.
+
+    The arrays are contiguous and on q's device, and may be of any library that supports DLPack. No call reads their
+    values on the host: they may change between the replays of a CUDA graph. Masks AND: none switches another off.
+
+    Raises ArgumentError for what is wrong whatever q, k and v are; the rest is checked in the calls.
+    """
+
+    causal: bool = False
+    diagonal: str | int = "end"
+    window: tuple[int | None, int | None] | None = None
+    prefix: int | Array | None = None
+    seqlens_q: Array | None = None
+    seqlens_k: Array | None = None
+    sink: Array | None = None
+
+    def __post_init__(self) -> None:
+        require_arrays(options_of(self).arrays)
+
+
+def options_of(
+    variant: Variant | None,
+    causal: object = False,
+    scale: object = None,
+    layout: object = "bshd",
+    stream: object = None,
+) -> Options:
+    """The options of a call that takes `variant`, or `causal` alone."""
+    if variant is None:
+        return checked_options(causal, "end", scale, layout, stream)
+    if not isinstance(variant, Variant):
+        raise ArgumentError(f"variant: expected a Variant or None, got {variant!r}")
+    if causal is not False:
+        raise ArgumentError(
+            f"causal: expected none beside variant=, which has its own, got {causal!r}"
+        )
+    return checked_options(
+        variant.causal,
+        variant.diagonal,
+        scale,
+        layout,
+        stream,
+        window=variant.window,
+        prefix=variant.prefix,
+        seqlens_q=variant.seqlens_q,
+        seqlens_k=variant.seqlens_k,
+        sink=variant.sink,
+    )
