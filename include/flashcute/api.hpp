@@ -60,6 +60,18 @@ struct CallOptions {
   // How many keys before and after the diagonal a query sees, beside the key on it: i + diagonal - left <= j <= i +
   // diagonal + right. Counts >= 0; default no limit. With causal, `right` changes nothing.
   std::optional<int64_t> window_left, window_right;
+  // Of each batch entry, how many of its queries and of its keys exist: int32 (batch,), contiguous, on the tensors'
+  // device; null: all. Numbers below 0 count as 0, those above the tensor's length as that. A query that does not exist
+  // has output 0, LSE -inf and gradient 0; a key that does not exist is not read, and its gradients are 0. A diagonal
+  // that is not given is the difference of these lengths.
+  TensorView const *seqlens_q = nullptr, *seqlens_k = nullptr;
+  // With causal: the keys before this number are visible to every query, as far as the window reaches. One number >= 0
+  // for all batch entries, or int32 (batch,), contiguous, on the tensors' device.
+  std::optional<int64_t> prefix;
+  TensorView const* prefixes = nullptr;
+  // A further logit of each query head, (heads,), contiguous, fp32 or q's dtype: it takes part in the softmax, as it is,
+  // and its value is 0. The LSE includes it.
+  TensorView const* sink = nullptr;
   std::optional<double> scale;  // of the scores, finite and >= 0; default head_dim^-0.5
   Layout layout = Layout::bshd;
   void* stream = nullptr;      // CUstream of the tensors' device; the default stream if null
@@ -71,6 +83,10 @@ struct CallOptions {
 };
 
 inline bool has_window(CallOptions const& options) { return options.window_left || options.window_right; }
+inline bool has_lengths(CallOptions const& options) {
+  return options.seqlens_q != nullptr || options.seqlens_k != nullptr;
+}
+inline bool has_prefix(CallOptions const& options) { return options.prefix || options.prefixes != nullptr; }
 
 /// How the gradients of a call are computed, and why.
 struct BackwardExplanation {

@@ -14,8 +14,9 @@ namespace flashcute::python {
 
 /// CallOptions as Python has them: without a stream, q's library says on which one a call on a GPU runs.
 struct PythonOptions {
-  CallOptions options;
+  CallOptions options;  // without arrays
   std::optional<std::uintptr_t> stream;
+  nb::handle seqlens_q, seqlens_k, prefixes, sink;
 
   /// What a tensor's library is told when it exports q.
   nb::object stream_object() const { return stream ? nb::object(nb::int_(*stream)) : nb::none(); }
@@ -24,7 +25,8 @@ struct PythonOptions {
 // The members of the tuple Options of _call.py. Python makes one in every call, so it is read by position.
 constexpr std::array option_names = {"causal",      "diagonal",    "scale",         "layout",
                                      "stream",      "allow_tf32",  "deterministic", "gradients_follow",
-                                     "window_left", "window_right"};
+                                     "window_left", "window_right", "seqlens_q",     "seqlens_k",
+                                     "prefix",      "prefixes",     "sink"};
 
 }  // namespace flashcute::python
 
@@ -43,7 +45,9 @@ struct nanobind::detail::type_caster<flashcute::python::PythonOptions> {
     auto const item = [&] { return handle(PyTuple_GET_ITEM(source.ptr(), next++)); };
     return read(item(), o.causal) && read(item(), o.diagonal) && read(item(), o.scale) && read(item(), o.layout) &&
            read(item(), value.stream) && read(item(), o.allow_tf32) && read(item(), o.deterministic) &&
-           read(item(), o.gradients_follow) && read(item(), o.window_left) && read(item(), o.window_right);
+           read(item(), o.gradients_follow) && read(item(), o.window_left) && read(item(), o.window_right) &&
+           read(item(), value.seqlens_q) && read(item(), value.seqlens_k) && read(item(), o.prefix) &&
+           read(item(), value.prefixes) && read(item(), value.sink);
   }
 
  private:
@@ -58,6 +62,11 @@ struct nanobind::detail::type_caster<flashcute::python::PythonOptions> {
     bool const bhsd = PyUnicode_CompareWithASCIIString(object.ptr(), "bhsd") == 0;
     option = bhsd ? flashcute::Layout::bhsd : flashcute::Layout::bshd;
     return bhsd || PyUnicode_CompareWithASCIIString(object.ptr(), "bshd") == 0;
+  }
+
+  static bool read(handle object, handle& array) {
+    array = object;
+    return true;
   }
 
   template <class Value>
@@ -76,6 +85,29 @@ nb::object choose_stream(Tensor const& q, PythonOptions const& options, void*& l
   launch_stream = options.stream ? reinterpret_cast<void*>(*options.stream) : q.current_stream();
   return nb::int_(reinterpret_cast<std::uintptr_t>(launch_stream));
 }
+
+/// The arrays among the options, as tensors to which `options` points.
+class OptionTensors {
+ public:
+  /// `stream`: what their libraries are told. `launches`: work on them will be launched on `options.stream`.
+  OptionTensors(PythonOptions const& given, nb::handle stream, CallOptions& options, bool launches) {
+    for (auto const& [argument, array, tensor, view] :
+         {std::tuple{"seqlens_q", given.seqlens_q, &seqlens_q_, &options.seqlens_q},
+          std::tuple{"seqlens_k", given.seqlens_k, &seqlens_k_, &options.seqlens_k},
+          std::tuple{"prefix", given.prefixes, &prefixes_, &options.prefixes},
+          std::tuple{"sink", given.sink, &sink_, &options.sink}}) {
+      if (array.is_none()) continue;
+      tensor->emplace(argument, array, stream);
+      *view = &(*tensor)->view();
+      if (launches && !given.stream) (*tensor)->require_stream(argument, options.stream);
+    }
+  }
+  OptionTensors(OptionTensors const&) = delete;
+  OptionTensors& operator=(OptionTensors const&) = delete;
+
+ private:
+  std::optional<Tensor> seqlens_q_, seqlens_k_, prefixes_, sink_;
+};
 
 template <class Config>
 std::optional<Config> optional_of(Config const* config) {
@@ -100,6 +132,7 @@ void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::h
       if (*t) (*t)->require_stream(argument, options.stream);
     }
   }
+  OptionTensors const held(given, launch_stream, options, true);
   ReleaseGil const released;
   forward(optional_of(config), tq.view(), tk->view(), tv->view(), to->view(), tl ? &tl->view() : nullptr, options,
           tc ? &tc->view() : nullptr);
@@ -121,6 +154,7 @@ void call_backward(BackwardConfig const* config, nb::handle dout, nb::handle q, 
     t->emplace(argument, array, launch_stream);
     if (!given.stream) (*t)->require_stream(argument, options.stream);
   }
+  OptionTensors const held(given, launch_stream, options, true);
   ReleaseGil const released;
   backward(optional_of(config), tdout->view(), tq.view(), tk->view(), tv->view(), to->view(), tlse->view(),
            tdlse ? &tdlse->view() : nullptr, tdq->view(), tdk->view(), tdv->view(), options,
@@ -136,8 +170,10 @@ int64_t call_backward_workspace_size(BackwardConfig const* config, nb::handle q,
 
 BackwardConfig call_backward_config_for(nb::handle q, nb::handle k, nb::handle v, PythonOptions const& given) {
   Tensor const tq("q", q, nb::none()), tk("k", k, nb::none()), tv("v", v, nb::none());
+  CallOptions options = given.options;
+  OptionTensors const held(given, nb::none(), options, false);
   ReleaseGil const released;
-  return backward_config_for(tq.view(), tk.view(), tv.view(), {}, given.options);
+  return backward_config_for(tq.view(), tk.view(), tv.view(), {}, options);
 }
 
 Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k, nb::handle v, nb::handle out,
@@ -148,8 +184,10 @@ Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k
   }
   std::optional<Tensor> to;
   if (!out.is_none()) to.emplace("out", out, nb::none());
+  CallOptions options = given.options;
+  OptionTensors const held(given, nb::none(), options, false);
   ReleaseGil const released;
-  return explain(optional_of(config), tq.view(), tk.view(), tv.view(), given.options, to ? &to->view() : nullptr);
+  return explain(optional_of(config), tq.view(), tk.view(), tv.view(), options, to ? &to->view() : nullptr);
 }
 
 }  // namespace
@@ -168,7 +206,9 @@ void bind_calls(nb::module_& m) {
       "check_problem",
       [](nb::handle q, nb::handle k, nb::handle v, PythonOptions const& given) {
         Tensor const tq("q", q, nb::none()), tk("k", k, nb::none()), tv("v", v, nb::none());
-        check_problem(tq.view(), tk.view(), tv.view(), given.options);
+        CallOptions options = given.options;
+        OptionTensors const held(given, nb::none(), options, false);
+        check_problem(tq.view(), tk.view(), tv.view(), options);
       },
       "q"_a.none(), "k"_a.none(), "v"_a.none(), "options"_a);
   m.def("explain", &call_explain, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "out"_a.none(),

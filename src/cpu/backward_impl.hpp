@@ -66,13 +66,13 @@ class BackwardTile {
  public:
   static void run_queries(BackwardConfig const& config, MaskFunctions const& mask, BackwardParams const& params,
                           int64_t index, void* memory) {
-    QueryTile const tile = QueryTile::at(params.forward, index, config.block_m);
+    Queries const tile = Queries::at(params.forward, index, config.block_m);
     BackwardTile{config, mask, params, BackwardPass::queries, tile.rows, memory}.compute(tile);
   }
 
   static void run_keys(BackwardConfig const& config, MaskFunctions const& mask, BackwardParams const& params,
                        int64_t index, void* memory) {
-    KeyTile const tile = KeyTile::at(params.forward, index, config.block_n);
+    Keys const tile = Keys::at(params.forward, index, config.block_n);
     BackwardTile{config, mask, params, BackwardPass::keys, tile.rows, memory}.compute(tile);
   }
 
@@ -91,9 +91,9 @@ class BackwardTile {
         dx_factor_{split_scale(p_.forward.scale)} {}
 
   /// delta and dQ of a tile of query rows.
-  void compute(QueryTile const& tile) const {
-    load_tile(at(f_.q, f_.q_stride, tile.batch, tile.head, tile.row0), f_.q_stride,
-              at(p_.dout, p_.dout_stride, tile.batch, tile.head, tile.row0), p_.dout_stride);
+  void compute(Queries const& tile) const {
+    load_tile(at(f_.q, f_.q_stride, tile.entry.batch, tile.head, tile.row0), f_.q_stride,
+              at(p_.dout, p_.dout_stride, tile.entry.batch, tile.head, tile.row0), p_.dout_stride);
     T* const lse = memory_ + layout_.lse;
     T* const delta = memory_ + layout_.delta;
     compute_delta(tile, static_cast<T*>(p_.delta) + tile.lse_offset(f_));
@@ -108,22 +108,23 @@ class BackwardTile {
       int const key0 = n * block_n_;
       int const keys = min_of(block_n_, tile.sequence(f_).keys() - key0);  // nothing beyond the sequence is touched
       auto const visible = [=](int r, int c) { return visible_keys[c].has(key0 + r); };
-      RowMajor<T> const k = load_block(at(f_.k, f_.k_stride, tile.batch, tile.kv_head, key0), f_.k_stride.row, keys,
+      RowMajor<T> const k = load_block(at(f_.k, f_.k_stride, tile.entry.batch, tile.kv_head, key0), f_.k_stride.row, keys,
                                        f_.head_dim, memory_ + layout_.block_x);
-      RowMajor<T> const v = load_block(at(f_.v, f_.v_stride, tile.batch, tile.kv_head, key0), f_.v_stride.row, keys,
+      RowMajor<T> const v = load_block(at(f_.v, f_.v_stride, tile.entry.batch, tile.kv_head, key0), f_.v_stride.row, keys,
                                        f_.head_dim_v, memory_ + layout_.block_y);
       compute_scores(k, v, keys, PerColumn<T>{lse}, PerColumn<T>{delta}, partial, visible);
       add_product(k, keys, f_.head_dim, layout_.ds, layout_.dx, partial, visible);  // dQ^T += K^T dS^T
       if (n > 0 && n % blocks_per_total == 0) dq.add();
     });
     dq.finish();
-    store_transposed(layout_.dx, f_.head_dim, dx_factor_.after, p_.dq, p_.dq_stride, tile.batch, tile.head, tile.row0);
+    store_transposed(layout_.dx, f_.head_dim, dx_factor_.after, p_.dq, p_.dq_stride, tile.entry.batch, tile.head, tile.row0,
+                     tile.existing(f_));
   }
 
   /// dK and dV of a tile of keys, summed over the query heads of the group.
-  void compute(KeyTile const& tile) const {
-    load_tile(at(f_.k, f_.k_stride, tile.batch, tile.kv_head, tile.row0), f_.k_stride,
-              at(f_.v, f_.v_stride, tile.batch, tile.kv_head, tile.row0), f_.v_stride);
+  void compute(Keys const& tile) const {
+    load_tile(at(f_.k, f_.k_stride, tile.entry.batch, tile.kv_head, tile.row0), f_.k_stride,
+              at(f_.v, f_.v_stride, tile.entry.batch, tile.kv_head, tile.row0), f_.v_stride);
     T* const lse = memory_ + layout_.lse;
     T* const delta = memory_ + layout_.delta;
     int const group = f_.heads / f_.kv_heads;
@@ -138,11 +139,11 @@ class BackwardTile {
         int const rows = min_of(block_m_, tile.sequence(f_).rows() - row0);
         if constexpr (partial.value) mask_.keys_of_queries(row0, rows, tile.sequence(f_), visible_keys);
         auto const visible = [=, key0 = tile.row0](int r, int c) { return visible_keys[r].has(key0 + c); };
-        RowMajor<T> const q = load_block(at(f_.q, f_.q_stride, tile.batch, head, row0), f_.q_stride.row, rows,
+        RowMajor<T> const q = load_block(at(f_.q, f_.q_stride, tile.entry.batch, head, row0), f_.q_stride.row, rows,
                                          f_.head_dim, memory_ + layout_.block_x);
-        RowMajor<T> const dout = load_block(at(p_.dout, p_.dout_stride, tile.batch, head, row0), p_.dout_stride.row,
+        RowMajor<T> const dout = load_block(at(p_.dout, p_.dout_stride, tile.entry.batch, head, row0), p_.dout_stride.row,
                                             rows, f_.head_dim_v, memory_ + layout_.block_y);
-        int64_t const first = lse_offset(f_, tile.batch, head) + row0;
+        int64_t const first = lse_offset(f_, tile.entry.batch, head) + row0;
         load_per_query(static_cast<T const*>(f_.lse) + first, log2_e<double>, rows, rows, lse);
         load_per_query(static_cast<T const*>(p_.delta) + first, dx_factor_.before, rows, rows, delta);
         if (blocks++ == blocks_per_total) dk.add(), dv.add(), blocks = 1;
@@ -153,9 +154,10 @@ class BackwardTile {
     }
     dk.finish();
     dv.finish();
-    store_transposed(layout_.dx, f_.head_dim, dx_factor_.after, p_.dk, p_.dk_stride, tile.batch, tile.kv_head,
-                     tile.row0);
-    store_transposed(layout_.dy, f_.head_dim_v, 1, p_.dv, p_.dv_stride, tile.batch, tile.kv_head, tile.row0);
+    store_transposed(layout_.dx, f_.head_dim, dx_factor_.after, p_.dk, p_.dk_stride, tile.entry.batch, tile.kv_head,
+                     tile.row0, tile.existing(f_));
+    store_transposed(layout_.dy, f_.head_dim_v, 1, p_.dv, p_.dv_stride, tile.entry.batch, tile.kv_head, tile.row0,
+                     tile.existing(f_));
   }
 
   // ---- the mathematics of a block --------------------------------------------------------------------
@@ -195,15 +197,15 @@ class BackwardTile {
   }
 
   /// delta of a tile of queries, to `to`.
-  void compute_delta(QueryTile const& tile, T* to) const {
+  void compute_delta(Queries const& tile, T* to) const {
     T* const out = memory_ + layout_.out_row;
     T* const dout = memory_ + layout_.dout_row;
     int const width = f_.head_dim_v;
     int const padded = ceil_div(width, lanes<T>) * lanes<T>;
     for (int i = width; i < padded; ++i) out[i] = dout[i] = 0;
     for (int m = 0; m < tile.rows; ++m) {
-      widen(at(f_.out, f_.out_stride, tile.batch, tile.head, tile.row0 + m), out, width);
-      widen(at(p_.dout, p_.dout_stride, tile.batch, tile.head, tile.row0 + m), dout, width);
+      widen(at(f_.out, f_.out_stride, tile.entry.batch, tile.head, tile.row0 + m), out, width);
+      widen(at(p_.dout, p_.dout_stride, tile.entry.batch, tile.head, tile.row0 + m), dout, width);
       Vector<T> products = {};
       for (int i = 0; i < padded; i += lanes<T>) products += load(out + i) * load(dout + i);
       T sum = 0;
@@ -212,9 +214,9 @@ class BackwardTile {
     }
   }
 
-  T dlse(QueryTile const& tile, int m) const {
+  T dlse(Queries const& tile, int m) const {
     if (p_.dlse == nullptr) return 0;
-    return static_cast<T const*>(p_.dlse)[row_offset(p_.dlse_stride, tile.batch, tile.head, tile.row0 + m)];
+    return static_cast<T const*>(p_.dlse)[row_offset(p_.dlse_stride, tile.entry.batch, tile.head, tile.row0 + m)];
   }
 
   // ---- from and to the tensors -----------------------------------------------------------------------
@@ -256,12 +258,14 @@ class BackwardTile {
     for (int m = count; m < padded; ++m) to[m] = 0;
   }
 
+  /// Rows from `existing` on get 0: their lanes may hold anything.
   void store_transposed(int64_t sum, int width, double factor, void* base, Strides const& stride, int batch, int head,
-                        int row0) const {
+                        int row0, int existing) const {
     Element* const to = static_cast<Element*>(base) + row_offset(stride, batch, head, row0);
     for (int r = 0; r < lanes_in_use_; ++r) {
       for (int i = 0; i < width; ++i) {
-        from_float(static_cast<T>(factor) * memory_[sum + i * layout_.ld + r], to[r * stride.row + i]);
+        T const x = r < existing ? static_cast<T>(factor) * memory_[sum + i * layout_.ld + r] : T{0};
+        from_float(x, to[r * stride.row + i]);
       }
     }
   }

@@ -7,7 +7,7 @@
 
 namespace flashcute::cpu {
 
-/// Computes tile `index` of QueryTile::count or KeyTile::count, by the pass. `scratch` has room for
+/// Computes tile `index` of count_query_tiles or count_key_tiles, by the pass. `scratch` has room for
 /// BackwardScratch::of(config, pass).elements of the accumulation type, aligned to scratch_alignment.
 using BackwardTileFunction = void (*)(BackwardConfig const& config, MaskFunctions const& mask,
                                       BackwardParams const& params, int64_t index, void* scratch);

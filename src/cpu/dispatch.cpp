@@ -79,7 +79,7 @@ BackwardTileFunction backward_tile(Isa isa, DType dtype, BackwardPass pass) {
 }
 
 template <class Mask>
-void keys_of_queries(int32_t query0, int32_t count, Sequence const& sequence, RowRange* to) {
+void keys_of_queries(int32_t query0, int32_t count, BatchSequence const& sequence, RowRange* to) {
   for (int32_t i = 0; i < count; ++i) to[i] = Mask::keys_of(query0 + i, sequence);
 }
 
@@ -90,11 +90,11 @@ QueryBandRange band(QueryBandRange const& r) { return r; }
 QueryBandRange band(QueryRange const& r) { return {r.begin, min_of(r.full_begin, r.end), r.end, r.end}; }
 
 template <class Mask>
-BandRange kv_range(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {
+BandRange kv_range(Queries const& tile, ForwardParams const& p, int32_t block_n) {
   return band(Mask::kv_range(tile, p, block_n));
 }
 template <class Mask>
-QueryBandRange query_range(KeyTile const& tile, ForwardParams const& p, int32_t block_m) {
+QueryBandRange query_range(Keys const& tile, ForwardParams const& p, int32_t block_m) {
   return band(Mask::query_range(tile, p, block_m));
 }
 
@@ -170,7 +170,7 @@ void forward_with(Isa isa, int threads, ForwardConfig const& config, Features co
   ForwardTileFunction const tile = forward_tile(isa, config.dtype);
   MaskFunctions const mask = mask_functions(features);
   size_t const bytes = static_cast<size_t>(ForwardScratch::of(config).elements) * accumulator_bytes(config.dtype);
-  parallel_for(QueryTile::count(params, config.block_m), useful_threads(params, threads),
+  parallel_for(count_query_tiles(params, config.block_m), useful_threads(params, threads),
                [&](int64_t index) { tile(config, mask, params, index, scratch_buffer.at_least(bytes)); });
 }
 
@@ -188,8 +188,8 @@ void backward_with(Isa isa, int threads, BackwardConfig const& config, Features 
     parallel_for(tiles, useful_threads(p.forward, threads),
                  [&](int64_t index) { tile(config, mask, p, index, scratch_buffer.at_least(bytes)); });
   };
-  run(BackwardPass::queries, QueryTile::count(p.forward, config.block_m));  // writes the delta that keys read
-  run(BackwardPass::keys, KeyTile::count(p.forward, config.block_n));
+  run(BackwardPass::queries, count_query_tiles(p.forward, config.block_m));  // writes the delta that keys read
+  run(BackwardPass::keys, count_key_tiles(p.forward, config.block_n));
 }
 
 void forward(ForwardConfig const& config, Features const& features, ForwardParams const& params) {

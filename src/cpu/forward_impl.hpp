@@ -67,9 +67,20 @@ struct OnlineSoftmax {
     totals.finish([&](int m) { return load(pending + m); });
   }
 
-  T lse(int m) const {
-    double const sum = __builtin_log2(static_cast<double>(row_sum[m]));
-    return static_cast<T>(ln2<double> * (static_cast<double>(row_max[m]) + sum));
+  /// The sink is a further logit of value 0, in base 2; -inf is none.
+  T divisor(int m, double sink) const {
+    if (sink == -__builtin_inf()) return row_sum[m];
+    return static_cast<T>(static_cast<double>(row_sum[m]) + __builtin_exp2(sink - static_cast<double>(row_max[m])));
+  }
+
+  T lse(int m, double sink) const {
+    double base = static_cast<double>(row_max[m]), sum = static_cast<double>(row_sum[m]);
+    if (sink != -__builtin_inf()) {
+      double const highest = base > sink ? base : sink;  // NaN if the sink is NaN
+      sum = sum * __builtin_exp2(base - highest) + (sink == highest ? 1 : __builtin_exp2(sink - highest));
+      base = highest;
+    }
+    return static_cast<T>(ln2<double> * (base + __builtin_log2(sum)));
   }
 
  private:
@@ -105,7 +116,7 @@ class ForwardTile {
               T* memory)
       : p_{params},
         mask_{mask},
-        tile_{QueryTile::at(params, index, config.block_m)},
+        tile_{Queries::at(params, index, config.block_m)},
         block_m_{config.block_m},
         block_n_{config.block_n},
         columns_{ceil_div(tile_.rows, lanes<T>) * lanes<T>},
@@ -193,13 +204,25 @@ class ForwardTile {
     }
   }
 
+  /// The sink of the tile's head, in base 2; -inf if there is none.
+  double sink() const {
+    SinkParams const& s = p_.sink;
+    if (s.logits == nullptr) return -__builtin_inf();
+    if constexpr (!std_::is_same_v<Element, float>) {
+      if (!s.float32) return log2_e<double> * static_cast<double>(to_float(static_cast<Element const*>(s.logits)[tile_.head]));
+    }
+    return log2_e<double> * static_cast<double>(static_cast<float const*>(s.logits)[tile_.head]);
+  }
+
   /// A row whose visible scores are all -inf becomes 0 / 0 = NaN, as it should.
   void store_out(T* o, OnlineSoftmax<T> const& softmax) const {
+    double const sink = this->sink();
     Element* const to = static_cast<Element*>(p_.out) + tile_.out_offset(p_);
     for (int m = 0; m < tile_.rows; ++m) {
       bool const empty = visible_keys()[m].empty();
+      T const divisor = softmax.divisor(m, sink);
       for (int d = 0; d < p_.head_dim_v; ++d) {
-        T const x = empty ? T{0} : o[d * layout_.ld + m] / softmax.row_sum[m];
+        T const x = empty ? T{0} : o[d * layout_.ld + m] / divisor;
         from_float(x, to[m * p_.out_stride.row + d]);
       }
     }
@@ -207,7 +230,13 @@ class ForwardTile {
 
   void store_lse(OnlineSoftmax<T> const& softmax) const {
     T* const to = static_cast<T*>(p_.lse) + tile_.lse_offset(p_);
-    for (int m = 0; m < tile_.rows; ++m) to[m] = softmax.lse(m);
+    double const sink = this->sink();
+    int const existing = tile_.existing(p_);
+    for (int m = 0; m < tile_.rows; ++m) {
+      // A row that sees no key may hold anything in blocks that others see whole.
+      bool const empty = visible_keys()[m].empty();
+      to[m] = m >= existing ? -infinity<T> : empty ? static_cast<T>(ln2<double> * sink) : softmax.lse(m, sink);
+    }
   }
 
   /// Which keys each row of the tile sees.
@@ -215,7 +244,7 @@ class ForwardTile {
 
   ForwardParams const p_;  // a copy, so that no store may alias it
   MaskFunctions const mask_;
-  QueryTile const tile_;
+  Queries const tile_;
   int const block_m_, block_n_;
   int const columns_;  // tile_.rows, rounded up to whole vectors
   ForwardScratch const layout_;

@@ -5,7 +5,7 @@
 
 namespace flashcute::cpu {
 
-/// Computes tile `index` of QueryTile::count. `scratch` has room for ForwardScratch::of(config).elements of
+/// Computes tile `index` of count_query_tiles. `scratch` has room for ForwardScratch::of(config).elements of
 /// the accumulation type, aligned to scratch_alignment.
 using ForwardTileFunction = void (*)(ForwardConfig const& config, MaskFunctions const& mask,
                                      ForwardParams const& params, int64_t index, void* scratch);

@@ -196,7 +196,7 @@ KernelCache<KernelId>& kernels() {
 void launch(ForwardKernelId const& kernel, ForwardParams const& params, int device, void* stream,
             std::function<std::vector<BackwardKernelId>()> const& needed_next) {
   ForwardConfig const& c = kernel.config;
-  int64_t const tiles = QueryTile::count(params, tile_rows(c));
+  int64_t const tiles = count_query_tiles(params, tile_rows(c));
   bool const sm90 = c.kernel == flashcute::Kernel::sm90;
   int32_t const clusters = sm90 ? persistent_clusters(c, tiles, device_facts(device).multiprocessors) : 0;
   Launch<ForwardKernelId> ready{kernel, sm90 ? clusters * c.cluster : tiles};
@@ -219,8 +219,8 @@ std::vector<BackwardKernelId> kernels_of(BackwardConfig const& config, Features 
 
 void launch(BackwardConfig const& config, Features const& features, BackwardParams const& params, int device,
             void* stream) {
-  int64_t const query_tiles = QueryTile::count(params.forward, config.block_m);
-  int64_t const key_tiles = KeyTile::count(params.forward, config.block_n);
+  int64_t const query_tiles = count_query_tiles(params.forward, config.block_m);
+  int64_t const key_tiles = count_key_tiles(params.forward, config.block_n);
   std::vector<Launch<BackwardKernelId>> launches;
   for (BackwardKernelId const& kernel : kernels_of(config, features)) {
     int64_t const blocks = keys_stay(kernel.pass) ? key_tiles : query_tiles;

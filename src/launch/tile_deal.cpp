@@ -17,20 +17,28 @@ struct Sizes {
   int32_t tile_rows, block_n, blocks;
   SectionRounds section_rounds;
   Features features;
-  int32_t batch, heads, seqlen_q, seqlen_k, causal_offset, window_offset;
+  int32_t batch, heads, seqlen_q, seqlen_k, causal_offset, window_offset, prefix, prefix_offset;
 
   bool operator==(Sizes const&) const = default;
 };
 
 /// The cost of a tile: its blocks of keys, and half a block for the rest. Counted in half blocks, so that it is an
 /// integer.
-template <MaskKind mask>
-int64_t cost(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {
-  auto const range = Mask<mask>::kv_range(tile, p, block_n);
+template <class Mask>
+int64_t cost(QueryTile<typename Mask::Sequence> const& tile, ForwardParams const& p, int32_t block_n) {
+  auto const range = Mask::kv_range(tile, p, block_n);
   return 2 * static_cast<int64_t>(range.end - range.begin) + 1;
 }
 
-template <MaskKind mask>
+/// As if every sequence filled the tensors: lengths and prefixes may be in the GPU's memory.
+ForwardParams without_lengths(ForwardParams p) {
+  p.sequences.seqlens_q = p.sequences.seqlens_k = nullptr;
+  if (p.sequences.prefixes != nullptr) p.sequences.prefix = 0;
+  p.sequences.prefixes = nullptr;
+  return p;
+}
+
+template <class Mask>
 TileDeal deal_by_load(Sizes const& s, ForwardParams const& p) {
   // There may be millions of rounds; only the last ones matter: those of the table, and those before it whose load is
   // still uneven. Round i is at i % kept.
@@ -45,7 +53,7 @@ TileDeal deal_by_load(Sizes const& s, ForwardParams const& p) {
   deal.first_round = std::max(0, count - TileDeal::rounds);
   std::vector<int64_t> load(static_cast<std::size_t>(s.blocks), 0);
   auto const add = [&](int32_t block, TileRound const& round, int32_t turn) {
-    load[static_cast<std::size_t>(block)] += cost<mask>(round.tile(p, turn, s.tile_rows), p, s.block_n);
+    load[static_cast<std::size_t>(block)] += cost<Mask>(round.tile<typename Mask::Sequence>(p, turn, s.tile_rows), p, s.block_n);
   };
 
   for (int32_t i = std::max(0, count - kept); i < deal.first_round; ++i) {
@@ -85,14 +93,25 @@ TileDeal const& deal_tiles(ForwardKernelId const& kernel, ForwardParams const& p
   static TileDeal const in_order{.first_round = std::numeric_limits<int32_t>::max(), .turns = {}};
   ForwardConfig const& c = kernel.config;
   SectionRounds const section = section_rounds(kernel);
-  if (section == equally_long || QueryTile::count(p, tile_rows(c)) <= blocks) return in_order;
-  Sizes const sizes{tile_rows(c), c.block_n,  blocks,     section,         kernel.features, p.batch,
-                    p.heads,      p.seqlen_q, p.seqlen_k, p.causal_offset, p.window_offset};
+  if (section == equally_long || count_query_tiles(p, tile_rows(c)) <= blocks) return in_order;
+  Sizes const sizes{.tile_rows = tile_rows(c),
+                    .block_n = c.block_n,
+                    .blocks = blocks,
+                    .section_rounds = section,
+                    .features = kernel.features,
+                    .batch = p.batch,
+                    .heads = p.heads,
+                    .seqlen_q = p.seqlen_q,
+                    .seqlen_k = p.seqlen_k,
+                    .causal_offset = p.causal_offset,
+                    .window_offset = p.window_offset,
+                    .prefix = p.sequences.prefixes != nullptr ? 0 : p.sequences.prefix,
+                    .prefix_offset = p.sequences.prefix_offset};
   // The layers of a model call with the same few sizes again and again: those of self and cross attention, of an
   // encoder and a decoder. Computing a deal takes as long as the rest of a call.
   thread_local Recent<Sizes, TileDeal, remembered_deals> deals;
   return deals.get(sizes, [&] {
-    return with_constant(kernel.features.mask, [&]<MaskKind mask>() { return deal_by_load<mask>(sizes, p); });
+    return with_constant(kernel.features.mask, [&]<MaskKind mask>() { return deal_by_load<Mask<mask>>(sizes, without_lengths(p)); });
   });
 }
 

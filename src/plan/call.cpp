@@ -37,7 +37,7 @@ double checked_scale(std::optional<double> scale, int64_t d) {
 }
 
 /// The first and the last key that a query sees, from its own number on. Beyond -seqlen_q and seqlen_k they show or
-/// hide nothing more.
+/// hide nothing more, unless sequences are shorter than the tensors.
 void set_diagonals(CallOptions const& options, ForwardParams& p) {
   using Limits = std::numeric_limits<int64_t>;
   for (std::optional<int64_t> const n : {options.window_left, options.window_right}) {
@@ -47,17 +47,48 @@ void set_diagonals(CallOptions const& options, ForwardParams& p) {
   // With the smallest or the largest number where 64 bits do not hold a sum.
   int64_t first = Limits::min(), last = diagonal;
   if (options.window_left && __builtin_sub_overflow(diagonal, *options.window_left, &first)) first = Limits::min();
-  if (has_window(options) && !options.causal) {
+  if (!options.causal || has_prefix(options)) {
     last = Limits::max();
     if (options.window_right && __builtin_add_overflow(diagonal, *options.window_right, &last)) last = Limits::max();
   }
-  auto const held = [&](int64_t x) { return static_cast<int32_t>(std::clamp<int64_t>(x, -p.seqlen_q, p.seqlen_k)); };
+  using Offset = std::numeric_limits<int32_t>;
+  bool const move = has_lengths(options) && !options.diagonal;
+  auto const held = [&](int64_t x) {
+    return static_cast<int32_t>(std::clamp<int64_t>(x, move ? Offset::min() : -p.seqlen_q, move ? Offset::max() : p.seqlen_k));
+  };
   p.causal_offset = held(last);
   p.window_offset = held(first);
+  p.sequences.prefix_offset = held(diagonal);
+  p.sequences.from_end = !options.diagonal;
+}
+
+/// What lies in memory beside q, k and v.
+void set_arrays(CallOptions const& options, DType dtype, Device device, ForwardParams& p) {
+  auto const per_batch = [&](char const* argument, TensorView const* t) -> int32_t const* {
+    if (t == nullptr) return nullptr;
+    require_shape(argument, *t, ElementType::int32, device, {p.batch}, "(batch,)", true);
+    return static_cast<int32_t const*>(t->data);
+  };
+  p.sequences.seqlens_q = per_batch("seqlens_q", options.seqlens_q);
+  p.sequences.seqlens_k = per_batch("seqlens_k", options.seqlens_k);
+  if (has_prefix(options) && !options.causal) throw ArgumentError("prefix", "causal=True with it", "causal=False");
+  if (options.prefix && *options.prefix < 0) {
+    throw ArgumentError("prefix", "a number >= 0", std::to_string(*options.prefix));
+  }
+  p.sequences.prefixes = per_batch("prefix", options.prefixes);
+  int64_t const none = SequenceParams::no_prefix;
+  p.sequences.prefix = static_cast<int32_t>(std::min(options.prefix.value_or(none), none));
+  if (TensorView const* const sink = options.sink; sink != nullptr) {
+    bool const float32 = sink->dtype == ElementType::float32;
+    require_shape("sink", *sink, float32 ? ElementType::float32 : element_type(dtype), device, {p.heads}, "(heads,)", true);
+    p.sink.logits = sink->data;
+    p.sink.float32 = float32;
+  }
 }
 
 /// Checks the sizes of q, k and v against each other, and the scale.
-ForwardParams checked_params(Operand const& q, Operand const& k, Operand const& v, CallOptions const& options) {
+ForwardParams checked_params(Operand const& q, Operand const& k, Operand const& v, DType dtype,
+                             CallOptions const& options) {
   Named const &nq = q.dims, &nk = k.dims, &nv = v.dims;
   require_equal("k", "batch size", nk.batch, "q", nq.batch);
   require_equal("v", "batch size", nv.batch, "q", nq.batch);
@@ -93,6 +124,7 @@ ForwardParams checked_params(Operand const& q, Operand const& k, Operand const& 
   p.head_dim = static_cast<int32_t>(nq.d);
   p.head_dim_v = static_cast<int32_t>(nv.d);
   set_diagonals(options, p);
+  set_arrays(options, dtype, q.view->device, p);
   return p;
 }
 
@@ -110,7 +142,7 @@ Call checked_call(TensorView const& q, TensorView const& k, TensorView const& v,
             .params = {},
             .device = q.device,
             .arch = cpu_arch};
-  call.params = checked_params(call.q, call.k, call.v, options);
+  call.params = checked_params(call.q, call.k, call.v, dtype, options);
   call.arch = arch_of(q.device);
   return call;
 }

@@ -19,8 +19,10 @@ struct Call {
   Device device;
   Arch arch;
 
-  /// A window that hides nothing before or after the diagonal is an easier mask.
+  /// What lies in memory is not known here: it takes the band. A window that hides nothing before or after the diagonal
+  /// is an easier mask.
   MaskKind mask() const {
+    if (has_lengths(options) || has_prefix(options) || options.sink != nullptr) return MaskKind::band;
     bool const window = has_window(options);
     if (window && params.window_offset > 1 - params.seqlen_q) return MaskKind::band;
     if (options.causal || (window && params.causal_offset < params.seqlen_k - 1)) return MaskKind::causal;

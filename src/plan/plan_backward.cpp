@@ -133,7 +133,7 @@ BackwardConfig choose_backward_config(Call const& call, std::span<Operand const>
 
 BackwardWorkspace checked_workspace_of(BackwardConfig const& config, Call const& call) {
   BackwardWorkspace const workspace = checked_workspace_of(config, call.q.dims);
-  require_grid(KeyTile::count(call.params, config.block_n), "k: batch * kv_heads * ceil(seqlen_k / block_n)");
+  require_grid(count_key_tiles(call.params, config.block_n), "k: batch * kv_heads * ceil(seqlen_k / block_n)");
   return workspace;
 }
 

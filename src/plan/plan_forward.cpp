@@ -79,7 +79,7 @@ ForwardPlan plan_forward(ForwardConfig const& config, Call const& call, ForwardO
 
   Operand const loaded[] = {call.q, call.k, call.v};
   if (call.on_gpu()) {
-    require_grid(QueryTile::count(p, tile_rows(config)) * config.cluster,
+    require_grid(count_query_tiles(p, tile_rows(config)) * config.cluster,
                  "q: batch * heads * ceil(seqlen_q / block_m)");
     for (Operand const& tensor : loaded) require_aligned(tensor, config.copy_bytes);
   }

@@ -16,17 +16,18 @@ struct BackwardParams {
   void* delta;       // (batch, heads, seqlen_q), contiguous, of lse's type: rowsum(dO * O) - dLSE, a workspace
   void* dq_sums;     // fp32: dq / scale in tiles of block_m x head_dim (of the configuration), whose element order only
                      // `gradients` and `finish` know; a workspace; null if deterministic, and on the CPU
+  void* dsink;       // (heads,), of the sink's type; null: not wanted
 
   Strides dout_stride, dlse_stride, dq_stride, dk_stride, dv_stride;
 };
 
 // The host compiler and the device compiler have to agree on the layout: the assertions run in both.
-static_assert(sizeof(BackwardParams) == 368);
+static_assert(sizeof(BackwardParams) == 432);
 #if !defined(__CUDACC_RTC__)  // NVRTC's offsetof is no constant expression
-static_assert(offsetof(BackwardParams, dout) == 192);
-static_assert(offsetof(BackwardParams, delta) == 232);
-static_assert(offsetof(BackwardParams, dout_stride) == 248);
-static_assert(offsetof(BackwardParams, dv_stride) == 344);
+static_assert(offsetof(BackwardParams, dout) == 248);
+static_assert(offsetof(BackwardParams, delta) == 288);
+static_assert(offsetof(BackwardParams, dout_stride) == 312);
+static_assert(offsetof(BackwardParams, dv_stride) == 408);
 #endif
 
 }  // namespace flashcute

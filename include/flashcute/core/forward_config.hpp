@@ -102,14 +102,15 @@ constexpr int32_t num_threads(ForwardConfig const& c) {
 /// The tile of the sm80 kernel.
 constexpr TileConfig tile_of(ForwardConfig const& c) { return tile_with_rows(c, c.block_m, c.block_n); }
 
-/// Shared memory of Hopper's kernel beside the tiles: mbarriers and what the loading warp announces.
-inline constexpr int32_t barrier_bytes = 1024;
+/// Shared memory of Hopper's kernel beside the tiles, which begin at multiples of 1024 bytes: mbarriers and what the
+/// loading warp announces, of the mask with the largest ranges.
+inline constexpr int32_t control_bytes = 2048;
 
 /// Dynamic shared memory of the kernel: one Q tile, and `stages` blocks each of K and V. In the sm80 kernel the output
 /// tile reuses the memory of Q.
 constexpr int64_t smem_bytes(ForwardConfig const& c) {
   int64_t const m = c.block_m, n = c.block_n, d = c.head_dim, d_v = c.head_dim_v;
-  if (c.kernel == Kernel::sm90) return (m * d + c.stages * n * (d + d_v)) * size_of(c.dtype) + barrier_bytes;
+  if (c.kernel == Kernel::sm90) return (m * d + c.stages * n * (d + d_v)) * size_of(c.dtype) + control_bytes;
   return (m * max_of(d, d_v) + c.stages * n * (d + d_v)) * size_of(c.dtype);
 }
 

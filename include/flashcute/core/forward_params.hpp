@@ -23,6 +23,27 @@ FLASHCUTE_HD int64_t row_offset(Strides const& s, int64_t batch, int64_t head, i
   return batch * s.batch + head * s.head + row * s.row;
 }
 
+/// The lengths of each batch entry, and what its queries see beside the band of keys about the diagonal.
+struct SequenceParams {
+  static constexpr int32_t no_prefix = std_::numeric_limits<int32_t>::max();
+
+  int32_t const *seqlens_q = nullptr, *seqlens_k = nullptr;  // (batch,): how many rows exist; null: all
+  // A query sees no key that is neither before `prefix` nor up to i + prefix_offset. prefixes: (batch,), or null: one
+  // number for all.
+  int32_t const* prefixes = nullptr;
+  int32_t prefix = no_prefix;
+  int32_t prefix_offset = 0;
+  bool from_end = false;  // the offsets are those of tensors without seqlens, and move with the ends of what exists
+  uint8_t reserved[7] = {};
+};
+
+/// A logit of each query head that takes part in the softmax with value 0.
+struct SinkParams {
+  void const* logits;  // (heads,), contiguous; null: none
+  bool float32;        // else of q's dtype
+  uint8_t reserved[7];
+};
+
 struct ForwardParams {
   void const* q;              // (batch, seqlen_q, heads,    head_dim)
   void const* k;              // (batch, seqlen_k, kv_heads, head_dim)
@@ -41,12 +62,17 @@ struct ForwardParams {
   int32_t head_dim, head_dim_v;
   int32_t causal_offset;  // causal: query i sees key j iff j <= i + causal_offset
   int32_t window_offset;  // band: iff also i + window_offset <= j
+
+  SequenceParams sequences;  // band
+  SinkParams sink;           // band
 };
 
 // The host compiler and the device compiler have to agree on the layout: the assertions run in both.
 static_assert(sizeof(Strides) == 24);
 static_assert(sizeof(BlockCounts) == 12);
-static_assert(sizeof(ForwardParams) == 192);
+static_assert(sizeof(SequenceParams) == 40);
+static_assert(sizeof(SinkParams) == 16);
+static_assert(sizeof(ForwardParams) == 248);
 #if !defined(__CUDACC_RTC__)  // NVRTC's offsetof is no constant expression
 static_assert(offsetof(ForwardParams, q_stride) == 48);
 static_assert(offsetof(ForwardParams, out_stride) == 120);
@@ -54,6 +80,8 @@ static_assert(offsetof(ForwardParams, scale) == 144);
 static_assert(offsetof(ForwardParams, batch) == 156);
 static_assert(offsetof(ForwardParams, causal_offset) == 184);
 static_assert(offsetof(ForwardParams, window_offset) == 188);
+static_assert(offsetof(ForwardParams, sequences) == 192);
+static_assert(offsetof(ForwardParams, sink) == 232);
 #endif
 
 /// Offset of the LSE of a head's first query in a contiguous tensor of (batch, heads, seqlen_q); of its delta too.

@@ -1,5 +1,5 @@
-// How GPU kernels apply a mask to a block of scores: in the forward (sm80 and Hopper's), where rows are queries, and in
-// the backward, where rows are queries or keys.
+// Where a mask meets scores: how GPU kernels apply it to a block of them, in the forward (sm80 and Hopper's), where rows
+// are queries, and in the backward, where rows are queries or keys; and how the softmax of a tile's rows ends.
 #pragma once
 
 #include "flashcute/device/fragment.hpp"
@@ -11,7 +11,8 @@ namespace flashcute {
 /// may be NaN. `query(i)` is the query of the thread's i-th row, `key` the key of its first column. L is the kernel's
 /// layout, which knows the distances between a thread's columns.
 template <class L, class Mask, class Scores, class Query>
-FLASHCUTE_DEVICE void apply_mask(Scores& scores, Query const& query, int key, Sequence const& sequence) {
+FLASHCUTE_DEVICE void apply_mask(Scores& scores, Query const& query, int key,
+                                 typename Mask::Sequence const& sequence) {
   auto s = by_row_and_column(scores);  // (row, column)
   constexpr int columns = decltype(cute::size<1>(s))::value;
   CUTE_UNROLL
@@ -35,13 +36,34 @@ FLASHCUTE_DEVICE void apply_mask(Scores& scores, Query const& query, int key, Se
   }
 }
 
+/// The sink of a query head, of fp32 or Element; -inf if there is none.
+template <class Element>
+FLASHCUTE_DEVICE float sink_of(ForwardParams const& p, int head) {
+  if (p.sink.logits == nullptr) return -infinity;
+  if (p.sink.float32) return global_load<float>(static_cast<float const*>(p.sink.logits) + head);
+  return static_cast<float>(global_load<Element>(static_cast<Element const*>(p.sink.logits) + head));
+}
+
+/// Divides the output of a tile's rows by the sums of their softmax. `row(i)` is the tile row of the thread's i-th.
+template <class Mask, class Element, class Softmax, class Output, class Tile, class Row>
+FLASHCUTE_DEVICE void finish_rows(Softmax& softmax, Output& o, ForwardParams const& p, Tile const& tile,
+                                  Row const& row) {
+  auto const empty = [&](int i) { return Mask::empty_row(tile.row0 + row(i), tile.sequence(p)); };
+  if constexpr (Mask::takes_sink) {
+    auto const exists = [&](int i) { return tile.row0 + row(i) < tile.sequence(p).rows(); };
+    softmax.finish(o, sink_of<Element>(p, tile.head), exists, empty);
+  } else {
+    softmax.finish(o, empty);
+  }
+}
+
 /// Which elements of a block of the backward belong to a query and a key that it sees. Rows are those of the thread
 /// block's tile, columns those of the block that its loop visits; `row` and `column` are those of the thread's first
 /// element, and WarpsN warps share the columns.
 template <class L, class Mask, bool KeysStay, int WarpsN>
 struct VisibleElements {
   int row, column;
-  Sequence sequence;
+  typename Mask::Sequence sequence;
 
   /// The element in the thread's i-th row and j-th column. Rows that do not exist are never stored, so the answer for
   /// them does not matter.

@@ -78,7 +78,9 @@ class Exponential<false> {
 /// and cancels at the end. So with a threshold t a row keeps its maximum until a score is so much larger that its
 /// exponential would exceed 2^t, and a warp whose rows all keep theirs does not touch its output. Source of the idea:
 /// FlashAttention-4.
-template <int Rows, bool Optimized, int Threshold>
+///
+/// Sink: a further logit, of value 0, may take part in the sum. It enters at the end, so that the blocks need no code.
+template <int Rows, bool Optimized, int Threshold, bool Sink = false>
 class OnlineSoftmax {
  public:
   FLASHCUTE_DEVICE explicit OnlineSoftmax(ForwardParams const& p) : exponential_(p) {
@@ -179,6 +181,7 @@ class OnlineSoftmax {
   /// Divides the output by the row sums. `empty(i)` says whether row i of this thread sees no key:
   /// its output is 0. A row that sees keys, all with score -inf, becomes 0 * inf = NaN.
   template <class Output, class Empty>
+    requires(!Sink)
   FLASHCUTE_DEVICE void finish(Output&& output, Empty const& empty) {
     using namespace cute;
     auto o = by_row_and_column(output);  // (row, head dim)
@@ -191,8 +194,35 @@ class OnlineSoftmax {
     }
   }
 
+  /// The same with a sink; -inf is none. Rows that do not exist, or see no key, are set to 0: what they hold may be
+  /// anything. Afterwards row_sum_ holds the LSE.
+  template <class Output, class Exists, class Empty>
+    requires(Sink)
+  FLASHCUTE_DEVICE void finish(Output&& output, float sink, Exists const& exists, Empty const& empty) {
+    using namespace cute;
+    auto o = by_row_and_column(output);  // (row, head dim)
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      float sum = Optimized ? quad_sum(row_sum_[i]) : row_sum_[i];
+      float base = exponential_.scaled(row_max_[i]), factor = 1.f;  // sum * e^base is the sum of exponentials
+      bool const shown = exists(i) && !empty(i);
+      if (!shown) sum = 0.f, base = -infinity;
+      if (sink != -infinity) {
+        float const highest = base > sink ? base : sink;  // NaN if the sink is NaN
+        factor = expf(base - highest);
+        sum = sum * factor + (sink == highest ? 1.f : expf(sink - highest));
+        base = highest;
+      }
+      float const inverse = factor * reciprocal_approx(sum);
+      CUTE_UNROLL
+      for (int j = 0; j < size<1>(o); ++j) o(i, j) = shown ? o(i, j) * inverse : 0.f;
+      row_sum_[i] = sum == 0.f || !exists(i) ? -infinity : base + logf(sum);
+    }
+  }
+
   /// log(sum(exp(scale * score))) of row i, after `finish`; -inf for an empty row.
   FLASHCUTE_DEVICE float lse(int i) const {
+    if constexpr (Sink) return row_sum_[i];
     return row_sum_[i] == 0.f ? -infinity : exponential_.scaled(row_max_[i]) + logf(row_sum_[i]);
   }
 

@@ -13,6 +13,7 @@ struct BlockCounter {
   FLASHCUTE_HD void visit(bool is_partial) { ++(is_partial ? partial : full); }
 
   /// The counts; all other blocks of the sequence were skipped.
+  template <class Sequence>
   FLASHCUTE_HD BlockCounts counts(Sequence const& sequence, int32_t block_n) const {
     return {full, partial, ceil_div(sequence.keys(), block_n) - full - partial};
   }

@@ -36,6 +36,7 @@ struct KvRange {
   FLASHCUTE_HD int32_t first_partial() const { return full_end; }
 
   /// The keys of all blocks, or of the partial ones only, as far as the sequence has them.
+  template <class Sequence>
   FLASHCUTE_HD RowRange keys(bool only_partial, int32_t block_n, Sequence const& sequence) const {
     return {(only_partial ? full_end : begin) * block_n, min_of(end * block_n, sequence.keys())};
   }
@@ -76,6 +77,7 @@ struct BandRange {
   FLASHCUTE_HD int32_t first_partial() const { return begin; }
 
   /// The keys of all blocks: what holds the partial ones at both ends holds the full ones between them.
+  template <class Sequence>
   FLASHCUTE_HD RowRange keys(bool /*only_partial*/, int32_t block_n, Sequence const& sequence) const {
     return {begin * block_n, min_of(end * block_n, sequence.keys())};
   }
@@ -101,6 +103,7 @@ struct QueryRange {
 
   /// The rows of all blocks, or of the partial ones only, as far as the sequence has them; of a range that is not
   /// empty.
+  template <class Sequence>
   FLASHCUTE_HD RowRange rows(bool only_partial, int32_t block_m, Sequence const& sequence) const {
     return {begin * block_m, min_of((only_partial ? full_begin : end) * block_m, sequence.rows())};
   }
@@ -121,6 +124,7 @@ struct QueryBandRange {
 
   FLASHCUTE_HD bool empty() const { return begin >= end; }
 
+  template <class Sequence>
   FLASHCUTE_HD RowRange rows(bool /*only_partial*/, int32_t block_m, Sequence const& sequence) const {
     return {begin * block_m, min_of(end * block_m, sequence.rows())};
   }

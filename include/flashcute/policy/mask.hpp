@@ -44,7 +44,7 @@ struct SeenBetween {
 
 /// The same for a tile of keys and a block of queries: which of the queries from `query0` on see which of the keys from
 /// `key0` on.
-template <class Mask>
+template <class Mask, class Sequence>
 struct SeenBy {
   int32_t key0, query0;
   Sequence sequence;
@@ -61,24 +61,35 @@ struct SeenBy {
 /// determines which blocks to visit, the first row which of them are full.
 template <class Derived>
 struct PrefixMask {
+  using Sequence = UniformSequence;
   using Range = KvRange;
-  static constexpr bool two_edges = false;  // whether a block may be partial on both sides
+  static constexpr bool two_edges = false;   // whether a block may be partial on both sides
+  static constexpr bool takes_sink = false;  // whether the softmax of its kernels may include a sink
 
-  FLASHCUTE_HD static bool visible(int32_t q, int32_t k, Sequence const& s) { return k < Derived::visible_keys(q, s); }
+  template <class S>
+  FLASHCUTE_HD static bool visible(int32_t q, int32_t k, S const& s) {
+    return k < Derived::visible_keys(q, s);
+  }
 
   /// The keys that query `q` sees.
-  FLASHCUTE_HD static RowRange keys_of(int32_t q, Sequence const& s) { return {0, Derived::visible_keys(q, s)}; }
+  template <class S>
+  FLASHCUTE_HD static RowRange keys_of(int32_t q, S const& s) {
+    return {0, Derived::visible_keys(q, s)};
+  }
 
   /// Which of the keys from `key0` on query `q` sees.
-  FLASHCUTE_HD static Seen seen(int32_t q, int32_t key0, Sequence const& s) {
+  template <class S>
+  FLASHCUTE_HD static Seen seen(int32_t q, int32_t key0, S const& s) {
     return {Derived::visible_keys(q, s) - key0};
   }
 
-  FLASHCUTE_HD static SeenBy<Derived> seen_by(int32_t key0, int32_t query0, Sequence const& s) {
+  template <class S>
+  FLASHCUTE_HD static SeenBy<Derived, S> seen_by(int32_t key0, int32_t query0, S const& s) {
     return {key0, query0, s};
   }
 
-  FLASHCUTE_HD static KvRange kv_range(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {
+  template <class S>
+  FLASHCUTE_HD static KvRange kv_range(QueryTile<S> const& tile, ForwardParams const& p, int32_t block_n) {
     auto const sequence = tile.sequence(p);
     int32_t const first = Derived::visible_keys(tile.row0, sequence);
     int32_t const last = Derived::visible_keys(tile.row0 + tile.rows - 1, sequence);
@@ -86,7 +97,8 @@ struct PrefixMask {
   }
 
   /// The blocks of query rows that see any of the tile's keys: from the first row that sees its first key.
-  FLASHCUTE_HD static QueryRange query_range(KeyTile const& tile, ForwardParams const& p, int32_t block_m) {
+  template <class S>
+  FLASHCUTE_HD static QueryRange query_range(KeyTile<S> const& tile, ForwardParams const& p, int32_t block_m) {
     auto const sequence = tile.sequence(p);
     int32_t const any = Derived::first_query(tile.row0, sequence);
     int32_t const all = Derived::first_query(tile.row0 + tile.rows - 1, sequence);
@@ -95,8 +107,14 @@ struct PrefixMask {
   }
 
   /// A row that sees nothing has output 0 and LSE -inf.
-  FLASHCUTE_HD static bool empty_row(int32_t q, Sequence const& s) { return Derived::visible_keys(q, s) == 0; }
-  FLASHCUTE_HD static bool has_empty_rows(Sequence const& s) { return empty_row(0, s); }
+  template <class S>
+  FLASHCUTE_HD static bool empty_row(int32_t q, S const& s) {
+    return Derived::visible_keys(q, s) == 0;
+  }
+  template <class S>
+  FLASHCUTE_HD static bool has_empty_rows(S const& s) {
+    return empty_row(0, s);
+  }
 };
 
 template <MaskKind Kind>
@@ -107,10 +125,16 @@ template <>
 struct Mask<MaskKind::full> : PrefixMask<Mask<MaskKind::full>> {
   static constexpr bool rows_differ = false;  // whether a row may see a key that another row does not
 
-  FLASHCUTE_HD static int32_t visible_keys(int32_t /*q*/, Sequence const& s) { return s.keys(); }
+  template <class S>
+  FLASHCUTE_HD static int32_t visible_keys(int32_t /*q*/, S const& s) {
+    return s.keys();
+  }
 
   /// The first row that sees key `k`; sequence.rows() if none does.
-  FLASHCUTE_HD static int32_t first_query(int32_t /*k*/, Sequence const& /*s*/) { return 0; }
+  template <class S>
+  FLASHCUTE_HD static int32_t first_query(int32_t /*k*/, S const& /*s*/) {
+    return 0;
+  }
 };
 
 /// Keys j <= i + diagonal.
@@ -118,64 +142,84 @@ template <>
 struct Mask<MaskKind::causal> : PrefixMask<Mask<MaskKind::causal>> {
   static constexpr bool rows_differ = true;
 
-  FLASHCUTE_HD static int32_t visible_keys(int32_t q, Sequence const& s) {
+  template <class S>
+  FLASHCUTE_HD static int32_t visible_keys(int32_t q, S const& s) {
     int64_t const keys = static_cast<int64_t>(q) + s.diagonal() + 1;
     return static_cast<int32_t>(max_of<int64_t>(0, min_of<int64_t>(keys, s.keys())));
   }
 
-  FLASHCUTE_HD static int32_t first_query(int32_t k, Sequence const& s) {
+  template <class S>
+  FLASHCUTE_HD static int32_t first_query(int32_t k, S const& s) {
     int64_t const row = static_cast<int64_t>(k) - s.diagonal();
     return static_cast<int32_t>(max_of<int64_t>(0, min_of<int64_t>(row, s.rows())));
   }
 };
 
-/// Keys i + first_diagonal <= j <= i + diagonal. What a row sees neither begins nor ends before what the row before
-/// sees.
+/// Keys i + first_diagonal <= j <= i + diagonal, without those that are neither before the prefix nor up to i +
+/// prefix_diagonal. What a row sees neither begins nor ends before what the row before sees. The sequence may be shorter
+/// than the tensors; what does not exist sees nothing and is not seen.
 template <>
 struct Mask<MaskKind::band> {
+  using Sequence = BatchSequence;
   using Range = BandRange;
   static constexpr bool two_edges = true;
+  static constexpr bool takes_sink = true;
   static constexpr bool rows_differ = true;
 
-  FLASHCUTE_HD static RowRange keys_of(int32_t q, Sequence const& s) {
-    return {clamped(static_cast<int64_t>(q) + s.first_diagonal(), s.keys()),
-            clamped(static_cast<int64_t>(q) + s.diagonal() + 1, s.keys())};
+  FLASHCUTE_HD static RowRange keys_of(int32_t q, BatchSequence const& s) {
+    return q < s.rows() ? keys_of_existing(q, s) : RowRange{0, 0};
   }
 
   /// The queries that see a key.
-  FLASHCUTE_HD static RowRange queries_of(int32_t k, Sequence const& s) {
-    return {clamped(static_cast<int64_t>(k) - s.diagonal(), s.rows()),
-            clamped(static_cast<int64_t>(k) - s.first_diagonal() + 1, s.rows())};
+  FLASHCUTE_HD static RowRange queries_of(int32_t k, BatchSequence const& s) {
+    return k < s.keys() ? queries_of_existing(k, s) : RowRange{0, 0};
   }
 
-  FLASHCUTE_HD static bool visible(int32_t q, int32_t k, Sequence const& s) { return keys_of(q, s).has(k); }
+  FLASHCUTE_HD static bool visible(int32_t q, int32_t k, BatchSequence const& s) { return keys_of(q, s).has(k); }
 
-  FLASHCUTE_HD static SeenBetween seen(int32_t q, int32_t key0, Sequence const& s) {
-    RowRange const keys = keys_of(q, s);
+  /// A query that does not exist counts as the last one that does: were it to see nothing, the maximum of its scores
+  /// would remain -inf, for which Hopper's softmax computes exponentials twice. Its results are not used.
+  FLASHCUTE_HD static SeenBetween seen(int32_t q, int32_t key0, BatchSequence const& s) {
+    RowRange const keys = keys_of_existing(min_of(q, s.rows() - 1), s);
     return {keys.begin - key0, keys.end - key0};
   }
 
-  FLASHCUTE_HD static SeenBy<Mask> seen_by(int32_t key0, int32_t query0, Sequence const& s) {
+  FLASHCUTE_HD static SeenBy<Mask, BatchSequence> seen_by(int32_t key0, int32_t query0, BatchSequence const& s) {
     return {key0, query0, s};
   }
 
-  FLASHCUTE_HD static BandRange kv_range(QueryTile const& tile, ForwardParams const& p, int32_t block_n) {
+  FLASHCUTE_HD static BandRange kv_range(QueryTile<BatchSequence> const& tile, ForwardParams const& p,
+                                         int32_t block_n) {
+    int32_t const existing = tile.existing(p);
+    if (existing == 0) return {0, 0, 0, 0};
     auto const sequence = tile.sequence(p);
-    return BandRange::of(keys_of(tile.row0, sequence), keys_of(tile.row0 + tile.rows - 1, sequence), block_n);
+    return BandRange::of(keys_of_existing(tile.row0, sequence), keys_of_existing(tile.row0 + existing - 1, sequence),
+                         block_n);
   }
 
-  FLASHCUTE_HD static QueryBandRange query_range(KeyTile const& tile, ForwardParams const& p, int32_t block_m) {
+  FLASHCUTE_HD static QueryBandRange query_range(KeyTile<BatchSequence> const& tile, ForwardParams const& p,
+                                                 int32_t block_m) {
+    int32_t const existing = tile.existing(p);
+    if (existing == 0) return {0, 0, 0, 0};
     auto const sequence = tile.sequence(p);
-    auto const r =
-        BandRange::of(queries_of(tile.row0, sequence), queries_of(tile.row0 + tile.rows - 1, sequence), block_m);
+    auto const r = BandRange::of(queries_of_existing(tile.row0, sequence),
+                                 queries_of_existing(tile.row0 + existing - 1, sequence), block_m);
     return {r.begin, r.full_begin, r.full_end, r.end};
   }
 
-  FLASHCUTE_HD static bool empty_row(int32_t q, Sequence const& s) { return keys_of(q, s).empty(); }
-  /// The rows that see something follow each other.
-  FLASHCUTE_HD static bool has_empty_rows(Sequence const& s) { return empty_row(0, s) || empty_row(s.rows() - 1, s); }
+  FLASHCUTE_HD static bool empty_row(int32_t q, BatchSequence const& s) { return keys_of(q, s).empty(); }
 
  private:
+  FLASHCUTE_HD static RowRange keys_of_existing(int32_t q, BatchSequence const& s) {
+    int64_t const in_window = q + s.diagonal() + 1, in_prefix = max_of<int64_t>(q + s.prefix_diagonal() + 1, s.prefix());
+    return {clamped(q + s.first_diagonal(), s.keys()), clamped(min_of(in_window, in_prefix), s.keys())};
+  }
+
+  FLASHCUTE_HD static RowRange queries_of_existing(int32_t k, BatchSequence const& s) {
+    int64_t const in_window = k - s.diagonal(), after_prefix = k < s.prefix() ? 0 : k - s.prefix_diagonal();
+    return {clamped(max_of(in_window, after_prefix), s.rows()), clamped(k - s.first_diagonal() + 1, s.rows())};
+  }
+
   FLASHCUTE_HD static int32_t clamped(int64_t x, int32_t most) {
     return static_cast<int32_t>(max_of<int64_t>(0, min_of<int64_t>(x, most)));
   }

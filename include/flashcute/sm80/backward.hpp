@@ -52,7 +52,8 @@ struct TileGradients {
   using Sums = QueryGradientSums<Id.config>;
   using Element = typename L::Element;
   using Rows = flashcute::Rows<Element>;
-  using Tile = std_::conditional_t<keys_stay, KeyTile, QueryTile>;
+  using Sequence = typename Mask::Sequence;
+  using Tile = std_::conditional_t<keys_stay, KeyTile<Sequence>, QueryTile<Sequence>>;
   using SmemX = typename L::SmemQ;
   using SmemY = typename L::SmemO;
   using SmemBlockX = typename L::SmemK;
@@ -93,9 +94,10 @@ struct TileGradients {
   /// delta and dQ.
   FLASHCUTE_DEVICE static void run_queries(BackwardParams const& p, SharedStorage& smem) {
     ForwardParams const& f = p.forward;
-    auto const tile = QueryTile::at(f, block_index(), C.block_m);
-    load<SmemX>(Rows::of(f.q, f.q_stride, tile.batch, tile.head), tile.row0, tile.rows, f.head_dim, smem.x);
-    load<SmemY>(Rows::of(p.dout, p.dout_stride, tile.batch, tile.head), tile.row0, tile.rows, f.head_dim_v, smem.y);
+    auto const tile = Tile::at(f, block_index(), C.block_m);
+    int const existing = tile.existing(f);
+    load<SmemX>(Rows::of(f.q, f.q_stride, tile.entry.batch, tile.head), tile.row0, existing, f.head_dim, smem.x);
+    load<SmemY>(Rows::of(p.dout, p.dout_stride, tile.entry.batch, tile.head), tile.row0, existing, f.head_dim_v, smem.y);
     prepare_statistics(p, tile, smem);
 
     auto const range = Mask::kv_range(tile, f, C.block_n);
@@ -104,15 +106,16 @@ struct TileGradients {
     gradients.stage_results();
     auto const looked_at = range.keys(!P::wants_finite, C.block_n, tile.sequence(f));
     gradients.add_dropped(tile.kv_head, 1, looked_at, tile.rows);
-    store<SmemX>(smem.x, p.dq, p.dq_stride, tile.batch, tile.head, tile.row0, tile.rows, f.head_dim);
+    store<SmemX>(smem.x, p.dq, p.dq_stride, tile.entry.batch, tile.head, tile.row0, tile.rows, f.head_dim);
   }
 
   /// dK and dV, summed over the query heads of the group.
   FLASHCUTE_DEVICE static void run_keys(BackwardParams const& p, SharedStorage& smem) {
     ForwardParams const& f = p.forward;
-    auto const tile = KeyTile::at(f, block_index(), C.block_m);
-    load<SmemX>(Rows::of(f.k, f.k_stride, tile.batch, tile.kv_head), tile.row0, tile.rows, f.head_dim, smem.x);
-    load<SmemY>(Rows::of(f.v, f.v_stride, tile.batch, tile.kv_head), tile.row0, tile.rows, f.head_dim_v, smem.y);
+    auto const tile = Tile::at(f, block_index(), C.block_m);
+    int const existing = tile.existing(f);
+    load<SmemX>(Rows::of(f.k, f.k_stride, tile.entry.batch, tile.kv_head), tile.row0, existing, f.head_dim, smem.x);
+    load<SmemY>(Rows::of(f.v, f.v_stride, tile.entry.batch, tile.kv_head), tile.row0, existing, f.head_dim_v, smem.y);
 
     auto const range = Mask::query_range(tile, f, C.block_n);
     int const group = f.heads / f.kv_heads, first_head = tile.kv_head * group;
@@ -122,8 +125,8 @@ struct TileGradients {
     gradients.stage_results();
     auto const looked_at = range.rows(!P::wants_finite, C.block_n, tile.sequence(f));
     gradients.add_dropped(first_head, group, looked_at, tile.rows);
-    store<SmemX>(smem.x, p.dk, p.dk_stride, tile.batch, tile.kv_head, tile.row0, tile.rows, f.head_dim);
-    store<SmemY>(smem.y, p.dv, p.dv_stride, tile.batch, tile.kv_head, tile.row0, tile.rows, f.head_dim_v);
+    store<SmemX>(smem.x, p.dk, p.dk_stride, tile.entry.batch, tile.kv_head, tile.row0, tile.rows, f.head_dim);
+    store<SmemY>(smem.y, p.dv, p.dv_stride, tile.entry.batch, tile.kv_head, tile.row0, tile.rows, f.head_dim_v);
   }
 
   FLASHCUTE_DEVICE TileGradients(BackwardParams const& p, SharedStorage& smem, Tile const& tile)
@@ -173,9 +176,9 @@ struct TileGradients {
     int const row0 = at.block * C.block_n, rows = (keys_stay ? sequence().rows() : sequence().keys()) - row0;
     if (at.block == at.begin) {
       Rows const x =
-          keys_stay ? Rows::of(f.q, f.q_stride, tile_.batch, at.head) : Rows::of(f.k, f.k_stride, tile_.batch, at.head);
-      Rows const y = keys_stay ? Rows::of(p_.dout, p_.dout_stride, tile_.batch, at.head)
-                               : Rows::of(f.v, f.v_stride, tile_.batch, at.head);
+          keys_stay ? Rows::of(f.q, f.q_stride, tile_.entry.batch, at.head) : Rows::of(f.k, f.k_stride, tile_.entry.batch, at.head);
+      Rows const y = keys_stay ? Rows::of(p_.dout, p_.dout_stride, tile_.entry.batch, at.head)
+                               : Rows::of(f.v, f.v_stride, tile_.entry.batch, at.head);
       next_x_ = TileCopy<C, SmemBlockX>::first(x.first + row0 * x_stride, x_stride);
       next_y_ = TileCopy<C, SmemBlockY>::first(y.first + row0 * y_stride, y_stride);
     }
@@ -326,7 +329,7 @@ struct TileGradients {
 
   /// Adds dS X to the sums for dQ of the queries of the block.
   FLASHCUTE_DEVICE void add_dq(PassingBlocks const& at, bool finite) const {
-    Sums const sums(p_, tile_.batch, at.head, at.block);
+    Sums const sums(p_, tile_.entry.batch, at.head, at.block);
     if (finite) {
       sums.add_product(Sums::Products::template columns_as_a<SmemScores>(ds_tile()),
                        Sums::Products::template columns_as_b<SmemX>(smem_.x));
@@ -380,25 +383,26 @@ struct TileGradients {
   // ---- statistics of the queries: LSE and delta ---------------------------------------------------------
 
   /// Computes delta of the tile's rows and writes it to shared and to global memory; copies their LSE to shared memory.
-  FLASHCUTE_DEVICE static void prepare_statistics(BackwardParams const& p, QueryTile const& tile, SharedStorage& smem) {
+  FLASHCUTE_DEVICE static void prepare_statistics(BackwardParams const& p, Tile const& tile, SharedStorage& smem) {
     auto const first = tile.lse_offset(p.forward);
     auto& queries = smem.queries[0];
+    int const existing = tile.existing(p.forward);
     for (int i = thread_index(); i < C.block_m; i += L::threads) {
-      bool const exists = i < tile.rows;
+      bool const exists = i < existing;
       shared_store(&queries.lse[i],
                    exists ? global_load<float>(static_cast<float const*>(p.forward.lse) + first + i) : 0.f);
       if (!exists) shared_store(&queries.delta[i], 0.f);
     }
     Delta<C, C.block_m>::compute(p, tile, [&](int row, float delta) {
       global_store(static_cast<float*>(p.delta) + first + row, delta);
-      shared_store(&queries.delta[row], delta);
+      if (Sequence::fills_tensors || row < existing) shared_store(&queries.delta[row], delta);
     });
   }
 
   /// Starts loading LSE and delta of a block's rows; 0 where there is no row.
   FLASHCUTE_DEVICE void load_statistics(int head, int row0, int rows, Statistics<C.block_n>& to) const {
     ForwardParams const& f = p_.forward;
-    int64_t const first = lse_offset(f, tile_.batch, head) + row0;
+    int64_t const first = lse_offset(f, tile_.entry.batch, head) + row0;
     CUTE_UNROLL
     for (int pass = 0; pass < ceil_div(C.block_n, L::threads); ++pass) {
       int const i = pass * L::threads + thread_index();
@@ -420,6 +424,16 @@ struct TileGradients {
     stage_tile<C, SmemX, column_warps>(dx_, smem_.x);
     if constexpr (keys_stay) stage_tile<C, SmemY, column_warps>(dy_, smem_.y);
     block_sync();  // the tiles are in shared memory
+    if constexpr (!Sequence::fills_tensors) clear_absent_rows();
+  }
+
+  /// Gradients of rows that do not exist are 0.
+  FLASHCUTE_DEVICE void clear_absent_rows() {
+    int const existing = tile_.existing(p_.forward);
+    if (existing == tile_.rows) return;
+    clear_rows<C, SmemX>(smem_.x, existing, tile_.rows, p_.forward.head_dim);
+    if constexpr (keys_stay) clear_rows<C, SmemY>(smem_.y, existing, tile_.rows, p_.forward.head_dim_v);
+    block_sync();  // they are clear
   }
 
   /// Adds to each of the first `rows` rows of these tiles the non-finite values that it sees among the rows `others` of
@@ -433,10 +447,10 @@ struct TileGradients {
     };
     for (int head = first_head; head < first_head + heads; ++head) {
       Rows const x =
-          keys_stay ? Rows::of(f.q, f.q_stride, tile_.batch, head) : Rows::of(f.k, f.k_stride, tile_.batch, head);
+          keys_stay ? Rows::of(f.q, f.q_stride, tile_.entry.batch, head) : Rows::of(f.k, f.k_stride, tile_.entry.batch, head);
       flashcute::add_dropped<C, SmemX>(x, others, rows, f.head_dim, smem_.x, sees);
       if constexpr (keys_stay) {
-        Rows const y = Rows::of(p_.dout, p_.dout_stride, tile_.batch, head);
+        Rows const y = Rows::of(p_.dout, p_.dout_stride, tile_.entry.batch, head);
         flashcute::add_dropped<C, SmemY>(y, others, rows, f.head_dim_v, smem_.y, sees);
       }
     }

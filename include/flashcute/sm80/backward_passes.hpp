@@ -14,8 +14,8 @@ struct PrepareGradients {
   struct SharedStorage {};
 
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& /*smem*/) {
-    auto const tile = QueryTile::at(p.forward, block_index(), C.block_n);
-    QueryGradientSums<Id.config>(p, tile.batch, tile.head, tile.row0 / C.block_n).clear();
+    auto const tile = QueryTile<UniformSequence>::at(p.forward, block_index(), C.block_n);
+    QueryGradientSums<Id.config>(p, tile.entry.batch, tile.head, tile.row0 / C.block_n).clear();
     Delta<C, C.block_n>::compute(p, tile, [&](int row, float delta) {
       global_store(static_cast<float*>(p.delta) + tile.lse_offset(p.forward) + row, delta);
     });
@@ -36,16 +36,16 @@ struct FinishGradients {
   static_assert(sizeof(SharedStorage) == smem_bytes(Id));
 
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& smem) {
-    auto const tile = QueryTile::at(p.forward, block_index(), C.block_n);
+    auto const tile = QueryTile<UniformSequence>::at(p.forward, block_index(), C.block_n);
     auto dq = Sums::fragment();  // (MMA, MMA_M, MMA_D)
-    Sums(p, tile.batch, tile.head, tile.row0 / C.block_n).load(dq);
+    Sums(p, tile.entry.batch, tile.head, tile.row0 / C.block_n).load(dq);
     auto const scale = static_cast<float>(p.forward.scale);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(dq); ++i) dq(i) *= scale;
     stage_tile<C, typename L::SmemK, Sums::warps_n>(dq, smem.dq);
     block_sync();  // the tile is in shared memory
     using Copy = TileCopy<C, typename L::SmemK>;
-    int64_t const first = row_offset(p.dq_stride, tile.batch, tile.head, tile.row0);
+    int64_t const first = row_offset(p.dq_stride, tile.entry.batch, tile.head, tile.row0);
     auto* const to = Copy::first(static_cast<typename L::Element*>(p.dq) + first, p.dq_stride.row);
     Copy::store(smem.dq, to, p.dq_stride.row, tile.rows, p.forward.head_dim);
   }

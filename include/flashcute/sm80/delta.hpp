@@ -25,12 +25,12 @@ class Delta {
 
  public:
   /// Calls result(row, delta) for each row of the tile that exists, once, in one thread of the block.
-  template <class Result>
-  FLASHCUTE_DEVICE static void compute(BackwardParams const& p, QueryTile const& tile, Result const& result) {
+  template <class Tile, class Result>
+  FLASHCUTE_DEVICE static void compute(BackwardParams const& p, Tile const& tile, Result const& result) {
     ForwardParams const& f = p.forward;
     int const lane = thread_index() % lanes;
-    auto const out = Rows<Element>::of(f.out, f.out_stride, tile.batch, tile.head);
-    auto const dout = Rows<Element>::of(p.dout, p.dout_stride, tile.batch, tile.head);
+    auto const out = Rows<Element>::of(f.out, f.out_stride, tile.entry.batch, tile.head);
+    auto const dout = Rows<Element>::of(p.dout, p.dout_stride, tile.entry.batch, tile.head);
     CUTE_UNROLL
     for (int pass = 0; pass < ceil_div(TileRows, rows_per_pass); ++pass) {
       int const row = pass * rows_per_pass + thread_index() / lanes;
@@ -45,7 +45,7 @@ class Delta {
       if (lane != 0 || row >= tile.rows) continue;
       if (p.dlse != nullptr) {
         sum -= global_load<float>(static_cast<float const*>(p.dlse) +
-                                  row_offset(p.dlse_stride, tile.batch, tile.head, tile.row0 + row));
+                                  row_offset(p.dlse_stride, tile.entry.batch, tile.head, tile.row0 + row));
       }
       result(row, sum);
     }

@@ -24,13 +24,14 @@ struct ForwardPass {
   static_assert(sizeof(typename L::SharedStorage) == smem_bytes(F));
   using P = Products<C>;
   using Mask = flashcute::Mask<Id.features.mask>;
-  using Softmax = OnlineSoftmax<L::rows_per_thread, F.optimized_softmax, F.rescale_threshold>;
+  using Tile = QueryTile<typename Mask::Sequence>;
+  using Softmax = OnlineSoftmax<L::rows_per_thread, F.optimized_softmax, F.rescale_threshold, Mask::takes_sink>;
 
   FLASHCUTE_DEVICE static void run(ForwardParams const& p, typename L::SharedStorage& smem) {
     using namespace cute;
-    auto const tile = QueryTile::at(p, block_index(), C.block_m);
+    auto const tile = Tile::at(p, block_index(), C.block_m);
     auto const range = Mask::kv_range(tile, p, C.block_n);
-    ForwardLoader<F, typename Mask::Range> loader{p, tile, range, smem};
+    ForwardLoader<F, Mask> loader{p, tile, range, smem};
     Softmax softmax{p};
     BlockCounter<Id.features.count_blocks> counter;
 
@@ -47,7 +48,7 @@ struct ForwardPass {
       P::gemm(o, P::probabilities(s), v);  // O += P V
     });
 
-    softmax.finish(o, [&](int i) { return Mask::empty_row(tile.row0 + row_of(i), tile.sequence(p)); });
+    finish_rows<Mask, typename L::Element>(softmax, o, p, tile, [](int i) { return row_of(i); });
     store_lse(softmax, p, tile);
     store_counts(counter, p, tile);
     stage_output<C>(o, smem);
@@ -68,8 +69,8 @@ struct ForwardPass {
 
   /// Adds to the staged output the non-finite values that were replaced by 0, where they are visible.
   FLASHCUTE_DEVICE static void add_dropped_values(typename Mask::Range const& range, ForwardParams const& p,
-                                                  QueryTile const& tile, typename L::SharedStorage& smem) {
-    auto const v = Rows<typename L::Element>::of(p.v, p.v_stride, tile.batch, tile.kv_head);
+                                                  Tile const& tile, typename L::SharedStorage& smem) {
+    auto const v = Rows<typename L::Element>::of(p.v, p.v_stride, tile.entry.batch, tile.kv_head);
     auto const looked_at = range.keys(!P::wants_finite, C.block_n, tile.sequence(p));
     add_dropped<C, typename L::SmemO>(v, looked_at, tile.rows, p.head_dim_v, smem.q, [&](int row, int key) {
       return Mask::visible(tile.row0 + row, key, tile.sequence(p));
@@ -78,12 +79,12 @@ struct ForwardPass {
   }
 
   template <class Scores>
-  FLASHCUTE_DEVICE static void apply_mask(Scores& scores, QueryTile const& tile, int n, ForwardParams const& p) {
+  FLASHCUTE_DEVICE static void apply_mask(Scores& scores, Tile const& tile, int n, ForwardParams const& p) {
     int const key = n * C.block_n + cute::get<1>(coordinates()(0, 0));
     flashcute::apply_mask<L, Mask>(scores, [&](int i) { return tile.row0 + row_of(i); }, key, tile.sequence(p));
   }
 
-  FLASHCUTE_DEVICE static void store_lse(Softmax const& softmax, ForwardParams const& p, QueryTile const& tile) {
+  FLASHCUTE_DEVICE static void store_lse(Softmax const& softmax, ForwardParams const& p, Tile const& tile) {
     if (p.lse == nullptr || thread_index() % 4 != 0) return;  // one lane of the quad that shares a row
     float* const lse = static_cast<float*>(p.lse) + tile.lse_offset(p);
     CUTE_UNROLL
@@ -93,7 +94,7 @@ struct ForwardPass {
   }
 
   FLASHCUTE_DEVICE static void store_counts(BlockCounter<Id.features.count_blocks> const& counter,
-                                            ForwardParams const& p, QueryTile const& tile) {
+                                            ForwardParams const& p, Tile const& tile) {
     if constexpr (Id.features.count_blocks) {
       if (thread_index() != 0) return;
       global_store(p.block_counts + tile.block_counts_offset(p, C.block_m),

@@ -9,8 +9,10 @@
 
 namespace flashcute {
 
-template <ForwardConfig F, class Range>
+template <ForwardConfig F, class Mask>
 class ForwardLoader {
+  using Range = typename Mask::Range;
+  using Tile = QueryTile<typename Mask::Sequence>;
   static constexpr TileConfig C = tile_of(F);
   using L = TileLayout<C>;
   using P = Products<C>;
@@ -21,7 +23,7 @@ class ForwardLoader {
 
  public:
   /// Starts loading Q and, with eager_load_blocks, the last block of `range`: K, and with two stages also V.
-  FLASHCUTE_DEVICE ForwardLoader(ForwardParams const& p, QueryTile const& tile, Range const& range,
+  FLASHCUTE_DEVICE ForwardLoader(ForwardParams const& p, Tile const& tile, Range const& range,
                                  typename L::SharedStorage& smem)
       : p_(p), tile_(tile), smem_(smem), range_(range) {
     auto const q = CopyQ::first(static_cast<Element const*>(p.q) + tile.q_offset(p), p.q_stride.row);
@@ -125,7 +127,7 @@ class ForwardLoader {
   }
 
   ForwardParams const& p_;
-  QueryTile const tile_;
+  Tile const tile_;
   typename L::SharedStorage& smem_;
   Element const* k_;  // this thread's first element of the K block to load next
   Element const* v_;

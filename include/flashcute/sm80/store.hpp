@@ -35,6 +35,15 @@ FLASHCUTE_DEVICE void stage_tile(Fragment const& sums, typename Smem::Element* t
   stage_fragment<C, Smem, WarpsN>(convert<typename Smem::Element>(sums), tile);
 }
 
+/// Sets the rows of a staged tile from `first` on to 0.
+template <TileConfig C, class Smem>
+FLASHCUTE_DEVICE void clear_rows(typename Smem::Element* tile, int first, int rows, int columns) {
+  auto staged = cute::make_tensor(cute::make_smem_ptr(tile), typename Smem::Layout{});
+  for (int i = first * columns + thread_index(); i < rows * columns; i += TileLayout<C>::threads) {
+    shared_store(&staged(i / columns, i % columns), typename Smem::Element{0});
+  }
+}
+
 /// Rows of one head of a tensor.
 template <class Element>
 struct Rows {
@@ -80,8 +89,8 @@ FLASHCUTE_DEVICE void stage_output(Fragment const& o, typename TileLayout<C>::Sh
 }
 
 /// Writes the output from shared to global memory, copy_bytes per thread at a time.
-template <TileConfig C>
-FLASHCUTE_DEVICE void store_output(ForwardParams const& p, QueryTile const& tile,
+template <TileConfig C, class Tile>
+FLASHCUTE_DEVICE void store_output(ForwardParams const& p, Tile const& tile,
                                    typename TileLayout<C>::SharedStorage& smem) {
   using L = TileLayout<C>;
   using Copy = TileCopy<C, typename L::SmemO>;

@@ -12,9 +12,9 @@
 namespace flashcute::sm90 {
 
 /// Stores how the tile treated its blocks of keys, if the kernel counts them.
-template <ForwardKernelId Id>
+template <ForwardKernelId Id, class Tile>
 FLASHCUTE_DEVICE void store_counts(BlockCounter<Id.features.count_blocks> const& counter, ForwardParams const& p,
-                                   QueryTile const& tile) {
+                                   Tile const& tile) {
   if constexpr (Id.features.count_blocks) {
     global_store(p.block_counts + tile.block_counts_offset(p, tile_rows(Id.config)),
                  counter.counts(tile.sequence(p), Id.config.block_n));
@@ -27,9 +27,10 @@ class Consumer {
   static constexpr ForwardConfig C = Id.config;
   using Mask = flashcute::Mask<Id.features.mask>;
   using Range = typename Mask::Range;
-  using L = ForwardLayout<C, Range>;
+  using Tile = QueryTile<typename Mask::Sequence>;
+  using L = ForwardLayout<C, Mask>;
   using P = Products<C>;
-  using Softmax = OnlineSoftmax<L::rows_per_thread, C.optimized_softmax, C.rescale_threshold>;
+  using Softmax = OnlineSoftmax<L::rows_per_thread, C.optimized_softmax, C.rescale_threshold, Mask::takes_sink>;
   using Storage = typename L::SharedStorage;
 
  public:
@@ -281,7 +282,7 @@ class Consumer {
   /// Masks the scores of a partial block.
   FLASHCUTE_DEVICE void apply(int n, Scores& s) {
     if (!range_.is_partial(n)) return;
-    QueryTile const& rows = tiles_.work(0).rows;
+    Tile const& rows = tiles_.work(0).rows;
     int const key = n * C.block_n + L::first_column(), row0 = rows.row0;
     flashcute::apply_mask<L, Mask>(s, [&](int i) { return row0 + L::row(i); }, key, rows.sequence(p_));
   }
@@ -299,13 +300,18 @@ class Consumer {
     for (int i = 0; i < skipped_; ++i) skip_value();
   }
 
-  /// Passes over a tile in which this warpgroup has no rows.
+  /// Passes over a tile in which this warpgroup has no rows, or which sees no key.
   FLASHCUTE_DEVICE void skip_tile() {
     sums_ = Sums{p_};
 #pragma unroll 1
     for (int n = range_.first(); range_.left(n) > 0; n = range_.next(n)) {
       skip_key(n);
       skip_value();
+    }
+    if constexpr (Mask::two_edges) {
+      Tile const rows = tiles_.work(0).rows;
+      if (rows.rows > 0) store_empty<C, Mask>(p_, rows, thread_of_warpgroup(), warpgroup_size);
+      tiles_.meet();  // no key was passed: a warp may still wait for the announcement of this tile
     }
     tiles_.release_query();
     if (counts()) store_counts<Id>(sums_.counter, p_, tiles_.work(0).rows);
@@ -346,16 +352,16 @@ class Consumer {
     auto const& work = tiles_.next();
     range_ = uniform_range(work.range);
     skipped_ = Mask::rows_differ ? uniform(work.loaded.end) - range_.end : 0;
-    absent_ = uniform(work.rows.rows <= 0);
+    absent_ = uniform(work.rows.rows <= 0 || (Mask::two_edges && work.loaded.empty()));
     return uniform(work.exists);
   }
 
   /// Writes the output of the current tile (`before` 0) or of the one before it (1).
   FLASHCUTE_DEVICE void store(uint32_t before, Sums& sums) {
     auto const& work = tiles_.work(before);
-    QueryTile const tile = work.rows;
+    Tile const tile = work.rows;
     Softmax& softmax = sums.softmax;
-    softmax.finish(o_, [&](int i) { return Mask::empty_row(tile.row0 + L::row(i), tile.sequence(p_)); });
+    finish_rows<Mask, typename L::Element>(softmax, o_, p_, tile, [](int i) { return L::row(i); });
     if (counts()) store_counts<Id>(sums.counter, p_, tile);
     if (p_.lse != nullptr) {
       float* const lse = static_cast<float*>(p_.lse) + tile.lse_offset(p_);
@@ -377,11 +383,11 @@ class Consumer {
 
   ForwardParams const& p_;
   int const warpgroup_;
-  Tiles<C, Range> tiles_;
+  Tiles<C, Mask> tiles_;
   Turns<L::first_turn_barrier, L::warpgroups, C.pingpong> const turns_;
   Range range_;  // blocks that the warpgroup's rows see
   int skipped_;  // blocks of keys that only other rows of the tile see
-  bool absent_;  // the warpgroup has no rows in the tile
+  bool absent_;  // the warpgroup has no rows in the tile, or they see no key
   Sums sums_;
   Scores s_;    // (MMA, MMA_M, MMA_N)
   Output o_;    // (MMA, MMA_M, MMA_DV)

@@ -20,29 +20,31 @@ struct ForwardPass {
   static_assert(has_only<&Features::mask, &Features::count_blocks>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
 
   using Mask = flashcute::Mask<Id.features.mask>;
-  using Range = typename Mask::Range;
-  using L = ForwardLayout<C, Range>;
+  using Tile = QueryTile<typename Mask::Sequence>;
+  using L = ForwardLayout<C, Mask>;
   using Storage = typename L::SharedStorage;
   static constexpr WarpgroupRegisters registers = registers_of(C);
 
   FLASHCUTE_DEVICE static void run(Sm90ForwardParams const& p, Storage& smem_symbol) {
     Storage& smem = hidden(smem_symbol);
-    if (thread_index() == 0) Tiles<C, Range>::init(smem, Mask::rows_differ);
+    if (thread_index() == 0) Tiles<C, Mask>::init(smem, Mask::rows_differ);
     if constexpr (C.cluster > 1) {
       cluster_sync();  // all mbarriers of the cluster are initialised
     } else {
       block_sync();
     }
 
-    // Before setmaxnreg: this needs more registers than the loading warpgroup keeps.
-    if (Mask::has_empty_rows(Sequence::uniform(p.forward)) && thread_index() < 32) store_empty_tiles(p.forward);
+    if constexpr (!Mask::two_edges) {
+      // Before setmaxnreg: this needs more registers than the loading warpgroup keeps.
+      if (Mask::has_empty_rows(UniformSequence(p.forward, {})) && thread_index() < 32) store_empty_tiles(p.forward);
+    }
 
     // nvcc handles setmaxnreg well only in this form: one if/else, whose branches each set the number of registers.
     int const warpgroup = warpgroup_index();
     if (warpgroup == 0) {
       release_registers<registers.loader>();
       if (warp_of_warpgroup() != 0) {
-        if (Mask::rows_differ) Inspector<C, Range>::run(smem);
+        if (Mask::rows_differ) Inspector<C, Mask>::run(smem);
       } else if (elected_lane()) {
         load(p, smem);
       }
@@ -57,22 +59,27 @@ struct ForwardPass {
   FLASHCUTE_DEVICE static void load(Sm90ForwardParams const& p, Storage& smem) {
     Loader<C, Mask> loader{p, smem};
     TileSchedule<Id> schedule{p};
-    for (QueryTile tile; schedule.next(tile);) {
+    for (Tile tile; schedule.next(tile);) {
       auto const range = Mask::kv_range(tile, p.forward, C.block_n);
-      if (!range.empty()) loader.load(tile, range);
+      if (!range.empty()) {
+        loader.load(tile, range);
+      } else if constexpr (Mask::two_edges) {
+        loader.pass_over(tile);
+      }
     }
     loader.finish();
   }
 
-  /// Writes the tiles that see no key, which the loader leaves out. If the first row sees a key, there are none.
+  /// Writes the tiles that see no key under a mask with one edge, which the loader leaves out. If the first row sees a
+  /// key, there are none. (Under other masks they are anywhere, and the warpgroups write them in their turn.)
   FLASHCUTE_DEVICE static void store_empty_tiles(ForwardParams const& p) {
-    int64_t const count = QueryTile::count(p, L::tile_rows);
+    int64_t const count = count_query_tiles(p, L::tile_rows);
     auto const per_head = static_cast<uint32_t>(ceil_div(p.seqlen_q, L::tile_rows));
     for (int64_t i = block_index(); i < count; i += block_count()) {
       auto const index = static_cast<uint32_t>(i);
-      auto const tile = sm90_tile(p, index / per_head, static_cast<int>(index % per_head), L::tile_rows);
+      auto const tile = sm90_tile<UniformSequence>(p, index / per_head, static_cast<int>(index % per_head), L::tile_rows);
       if (!Mask::kv_range(tile, p, C.block_n).empty()) continue;
-      store_empty<C>(p, tile);
+      store_empty<C, Mask>(p, tile, static_cast<int>(thread_index()) % 32, 32);
       if (thread_index() == 0) store_counts<Id>({}, p, tile);
     }
   }

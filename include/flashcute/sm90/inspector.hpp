@@ -9,9 +9,9 @@ namespace flashcute::sm90 {
 /// Run by the warps of the loading warpgroup that do not load. A row that does not see a key multiplies its value by 0,
 /// and 0 * NaN is NaN: values of a partial block of V that are not finite become 0 before the product, and a flag of
 /// the tile records it.
-template <ForwardConfig C, class Range>
+template <ForwardConfig C, class Mask>
 class Inspector {
-  using L = ForwardLayout<C, Range>;
+  using L = ForwardLayout<C, Mask>;
   using Storage = typename L::SharedStorage;
   using Element = typename L::Element;
 

@@ -10,12 +10,12 @@
 namespace flashcute::sm90 {
 
 /// The next tile of a warpgroup. The loading warp writes it to shared memory.
-template <class Range>
+template <class Mask>
 struct Work {
-  QueryTile rows;  // the warpgroup's part of the tile; it may be empty
-  Range range;     // of keys that its rows see
-  Range loaded;    // of keys that any of the tile's rows sees
-  bool exists;     // false: there are no more tiles
+  QueryTile<typename Mask::Sequence> rows;  // the warpgroup's part of the tile; it may be empty
+  typename Mask::Range range;               // of keys that its rows see
+  typename Mask::Range loaded;              // of keys that any of the tile's rows sees
+  bool exists;                              // false: there are no more tiles
 };
 
 /// A block of V for the inspecting warps.
@@ -42,8 +42,8 @@ constexpr WarpgroupRegisters registers_of(ForwardConfig const& c) {
   return c.head_dim_v > 128 ? WarpgroupRegisters{24, 240} : WarpgroupRegisters{40, 232};
 }
 
-/// `Range` is what the mask's ranges are; it matters to shared memory alone.
-template <ForwardConfig C, class Range = KvRange>
+/// The mask matters to shared memory alone.
+template <ForwardConfig C, class Mask = flashcute::Mask<MaskKind::full>>
 struct ForwardLayout {
   using Element = typename TensorCore<C.dtype>::Element;
   using BlockN = cute::Int<C.block_n>;
@@ -98,7 +98,7 @@ struct ForwardLayout {
     alignas(1024) Element q[warpgroups][q_elements];
     alignas(1024) Element k[C.stages][k_elements];
     alignas(1024) Element v[C.stages][v_elements];
-    Work<Range> work[tiles][warpgroups];
+    Work<Mask> work[tiles][warpgroups];
     bool dropped[tiles];  // whether non-finite values were replaced by 0 in a partial block of V
     Inspection inspections[C.stages];
     Barrier v_landed[C.stages];  // V has arrived, its inspection may begin

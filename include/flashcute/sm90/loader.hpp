@@ -10,7 +10,8 @@ namespace flashcute::sm90 {
 template <ForwardConfig C, class Mask>
 class Loader {
   using Range = typename Mask::Range;
-  using L = ForwardLayout<C, Range>;
+  using Tile = QueryTile<typename Mask::Sequence>;
+  using L = ForwardLayout<C, Mask>;
   using Storage = typename L::SharedStorage;
   static constexpr bool inspected = Mask::rows_differ;
 
@@ -24,10 +25,10 @@ class Loader {
 
   /// Loads a tile's Q, K and V in the order in which they are needed: V(n) comes after the K that follows K(n), which
   /// may be the next tile's first.
-  FLASHCUTE_DEVICE void load(QueryTile const& tile, Range const& range) {
+  FLASHCUTE_DEVICE void load(Tile const& tile, Range const& range) {
     for (int w = 0; w < L::warpgroups; ++w) {  // to L2, long before its buffer is free
       int const row = rows_of(tile, w).row0;
-      for_each_page<C.head_dim>([&](int column) { prefetch_box(p_.q, column, row, tile.head, tile.batch); });
+      for_each_page<C.head_dim>([&](int column) { prefetch_box(p_.q, column, row, tile.head, tile.entry.batch); });
     }
     for (int n = range.first(); range.left(n) > 0; n += Range::step) {
       load_key(tile, n);
@@ -36,6 +37,18 @@ class Loader {
       // Spelled out: with `is_partial` alone nvcc 13.0 makes other code of masks with one edge.
       left_ = {tile, n, n >= range.full_end || (Mask::two_edges && range.is_partial(n)), true};
     }
+  }
+
+  /// Announces a tile that sees no key, after all that was loaded before.
+  FLASHCUTE_DEVICE void pass_over(Tile const& tile) {
+    load_value_left();
+    left_.any = false;
+    for (int w = 0; w < L::warpgroups; ++w) {
+      work(w) = {rows_of(tile, w), {}, {}, true};
+      await_place_for_query(w);
+      barrier_arrive(smem_.q_full[w]);
+    }
+    ++tile_;
   }
 
   /// Loads the last V and announces that there are no more tiles.
@@ -55,36 +68,36 @@ class Loader {
 
  private:
   /// Announces the tile to the warpgroups and loads its Q.
-  FLASHCUTE_DEVICE void announce(QueryTile const& tile, Range const& range) {
+  FLASHCUTE_DEVICE void announce(Tile const& tile, Range const& range) {
     smem_.dropped[tile_ % L::tiles] = false;
     for (int w = 0; w < L::warpgroups; ++w) {
-      Work<Range>& next = work(w);
+      Work<Mask>& next = work(w);
       next = part(tile, range, w);
       await_place_for_query(w);
       auto* const q = smem_.q[w];
       Barrier& full = smem_.q_full[w];
       expect_tile<warpgroup_rows, C.head_dim>(full);
       for_each_page<C.head_dim>([&](int column) {
-        copy_box(p_.q, column, next.rows.row0, tile.head, tile.batch, q + warpgroup_rows * column, full,
+        copy_box(p_.q, column, next.rows.row0, tile.head, tile.entry.batch, q + warpgroup_rows * column, full,
                  L2Hint::evict_first);
       });
     }
     ++tile_;
   }
 
-  FLASHCUTE_DEVICE Work<Range>& work(int warpgroup) { return smem_.work[tile_ % L::tiles][warpgroup]; }
+  FLASHCUTE_DEVICE Work<Mask>& work(int warpgroup) { return smem_.work[tile_ % L::tiles][warpgroup]; }
 
   FLASHCUTE_DEVICE void await_place_for_query(int warpgroup) { barrier_wait(smem_.q_empty[warpgroup], tile_ % 2 ^ 1); }
 
   /// A warpgroup's rows of a tile. Under a mask some parts of a tile are less work, so the parts rotate among the
   /// warpgroups.
-  FLASHCUTE_DEVICE QueryTile rows_of(QueryTile const& tile, int warpgroup) const {
+  FLASHCUTE_DEVICE Tile rows_of(Tile const& tile, int warpgroup) const {
     auto const turn = static_cast<uint32_t>(rank_ * L::warpgroups + warpgroup) + tile_;
     return tile.part_from_end(static_cast<int>(turn % (L::warpgroups * C.cluster)), warpgroup_rows);
   }
 
-  FLASHCUTE_DEVICE Work<Range> part(QueryTile const& tile, Range const& range, int warpgroup) const {
-    Work<Range> part{rows_of(tile, warpgroup), range, range, true};
+  FLASHCUTE_DEVICE Work<Mask> part(Tile const& tile, Range const& range, int warpgroup) const {
+    Work<Mask> part{rows_of(tile, warpgroup), range, range, true};
     if (inspected && part.rows.rows > 0) {
       part.range = Mask::kv_range(part.rows, p_.forward, C.block_n);
       // At least one block, so that all warpgroups run the same loop. And a warpgroup skips at most stages - 1 blocks,
@@ -100,13 +113,13 @@ class Loader {
     if (left_.any) load_value(left_.tile, left_.n, left_.partial);
   }
 
-  FLASHCUTE_DEVICE void load_key(QueryTile const& tile, int n) {
+  FLASHCUTE_DEVICE void load_key(Tile const& tile, int n) {
     barrier_wait(smem_.k_empty[k_.place], k_.parity ^ 1);
     load_block<C.head_dim>(p_.k, n, tile, smem_.k[k_.place], smem_.k_full[k_.place]);
     k_.advance();
   }
 
-  FLASHCUTE_DEVICE void load_value(QueryTile const& tile, int n, bool partial) {
+  FLASHCUTE_DEVICE void load_value(Tile const& tile, int n, bool partial) {
     await_place_for_value();
     Barrier* landed = &smem_.v_full[v_.place];
     if constexpr (inspected) {
@@ -126,7 +139,7 @@ class Loader {
 
   /// Loads block `n` of K or V. In a cluster each thread block loads its share of the keys for all.
   template <int Columns>
-  FLASHCUTE_DEVICE void load_block(TensorMap const& map, int n, QueryTile const& tile, typename L::Element* place,
+  FLASHCUTE_DEVICE void load_block(TensorMap const& map, int n, Tile const& tile, typename L::Element* place,
                                    Barrier& full) {
     expect_tile<C.block_n, Columns>(full);
     int const first = rank_ * L::keys_per_load;
@@ -134,9 +147,9 @@ class Loader {
       auto* const to = place + C.block_n * column + first * L::page;
       int const key = n * C.block_n + first;
       if constexpr (C.cluster > 1) {
-        copy_box_to_all(map, column, key, tile.kv_head, tile.batch, to, full, L2Hint::evict_last, C.cluster);
+        copy_box_to_all(map, column, key, tile.kv_head, tile.entry.batch, to, full, L2Hint::evict_last, C.cluster);
       } else {
-        copy_box(map, column, key, tile.kv_head, tile.batch, to, full, L2Hint::evict_last);
+        copy_box(map, column, key, tile.kv_head, tile.entry.batch, to, full, L2Hint::evict_last);
       }
     });
   }
@@ -159,7 +172,7 @@ class Loader {
   RingPosition<C.stages> inspection_;  // as many slots as V has stages: when a stage is free, so is a slot
   uint32_t tile_ = 0;
   struct {
-    QueryTile tile;
+    Tile tile;
     int n;
     bool partial, any;
   } left_ = {{}, 0, false, false};  // the V to load next

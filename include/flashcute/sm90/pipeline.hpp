@@ -27,9 +27,9 @@ struct RingPosition {
 };
 
 /// A consumer warpgroup's side: waits for tiles, and releases their stages.
-template <ForwardConfig C, class Range>
+template <ForwardConfig C, class Mask>
 class Tiles {
-  using L = ForwardLayout<C, Range>;
+  using L = ForwardLayout<C, Mask>;
   using Storage = typename L::SharedStorage;
   using Element = typename L::Element;
 
@@ -53,14 +53,14 @@ class Tiles {
   }
 
   /// Waits until the next tile is announced and its Q has arrived.
-  FLASHCUTE_DEVICE Work<Range> const& next() {
+  FLASHCUTE_DEVICE Work<Mask> const& next() {
     ++tile_;
     barrier_wait(smem_.q_full[warpgroup_], tile_ % 2);
     return work(0);
   }
 
   /// Of the current tile (`before` 0), or of an earlier one.
-  FLASHCUTE_DEVICE Work<Range> const& work(uint32_t before) const {
+  FLASHCUTE_DEVICE Work<Mask> const& work(uint32_t before) const {
     return smem_.work[(tile_ - before) % L::tiles][warpgroup_];
   }
   FLASHCUTE_DEVICE bool dropped(uint32_t before) const { return smem_.dropped[(tile_ - before) % L::tiles]; }
@@ -117,10 +117,10 @@ class Tiles {
     value_passed_ = 0;
   }
 
- private:
   /// Synchronises the warpgroup's warps.
   FLASHCUTE_DEVICE void meet() const { named_sync<warpgroup_size>(L::first_own_barrier + warpgroup_); }
 
+ private:
   /// Releases the stage to every thread block that loads into it.
   FLASHCUTE_DEVICE static void release(Barrier& empty) {
     if constexpr (C.cluster > 1) {

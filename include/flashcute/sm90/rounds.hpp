@@ -32,8 +32,9 @@ inline constexpr int32_t max_multiprocessors = 144;
 
 /// The `i`-th tile of a head, counted from its last rows. The incomplete tile is that of the first rows: under a causal
 /// mask it sees the fewest keys, and warpgroups without rows wait the least.
-FLASHCUTE_HD QueryTile sm90_tile(ForwardParams const& p, uint32_t head_index, int32_t i, int32_t tile_rows) {
-  return QueryTile::whole_head(p, head_index).part_from_end(i, tile_rows);
+template <class Sequence>
+FLASHCUTE_HD QueryTile<Sequence> sm90_tile(ForwardParams const& p, uint32_t head_index, int32_t i, int32_t tile_rows) {
+  return QueryTile<Sequence>::whole_head(p, head_index).part_from_end(i, tile_rows);
 }
 
 /// A round: at most one tile for each thread block; the longest come first. The thread blocks of a cluster compute one
@@ -55,13 +56,14 @@ struct TileRound {
 
   /// In a section the long tiles come first: the last rows of all its heads, then the rows before. Where all tiles are
   /// equally long, those of one head come together: they read the same keys at about the same time.
-  FLASHCUTE_HD QueryTile tile(ForwardParams const& p, int32_t turn, int32_t tile_rows) const {
+  template <class Sequence>
+  FLASHCUTE_HD QueryTile<Sequence> tile(ForwardParams const& p, int32_t turn, int32_t tile_rows) const {
     int32_t const index = first + turn;
     if (by_head) {
       int32_t const per_head = ceil_div(p.seqlen_q, tile_rows);
-      return sm90_tile(p, head0 + static_cast<uint32_t>(index / per_head), index % per_head, tile_rows);
+      return sm90_tile<Sequence>(p, head0 + static_cast<uint32_t>(index / per_head), index % per_head, tile_rows);
     }
-    return sm90_tile(p, head0 + static_cast<uint32_t>(index % heads), index / heads, tile_rows);
+    return sm90_tile<Sequence>(p, head0 + static_cast<uint32_t>(index % heads), index / heads, tile_rows);
   }
 };
 

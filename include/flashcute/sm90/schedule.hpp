@@ -14,11 +14,12 @@ class TileSchedule {
       : p_(p), blocks_(static_cast<int>(block_count()) / C.cluster), rounds_(p.forward, rows, blocks_, per_section) {}
 
   /// Sets `tile` to the next one; false if there is none.
-  FLASHCUTE_DEVICE bool next(QueryTile& tile) {
+  template <class Sequence>
+  FLASHCUTE_DEVICE bool next(QueryTile<Sequence>& tile) {
     for (TileRound round; rounds_.next(round);) {
       int const turn = p_.deal.turn(index_++, round, static_cast<int>(block_index()) / C.cluster, blocks_);
       if (turn >= round.count) continue;
-      tile = round.tile(p_.forward, turn, rows);
+      tile = round.tile<Sequence>(p_.forward, turn, rows);
       return true;
     }
     return false;

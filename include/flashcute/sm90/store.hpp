@@ -1,6 +1,7 @@
 // Writes a warpgroup's output from its registers to global memory.
 #pragma once
 
+#include "flashcute/device/apply.hpp"
 #include "flashcute/device/nonfinite.hpp"
 #include "flashcute/sm90/layout.hpp"
 
@@ -29,8 +30,8 @@ FLASHCUTE_DEVICE void transpose_in_quad(uint32_t (&word)[4]) {
 
 /// Rounds the output and writes 16 bytes per lane, without shared memory, so that the next tile's loads need not wait.
 /// `tile` holds the warpgroup's rows.
-template <ForwardConfig C, class Output>
-FLASHCUTE_DEVICE void store_output(Output const& output, ForwardParams const& p, QueryTile const& tile) {
+template <ForwardConfig C, class Output, class Tile>
+FLASHCUTE_DEVICE void store_output(Output const& output, ForwardParams const& p, Tile const& tile) {
   using namespace cute;
   using L = ForwardLayout<C>;
   using Element = typename L::Element;
@@ -56,7 +57,8 @@ FLASHCUTE_DEVICE void store_output(Output const& output, ForwardParams const& p,
 /// Adds to the elements of the output that this thread has written the non-finite values that were replaced by 0, where
 /// they are visible, among keys [first, end). Slow, but rare.
 template <ForwardConfig C, class Mask>
-FLASHCUTE_DEVICE void add_dropped(int first, int end, ForwardParams const& p, QueryTile const& tile) {
+FLASHCUTE_DEVICE void add_dropped(int first, int end, ForwardParams const& p,
+                                  QueryTile<typename Mask::Sequence> const& tile) {
   using L = ForwardLayout<C>;
   using Element = typename L::Element;
   auto const* const values = static_cast<Element const*>(p.v) + tile.v_offset(p);
@@ -82,19 +84,21 @@ FLASHCUTE_DEVICE void add_dropped(int first, int end, ForwardParams const& p, Qu
   }
 }
 
-/// A tile that sees no key: output 0, LSE -inf. One warp writes it.
-template <ForwardConfig C>
-FLASHCUTE_DEVICE void store_empty(ForwardParams const& p, QueryTile const& tile) {
+/// A tile that sees no key: output 0; LSE -inf, or the sink in rows that exist. `threads` threads write it.
+template <ForwardConfig C, class Mask>
+FLASHCUTE_DEVICE void store_empty(ForwardParams const& p, QueryTile<typename Mask::Sequence> const& tile, int thread,
+                                  int threads) {
   using Element = typename ForwardLayout<C>::Element;
-  int const lane = thread_index() % 32;
   int const vectors = p.head_dim_v / 8;  // 16 bytes each
   auto* const out = static_cast<Element*>(p.out) + tile.out_offset(p);
-  for (int i = lane; i < tile.rows * vectors; i += 32) {
+  for (int i = thread; i < tile.rows * vectors; i += threads) {
     global_store(out + i / vectors * p.out_stride.row + i % vectors * 8, uint4{});
   }
   if (p.lse == nullptr) return;
   float* const lse = static_cast<float*>(p.lse) + tile.lse_offset(p);
-  for (int i = lane; i < tile.rows; i += 32) global_store(lse + i, -infinity);
+  float sink = -infinity;
+  if constexpr (Mask::takes_sink) sink = sink_of<Element>(p, tile.head);
+  for (int i = thread; i < tile.rows; i += threads) global_store(lse + i, i < tile.existing(p) ? sink : -infinity);
 }
 
 }  // namespace flashcute::sm90

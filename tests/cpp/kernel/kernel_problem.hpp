@@ -89,6 +89,10 @@ class Tensor {
   void set_row(int b, int row, int h, double x) {
     for (int c = 0; c < d_; ++c) set(b, row, h, c, x);
   }
+  /// Of all heads.
+  void set_rows(int b, int row, double x) {
+    for (int h = 0; h < heads_; ++h) set_row(b, row, h, x);
+  }
 
   void* data() { return &bytes_[static_cast<size_t>(first_) * size()]; }
   Strides const& stride() const { return stride_; }
@@ -122,6 +126,35 @@ struct Shape {
   Order order = Order::bshd;
   std::optional<int> causal_offset{};  // default: bottom-right
   int window_offset = 0;               // of the band
+  // Of the band: lengths of each batch entry, with whose ends the offsets move if `from_end`; prefix; sink of each head.
+  std::vector<int> seqlens_q{}, seqlens_k{};
+  bool from_end = false;
+  std::optional<int> prefix{};
+  int prefix_offset = 0;
+  std::vector<float> sink{};
+
+  int rows(int b) const { return seqlens_q.empty() ? sq : std::clamp(seqlens_q[static_cast<size_t>(b)], 0, sq); }
+  int keys(int b) const { return seqlens_k.empty() ? sk : std::clamp(seqlens_k[static_cast<size_t>(b)], 0, sk); }
+  int last_offset() const { return causal_offset.value_or(sk - sq); }
+  bool sees(MaskKind kind, int b, int i, int j) const {
+    int const shift = from_end ? (keys(b) - sk) - (rows(b) - sq) : 0;
+    definition::MaskProblem m{keys(b), last_offset() + shift, window_offset + shift, rows(b)};
+    if (prefix) m.prefix = *prefix, m.prefix_offset = prefix_offset + shift;
+    return definition::sees(kind, i, j, m);
+  }
+
+  /// What a launch is told of the mask. The pointers are into this shape.
+  void describe(ForwardParams& p) const {
+    p.batch = batch, p.heads = heads, p.kv_heads = kv_heads;
+    p.seqlen_q = sq, p.seqlen_k = sk, p.head_dim = d, p.head_dim_v = d_v;
+    p.causal_offset = last_offset();
+    p.window_offset = window_offset;
+    p.sequences.from_end = from_end;
+    if (!seqlens_q.empty()) p.sequences.seqlens_q = seqlens_q.data();
+    if (!seqlens_k.empty()) p.sequences.seqlens_k = seqlens_k.data();
+    if (prefix) p.sequences.prefix = *prefix, p.sequences.prefix_offset = prefix_offset;
+    if (!sink.empty()) p.sink.logits = sink.data(), p.sink.float32 = true;
+  }
 };
 
 /// One call of the forward.
@@ -150,9 +183,14 @@ class Problem {
 
   float lse_at(int b, int h, int i) const { return lse[static_cast<size_t>((b * s_.heads + h) * s_.sq + i)]; }
 
-  bool visible(int i, int j) const {
-    return definition::sees(id_.features.mask, i, j,
-                            {s_.sk, s_.causal_offset.value_or(s_.sk - s_.sq), s_.window_offset});
+  bool visible(int b, int i, int j) const { return s_.sees(id_.features.mask, b, i, j); }
+
+  /// NaN in all rows that do not exist.
+  void poison_absent() {
+    for (int b = 0; b < s_.batch; ++b) {
+      for (int i = s_.rows(b); i < s_.sq; ++i) q.set_rows(b, i, NAN);
+      for (int j = s_.keys(b); j < s_.sk; ++j) k.set_rows(b, j, NAN), v.set_rows(b, j, NAN);
+    }
   }
 
   /// Clears the outputs; what a launch is told.
@@ -170,10 +208,7 @@ class Problem {
     p.scale = scale;
     // As the plan does: with scale 0 a masked score must stay -inf.
     p.scale_log2 = std::max(static_cast<float>(scale * 1.4426950408889634), std::numeric_limits<float>::min());
-    p.batch = s_.batch, p.heads = s_.heads, p.kv_heads = s_.kv_heads;
-    p.seqlen_q = s_.sq, p.seqlen_k = s_.sk, p.head_dim = s_.d, p.head_dim_v = s_.d_v;
-    p.causal_offset = s_.causal_offset.value_or(s_.sk - s_.sq);
-    p.window_offset = s_.window_offset;
+    s_.describe(p);
     return p;
   }
 
@@ -182,6 +217,13 @@ class Problem {
   static void allow_items(GlobalMemory& memory, std::vector<T>& items, int64_t first, int count) {
     memory.add(items.data(), items.size() * sizeof(T));
     memory.allow(&items[static_cast<size_t>(first)], static_cast<size_t>(count) * sizeof(T), Use::output);
+  }
+
+  /// Lets the kernel read the sink.
+  void allow_sink(GlobalMemory& memory) {
+    if (s_.sink.empty()) return;
+    memory.add(s_.sink.data(), s_.sink.size() * sizeof(float));
+    memory.allow(s_.sink.data(), s_.sink.size() * sizeof(float), Use::input);
   }
 
   /// Lets the kernel store all items.
@@ -203,7 +245,7 @@ class Problem {
           std::vector<double> p;
           double top = -inf, sum = 0, largest = 0;
           for (int j = 0; j < s_.sk; ++j) {
-            if (!visible(i, j)) continue;
+            if (!visible(b, i, j)) continue;
             double score = 0, magnitude = 0;
             for (int c = 0; c < s_.d; ++c) {
               double const product = q.at(b, i, h, c) * k.at(b, j, kv, c);
@@ -214,6 +256,10 @@ class Problem {
             keys.push_back(j);
             p.push_back(scale * score);
             top = std::fmax(top, scale * score);
+          }
+          if (!s_.sink.empty() && i < s_.rows(b)) {  // one more key, of value 0
+            p.push_back(static_cast<double>(s_.sink[static_cast<size_t>(h)]));
+            top = std::fmax(top, p.back());
           }
           for (double& x : p) {
             x = top == -inf && !std::isnan(x) ? 0 : std::exp(x - top);
@@ -249,14 +295,15 @@ class Problem {
     int const m = tile_rows(id_.config), n = id_.config.block_n, tiles = ceil_div(s_.sq, m);
     for (size_t t = 0; t < block_counts.size(); ++t) {
       int const begin = static_cast<int>(t) % tiles * m - (from_end ? tiles * m - s_.sq : 0);
-      int const row0 = std::max(begin, 0), row_end = std::min(begin + m, s_.sq);
+      int const b = static_cast<int>(t) / (tiles * s_.heads), keys = s_.keys(b);
+      int const row0 = std::max(begin, 0), row_end = std::min(begin + m, s_.rows(b));
       BlockCounts want{};
-      for (int key0 = 0; key0 < s_.sk; key0 += n) {
-        bool any = false, all = key0 + n <= s_.sk;
+      for (int key0 = 0; key0 < keys; key0 += n) {
+        bool any = false, all = key0 + n <= keys;
         for (int i = row0; i < row_end; ++i) {
-          for (int j = key0; j < std::min(key0 + n, s_.sk); ++j) (visible(i, j) ? any : all) = visible(i, j);
+          for (int j = key0; j < std::min(key0 + n, keys); ++j) (visible(b, i, j) ? any : all) = visible(b, i, j);
         }
-        ++(all ? want.full : any ? want.partial : want.skipped);
+        ++(any && all ? want.full : any ? want.partial : want.skipped);
       }
       EXPECT_EQ(block_counts[t].full, want.full) << "tile " << t;
       EXPECT_EQ(block_counts[t].partial, want.partial) << "tile " << t;

@@ -14,16 +14,17 @@ void run(Problem& problem, uint64_t seed) {
   using Storage = typename Pass::L::SharedStorage;
   ForwardParams const p = problem.prepare();
 
-  std::vector<uint32_t> blocks(static_cast<size_t>(QueryTile::count(p, Id.config.block_m)));
+  std::vector<uint32_t> blocks(static_cast<size_t>(count_query_tiles(p, Id.config.block_m)));
   for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = static_cast<uint32_t>(i);
   std::shuffle(blocks.begin(), blocks.end(), std::mt19937_64(seed));
   for (uint32_t block : blocks) {
-    auto const tile = QueryTile::at(p, block, Id.config.block_m);
+    auto const tile = QueryTile<BatchSequence>::at(p, block, Id.config.block_m);
     GlobalMemory memory;
-    problem.q.allow(memory, tile.batch, tile.head, tile.row0, tile.row0 + tile.rows, Use::input);
-    problem.k.allow(memory, tile.batch, tile.kv_head, 0, problem.s_.sk, Use::input);
-    problem.v.allow(memory, tile.batch, tile.kv_head, 0, problem.s_.sk, Use::input);
-    problem.out.allow(memory, tile.batch, tile.head, tile.row0, tile.row0 + tile.rows, Use::output);
+    problem.q.allow(memory, tile.entry.batch, tile.head, tile.row0, tile.row0 + tile.rows, Use::input);
+    problem.k.allow(memory, tile.entry.batch, tile.kv_head, 0, tile.entry.keys, Use::input);
+    problem.v.allow(memory, tile.entry.batch, tile.kv_head, 0, tile.entry.keys, Use::input);
+    problem.out.allow(memory, tile.entry.batch, tile.head, tile.row0, tile.row0 + tile.rows, Use::output);
+    problem.allow_sink(memory);
     if (problem.wants_lse) problem.allow_items(memory, problem.lse, tile.lse_offset(p), tile.rows);
     if (Id.features.count_blocks) {
       problem.allow_items(memory, problem.block_counts, tile.block_counts_offset(p, Id.config.block_m), 1);

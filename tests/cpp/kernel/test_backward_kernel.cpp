@@ -69,7 +69,7 @@ class BackwardProblem {
             double d = dlse.empty() ? 0 : -dlse[row(b, h, i)];
             for (int c = 0; c < s_.d_v; ++c) d += problem.out.at(b, i, h, c) * dout.at(b, i, h, c);
             for (int j = 0; j < s_.sk; ++j) {
-              if (!problem.visible(i, j)) continue;
+              if (!problem.visible(b, i, j)) continue;
               double score = 0, dp = 0;
               for (int c = 0; c < s_.d; ++c) score += problem.q.at(b, i, h, c) * problem.k.at(b, j, kv, c);
               for (int c = 0; c < s_.d_v; ++c) dp += dout.at(b, i, h, c) * problem.v.at(b, j, kv, c);
@@ -122,18 +122,21 @@ class BackwardProblem {
           std::vector<double> scores(static_cast<size_t>(s_.sk), -inf);
           double top = -inf, sum = 0;
           for (int j = 0; j < s_.sk; ++j) {
-            if (!problem.visible(i, j)) continue;
+            if (!problem.visible(b, i, j)) continue;
             double score = 0;
             for (int c = 0; c < s_.d; ++c) score += problem.q.at(b, i, h, c) * problem.k.at(b, j, kv, c);
             scores[static_cast<size_t>(j)] = problem.scale * score;
             top = std::fmax(top, problem.scale * score);
           }
+          double const sink = s_.sink.empty() || i >= s_.rows(b) ? -inf : s_.sink[static_cast<size_t>(h)];
+          top = std::fmax(top, sink);
+          if (sink != -inf) sum = std::exp(sink - top);
           for (double& x : scores) sum += x = top == -inf && !std::isnan(x) ? 0 : std::exp(x - top);
           lse[row(b, h, i)] = static_cast<float>(sum == 0 ? -inf : top + std::log(sum));
           for (int c = 0; c < s_.d_v; ++c) {
             double o = 0;
             for (int j = 0; j < s_.sk; ++j) {
-              if (problem.visible(i, j)) o += scores[static_cast<size_t>(j)] * problem.v.at(b, j, kv, c);
+              if (problem.visible(b, i, j)) o += scores[static_cast<size_t>(j)] * problem.v.at(b, j, kv, c);
             }
             problem.out.set(b, i, h, c, sum == 0 ? 0 : o / sum);
           }
@@ -151,10 +154,7 @@ class BackwardProblem {
     p.forward.scale = problem.scale;
     p.forward.scale_log2 =
         std::max(static_cast<float>(problem.scale * 1.4426950408889634), std::numeric_limits<float>::min());
-    p.forward.batch = s_.batch, p.forward.heads = s_.heads, p.forward.kv_heads = s_.kv_heads;
-    p.forward.seqlen_q = s_.sq, p.forward.seqlen_k = s_.sk, p.forward.head_dim = s_.d, p.forward.head_dim_v = s_.d_v;
-    p.forward.causal_offset = s_.causal_offset.value_or(s_.sk - s_.sq);
-    p.forward.window_offset = s_.window_offset;
+    problem.s_.describe(p.forward);
     p.dout = dout.data(), p.dq = dq.data(), p.dk = dk.data(), p.dv = dv.data(), p.delta = delta.data();
     if (!dq_sums.empty()) p.dq_sums = dq_sums.data();
     p.dout_stride = dout.stride(), p.dq_stride = dq.stride(), p.dk_stride = dk.stride(), p.dv_stride = dv.stride();
@@ -168,13 +168,13 @@ class BackwardProblem {
     constexpr BackwardKernelId id = kernel_of(B, Pass, {Kind});
     using Kernel = BackwardKernel<id>;
     int64_t const blocks =
-        keys_stay(Pass) ? KeyTile::count(p.forward, B.block_n) : QueryTile::count(p.forward, B.block_m);
+        keys_stay(Pass) ? count_key_tiles(p.forward, B.block_n) : count_query_tiles(p.forward, B.block_m);
     for (uint32_t block = 0; block < blocks; ++block) {
       GlobalMemory memory;
       if (keys_stay(Pass)) {
-        allow_keys(memory, KeyTile::at(p.forward, block, B.block_n));
+        allow_keys(memory, Keys::at(p.forward, block, B.block_n));
       } else {
-        allow_queries(memory, Pass, QueryTile::at(p.forward, block, B.block_m));
+        allow_queries(memory, Pass, Queries::at(p.forward, block, B.block_m));
       }
       using Storage = typename Kernel::SharedStorage;
       emulation::run_block(block, num_threads(id), sizeof(Storage), seed + block, memory,
@@ -183,39 +183,43 @@ class BackwardProblem {
     }
   }
 
-  void allow_keys(GlobalMemory& memory, KeyTile const& tile) {
+  using Queries = QueryTile<BatchSequence>;
+  using Keys = KeyTile<BatchSequence>;
+
+  void allow_keys(GlobalMemory& memory, Keys const& tile) {
     int const group = s_.heads / s_.kv_heads, last = tile.row0 + tile.rows;
     for (int h = tile.kv_head * group; h < (tile.kv_head + 1) * group; ++h) {
-      problem.q.allow(memory, tile.batch, h, 0, s_.sq, Use::input);
-      dout.allow(memory, tile.batch, h, 0, s_.sq, Use::input);
-      allow(memory, lse, row(tile.batch, h, 0), s_.sq, Use::input);
-      allow(memory, delta, row(tile.batch, h, 0), s_.sq, Use::input);
-      allow_sums(memory, tile.batch, h, 0, s_.sq, Use::sum);
+      int const queries = tile.entry.queries;
+      problem.q.allow(memory, tile.entry.batch, h, 0, queries, Use::input);
+      dout.allow(memory, tile.entry.batch, h, 0, queries, Use::input);
+      allow(memory, lse, row(tile.entry.batch, h, 0), queries, Use::input);
+      allow(memory, delta, row(tile.entry.batch, h, 0), queries, Use::input);
+      allow_sums(memory, tile.entry.batch, h, 0, s_.sq, Use::sum);
     }
-    problem.k.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::input);
-    problem.v.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::input);
-    dk.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::output);
-    dv.allow(memory, tile.batch, tile.kv_head, tile.row0, last, Use::output);
+    problem.k.allow(memory, tile.entry.batch, tile.kv_head, tile.row0, last, Use::input);
+    problem.v.allow(memory, tile.entry.batch, tile.kv_head, tile.row0, last, Use::input);
+    dk.allow(memory, tile.entry.batch, tile.kv_head, tile.row0, last, Use::output);
+    dv.allow(memory, tile.entry.batch, tile.kv_head, tile.row0, last, Use::output);
   }
 
-  void allow_queries(GlobalMemory& memory, BackwardPass pass, QueryTile const& tile) {
+  void allow_queries(GlobalMemory& memory, BackwardPass pass, Queries const& tile) {
     int const last = tile.row0 + tile.rows;
     bool const is_finish = pass == BackwardPass::finish;
     if (!is_finish) {
-      problem.out.allow(memory, tile.batch, tile.head, tile.row0, last, Use::input);
-      dout.allow(memory, tile.batch, tile.head, tile.row0, last, Use::input);
-      if (!dlse.empty()) allow(memory, dlse, row(tile.batch, tile.head, tile.row0), tile.rows, Use::input);
-      allow(memory, delta, row(tile.batch, tile.head, tile.row0), tile.rows, Use::output);
+      problem.out.allow(memory, tile.entry.batch, tile.head, tile.row0, last, Use::input);
+      dout.allow(memory, tile.entry.batch, tile.head, tile.row0, last, Use::input);
+      if (!dlse.empty()) allow(memory, dlse, row(tile.entry.batch, tile.head, tile.row0), tile.rows, Use::input);
+      allow(memory, delta, row(tile.entry.batch, tile.head, tile.row0), tile.rows, Use::output);
     }
     if (pass == BackwardPass::queries) {
-      problem.q.allow(memory, tile.batch, tile.head, tile.row0, last, Use::input);
-      problem.k.allow(memory, tile.batch, tile.kv_head, 0, s_.sk, Use::input);
-      problem.v.allow(memory, tile.batch, tile.kv_head, 0, s_.sk, Use::input);
-      allow(memory, lse, row(tile.batch, tile.head, tile.row0), tile.rows, Use::input);
+      problem.q.allow(memory, tile.entry.batch, tile.head, tile.row0, last, Use::input);
+      problem.k.allow(memory, tile.entry.batch, tile.kv_head, 0, tile.entry.keys, Use::input);
+      problem.v.allow(memory, tile.entry.batch, tile.kv_head, 0, tile.entry.keys, Use::input);
+      allow(memory, lse, row(tile.entry.batch, tile.head, tile.row0), tile.rows, Use::input);
     } else {
-      allow_sums(memory, tile.batch, tile.head, tile.row0, last, is_finish ? Use::input : Use::output);
+      allow_sums(memory, tile.entry.batch, tile.head, tile.row0, last, is_finish ? Use::input : Use::output);
     }
-    if (pass != BackwardPass::prepare) dq.allow(memory, tile.batch, tile.head, tile.row0, last, Use::output);
+    if (pass != BackwardPass::prepare) dq.allow(memory, tile.entry.batch, tile.head, tile.row0, last, Use::output);
   }
 
   /// The sums of dQ of the tiles that have one of the rows [first, last).
@@ -297,6 +301,42 @@ void check_windows() {
   BackwardProblem<B, MaskKind::band> grouped(Shape{
       .sq = 90, .sk = 200, .d = 16, .batch = 2, .heads = 4, .kv_heads = 2, .causal_offset = 110, .window_offset = 30});
   check_gradients(grouped);
+}
+
+// Sequences shorter than their tensors: what does not exist holds NaN, and its gradients are 0.
+template <BackwardConfig B>
+void check_short_sequences() {
+  for (int first : {-200, -60}) {
+    BackwardProblem<B, MaskKind::band> problem(Shape{.sq = 140,
+                                                     .sk = 130,
+                                                     .d = 32,
+                                                     .d_v = 24,
+                                                     .batch = 6,
+                                                     .heads = 2,
+                                                     .kv_heads = 1,
+                                                     .causal_offset = -10,
+                                                     .window_offset = first,
+                                                     .seqlens_q = {140, 33, 1, 0, 64, 130},
+                                                     .seqlens_k = {130, 130, 40, 9, 0, 70},
+                                                     .from_end = true,
+                                                     .prefix = first > -100 ? std::optional(20) : std::nullopt,
+                                                     .prefix_offset = -40,
+                                                     .sink = {0.5f, 3}});
+    problem.problem.poison_absent();
+    for (int b = 0; b < 6; ++b) {
+      for (int i = problem.s_.rows(b); i < problem.s_.sq; ++i) problem.dout.set_rows(b, i, nan);
+    }
+    check_gradients(problem);
+  }
+}
+
+TEST(BackwardKernel, ShortSequences) {
+  check_short_sequences<small>();
+  check_short_sequences<small_shared>();
+  check_short_sequences<small_deterministic>();
+  check_short_sequences<small_f32>();
+  check_short_sequences<small_f32_shared>();
+  check_short_sequences<small_f32_deterministic>();
 }
 
 TEST(BackwardKernel, Windows) {

@@ -65,6 +65,7 @@ void run(Problem& problem, Run const& how) {
       problem.v.allow(memory, b, h, 0, s.sk, Use::input);
     }
   }
+  problem.allow_sink(memory);
   if (problem.wants_lse) problem.allow_all(memory, problem.lse);
   problem.allow_all(memory, problem.block_counts);
   for (int block = 0; block < how.blocks; ++block) {
@@ -199,6 +200,50 @@ TEST(Sm90Kernel, NanBesideAWindow) {
     for (int j : {5, 280}) problem.k.set_row(0, j, 0, nan);
     check_sm90<band(narrow)>(problem);
   }
+}
+
+// Guards against rows and keys beyond the end of a sequence, of which there may be whole tiles, one after the other: a
+// ring that waits for a tile that nobody loads, results that nobody writes, NaN in what does not exist.
+template <ForwardConfig C>
+void check_short_sequences() {
+  for (int first : {-500, -170}) {
+    Shape const s{.sq = 300,
+                  .sk = 200,
+                  .d = C.head_dim,
+                  .batch = 7,
+                  .heads = 2,
+                  .kv_heads = 1,
+                  .causal_offset = -100,
+                  .window_offset = first,
+                  .seqlens_q = {300, 0, 130, 0, 1, 64, 200},
+                  .seqlens_k = {200, 200, 100, 5, 65, 0, 1},
+                  .from_end = true,
+                  .sink = {0.5f, -100}};
+    Problem problem(band(C), s);
+    problem.poison_absent();
+    check_sm90<band(C)>(problem, 2, 3);
+  }
+}
+
+TEST(Sm90Kernel, ShortSequences) {
+  check_short_sequences<narrow>();
+  check_short_sequences<ahead>();
+  check_short_sequences<serial>();
+  check_short_sequences<wide>();
+}
+
+TEST(Sm90Kernel, PrefixesAndSinks) {
+  for (int prefix : {0, 1, 100, 300}) {
+    check_sm90<band(narrow)>({.sq = 260, .sk = 270, .d = 64, .causal_offset = 1000, .window_offset = -1000,
+                              .prefix = prefix, .prefix_offset = 10}, 1);
+    check_sm90<band(ahead)>({.sq = 260, .sk = 270, .d = 64, .causal_offset = 75, .window_offset = -60,
+                             .prefix = prefix, .prefix_offset = 10}, 1);
+  }
+  float const inf32 = std::numeric_limits<float>::infinity();
+  Shape const s{.sq = 140, .sk = 90, .d = 64, .heads = 8, .kv_heads = 8, .causal_offset = -50, .window_offset = -70,
+                .sink = {0, 100, -100, -inf32, 3, -3, 88, -88}};
+  check_sm90<band(narrow)>(s, 1);
+  check_sm90<band(ahead)>(s, 1);
 }
 
 // Guards against 0 * NaN: a value that a row does not see must not reach it, and one that it sees must.

@@ -39,6 +39,8 @@ thread_local std::size_t allocated_bytes = 0;
 namespace flashcute {
 namespace {
 
+using Queries = QueryTile<UniformSequence>;
+
 struct Problem {
   ForwardKernelId kernel;
   ForwardParams params{};
@@ -53,19 +55,19 @@ struct Problem {
     params.seqlen_q = seqlen_q;
     params.seqlen_k = seqlen_k;
     params.causal_offset = seqlen_k - seqlen_q;
-    blocks = persistent_clusters(kernel.config, QueryTile::count(params, tile_rows(kernel.config)), multiprocessors);
+    blocks = persistent_clusters(kernel.config, count_query_tiles(params, tile_rows(kernel.config)), multiprocessors);
   }
 
   /// As the kernel's TileSchedule: the tiles of each block, in its order.
-  std::vector<std::vector<QueryTile>> tiles(TileDeal const& deal) const {
+  std::vector<std::vector<Queries>> tiles(TileDeal const& deal) const {
     ForwardConfig const& c = kernel.config;
-    std::vector<std::vector<QueryTile>> all(static_cast<std::size_t>(blocks));
+    std::vector<std::vector<Queries>> all(static_cast<std::size_t>(blocks));
     for (int32_t block = 0; block < blocks; ++block) {
       TileRounds rounds(params, tile_rows(c), blocks, section_rounds(kernel));
       int32_t index = 0;
       for (TileRound round; rounds.next(round); ++index) {
         int32_t const turn = deal.turn(index, round, block, blocks);
-        if (turn < round.count) all[static_cast<std::size_t>(block)].push_back(round.tile(params, turn, tile_rows(c)));
+        if (turn < round.count) all[static_cast<std::size_t>(block)].push_back(round.tile<UniformSequence>(params, turn, tile_rows(c)));
       }
     }
     return all;
@@ -75,13 +77,13 @@ struct Problem {
 void expect_each_tile_once(Problem const& problem) {
   std::set<std::tuple<int32_t, int32_t, int32_t>> seen;
   for (auto const& tiles : problem.tiles(deal_tiles(problem.kernel, problem.params, problem.blocks))) {
-    for (QueryTile const& t : tiles) {
-      EXPECT_TRUE(t.batch >= 0 && t.batch < problem.params.batch && t.head >= 0 && t.head < problem.params.heads);
+    for (Queries const& t : tiles) {
+      EXPECT_TRUE(t.entry.batch >= 0 && t.entry.batch < problem.params.batch && t.head >= 0 && t.head < problem.params.heads);
       EXPECT_TRUE(t.row0 >= 0 && t.rows > 0 && t.row0 + t.rows <= problem.params.seqlen_q);
-      EXPECT_TRUE(seen.emplace(t.batch, t.head, t.row0).second) << "twice: head " << t.head << ", row " << t.row0;
+      EXPECT_TRUE(seen.emplace(t.entry.batch, t.head, t.row0).second) << "twice: head " << t.head << ", row " << t.row0;
     }
   }
-  EXPECT_EQ(static_cast<int64_t>(seen.size()), QueryTile::count(problem.params, tile_rows(problem.kernel.config)));
+  EXPECT_EQ(static_cast<int64_t>(seen.size()), count_query_tiles(problem.params, tile_rows(problem.kernel.config)));
 }
 
 TEST(TileDeal, EveryTileIsDealtOnce) {
@@ -108,7 +110,7 @@ double busiest(Problem const& problem, TileDeal const& deal) {
   double most = 0, sum = 0;
   for (auto const& tiles : problem.tiles(deal)) {
     double own = 0;
-    for (QueryTile const& t : tiles) {
+    for (Queries const& t : tiles) {
       auto const range = Mask<MaskKind::causal>::kv_range(t, problem.params, problem.kernel.config.block_n);
       own += range.end - range.begin + 0.5;
     }
@@ -192,7 +194,7 @@ TEST(Recent, MakesWhatItHasForgottenAlone) {
 // Guards against memory for all rounds of a launch: these are half a million.
 TEST(TileDeal, ManyRoundsNeedNoMemory) {
   Problem const problem(MaskKind::causal, 64, 132, 1 << 14, 64, 192 * 64, 192 * 64);
-  ASSERT_EQ(QueryTile::count(problem.params, 192), 1 << 26);
+  ASSERT_EQ(count_query_tiles(problem.params, 192), 1 << 26);
   allocated_bytes = 0;
   TileDeal const& deal = deal_tiles(problem.kernel, problem.params, problem.blocks);
   EXPECT_LT(allocated_bytes, 100'000u);
@@ -227,7 +229,7 @@ TEST(TileDeal, TheTileThatLacksRowsIsTheFirstRows) {
   Problem const problem(MaskKind::causal, 64, 132, 1, 1, 1000, 1000);
   std::vector<std::pair<int32_t, int32_t>> rows;
   for (auto const& tiles : problem.tiles(deal_tiles(problem.kernel, problem.params, problem.blocks))) {
-    for (QueryTile const& t : tiles) rows.emplace_back(t.row0, t.rows);
+    for (Queries const& t : tiles) rows.emplace_back(t.row0, t.rows);
   }
   std::sort(rows.begin(), rows.end());
   ASSERT_EQ(tile_rows(problem.kernel.config), 192);

@@ -21,8 +21,28 @@ ForwardParams problem(int32_t seqlen_q, int32_t seqlen_k, int32_t offset, int32_
   return p;
 }
 
+template <MaskKind Kind>
+using Queries = QueryTile<typename Mask<Kind>::Sequence>;
+template <MaskKind Kind>
+using Keys = KeyTile<typename Mask<Kind>::Sequence>;
+
+/// Of batch entry 0.
+template <MaskKind Kind>
+auto sequence_of(ForwardParams const& p) {
+  using Sequence = typename Mask<Kind>::Sequence;
+  return Sequence(p, Sequence::Entry::of(p, 0));
+}
+
 bool sees(MaskKind kind, int32_t q, int32_t k, ForwardParams const& p) {
-  return definition::sees(kind, q, k, {p.seqlen_k, p.causal_offset, p.window_offset});
+  SequenceParams const& s = p.sequences;
+  int32_t const rows = s.seqlens_q != nullptr ? *s.seqlens_q : p.seqlen_q;
+  int32_t const keys = s.seqlens_k != nullptr ? *s.seqlens_k : p.seqlen_k;
+  int64_t const shift = s.from_end ? (keys - p.seqlen_k) - (rows - p.seqlen_q) : 0;
+  return definition::sees(
+      kind, q, k,
+      {keys, p.causal_offset + shift, p.window_offset + shift, kind == MaskKind::band ? rows : INT64_MAX,
+       s.prefixes != nullptr ? *s.prefixes : s.prefix,
+       s.prefix_offset + shift});
 }
 
 /// A loop that asks the range for one block after another visits the same blocks in the same order, and knows how many
@@ -49,7 +69,7 @@ void check_walk(Range const& range, std::set<int32_t> const& visited, std::set<i
 
 /// What is corrected for values that are not finite must be looked for in exactly the keys of the blocks visited, or of
 /// the partial ones, and never beyond the sequence. (Where both ends are partial, in those between them too.)
-template <class Range>
+template <class Range, class Sequence>
 void check_keys(Range const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full, int32_t block_n,
                 Sequence const& sequence) {
   constexpr bool one_end = std::is_same_v<Range, KvRange>;
@@ -80,8 +100,8 @@ void check_passing_blocks(Range const& range, std::set<int32_t> const& visited, 
 
 template <MaskKind Kind>
 void check_all_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
-  for (int64_t index = 0; index < QueryTile::count(p, block_m); ++index) {
-    QueryTile const tile = QueryTile::at(p, index, block_m);
+  for (int64_t index = 0; index < count_query_tiles(p, block_m); ++index) {
+    auto const tile = Queries<Kind>::at(p, index, block_m);
     auto const range = Mask<Kind>::kv_range(tile, p, block_n);
     std::set<int32_t> visited, full;
     int32_t last = std::numeric_limits<int32_t>::max();
@@ -96,6 +116,7 @@ void check_all_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
     check_keys(range, visited, full, block_n, tile.sequence(p));
     check_passing_blocks(range, visited, full);
     for (int32_t n = 0; n * block_n < p.seqlen_k + 2 * block_n; ++n) {
+      // Queries that do not exist do not make a block partial: their results are not used.
       bool any = false, all = true;
       for (int32_t q = tile.row0; q < tile.row0 + tile.rows; ++q) {
         for (int32_t k = n * block_n; k < (n + 1) * block_n; ++k) {
@@ -103,7 +124,7 @@ void check_all_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
           EXPECT_EQ((Mask<Kind>::visible(q, k, tile.sequence(p))), visible);
           EXPECT_EQ((Mask<Kind>::keys_of(q, tile.sequence(p)).has(k)), visible) << "query " << q << ", key " << k;
           any = any || visible;
-          all = all && visible;
+          all = all && (visible || q >= tile.row0 + tile.existing(p));
         }
       }
       ASSERT_EQ(visited.contains(n), any) << "block " << n << " sq " << p.seqlen_q << " sk " << p.seqlen_k;
@@ -133,7 +154,7 @@ TEST(Mask, BlockRangesAgreeWithElementVisibility) {
 }
 
 /// As check_keys.
-template <class Range>
+template <class Range, class Sequence>
 void check_rows(Range const& range, std::set<int32_t> const& visited, std::set<int32_t> const& full, int32_t block_m,
                 Sequence const& sequence) {
   if (range.empty()) return;
@@ -170,8 +191,8 @@ void check_passing_blocks(Range const& range, std::set<int32_t> const& visited, 
 
 template <MaskKind Kind>
 void check_all_key_tiles(ForwardParams const& p, int32_t block_m, int32_t block_n) {
-  for (int64_t index = 0; index < KeyTile::count(p, block_n); ++index) {
-    KeyTile const tile = KeyTile::at(p, index, block_n);
+  for (int64_t index = 0; index < count_key_tiles(p, block_n); ++index) {
+    auto const tile = Keys<Kind>::at(p, index, block_n);
     auto const range = Mask<Kind>::query_range(tile, p, block_m);
     std::set<int32_t> visited, full;
     range.for_each([&](int32_t m, auto partial) {
@@ -181,14 +202,14 @@ void check_all_key_tiles(ForwardParams const& p, int32_t block_m, int32_t block_
     });
     EXPECT_EQ(range.empty(), visited.empty());
     check_rows(range, visited, full, block_m, tile.sequence(p));
-    check_passing_blocks(range, visited, full, p.seqlen_q / block_m);
+    check_passing_blocks(range, visited, full, tile.sequence(p).rows() / block_m);
     for (int32_t m = 0; m * block_m < p.seqlen_q + 2 * block_m; ++m) {
       bool any = false, all = true;
       for (int32_t q = m * block_m; q < std::min((m + 1) * block_m, p.seqlen_q); ++q) {
         for (int32_t k = tile.row0; k < tile.row0 + tile.rows; ++k) {
           bool const visible = sees(Kind, q, k, p);
           any = any || visible;
-          all = all && visible;
+          all = all && (visible || k >= tile.row0 + tile.existing(p));
         }
       }
       // Where queries are hidden on both sides, a block that lacks rows is a partial one.
@@ -220,6 +241,40 @@ TEST(Mask, QueryRangesAgreeWithElementVisibility) {
   }
 }
 
+// Sequences shorter than their tensors, and prefixes: guards against blocks and elements taken from the tensors' lengths,
+// and against a prefix that a window does not cut.
+TEST(Mask, RangesOfShortSequencesAndPrefixes) {
+  std::mt19937 random(3);
+  auto const from_to = [&](int32_t low, int32_t high) { return std::uniform_int_distribution(low, high)(random); };
+  for (int i = 0; i < 30000 && !testing::Test::HasFailure(); ++i) {
+    int32_t const sq = from_to(0, 11), sk = from_to(0, 11), offset = from_to(-4, 9);
+    int32_t const rows = from_to(0, sq), keys = from_to(0, sk);
+    ForwardParams p = problem(sq, sk, offset, offset - from_to(0, 15));
+    p.sequences.from_end = from_to(0, 1) == 1;
+    if (from_to(0, 3) > 0) p.sequences.seqlens_q = &rows;
+    if (from_to(0, 3) > 0) p.sequences.seqlens_k = &keys;
+    int32_t const prefix = from_to(0, 12);
+    if (from_to(0, 1) == 1) {
+      (from_to(0, 1) == 1 ? p.sequences.prefix = prefix : (p.sequences.prefixes = &prefix, 0));
+      p.sequences.prefix_offset = from_to(p.window_offset, p.causal_offset);
+    }
+    int32_t const block_m = 1 << from_to(0, 2), block_n = 1 << from_to(0, 2);
+    check_all_tiles<MaskKind::band>(p, block_m, block_n);
+    check_all_key_tiles<MaskKind::band>(p, block_m, block_n);
+  }
+}
+
+// A length in memory is data: it must not reach beyond the tensors, whatever it is.
+TEST(Mask, LengthsAreHeldWithinTheTensors) {
+  ForwardParams p = problem(7, 9, 2);
+  for (int32_t const length : {INT32_MIN, -1, 0, 3, 1000, INT32_MAX}) {
+    p.sequences.seqlens_q = p.sequences.seqlens_k = &length;
+    auto const s = sequence_of<MaskKind::band>(p);
+    EXPECT_EQ(s.rows(), std::clamp(length, 0, 7));
+    EXPECT_EQ(s.keys(), std::clamp(length, 0, 9));
+  }
+}
+
 /// Columns as a thread of Hopper's kernel has them: pairs, 8 apart.
 struct PairsOfColumns {
   static int32_t distance(int32_t j) { return j % 2 + j / 2 * 8; }
@@ -236,13 +291,20 @@ struct AllColumns {
   static int32_t columns_before(int32_t distance) { return std::max(distance, 0); }
 };
 
+/// In a band a query that does not exist counts as the last one that does.
+template <MaskKind Kind>
+int32_t counted(int32_t q, ForwardParams const& p) {
+  return Mask<Kind>::two_edges ? std::min(q, p.seqlen_q - 1) : q;
+}
+
 template <MaskKind Kind, class Columns>
-void expect_bits(Sequence const& s, int32_t q, int32_t key0, ForwardParams const& p) {
+void expect_bits(int32_t q, int32_t key0, ForwardParams const& p) {
+  auto const s = sequence_of<Kind>(p);
   for (int32_t const first : {0, 32, 64}) {
     uint32_t const bits = Mask<Kind>::seen(q, key0, s).template bits<Columns>(first);
     for (int32_t bit = 0; bit < 32; ++bit) {
       int32_t const k = key0 + Columns::distance(first + bit);
-      ASSERT_EQ(bits >> bit & 1, sees(Kind, q, k, p)) << "query " << q << ", key " << k << ", column " << first + bit;
+      ASSERT_EQ(bits >> bit & 1, sees(Kind, counted<Kind>(q, p), k, p)) << "query " << q << ", key " << k << ", column " << first + bit;
     }
   }
 }
@@ -251,19 +313,19 @@ void expect_bits(Sequence const& s, int32_t q, int32_t key0, ForwardParams const
 template <MaskKind Kind>
 void check_seen(std::mt19937& random) {
   auto const from_to = [&](int32_t low, int32_t high) { return std::uniform_int_distribution(low, high)(random); };
-  int32_t const sq = from_to(0, 200), sk = from_to(0, 700);
+  int32_t const sq = from_to(1, 200), sk = from_to(0, 700);
   int32_t const offset = from_to(0, 1) == 0 ? sk - sq : from_to(-300, 700);
   ForwardParams const p = problem(sq, sk, offset, offset - from_to(0, 1) * from_to(0, 300));
-  auto const s = Sequence::uniform(p);
+  auto const s = sequence_of<Kind>(p);
   SCOPED_TRACE(testing::Message() << "sq " << sq << " sk " << sk << " offset " << p.causal_offset);
   int32_t const q0 = from_to(0, sq + 64), key0 = from_to(0, sk + 64);
-  expect_bits<Kind, PairsOfColumns>(s, q0, key0, p);
-  expect_bits<Kind, AllColumns>(s, q0, key0, p);
+  expect_bits<Kind, PairsOfColumns>(q0, key0, p);
+  expect_bits<Kind, AllColumns>(q0, key0, p);
   auto const seen_by = Mask<Kind>::seen_by(key0, q0, s);
   for (int32_t i = 0; i < 40; ++i) {
     for (int32_t j = 0; j < 40; ++j) {
       bool const visible = sees(Kind, q0 + i, key0 + j, p);
-      ASSERT_EQ(Mask<Kind>::seen(q0 + i, key0, s).at(j), visible) << "query " << q0 + i << ", key " << key0 + j;
+      ASSERT_EQ(Mask<Kind>::seen(q0 + i, key0, s).at(j), sees(Kind, counted<Kind>(q0 + i, p), key0 + j, p)) << "query " << q0 + i << ", key " << key0 + j;
       ASSERT_EQ(seen_by.at(i, j), q0 + i < sq && visible) << "query " << q0 + i << ", key " << key0 + j;
     }
   }
@@ -300,10 +362,10 @@ TEST(KeyTile, TilesCoverEveryKeyOnce) {
     p.heads = 6;
     p.kv_heads = 2;
     std::set<std::tuple<int32_t, int32_t, int32_t>> keys;
-    for (int64_t i = 0; i < KeyTile::count(p, 16); ++i) {
-      KeyTile const tile = KeyTile::at(p, i, 16);
+    for (int64_t i = 0; i < count_key_tiles(p, 16); ++i) {
+      auto const tile = KeyTile<UniformSequence>::at(p, i, 16);
       EXPECT_GE(tile.rows, 1);
-      for (int32_t r = 0; r < tile.rows; ++r) EXPECT_TRUE(keys.emplace(tile.batch, tile.kv_head, tile.row0 + r).second);
+      for (int32_t r = 0; r < tile.rows; ++r) EXPECT_TRUE(keys.emplace(tile.entry.batch, tile.kv_head, tile.row0 + r).second);
     }
     EXPECT_EQ(keys.size(), static_cast<size_t>(p.batch) * p.kv_heads * sk);
   }
@@ -311,7 +373,7 @@ TEST(KeyTile, TilesCoverEveryKeyOnce) {
 
 template <MaskKind Kind>
 void check_empty_rows(ForwardParams const& p) {
-  auto const sequence = Sequence::uniform(p);
+  auto const sequence = sequence_of<Kind>(p);
   bool any_empty = false;
   for (int32_t q = 0; q < p.seqlen_q; ++q) {
     bool any = false;
@@ -320,7 +382,7 @@ void check_empty_rows(ForwardParams const& p) {
     EXPECT_EQ(Mask<Kind>::keys_of(q, sequence).empty(), !any);
     any_empty = any_empty || !any;
   }
-  EXPECT_EQ(Mask<Kind>::has_empty_rows(sequence), any_empty);
+  if constexpr (!Mask<Kind>::two_edges) EXPECT_EQ(Mask<Kind>::has_empty_rows(sequence), any_empty);
 }
 
 // A row without keys must be known to be empty, and no other.
@@ -346,16 +408,16 @@ TEST(QueryTile, TilesCoverEveryRowOnce) {
     p.heads = 6;
     p.kv_heads = 2;
     std::set<std::tuple<int32_t, int32_t, int32_t>> rows;
-    for (int64_t i = 0; i < QueryTile::count(p, 16); ++i) {
-      QueryTile const tile = QueryTile::at(p, i, 16);
+    for (int64_t i = 0; i < count_query_tiles(p, 16); ++i) {
+      auto const tile = QueryTile<UniformSequence>::at(p, i, 16);
       EXPECT_EQ(tile.kv_head, tile.head / 3);
       EXPECT_GE(tile.rows, 1);
-      for (int32_t r = 0; r < tile.rows; ++r) EXPECT_TRUE(rows.emplace(tile.batch, tile.head, tile.row0 + r).second);
+      for (int32_t r = 0; r < tile.rows; ++r) EXPECT_TRUE(rows.emplace(tile.entry.batch, tile.head, tile.row0 + r).second);
       // A GPU computes the same with its 32-bit block index.
-      QueryTile const same = QueryTile::at(p, static_cast<uint32_t>(i), 16);
+      auto const same = QueryTile<UniformSequence>::at(p, static_cast<uint32_t>(i), 16);
       EXPECT_EQ(same.row0, tile.row0);
       EXPECT_EQ(same.head, tile.head);
-      EXPECT_EQ(same.batch, tile.batch);
+      EXPECT_EQ(same.entry.batch, tile.entry.batch);
     }
     EXPECT_EQ(rows.size(), static_cast<size_t>(p.batch) * p.heads * sq);
   }
@@ -374,8 +436,8 @@ TEST(QueryTile, OffsetsAre64Bit) {
   p.k_stride = {big + 8, 128, big};
   p.v_stride = {big + 16, 128, big + 8};
   p.out_stride = {big + 24, big, big + 16};
-  QueryTile tile{};
-  tile.batch = 65537;
+  QueryTile<UniformSequence> tile{};
+  tile.entry.batch = 65537;
   tile.head = 63;
   tile.kv_head = 7;
   tile.row0 = (1 << 20) - 128;
@@ -394,7 +456,7 @@ TEST(QueryTile, CountIs64Bit) {
   ForwardParams p = problem(1 << 20, 1, 0);
   p.batch = 65537;
   p.heads = 128;
-  EXPECT_EQ(QueryTile::count(p, 16), int64_t{65537} * 128 * (1 << 16));
+  EXPECT_EQ(count_query_tiles(p, 16), int64_t{65537} * 128 * (1 << 16));
 }
 
 }  // namespace
