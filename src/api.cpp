@@ -170,7 +170,7 @@ void forward(std::optional<ForwardConfig> const& config, TensorView const& q, Te
   auto const gradients = [&]() -> std::vector<BackwardKernelId> {
     try {
       Operand const copied[] = {call.q, call.k, call.v, operand("out", out, options.layout)};
-      return kernels_of(choose_backward_config(call, copied), plan.kernel.features);
+      return kernels_of(choose_backward_config(call, copied), plan.kernel.features, options.sink != nullptr);
     } catch (UnsupportedError const&) {  // no kernels: the call of `backward` will report it
       return {};
     }
@@ -183,9 +183,9 @@ void forward(std::optional<ForwardConfig> const& config, TensorView const& q, Te
 void backward(std::optional<BackwardConfig> const& config, TensorView const& dout, TensorView const& q,
               TensorView const& k, TensorView const& v, TensorView const& out, TensorView const& lse,
               TensorView const* dlse, TensorView const& dq, TensorView const& dk, TensorView const& dv,
-              CallOptions const& options, TensorView const* workspace) {
+              CallOptions const& options, TensorView const* workspace, TensorView const* dsink) {
   Call const call = checked_call(q, k, v, options);
-  BackwardPlan const plan = plan_backward(config, call, {dout, out, lse, dlse, dq, dk, dv, workspace});
+  BackwardPlan const plan = plan_backward(config, call, {dout, out, lse, dlse, dq, dk, dv, workspace, dsink});
   if (call.on_gpu()) {
     launch(plan.config, plan.features, plan.params, plan.device.index, options.stream);
   } else {

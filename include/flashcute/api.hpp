@@ -157,12 +157,14 @@ void forward(std::optional<ForwardConfig> const& config, TensorView const& q, Te
 /// On a GPU, where q has float16, bfloat16 or float32, the kernels are launched on `options.stream` and the call
 /// returns; they need `workspace`: float32, contiguous, at least backward_workspace_size elements, at a multiple of 16
 /// bytes, which is overwritten, and free for other work on the stream after the call. It is ignored on the CPU,
-/// where the call returns when the gradients are there. Throws, as `forward` does, before anything is launched or
+/// where the call returns when the gradients are there. `dsink`, if given, is shaped like `options.sink` and receives its
+/// gradient, -sum(exp(sink - lse) (rowsum(dout * out) - dlse)) over all queries of a head; it is 0 for a sink of -inf. Throws, as `forward` does, before anything is launched or
 /// written.
 void backward(std::optional<BackwardConfig> const& config, TensorView const& dout, TensorView const& q,
               TensorView const& k, TensorView const& v, TensorView const& out, TensorView const& lse,
               TensorView const* dlse, TensorView const& dq, TensorView const& dk, TensorView const& dv,
-              CallOptions const& options = {}, TensorView const* workspace = nullptr);
+              CallOptions const& options = {}, TensorView const* workspace = nullptr,
+              TensorView const* dsink = nullptr);
 
 /// How many elements of float32 a call needs as its workspace, with the default configuration if none is given; 0 on
 /// the CPU.

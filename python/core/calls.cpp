@@ -140,16 +140,17 @@ void call_forward(ForwardConfig const* config, nb::handle q, nb::handle k, nb::h
 
 void call_backward(BackwardConfig const* config, nb::handle dout, nb::handle q, nb::handle k, nb::handle v,
                    nb::handle out, nb::handle lse, nb::handle dlse, nb::handle dq, nb::handle dk, nb::handle dv,
-                   nb::handle workspace, PythonOptions const& given) {
+                   nb::handle dsink, nb::handle workspace, PythonOptions const& given) {
   CallOptions options = given.options;
   Tensor const tq("q", q, given.stream_object());
   nb::object const launch_stream = choose_stream(tq, given, options.stream);
-  std::optional<Tensor> tdout, tk, tv, to, tlse, tdlse, tdq, tdk, tdv, tw;
+  std::optional<Tensor> tdout, tk, tv, to, tlse, tdlse, tdq, tdk, tdv, ts, tw;
   for (auto const& [argument, t, array] :
        {std::tuple{"dout", &tdout, dout}, std::tuple{"k", &tk, k}, std::tuple{"v", &tv, v}, std::tuple{"out", &to, out},
         std::tuple{"lse", &tlse, lse}, std::tuple{"dlse", &tdlse, dlse}, std::tuple{"dq", &tdq, dq},
-        std::tuple{"dk", &tdk, dk}, std::tuple{"dv", &tdv, dv}, std::tuple{"workspace", &tw, workspace}}) {
-    bool const optional = t == &tdlse || t == &tw;
+        std::tuple{"dk", &tdk, dk}, std::tuple{"dv", &tdv, dv}, std::tuple{"dsink", &ts, dsink},
+        std::tuple{"workspace", &tw, workspace}}) {
+    bool const optional = t == &tdlse || t == &ts || t == &tw;
     if (optional && array.is_none()) continue;
     t->emplace(argument, array, launch_stream);
     if (!given.stream) (*t)->require_stream(argument, options.stream);
@@ -158,7 +159,7 @@ void call_backward(BackwardConfig const* config, nb::handle dout, nb::handle q, 
   ReleaseGil const released;
   backward(optional_of(config), tdout->view(), tq.view(), tk->view(), tv->view(), to->view(), tlse->view(),
            tdlse ? &tdlse->view() : nullptr, tdq->view(), tdk->view(), tdv->view(), options,
-           tw ? &tw->view() : nullptr);
+           tw ? &tw->view() : nullptr, ts ? &ts->view() : nullptr);
 }
 
 int64_t call_backward_workspace_size(BackwardConfig const* config, nb::handle q, nb::handle v,
@@ -198,7 +199,7 @@ void bind_calls(nb::module_& m) {
         "lse"_a.none(), "block_counts"_a.none(), "options"_a);
   m.def("backward", &call_backward, "config"_a.none(), "dout"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(),
         "out"_a.none(), "lse"_a.none(), "dlse"_a.none(), "dq"_a.none(), "dk"_a.none(), "dv"_a.none(),
-        "workspace"_a.none(), "options"_a);
+        "dsink"_a.none(), "workspace"_a.none(), "options"_a);
   m.def("backward_workspace_size", &call_backward_workspace_size, "config"_a.none(), "q"_a.none(), "v"_a.none(),
         "options"_a);
   m.def("backward_config_for", &call_backward_config_for, "q"_a.none(), "k"_a.none(), "v"_a.none(), "options"_a);

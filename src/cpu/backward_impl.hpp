@@ -1,5 +1,6 @@
 // The backward pass of one tile, compiled once per instruction set as forward_impl.hpp is, in two passes: one over
-// tiles of queries for dQ, one over tiles of keys for dK and dV. Each recomputes P from the LSE. So one task sums every
+// tiles of queries for dQ, one over tiles of keys for dK and dV, and one over heads for the gradients of sinks. Each of
+// the first two recomputes P from the LSE. So one task sums every
 // element of a gradient, in one order: the result does not depend on the number of threads.
 //
 //     P = exp(scale Q K^T - LSE)     dS = P * (dO V^T - delta)     delta = rowsum(dO * O) - dLSE
@@ -288,8 +289,33 @@ class BackwardTile {
   SplitFactor<T> const dx_factor_;
 };
 
+/// The gradient of a head's sink: -sum(exp(sink - LSE) delta), in the order of its queries.
+template <DType dtype>
+void sink_gradient(BackwardConfig const&, MaskFunctions const&, BackwardParams const& p, int64_t head, void*) {
+  using Element = typename ElementOf<dtype>::type;
+  using T = typename ElementOf<dtype>::Accumulator;
+  ForwardParams const& f = p.forward;
+  double const sink = sink_of<Element>(f, static_cast<int>(head));
+  double sum = 0;
+  for (int batch = 0; batch < f.batch; ++batch) {
+    int64_t const first = lse_offset(f, batch, static_cast<int>(head));
+    for (int64_t i = first; i < first + f.seqlen_q; ++i) {
+      auto const lse = static_cast<double>(static_cast<T const*>(f.lse)[i]);
+      // Below every number: the query does not exist, or it sees nothing and the sink is none.
+      if (lse == -__builtin_inf() || sink == -__builtin_inf()) continue;
+      sum += __builtin_exp(sink - lse) * static_cast<double>(static_cast<T const*>(p.delta)[i]);
+    }
+  }
+  if (f.sink.float32) {
+    static_cast<float*>(p.dsink)[head] = static_cast<float>(-sum);
+  } else {
+    from_float(static_cast<T>(-sum), static_cast<Element*>(p.dsink)[head]);
+  }
+}
+
 template <DType dtype>
 BackwardTileFunction backward_tile_of(BackwardPass pass) {
+  if (pass == BackwardPass::sink) return sink_gradient<dtype>;
   return pass == BackwardPass::queries ? BackwardTile<dtype>::run_queries : BackwardTile<dtype>::run_keys;
 }
 

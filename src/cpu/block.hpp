@@ -5,6 +5,7 @@
 #include "cpu/gemm.hpp"
 #include "cpu/vector.hpp"
 #include "flashcute/core/forward_config.hpp"
+#include "flashcute/core/forward_params.hpp"
 
 namespace flashcute::cpu::FLASHCUTE_CPU_ISA {
 namespace {
@@ -32,6 +33,14 @@ struct ElementOf<DType::float64> {
   using type = double;
   using Accumulator = double;
 };
+
+/// The sink of a query head, of fp32 or Element, as it is; -inf if there is none.
+template <class Element>
+double sink_of(ForwardParams const& p, int head) {
+  if (p.sink.logits == nullptr) return -__builtin_inf();
+  if (p.sink.float32) return static_cast<double>(static_cast<float const*>(p.sink.logits)[head]);
+  return static_cast<double>(to_float(static_cast<Element const*>(p.sink.logits)[head]));
+}
 
 /// `rows` rows of a tensor, `width` columns each, in the accumulation type: in place, or widened into `buffer`.
 template <class Element, class T>

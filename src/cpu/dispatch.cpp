@@ -190,6 +190,7 @@ void backward_with(Isa isa, int threads, BackwardConfig const& config, Features 
   };
   run(BackwardPass::queries, count_query_tiles(p.forward, config.block_m));  // writes the delta that keys read
   run(BackwardPass::keys, count_key_tiles(p.forward, config.block_n));
+  if (p.dsink != nullptr) run(BackwardPass::sink, p.forward.heads);
 }
 
 void forward(ForwardConfig const& config, Features const& features, ForwardParams const& params) {

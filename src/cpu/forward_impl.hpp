@@ -204,15 +204,8 @@ class ForwardTile {
     }
   }
 
-  /// The sink of the tile's head, in base 2; -inf if there is none.
-  double sink() const {
-    SinkParams const& s = p_.sink;
-    if (s.logits == nullptr) return -__builtin_inf();
-    if constexpr (!std_::is_same_v<Element, float>) {
-      if (!s.float32) return log2_e<double> * static_cast<double>(to_float(static_cast<Element const*>(s.logits)[tile_.head]));
-    }
-    return log2_e<double> * static_cast<double>(static_cast<float const*>(s.logits)[tile_.head]);
-  }
+  /// In base 2.
+  double sink() const { return log2_e<double> * sink_of<Element>(p_, tile_.head); }
 
   /// A row whose visible scores are all -inf becomes 0 / 0 = NaN, as it should.
   void store_out(T* o, OnlineSoftmax<T> const& softmax) const {

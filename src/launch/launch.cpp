@@ -211,9 +211,10 @@ void launch(ForwardKernelId const& kernel, ForwardParams const& params, int devi
   }
 }
 
-std::vector<BackwardKernelId> kernels_of(BackwardConfig const& config, Features const& features) {
+std::vector<BackwardKernelId> kernels_of(BackwardConfig const& config, Features const& features, bool with_sink) {
   std::vector<BackwardKernelId> kernels;
   for (BackwardPass const pass : passes_of(config)) kernels.push_back(kernel_of(config, pass, features));
+  if (with_sink) kernels.push_back(kernel_of(config, BackwardPass::sink, features));
   return kernels;
 }
 
@@ -222,8 +223,10 @@ void launch(BackwardConfig const& config, Features const& features, BackwardPara
   int64_t const query_tiles = count_query_tiles(params.forward, config.block_m);
   int64_t const key_tiles = count_key_tiles(params.forward, config.block_n);
   std::vector<Launch<BackwardKernelId>> launches;
-  for (BackwardKernelId const& kernel : kernels_of(config, features)) {
-    int64_t const blocks = keys_stay(kernel.pass) ? key_tiles : query_tiles;
+  for (BackwardKernelId const& kernel : kernels_of(config, features, params.dsink != nullptr)) {
+    int64_t const blocks = kernel.pass == BackwardPass::sink ? params.forward.heads
+                           : keys_stay(kernel.pass)          ? key_tiles
+                                                             : query_tiles;
     if (blocks > 0) launches.push_back({kernel, blocks});
   }
   kernels<BackwardKernelId>().get(launches, device);

@@ -16,7 +16,8 @@ void launch(ForwardKernelId const& kernel, ForwardParams const& params, int devi
             std::function<std::vector<BackwardKernelId>()> const& needed_next = {});
 
 /// The kernels of the passes, in order.
-std::vector<BackwardKernelId> kernels_of(BackwardConfig const& config, Features const& features);
+std::vector<BackwardKernelId> kernels_of(BackwardConfig const& config, Features const& features,
+                                         bool with_sink = false);
 
 /// Launches all passes, in order; nothing is launched before the kernels of all are ready.
 void launch(BackwardConfig const& config, Features const& features, BackwardParams const& params, int device,

@@ -43,7 +43,7 @@ void explain_wishes(BackwardConfig const& chosen, Call const& call, std::string 
 /// Adds the kernels of all passes, and a note if a first call waits for a compiler.
 void explain_images(BackwardConfig const& chosen, Call const& call, BackwardExplanation& e) {
   std::size_t compiled = 0;
-  for (BackwardKernelId const& kernel : kernels_of(chosen, features_of(call))) {
+  for (BackwardKernelId const& kernel : kernels_of(chosen, features_of(call), call.options.sink != nullptr)) {
     e.kernels.emplace_back(name(kernel).text, image_origin(kernel, call.arch));
     if (image_source(kernel, call.arch) == ImageSource::compiler) ++compiled;
   }

@@ -213,6 +213,16 @@ BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call cons
   p.dk_stride = copied[6].dims.stride;
   p.dv_stride = copied[7].dims.stride;
 
+  if (t.dsink != nullptr) {
+    if (p.forward.sink.logits == nullptr) throw ArgumentError("dsink", "none without a sink", shape_text(*t.dsink));
+    require_writable("dsink", *t.dsink);
+    require_shape("dsink", *t.dsink, call.options.sink->dtype, q.device, {p.forward.heads}, "(heads,)", true);
+    for (auto const& [other_name, other] : others) require_separate("dsink", *t.dsink, other_name, *other);
+    require_separate("dsink", *t.dsink, "sink", *call.options.sink);
+    others.push_back({"dsink", t.dsink});
+    p.dsink = t.dsink->data;
+  }
+
   BackwardConfig const config = given ? *given : choose_backward_config(call, copied);
   if (call.on_gpu()) {
     for (Operand const& tensor : copied) require_aligned(tensor, config.copy_bytes);

@@ -28,6 +28,7 @@ struct BackwardTensorViews {
   TensorView const& dk;
   TensorView const& dv;
   TensorView const* workspace;  // ignored on the CPU
+  TensorView const* dsink;      // may be null
 };
 
 /// Checks the tensors of `backward`, the configuration, or the default one, and the backend. Throws ArgumentError,

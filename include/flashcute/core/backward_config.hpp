@@ -61,7 +61,7 @@ constexpr Name name(BackwardConfig const& c) { return option_words("bwd", c); }
 
 // ---- passes --------------------------------------------------------------------------------------
 
-/// The passes of the backward on a GPU, in order of launch.
+/// The passes of the backward on a GPU, in order of launch. The gradient of a sink takes the pass `sink` after them.
 struct BackwardPasses {
   int32_t count;
   BackwardPass pass[3];
@@ -105,6 +105,7 @@ constexpr int64_t smem_bytes(BackwardKernelId const& k) {
   BackwardConfig const& c = k.config;
   int64_t const size = size_of(c.dtype);
   if (k.pass == BackwardPass::prepare) return 0;
+  if (k.pass == BackwardPass::sink) return c.num_warps * int64_t{sizeof(float)};
   if (k.pass == BackwardPass::finish) return c.block_m * c.head_dim * size;
   TileConfig const t = tile_of(c, k.pass);
   int64_t const stay = t.block_m, pass_by = int64_t{t.stages} * t.block_n;

@@ -124,12 +124,14 @@ FLASHCUTE_ENUM(SinglePass, FLASHCUTE_FORWARD_PASSES)
 //   prepare    delta of a tile of query rows; clears its sums for dQ
 //   gradients  as keys; also adds the part of each dQ that comes from its keys to the sums for dQ
 //   finish     dQ of a tile of query rows, from its sums
+//   sink       the gradient of a head's sink, from LSE and delta
 #define FLASHCUTE_BACKWARD_PASSES(ROW) \
   ROW(queries, "queries")              \
   ROW(keys, "keys")                    \
   ROW(prepare, "prepare")              \
   ROW(gradients, "gradients")          \
-  ROW(finish, "finish")
+  ROW(finish, "finish")                \
+  ROW(sink, "sink")
 FLASHCUTE_ENUM(BackwardPass, FLASHCUTE_BACKWARD_PASSES)
 
 }  // namespace flashcute

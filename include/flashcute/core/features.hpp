@@ -23,7 +23,8 @@ constexpr bool reads(BackwardPass pass, Readers readers) {
     case BackwardPass::keys:
     case BackwardPass::gradients: return true;
     case BackwardPass::prepare:
-    case BackwardPass::finish: return false;
+    case BackwardPass::finish:
+    case BackwardPass::sink: return false;
   }
   return true;
 }

@@ -1,4 +1,5 @@
-// The passes of the backward as kernels: those that compute gradients, and those before and after `gradients`.
+// The passes of the backward as kernels: those that compute gradients, those before and after `gradients`, and the one
+// for a sink.
 #pragma once
 
 #include "flashcute/sm80/backward.hpp"
@@ -51,8 +52,54 @@ struct FinishGradients {
   }
 };
 
+/// The gradient of a query head's sink: -sum(exp(sink - LSE) delta) over all its queries. One thread block computes it,
+/// so that the terms are added in the same order in every run.
+template <BackwardKernelId Id>
+struct SinkGradient {
+  static_assert(has_only<>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
+  using Element = typename TileLayout<tile_of(Id.config, Id.pass)>::Element;
+
+  struct SharedStorage {
+    float sum[Id.config.num_warps];
+  };
+  static_assert(sizeof(SharedStorage) == smem_bytes(Id));
+
+  FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& smem) {
+    ForwardParams const& f = p.forward;
+    auto const head = static_cast<int>(block_index());
+    float const sink = sink_of<Element>(f, head);
+    float sum = 0;
+    for (int batch = 0; batch < f.batch; ++batch) {
+      auto const first = lse_offset(f, batch, head);
+      for (int i = thread_index(); i < f.seqlen_q; i += num_threads(Id)) {
+        float const lse = global_load<float>(static_cast<float const*>(f.lse) + first + i);
+        // Below every number: the query does not exist, or it sees nothing and the sink is none.
+        if (lse == -infinity || sink == -infinity) continue;
+        sum += expf(sink - lse) * global_load<float>(static_cast<float const*>(p.delta) + first + i);
+      }
+    }
+    CUTE_UNROLL
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
+    int const warp = thread_index() / 32;
+    if (thread_index() % 32 == 0) shared_store(&smem.sum[warp], sum);
+    block_sync();  // the sums of all warps are in shared memory
+    if (thread_index() != 0) return;
+    float total = 0;
+    for (int i = 0; i < Id.config.num_warps; ++i) total -= shared_load<float>(&smem.sum[i]);
+    if (f.sink.float32) {
+      global_store(static_cast<float*>(p.dsink) + head, total);
+    } else {
+      global_store(static_cast<Element*>(p.dsink) + head, static_cast<Element>(total));
+    }
+  }
+};
+
 template <BackwardKernelId Id>
 struct BackwardKernel : TileGradients<Id> {};
+
+template <BackwardKernelId Id>
+  requires(Id.pass == BackwardPass::sink)
+struct BackwardKernel<Id> : SinkGradient<Id> {};
 
 template <BackwardKernelId Id>
   requires(Id.pass == BackwardPass::prepare)

@@ -39,7 +39,7 @@ class BackwardProblem {
   Shape s_;
   Problem problem;  // q, k, v; its output too
   Tensor dout, dq, dk, dv;
-  std::vector<float> lse, delta, dq_sums, dlse;
+  std::vector<float> lse, delta, dq_sums, dlse, dsink;
 
   /// The output and LSE of the inputs as they are, then all passes.
   void run(uint64_t seed) {
@@ -53,10 +53,24 @@ class BackwardProblem {
       run_pass<BackwardPass::gradients>(p, seed + 1);
       run_pass<BackwardPass::finish>(p, seed + 2);
     }
+    if (!s_.sink.empty()) run_pass<BackwardPass::sink>(p, seed + 3);
   }
 
   /// Compares with the definition, element by element.
   void expect_right() {
+    for (int h = 0; h < static_cast<int>(dsink.size()); ++h) {
+      double want = 0, size = 0;
+      for (int b = 0; b < s_.batch; ++b) {
+        for (int i = 0; i < s_.rows(b); ++i) {
+          double d = dlse.empty() ? 0 : -dlse[row(b, h, i)];
+          for (int c = 0; c < s_.d_v; ++c) d += problem.out.at(b, i, h, c) * dout.at(b, i, h, c);
+          double const weight = std::exp(static_cast<double>(s_.sink[static_cast<size_t>(h)]) - lse[row(b, h, i)]);
+          want -= weight * d;
+          size += weight * std::fabs(d);
+        }
+      }
+      EXPECT_NEAR(dsink[static_cast<size_t>(h)], want, 1e-5 * (size + 1)) << "dsink of head " << h;
+    }
     double const unit = dtype == DType::float32 ? 0 : dtype == DType::float16 ? 0x1p-11 : 0x1p-8;
     for (int b = 0; b < s_.batch; ++b) {
       for (int kv = 0; kv < s_.kv_heads; ++kv) {
@@ -160,6 +174,8 @@ class BackwardProblem {
     p.dout_stride = dout.stride(), p.dq_stride = dq.stride(), p.dk_stride = dk.stride(), p.dv_stride = dv.stride();
     if (!dlse.empty()) p.dlse = dlse.data();
     p.dlse_stride = {s_.heads * s_.sq, 1, s_.sq};
+    dsink.assign(s_.sink.size(), NAN);
+    if (!dsink.empty()) p.dsink = dsink.data();
     return p;
   }
 
@@ -168,10 +184,12 @@ class BackwardProblem {
     constexpr BackwardKernelId id = kernel_of(B, Pass, {Kind});
     using Kernel = BackwardKernel<id>;
     int64_t const blocks =
-        keys_stay(Pass) ? count_key_tiles(p.forward, B.block_n) : count_query_tiles(p.forward, B.block_m);
+        Pass == BackwardPass::sink ? s_.heads : keys_stay(Pass) ? count_key_tiles(p.forward, B.block_n) : count_query_tiles(p.forward, B.block_m);
     for (uint32_t block = 0; block < blocks; ++block) {
       GlobalMemory memory;
-      if (keys_stay(Pass)) {
+      if (Pass == BackwardPass::sink) {
+        allow_sink(memory, static_cast<int>(block));
+      } else if (keys_stay(Pass)) {
         allow_keys(memory, Keys::at(p.forward, block, B.block_n));
       } else {
         allow_queries(memory, Pass, Queries::at(p.forward, block, B.block_m));
@@ -220,6 +238,15 @@ class BackwardProblem {
       allow_sums(memory, tile.entry.batch, tile.head, tile.row0, last, is_finish ? Use::input : Use::output);
     }
     if (pass != BackwardPass::prepare) dq.allow(memory, tile.entry.batch, tile.head, tile.row0, last, Use::output);
+  }
+
+  void allow_sink(GlobalMemory& memory, int head) {
+    problem.allow_sink(memory);
+    for (int b = 0; b < s_.batch; ++b) {
+      allow(memory, lse, row(b, head, 0), s_.sq, Use::input);
+      allow(memory, delta, row(b, head, 0), s_.sq, Use::input);
+    }
+    allow(memory, dsink, static_cast<size_t>(head), 1, Use::output);
   }
 
   /// The sums of dQ of the tiles that have one of the rows [first, last).
