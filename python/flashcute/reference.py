@@ -295,7 +295,8 @@ def _exponential_of_sink(xp: Namespace, shape: _Shape, shift: Array) -> Array:
     if shape.sink is None:
         return xp.zeros_like(shift)
     sink = _cast(xp, shape.sink, shift.dtype)
-    return xp.exp(xp.where(sink == shift, 0.0, sink - shift))  # inf - inf would be NaN
+    same = sink == shift  # inf - inf would be NaN
+    return xp.exp(xp.where(same, 0.0, sink) - xp.where(same, 0.0, shift))
 
 
 def _gradient_of_sink(xp: Namespace, shape: _Shape, lse: Array, delta: Array, sink: Array) -> Array:

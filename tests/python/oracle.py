@@ -58,20 +58,63 @@ def visible(
     causal: bool,
     diagonal: int | None = None,
     window: Window = None,
+    prefix: int = 0,
+    queries: int | None = None,
+    keys: int | None = None,
 ) -> np.ndarray:
-    """(seqlen_q, seqlen_k): whether query i sees key j. Without a diagonal the last query sees all keys."""
+    """(seqlen_q, seqlen_k): whether query i sees key j. Without a diagonal the last query sees all keys.
+
+    queries, keys: how many there are, where the tensors are longer.
+    """
     i = np.arange(seqlen_q)[:, None]
     j = np.arange(seqlen_k)[None, :]
-    diagonal = seqlen_k - seqlen_q if diagonal is None else diagonal
+    queries = seqlen_q if queries is None else min(max(queries, 0), seqlen_q)
+    keys = seqlen_k if keys is None else min(max(keys, 0), seqlen_k)
+    diagonal = keys - queries if diagonal is None else diagonal
     left, right = window or (-1, -1)
-    seen = np.ones((seqlen_q, seqlen_k), bool)
+    seen = (i < queries) & (j < keys)
     if causal:
-        seen &= j - i <= diagonal
+        seen &= (j - i <= diagonal) | (j < prefix)
     if left >= 0:
         seen &= j - i >= diagonal - left
     if right >= 0:
         seen &= j - i <= diagonal + right
     return seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Which keys the queries of all batch entries see. Of what differs by entry there is one number for each."""
+
+    causal: bool = False
+    diagonal: int | None = None
+    window: Window = None
+    prefix: int | tuple[int, ...] = 0
+    seqlens_q: tuple[int, ...] | None = None
+    seqlens_k: tuple[int, ...] | None = None
+
+    def of(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+        """(batch, 1, seqlen_q, seqlen_k)."""
+
+        def entry(b: int) -> np.ndarray:
+            return visible(
+                q.shape[1],
+                k.shape[1],
+                self.causal,
+                self.diagonal,
+                self.window,
+                self.prefix if isinstance(self.prefix, int) else self.prefix[b],
+                None if self.seqlens_q is None else self.seqlens_q[b],
+                None if self.seqlens_k is None else self.seqlens_k[b],
+            )
+
+        none = np.zeros((0, q.shape[1], k.shape[1]), bool)
+        return np.array([entry(b) for b in range(q.shape[0])] or none, bool)[:, None]
+
+    def exists(self, q: np.ndarray) -> np.ndarray:
+        """(batch, 1, seqlen_q): which queries there are."""
+        lengths = (q.shape[1],) * q.shape[0] if self.seqlens_q is None else self.seqlens_q
+        return np.arange(q.shape[1])[None, None, :] < np.array(lengths, int)[:, None, None]
 
 
 def scores_of(q: np.ndarray, k: np.ndarray, scale: float) -> np.ndarray:
@@ -97,15 +140,21 @@ def default_scale(q: np.ndarray, scale: float | None) -> float:
     return 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
 
 
-def softmax(s: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities and log-sum-exp over the keys that are seen. A row that sees none: 0 and
-    -inf."""
+def softmax(
+    s: np.ndarray, seen: np.ndarray, sink: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities and log-sum-exp over the keys that are seen, and of a sink (heads,) one more score. A row that sees
+    none: 0, and -inf or the sink."""
     s = np.where(seen, s, -np.inf)
     top = s.max(axis=-1, keepdims=True, initial=-np.inf)
+    if sink is not None:
+        top = np.maximum(top, sink[:, None, None])
     base = np.where(np.isfinite(top), top, 0)
     e = np.exp(s - base)
     total = e.sum(axis=-1, keepdims=True)
-    empty = ~seen.any(axis=-1)[:, None]
+    if sink is not None:
+        total = total + np.exp(sink[:, None, None] - base)
+    empty = ~seen.any(axis=-1)[..., None]
     with np.errstate(divide="ignore", invalid="ignore"):
         p = np.where(empty, 0, e / total)
         lse = (np.log(total) + base)[..., 0]
@@ -119,14 +168,14 @@ def attention(
     *,
     causal: bool = False,
     scale: float | None = None,
-    diagonal: int | None = None,
-    window: Window = None,
+    sink: np.ndarray | None = None,
+    **mask: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """out (batch, seqlen_q, heads, d) and LSE (batch, heads, seqlen_q) of finite inputs, in
-    fp64."""
-    seen = visible(q.shape[1], k.shape[1], causal, diagonal, window)
-    p, lse = softmax(scores_of(q, k, default_scale(q, scale)), seen)
-    return weighted_values(p, v), lse
+    fp64. mask: the members of a Mask."""
+    masks = Mask(causal, **mask)
+    p, lse = softmax(scores_of(q, k, default_scale(q, scale)), masks.of(q, k), sink)
+    return weighted_values(p, v), np.where(masks.exists(q), lse, -np.inf)
 
 
 def naive(
@@ -137,13 +186,13 @@ def naive(
     *,
     causal: bool = False,
     scale: float | None = None,
-    diagonal: int | None = None,
-    window: Window = None,
+    sink: np.ndarray | None = None,
+    **mask: Any,
 ) -> np.ndarray:
     """What three separate kernels in `dtype` give: scores, probabilities and output are each
     rounded to it when they are stored; sums are taken in higher precision, as matrix units do."""
     s = rounded(scores_of(q, k, default_scale(q, scale)), dtype)
-    p, _ = softmax(s, visible(q.shape[1], k.shape[1], causal, diagonal, window))
+    p, _ = softmax(s, Mask(causal, **mask).of(q, k), sink)
     return rounded(weighted_values(rounded(p, dtype), v), dtype)
 
 
@@ -198,10 +247,14 @@ class Problem:
     scale: float | None = None
     diagonal: int | None = None
     window: Window = None
+    prefix: int | tuple[int, ...] = 0
+    seqlens_q: tuple[int, ...] | None = None
+    seqlens_k: tuple[int, ...] | None = None
+    sink: np.ndarray | None = None  # (heads,)
 
     @property
     def options(self) -> dict[str, Any]:
-        names = ("causal", "scale", "diagonal", "window")
+        names = ("scale", "sink", *(field.name for field in dataclasses.fields(Mask)))
         return {name: getattr(self, name) for name in names}
 
     def expected(self) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 from oracle import RELATIVE, UNIT_ROUNDOFF, assert_close, rounded
 
-NAMES = ("dq", "dk", "dv")
+NAMES = ("dq", "dk", "dv", "dsink")
 
 
 def summed_over_groups(x: np.ndarray, kv_heads: int) -> np.ndarray:
@@ -34,9 +34,24 @@ class BackwardProblem:
     dlse: np.ndarray | None = None  # (batch, heads, seqlen_q)
     diagonal: int | None = None
     window: oracle.Window = None
+    prefix: int | tuple[int, ...] = 0
+    seqlens_q: tuple[int, ...] | None = None
+    seqlens_k: tuple[int, ...] | None = None
+    sink: np.ndarray | None = None  # (heads,)
 
-    def gradients(self, dtype: str = "float64") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """dq, dk, dv. In a narrower dtype: as separate kernels give them, which round whatever they store."""
+    @property
+    def forward(self) -> oracle.Problem:
+        names = (field.name for field in dataclasses.fields(oracle.Problem))
+        return oracle.Problem(**{name: getattr(self, name) for name in names})
+
+    @property
+    def mask(self) -> oracle.Mask:
+        names = (field.name for field in dataclasses.fields(oracle.Mask))
+        return oracle.Mask(**{name: getattr(self, name) for name in names})
+
+    def gradients(self, dtype: str = "float64") -> tuple[np.ndarray, ...]:
+        """dq, dk, dv, with a sink dsink. In a narrower dtype: as separate kernels give them, which round whatever they
+        store."""
 
         def stored(x: np.ndarray) -> np.ndarray:
             return rounded(x, dtype)
@@ -44,9 +59,9 @@ class BackwardProblem:
         q, k, v, dout = self.q, self.k, self.v, self.dout
         heads, kv_heads = q.shape[2], k.shape[2]
         scale = oracle.default_scale(q, self.scale)
-        seen = oracle.visible(q.shape[1], k.shape[1], self.causal, self.diagonal, self.window)
+        seen, exists = self.mask.of(q, k), self.mask.exists(q)
         repeated_k, repeated_v = (np.repeat(x, heads // kv_heads, axis=2) for x in (k, v))
-        p, _ = oracle.softmax(stored(oracle.scores_of(q, k, scale)), seen)
+        p, lse = oracle.softmax(stored(oracle.scores_of(q, k, scale)), seen, self.sink)
         out = stored(oracle.weighted_values(stored(p), v))
         dp = stored(np.einsum("bihd,bjhd->bhij", dout, repeated_v, optimize=True))
         delta = np.einsum("bihd,bihd->bhi", dout, out)
@@ -56,11 +71,21 @@ class BackwardProblem:
         dq = scale * np.einsum("bhij,bjhd->bihd", ds, repeated_k, optimize=True)
         dk = scale * np.einsum("bhij,bihd->bjhd", ds, q, optimize=True)
         dv = np.einsum("bhij,bihd->bjhd", stored(p), dout, optimize=True)
-        return (
+        found = (
             stored(dq),
             stored(summed_over_groups(dk, kv_heads)),
             stored(summed_over_groups(dv, kv_heads)),
         )
+        if self.sink is None:
+            return found
+        weights = np.where(exists, weight_of_sink(self.sink, lse), 0)
+        return (*found, -(weights * delta).sum(axis=(0, 2)))
+
+
+def weight_of_sink(sink: np.ndarray, lse: np.ndarray) -> np.ndarray:
+    """Its probability, (batch, heads, seqlen_q)."""
+    z = np.broadcast_to(sink[:, None], lse.shape)
+    return np.exp(np.where(z == -np.inf, -np.inf, z - np.where(z == -np.inf, 0, lse)))
 
 
 def make_problem(
@@ -76,15 +101,25 @@ def make_problem(
     )
 
 
-def assert_accurate(p: BackwardProblem, found: tuple[object, object, object]) -> None:
+def assert_accurate(p: BackwardProblem, found: tuple[object, ...]) -> None:
     """The accuracy rule on each gradient: at most twice the error of the naive computation in the inputs' dtype,
     plus one rounding; for fp32 and fp64 a relative bound. dS = P (dP - delta) cancels where few keys are seen, so
-    the bound is relative to the largest gradient of the three."""
+    the bound is relative to the largest gradient of the three. dsink is a sum of as many terms as there are rows, of
+    both signs: its bound is relative to the sum of their sizes."""
     expected = p.gradients()
     naive = p.gradients(p.dtype)
     top = max(np.abs(x).max(initial=0) for x in expected)
     top = max(top, np.abs(p.dout).max(initial=0))
-    for name, got, want, rough in zip(NAMES, found, expected, naive, strict=True):
+    sizes = [top] * 3
+    if p.sink is not None:
+        out, lse = p.forward.expected()
+        terms = np.einsum("bihd,bihd->bhi", np.abs(p.dout), np.abs(out))
+        terms = terms + np.abs(0 if p.dlse is None else p.dlse)
+        exists = p.mask.exists(p.q)
+        terms = terms * np.where(exists, weight_of_sink(p.sink, np.where(exists, lse, 0)), 0)
+        sizes.append(terms.sum(axis=(0, 2)).max(initial=0))
+    names = NAMES[: len(expected)]
+    for name, got, want, rough, top in zip(names, found, expected, naive, sizes, strict=True):
         if p.dtype in RELATIVE:
             tolerance = RELATIVE[p.dtype] * top
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -121,3 +122,17 @@ def every_call(q: Any) -> dict[str, Callable[..., object]]:
         "chunked": lambda **o: reference.chunked(q, q, q, **o),
         "naive_gradients": lambda **o: reference.naive_gradients(q, q, q, q, **o),
     }
+
+
+def require_refused(
+    name: str, call: Callable[..., Any], options: dict[str, Any], says: str
+) -> None:
+    """That one of every_call raises ArgumentError with this text. explain, where the problem is one of the arrays,
+    tells it."""
+    if name == "explain":
+        told = call(**options)
+        assert told.backend == ""
+        assert any(re.match(says, why) for _, why in told.rejected), told
+        return
+    with pytest.raises(fc.ArgumentError, match=f"^{says}"):
+        call(**options)

@@ -1,0 +1,70 @@
+"""Arguments that meet: random problems in which any of lengths, masks and sinks come together, forward and back."""
+
+from __future__ import annotations
+
+import flashcute as fc
+import numpy as np
+import pytest
+import variants
+from conftest import SEED
+from optional_torch import needs_torch
+
+PROBLEMS = 25  # of each test; every one takes other random numbers
+
+
+def describe(p: object) -> str:
+    """What failed, to be read."""
+    told = {n: x for n, x in vars(p).items() if not isinstance(x, np.ndarray)}
+    shapes = {n: getattr(p, n).shape for n in ("q", "k", "v")}
+    return f"{told}, {shapes}, sink {getattr(p, 'sink', None)}"
+
+
+def check_many(dtype: str, where: str, first: int, **how: object) -> None:
+    head_dims = how.pop("head_dims", (1, 3, 8, 16, 40, 64))
+    for number in range(first, first + PROBLEMS):
+        rng = np.random.default_rng([SEED, number])
+        p = variants.random_problem(rng, dtype, head_dims=head_dims)  # type: ignore[arg-type]
+        try:
+            variants.check(rng, p, where, **how)  # type: ignore[arg-type]
+        except Exception as error:
+            raise AssertionError(f"problem {number} of {dtype}: {describe(p)}") from error
+
+
+@needs_torch
+@pytest.mark.parametrize("first", range(0, 200, PROBLEMS))
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_on_the_cpu(dtype: str, first: int) -> None:
+    """Two arguments of which one switches the other off, or a gradient of another function than the forward's."""
+    check_many(dtype, "cpu", first)
+
+
+@needs_torch
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_dtypes_on_the_cpu(dtype: str) -> None:
+    check_many(dtype, "cpu", 1000)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 100, PROBLEMS))
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_on_a_gpu(dtype: str, first: int) -> None:
+    """The same of the kernels that a call takes by itself, for any alignment."""
+    check_many(dtype, "cuda", first)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["sm80", "sm90"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_kernels_on_a_gpu(dtype: str, kernel: str) -> None:
+    """The same of each kind of kernel."""
+    arch = fc._core.driver_info().gpus[0].arch
+    if kernel == "sm90" and (arch != 90 or dtype == "float32"):
+        pytest.skip("no such kernel here")
+    default = fc.default_config(64, dtype, arch if kernel == "sm90" else 80)
+    assert default.kernel == kernel
+    backward = fc.default_backward_config(64, dtype, arch, deterministic=True)
+    check_many(
+        dtype, "cuda", 2000, cfg=default, backward_cfg=backward, align=8, head_dims=(8, 16, 40, 64)
+    )
