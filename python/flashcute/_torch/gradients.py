@@ -55,14 +55,14 @@ def gradients(
     # A negated view is none to DLPack, and neighbours of an expanded gradient are not adjacent.
     dout = library_of(type(dout)).with_unit_stride(plain(dout))
     dlse = None if dlse is None else plain(dlse)
-    found = into or tuple(gradient_like(x) for x in (q, k, v))
+    dq, dk, dv = into or (gradient_like(x) for x in (q, k, v))
     dsink = None if options.sink is None else torch.empty_like(options.sink)
     options, workspace = decided(options, stream=None), None
     if q.is_cuda:
         size = _core.backward_workspace_size(None, q, v, options)
         workspace = torch.empty(size, dtype=torch.float32, device=q.device)
-    _core.backward(None, dout, q, k, v, out, lse, dlse, *found, dsink, workspace, options)
-    return found if dsink is None else (*found, dsink)
+    _core.backward(None, dout, q, k, v, out, lse, dlse, dq, dk, dv, dsink, workspace, options)
+    return (dq, dk, dv) if dsink is None else (dq, dk, dv, dsink)
 
 
 def gradients_on_stream(

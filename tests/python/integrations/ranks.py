@@ -62,6 +62,16 @@ def dense(
     )
 
 
+def arrays(batch: int = 2, heads: int = HEADS) -> dict[str, torch.Tensor]:
+    """Lengths, prefixes and a sink."""
+    return {
+        "seqlens_q": torch.tensor([4, 5, 0][:batch], dtype=torch.int32),
+        "seqlens_k": torch.tensor([7, 6, 3][:batch], dtype=torch.int32),
+        "prefix": torch.tensor([2, 6, 1][:batch], dtype=torch.int32),
+        "sink": torch.linspace(-1, 1, heads, dtype=torch.float64),
+    }
+
+
 def placed(letters: str) -> list[Any]:
     return [PLACEMENTS[letter] for letter in letters]
 
@@ -98,14 +108,26 @@ def attend(
     heads: int = HEADS,
     shape: tuple[int, ...] = (2,),
     dout_letters: str | None = None,
+    variant: bool = False,
+    lengths_letters: str | None = None,
+    sink_letters: str | None = None,
     function: Callable[..., Any] = fc.flash_attention,
 ) -> dict[str, Any]:
-    """Forward and backward of DTensors. dout_letters: the placements of the gradients; None: those of the results."""
+    """Forward and backward of DTensors. dout_letters: the placements of the gradients; None: those of the results.
+    variant: with lengths, prefixes and a sink, which lie as q does, or with placements of their own."""
     q, k, v, dout, dlse = dense(kv_heads, layout, batch, heads)
     q = distribute(q, q_letters, shape).requires_grad_()
     k, v = (distribute(x, k_letters or q_letters, shape).requires_grad_() for x in (k, v))
+    more = {}
+    if variant:
+        heads_letter = "2" if layout == "bshd" else "1"
+        of_batch = lengths_letters or "".join("B" if x == "B" else "R" for x in q_letters)
+        of_heads = sink_letters or "".join("B" if x == heads_letter else "R" for x in q_letters)
+        for name, x in arrays(batch, heads).items():
+            more[name] = distribute(x, of_heads if name == "sink" else of_batch, shape)
+        more["sink"].requires_grad_()
     with CommDebugMode() as moved:
-        out, lse = function(q, k, v, causal=True, layout=layout, return_lse=True)
+        out, lse = function(q, k, v, causal=True, layout=layout, return_lse=True, **more)
     forward_moves = moved.get_total_counts()
     if dout_letters is None:
         dout = distribute_tensor(dout, out.device_mesh, out.placements)
@@ -114,7 +136,8 @@ def attend(
         dout = distribute(dout, dout_letters, shape)
         dlse = distribute(dlse, "R" * len(shape), shape)
     with CommDebugMode() as moved:
-        gradients = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
+        inputs = (q, k, v, more["sink"]) if variant else (q, k, v)
+        gradients = torch.autograd.grad((out, lse), inputs, (dout, dlse))
     results = (out, lse, *gradients)
     return {
         "tensors": list(map(full, results)),
@@ -146,8 +169,26 @@ RUNS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "parts of heads come in": (("R",), {"dout_letters": "2"}),
     "parts of heads, replicated heads": (("R2",), {"shape": (2, 1), "dout_letters": "22"}),
 }
+VARIANTS = (
+    "replicated",
+    "batch",
+    "batch of 3",
+    "heads",
+    "heads bhsd",
+    "one key head",
+    "batch, heads",
+)
+for _name in VARIANTS:
+    _letters, _options = RUNS[_name]
+    RUNS[f"{_name}, variant"] = (_letters, {**_options, "variant": True})
 for _name, (_letters, _options) in RUNS.items():
     CASES[_name] = lambda a=_letters, o=_options: attend(*a, **o)
+
+
+@case
+def compiled_variant() -> Any:
+    attend_compiled = torch.compile(fc.flash_attention, backend="aot_eager")
+    return attend("2", function=attend_compiled, variant=True)
 
 
 @case
@@ -212,6 +253,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "3 key heads": (("2",), {"kv_heads": 3, "heads": 6}),
     "3 heads of one key head": (("2", "R"), {"kv_heads": 1, "heads": 3}),
     "batch of 1": (("B",), {"batch": 1}),
+    "whole lengths": (("B",), {"variant": True, "lengths_letters": "R"}),
+    "parts of lengths": (("2",), {"variant": True, "lengths_letters": "B"}),
+    "whole sink": (("2",), {"variant": True, "sink_letters": "R"}),
+    "parts of a sink": (("B",), {"variant": True, "sink_letters": "B"}),
 }
 for _name, (_letters, _options) in REFUSED.items():
     CASES[_name] = lambda a=_letters, o=_options: attend(*a, **o)
@@ -235,6 +280,12 @@ def on_another_mesh() -> Any:
 @case
 def without_a_kernel() -> Any:
     return _beside(lambda k: distribute(k, "R"), dropout_p=0.5, on_unsupported="silent")
+
+
+@case
+def beside_plain_lengths() -> Any:
+    made = [distribute(x, "R") for x in dense()[:3]]
+    return fc.flash_attention(*made, seqlens_q=arrays()["seqlens_q"])
 
 
 @case

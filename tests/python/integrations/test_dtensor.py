@@ -53,8 +53,10 @@ def expected_of(**options: Any) -> list[torch.Tensor]:
     names = ("kv_heads", "layout", "batch", "heads")
     inputs = ranks.dense(**{name: options[name] for name in names if name in options})
     q, k, v, dout, dlse = inputs
-    out, lse = reference.naive(q, k, v, True, layout=layout, return_lse=True)
-    gradients = reference.naive_gradients(dout, q, k, v, True, dlse=dlse, layout=layout)
+    arrays = ranks.arrays(q.shape[0], q.shape[2 if layout == "bshd" else 1])
+    more = arrays if options.get("variant") else {}
+    out, lse = reference.naive(q, k, v, True, layout=layout, return_lse=True, **more)
+    gradients = reference.naive_gradients(dout, q, k, v, True, dlse=dlse, layout=layout, **more)
     return [out, lse, *gradients]
 
 
@@ -64,11 +66,11 @@ def close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", [*ranks.RUNS, "compiled"])
+@pytest.mark.parametrize("case", [*ranks.RUNS, "compiled", "compiled_variant"])
 def test_each_rank_computes_its_part(found: dict[str, Any], case: str) -> None:
     """Results of other keys or heads than a rank's own; a gradient without the other ranks' summands; a part moved that
     is where it is needed."""
-    _, options = ranks.RUNS.get(case, ((), {}))
+    _, options = ranks.RUNS.get(case, ((), {"variant": case == "compiled_variant"}))
     came = found[case]
     assert isinstance(came, dict), came
     close(came["tensors"], expected_of(**options))
@@ -89,6 +91,8 @@ def test_each_rank_computes_its_part(found: dict[str, Any], case: str) -> None:
             "batch, heads",
             [f"Shard(dim=0), Shard(dim={dim})" for dim in (2, 1, 2, 2, 2)],
         ),
+        ("batch, variant", [*["Shard(dim=0)"] * 5, "Partial(sum)"]),
+        ("heads, variant", ["Shard(dim=2)", "Shard(dim=1)", *["Shard(dim=2)"] * 3, "Shard(dim=0)"]),
     ],
 )
 def test_results_lie_as_the_queries(
@@ -132,6 +136,11 @@ REFUSALS = {
     "one key head, sharded": "UnsupportedError: k: .*a single key head",
     "3 key heads": "UnsupportedError: q, k, v: .*key heads .*2 ranks.*got 3",
     "3 heads of one key head": "UnsupportedError: q, k, v: .*query heads .*2 ranks.*got 3",
+    "whole lengths": r"UnsupportedError: seqlens_q: .*Shard\(dim=0\),\) beside q, k and v, got \(Replicate",
+    "parts of lengths": r"UnsupportedError: seqlens_q: .*Replicate\(\),\) beside q, k and v, got \(Shard",
+    "whole sink": r"UnsupportedError: sink: .*Shard\(dim=0\),\) beside q, k and v, got \(Replicate",
+    "parts of a sink": r"UnsupportedError: sink: .*Replicate\(\),\) beside q, k and v, got \(Shard",
+    "beside_plain_lengths": "ArgumentError: seqlens_q: expected a DTensor as q, got a Tensor",
     "batch of 1": "UnsupportedError: q, k, v: .*batch .*2 ranks.*got 1",
     "beside_a_plain_tensor": "ArgumentError: k: expected a DTensor as q, got a Tensor",
     "on_another_mesh": "ArgumentError: k: expected a DTensor on the mesh of q",

@@ -86,15 +86,18 @@ def test_programs_with_the_first_arguments_load(saved: Path, fresh: Runner, name
     )
 
 
-@pytest.mark.parametrize(
-    ("operator", "first"),
-    [
-        ("forward", "q k v causal scale layout allow_tf32"),
-        ("backward", "dout q k v out lse dlse causal scale layout"),
-    ],
-)
-def test_arguments_are_appended_with_defaults(operator: str, first: str) -> None:
-    """Programs give the first arguments by position, and no others."""
+FIRST = {
+    "forward": "q k v causal scale layout allow_tf32",
+    "backward": "dout q k v out lse dlse causal scale layout",
+    "backward_with_sink": "dout q k v out lse dlse sink causal scale layout",
+}
+APPENDED = "diagonal deterministic window_left window_right seqlens_q seqlens_k prefix prefixes"
+
+
+@pytest.mark.parametrize("operator", FIRST)
+def test_arguments_are_appended_with_defaults(operator: str) -> None:
+    """Programs give the first arguments by position, and no others; those that were saved later, more of them."""
+    first = FIRST[operator]
     import flashcute  # noqa: F401 (registers the operators)
 
     schema = getattr(torch.ops.flashcute, f"flash_attention_{operator}").default._schema
@@ -103,3 +106,50 @@ def test_arguments_are_appended_with_defaults(operator: str, first: str) -> None
     assert names[: len(known)] == known
     assert all(argument.has_default_value() for argument in schema.arguments[len(known) :])
     assert not any(argument.kwarg_only for argument in schema.arguments)
+    later = APPENDED.split() + (["sink"] if operator == "forward" else [])
+    assert names[len(known) :][: len(later)] == later
+
+
+# With the arguments that the operators had when they knew windows.
+SAVE_WINDOWS = SAVE.replace(
+    "bool allow_tf32)",
+    "bool allow_tf32, SymInt? diagonal=None, bool? deterministic=None, SymInt? window_left=None,"
+    " SymInt? window_right=None)",
+).replace(
+    '" str layout)',
+    '" str layout, SymInt? diagonal=None, bool? deterministic=None, SymInt? window_left=None,"\n'
+    '    " SymInt? window_right=None)',
+)
+SAVE_WINDOWS = (
+    SAVE_WINDOWS.replace("layout, allow_tf32):", "layout, allow_tf32, *more):")
+    .replace("scale, layout):", "scale, layout, *more):")
+    .replace('"bshd", False)', '"bshd", False, 1, None, 3, 0)')
+    .replace('True, 0.3, "bshd"\n', 'True, 0.3, "bshd", 1, True, 3, 0\n')
+    .replace("== 7", "== 11")
+    .replace("== 10", "== 14")
+)
+
+
+@pytest.mark.parametrize("name", ["exported.pt2", "traced.pt"])
+def test_programs_with_windows_load(tmp_path: Path, fresh: Runner, name: str) -> None:
+    """As the first ones."""
+    subprocess.run(
+        [sys.executable, "-c", SAVE_WINDOWS], env=environment(), cwd=tmp_path, check=True
+    )
+    fresh(
+        f"""
+        import warnings
+        import flashcute, torch
+        from flashcute import reference
+        warnings.simplefilter("ignore")
+        path = {str(tmp_path / name)!r}
+        program = torch.jit.load(path) if path.endswith(".pt") else torch.export.load(path).module()
+        tensors = [torch.randn(2, rows, heads, 16) for rows, heads in ((5, 4), (7, 2), (7, 2))]
+        wide = [x.double() for x in tensors]
+        given = {{"scale": 0.3, "diagonal": 1, "window": (3, 0)}}
+        out, lse = reference.naive(*wide, True, **given, return_lse=True)
+        expected = (out, lse, *reference.naive_gradients(2 * out, *wide, True, **given))
+        for found, exact in zip(program(*tensors), expected, strict=True):
+            torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
+        """
+    )
