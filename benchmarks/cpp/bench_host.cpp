@@ -28,7 +28,7 @@ void deal_tiles_anew(benchmark::State& state) {
   params.batch = static_cast<int32_t>(16384 / state.range(1));
   params.heads = params.kv_heads = static_cast<int32_t>(2048 / state.range(0));
   params.seqlen_q = static_cast<int32_t>(state.range(1));
-  int32_t const blocks = persistent_clusters(kernel.config, QueryTile::count(params, tile_rows(kernel.config)), 132);
+  int32_t const blocks = persistent_clusters(kernel.config, count_query_tiles(params, tile_rows(kernel.config)), 132);
   for (auto _ : state) {
     params.causal_offset = (params.causal_offset + 1) % static_cast<int32_t>(2 * remembered_deals);
     params.seqlen_k = params.seqlen_q + params.causal_offset;

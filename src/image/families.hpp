@@ -11,14 +11,26 @@
 
 namespace flashcute {
 
-/// The features of most families, and the default ones of `prebuild`.
+/// The default features of `prebuild`.
 inline constexpr Features full_and_causal[] = {{.mask = MaskKind::full}, {.mask = MaskKind::causal}};
+inline constexpr Features full_causal_and_band[] = {
+    {.mask = MaskKind::full}, {.mask = MaskKind::causal}, {.mask = MaskKind::band}};
+
+/// The features of a family's kernels; those with other features are compiled at their first use. More of them for
+/// bfloat16 alone keep the time of a build, and its size, in bounds.
+struct FamilyFeatures {
+  std::span<Features const> bfloat16, others;
+
+  constexpr std::span<Features const> of(DType dtype) const { return dtype == DType::bfloat16 ? bfloat16 : others; }
+};
+inline constexpr FamilyFeatures plain{full_and_causal, full_and_causal};
+inline constexpr FamilyFeatures with_band{full_causal_and_band, full_and_causal};
 
 template <class Config>
 struct Family {
   std::string_view name;
-  Config config;                       // stands for the dtypes of the same size too
-  std::span<Features const> features;  // of its kernels; those with other features are compiled at their first use
+  Config config;  // stands for the dtypes of the same size too
+  FamilyFeatures features;
 };
 
 inline constexpr Family<ForwardConfig> forward_families[] = {
@@ -63,7 +75,7 @@ template <class Config>
 std::vector<KernelId<Config>> kernels_of(Family<Config> const& family) {
   std::vector<KernelId<Config>> kernels;
   for (Config const& config : configs_of(family)) {
-    for (auto const& kernel : kernels_of(config, family.features)) kernels.push_back(kernel);
+    for (auto const& kernel : kernels_of(config, family.features.of(config.dtype))) kernels.push_back(kernel);
   }
   return kernels;
 }

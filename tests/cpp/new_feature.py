@@ -137,7 +137,7 @@ def check_feature(copy: Copy) -> None:
     unknown = "has no code for one of the features"
     copy.expect_compiled(forward_kernel("{.count_blocks = true}"))
     copy.expect_error(forward_kernel("{.probe = true}"), unknown)
-    passes = ("queries", "keys", "prepare", "gradients", "finish")
+    passes = ("queries", "keys", "prepare", "gradients", "finish", "sink")
     copy.expect_compiled(backward_kernels("{}", *passes))
     for each in passes:
         copy.expect_error(backward_kernels("{.probe = true}", each), unknown)
@@ -150,7 +150,7 @@ def check_mask(copy: Copy) -> None:
     last = 'ROW(band, "band")'
     copy.edit("include/flashcute/core/enums.hpp", last, f'{last} ROW(probe, "probe")')
     copy.expect_error('#include "flashcute/sm90/rounds.hpp"\n', "probe.* not handled in switch")
-    band = "    case MaskKind::band: return {1,"
+    band = "    case MaskKind::band: return is_narrow"
     copy.edit("include/flashcute/sm90/rounds.hpp", band, f"    case MaskKind::probe:\n{band}")
     copy.expect_success(MASK_IN_TABLE)
 
@@ -172,7 +172,7 @@ def check_mask(copy: Copy) -> None:
         "include/flashcute/policy/mask.hpp",
         "struct Mask<MaskKind::probe> : Mask<MaskKind::full> {};",
         "struct Mask<MaskKind::probe> : Mask<MaskKind::full> {\n"
-        "  static RowRange keys_of(int32_t, Sequence const&) = delete;\n};",
+        "  static RowRange keys_of(int32_t, BatchSequence const&) = delete;\n};",
     )
     copy.expect_error(CPU, "deleted function.*probe.*keys_of")
 

@@ -109,7 +109,7 @@ int run() {
   std::fill(out, out + elements, __half(NAN));
 
   flashcute::ForwardParams const params = params_for(q, k, v, out);
-  auto const blocks = static_cast<unsigned>(flashcute::QueryTile::count(params, config.block_m));
+  auto const blocks = static_cast<unsigned>(flashcute::count_query_tiles(params, config.block_m));
   auto const bytes = static_cast<int>(flashcute::smem_bytes(config));
   auto* const cycles = managed<long long>(blocks);
   check(cudaFuncSetAttribute(timed_attention, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -118,7 +118,7 @@ int run() {
   check(cudaDeviceSynchronize());
 
   for (unsigned block = 0; block < blocks / heads; ++block) {  // of head 0
-    auto const tile = flashcute::QueryTile::at(params, block, config.block_m);
+    auto const tile = flashcute::QueryTile<flashcute::UniformSequence>::at(params, block, config.block_m);
     std::printf("query rows %3d to %3d: %6lld cycles\n", tile.row0, tile.row0 + tile.rows - 1, cycles[block]);
   }
   double const error = largest_error(q, k, v, out);

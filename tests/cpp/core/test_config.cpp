@@ -399,12 +399,12 @@ TEST(Config, AGeneratedUnitIncludesWhatEachKernelNeeds) {
 // Guards against a family that holds other kernels than those of its own list.
 TEST(Config, AFamilyHoldsTheFeaturesThatItLists) {
   constexpr Features only_causal[] = {{.mask = MaskKind::causal}};
-  Family<ForwardConfig> const forward{"f", {.head_dim = 64}, only_causal};
+  Family<ForwardConfig> const forward{"f", {.head_dim = 64}, {only_causal, only_causal}};
   ForwardConfig half = forward.config;
   half.dtype = DType::float16;
   EXPECT_EQ(kernels_of(forward),
             (std::vector{kernel_of(half, only_causal[0]), kernel_of(forward.config, only_causal[0])}));
-  Family<BackwardConfig> const backward{"b", {.deterministic = true}, only_causal};
+  Family<BackwardConfig> const backward{"b", {.deterministic = true}, {only_causal, only_causal}};
   EXPECT_EQ(kernels_of(backward).size(), 4u) << "two passes of two dtypes";
   for (auto const& kernel : kernels_of(backward)) EXPECT_EQ(kernel.features, only_causal[0]);
   EXPECT_TRUE(kernels_of(Family<ForwardConfig>{"none", {}, {}}).empty());
