@@ -203,10 +203,16 @@ def checked_prefix(prefix: object, causal: object) -> tuple[int | None, Array | 
     """One number for all batch entries, or an array of one for each; the other is None."""
     if not causal:
         raise ArgumentError(f"prefix: expected causal=True with it, got causal={causal!r}")
-    if hasattr(prefix, "__dlpack__"):  # also of no dimensions: its value is not read on the host
-        return None, prefix
     value: Any = prefix
-    if not (type(prefix) is int or type(prefix).__name__ == "SymInt"):  # as of a diagonal
+    if (
+        type(prefix).__name__ == "SymInt"
+    ):  # a symbol stays one, as of a diagonal; the library checks its value
+        return value, None
+    if type(prefix) is not int:
+        if hasattr(
+            prefix, "__dlpack__"
+        ):  # also of no dimensions: its value is not read on the host
+            return None, prefix
         try:
             value = index_of(prefix)
         except TypeError:

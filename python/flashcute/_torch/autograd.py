@@ -15,6 +15,7 @@ from .gradients import (
     without_tensors,
 )
 from .operators import backward_by_operator
+from .problem import require_tensors
 from .tracing import is_observed
 
 
@@ -57,6 +58,7 @@ class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
             options = with_tensors(ctx.options, (seqlens_q, seqlens_k, prefixes, sink))
             tensors = (dout, *saved, dlse)
             if is_observed(dout, dlse):  # a batch of gradients, a counter of FLOPs
+                require_tensors(options)
                 found = gradients_on_stream(backward_by_operator, *tensors, options=options)
             elif torch.is_grad_enabled():
                 found = Gradients.apply(options, *tensors)

@@ -20,7 +20,7 @@ from .fallback import (
 from .framework import Tensor, has_autocast, torch, warn
 from .gradients import decided
 from .operators import forward_by_operator
-from .problem import Problem
+from .problem import Problem, require_tensors
 from .tracing import as_constant, is_traced, require_own_memory
 from .worlds import require_one_world
 
@@ -35,7 +35,7 @@ def attend(problem: Problem, out: Tensor | None, return_lse: bool, fallback: str
     traced = is_traced(problem)
     problem.require_kinds(traced)
     if traced:
-        problem.require_tensors()
+        require_tensors(problem.options)
         require_one_world(problem)
     problem = problem.without_causal_bias().autocast()
     require_no_recorded_output(out, problem)

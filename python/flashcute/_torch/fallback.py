@@ -9,7 +9,7 @@ from .. import _core
 from .._call import SDPA
 from .._core import ArgumentError, UnsupportedError
 from .framework import Tensor, torch
-from .problem import Problem
+from .problem import Problem, require_tensors
 from .tracing import is_traced
 from .worlds import is_distributed
 
@@ -26,7 +26,7 @@ def require_fallback(
         )
     if problem.options.sink is not None:
         raise UnsupportedError(f"sink: {SDPA} has none, and {missing}")
-    problem.require_tensors()
+    require_tensors(problem.options)
     if problem.options.stream is not None:
         raise ArgumentError(
             f"stream: expected None where {SDPA} computes, got {problem.options.stream!r}"

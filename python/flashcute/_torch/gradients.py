@@ -49,14 +49,15 @@ def gradients(
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv, on the current stream: written to `into`, or new ones in the memory order of q, k and v. If the
-    options have a sink, then dsink, which is new."""
+    options have a tensor as sink, then dsink, which is new."""
     if dout is None:  # only the LSE was used
         dout = out.new_zeros(out.shape[-1:]).expand(out.shape)
     # A negated view is none to DLPack, and neighbours of an expanded gradient are not adjacent.
     dout = library_of(type(dout)).with_unit_stride(plain(dout))
     dlse = None if dlse is None else plain(dlse)
     dq, dk, dv = into or (gradient_like(x) for x in (q, k, v))
-    dsink = None if options.sink is None else torch.empty_like(options.sink)
+    sink = options.sink  # of another library's nobody wants a gradient
+    dsink = torch.empty_like(sink) if isinstance(sink, torch.Tensor) else None
     options, workspace = decided(options, stream=None), None
     if q.is_cuda:
         size = _core.backward_workspace_size(None, q, v, options)

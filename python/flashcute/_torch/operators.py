@@ -199,15 +199,19 @@ def _one_by_one(operator: Any, info: Any, dims: Any, arguments: Any) -> Any:
     return tuple(torch.stack(x) for x in zip(*calls, strict=True)), (0,) * len(calls[0])
 
 
-def _forward_vmap(info: Any, dims: Any, *arguments: Any) -> Any:
-    *others, sink = arguments
-    if sink is not None and dims[-1] is not None:
-        return _one_by_one(forward_operator, info, dims, arguments)
-    folded = _folded(others, dims[:-1], info.batch_size)
-    return unfold(forward_operator(*folded, sink), info.batch_size)
-
-
+SINK = 15  # of the forward's arguments
 LSE = 5  # of the backward's arguments the one that is read as contiguous
+
+
+def _forward_vmap(info: Any, dims: Any, *arguments: Any) -> Any:
+    if (
+        len(arguments) <= SINK or arguments[SINK] is None
+    ):  # torch leaves out last arguments that are defaults
+        return unfold(forward_operator(*_folded(arguments, dims, info.batch_size)), info.batch_size)
+    if dims[SINK] is not None:
+        return _one_by_one(forward_operator, info, dims, arguments)
+    folded = _folded(arguments[:SINK], dims[:SINK], info.batch_size)
+    return unfold(forward_operator(*folded, arguments[SINK]), info.batch_size)
 
 
 def _backward_vmap(info: Any, dims: Any, *arguments: Any) -> Any:

@@ -10,6 +10,16 @@ from .._core import ArgumentError
 from .framework import Tensor, has_autocast, torch
 
 
+def require_tensors(options: Options) -> None:
+    """Raises ArgumentError for arrays beside q, k and v that are of another library, which no operator takes."""
+    for name, array in options.arrays.items():
+        if not isinstance(array, torch.Tensor):
+            raise ArgumentError(
+                f"{name}: expected a torch tensor where the call is traced, transformed or left to torch's own "
+                f"attention, got {type(array).__qualname__}"
+            )
+
+
 class Problem(NamedTuple):
     """The arguments of a call that say what to compute."""
 
@@ -65,16 +75,6 @@ class Problem(NamedTuple):
         require_kind(traced, q=self.q, k=self.k, v=self.v, **self.options.arrays)
         if self.attn_mask is not None:
             require_kind(traced, attn_mask=self.attn_mask)
-
-    def require_tensors(self) -> None:
-        """Raises ArgumentError for arrays beside q, k and v that are of another library, which no operator takes."""
-        for name, array in self.options.arrays.items():
-            if not isinstance(array, torch.Tensor):
-                got = type(array).__qualname__
-                raise ArgumentError(
-                    f"{name}: expected a torch tensor where the call is traced, transformed or left to torch's own "
-                    f"attention, got {got}"
-                )
 
     def without_causal_bias(self) -> Problem:
         """With what torch's CausalBias means, a mask whose elements are not there, said in our words."""
