@@ -22,6 +22,7 @@ import pytest
 from conftest import Runner
 from flashcute._cli.options import config_options
 from optional_torch import torch
+from tensors import VARIANT, with_variant
 
 SENTINEL = 7.0
 NAN = float("nan")
@@ -44,9 +45,13 @@ def arch_of(device: str) -> str | int:
 
 
 def call(name: str, device: str, a: SimpleNamespace) -> object:
-    options = {"out": a.out, **a.options}
+    # Arrays as functions of a tensor that is on their device.
+    made = {n: x(a.q) if callable(x) else x for n, x in a.options.items()}
+    options = {"out": a.out, **made}
     if name == "flash_attention":
         return fc.flash_attention(a.q, a.k, a.v, **options)
+    if any(name in options for name in VARIANT):
+        options = with_variant(**options)
     cfg = options.pop("cfg", None) or fc.default_config(8, "float16", arch_of(device))
     return fc.forward(cfg, a.q, a.k, a.v, **options)
 
@@ -87,6 +92,10 @@ def change(**tensors: Callable[[torch.Tensor], Any]) -> Callable[[SimpleNamespac
 
 def option(**options: Any) -> Callable[[SimpleNamespace], None]:
     return lambda a: a.options.update(options)
+
+
+def int32(like: torch.Tensor, n: int) -> torch.Tensor:
+    return torch.ones(n, dtype=torch.int32, device=like.device)
 
 
 def widen(x: torch.Tensor, d: int) -> torch.Tensor:
@@ -199,6 +208,45 @@ TENSORS = [
                                 ("layout", 3, "3|int"), ("causal", "yes", "'yes'|str"),
                                 ("causal", "False", "'False'|str"), ("causal", None, "None")]
     ),
+    # arrays beside q, k and v
+    *(
+        Bad(f"{key} {what}", option(**{key: made}, causal=True), [rf"^{key}: expected .*\(batch,\)", got])
+        for key in ("seqlens_q", "seqlens_k", "prefix")
+        for what, made, got in [
+            ("of another batch", lambda t: int32(t, 3), "got .*3"),
+            ("of no dimension", lambda t: int32(t, 2)[0], r"got .*\(\)"),
+            ("of two dimensions", lambda t: int32(t, 2)[None], r"got .*\(1, 2\)"),
+            ("with a stride", lambda t: int32(t, 4)[::2], "contiguous"),
+            ("with stride 0", lambda t: int32(t, 1).expand(2), "contiguous"),
+        ]
+    ),
+    *(
+        Bad(f"{key} of {got}", option(**{key: lambda t, d=dtype: int32(t, 2).to(d)}, causal=True),
+            [rf"^{key}: expected dtype int32.*got {got}"])
+        for key in ("seqlens_q", "seqlens_k", "prefix")
+        for dtype, got in [(torch.int64, "int64"), (torch.float32, "float32"), (torch.bool, "bool")]
+    ),
+    *(
+        Bad(f"{key} is {value!r}", option(**{key: value}), [rf"^{key}: expected an array that supports DLPack", got])
+        for key in ("seqlens_q", "seqlens_k", "sink")
+        for value, got in [([3, 4], "got builtins.list"), (3, "got builtins.int")]
+    ),
+    Bad("prefix is a list", option(prefix=[3, 4], causal=True), ["^prefix: expected an integer >= 0 .*got .3, 4"]),
+    Bad("prefix < 0", option(prefix=-1, causal=True), ["^prefix: expected an integer >= 0 of 64 bits, .*got -1"]),
+    Bad("prefix without causal", option(prefix=3), ["^prefix: expected causal=True with it, got causal=False"]),
+    Bad("sink of another number of heads", option(sink=lambda t: torch.zeros(2, device=t.device)),
+        [r"^sink: expected .*\(heads,\) = \(4\)", "got .*2"]),
+    Bad("sink of two dimensions", option(sink=lambda t: torch.zeros(4, 1, device=t.device)),
+        [r"^sink: expected .*\(heads,\)", r"got .*\(4, 1\)"]),
+    Bad("sink with a stride", option(sink=lambda t: torch.zeros(8, device=t.device)[::2]),
+        [r"^sink: expected a contiguous tensor"]),
+    *(
+        Bad(f"sink of {got}", option(sink=lambda t, d=dtype: torch.zeros(4, device=t.device).to(d)),
+            [rf"^sink: expected .*float32.* got {got}"])
+        for dtype, got in [(torch.bfloat16, "bfloat16"), (torch.float64, "float64"), (torch.int32, "int32")]
+    ),
+    Bad("out is where the sink is", lambda a: a.options.update(sink=a.out.view(-1)[:4]),
+        ["^out: expected memory of its own, got memory that sink uses too"]),
     # streams
     *(
         Bad(f"stream is {value!r}", option(stream=value),
