@@ -71,12 +71,10 @@ class Options(NamedTuple):
     @property
     def arrays(self) -> dict[str, Array]:
         """The arrays among the options that are given, by the name of their argument."""
-        found = {
-            "seqlens_q": self.seqlens_q,
-            "seqlens_k": self.seqlens_k,
-            "prefix": self.prefixes,
-            "sink": self.sink,
-        }
+        queries, keys, prefixes, sink = self.seqlens_q, self.seqlens_k, self.prefixes, self.sink
+        if queries is None and keys is None and prefixes is None and sink is None:
+            return {}  # in most calls, where time matters
+        found = {"seqlens_q": queries, "seqlens_k": keys, "prefix": prefixes, "sink": sink}
         return {name: x for name, x in found.items() if x is not None}
 
 

@@ -109,8 +109,7 @@ def prebuild(
     arch: "sm_90" and the like; default the architecture of GPU 0. If it is given, no GPU is needed.
     causal: only the kernels of calls with this `causal`; default those of both.
     variant: only the kernels of calls with such a `Variant`, in place of `causal`. Those with a window that hides keys
-        before the diagonal, lengths, a prefix or a sink share their kernels, whatever the numbers are; none of these
-        kernels is compiled ahead of time.
+        before the diagonal, lengths, a prefix or a sink share their kernels, whatever the numbers are.
 
     Returns, by kernel name, where each kernel came from: "ahead of time", "disk cache" or "compiled by NVRTC ...".
     """

@@ -48,6 +48,19 @@ def test_code_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
         assert q.grad.shape == (2, 1000, 8, 64), name
 
 
+@needs_torch
+def test_code_in_the_page_of_variants_runs() -> None:
+    """With gradients of the shapes that it tells."""
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "variants.md").read_text(), re.DOTALL
+    )
+    assert len(blocks) == 2
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["sink"].grad.shape == names["dsink"].shape == (8,)
+
+
 # Of a table's second column: the implementation's name in the recorded lines.
 PEERS = {
     "FlashAttention-2": "sdpa_flash",

@@ -57,6 +57,12 @@ def test_equivalents_of_other_masks(fresh: Runner) -> None:
             "causal local": (
                 dict(causal=True, window=(w - 1, 0)), lambda i, j: (i + shift >= j) & (i + shift - j < w)
             ),
+            "prefix": (dict(causal=True, diagonal="start", prefix=5), lambda i, j: (i >= j) | (j < 5)),
+            "lengths": (dict(seqlens_k=torch.tensor([7, 7], dtype=torch.int32)), lambda i, j: j < 7),
+            "causal lengths": (
+                dict(causal=True, diagonal="start", seqlens_k=torch.tensor([7, 7], dtype=torch.int32)),
+                lambda i, j: (i >= j) & (j < 7),
+            ),
         }
         for name, (options, seen) in masks.items():
             def mask_mod(b, h, i, j):
@@ -71,6 +77,12 @@ def test_equivalents_of_other_masks(fresh: Runner) -> None:
             mask = create_mask(mask_mod, 1, 1, rows, keys, device="cpu")
             written_out = flashcute.flash_attention(q, k, v, layout="bhsd", on_unsupported="silent", attn_mask=mask)
             torch.testing.assert_close(written_out, expected, msg=name)
+
+        sink = torch.randn(4, dtype=torch.float64)
+        plain, lse = flex_attention(q, k, v, enable_gqa=True, return_lse=True)
+        expected = plain * torch.sigmoid(lse - sink[:, None])[..., None]
+        found = flashcute.flash_attention(q, k, v, layout="bhsd", sink=sink)
+        torch.testing.assert_close(found, expected)
 
         # (B, M, G, H, K): keys that are expanded over H.
         q, k = torch.randn(2, 7, 2, 3, 16), torch.randn(2, 7, 2, 1, 16).expand(2, 7, 2, 3, 16)
