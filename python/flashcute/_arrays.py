@@ -7,7 +7,7 @@ been imported already.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -127,8 +127,9 @@ class NumPy(Library):
 
 
 class Torch(Library):
-    def wants_more(self, q: Array, k: Array, v: Array, sink: Array | None) -> bool:
-        """Whether a call is more than its result: recorded, traced, transformed or cast by autocast."""
+    def wants_more(self, q: Array, k: Array, v: Array, others: Collection[Array]) -> bool:
+        """Whether a call is more than its result: recorded, traced, transformed or cast by autocast. others: what it
+        reads beside q, k and v."""
         torch = sys.modules["torch"]
         if torch.compiler.is_compiling():
             return True
@@ -139,8 +140,10 @@ class Torch(Library):
             q.requires_grad
             or getattr(k, "requires_grad", False)
             or getattr(v, "requires_grad", False)
-            or getattr(sink, "requires_grad", False)
+            or any(getattr(x, "requires_grad", False) for x in others)
         ):
+            return True
+        if others and any(has_own_dispatch(type(x)) for x in others):
             return True
         return any(state() for state in torch_states())
 

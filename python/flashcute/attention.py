@@ -142,7 +142,9 @@ def flash_attention(
     library = library_of(type(q))
     fallback = checked_fallback(on_unsupported, library)
     missing = missing_feature(attn_mask, dropout_p)
-    if isinstance(library, Torch) and (missing or library.wants_more(q, k, v, sink)):
+    if isinstance(library, Torch) and (
+        missing or library.wants_more(q, k, v, options.arrays.values())
+    ):
         from . import _torch
 
         problem = _torch.Problem(q, k, v, options, attn_mask, dropout_p)

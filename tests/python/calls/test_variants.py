@@ -49,8 +49,15 @@ def test_narrow_dtypes_on_the_cpu(dtype: str) -> None:
 @pytest.mark.parametrize("first", range(0, 100, PROBLEMS))
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_on_a_gpu(dtype: str, first: int) -> None:
-    """The same of the kernels that a call takes by itself, for any alignment."""
-    check_many(dtype, "cuda", first)
+    """The same of the kernels that a call takes by itself."""
+    check_many(dtype, "cuda", first, align=8, head_dims=(8, 40, 64))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_any_alignment_on_a_gpu() -> None:
+    """The same of tensors that are copied to shared memory by the element; each alignment has kernels to compile."""
+    check_many("bfloat16", "cuda", 3000, head_dims=(3,))
 
 
 @pytest.mark.gpu

@@ -355,3 +355,36 @@ def test_reference_functions_of_classes_without_operators(function: str, kind: s
     expected = REFERENCES[function](*inputs)
     for x, y in zip(found, expected, strict=True):
         assert torch.equal(x.as_subclass(torch.Tensor), y)
+
+
+# ---- arrays beside q, k and v ----------------------------------------------------------------------
+
+ARRAYS = {
+    "seqlens_q": torch.tensor([6, 2], dtype=torch.int32),
+    "seqlens_k": torch.tensor([5, 6], dtype=torch.int32),
+    "prefix": torch.tensor([3, 0], dtype=torch.int32),
+    "sink": torch.tensor([0.5, -1.0, 2.0, 0.0]),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_the_class_of_an_array_beside_tensors(name: str) -> None:
+    """Its memory would be read past the class: the class gets the operator, or the call names the array."""
+    q, k, v = (torch.randn(SHAPE) for _ in range(3))
+    given = {name: ARRAYS[name]}
+    expected = fc.flash_attention(q, k, v, True, **given)
+    Wrapper.seen.clear()
+    found = fc.flash_attention(q, k, v, True, **{name: Wrapper(ARRAYS[name])})
+    assert Wrapper.seen == ["flashcute.flash_attention_forward.default"]
+    assert torch.equal(found.held, expected)
+    says = (
+        rf"^{name}: expected a tensor whose memory a kernel can read, got one of the class Wrapper"
+    )
+    with pytest.raises(fc.ArgumentError, match=says):
+        fc.Variant(causal=True, **{name: Wrapper(ARRAYS[name])})
+    with pytest.raises(fc.ArgumentError, match=says):
+        fc.explain(q, k, v, True, **{name: Wrapper(ARRAYS[name])})
+    mode = torch._subclasses.FakeTensorMode()
+    made = [mode.from_tensor(x) for x in (q, k, v)]
+    with pytest.raises(fc.ArgumentError, match=rf"^{name}: expected a FakeTensor beside others"):
+        fc.flash_attention(*made, True, **given)

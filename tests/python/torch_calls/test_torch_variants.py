@@ -128,12 +128,14 @@ def test_a_sink_that_requires_a_gradient_beside_numpy() -> None:
         fc.forward(cfg, q, k, v, variant=variant)
 
 
-def test_gradients_of_gradients_are_refused() -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_gradients_of_gradients_are_refused(alone: bool) -> None:
     """As a constant the sink's gradient would make a loss silently wrong."""
     given = arrays()
-    inputs = [*qkv(), given["sink"]]
+    inputs = [*(x.requires_grad_(not alone) for x in qkv()), given["sink"]]
     out = attend(*inputs[:3], **given)
-    *_, dsink = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+    wanted = inputs[3:] if alone else inputs
+    *_, dsink = torch.autograd.grad(out.square().sum(), wanted, create_graph=True)
     with pytest.raises(fc.UnsupportedError, match="second derivative"):
         dsink.sum().backward()
 
