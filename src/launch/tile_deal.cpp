@@ -92,8 +92,8 @@ TileDeal const& deal_tiles(ForwardKernelId const& kernel, ForwardParams const& p
   // which all blocks have the same load.
   static TileDeal const in_order{.first_round = std::numeric_limits<int32_t>::max(), .turns = {}};
   ForwardConfig const& c = kernel.config;
-  SectionRounds const section = section_rounds(kernel, p);
-  if (section == SectionRounds::equally_long() || count_query_tiles(p, tile_rows(c)) <= blocks) return in_order;
+  SectionRounds const section = section_rounds(kernel);
+  if (section == equally_long || count_query_tiles(p, tile_rows(c)) <= blocks) return in_order;
   Sizes const sizes{.tile_rows = tile_rows(c),
                     .block_n = c.block_n,
                     .blocks = blocks,

@@ -36,6 +36,11 @@ double checked_scale(std::optional<double> scale, int64_t d) {
   return *scale;
 }
 
+/// Whether a call has none of the options that may take the band.
+bool options_are_plain(CallOptions const& o) {
+  return !has_window(o) && !has_lengths(o) && !has_prefix(o) && o.sink == nullptr;
+}
+
 /// The first and the last key that a query sees, from its own number on. Beyond -seqlen_q and seqlen_k they show or
 /// hide nothing more, unless sequences are shorter than the tensors.
 void set_diagonals(CallOptions const& options, ForwardParams& p) {
@@ -123,6 +128,10 @@ ForwardParams checked_params(Operand const& q, Operand const& k, Operand const& 
   p.seqlen_k = static_cast<int32_t>(nk.row);
   p.head_dim = static_cast<int32_t>(nq.d);
   p.head_dim_v = static_cast<int32_t>(nv.d);
+  if (int64_t const sum = nq.row + nk.row; sum > std::numeric_limits<int32_t>::max() && !options_are_plain(options)) {
+    throw ArgumentError("k", "a seqlen that together with q's is at most 2147483647 with these options",
+                        std::to_string(sum));
+  }
   set_diagonals(options, p);
   set_arrays(options, dtype, q.view->device, p);
   return p;

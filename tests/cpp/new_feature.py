@@ -150,7 +150,7 @@ def check_mask(copy: Copy) -> None:
     last = 'ROW(band, "band")'
     copy.edit("include/flashcute/core/enums.hpp", last, f'{last} ROW(probe, "probe")')
     copy.expect_error('#include "flashcute/sm90/rounds.hpp"\n', "probe.* not handled in switch")
-    band = "    case MaskKind::band: return is_narrow"
+    band = "    case MaskKind::band: return {1,"
     copy.edit("include/flashcute/sm90/rounds.hpp", band, f"    case MaskKind::probe:\n{band}")
     copy.expect_success(MASK_IN_TABLE)
 

@@ -32,9 +32,7 @@ struct Seen {
 struct SeenBetween {
   int32_t first, end;
 
-  FLASHCUTE_HD bool at(int32_t distance) const {
-    return static_cast<uint32_t>(distance - first) < static_cast<uint32_t>(end - first);
-  }
+  FLASHCUTE_HD bool at(int32_t distance) const { return (first <= distance) & (distance < end); }
 
   template <class Columns>
   FLASHCUTE_HD uint32_t bits(int32_t from) const {
@@ -180,8 +178,8 @@ struct Mask<MaskKind::band> {
   /// A query that does not exist counts as the last one that does: were it to see nothing, the maximum of its scores
   /// would remain -inf, for which Hopper's softmax computes exponentials twice. Its results are not used.
   FLASHCUTE_HD static SeenBetween seen(int32_t q, int32_t key0, BatchSequence const& s) {
-    RowRange const keys = keys_of_existing(min_of(q, s.rows() - 1), s);
-    return {keys.begin - key0, keys.end - key0};
+    int32_t const query = min_of(q, s.rows() - 1);
+    return {query + s.first_diagonal() - key0, end_of(query, s) - key0};
   }
 
   FLASHCUTE_HD static SeenBy<Mask, BatchSequence> seen_by(int32_t key0, int32_t query0, BatchSequence const& s) {
@@ -210,19 +208,22 @@ struct Mask<MaskKind::band> {
   FLASHCUTE_HD static bool empty_row(int32_t q, BatchSequence const& s) { return keys_of(q, s).empty(); }
 
  private:
+  /// The first key after those that a query sees.
+  FLASHCUTE_HD static int32_t end_of(int32_t q, BatchSequence const& s) {
+    int32_t const shown = max_of(q + s.prefix_diagonal() + 1, s.prefix());
+    return min_of(min_of(q + s.diagonal() + 1, shown), s.keys());
+  }
+
   FLASHCUTE_HD static RowRange keys_of_existing(int32_t q, BatchSequence const& s) {
-    int64_t const in_window = q + s.diagonal() + 1, in_prefix = max_of<int64_t>(q + s.prefix_diagonal() + 1, s.prefix());
-    return {clamped(q + s.first_diagonal(), s.keys()), clamped(min_of(in_window, in_prefix), s.keys())};
+    return {clamped(q + s.first_diagonal(), s.keys()), max_of(end_of(q, s), 0)};
   }
 
   FLASHCUTE_HD static RowRange queries_of_existing(int32_t k, BatchSequence const& s) {
-    int64_t const in_window = k - s.diagonal(), after_prefix = k < s.prefix() ? 0 : k - s.prefix_diagonal();
-    return {clamped(max_of(in_window, after_prefix), s.rows()), clamped(k - s.first_diagonal() + 1, s.rows())};
+    int32_t const first = k < s.prefix() ? k - s.diagonal() : k - min_of(s.diagonal(), s.prefix_diagonal());
+    return {clamped(first, s.rows()), clamped(k - s.first_diagonal() + 1, s.rows())};
   }
 
-  FLASHCUTE_HD static int32_t clamped(int64_t x, int32_t most) {
-    return static_cast<int32_t>(max_of<int64_t>(0, min_of<int64_t>(x, most)));
-  }
+  FLASHCUTE_HD static int32_t clamped(int32_t x, int32_t most) { return max_of(0, min_of(x, most)); }
 };
 
 }  // namespace flashcute

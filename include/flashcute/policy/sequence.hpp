@@ -33,21 +33,26 @@ class UniformSequence {
   ForwardParams const& p_;
 };
 
-/// The sequence of one batch entry, whose lengths may lie in memory: a tile reads them once.
+/// The sequence of one batch entry, whose lengths may lie in memory, and the band of keys that its queries see: i + first
+/// <= j <= i + last, without those that are neither before `prefix` nor up to i + prefix_last. A tile reads them once.
 class BatchSequence {
  public:
   static constexpr bool fills_tensors = false;
+
   struct Entry {
     int32_t batch;
     int32_t queries, keys;  // that exist
-    int32_t shift;          // from the offsets in the parameters to those of this sequence
+    int32_t first, last, prefix_last;
     int32_t prefix;
 
     FLASHCUTE_HD static Entry of(ForwardParams const& p, int32_t batch) {
       SequenceParams const& s = p.sequences;
-      Entry e{batch, existing(s.seqlens_q, batch, p.seqlen_q), existing(s.seqlens_k, batch, p.seqlen_k), 0, s.prefix};
-      if (s.from_end) e.shift = (p.seqlen_q - e.queries) - (p.seqlen_k - e.keys);
-      if (s.prefixes != nullptr) e.prefix = s.prefixes[batch];
+      Entry e{batch, existing(s.seqlens_q, batch, p.seqlen_q), existing(s.seqlens_k, batch, p.seqlen_k), 0, 0, 0, 0};
+      int32_t const shift = s.from_end ? (p.seqlen_q - e.queries) - (p.seqlen_k - e.keys) : 0;
+      e.first = e.held(int64_t{p.window_offset} + shift);
+      e.last = e.held(int64_t{p.causal_offset} + shift);
+      e.prefix_last = e.held(int64_t{s.prefix_offset} + shift);
+      e.prefix = s.prefixes != nullptr ? s.prefixes[batch] : s.prefix;
       return e;
     }
 
@@ -55,21 +60,24 @@ class BatchSequence {
     FLASHCUTE_HD static int32_t existing(int32_t const* lengths, int32_t batch, int32_t all) {
       return lengths != nullptr ? min_of(max_of(lengths[batch], 0), all) : all;
     }
+
+    /// Beyond these limits a diagonal shows or hides nothing more. Within them its sum with the number of a query fits
+    /// 32 bits: the host has checked that queries and keys together do.
+    FLASHCUTE_HD int32_t held(int64_t diagonal) const {
+      return static_cast<int32_t>(max_of<int64_t>(-int64_t{queries}, min_of<int64_t>(diagonal, keys)));
+    }
   };
 
-  FLASHCUTE_HD BatchSequence(ForwardParams const& p, Entry const& entry) : p_(p), entry_(entry) {}
+  FLASHCUTE_HD BatchSequence(ForwardParams const&, Entry const& entry) : entry_(entry) {}
 
   FLASHCUTE_HD int32_t rows() const { return entry_.queries; }
   FLASHCUTE_HD int32_t keys() const { return entry_.keys; }
-  FLASHCUTE_HD int64_t diagonal() const { return int64_t{p_.causal_offset} + entry_.shift; }
-  /// Query i sees no key before i + first_diagonal.
-  FLASHCUTE_HD int64_t first_diagonal() const { return int64_t{p_.window_offset} + entry_.shift; }
-  /// Nor, if it is not before `prefix`, any after i + prefix_diagonal.
+  FLASHCUTE_HD int32_t diagonal() const { return entry_.last; }
+  FLASHCUTE_HD int32_t first_diagonal() const { return entry_.first; }
   FLASHCUTE_HD int32_t prefix() const { return entry_.prefix; }
-  FLASHCUTE_HD int64_t prefix_diagonal() const { return int64_t{p_.sequences.prefix_offset} + entry_.shift; }
+  FLASHCUTE_HD int32_t prefix_diagonal() const { return entry_.prefix_last; }
 
  private:
-  ForwardParams const& p_;
   Entry const entry_;
 };
 

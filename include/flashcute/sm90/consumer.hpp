@@ -83,6 +83,10 @@ class Consumer {
         P::template finish<0>(o_);
         tiles_.release_value();
       }
+      for (int n = range_.begin - 1; n >= range_.begin - left_over(); --n) {
+        skip_key(n);
+        skip_value();
+      }
       store(0, sums_);
     }
   }
@@ -120,6 +124,8 @@ class Consumer {
         // the output is written. If there is no next tile, or this warpgroup has no rows in it, they are multiplied too
         // and discarded: with a branch around them nvcc would serialise all WGMMA of the loop. In that case they read a
         // stage of the ring without having waited for it: a TMA copy of the next tile's keys to it may be in flight.
+        int const left_over = this->left_over();
+        skip_keys_after(left_over);
         finished = sums_;
         P::begin_output(o_, probabilities, tiles_.arrived_value(), fresh_);
         any = next_tile();
@@ -134,6 +140,7 @@ class Consumer {
         if (goes_on != 0) turns_.pass();
         P::template finish<1>(o_);
         tiles_.release_value();
+        skip_values(left_over);
         store(1, finished);
         P::template finish<0>(s_);
         if (goes_on == 0) break;
@@ -300,6 +307,20 @@ class Consumer {
     for (int i = 0; i < skipped_; ++i) skip_value();
   }
 
+  // The same of the blocks after the warpgroup's own.
+
+  FLASHCUTE_DEVICE int left_over() const { return Mask::two_edges ? left_over_ : 0; }
+
+  FLASHCUTE_DEVICE void skip_keys_after(int count) {
+#pragma unroll 1
+    for (int i = 1; i <= count; ++i) skip_key(range_.begin - i);
+  }
+
+  FLASHCUTE_DEVICE void skip_values(int count) {
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) skip_value();
+  }
+
   /// Passes over a tile in which this warpgroup has no rows, or which sees no key.
   FLASHCUTE_DEVICE void skip_tile() {
     sums_ = Sums{p_};
@@ -352,6 +373,7 @@ class Consumer {
     auto const& work = tiles_.next();
     range_ = uniform_range(work.range);
     skipped_ = Mask::rows_differ ? uniform(work.loaded.end) - range_.end : 0;
+    if constexpr (Mask::two_edges) left_over_ = range_.begin - uniform(work.loaded.begin);
     absent_ = uniform(work.rows.rows <= 0 || (Mask::two_edges && work.loaded.empty()));
     return uniform(work.exists);
   }
@@ -386,7 +408,8 @@ class Consumer {
   Tiles<C, Mask> tiles_;
   Turns<L::first_turn_barrier, L::warpgroups, C.pingpong> const turns_;
   Range range_;  // blocks that the warpgroup's rows see
-  int skipped_;  // blocks of keys that only other rows of the tile see
+  int skipped_;  // blocks of keys before these that only other rows of the tile see
+  int left_over_ = 0;  // and blocks after them; only of a mask with two edges
   bool absent_;  // the warpgroup has no rows in the tile, or they see no key
   Sums sums_;
   Scores s_;    // (MMA, MMA_M, MMA_N)

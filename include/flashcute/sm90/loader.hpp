@@ -100,11 +100,19 @@ class Loader {
     Work<Mask> part{rows_of(tile, warpgroup), range, range, true};
     if (inspected && part.rows.rows > 0) {
       part.range = Mask::kv_range(part.rows, p_.forward, C.block_n);
-      // At least one block, so that all warpgroups run the same loop. And a warpgroup skips at most stages - 1 blocks,
-      // the stages that are free while the last V of the tile before still occupies one.
-      part.range.end = max_of(max_of(part.range.end, range.begin + 1), range.end - (C.stages - 1));
-      // What only others see of the first blocks is not passed over: its rows see nothing there.
-      if constexpr (Mask::two_edges) part.range.begin = range.begin;
+      if constexpr (Mask::two_edges) {
+        // A warpgroup passes over blocks after its own, and over some before those of the next tile, while its last V
+        // still occupies a stage: at most `stages` in all, because the next K that it waits for comes after the V of
+        // all but one of them.
+        constexpr int most = max_of(C.stages / 2, 1);
+        if (part.range.empty()) part.range = range;  // at least one block, so that all warpgroups run the same loop
+        part.range.end = max_of(part.range.end, range.end - most);
+        part.range.begin = min_of(min_of(part.range.begin, range.begin + most), part.range.end - 1);
+      } else {
+        // At least one block, so that all warpgroups run the same loop. And a warpgroup skips at most stages - 1 blocks,
+        // the stages that are free while the last V of the tile before still occupies one.
+        part.range.end = max_of(max_of(part.range.end, range.begin + 1), range.end - (C.stages - 1));
+      }
     }
     return part;
   }

@@ -15,25 +15,15 @@ struct SectionRounds {
   int32_t usual, last;
 
   constexpr bool operator==(SectionRounds const&) const = default;
-
-  /// All tiles cost the same: one section, head by head.
-  FLASHCUTE_HD static constexpr SectionRounds equally_long() { return {0, 0}; }
 };
-
-/// Whether most tiles of a band see equally many keys, a whole window.
-FLASHCUTE_HD bool is_narrow(ForwardParams const& p) {
-  int64_t const keys = min_of<int64_t>(int64_t{p.causal_offset} - p.window_offset + 1, p.seqlen_k);
-  return 4 * keys <= p.seqlen_q;
-}
-
-FLASHCUTE_HD constexpr SectionRounds section_rounds(ForwardKernelId const& k, ForwardParams const& p) {
-  SectionRounds const sections{1, k.config.head_dim > 128 ? 2 : 4};
+inline constexpr SectionRounds equally_long{0, 0};  // all tiles cost the same: one section, head by head
+constexpr SectionRounds section_rounds(ForwardKernelId const& k) {
   switch (k.features.mask) {
-    case MaskKind::full: return SectionRounds::equally_long();
-    case MaskKind::causal: return sections;
-    case MaskKind::band: return is_narrow(p) ? SectionRounds::equally_long() : sections;
+    case MaskKind::full: return equally_long;
+    case MaskKind::causal:
+    case MaskKind::band: return {1, k.config.head_dim > 128 ? 2 : 4};
   }
-  return SectionRounds::equally_long();
+  return equally_long;
 }
 
 /// Multiprocessors that Hopper's kernel uses at most: as many as the full chip has (an H100 or H200 has 132). On a

@@ -11,7 +11,7 @@ class TileSchedule {
 
  public:
   FLASHCUTE_DEVICE explicit TileSchedule(Sm90ForwardParams const& p)
-      : p_(p), blocks_(static_cast<int>(block_count()) / C.cluster), rounds_(p.forward, rows, blocks_, section_rounds(Id, p.forward)) {}
+      : p_(p), blocks_(static_cast<int>(block_count()) / C.cluster), rounds_(p.forward, rows, blocks_, per_section) {}
 
   /// Sets `tile` to the next one; false if there is none.
   template <class Sequence>
@@ -27,6 +27,7 @@ class TileSchedule {
 
  private:
   static constexpr int rows = tile_rows(C);
+  static constexpr SectionRounds per_section = section_rounds(Id);
 
   Sm90ForwardParams const& p_;
   int blocks_;  // or clusters

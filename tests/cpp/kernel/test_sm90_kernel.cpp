@@ -293,6 +293,14 @@ template <ForwardKernelId Id>
 bool fails_somewhere(Site const* broken, std::set<Site>* seen, int schedules) {
   for (int seed = 1; seed <= schedules; ++seed) {
     auto const s = static_cast<uint64_t>(seed) << 32;
+    if (Id.features.mask == MaskKind::band) {  // blocks passed over at both ends of a tile, and whole tiles
+      Shape const windows{.sq = 390, .sk = 390, .d = 64, .causal_offset = 0, .window_offset = -70};
+      if (fails<Id>(windows, {1, s, broken, seen}, nan)) return true;
+      Shape lengths{.sq = 140, .sk = 200, .d = 64, .batch = 5, .seqlens_q = {140, 0, 0, 70, 140}};
+      lengths.window_offset = -200;
+      if (fails<Id>(lengths, {2, s, broken, seen})) return true;
+      continue;
+    }
     if (fails<Id>({.sq = 200, .sk = 330, .d = 64, .heads = 2}, {2, s, broken, seen})) return true;
     if (fails<Id>({.sq = 390, .sk = 390, .d = 64}, {1, s, broken, seen}, nan)) return true;
   }
@@ -313,6 +321,8 @@ void expect_every_site_needed() {
 TEST(Sm90Barriers, NoneCanBeLeftOutWhereWarpgroupsTakeTurns) { expect_every_site_needed<causal(narrow)>(); }
 TEST(Sm90Barriers, NoneCanBeLeftOutWhereScoresAreAhead) { expect_every_site_needed<causal(ahead)>(); }
 TEST(Sm90Barriers, NoneCanBeLeftOutOfTheSerialLoop) { expect_every_site_needed<causal(serial)>(); }
+TEST(Sm90Barriers, NoneCanBeLeftOutBesideAWindow) { expect_every_site_needed<band(serial)>(); }
+TEST(Sm90Barriers, NoneCanBeLeftOutBesideAWindowWhereWarpgroupsTakeTurns) { expect_every_site_needed<band(narrow)>(); }
 
 }  // namespace
 }  // namespace flashcute
