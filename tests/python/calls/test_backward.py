@@ -636,7 +636,7 @@ def test_the_raw_call_copies_no_dout() -> None:
     strided = a.arrays["dout"].repeat_interleave(2, -1)[..., ::2]
     rest = [a.arrays[n] for n in ("q", "k", "v", "out", "lse", "dlse", "dq", "dk", "dv")]
     with pytest.raises(fc.ArgumentError, match=r"^dout: expected last stride 1, got 2"):
-        fc._core.backward(None, strided, *rest, None, fc._call.Options())
+        fc._core.backward(None, strided, *rest, None, None, fc._call.Options())
 
 
 @pytest.mark.parametrize("cfg", ["fast", None, fc.ForwardConfig()], ids=lambda x: type(x).__name__)
