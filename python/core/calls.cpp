@@ -91,13 +91,13 @@ class OptionTensors {
  public:
   /// `stream`: what their libraries are told. `launches`: work on them will be launched on `options.stream`.
   OptionTensors(PythonOptions const& given, nb::handle stream, CallOptions& options, bool launches) {
-    for (auto const& [argument, array, tensor, view] :
-         {std::tuple{"seqlens_q", given.seqlens_q, &seqlens_q_, &options.seqlens_q},
-          std::tuple{"seqlens_k", given.seqlens_k, &seqlens_k_, &options.seqlens_k},
-          std::tuple{"prefix", given.prefixes, &prefixes_, &options.prefixes},
-          std::tuple{"sink", given.sink, &sink_, &options.sink}}) {
+    for (auto const& [argument, dtypes, array, tensor, view] :
+         {std::tuple{"seqlens_q", "int32", given.seqlens_q, &seqlens_q_, &options.seqlens_q},
+          std::tuple{"seqlens_k", "int32", given.seqlens_k, &seqlens_k_, &options.seqlens_k},
+          std::tuple{"prefix", "int32", given.prefixes, &prefixes_, &options.prefixes},
+          std::tuple{"sink", "float32 or q's", given.sink, &sink_, &options.sink}}) {
       if (array.is_none()) continue;
-      tensor->emplace(argument, array, stream);
+      tensor->emplace(argument, array, stream, dtypes);
       *view = &(*tensor)->view();
       if (launches && !given.stream) (*tensor)->require_stream(argument, options.stream);
     }

@@ -130,7 +130,7 @@ std::string message_of(nb::python_error const& error) {
   return nb::cast<std::string>(error.type().attr("__name__")) + ": " + text.substr(0, text.find('\n'));
 }
 
-ElementType dtype_of(char const* argument, nb::dlpack::dtype const& t) {
+ElementType dtype_of(char const* argument, nb::dlpack::dtype const& t, char const* dtypes) {
   if (t.lanes == 1 && t.code == code_float && t.bits == 16) return ElementType::float16;
   if (t.lanes == 1 && t.code == code_bfloat && t.bits == 16) return ElementType::bfloat16;
   if (t.lanes == 1 && t.code == code_float && t.bits == 32) return ElementType::float32;
@@ -138,7 +138,7 @@ ElementType dtype_of(char const* argument, nb::dlpack::dtype const& t) {
   if (t.lanes == 1 && t.code == code_int && t.bits == 32) return ElementType::int32;
   static constexpr char const* kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
   std::string const kind = t.code < std::size(kinds) ? kinds[t.code] : "code " + std::to_string(t.code) + ", bits ";
-  throw ArgumentError(argument, "dtype float16, bfloat16, float32 or float64", kind + std::to_string(t.bits));
+  throw ArgumentError(argument, std::string("dtype ") + dtypes, kind + std::to_string(t.bits));
 }
 
 Device device_of(char const* argument, int32_t type, int32_t index) {
@@ -154,9 +154,9 @@ Device device_of(char const* argument, int32_t type, int32_t index) {
 }
 
 TensorView view_of(char const* argument, nb::dlpack::dltensor const& t, bool read_only,
-                   std::optional<ElementType> const& dtype) {
+                   std::optional<ElementType> const& dtype, char const* dtypes) {
   TensorView view;
-  view.dtype = dtype ? *dtype : dtype_of(argument, t.dtype);
+  view.dtype = dtype ? *dtype : dtype_of(argument, t.dtype, dtypes);
   view.device = device_of(argument, t.device.device_type, t.device.device_id);
   view.data = static_cast<char*>(t.data) + t.byte_offset;
   view.rank = t.ndim;
@@ -173,7 +173,8 @@ TensorView view_of(char const* argument, nb::dlpack::dltensor const& t, bool rea
 }
 
 /// Of a memoryview, whose format is that of Python's module struct. `dtype`: what the format does not know.
-TensorView view_of(char const* argument, Py_buffer const& buffer, std::optional<ElementType> const& dtype) {
+TensorView view_of(char const* argument, Py_buffer const& buffer, std::optional<ElementType> const& dtype,
+                   char const* dtypes) {
   std::string_view format = buffer.format;
   bool const big_endian = format.starts_with('>') || format.starts_with('!');
   if (format.starts_with('<') ? std::endian::native != std::endian::little
@@ -193,7 +194,7 @@ TensorView view_of(char const* argument, Py_buffer const& buffer, std::optional<
   } else if (format == "i") {
     view.dtype = ElementType::int32;
   } else {
-    throw ArgumentError(argument, "dtype float16, bfloat16, float32 or float64",
+    throw ArgumentError(argument, std::string("dtype ") + dtypes,
                         "elements of the buffer format '" + std::string(format) + "'");
   }
   view.data = buffer.buf;
@@ -222,7 +223,7 @@ std::optional<ElementType> named_dtype(nb::handle name) {
 
 void set_exporter(nb::object object) { exporter() = std::move(object); }
 
-Tensor::Tensor(char const* argument, nb::handle array, nb::handle stream) {
+Tensor::Tensor(char const* argument, nb::handle array, nb::handle stream, char const* dtypes) {
   table_ = exchange_table(array);
   if (table_ != nullptr) {
     nb::dlpack::dltensor tensor{};
@@ -230,7 +231,7 @@ Tensor::Tensor(char const* argument, nb::handle array, nb::handle stream) {
       nb::python_error const error;
       throw ArgumentError(argument, "an array that DLPack can describe", message_of(error));
     }
-    view_ = view_of(argument, tensor, false, std::nullopt);
+    view_ = view_of(argument, tensor, false, std::nullopt, dtypes);
     return;
   }
   if (!nb::hasattr(array, "__dlpack__")) {
@@ -252,12 +253,12 @@ Tensor::Tensor(char const* argument, nb::handle array, nb::handle stream) {
     if (managed->version.major > supported_major) {
       throw ArgumentError(argument, "DLPack version 1 or earlier", "version " + std::to_string(managed->version.major));
     }
-    view_ = view_of(argument, managed->tensor, (managed->flags & flag_read_only) != 0, dtype);
+    view_ = view_of(argument, managed->tensor, (managed->flags & flag_read_only) != 0, dtype, dtypes);
   } else if (PyCapsule_IsValid(capsule_.ptr(), "dltensor")) {
     auto const* managed = static_cast<ManagedTensor const*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
-    view_ = view_of(argument, managed->tensor, false, dtype);
+    view_ = view_of(argument, managed->tensor, false, dtype, dtypes);
   } else if (PyMemoryView_Check(capsule_.ptr())) {
-    view_ = view_of(argument, *PyMemoryView_GET_BUFFER(capsule_.ptr()), dtype);
+    view_ = view_of(argument, *PyMemoryView_GET_BUFFER(capsule_.ptr()), dtype, dtypes);
   } else {
     throw ArgumentError(argument, "a DLPack capsule from __dlpack__", kind_of(capsule_));
   }

@@ -85,6 +85,9 @@ void set_arrays(CallOptions const& options, DType dtype, Device device, ForwardP
   p.sequences.prefix = static_cast<int32_t>(std::min(options.prefix.value_or(none), none));
   if (TensorView const* const sink = options.sink; sink != nullptr) {
     bool const float32 = sink->dtype == ElementType::float32;
+    if (!float32 && sink->dtype != dtype) {
+      throw ArgumentError("sink", std::string("dtype float32 or q's ") + name_of(dtype), name_of(sink->dtype));
+    }
     require_shape("sink", *sink, float32 ? ElementType::float32 : element_type(dtype), device, {p.heads}, "(heads,)", true);
     p.sink.logits = sink->data;
     p.sink.float32 = float32;

@@ -172,6 +172,15 @@ void require_same_type(char const* argument, TensorView const& t, TensorView con
   }
 }
 
+std::vector<Argument> arrays_of(CallOptions const& o) {
+  std::vector<Argument> arrays;
+  for (Argument const& each : {Argument{"seqlens_q", o.seqlens_q}, Argument{"seqlens_k", o.seqlens_k},
+                               Argument{"prefix", o.prefixes}, Argument{"sink", o.sink}}) {
+    if (each.tensor != nullptr) arrays.push_back(each);
+  }
+  return arrays;
+}
+
 void require_shape_of_out(char const* argument, TensorView const& t, TensorView const& q, int64_t head_dim_v) {
   require_rank(argument, t, 4, "as q has");
   TensorView expected = q;

@@ -51,6 +51,9 @@ void require_writable(char const* argument, TensorView const& t);
 void require_no_overlap(char const* argument, TensorView const& t);
 void require_separate(char const* argument, TensorView const& t, char const* other_name, TensorView const& other);
 
+/// The tensors among the options.
+std::vector<Argument> arrays_of(CallOptions const& options);
+
 /// `dimensions` names those of `shape`: "(batch, heads, seqlen_q)".
 void require_shape(char const* argument, TensorView const& t, ElementType dtype, Device device,
                    std::vector<int64_t> const& shape, char const* dimensions, bool contiguous);

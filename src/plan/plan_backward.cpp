@@ -199,6 +199,7 @@ BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call cons
   std::vector<Argument> others{{"q", &q},       {"k", call.k.view}, {"v", call.v.view},
                                {"out", &t.out}, {"lse", &t.lse},    {"dout", &t.dout}};
   if (t.dlse != nullptr) others.push_back({"dlse", t.dlse});
+  for (Argument const& array : arrays_of(call.options)) others.push_back(array);
   for (auto const& [name, view, input] :
        {std::tuple{"dq", &t.dq, &call.q}, std::tuple{"dk", &t.dk, &call.k}, std::tuple{"dv", &t.dv, &call.v}}) {
     require_same_type(name, *view, q);
@@ -218,7 +219,6 @@ BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call cons
     require_writable("dsink", *t.dsink);
     require_shape("dsink", *t.dsink, call.options.sink->dtype, q.device, {p.forward.heads}, "(heads,)", true);
     for (auto const& [other_name, other] : others) require_separate("dsink", *t.dsink, other_name, *other);
-    require_separate("dsink", *t.dsink, "sink", *call.options.sink);
     others.push_back({"dsink", t.dsink});
     p.dsink = t.dsink->data;
   }

@@ -19,6 +19,7 @@ Operand checked_out(TensorView const& out, Call const& call) {
   Operand const operand_out = operand("out", out, call.options.layout);
   require_no_overlap("out", out);
   for (Operand const* other : {&call.q, &call.k, &call.v}) require_separate("out", out, other->name, *other->view);
+  for (auto const& [name, other] : arrays_of(call.options)) require_separate("out", out, name, *other);
   return operand_out;
 }
 
@@ -62,6 +63,7 @@ ForwardPlan plan_forward(ForwardConfig const& config, Call const& call, ForwardO
     require_writable(argument, t);
     require_shape(argument, t, dtype, call.device, shape, dimensions, true);
     for (Operand const* other : {&call.q, &call.k, &call.v}) require_separate(argument, t, other->name, *other->view);
+    for (auto const& [name, other] : arrays_of(call.options)) require_separate(argument, t, name, *other);
     if (outputs.out != nullptr) require_separate(argument, t, "out", *outputs.out);
   };
   if (outputs.lse != nullptr) {
