@@ -42,14 +42,14 @@ SPILLS_ALLOWED = {
     "bwd_d256_m64_n64_w8_c4_b1_k1_gradients": 41,
     "bwd_d256_m64_n64_w8_c4_b1_st1_k1_gradients": 51,
 }
-WITHOUT_PRODUCTS = ("_prepare", "_finish")  # passes of the backward
+WITHOUT_PRODUCTS = ("_prepare", "_finish", "_sink")  # passes of the backward
 Resources = dict[str, int]
 Facts = dict[str, int | str]  # resources, and what a kernel is made of
 
 
 def tile_of(kernel: str) -> str:
     """What SPILLS_ALLOWED calls a kernel: "d128_m128_n64_w4" or "bwd_d64_m64_n128_w4_gradients"."""
-    match = re.fullmatch(r"flashcute_sm[89]0_(fwd|bwd)_[a-z0-9]+_(.*?)(_full|_causal)?", kernel)
+    match = re.fullmatch(r"flashcute_sm[89]0_(fwd|bwd)_[a-z0-9]+_(.*?)(_full|_causal|_band)?", kernel)
     assert match, kernel
     return match[2] if match[1] == "fwd" else f"bwd_{match[2]}"
 

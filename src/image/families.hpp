@@ -5,6 +5,7 @@
 #include <array>
 #include <span>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "flashcute/core/defaults.hpp"
@@ -57,15 +58,22 @@ std::vector<Config> configs_of(Family<Config> const& family) {
 
 constexpr std::array<SinglePass, 1> passes_of(ForwardConfig const&) { return {}; }
 
-/// The kernels of a configuration for each of the features, of all passes.
+/// The kernels of a configuration for each of the features, of all passes; for gradients that of sinks too, where there
+/// may be any.
 template <class Config>
 std::vector<KernelId<Config>> kernels_of(Config const& config, std::span<Features const> features) {
   std::vector<KernelId<Config>> kernels;
+  auto const add = [&](auto pass, Features const& each) {
+    KernelId<Config> const kernel = kernel_of(config, pass, each);
+    // Features that differ only in what the pass does not read share one kernel.
+    if (std::find(kernels.begin(), kernels.end(), kernel) == kernels.end()) kernels.push_back(kernel);
+  };
   for (auto const pass : passes_of(config)) {
+    for (Features const& each : features) add(pass, each);
+  }
+  if constexpr (std::is_same_v<Config, BackwardConfig>) {
     for (Features const& each : features) {
-      KernelId<Config> const kernel = kernel_of(config, pass, each);
-      // Features that differ only in what the pass does not read share one kernel.
-      if (std::find(kernels.begin(), kernels.end(), kernel) == kernels.end()) kernels.push_back(kernel);
+      if (takes_sink(each.mask)) add(BackwardPass::sink, each);
     }
   }
   return kernels;

@@ -12,6 +12,9 @@ struct Features {
   constexpr bool operator==(Features const&) const = default;
 };
 
+/// Whether the softmax of a mask's kernels may include a sink.
+constexpr bool takes_sink(MaskKind mask) { return mask == MaskKind::band; }
+
 /// Which passes read a feature: the forward alone, or every pass that computes scores.
 enum class Readers : uint8_t { forward, scores };
 

@@ -49,7 +49,7 @@ template <class Mask, class Element, class Softmax, class Output, class Tile, cl
 FLASHCUTE_DEVICE void finish_rows(Softmax& softmax, Output& o, ForwardParams const& p, Tile const& tile,
                                   Row const& row) {
   auto const empty = [&](int i) { return Mask::empty_row(tile.row0 + row(i), tile.sequence(p)); };
-  if constexpr (Mask::takes_sink) {
+  if constexpr (Softmax::takes_sink) {
     auto const exists = [&](int i) { return tile.row0 + row(i) < tile.sequence(p).rows(); };
     softmax.finish(o, sink_of<Element>(p, tile.head), exists, empty);
   } else {

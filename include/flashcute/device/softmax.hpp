@@ -83,6 +83,8 @@ class Exponential<false> {
 template <int Rows, bool Optimized, int Threshold, bool Sink = false>
 class OnlineSoftmax {
  public:
+  static constexpr bool takes_sink = Sink;
+
   FLASHCUTE_DEVICE explicit OnlineSoftmax(ForwardParams const& p) : exponential_(p) {
     CUTE_UNROLL
     for (int i = 0; i < Rows; ++i) {

@@ -61,8 +61,7 @@ template <class Derived>
 struct PrefixMask {
   using Sequence = UniformSequence;
   using Range = KvRange;
-  static constexpr bool two_edges = false;   // whether a block may be partial on both sides
-  static constexpr bool takes_sink = false;  // whether the softmax of its kernels may include a sink
+  static constexpr bool two_edges = false;  // whether a block may be partial on both sides
 
   template <class S>
   FLASHCUTE_HD static bool visible(int32_t q, int32_t k, S const& s) {
@@ -161,7 +160,6 @@ struct Mask<MaskKind::band> {
   using Sequence = BatchSequence;
   using Range = BandRange;
   static constexpr bool two_edges = true;
-  static constexpr bool takes_sink = true;
   static constexpr bool rows_differ = true;
 
   FLASHCUTE_HD static RowRange keys_of(int32_t q, BatchSequence const& s) {

@@ -30,7 +30,7 @@ class Consumer {
   using Tile = QueryTile<typename Mask::Sequence>;
   using L = ForwardLayout<C, Mask>;
   using P = Products<C>;
-  using Softmax = OnlineSoftmax<L::rows_per_thread, C.optimized_softmax, C.rescale_threshold, Mask::takes_sink>;
+  using Softmax = OnlineSoftmax<L::rows_per_thread, C.optimized_softmax, C.rescale_threshold, takes_sink(Id.features.mask)>;
   using Storage = typename L::SharedStorage;
 
  public:

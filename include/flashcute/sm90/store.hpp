@@ -97,7 +97,7 @@ FLASHCUTE_DEVICE void store_empty(ForwardParams const& p, QueryTile<typename Mas
   if (p.lse == nullptr) return;
   float* const lse = static_cast<float*>(p.lse) + tile.lse_offset(p);
   float sink = -infinity;
-  if constexpr (Mask::takes_sink) sink = sink_of<Element>(p, tile.head);
+  if constexpr (Mask::two_edges) sink = sink_of<Element>(p, tile.head);
   for (int i = thread; i < tile.rows; i += threads) global_store(lse + i, i < tile.existing(p) ? sink : -infinity);
 }
 

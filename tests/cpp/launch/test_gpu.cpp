@@ -60,12 +60,19 @@ std::vector<Element> random_values(std::size_t count, unsigned seed) {
 struct Shape {
   int64_t batch, seqlen_q, seqlen_k, heads, kv_heads, d, d_v;
   bool causal;
+  bool band = false;  // a window, lengths and sinks as well
+
+  std::vector<int32_t> lengths(int64_t most) const {
+    std::vector<int32_t> all;
+    for (int64_t b = 0; b < batch; ++b) all.push_back(static_cast<int32_t>((most - b * 61 % (most + 1))));
+    return all;
+  }
 };
 
 std::string describe(Shape const& s) {
   return "b" + std::to_string(s.batch) + "_sq" + std::to_string(s.seqlen_q) + "_sk" + std::to_string(s.seqlen_k) +
          "_h" + std::to_string(s.heads) + "_hk" + std::to_string(s.kv_heads) + "_d" + std::to_string(s.d) + "_dv" +
-         std::to_string(s.d_v) + (s.causal ? "_causal" : "_full");
+         std::to_string(s.d_v) + (s.causal ? "_causal" : "_full") + (s.band ? "_band" : "");
 }
 
 std::string name_of_shape(::testing::TestParamInfo<Shape> const& info) { return describe(info.param); }
@@ -75,6 +82,52 @@ void PrintTo(Shape const& s, std::ostream* out) { *out << describe(s); }
 // Guards against summaries that list the bytes of the parameter of each test that was skipped or failed.
 TEST(Printing, ShapesArePrintedInWords) {
   EXPECT_EQ(::testing::PrintToString(Shape{2, 3, 5, 4, 2, 64, 40, true}), "b2_sq3_sk5_h4_hk2_d64_dv40_causal");
+}
+
+/// The options of a call of this shape, with their arrays on a device.
+class ShapeOptions {
+ public:
+  ShapeOptions(Shape const& s, Device device) {
+    options.causal = s.causal;
+    if (!s.band) return;
+    options.window_left = s.seqlen_k / 3;
+    for (int64_t head = 0; head < s.heads; ++head) sinks_.push_back(static_cast<float>(head) - 1);
+    options.seqlens_q = held(queries_ = s.lengths(s.seqlen_q), ElementType::int32, device, memory_[0], views_[0]);
+    options.seqlens_k = held(keys_ = s.lengths(s.seqlen_k), ElementType::int32, device, memory_[1], views_[1]);
+    options.sink = held(sinks_, ElementType::float32, device, memory_[2], views_[2]);
+  }
+  ShapeOptions(ShapeOptions const&) = delete;
+  ShapeOptions& operator=(ShapeOptions const&) = delete;
+
+  CallOptions options;
+
+ private:
+  template <class T>
+  static TensorView const* held(std::vector<T> const& values, ElementType dtype, Device device,
+                                std::optional<DeviceMemory>& memory, TensorView& view) {
+    view.data = const_cast<T*>(values.data());
+    if (device.type == DeviceType::cuda) view.data = memory.emplace(values).data();
+    view.dtype = dtype;
+    view.device = device;
+    view.rank = 1;
+    view.shape[0] = static_cast<int64_t>(values.size());
+    view.strides[0] = 1;
+    return &view;
+  }
+
+  std::vector<int32_t> queries_, keys_;
+  std::vector<float> sinks_;
+  std::array<std::optional<DeviceMemory>, 3> memory_;
+  std::array<TensorView, 3> views_;
+};
+
+/// NaN in the rows of a (batch, rows, heads, d) tensor that do not exist.
+template <class Element>
+void poison(std::vector<Element>& x, std::vector<int32_t> const& lengths, int64_t rows, int64_t row_size) {
+  for (std::size_t b = 0; b < lengths.size(); ++b) {
+    auto const first = x.begin() + (static_cast<int64_t>(b) * rows + lengths[b]) * row_size;
+    std::fill(first, x.begin() + static_cast<int64_t>(b + 1) * rows * row_size, Element::from(NAN));
+  }
 }
 
 template <class Element>
@@ -108,20 +161,24 @@ class Gpu : public ::testing::TestWithParam<Shape> {
   /// configuration on the GPU into the one to test.
   template <class Element, class Chosen>
   void expect_what_the_cpu_computes(double tolerance, Chosen const& chosen) {
-    auto const [batch, seqlen_q, seqlen_k, heads, kv_heads, d, d_v, causal] = GetParam();
+    auto const [batch, seqlen_q, seqlen_k, heads, kv_heads, d, d_v, causal, band] = GetParam();
     using Sizes = std::array<int64_t, 4>;
     Sizes const q_shape{batch, seqlen_q, heads, d}, k_shape{batch, seqlen_k, kv_heads, d},
         v_shape{batch, seqlen_k, kv_heads, d_v}, out_shape{batch, seqlen_q, heads, d_v};
     auto const count = [](Sizes const& s) { return static_cast<std::size_t>(s[0] * s[1] * s[2] * s[3]); };
-    auto const q = random_values<Element>(count(q_shape), 1), k = random_values<Element>(count(k_shape), 2),
-               v = random_values<Element>(count(v_shape), 3);
+    auto q = random_values<Element>(count(q_shape), 1), k = random_values<Element>(count(k_shape), 2),
+         v = random_values<Element>(count(v_shape), 3);
+    if (band) {
+      poison(q, GetParam().lengths(seqlen_q), seqlen_q, heads * d);
+      poison(k, GetParam().lengths(seqlen_k), seqlen_k, kv_heads * d);
+      poison(v, GetParam().lengths(seqlen_k), seqlen_k, kv_heads * d_v);
+    }
     std::vector<Element> expected(count(out_shape));
     std::vector<float> expected_lse(static_cast<std::size_t>(batch * heads * seqlen_q));
-    CallOptions options;
-    options.causal = causal;
 
     auto const run = [&](Device device, void const* q_data, void const* k_data, void const* v_data, void* out,
                          void* lse_data) {
+      ShapeOptions const given(GetParam(), device);
       auto const view = [&](void const* data, Sizes const& shape) {
         return dense_view(const_cast<void*>(data), Element::dtype, device, shape);
       };
@@ -130,7 +187,8 @@ class Gpu : public ::testing::TestWithParam<Shape> {
       TensorView const tq = view(q_data, q_shape), tk = view(k_data, k_shape), tv = view(v_data, v_shape),
                        to = view(out, out_shape);
       ForwardConfig const config = config_for(tq, tk, tv, &to);
-      forward(device.type == DeviceType::cpu ? config : chosen(config), tq, tk, tv, to, &lse, options);
+      forward(device.type == DeviceType::cpu ? config : chosen(config), tq, tk, tv, to, &lse, given.options);
+      if (device.type == DeviceType::cuda) test_driver().cuCtxSynchronize();  // before the arrays of the options go
     };
     run({}, q.data(), k.data(), v.data(), expected.data(), expected_lse.data());
     DeviceMemory const gq(q), gk(k), gv(v), out(count(out_shape) * sizeof(Element)),
@@ -158,6 +216,7 @@ TEST_P(Gpu, BFloat16AgreesWithTheCpu) {
 }
 
 TEST_P(Gpu, Float32AgreesWithTheCpu) {
+  if (GetParam().band) GTEST_SKIP() << "compiled at its first use: the Python suite runs it";
   expect_what_the_cpu_computes<Float32>(1e-5, [](ForwardConfig const& config) { return config; });
 }
 
@@ -176,7 +235,9 @@ INSTANTIATE_TEST_SUITE_P(
                       Shape{1, 129, 1000, 2, 1, 8, 8, true}, Shape{1, 64, 0, 2, 2, 64, 64, false},
                       Shape{1, 0, 64, 2, 2, 64, 64, false}, Shape{3, 1023, 1024, 2, 1, 72, 72, false},
                       Shape{1, 300, 333, 2, 1, 256, 256, true}, Shape{2, 65, 200, 2, 1, 136, 40, false},
-                      Shape{200, 70, 90, 2, 1, 64, 64, true}, Shape{200, 70, 90, 2, 1, 128, 128, false}),
+                      Shape{200, 70, 90, 2, 1, 64, 64, true}, Shape{200, 70, 90, 2, 1, 128, 128, false},
+                      Shape{3, 403, 333, 4, 2, 64, 64, true, true}, Shape{3, 512, 600, 2, 2, 128, 128, true, true},
+                      Shape{2, 300, 333, 2, 1, 256, 256, false, true}, Shape{50, 70, 90, 2, 1, 128, 40, true, true}),
     name_of_shape);
 
 class GpuBackward : public ::testing::TestWithParam<Shape> {
@@ -198,13 +259,19 @@ class GpuBackward : public ::testing::TestWithParam<Shape> {
   template <class Element>
   void expect_what_the_cpu_computes(bool deterministic, double tolerance) {
     using Gradients = std::array<std::vector<Element>, 3>;  // dq, dk and dv, each as (batch, seqlen, heads, d)
-    auto const [batch, seqlen_q, seqlen_k, heads, kv_heads, d, d_v, causal] = GetParam();
+    auto const [batch, seqlen_q, seqlen_k, heads, kv_heads, d, d_v, causal, band] = GetParam();
     using Sizes = std::array<int64_t, 4>;
     Sizes const q_shape{batch, seqlen_q, heads, d}, k_shape{batch, seqlen_k, kv_heads, d},
         v_shape{batch, seqlen_k, kv_heads, d_v}, out_shape{batch, seqlen_q, heads, d_v};
     auto const count = [](Sizes const& s) { return static_cast<std::size_t>(s[0] * s[1] * s[2] * s[3]); };
-    auto const q = random_values<Element>(count(q_shape), 1), k = random_values<Element>(count(k_shape), 2),
-               v = random_values<Element>(count(v_shape), 3), dout = random_values<Element>(count(out_shape), 4);
+    auto q = random_values<Element>(count(q_shape), 1), k = random_values<Element>(count(k_shape), 2),
+         v = random_values<Element>(count(v_shape), 3), dout = random_values<Element>(count(out_shape), 4);
+    if (band) {
+      poison(q, GetParam().lengths(seqlen_q), seqlen_q, heads * d);
+      poison(dout, GetParam().lengths(seqlen_q), seqlen_q, heads * d_v);
+      poison(k, GetParam().lengths(seqlen_k), seqlen_k, kv_heads * d);
+      poison(v, GetParam().lengths(seqlen_k), seqlen_k, kv_heads * d_v);
+    }
     auto const rows = static_cast<std::size_t>(batch * heads * seqlen_q);
     std::vector<float> dlse(rows), lse(rows);
     for (std::size_t i = 0; auto const& x : random_values<Element>(rows, 5)) dlse[i++] = static_cast<float>(x);
@@ -222,16 +289,17 @@ class GpuBackward : public ::testing::TestWithParam<Shape> {
     TensorView const hq = view(q.data(), {}, q_shape), hk = view(k.data(), {}, k_shape),
                      hv = view(v.data(), {}, v_shape), ho = view(out.data(), {}, out_shape),
                      hlse = rows_view(lse.data(), {});
-    CallOptions forward_options;
-    forward_options.causal = causal;
-    forward(config_for(hq, hk, hv, &ho), hq, hk, hv, ho, &hlse, forward_options);
+    ShapeOptions const forward_options(GetParam(), {});
+    forward(config_for(hq, hk, hv, &ho), hq, hk, hv, ho, &hlse, forward_options.options);
 
     auto const run = [&](Device device, void const* q_data, void const* k_data, void const* v_data,
                          void const* out_data, void const* dout_data, void const* lse_data, void const* dlse_data,
-                         void* dq, void* dk, void* dv) {
-      CallOptions options;
-      options.causal = causal;
+                         void* dq, void* dk, void* dv, void* dsink) {
+      ShapeOptions given(GetParam(), device);
+      CallOptions& options = given.options;
       options.deterministic = deterministic;
+      TensorView sink_gradient = options.sink != nullptr ? *options.sink : TensorView{};
+      sink_gradient.data = dsink;
       TensorView const tq = view(q_data, device, q_shape), tk = view(k_data, device, k_shape),
                        tv = view(v_data, device, v_shape), to = view(out_data, device, out_shape),
                        tdout = view(dout_data, device, out_shape), tlse = rows_view(lse_data, device),
@@ -245,19 +313,28 @@ class GpuBackward : public ::testing::TestWithParam<Shape> {
       }
       backward(backward_config_for(tq, tk, tv, {}, options), tdout, tq, tk, tv, to, tlse, &tdlse,
                view(dq, device, q_shape), view(dk, device, k_shape), view(dv, device, v_shape), options,
-               memory ? &view_of_memory : nullptr);
+               memory ? &view_of_memory : nullptr, options.sink != nullptr ? &sink_gradient : nullptr);
+      if (device.type == DeviceType::cuda) test_driver().cuCtxSynchronize();  // before the arrays of the options go
       EXPECT_TRUE(!memory || memory->guard_is_intact()) << "workspace";
     };
     Gradients expected{q, k, v};
+    std::vector<float> expected_dsink(static_cast<std::size_t>(heads));
     run({}, q.data(), k.data(), v.data(), out.data(), dout.data(), lse.data(), dlse.data(), expected[0].data(),
-        expected[1].data(), expected[2].data());
+        expected[1].data(), expected[2].data(), expected_dsink.data());
 
     DeviceMemory const gq(q), gk(k), gv(v), go(out), gdout(dout), glse(lse), gdlse(dlse);
     auto const run_on_gpu = [&] {
       DeviceMemory const dq(q.size() * sizeof(Element)), dk(k.size() * sizeof(Element)),
-          dv(v.size() * sizeof(Element));  // 0xff: NaN
+          dv(v.size() * sizeof(Element)), dsink(expected_dsink.size() * sizeof(float));  // 0xff: NaN
       run({DeviceType::cuda, 0}, gq.data(), gk.data(), gv.data(), go.data(), gdout.data(), glse.data(), gdlse.data(),
-          dq.data(), dk.data(), dv.data());
+          dq.data(), dk.data(), dv.data(), dsink.data());
+      if (band) {
+        auto const sums = dsink.download<float>();
+        double const largest = *std::max_element(expected_dsink.begin(), expected_dsink.end());
+        for (std::size_t h = 0; h < sums.size(); ++h) {
+          EXPECT_NEAR(sums[h], expected_dsink[h], 1e-3 * (1 + std::fabs(largest))) << "dsink of head " << h;
+        }
+      }
       Gradients got{dq.download<Element>(), dk.download<Element>(), dv.download<Element>()};
       for (DeviceMemory const* memory : {&dq, &dk, &dv}) EXPECT_TRUE(memory->guard_is_intact());
       return got;
@@ -308,7 +385,9 @@ INSTANTIATE_TEST_SUITE_P(
                       Shape{1, 65, 200, 2, 1, 40, 128, true}, Shape{1, 1, 1, 1, 1, 64, 64, true},
                       Shape{1, 64, 0, 2, 2, 64, 64, false}, Shape{1, 0, 64, 2, 2, 128, 128, false},
                       Shape{100, 70, 90, 4, 2, 64, 64, true}, Shape{1, 300, 333, 2, 1, 256, 256, true},
-                      Shape{2, 65, 200, 2, 1, 136, 40, false}),
+                      Shape{2, 65, 200, 2, 1, 136, 40, false}, Shape{3, 403, 333, 4, 2, 64, 64, true, true},
+                      Shape{3, 512, 600, 2, 2, 128, 128, true, true}, Shape{2, 300, 333, 2, 1, 256, 256, false, true},
+                      Shape{50, 70, 90, 2, 1, 128, 40, true, true}),
     name_of_shape);
 
 // Guards against a device number that is not checked before the driver is asked for it.
