@@ -59,6 +59,8 @@ struct SinkGradient {
   static_assert(has_only<>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
   using Element = typename TileLayout<tile_of(Id.config, Id.pass)>::Element;
 
+  static constexpr int threads = num_threads(Id);
+
   struct SharedStorage {
     float sum[Id.config.num_warps];
   };
@@ -71,7 +73,7 @@ struct SinkGradient {
     float sum = 0;
     for (int batch = 0; batch < f.batch; ++batch) {
       auto const first = lse_offset(f, batch, head);
-      for (int i = thread_index(); i < f.seqlen_q; i += num_threads(Id)) {
+      for (int i = thread_index(); i < f.seqlen_q; i += threads) {
         float const lse = global_load<float>(static_cast<float const*>(f.lse) + first + i);
         // Below every number: the query does not exist, or it sees nothing and the sink is none.
         if (lse == -infinity || sink == -infinity) continue;
