@@ -60,8 +60,7 @@ READ_ELSEWHERE = frozenset(
 # Arguments that change the result, and that nothing here can compute.
 NO_KERNEL = {
     "softcap": "scores that are capped",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
+    "sinks": "attention sinks of each query",
     "indices": "keys that are chosen for each query",
     "block_indices": "blocks of keys that are chosen for each query",
     "head_mask": "heads that are switched off",
@@ -71,7 +70,20 @@ NO_KERNEL = {
 
 # Models, by the model_type of their configuration, that hand the window of a layer to its attention function. Others
 # leave it to the mask alone (Qwen2-MoE, Phi-MoE), and would attend to everything without one.
-HAND_DOWN_THE_WINDOW = frozenset({"gemma3_text", "mistral", "mixtral", "qwen2", "starcoder2"})
+HAND_DOWN_THE_WINDOW = frozenset(
+    {
+        "flint",
+        "gemma3_text",
+        "gpt_oss",
+        "granite_swa",
+        "granitemoe_swa",
+        "mimo_v2_flash",
+        "mistral",
+        "mixtral",
+        "qwen2",
+        "starcoder2",
+    }
+)
 
 
 # ---- registration ----------------------------------------------------------------------------------
@@ -85,7 +97,8 @@ def register(name: str = NAME, *, on_unsupported: str = "warn", accept: Iterable
     name: any that transformers does not take for something of its own: without "flash", "sdpa", "flex_attention",
         "eager", "/", ":" and "|", and not registered by others.
     on_unsupported: what to do with masks, biases and dropout, which no kernel covers yet. "warn" (once for each of
-        them) and "silent" let torch's scaled_dot_product_attention compute the call; "error" raises UnsupportedError.
+        them) and "silent" let torch's scaled_dot_product_attention compute the call; "error" raises UnsupportedError,
+        as all three do beside attention sinks, which torch has not.
     accept: names of further keyword arguments that a model hands to its attention and that change no score. What is
         neither here nor known to flashcute is refused, never ignored.
 
@@ -258,10 +271,11 @@ def attention_function(on_unsupported: str, accepted: frozenset[str]) -> Attenti
         """query: (batch, heads, seqlen_q, d).  key, value: (batch, kv_heads, seqlen_k, d or d_v).
         attention_mask: None, or (batch, heads, seqlen_q, seqlen_k) with any of them 1; bool (True: keep), or a float
             that is added to the scaled scores. A mask says everything, so with one nothing else is causal.
+        s_aux: (heads,), attention sinks: a logit of each query head beside its scaled scores, with the value 0.
 
         Returns the output, (batch, seqlen_q, heads, d_v), contiguous, and None for the weights.
         """
-        require_known(accepted, {"softcap": softcap, "s_aux": s_aux, **kwargs})
+        require_known(accepted, {"softcap": softcap, **kwargs})
         lengths = query.shape[2], key.shape[2]
         require_mask(attention_mask, sliding_window, cu_seq_lens_q, cu_seq_lens_k, lengths)
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -271,6 +285,9 @@ def attention_function(on_unsupported: str, accepted: frozenset[str]) -> Attenti
         if cu_seq_lens_q is not None:
             mask = within_sequences(mask, query, key, cu_seq_lens_q, cu_seq_lens_k)
         mask = with_bias(mask, position_bias)
+        if s_aux is not None:
+            s_aux = checked_sinks(s_aux, query)
+            require_kernel(attention_mask, position_bias, dropout)
         out = flash_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -280,6 +297,7 @@ def attention_function(on_unsupported: str, accepted: frozenset[str]) -> Attenti
             # its first keys are the queries' own, and those that follow are not written yet.
             diagonal="start" if causal else "end",
             window=None if mask is not None else window_of(sliding_window, key.shape[2]),
+            sink=s_aux,
             scale=scaling,
             attn_mask=mask,
             dropout_p=dropout,
@@ -307,6 +325,28 @@ def require_known(accepted: frozenset[str], arguments: dict[str, Any]) -> None:
             f"changes. If it changes no score, register(accept=[{name!r}]) accepts it; else use "
             "attn_implementation='eager'"
         )
+
+
+def checked_sinks(sinks: Tensor, query: Tensor) -> Tensor:
+    """In a dtype that kernels take: float32, which holds those of 16 bits exactly, or the query's."""
+    torch, heads = sys.modules["torch"], query.shape[1]
+    got = tuple(sinks.shape) if isinstance(sinks, torch.Tensor) else type(sinks).__name__
+    if got != (heads,):
+        raise ArgumentError(
+            f"s_aux: expected None or a tensor of one logit for each query head, ({heads},), got {got}"
+        )
+    return sinks if sinks.dtype in (torch.float32, query.dtype) else sinks.float()
+
+
+def require_kernel(mask: Tensor | None, bias: Tensor | None, dropout: float) -> None:
+    """Raises where torch's attention, which knows no sinks, would have to compute them."""
+    for reason, given in reasons_for_torch(mask, bias, dropout).items():
+        if given is not None:
+            raise UnsupportedError(
+                f"s_aux: expected no attention sinks beside {reason}, got both: no kernel of flashcute covers {reason} "
+                f"yet, and {SDPA} has no sinks. Batches without padding and a dynamic cache need no mask; else use "
+                "attn_implementation='eager'"
+            )
 
 
 def require_mask(
@@ -375,11 +415,18 @@ def with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
 _warned: set[str] = set()
 
 
+def reasons_for_torch(
+    mask: Tensor | None, bias: Tensor | None, dropout: float
+) -> dict[str, object]:
+    """What no kernel covers, and whether it is given: not None."""
+    return {"attention masks": mask, "position biases": bias, "dropout": dropout or None}
+
+
 def fallback_of(
     on_unsupported: str, mask: Tensor | None, bias: Tensor | None, dropout: float
 ) -> str:
     """What flash_attention does where it has no kernel. It would warn of a mask in each layer."""
-    known = {"attention masks": mask, "position biases": bias, "dropout": dropout or None}
+    known = reasons_for_torch(mask, bias, dropout)
     reasons = [reason for reason, given in known.items() if given is not None]
     if on_unsupported != "warn" or not reasons:
         return on_unsupported

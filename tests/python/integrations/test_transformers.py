@@ -30,6 +30,11 @@ ARRANGEMENTS = ("whole", "left", "right", "packed")
 SERVED = [
     *((name, how) for name in ("llama", "mistral", "qwen3") for how in ARRANGEMENTS),
     *((name, how) for name in ("bert", "whisper") for how in ARRANGEMENTS[:3]),
+    ("gpt_oss", "whole"),
+    (
+        "gpt_oss",
+        "packed",
+    ),  # the model makes no mask of position_ids: all is one sequence, as under eager
     ("t5", "whole"),
     ("t5", "left"),
     ("vit", "whole"),
@@ -117,15 +122,24 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "no mask": {"attention_mask": None},
     "not causal": {"attention_mask": None, "is_causal": False},
     "another scale": {"scaling": 0.251},
+    "no sink": {"s_aux": None},
+    "no window": {"sliding_window": None},
 }
 
 
 @pytest.mark.parametrize(
-    ("mistake", "how"),
-    [("no mask", "left"), ("no mask", "packed"), ("not causal", "whole"), ("another scale", "whole")],
-)  # fmt: skip
-def test_mistakes_are_noticed(mistake: str, how: str) -> None:
-    """A comparison that would let a wrong mask or scale pass."""
+    ("name", "mistake", "how"),
+    [
+        ("llama", "no mask", "left"),
+        ("llama", "no mask", "packed"),
+        ("llama", "not causal", "whole"),
+        ("llama", "another scale", "whole"),
+        ("gpt_oss", "no sink", "whole"),
+        ("gpt_oss", "no window", "whole"),
+    ],
+)
+def test_mistakes_are_noticed(name: str, mistake: str, how: str) -> None:
+    """A comparison that would let a wrong mask, scale or sink pass."""
     right = integration.attention_function("silent", frozenset())
 
     def wrong(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
@@ -134,22 +148,26 @@ def test_mistakes_are_noticed(mistake: str, how: str) -> None:
         )
 
     transformers.AttentionInterface.register("wrong", wrong)
-    transformers.AttentionMaskInterface.register("wrong", transformers.masking_utils.sdpa_mask)
+    masks = integration.mask_function(transformers.masking_utils)
+    transformers.AttentionMaskInterface.register("wrong", masks)
 
     def compute(subject: Any, dtype: Any) -> dict[str, Any]:
-        return logits_and_gradients(subject, inputs("llama", how))
+        return logits_and_gradients(subject, inputs(name, how))
 
-    _, eager, exact = by_three("llama", compute)
+    _, eager, exact = by_three(name, compute)
+    subject = with_attention(name, "wrong")
+    mine = compute(subject, torch.float32)
+    if mistake == "no sink":  # the parameter has no gradient then, which is noticed by its name
+        mine |= {n: torch.zeros_like(p) for n, p in subject.named_parameters() if "sinks" in n}
     with pytest.raises(AssertionError):
-        require_exact(
-            compute(with_attention("llama", "wrong"), torch.float32), eager, exact, torch.float32
-        )
+        require_exact(mine, eager, exact, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["llama", "whisper"])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "whisper"])
 def test_checkpointing_changes_no_bit(name: str) -> None:
     """A forward that is computed again in the backward, with other bits or with another mask."""
-    given, subject = inputs(name, "left"), with_attention(name, "fcute")
+    given = inputs(name, "whole" if name == "gpt_oss" else "left")
+    subject = with_attention(name, "fcute")
     plain = logits_and_gradients(subject, given)
     calls = []
     layers = [x for n, x in subject.named_modules() if n.endswith("self_attn")]
@@ -198,6 +216,7 @@ def generated(subject: Any, arguments: dict[str, Any], options: dict[str, Any]) 
     [
         *(("llama", prompt, way) for prompt in ("whole", "left") for way in GENERATION if way != "assisted"),
         *(("mistral", prompt, way) for prompt in ("whole", "left") for way in GENERATION if way != "assisted"),
+        *(("gpt_oss", prompt, way) for prompt in ("whole", "one token") for way in ("dynamic cache", "beam search")),
         *((name, "one token", way) for name in ("llama", "mistral") for way in ("dynamic cache", "static cache")),
         *((name, "whole", "assisted") for name in ("llama", "mistral")),
         ("qwen3", "left", "static cache"),
@@ -301,10 +320,17 @@ def test_training_compiles_as_one_graph(name: str, use_cache: bool | None) -> No
 # ---- what is refused -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ARRANGEMENTS)
-@pytest.mark.parametrize(("name", "argument"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])
+@pytest.mark.parametrize(
+    ("name", "argument", "how"),
+    [
+        *(("gemma2", "softcap", how) for how in ARRANGEMENTS),
+        ("gpt_oss", "s_aux", "left"),
+        ("gpt_oss", "s_aux", "right"),
+    ],
+)
 def test_what_no_kernel_computes_is_refused(name: str, argument: str, how: str) -> None:
-    """Scores that are not capped, sinks that are not there: plausible text, and the wrong model."""
+    """Scores that are not capped, sinks that torch's attention has not where there is a mask: plausible text, and the
+    wrong model."""
     subject = with_attention(name, "fcute")
     with pytest.raises(fc.UnsupportedError, match=f"^{argument}: .*eager"):
         subject(**inputs(name, how).arguments)
@@ -396,6 +422,56 @@ def test_packed_lengths_narrow_a_mask() -> None:
         require_close(out, by_torch(q, k, v, packed))
 
 
+# Beside q of float32 kernels take float32 alone.
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_sinks_of_any_dtype(device: str, dtype: str) -> None:
+    """A sink that is scaled, masked or not learned; one of another head."""
+    q, k, v = noise(1, 4, 5, 16), noise(1, 2, 5, 16), noise(1, 2, 5, 16)
+    sinks = torch.tensor([-2.0, 0.0, 1.5, 8.0], dtype=getattr(torch, dtype), device=device)
+    sinks.requires_grad_()
+    attend = integration.attention_function("error", frozenset())
+    out, _ = attend(
+        Layer(), *(x.to(device) for x in (q, k, v)), None, s_aux=sinks, sliding_window=3, scaling=0.3
+    )  # fmt: skip
+    truth = sinks.detach().double().cpu().requires_grad_()
+    q, k, v = (x.double() for x in (q, k, v))
+    seen = torch.ones(5, 5).tril().triu(-2).bool()
+    scores = (q @ k.repeat_interleave(2, 1).mT * 0.3).masked_fill(~seen, -torch.inf)
+    scores = torch.cat((scores, truth[None, :, None, None].expand(1, 4, 5, 1)), -1)
+    expected = (scores.softmax(-1)[..., :5] @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    require_close(out, expected)
+    for x in (out, expected):
+        x.pow(2).sum().backward()
+    assert sinks.grad.dtype == sinks.dtype
+    limit = 1e-5 if dtype in ("float32", "float64") else 4 * torch.finfo(sinks.dtype).eps
+    torch.testing.assert_close(sinks.grad.double().cpu(), truth.grad, atol=limit, rtol=limit)
+
+
+@pytest.mark.parametrize("setting", ["warn", "silent", "error"])
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"mask": torch.ones(1, 1, 3, 3).bool()}, "attention masks"),
+        ({"position_bias": torch.zeros(1, 4, 3, 3)}, "position biases"),
+        ({"dropout": 0.1}, "dropout"),
+    ],
+)
+def test_sinks_that_torch_would_drop(setting: str, arguments: dict[str, Any], reason: str) -> None:
+    """A call that torch's attention computes without the sinks."""
+    q, (mask, others) = noise(1, 4, 3, 16), (arguments.get("mask"), dict(arguments))
+    others.pop("mask", None)
+    attend = integration.attention_function(setting, frozenset())
+    with pytest.raises(fc.UnsupportedError, match=f"^s_aux: .* beside {reason}, .*'eager'"):
+        attend(Layer(), q, q, q, mask, s_aux=torch.zeros(4), **others)
+
+
+@pytest.mark.parametrize("sinks", [torch.zeros(2), torch.zeros(4, 1), 0.5])
+def test_sinks_of_another_shape(sinks: Any) -> None:
+    """Sinks of the key heads, or of each query, that are broadcast."""
+    with pytest.raises(fc.ArgumentError, match=r"^s_aux: expected .* \(4,\), got"):
+        call(s_aux=sinks)
+
+
 @pytest.mark.parametrize("masked", [None, torch.bool, torch.float32])
 def test_a_bias_is_added_and_learned(masked: Any) -> None:
     """A relative position bias that is dropped, or that gets no gradient."""
@@ -458,6 +534,15 @@ WINDOWED = {  # (class, configuration class, settings beside those of a decoder)
     "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", {}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"use_sliding_window": True, "max_window_layers": 0}),
     "gemma3_text": ("Gemma3ForCausalLM", "Gemma3TextConfig", {"head_dim": 16}),
+    # With sinks.
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {"head_dim": 16, "num_local_experts": 4}),
+    "flint": (
+        "FlintForCausalLM", "FlintConfig",
+        {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "granite_swa": ("GraniteSWAForCausalLM", "GraniteSWAConfig", {}),
+    "granitemoe_swa": ("GraniteMoeSWAForCausalLM", "GraniteMoeSWAConfig", {"num_local_experts": 2}),
+    "mimo_v2_flash": ("MiMoV2FlashForCausalLM", "MiMoV2FlashConfig", {}),
     # These do not hand the window to their attention.
     "qwen2_moe": (
         "Qwen2MoeForCausalLM", "Qwen2MoeConfig",
@@ -478,6 +563,8 @@ def test_windows_of_other_models(name: str) -> None:
     config = getattr(transformers, configuration)(**settings)
     assert name in integration.HAND_DOWN_THE_WINDOW or name in ("qwen2_moe", "phimoe")
     assert config.model_type == name
+    layers = getattr(config, "layer_types", None)  # where there is none, all have the window
+    assert layers is None or "sliding_attention" in layers
     torch.manual_seed(0)
     subject = getattr(transformers, kind)(config).eval()
     ids = tokens(length=13)
@@ -576,7 +663,7 @@ def test_masks_are_refused_on_request() -> None:
 @pytest.mark.parametrize(
     ("name", "how"),
     [("llama", "whole"), ("llama", "left"), ("llama", "packed"), ("mistral", "whole"), ("bert", "right"),
-     ("whisper", "whole")],
+     ("whisper", "whole"), ("gpt_oss", "whole")],
 )  # fmt: skip
 def test_bfloat16_on_a_gpu_is_as_exact_as_eager(name: str, how: str) -> None:
     """As on the CPU: the truth is that of the weights as bfloat16 holds them."""

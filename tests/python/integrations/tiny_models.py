@@ -49,6 +49,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_local_experts": 2,
             "num_experts_per_tok": 1,
             "sliding_window": WINDOW,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "experts_implementation": "eager",  # the others know no float64
         },
     ),
     "bert": ("BertForMaskedLM", "BertConfig", TEXT),
@@ -124,6 +126,7 @@ def exact_attention(
     attention_mask: Any,
     scaling: float,
     position_bias: Any = None,
+    s_aux: Any = None,
     **_: Any,
 ) -> Any:
     """transformers' eager attention would compute its softmax in float32."""
@@ -132,7 +135,11 @@ def exact_attention(
     scores = query @ key.mT * scaling
     for bias in (attention_mask, position_bias):
         scores = scores if bias is None else scores + bias
-    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+    keys = scores.shape[-1]
+    if s_aux is not None:
+        sinks = s_aux[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, sinks), -1)
+    return (scores.softmax(-1)[..., :keys] @ value).transpose(1, 2).contiguous(), None
 
 
 def exact_mask(*args: Any, **kwargs: Any) -> Any:
