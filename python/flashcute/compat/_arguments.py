@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from .._arrays import library_of
 from .._call import index_of
-from .._core import ArgumentError, UnsupportedError
+from .._core import ArgumentError, FlashcuteError, UnsupportedError
 from .._torch.flash2 import window_of
 from .._torch.framework import Tensor, torch
 from . import _settings
@@ -31,7 +31,6 @@ def refuse(name: str, value: object, instead: str) -> NoReturn:
 def refuse_unless_off(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
-    learnable_sink: Tensor | None = None,
     attention_chunk: int = 0,
     **tensors: Tensor | None,
 ) -> None:
@@ -40,8 +39,7 @@ def refuse_unless_off(
         refuse("softcap", softcap, "Only 0.0 (off) is")
     if attention_chunk != 0:
         refuse("attention_chunk", attention_chunk, "Only 0 (off) is")
-    tensors = {"alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink, **tensors}
-    for name, x in tensors.items():
+    for name, x in {"alibi_slopes": alibi_slopes, **tensors}.items():
         if x is not None:
             refuse(name, x, "Only None is")
 
@@ -108,6 +106,20 @@ def require_tensors(**tensors: object) -> None:
 def adjacent(x: Tensor) -> Tensor:
     """With a last stride of 1: users of flash-attn rely on the copy."""
     return library_of(type(x)).with_unit_stride(x)
+
+
+def checked_sink(sink: object) -> Tensor | None:
+    """Contiguous; flash_attention checks the rest."""
+    if sink is None:
+        return None
+    require_tensors(learnable_sink=sink)
+    return sink.contiguous()  # type: ignore[attr-defined]
+
+
+def in_names_of_flash_attn(error: FlashcuteError) -> FlashcuteError:
+    """What flash_attention says of its `sink`, said of the argument that it came from."""
+    text = str(error)
+    return type(error)(f"learnable_{text}") if text.startswith("sink: ") else error
 
 
 def empty_rows_plus_infinity(lse: Tensor) -> Tensor:

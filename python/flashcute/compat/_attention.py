@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from .._arrays import has_own_dispatch, torch_states
 from .._call import Options, checked_options, run
-from .._core import ArgumentError
+from .._core import ArgumentError, UnsupportedError
 from .._torch.autograd import Gradients
 from .._torch.dispatch import missing_gradient
 from .._torch.framework import Tensor, torch
@@ -16,7 +16,13 @@ from .._torch.problem import Problem
 from .._torch.tracing import is_observed
 from ..attention import flash_attention
 from . import _settings
-from ._arguments import MaskOf, adjacent, deterministic_or_default, require_tensors
+from ._arguments import (
+    MaskOf,
+    adjacent,
+    deterministic_or_default,
+    in_names_of_flash_attn,
+    require_tensors,
+)
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -31,6 +37,7 @@ class Rest(NamedTuple):
     deterministic: bool
     return_lse: bool
     dropout_p: float = 0.0
+    sink: Tensor | None = None  # as checked_sink gives it
 
 
 # ---- q, k and v apart --------------------------------------------------------------------------------
@@ -40,18 +47,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rest: Rest) -> Any:
     """out, or (out, lse), where a row that sees no key has the log-sum-exp -inf."""
     require_tensors(q=q, k=k, v=v)
     mask = rest.mask_of(q, k, rest.causal, rest.window_size)
-    return flash_attention(
-        adjacent(q),
-        adjacent(k),
-        adjacent(v),
-        mask.causal,
-        scale=rest.scale,
-        return_lse=rest.return_lse,
-        deterministic=deterministic_or_default(rest.deterministic),
-        dropout_p=rest.dropout_p,
-        window=mask.window,
-        on_unsupported=_settings.on_unsupported,
-    )
+    try:
+        return flash_attention(
+            adjacent(q),
+            adjacent(k),
+            adjacent(v),
+            mask.causal,
+            scale=rest.scale,
+            return_lse=rest.return_lse,
+            deterministic=deterministic_or_default(rest.deterministic),
+            dropout_p=rest.dropout_p,
+            window=mask.window,
+            sink=rest.sink,
+            on_unsupported=_settings.on_unsupported,
+        )
+    except (ArgumentError, UnsupportedError) as error:
+        raise in_names_of_flash_attn(error) from None
 
 
 # ---- q, k and v, or k and v, in one tensor -----------------------------------------------------------
@@ -84,12 +95,16 @@ def attend_packed(q: Tensor | None, packed: Tensor, packing: Packing, rest: Rest
         "bshd",
         deterministic=deterministic_or_default(rest.deterministic),
         window=mask.window,
+        sink=rest.sink,
     )
     problem = Problem(*q_k_v, options, None, rest.dropout_p)
     if not _is_plain(problem) or problem.missing or missing_gradient(problem, traced=False):
         return attend(*q_k_v, rest)
     given = None if q is None else q_k_v[0]
-    return PackedAttention.apply(given, packed, packing, options, rest.return_lse)
+    try:
+        return PackedAttention.apply(given, packed, rest.sink, packing, options, rest.return_lse)
+    except (ArgumentError, UnsupportedError) as error:
+        raise in_names_of_flash_attn(error) from None
 
 
 def with_parts(q: Tensor | None, parts: tuple[Tensor, ...]) -> Three:
@@ -103,7 +118,7 @@ def _is_plain(problem: Problem) -> bool:
     """Whether autograd records the call and nothing else of torch has a part in it."""
     if torch.compiler.is_compiling() or any(state() for state in torch_states()):
         return False
-    return problem.recording and not any(has_own_dispatch(type(x)) for x in problem[:3])
+    return problem.recording and not any(has_own_dispatch(type(x)) for x in problem.tensors)
 
 
 class PackedAttention(torch.autograd.Function):  # type: ignore[misc]
@@ -115,35 +130,41 @@ class PackedAttention(torch.autograd.Function):  # type: ignore[misc]
         ctx: Any,
         q: Tensor | None,
         packed: Tensor,
+        sink: Tensor | None,
         packing: Packing,
         options: Options,
         return_lse: bool,
     ) -> Any:
+        """The sink is also in the options, as in FlashAttention."""
         q_k_v = with_parts(q, packing.split(packed))
         out, lse = run(None, *q_k_v, decided(options, gradients_follow=True), return_lse=True)
-        ctx.save_for_backward(q, packed, out, lse)
-        ctx.packing, ctx.options = packing, options
+        ctx.packing, ctx.options = packing, options._replace(sink=None)
+        ctx.save_for_backward(q, packed, sink, out, lse)
         ctx.set_materialize_grads(False)
         return (out, lse) if return_lse else out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
         if dout is None and dlse is None:
-            return (None,) * 5
-        q, packed, out, lse = ctx.saved_tensors
+            return (None,) * 6
+        q, packed, sink, out, lse = ctx.saved_tensors
+        options = ctx.options._replace(sink=sink)
         tensors = (dout, *with_parts(q, ctx.packing.split(packed)), out, lse, dlse)
+        into = None
         if is_observed(dout, dlse):
-            found = backward_by_operator(*tensors, ctx.options)
+            found = backward_by_operator(*tensors, options)
         elif torch.is_grad_enabled():
-            found = Gradients.apply(ctx.options, *tensors)
+            found = Gradients.apply(options, *tensors)
         else:
             dpacked = gradient_like(packed)
             dq = None if q is None else gradient_like(q)
             into = with_parts(dq, ctx.packing.split(dpacked))
-            gradients(*tensors, ctx.options, into)
-            return dq, dpacked, None, None, None
-        dq, parts = (None, found) if q is None else (found[0], found[1:])
-        return dq, ctx.packing.join(parts), None, None, None
+            found = gradients(*tensors, options, into)
+        dsink = found[3] if sink is not None and ctx.needs_input_grad[2] else None
+        if into is None:
+            dq, parts = (None, found[:3]) if q is None else (found[0], found[1:3])
+            dpacked = ctx.packing.join(parts)
+        return dq, dpacked, dsink, None, None, None
 
 
 def require_packed(name: str, packed: object, number: int) -> None:

@@ -2,14 +2,17 @@
 
 Tensors are (batch, seqlen, heads, head_dim). The causal mask is aligned to the last key. Beside what flash-attn takes,
 these functions take float32, tensors on the CPU and a head_dim of v of its own. A last stride other than 1 is copied
-silently, as there. `learnable_sink` is an argument of flashcute's, always the last.
+silently, as there. `learnable_sink`, (heads,), is an argument of flashcute's, always the last: a logit of each query
+head beside its scaled scores, with the value 0, which softmax_lse includes. It is float32 or of q's dtype, and gets a
+gradient.
 
 With `return_attn_probs=True` the result is (out, softmax_lse, S_dmask): softmax_lse is (batch, heads, seqlen_q),
-float32 (float64 for float64 inputs), by the natural logarithm, +inf for a row that sees no key, and differentiable;
+float32 (float64 for float64 inputs), by the natural logarithm, +inf for a row that sees no key (with a sink: the sink),
+and differentiable;
 S_dmask is an empty tensor, as flash-attn's is without dropout.
 
 Raises UnsupportedError (a NotImplementedError) for what no kernel covers yet, naming the argument and its value:
-dropout, softcap, ALiBi, sinks, packed sequences, caches. `flashcute.compat.configure` can send dropout to torch's own
+dropout, softcap, ALiBi, packed sequences, caches. `flashcute.compat.configure` can send dropout to torch's own
 attention. Raises ArgumentError (a ValueError) for arguments that do not fit.
 """
 
@@ -25,6 +28,7 @@ from .._torch.gradients import gradients
 from ._arguments import (
     adjacent,
     checked_dropout,
+    checked_sink,
     deterministic_or_default,
     empty_rows_minus_infinity,
     empty_rows_plus_infinity,
@@ -66,8 +70,16 @@ def flash_attn_func(
     learnable_sink: Tensor | None = None,
 ) -> Any:
     """Attention of q (batch, seqlen_q, heads, d), k and v (batch, seqlen_k, kv_heads, d)."""
-    refuse_unless_off(softcap, alibi_slopes, learnable_sink)
-    rest = _rest(dropout_p, softmax_scale, causal, window_size, deterministic, return_attn_probs)
+    refuse_unless_off(softcap, alibi_slopes)
+    rest = _rest(
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        deterministic,
+        return_attn_probs,
+        learnable_sink,
+    )
     return _result(attend(q, k, v, rest), q, return_attn_probs)
 
 
@@ -85,10 +97,18 @@ def flash_attn_kvpacked_func(
     learnable_sink: Tensor | None = None,
 ) -> Any:
     """Attention of q and kv (batch, seqlen_k, 2, kv_heads, d). The kernels write to the gradient of kv directly."""
-    refuse_unless_off(softcap, alibi_slopes, learnable_sink)
+    refuse_unless_off(softcap, alibi_slopes)
     require_tensors(q=q)
     require_packed("kv", kv, 2)
-    rest = _rest(dropout_p, softmax_scale, causal, window_size, deterministic, return_attn_probs)
+    rest = _rest(
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        deterministic,
+        return_attn_probs,
+        learnable_sink,
+    )
     return _result(attend_packed(q, kv, Packing(), rest), q, return_attn_probs)
 
 
@@ -105,9 +125,17 @@ def flash_attn_qkvpacked_func(
     learnable_sink: Tensor | None = None,
 ) -> Any:
     """Attention of qkv (batch, seqlen, 3, heads, d). The kernels write to the gradient of qkv directly."""
-    refuse_unless_off(softcap, alibi_slopes, learnable_sink)
+    refuse_unless_off(softcap, alibi_slopes)
     require_packed("qkv", qkv, 3)
-    rest = _rest(dropout_p, softmax_scale, causal, window_size, deterministic, return_attn_probs)
+    rest = _rest(
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        deterministic,
+        return_attn_probs,
+        learnable_sink,
+    )
     return _result(attend_packed(None, qkv, Packing(), rest), qkv, return_attn_probs)
 
 
@@ -118,9 +146,11 @@ def _rest(
     window_size: object,
     deterministic: bool,
     return_lse: bool,
+    sink: object,
 ) -> Rest:
-    dropout_p = checked_dropout(dropout_p)
-    return Rest(mask_2, causal, window_size, softmax_scale, deterministic, return_lse, dropout_p)
+    dropout_p, sink = checked_dropout(dropout_p), checked_sink(sink)
+    common = causal, window_size, softmax_scale, deterministic, return_lse
+    return Rest(mask_2, *common, dropout_p, sink)
 
 
 def _result(found: Any, q: Tensor, return_attn_probs: bool) -> Any:

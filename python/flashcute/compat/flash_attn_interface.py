@@ -1,9 +1,9 @@
 """The functions of flash-attn 3 (its module flash_attn_interface), with its names, arguments and results.
 
 What differs from flash-attn 2: there is no dropout, so the positions of arguments differ; `return_attn_probs=True`
-gives (out, softmax_lse); a row that sees no key has -inf in softmax_lse; `num_splits`, `pack_gqa` and `sm_margin`,
-which tune flash-attn's kernels, are accepted and change nothing: keys are never split, and a row's result does not
-depend on the batch. All else is as in `flashcute.compat.flash_attn`, also the exceptions.
+gives (out, softmax_lse); a row that sees no key has -inf in softmax_lse, with a sink the sink; `num_splits`, `pack_gqa`
+and `sm_margin`, which tune flash-attn's kernels, are accepted and change nothing: keys are never split, and a row's
+result does not depend on the batch. All else is as in `flashcute.compat.flash_attn`, also the exceptions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from .._core import ArgumentError, UnsupportedError
 from .._torch.framework import Tensor, torch
-from ._arguments import mask_3, refuse_unless_off, require_tensors
+from ._arguments import checked_sink, mask_3, refuse_unless_off, require_tensors
 from ._attention import Packing, Rest, attend, attend_packed, require_packed
 from .flash_attn import NO_CACHES, NO_PACKED_SEQUENCES
 
@@ -49,14 +49,14 @@ def flash_attn_func(
     """Attention of q (batch, seqlen_q, heads, d), k (batch, seqlen_k, kv_heads, d) and v (..., kv_heads, d_v)."""
     refuse_unless_off(
         softcap,
-        learnable_sink=learnable_sink,
         attention_chunk=attention_chunk,
         qv=qv,
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
     )
-    rest = Rest(mask_3, causal, window_size, softmax_scale, deterministic, return_attn_probs)
+    common = causal, window_size, softmax_scale, deterministic, return_attn_probs
+    rest = Rest(mask_3, *common, sink=checked_sink(learnable_sink))
     return attend(q, k, v, rest)
 
 
@@ -80,14 +80,14 @@ def flash_attn_qkvpacked_func(
     of q, then as many of k as of v. The kernels write to the gradient of qkv directly."""
     refuse_unless_off(
         softcap,
-        learnable_sink=learnable_sink,
         attention_chunk=attention_chunk,
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
     )
     packing = _packing(qkv, num_heads_q)
-    rest = Rest(mask_3, causal, window_size, softmax_scale, deterministic, return_attn_probs)
+    common = causal, window_size, softmax_scale, deterministic, return_attn_probs
+    rest = Rest(mask_3, *common, sink=checked_sink(learnable_sink))
     return attend_packed(None, qkv, packing, rest)
 
 

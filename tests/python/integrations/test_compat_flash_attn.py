@@ -274,6 +274,81 @@ def test_gradient_through_the_log_sum_exp() -> None:
     torch.testing.assert_close(got, (q.grad, k.grad), rtol=1e-12, atol=1e-13)
 
 
+def numbers(*shape: int, device: str, dtype: Any = None) -> Any:
+    return torch.randn(*shape, device=device).to(dtype or getattr(torch, dtype_on(device)))
+
+
+@both_versions
+@pytest.mark.parametrize("sink_dtype", ["float32", "as q"])
+def test_sinks(device: str, fa: Any, sink_dtype: str) -> None:
+    """A sink that is dropped, scaled or not learned: dense, packed and half-packed calls, with a window and a mask of
+    which some rows see no key."""
+    wide = torch.float32 if sink_dtype == "float32" else None
+    q, kv = numbers(2, 9, 4, 16, device=device), numbers(2, 6, 2, 2, 16, device=device)
+    k, v = kv.unbind(2)
+    sink = numbers(4, device=device, dtype=wide)
+    options = {"causal": True, "window_size": (3, 0), "softmax_scale": 0.5, "deterministic": True}
+    meant = {"causal": True, "window": (3, 0), "scale": 0.5, "deterministic": True}
+    cases = [(fa.flash_attn_func, (q, k, v), lambda q, k, v: (q, k, v))]
+    if fa is fa2:
+        cases += [(fa2.flash_attn_kvpacked_func, (q, kv), lambda q, kv: (q, *kv.unbind(2)))]
+    qkv = numbers(2, 9, 3, 4, 16, device=device)
+    cases += [(fa.flash_attn_qkvpacked_func, (qkv,), lambda qkv: qkv.unbind(2))]
+    for call, given, split in cases:
+        leaves = [x.detach().clone().requires_grad_() for x in (*given, sink)]
+        *inputs, learned = leaves
+        found = call(*inputs, **options, return_attn_probs=True, learnable_sink=learned)[:2]
+        expected = fc.flash_attention(*split(*inputs), **meant, sink=learned, return_lse=True)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])  # also of empty rows, in both versions: the sink
+        assert torch.isfinite(found[1]).all()
+        weights = [torch.randn_like(x) for x in found]
+        got = torch.autograd.grad(found, leaves, weights)
+        want = torch.autograd.grad(expected, leaves, weights)
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+        assert got[-1].abs().min() > 0
+        assert torch.equal(
+            call(*given, **options, learnable_sink=sink), found[0]
+        )  # without gradients
+        # Of the sink alone, by the road of packed tensors too.
+        (alone,) = torch.autograd.grad(
+            call(*given, **options, learnable_sink=learned).float().pow(2).sum(), learned
+        )
+        assert alone.abs().min() > 0
+        plain = call(*given, **options)
+        far = torch.full_like(sink, -torch.inf)
+        torch.testing.assert_close(call(*given, **options, learnable_sink=far), plain)
+
+
+@both_versions
+def test_rows_of_an_infinite_sink(fa: Any) -> None:
+    """An empty row's mark that another call takes for a number: a sink of -inf is none."""
+    q, k = torch.randn(1, 5, 2, 8), torch.randn(1, 3, 2, 8)
+    sink = torch.tensor([-torch.inf, 2.0])
+    lse = fa.flash_attn_func(q, k, k, causal=True, return_attn_probs=True, learnable_sink=sink)[1]
+    none = torch.inf if fa is fa2 else -torch.inf
+    assert lse[0, 0, :2].tolist() == [none, none]
+    assert lse[0, 1, :2].tolist() == [2.0, 2.0]
+
+
+@both_versions
+def test_wrong_sinks(fa: Any) -> None:
+    """A message about an argument that flash-attn has under another name, or not at all."""
+    q = torch.randn(1, 4, 2, 8, requires_grad=True)
+    qkv = torch.stack((q, q, q), 2)
+    for sink, text in {
+        torch.zeros(3): r".*\(2,?\)|.*heads",
+        torch.zeros(2, dtype=torch.float16): "expected dtype float32",
+        0.5: "expected a torch tensor, got float",
+    }.items():
+        for call, given in (
+            (fa.flash_attn_func, (q, q, q)),
+            (fa.flash_attn_qkvpacked_func, (qkv,)),
+        ):
+            with pytest.raises(fc.ArgumentError, match=f"^learnable_sink: {text}"):
+                call(*given, learnable_sink=sink)
+
+
 @both_versions
 def test_last_stride_is_copied(fa: Any, device: str) -> None:
     """Users of flash-attn pass transposed tensors; flash_attention refuses them."""
@@ -332,12 +407,10 @@ SLOPES = "torch.ones(2)"
         (fa2, "dropout_p", 0.1, "0.1"),
         (fa2, "softcap", 30.0, "30.0"),
         (fa2, "alibi_slopes", SLOPES, r"a tensor \(2,\)"),
-        (fa2, "learnable_sink", SLOPES, r"a tensor \(2,\)"),
         (fa3, "softcap", 30.0, "30.0"),
         (fa3, "qv", SLOPES, r"a tensor \(2,\)"),
         (fa3, "v_descale", SLOPES, r"a tensor \(2,\)"),
         (fa3, "attention_chunk", 4, "4"),
-        (fa3, "learnable_sink", SLOPES, r"a tensor \(2,\)"),
     ],
 )
 def test_what_is_refused(fa: Any, argument: str, value: Any, shown: str) -> None:
@@ -391,6 +464,8 @@ def test_configure() -> None:
     assert qkv.grad.abs().sum() > 0
     with pytest.raises(fc.UnsupportedError, match="softcap"):
         fa2.flash_attn_func(q, k, v, softcap=1.0)
+    with pytest.raises(fc.UnsupportedError, match=r"^learnable_sink: .* dropout_p=0.5"):
+        fa2.flash_attn_func(q, k, v, 0.5, learnable_sink=torch.zeros(2))
     compat.configure(on_unsupported="error")
     with pytest.raises(fc.UnsupportedError, match="dropout_p"):
         fa2.flash_attn_qkvpacked_func(qkv, 0.5)
@@ -536,6 +611,17 @@ def test_packed_under_torch() -> None:
     (found,) = torch.autograd.grad(out.float().sum(), qkv)
     assert found.dtype == torch.float32
 
+    sink = torch.zeros(2, requires_grad=True)
+    out = fa2.flash_attn_qkvpacked_func(qkv, learnable_sink=sink)
+    batch = torch.autograd.grad(out, (qkv, sink), douts, is_grads_batched=True, retain_graph=True)
+    for dout, *one in zip(douts, *batch, strict=True):
+        alone = torch.autograd.grad(out, (qkv, sink), dout, retain_graph=True)
+        torch.testing.assert_close(tuple(one), alone)
+    with torch.no_grad():
+        sink.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
     mapped = torch.vmap(fa2.flash_attn_qkvpacked_func)(qkv.detach()[:, None])
     torch.testing.assert_close(mapped[:, 0], fa2.flash_attn_qkvpacked_func(qkv.detach()))
 
@@ -547,15 +633,18 @@ def test_compiled(call: str) -> None:
     given = qkv.unbind(2) if call == "flash_attn_func" else [qkv]
     function = getattr(fa2, call)
 
+    sink = torch.randn(2, requires_grad=True)
+
     def step(*given: Any) -> Any:
-        return function(*given, causal=True, window_size=(-1, 3), return_attn_probs=True)
+        options = {"causal": True, "window_size": (-1, 3), "learnable_sink": sink}
+        return function(*given, **options, return_attn_probs=True)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for got, want in zip(compiled(*given), step(*given), strict=True):
         torch.testing.assert_close(got, want)
     dout = torch.randn(2, 5, 2, 8)
-    got = torch.autograd.grad(compiled(*given)[0], qkv, dout)
-    torch.testing.assert_close(got, torch.autograd.grad(step(*given)[0], qkv, dout))
+    got = torch.autograd.grad(compiled(*given)[0], (qkv, sink), dout)
+    torch.testing.assert_close(got, torch.autograd.grad(step(*given)[0], (qkv, sink), dout))
 
 
 # ---- private names -------------------------------------------------------------------------------------
