@@ -96,7 +96,9 @@ def _options(
 
 
 def _require_off(**arguments: object) -> None:
-    """What no kernel of flashcute does, and what a newer torch has added."""
+    """What no kernel of flashcute does, and what a newer torch has added; and seqused_k of _flash_attention_forward,
+    which kernels have as seqlens_k: _flash_attention_backward is not told of it, so it would differentiate another
+    function than the one that was computed."""
     for name, value in arguments.items():
         if value is not None:
             raise NotServedError(name)
