@@ -43,13 +43,27 @@ def add_command(commands: Commands) -> None:
         type=diagonal,
         default="end",
         metavar="end|start|N",
-        help="of the causal mask or the window (default: end)",
+        help="of the causal mask, the window and the prefix (default: end)",
     )
     parser.add_argument(
         "--window",
         type=window,
         metavar="LEFT,RIGHT",
         help="how many keys before and after the diagonal a query sees; -1: no limit (default: no window)",
+    )
+    parser.add_argument(
+        "--prefix",
+        type=natural,
+        metavar="N",
+        help="with --causal: how many first keys every query sees (default: no prefix)",
+    )
+    parser.add_argument(
+        "--seqlens",
+        action="store_true",
+        help="with seqlens_q and seqlens_k: batch entries have lengths of their own",
+    )
+    parser.add_argument(
+        "--sink", action="store_true", help="with a sink: one more logit of each query head"
     )
     parser.add_argument("--allow-tf32", action="store_true", help="let a GPU round float32 to TF32")
     parser.add_argument("--gradients", action="store_true", help="also how gradients are computed")
@@ -78,8 +92,19 @@ def run(options: argparse.Namespace) -> int:
 
     q = kit.empty(shape(options.seqlen_q, options.heads), options.dtype)
     k = kit.empty(shape(seqlen_k, kv_heads), options.dtype)
+    # Which kernel runs depends on whether they are there, not on their numbers, which no call reads on the host.
+    lengths = kit.lengths(options.batch) if options.seqlens else None
+    sink = kit.empty((options.heads,), options.dtype) if options.sink else None
     changes = given_changes(options, ForwardConfig)
     cfg = changed_config(options.head_dim, options.dtype, kit.arch, changes) if changes else None
+    masks = {
+        "diagonal": options.diagonal,
+        "window": options.window,
+        "prefix": options.prefix,
+        "seqlens_q": lengths,
+        "seqlens_k": lengths,
+        "sink": sink,
+    }
     told = explain(
         q,
         k,
@@ -87,8 +112,7 @@ def run(options: argparse.Namespace) -> int:
         options.causal,
         cfg=cfg,
         gradients=options.gradients,
-        diagonal=options.diagonal,
-        window=options.window,
+        **masks,
         layout=options.layout,
         allow_tf32=options.allow_tf32,
         deterministic=options.deterministic,

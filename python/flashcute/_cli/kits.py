@@ -58,6 +58,10 @@ class Kit(ABC):
         """From a NumPy array."""
 
     @abstractmethod
+    def lengths(self, batch: int) -> Array:
+        """int32 (batch,), of any numbers."""
+
+    @abstractmethod
     def double(self, array: Array) -> Array:
         """As float64, on the same device."""
 
@@ -178,6 +182,9 @@ class NumPyKit(_CpuKit):
     def array(self, values: Any, dtype: str) -> Array:
         return values.astype(self.dtype(dtype))
 
+    def lengths(self, batch: int) -> Array:
+        return self.np.empty(batch, "int32")
+
     def double(self, array: Array) -> Array:
         return array.astype("float64")
 
@@ -212,6 +219,9 @@ class _Torch(Kit):
 
     def array(self, values: Any, dtype: str) -> Array:
         return self.torch.from_numpy(values).to(self.device, getattr(self.torch, dtype))
+
+    def lengths(self, batch: int) -> Array:
+        return self.torch.empty(batch, dtype=self.torch.int32, device=self.device)
 
     def double(self, array: Array) -> Array:
         return array.double()
@@ -325,6 +335,9 @@ class CuPyKit(Kit):
 
     def array(self, values: Any, dtype: str) -> Array:
         return self.cupy.asarray(values).astype(self.dtype(dtype))
+
+    def lengths(self, batch: int) -> Array:
+        return self.cupy.empty(batch, "int32")
 
     def double(self, array: Array) -> Array:
         return array.astype("float64")

@@ -169,6 +169,31 @@ def test_explain_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_explain_with_lengths_and_sinks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Arrays of another shape or dtype than a call takes, or that do not reach it."""
+    where = ["explain", "--device", "cpu", "--dtype", "float32", "--batch", "3", "--heads", "4"]
+    options = ["--causal", "--prefix", "5", "--seqlens", "--sink"]
+    assert main([*where, *options, "--gradients"]) == 0
+    text = capsys.readouterr().out
+    assert "backend cpu" in text
+    assert "\ngradients by backend cpu" in text
+    assert main([*where, "--prefix", "5"]) == 2
+    assert "prefix: expected causal=True" in capsys.readouterr().err
+
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "flashcute._cli.explain.explain", lambda q, k, v, causal, **given: told.append(given)
+    )
+    assert main([*where, *options]) == 0
+    assert main(where) == 0
+    given, without = told
+    assert given["prefix"] == 5
+    assert [given[name].shape for name in ("seqlens_q", "seqlens_k", "sink")] == [(3,), (3,), (4,)]
+    assert all(without[name] is None for name in ("prefix", "seqlens_q", "seqlens_k", "sink"))
+
+
 @pytest.mark.parametrize(
     ("argument", "causal", "window"),
     [
