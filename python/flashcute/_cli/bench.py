@@ -17,6 +17,7 @@ from .options import (
     list_of,
     positive_float,
     positive_int,
+    window,
 )
 from .peers import DETERMINISTIC, NAMES
 
@@ -26,6 +27,13 @@ def implementation_name(text: str) -> str:
     if text not in known:
         raise argparse.ArgumentTypeError(f"expected names among {', '.join(known)}, got {text!r}")
     return text
+
+
+def bounded_window(text: str) -> tuple[int, int]:
+    left, right = window(text)
+    if min(left, right) < -1:
+        raise argparse.ArgumentTypeError(f"expected two integers >= -1, LEFT,RIGHT, got {text!r}")
+    return left, right
 
 
 def add_command(commands: Commands) -> None:
@@ -61,11 +69,18 @@ def add_command(commands: Commands) -> None:
         default="quick",
         metavar="quick|peers|FILE",
         help="quick: two sequence lengths; peers: 1k to 16k; FILE: JSON lines with batch, heads, "
-        "seqlen_q, head_dim, causal, and optionally kv_heads, seqlen_k, dtype (default: quick)",
+        "seqlen_q, head_dim, causal, and optionally kv_heads, seqlen_k, dtype, window (default: quick)",
     )
     cases.add_argument("--head-dims", type=list_of(positive_int), metavar="64,128")
     cases.add_argument("--seqlens", type=list_of(positive_int), metavar="1024,4096")
     cases.add_argument("--causal", type=list_of(boolean), default=[False, True], metavar="0,1")
+    cases.add_argument(
+        "--window",
+        type=bounded_window,
+        metavar="LEFT,RIGHT",
+        help="each case also with this window, in the same rounds: how many keys before and after the "
+        "diagonal a query sees; -1: no limit",
+    )
     cases.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, on the CPU float32")
     cases.add_argument("--tokens", type=positive_int, metavar="N", help="16384, on the CPU 4096")
     cases.add_argument("--hidden", type=positive_int, metavar="N", help="2048, on the CPU 256")

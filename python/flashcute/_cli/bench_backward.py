@@ -11,7 +11,7 @@ from .bench_forward import Line, Verifier, run_with
 from .kits import Array, Call, Inputs, Kit, in_layout
 from .options import UsageError
 from .peers import DETERMINISTIC, FlashcuteGradients, Implementation, Naive
-from .problem import Case, Result, complaint, errors
+from .problem import Case, Result, Window, complaint, errors
 
 NAMES = ("dq", "dk", "dv")
 
@@ -57,9 +57,12 @@ class BackwardVerifier(Verifier):
         q, k, v = small.random_inputs(self.kit)
         dout = self.kit.normal(q.shape, small.dtype)
         dout64, q64, k64, v64 = (self.kit.double(x) for x in (dout, q, k, v))
-        expected = reference.naive_gradients(dout64, q64, k64, v64, small.causal)
-        rough = self.gradients(Naive(self.kit), (q, k, v), dout, small.causal)
-        found = self.gradients(one, (q, k, v), dout, small.causal)
+        masks = small.causal, small.window
+        expected = reference.naive_gradients(
+            dout64, q64, k64, v64, small.causal, window=small.window
+        )
+        rough = self.gradients(Naive(self.kit), (q, k, v), dout, *masks)
+        found = self.gradients(one, (q, k, v), dout, *masks)
         line: Line = {}
         for name, *arrays in zip(NAMES, found, rough, expected, strict=True):
             got, naive, ref = (Result(self.kit.to_numpy(x), None) for x in arrays)
@@ -71,24 +74,28 @@ class BackwardVerifier(Verifier):
         return None, line
 
     def gradients(
-        self, one: Implementation, inputs: Inputs, dout: Array, causal: bool
+        self, one: Implementation, inputs: Inputs, dout: Array, causal: bool, window: Window
     ) -> tuple[Array, ...]:
         """As bshd, which inputs and dout are."""
         swapped = one.layout != "bshd"
         if swapped:
             dout = self.kit.swap_heads(dout)
-        found: Any = self.call_with(one, in_layout(self.kit, inputs, one.layout), causal, dout)()
+        inputs = in_layout(self.kit, inputs, one.layout)
+        found: Any = self.call_with(one, inputs, causal, window, dout)()
         return tuple(self.kit.swap_heads(x) for x in found) if swapped else found
 
-    def timed_call(self, one: Implementation, inputs: Inputs, causal: bool) -> Call:
-        return self.call_with(one, inputs, causal, self.kit.torch.randn_like(inputs[0]))  # type: ignore[attr-defined]
+    def timed_call(self, one: Implementation, inputs: Inputs, case: Case) -> Call:
+        dout = self.kit.torch.randn_like(inputs[0])  # type: ignore[attr-defined]
+        return self.call_with(one, inputs, case.causal, case.window, dout)
 
-    def call_with(self, one: Implementation, inputs: Inputs, causal: bool, dout: Array) -> Call:
+    def call_with(
+        self, one: Implementation, inputs: Inputs, causal: bool, window: Window, dout: Array
+    ) -> Call:
         """The gradients for `dout`, which is in the implementation's layout too."""
         if isinstance(one, FlashcuteGradients) and one.changes:
-            return one.gradients(inputs, causal, dout)
+            return one.gradients(inputs, causal, window, dout)
         torch: Any = self.kit.torch  # type: ignore[attr-defined]
         q, k, v = leaves = [x.detach().requires_grad_() for x in inputs]
         with self.kit.on_capture_stream():  # autograd works on the stream of the forward
-            out = one.call(q, k, v, causal)
+            out = one.call(q, k, v, causal, window=window)
         return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)

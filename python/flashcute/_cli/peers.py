@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import (
     BackwardConfig,
+    Variant,
     __version__,
     _core,
     backward,
@@ -18,10 +19,10 @@ from .. import (
     forward,
     reference,
 )
-from .._call import Options
+from .._call import checked_options
 from .kits import Array, Call, Inputs, Kit, in_layout
 from .options import UsageError, changed_backward_config, changed_config
-from .problem import ITEM_BYTES, Case, Result
+from .problem import ITEM_BYTES, Case, Result, Window
 
 SDPA_BACKENDS = {
     "sdpa_flash": "FLASH_ATTENTION",
@@ -36,15 +37,15 @@ DETERMINISTIC = "flashcute_deterministic"  # gradients only
 class Implementation:
     """Attention as somebody computes it.
 
-    `call` takes q, k, v in `layout` and whether the mask is causal (aligned to the bottom right),
-    and returns the output in the same layout.
+    `call` takes q, k, v in `layout`, whether the mask is causal (aligned to the bottom right), and `window=`, and
+    returns the output in the same layout. What cannot do a window raises.
     """
 
     def __init__(
         self,
         name: str,
         version: str,
-        call: Callable[[Array, Array, Array, bool], Array],
+        call: Callable[..., Array],
         layout: str = "bshd",
     ) -> None:
         self.name = name
@@ -60,13 +61,17 @@ class Implementation:
         """What it needs for matrices of seqlen_q x seqlen_k, roughly."""
         return 0
 
-    def result(self, kit: Kit, q: Array, k: Array, v: Array, causal: bool) -> Result:
+    def result(
+        self, kit: Kit, q: Array, k: Array, v: Array, causal: bool, window: Window = None
+    ) -> Result:
         """The output for bshd inputs, to be checked; as bshd too."""
-        return Result(kit.to_numpy(self.output(kit, q, k, v, causal)), None)
+        return Result(kit.to_numpy(self.output(kit, q, k, v, causal, window)), None)
 
-    def output(self, kit: Kit, q: Array, k: Array, v: Array, causal: bool) -> Array:
+    def output(
+        self, kit: Kit, q: Array, k: Array, v: Array, causal: bool, window: Window = None
+    ) -> Array:
         """The same, where it was computed."""
-        out = self.call(*in_layout(kit, (q, k, v), self.layout), causal)
+        out = self.call(*in_layout(kit, (q, k, v), self.layout), causal, window=window)
         return out if self.layout == "bshd" else kit.swap_heads(out)
 
 
@@ -86,21 +91,28 @@ class Flashcute(Implementation):
             return str(self.config(case.head_dim, case.dtype).name)
         q = kit.empty((case.batch, case.seqlen_q, case.heads, case.head_dim), case.dtype)
         k = kit.empty((case.batch, case.seqlen_k, case.kv_heads, case.head_dim), case.dtype)
-        told = explain(q, k, k, case.causal)
+        told = explain(q, k, k, case.causal, window=case.window)
         return str(told.config.name) if told.config else None
 
-    def result(self, kit: Kit, q: Array, k: Array, v: Array, causal: bool) -> Result:
-        out, lse = self._run(q, k, v, causal, out=kit.poisoned_like(q), return_lse=True)
+    def result(
+        self, kit: Kit, q: Array, k: Array, v: Array, causal: bool, window: Window = None
+    ) -> Result:
+        to = kit.poisoned_like(q)
+        out, lse = self._run(q, k, v, causal, window=window, out=to, return_lse=True)
         return Result(kit.to_numpy(out), kit.to_numpy(lse))
 
-    def output(self, kit: Kit, q: Array, k: Array, v: Array, causal: bool) -> Array:
-        return self._run(q, k, v, causal, out=kit.poisoned_like(q))
+    def output(
+        self, kit: Kit, q: Array, k: Array, v: Array, causal: bool, window: Window = None
+    ) -> Array:
+        return self._run(q, k, v, causal, window=window, out=kit.poisoned_like(q))
 
-    def _run(self, q: Array, k: Array, v: Array, causal: bool, **more: Any) -> Any:
+    def _run(
+        self, q: Array, k: Array, v: Array, causal: bool, *, window: Window = None, **more: Any
+    ) -> Any:
         if self.changes:
             cfg = self.config(q.shape[-1], str(q.dtype).rpartition(".")[2])
-            return forward(cfg, q, k, v, causal=causal, **more)
-        return flash_attention(q, k, v, causal, **more)
+            return forward(cfg, q, k, v, variant=Variant(causal=causal, window=window), **more)
+        return flash_attention(q, k, v, causal, window=window, **more)
 
 
 def changed_name(changes: dict[str, Any]) -> str:
@@ -127,14 +139,16 @@ class FlashcuteGradients(Implementation):
             return str(self.config(case.head_dim, case.dtype).name)
         q = kit.empty((case.batch, case.seqlen_q, case.heads, case.head_dim), case.dtype)
         k = kit.empty((case.batch, case.seqlen_k, case.kv_heads, case.head_dim), case.dtype)
-        return str(_core.backward_config_for(q, k, k, Options()).name)
+        call = checked_options(case.causal, "end", None, "bshd", window=case.window)
+        return str(_core.backward_config_for(q, k, k, call).name)
 
-    def gradients(self, inputs: Inputs, causal: bool, dout: Array) -> Call:
+    def gradients(self, inputs: Inputs, causal: bool, window: Window, dout: Array) -> Call:
         """A call of `backward`, for changes."""
         q, k, v = inputs
-        out, lse = flash_attention(q, k, v, causal, return_lse=True)
+        out, lse = flash_attention(q, k, v, causal, window=window, return_lse=True)
         cfg = self.config(q.shape[-1], str(q.dtype).rpartition(".")[2])
-        return functools.partial(backward, cfg, dout, q, k, v, out, lse, causal=causal)
+        variant = Variant(causal=causal, window=window)
+        return functools.partial(backward, cfg, dout, q, k, v, out, lse, variant=variant)
 
 
 class Naive(Implementation):
@@ -152,15 +166,31 @@ class Naive(Implementation):
             return 3 * ITEM_BYTES[case.dtype] * case.score_count
         return 3 * max(4, ITEM_BYTES[case.dtype]) * case.score_count
 
-    def _torch(self, q: Array, k: Array, v: Array, causal: bool) -> Array:
+    def _torch(self, q: Array, k: Array, v: Array, causal: bool, *, window: Window = None) -> Array:
         if q.shape[1] != k.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        if causal:
+        if causal or window is not None:
             rows, keys = scores.shape[-2:]
-            seen = self.torch.ones(rows, keys, dtype=self.torch.bool, device=q.device)
-            scores = scores.masked_fill_(~seen.tril(keys - rows), float("-inf"))
+            seen = visible(self.torch, rows, keys, causal, window, q.device)
+            scores = scores.masked_fill_(~seen, float("-inf"))
         return scores.softmax(-1) @ v
+
+
+def visible(
+    torch: Any, rows: int, keys: int, causal: bool, window: Window, device: object
+) -> Array:
+    """(rows, keys): which key a query sees."""
+    left, right = (-1, -1) if window is None else window
+    right = 0 if causal else right
+    seen = torch.ones(rows, keys, dtype=torch.bool, device=device)
+    seen = seen if right < 0 else seen.tril_(keys - rows + right)
+    return seen if left < 0 else seen.triu_(keys - rows - left)
+
+
+@functools.lru_cache(maxsize=1)  # one of 32k x 32k is a gigabyte
+def kept_mask(rows: int, keys: int, causal: bool, window: Window, device: object) -> Array:
+    return visible(import_module("torch"), rows, keys, causal, window, device)
 
 
 class Sdpa(Implementation):
@@ -178,19 +208,23 @@ class Sdpa(Implementation):
         self.choose_backend = attention.sdpa_kernel
 
     def score_bytes(self, case: Case) -> int:
-        return (
-            3 * max(4, ITEM_BYTES[case.dtype]) * case.score_count if self.name == "sdpa_math" else 0
-        )
+        mask = case.seqlen_q * case.seqlen_k * (1 + ITEM_BYTES[case.dtype])  # and as a bias
+        mask = 0 if case.window is None else mask
+        scores = 3 * max(4, ITEM_BYTES[case.dtype]) * case.score_count
+        return mask + (scores if self.name == "sdpa_math" else 0)
 
-    def _run(self, q: Array, k: Array, v: Array, causal: bool) -> Array:
+    def _run(self, q: Array, k: Array, v: Array, causal: bool, *, window: Window = None) -> Array:
         if self.backend is None:
-            return self._attend(q, k, v, causal)
+            return self._attend(q, k, v, causal, window)
         with self.choose_backend(self.backend):
-            return self._attend(q, k, v, causal)
+            return self._attend(q, k, v, causal, window)
 
-    def _attend(self, q: Array, k: Array, v: Array, causal: bool) -> Array:
+    def _attend(self, q: Array, k: Array, v: Array, causal: bool, window: Window) -> Array:
         more: dict[str, Any] = {}
-        if causal and q.shape[2] == k.shape[2]:
+        if window is not None:
+            # It has no window. The mask is made once, as a program would do for all of its layers.
+            more["attn_mask"] = kept_mask(q.shape[2], k.shape[2], causal, window, q.device)
+        elif causal and q.shape[2] == k.shape[2]:
             more["is_causal"] = True
         elif causal:  # is_causal is aligned to the top left
             bias = import_module("torch.nn.attention.bias")
@@ -204,8 +238,8 @@ def flash_attention_3() -> Implementation:
     """The forward pass of the package fa3-fwd."""
     function = import_module("fa3_fwd_interface").flash_attn_func
 
-    def call(q: Array, k: Array, v: Array, causal: bool) -> Array:
-        result = function(q, k, v, causal=causal)
+    def call(q: Array, k: Array, v: Array, causal: bool, *, window: Window = None) -> Array:
+        result = function(q, k, v, causal=causal, window_size=window or (-1, -1))
         return result[0] if isinstance(result, tuple) else result
 
     metadata = import_module("importlib.metadata")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ EPSILON = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-23, "float64": 2
 FORGIVEN = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 1e-5, "float64": 1e-13}
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
+# How many keys before and after the diagonal a query sees; -1: no limit. None: no window.
+Window = tuple[int, int] | None
+
 
 class Case(NamedTuple):
     """The size of a problem."""
@@ -27,12 +31,31 @@ class Case(NamedTuple):
     head_dim: int
     causal: bool
     dtype: str
+    window: Window = None
 
     @property
     def flops(self) -> float:
-        """Of the two matrix products: half of them under a causal mask, by convention."""
-        all_pairs = 4.0 * self.batch * self.heads * self.seqlen_q * self.seqlen_k * self.head_dim
+        """Of the two matrix products: half of them under a causal mask, by convention; with a window, of the pairs that
+        are visible."""
+        of_a_pair = 4.0 * self.batch * self.heads * self.head_dim
+        if self.window is not None:
+            return of_a_pair * self.visible_pairs
+        all_pairs = of_a_pair * self.seqlen_q * self.seqlen_k
         return all_pairs / 2 if self.causal else all_pairs
+
+    def keys_of(self, row: int) -> range:
+        """Which keys query `row` sees."""
+        left, right = (-1, -1) if self.window is None else self.window
+        own = row + self.seqlen_k - self.seqlen_q
+        first = 0 if left < 0 else own - left
+        last = self.seqlen_k - 1 if right < 0 else own + right
+        last = min(last, own) if self.causal else last
+        return range(max(0, first), min(self.seqlen_k, last + 1))
+
+    @property
+    def visible_pairs(self) -> int:
+        """Of a query and a key, in each head."""
+        return _visible_pairs(self._replace(batch=1, heads=1, kv_heads=1))
 
     @property
     def score_count(self) -> int:
@@ -46,6 +69,8 @@ class Case(NamedTuple):
             length += f"/{self.seqlen_k}"
         heads = str(self.heads) if self.kv_heads == self.heads else f"{self.heads}/{self.kv_heads}"
         mask = "causal" if self.causal else "full"
+        if self.window is not None:
+            mask += " window {},{}".format(*self.window)
         return f"b{self.batch} s{length} h{heads} d{self.head_dim} {mask}"
 
     def random_inputs(self, kit: Kit) -> Inputs:
@@ -53,6 +78,11 @@ class Case(NamedTuple):
         q = kit.normal((self.batch, self.seqlen_q, self.heads, self.head_dim), self.dtype)
         shape = (self.batch, self.seqlen_k, self.kv_heads, self.head_dim)
         return q, kit.normal(shape, self.dtype), kit.normal(shape, self.dtype)
+
+
+@functools.cache
+def _visible_pairs(case: Case) -> int:
+    return sum(len(case.keys_of(row)) for row in range(case.seqlen_q))
 
 
 class Result(NamedTuple):
@@ -70,16 +100,22 @@ class Errors(NamedTuple):
     lse_error: float | None  # max |lse - ref|
 
 
-def fp64_reference(kit: Kit, q: Array, k: Array, v: Array, causal: bool) -> Result:
+def fp64_reference(
+    kit: Kit, q: Array, k: Array, v: Array, causal: bool, window: Window = None
+) -> Result:
     """In float64 on the kit's device, in O(seqlen) memory."""
     q, k, v = (kit.double(x) for x in (q, k, v))
-    out, lse = reference.chunked(q, k, v, causal, block_m=512, block_n=512, return_lse=True)
+    out, lse = reference.chunked(
+        q, k, v, causal, window=window, block_m=512, block_n=512, return_lse=True
+    )
     return Result(kit.to_numpy(out), kit.to_numpy(lse))
 
 
-def naive_result(kit: Kit, q: Array, k: Array, v: Array, causal: bool) -> Result:
+def naive_result(
+    kit: Kit, q: Array, k: Array, v: Array, causal: bool, window: Window = None
+) -> Result:
     """The naive computation in the inputs' dtype, whose error bounds that of others."""
-    out, lse = reference.naive(q, k, v, causal, return_lse=True)
+    out, lse = reference.naive(q, k, v, causal, window=window, return_lse=True)
     return Result(kit.to_numpy(out), kit.to_numpy(lse))
 
 

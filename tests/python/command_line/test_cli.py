@@ -290,6 +290,8 @@ def test_compile_several(
         (["compile", "--arch", "sm_8x"], "sm_8x"),
         (["compile", "--arch", "sm_80", "--num-warps", "3"], "num_warps"),
         (["explain", "--seqlen-q", "-1"], "at least 0"),
+        (["bench", "--window=-2,0"], "two integers >= -1"),
+        (["explain", "--prefix", "-1"], "at least 0"),
         (["explain", "--diagonal", "middle"], "expected end, start or an integer, got 'middle'"),
         (["demo", "--dtype", "int8"], "--dtype"),
     ],
@@ -564,6 +566,80 @@ def test_bench_grid_file(tmp_path: Path) -> None:
         ("naive", "ok"),
     ]
     assert all(x["seqlen_k"] == 50 and x["kv_heads"] == 2 for x in lines)
+
+
+def test_bench_window(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A window that is timed and not computed, or checked where it hides nothing; pairs that are counted though they
+    are hidden; a window that is compared with another mask, or taken for a case without one by who reads the lines."""
+    out = tmp_path / "lines.jsonl"
+    assert main([*TINY, "--window", "9,3", "--config", "block_n=32", "--out", str(out)]) == 0
+    assert "/whole" in capsys.readouterr().out
+    lines = read_lines(out)
+    windowed = [x for x in lines if x["kind"] == "window"]
+    assert [x["window"] for x in windowed] == [[9, 3]] * len(windowed)
+    plain = [x for x in lines if x["kind"] == "forward"]
+    assert all(x["window"] is None and "efficiency" not in x for x in plain)
+    assert len(windowed) == len(plain)
+    assert {x["status"] for x in lines} == {"ok"}
+    i, j = np.arange(64)[:, None], np.arange(64)
+    for x in windowed:
+        right, whole = (0, j <= i) if x["causal"] else (3, j <= 63 + 0 * i)
+        seen = int(((j >= i - 9) & (j <= i + right)).sum())
+        [same] = [y for y in plain if (y["impl"], y["causal"]) == (x["impl"], x["causal"])]
+        assert x["pass"] == "forward"
+        assert x["visible"] == pytest.approx(seen / int(whole.sum()))
+        assert x["tflops"] == pytest.approx(2 * 4 * 16 * seen / x["ms_p50"] / 1e9)
+        assert x["ms_without"] == same["ms_p50"]
+        assert x["efficiency"] == pytest.approx(x["visible"] * same["ms_p50"] / x["ms_p50"])
+        assert x["max_error"] < 1e-4
+
+
+@needs_torch
+def test_bench_window_backward(tmp_path: Path) -> None:
+    """Gradients of attention without the window, by autograd or with a configuration."""
+    out = tmp_path / "lines.jsonl"
+    options = ["--backward", "--window", "9,3", "--causal", "0", "--dtype", "float64"]
+    assert main([*TINY, *options, "--config", "block_n=32", "--out", str(out)]) == 0
+    lines = read_lines(out)
+    assert [x["kind"] for x in lines] == ["backward"] * 4 + ["window"] * 4
+    for x in lines:
+        assert x["status"] == "ok"
+        assert max(x[f"{name}_rel_l2"] for name in ("dq", "dk", "dv")) < 1e-13
+    assert all(x["pass"] == "backward" and x["efficiency"] > 0 for x in lines[4:])
+
+
+@needs_torch
+@pytest.mark.parametrize("backward", [[], ["--backward"]], ids=["forward", "backward"])
+def test_bench_window_notices(
+    backward: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results without the window, which pass for right because the check has none either."""
+    real = peers.flash_attention
+
+    def ignorant(*arguments: Any, window: object, **options: Any) -> Any:
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(peers, "flash_attention", ignorant)
+    out = tmp_path / "lines.jsonl"
+    command = [*TINY, *backward, "--window", "500,0", "--impls", "flashcute", "--causal", "1"]
+    assert main([*command, "--out", str(out)]) == 1
+    assert [x["status"] for x in read_lines(out)] == ["ok", "wrong"]
+
+
+def test_bench_grid_file_with_a_window(tmp_path: Path) -> None:
+    """Queries that are not as many as the keys, where the window lies about the other end."""
+    case = {"batch": 1, "heads": 2, "seqlen_q": 20, "seqlen_k": 50, "head_dim": 16, "causal": False}
+    grid, out = tmp_path / "grid.jsonl", tmp_path / "lines.jsonl"
+    grid.write_text(json.dumps({**case, "window": [3, -1]}) + "\n")
+    command = [*BENCH, "--grid", str(grid), "--impls", "flashcute,naive"]
+    assert main([*command, "--out", str(out)]) == 0
+    whole, _, windowed, _ = lines = read_lines(out)
+    assert all(x["status"] == "ok" for x in lines)
+    assert (whole["window"], windowed["window"]) == (None, [3, -1])
+    assert windowed["visible"] == pytest.approx(sum(4 + 19 - i for i in range(20)) / 1000)
+    for wrong in ([3], [3, -2], [3, 0.5], "3,0"):
+        grid.write_text(json.dumps({**case, "window": wrong}) + "\n")
+        assert main(command) == 2
 
 
 def test_bench_deadline(capsys: pytest.CaptureFixture[str]) -> None:
