@@ -24,7 +24,7 @@ NO_KERNEL = {
     "alibi": "ALiBi: biases of the scores",
 }
 # Kinds of models with learned sinks: their files do not say so.
-WITH_SINKS = ("gpt_oss",)
+WITH_SINKS = ("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash")
 
 
 class Model(NamedTuple):
@@ -34,6 +34,7 @@ class Model(NamedTuple):
     head_dim: int
     dtype: str
     window: int | None  # keys up to its own that a query of a local layer sees
+    sinks: bool  # one learned logit a head
     not_served: list[str]
 
     def __str__(self) -> str:
@@ -41,7 +42,8 @@ class Model(NamedTuple):
             "" if self.kv_heads == self.heads else f", {self.kv_heads} of keys"
         )
         window = "" if self.window is None else f", window {self.window} (layers that have one)"
-        return f"{self.kind}: {heads}, head dimension {self.head_dim}{window}"
+        sinks = ", learned sinks" if self.sinks else ""
+        return f"{self.kind}: {heads}, head dimension {self.head_dim}{window}{sinks}"
 
 
 def read(path: Path) -> Model:
@@ -78,6 +80,7 @@ def read(path: Path) -> Model:
         head_dim=head_dim,
         dtype=dtype if dtype in DTYPES else "bfloat16",
         window=window_of(config),
+        sinks=config.get("model_type") in WITH_SINKS,
         not_served=features_without_kernel(config),
     )
 
@@ -90,8 +93,6 @@ def window_of(config: dict[str, Any]) -> int | None:
 
 def features_without_kernel(config: dict[str, Any]) -> list[str]:
     found = [what for name, what in NO_KERNEL.items() if config.get(name)]
-    if config.get("model_type") in WITH_SINKS:
-        found.append("learned sinks")
     if config.get("attention_dropout"):
         found.append(f"dropout of {config['attention_dropout']} while training")
     return found
@@ -106,7 +107,8 @@ def calls(model: Model, kit: Kit, seqlen: int, dtype: str) -> Iterator[tuple[str
         q = kit.empty((1, rows, model.heads, model.head_dim), dtype)
         k = kit.empty((1, seqlen, model.kv_heads, model.head_dim), dtype)
         v = kit.empty((1, seqlen, model.kv_heads, model.head_dim), dtype)
-        return explain(q, k, v, causal=True, window=window, gradients=gradients)
+        sink = kit.empty((model.heads,), dtype) if model.sinks else None
+        return explain(q, k, v, causal=True, window=window, sink=sink, gradients=gradients)
 
     yield "prefill", in_a_line(told(seqlen, gradients=False))
     yield "decode", in_a_line(told(1, gradients=False))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import flashcute as fc
 import numpy as np
@@ -181,7 +182,6 @@ def test_what_a_model_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ("member", "said"),
     [
         ({"attn_logit_softcapping": 50.0}, "capped scores"),
-        ({"model_type": "gpt_oss"}, "learned sinks"),
         ({"attention_dropout": 0.1}, "dropout of 0.1"),
     ],
 )
@@ -189,6 +189,27 @@ def test_what_of_a_model_has_no_kernel(tmp_path: Path, member: dict, said: str) 
     """A feature of the model that nobody tells, until training fails or is slow."""
     assert model_shapes.read(write(tmp_path)).not_served == []
     assert any(said in x for x in model_shapes.read(write(tmp_path, **member)).not_served)
+
+
+def test_a_models_sinks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another kernel than the model's, which has sinks; or sinks that are said to have none."""
+    real, sinks = model_shapes.explain, []
+
+    def explain(*arguments: Any, sink: Any, **options: Any) -> Any:
+        sinks.append(None if sink is None else sink.shape)
+        return real(*arguments, sink=sink, **options)
+
+    monkeypatch.setattr(model_shapes, "explain", explain)
+    folder = str(write(tmp_path, model_type="gpt_oss"))
+    assert main(["doctor", "--model", folder, "--seqlen", "64"]) == 0
+    text = capsys.readouterr().out
+    assert "learned sinks" in text
+    assert "no kernel" not in text
+    heads = model_shapes.read(tmp_path).heads
+    assert sinks == [(heads,)] * 3
+    assert not model_shapes.read(write(tmp_path)).sinks
 
 
 def test_a_models_window(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
