@@ -425,6 +425,24 @@ def test_bench_backward_on_the_gpu(tmp_path: Path) -> None:
     assert all(line["peak_bytes"] > 0 for line in lines)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backward", [[], ["--backward"]], ids=["forward", "backward"])
+def test_bench_window_on_the_gpu(backward: list[str], tmp_path: Path) -> None:
+    """A window that cannot be captured, or that runs the kernel without one."""
+    out = tmp_path / "lines.jsonl"
+    sizes = ["--tokens", "2048", "--seqlens", "1024", "--head-dims", "64", "--rounds", "1"]
+    impls = ["--impls", "flashcute,sdpa,naive"]
+    command = ["bench", "--device", "cuda", *backward, "--window", "99,0", "--causal", "1"]
+    assert main([*command, *impls, *sizes, "--out", str(out)]) == 0
+    lines = read_lines(out)
+    assert [x["kind"] for x in lines] == [
+        *["backward" if backward else "forward"] * 3,
+        *["window"] * 3,
+    ]
+    assert all(x["status"] == "ok" and x["ms_p50"] > 0 for x in lines)
+    assert all(x["efficiency"] > 0 for x in lines[3:])
+
+
 def test_demo_without_torch() -> None:
     """A demo that needs torch."""
     code = (

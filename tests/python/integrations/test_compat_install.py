@@ -390,3 +390,29 @@ def test_transformers_flash_attention_2(fresh: Runner, device: str) -> None:
     """An unchanged `attn_implementation="flash_attention_2"`: found, called, and right, with gradients, and with a
     cache when it generates."""
     fresh(TRANSFORMERS.format(device=device), HF_HUB_OFFLINE="1")
+
+
+@needs_torch
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+def test_transformers_finds_the_sinks(fresh: Runner, device: str) -> None:
+    """A name in the signature that transformers does not look for: then it drops sinks without a word."""
+    fresh(
+        f"""
+        import flashcute.compat
+        flashcute.compat.install(metadata=True)
+        import flashcute, torch
+        torch.cuda.is_available = lambda: True
+        from transformers import modeling_flash_attention_utils as flash
+        dtype = torch.float32 if "{device}" == "cpu" else torch.bfloat16
+        q, k, v = (torch.randn(2, 5, h, 16).to("{device}", dtype) for h in (4, 2, 2))
+        sink = torch.randn(4).to("{device}", dtype)
+        flash.lazy_import_flash_attention("flash_attention_2")
+        found = flash._flash_attention_forward(
+            q, k, v, None, 5, is_causal=True, softmax_scale=0.3, sliding_window=2, s_aux=sink,
+            attn_implementation="flash_attention_2",
+        )
+        meant = flashcute.flash_attention(q, k, v, causal=True, window=(1, 0), sink=sink, scale=0.3)
+        assert torch.equal(found, meant)
+        """,
+        HF_HUB_OFFLINE="1",
+    )
