@@ -47,7 +47,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {
             "head_dim": 16,
             "num_local_experts": 2,
-            "num_experts_per_tok": 1,
+            "num_experts_per_tok": 2,  # all: a choice that rounding changes would be another function
             "sliding_window": WINDOW,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
             "experts_implementation": "eager",  # the others know no float64
