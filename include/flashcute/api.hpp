@@ -69,8 +69,8 @@ struct CallOptions {
   // for all batch entries, or int32 (batch,), contiguous, on the tensors' device.
   std::optional<int64_t> prefix;
   TensorView const* prefixes = nullptr;
-  // A further logit of each query head, (heads,), contiguous, fp32 or q's dtype: it takes part in the softmax, as it is,
-  // and its value is 0. The LSE includes it.
+  // A further logit of each query head, (heads,), contiguous, fp32 or q's dtype: it takes part in the softmax, as it
+  // is, and its value is 0. The LSE includes it.
   TensorView const* sink = nullptr;
   std::optional<double> scale;  // of the scores, finite and >= 0; default head_dim^-0.5
   Layout layout = Layout::bshd;
@@ -157,9 +157,9 @@ void forward(std::optional<ForwardConfig> const& config, TensorView const& q, Te
 /// On a GPU, where q has float16, bfloat16 or float32, the kernels are launched on `options.stream` and the call
 /// returns; they need `workspace`: float32, contiguous, at least backward_workspace_size elements, at a multiple of 16
 /// bytes, which is overwritten, and free for other work on the stream after the call. It is ignored on the CPU,
-/// where the call returns when the gradients are there. `dsink`, if given, is shaped like `options.sink` and receives its
-/// gradient, -sum(exp(sink - lse) (rowsum(dout * out) - dlse)) over all queries of a head; it is 0 for a sink of -inf. Throws, as `forward` does, before anything is launched or
-/// written.
+/// where the call returns when the gradients are there. `dsink`, if given, is shaped like `options.sink` and receives
+/// its gradient, -sum(exp(sink - lse) (rowsum(dout * out) - dlse)) over all queries of a head; it is 0 for a sink of
+/// -inf. Throws, as `forward` does, before anything is launched or written.
 void backward(std::optional<BackwardConfig> const& config, TensorView const& dout, TensorView const& q,
               TensorView const& k, TensorView const& v, TensorView const& out, TensorView const& lse,
               TensorView const* dlse, TensorView const& dq, TensorView const& dk, TensorView const& dv,

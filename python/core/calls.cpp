@@ -23,8 +23,8 @@ struct PythonOptions {
 };
 
 // The members of the tuple Options of _call.py. Python makes one in every call, so it is read by position.
-constexpr std::array option_names = {"causal",      "diagonal",    "scale",         "layout",
-                                     "stream",      "allow_tf32",  "deterministic", "gradients_follow",
+constexpr std::array option_names = {"causal",      "diagonal",     "scale",         "layout",
+                                     "stream",      "allow_tf32",   "deterministic", "gradients_follow",
                                      "window_left", "window_right", "seqlens_q",     "seqlens_k",
                                      "prefix",      "prefixes",     "sink"};
 
@@ -158,8 +158,8 @@ void call_backward(BackwardConfig const* config, nb::handle dout, nb::handle q, 
   OptionTensors const held(given, launch_stream, options, true);
   ReleaseGil const released;
   backward(optional_of(config), tdout->view(), tq.view(), tk->view(), tv->view(), to->view(), tlse->view(),
-           tdlse ? &tdlse->view() : nullptr, tdq->view(), tdk->view(), tdv->view(), options,
-           tw ? &tw->view() : nullptr, ts ? &ts->view() : nullptr);
+           tdlse ? &tdlse->view() : nullptr, tdq->view(), tdk->view(), tdv->view(), options, tw ? &tw->view() : nullptr,
+           ts ? &ts->view() : nullptr);
 }
 
 int64_t call_backward_workspace_size(BackwardConfig const* config, nb::handle q, nb::handle v,
@@ -198,8 +198,8 @@ void bind_calls(nb::module_& m) {
   m.def("forward", &call_forward, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "out"_a.none(),
         "lse"_a.none(), "block_counts"_a.none(), "options"_a);
   m.def("backward", &call_backward, "config"_a.none(), "dout"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(),
-        "out"_a.none(), "lse"_a.none(), "dlse"_a.none(), "dq"_a.none(), "dk"_a.none(), "dv"_a.none(),
-        "dsink"_a.none(), "workspace"_a.none(), "options"_a);
+        "out"_a.none(), "lse"_a.none(), "dlse"_a.none(), "dq"_a.none(), "dk"_a.none(), "dv"_a.none(), "dsink"_a.none(),
+        "workspace"_a.none(), "options"_a);
   m.def("backward_workspace_size", &call_backward_workspace_size, "config"_a.none(), "q"_a.none(), "v"_a.none(),
         "options"_a);
   m.def("backward_config_for", &call_backward_config_for, "q"_a.none(), "k"_a.none(), "v"_a.none(), "options"_a);

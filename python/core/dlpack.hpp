@@ -15,8 +15,8 @@ struct ExchangeTable;
 /// One argument of a call: a view of the array's memory, and what keeps it alive.
 class Tensor {
  public:
-  /// `stream` is what the caller passed as stream=, None if nothing. Throws ArgumentError, which says `dtypes` where the
-  /// array's is one that no argument has.
+  /// `stream` is what the caller passed as stream=, None if nothing. Throws ArgumentError, which says `dtypes` where
+  /// the array's is one that no argument has.
   Tensor(char const* argument, nb::handle array, nb::handle stream,
          char const* dtypes = "float16, bfloat16, float32 or float64");
 

@@ -109,17 +109,17 @@ class BackwardTile {
       int const key0 = n * block_n_;
       int const keys = min_of(block_n_, tile.sequence(f_).keys() - key0);  // nothing beyond the sequence is touched
       auto const visible = [=](int r, int c) { return visible_keys[c].has(key0 + r); };
-      RowMajor<T> const k = load_block(at(f_.k, f_.k_stride, tile.entry.batch, tile.kv_head, key0), f_.k_stride.row, keys,
-                                       f_.head_dim, memory_ + layout_.block_x);
-      RowMajor<T> const v = load_block(at(f_.v, f_.v_stride, tile.entry.batch, tile.kv_head, key0), f_.v_stride.row, keys,
-                                       f_.head_dim_v, memory_ + layout_.block_y);
+      RowMajor<T> const k = load_block(at(f_.k, f_.k_stride, tile.entry.batch, tile.kv_head, key0), f_.k_stride.row,
+                                       keys, f_.head_dim, memory_ + layout_.block_x);
+      RowMajor<T> const v = load_block(at(f_.v, f_.v_stride, tile.entry.batch, tile.kv_head, key0), f_.v_stride.row,
+                                       keys, f_.head_dim_v, memory_ + layout_.block_y);
       compute_scores(k, v, keys, PerColumn<T>{lse}, PerColumn<T>{delta}, partial, visible);
       add_product(k, keys, f_.head_dim, layout_.ds, layout_.dx, partial, visible);  // dQ^T += K^T dS^T
       if (n > 0 && n % blocks_per_total == 0) dq.add();
     });
     dq.finish();
-    store_transposed(layout_.dx, f_.head_dim, dx_factor_.after, p_.dq, p_.dq_stride, tile.entry.batch, tile.head, tile.row0,
-                     tile.existing(f_));
+    store_transposed(layout_.dx, f_.head_dim, dx_factor_.after, p_.dq, p_.dq_stride, tile.entry.batch, tile.head,
+                     tile.row0, tile.existing(f_));
   }
 
   /// dK and dV of a tile of keys, summed over the query heads of the group.
@@ -142,8 +142,8 @@ class BackwardTile {
         auto const visible = [=, key0 = tile.row0](int r, int c) { return visible_keys[r].has(key0 + c); };
         RowMajor<T> const q = load_block(at(f_.q, f_.q_stride, tile.entry.batch, head, row0), f_.q_stride.row, rows,
                                          f_.head_dim, memory_ + layout_.block_x);
-        RowMajor<T> const dout = load_block(at(p_.dout, p_.dout_stride, tile.entry.batch, head, row0), p_.dout_stride.row,
-                                            rows, f_.head_dim_v, memory_ + layout_.block_y);
+        RowMajor<T> const dout = load_block(at(p_.dout, p_.dout_stride, tile.entry.batch, head, row0),
+                                            p_.dout_stride.row, rows, f_.head_dim_v, memory_ + layout_.block_y);
         int64_t const first = lse_offset(f_, tile.entry.batch, head) + row0;
         load_per_query(static_cast<T const*>(f_.lse) + first, log2_e<double>, rows, rows, lse);
         load_per_query(static_cast<T const*>(p_.delta) + first, dx_factor_.before, rows, rows, delta);

@@ -53,7 +53,8 @@ TileDeal deal_by_load(Sizes const& s, ForwardParams const& p) {
   deal.first_round = std::max(0, count - TileDeal::rounds);
   std::vector<int64_t> load(static_cast<std::size_t>(s.blocks), 0);
   auto const add = [&](int32_t block, TileRound const& round, int32_t turn) {
-    load[static_cast<std::size_t>(block)] += cost<Mask>(round.tile<typename Mask::Sequence>(p, turn, s.tile_rows), p, s.block_n);
+    load[static_cast<std::size_t>(block)] +=
+        cost<Mask>(round.tile<typename Mask::Sequence>(p, turn, s.tile_rows), p, s.block_n);
   };
 
   for (int32_t i = std::max(0, count - kept); i < deal.first_round; ++i) {
@@ -111,7 +112,8 @@ TileDeal const& deal_tiles(ForwardKernelId const& kernel, ForwardParams const& p
   // encoder and a decoder. Computing a deal takes as long as the rest of a call.
   thread_local Recent<Sizes, TileDeal, remembered_deals> deals;
   return deals.get(sizes, [&] {
-    return with_constant(kernel.features.mask, [&]<MaskKind mask>() { return deal_by_load<Mask<mask>>(sizes, without_lengths(p)); });
+    return with_constant(kernel.features.mask,
+                         [&]<MaskKind mask>() { return deal_by_load<Mask<mask>>(sizes, without_lengths(p)); });
   });
 }
 

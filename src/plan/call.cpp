@@ -59,7 +59,8 @@ void set_diagonals(CallOptions const& options, ForwardParams& p) {
   using Offset = std::numeric_limits<int32_t>;
   bool const move = has_lengths(options) && !options.diagonal;
   auto const held = [&](int64_t x) {
-    return static_cast<int32_t>(std::clamp<int64_t>(x, move ? Offset::min() : -p.seqlen_q, move ? Offset::max() : p.seqlen_k));
+    return static_cast<int32_t>(
+        std::clamp<int64_t>(x, move ? Offset::min() : -p.seqlen_q, move ? Offset::max() : p.seqlen_k));
   };
   p.causal_offset = held(last);
   p.window_offset = held(first);
@@ -88,7 +89,8 @@ void set_arrays(CallOptions const& options, DType dtype, Device device, ForwardP
     if (!float32 && sink->dtype != dtype) {
       throw ArgumentError("sink", std::string("dtype float32 or q's ") + name_of(dtype), name_of(sink->dtype));
     }
-    require_shape("sink", *sink, float32 ? ElementType::float32 : element_type(dtype), device, {p.heads}, "(heads,)", true);
+    require_shape("sink", *sink, float32 ? ElementType::float32 : element_type(dtype), device, {p.heads}, "(heads,)",
+                  true);
     p.sink.logits = sink->data;
     p.sink.float32 = float32;
   }

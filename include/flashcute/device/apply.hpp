@@ -1,5 +1,5 @@
-// Where a mask meets scores: how GPU kernels apply it to a block of them, in the forward (sm80 and Hopper's), where rows
-// are queries, and in the backward, where rows are queries or keys; and how the softmax of a tile's rows ends.
+// Where a mask meets scores: how GPU kernels apply it to a block of them, in the forward (sm80 and Hopper's), where
+// rows are queries, and in the backward, where rows are queries or keys; and how the softmax of a tile's rows ends.
 #pragma once
 
 #include "flashcute/device/fragment.hpp"
@@ -11,8 +11,7 @@ namespace flashcute {
 /// may be NaN. `query(i)` is the query of the thread's i-th row, `key` the key of its first column. L is the kernel's
 /// layout, which knows the distances between a thread's columns.
 template <class L, class Mask, class Scores, class Query>
-FLASHCUTE_DEVICE void apply_mask(Scores& scores, Query const& query, int key,
-                                 typename Mask::Sequence const& sequence) {
+FLASHCUTE_DEVICE void apply_mask(Scores& scores, Query const& query, int key, typename Mask::Sequence const& sequence) {
   auto s = by_row_and_column(scores);  // (row, column)
   constexpr int columns = decltype(cute::size<1>(s))::value;
   CUTE_UNROLL

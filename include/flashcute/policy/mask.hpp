@@ -153,8 +153,8 @@ struct Mask<MaskKind::causal> : PrefixMask<Mask<MaskKind::causal>> {
 };
 
 /// Keys i + first_diagonal <= j <= i + diagonal, without those that are neither before the prefix nor up to i +
-/// prefix_diagonal. What a row sees neither begins nor ends before what the row before sees. The sequence may be shorter
-/// than the tensors; what does not exist sees nothing and is not seen.
+/// prefix_diagonal. What a row sees neither begins nor ends before what the row before sees. The sequence may be
+/// shorter than the tensors; what does not exist sees nothing and is not seen.
 template <>
 struct Mask<MaskKind::band> {
   using Sequence = BatchSequence;

@@ -74,11 +74,21 @@ struct QueryTile {
   }
 
   /// The first row's element 0 in each tensor; for K and V, that of the sequence's first key.
-  FLASHCUTE_HD int64_t q_offset(ForwardParams const& p) const { return row_offset(p.q_stride, entry.batch, head, row0); }
-  FLASHCUTE_HD int64_t k_offset(ForwardParams const& p) const { return row_offset(p.k_stride, entry.batch, kv_head, 0); }
-  FLASHCUTE_HD int64_t v_offset(ForwardParams const& p) const { return row_offset(p.v_stride, entry.batch, kv_head, 0); }
-  FLASHCUTE_HD int64_t out_offset(ForwardParams const& p) const { return row_offset(p.out_stride, entry.batch, head, row0); }
-  FLASHCUTE_HD int64_t lse_offset(ForwardParams const& p) const { return flashcute::lse_offset(p, entry.batch, head) + row0; }
+  FLASHCUTE_HD int64_t q_offset(ForwardParams const& p) const {
+    return row_offset(p.q_stride, entry.batch, head, row0);
+  }
+  FLASHCUTE_HD int64_t k_offset(ForwardParams const& p) const {
+    return row_offset(p.k_stride, entry.batch, kv_head, 0);
+  }
+  FLASHCUTE_HD int64_t v_offset(ForwardParams const& p) const {
+    return row_offset(p.v_stride, entry.batch, kv_head, 0);
+  }
+  FLASHCUTE_HD int64_t out_offset(ForwardParams const& p) const {
+    return row_offset(p.out_stride, entry.batch, head, row0);
+  }
+  FLASHCUTE_HD int64_t lse_offset(ForwardParams const& p) const {
+    return flashcute::lse_offset(p, entry.batch, head) + row0;
+  }
 
   /// Offset of the block counts of the tile that these rows are, or are a part of. It is the same whether tiles are cut
   /// from the first row on or from the last.
@@ -106,10 +116,10 @@ struct KeyTile {
 
   static constexpr int64_t cache_bytes = 32 << 20;
 
-  /// Tile `index` of `count_key_tiles(p, block_keys)`. Under a causal mask the first keys are seen by the most queries, and long
-  /// tiles should start early: the first tiles of several heads come before the second tiles of these heads. The number
-  /// of heads is limited so that what their tiles read and write of the queries (Q, dO and the sums of dQ) fits in the
-  /// level 2 cache.
+  /// Tile `index` of `count_key_tiles(p, block_keys)`. Under a causal mask the first keys are seen by the most queries,
+  /// and long tiles should start early: the first tiles of several heads come before the second tiles of these heads.
+  /// The number of heads is limited so that what their tiles read and write of the queries (Q, dO and the sums of dQ)
+  /// fits in the level 2 cache.
   template <class Index>
   FLASHCUTE_HD static KeyTile at(ForwardParams const& p, Index index, int32_t block_keys) {
     auto const blocks = static_cast<Index>(ceil_div(p.seqlen_k, block_keys));
@@ -127,6 +137,5 @@ struct KeyTile {
     t.rows = min_of(block_keys, p.seqlen_k - t.row0);
     return t;
   }
-
 };
 }  // namespace flashcute

@@ -2,8 +2,8 @@
 // the alignment (masks, loads, stores) takes it from the sequence of its tile, not from the parameters of the launch:
 // those describe tensors, of which a sequence may fill a part.
 //
-// A sequence type has an `Entry`, what a tile keeps of its batch entry, and is made of one and the parameters. Each mask
-// says which type its kernels use.
+// A sequence type has an `Entry`, what a tile keeps of its batch entry, and is made of one and the parameters. Each
+// mask says which type its kernels use.
 #pragma once
 
 #include "flashcute/core/forward_params.hpp"
@@ -33,7 +33,8 @@ class UniformSequence {
   ForwardParams const& p_;
 };
 
-/// The sequence of one batch entry, whose lengths may lie in memory, and the band of keys that its queries see: i + first
+/// The sequence of one batch entry, whose lengths may lie in memory, and the band of keys that its queries see: i +
+/// first
 /// <= j <= i + last, without those that are neither before `prefix` nor up to i + prefix_last. A tile reads them once.
 class BatchSequence {
  public:

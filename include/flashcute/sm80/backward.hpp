@@ -97,7 +97,8 @@ struct TileGradients {
     auto const tile = Tile::at(f, block_index(), C.block_m);
     int const existing = tile.existing(f);
     load<SmemX>(Rows::of(f.q, f.q_stride, tile.entry.batch, tile.head), tile.row0, existing, f.head_dim, smem.x);
-    load<SmemY>(Rows::of(p.dout, p.dout_stride, tile.entry.batch, tile.head), tile.row0, existing, f.head_dim_v, smem.y);
+    load<SmemY>(Rows::of(p.dout, p.dout_stride, tile.entry.batch, tile.head), tile.row0, existing, f.head_dim_v,
+                smem.y);
     prepare_statistics(p, tile, smem);
 
     auto const range = Mask::kv_range(tile, f, C.block_n);
@@ -175,8 +176,8 @@ struct TileGradients {
     int64_t const y_stride = keys_stay ? p_.dout_stride.row : f.v_stride.row;
     int const row0 = at.block * C.block_n, rows = (keys_stay ? sequence().rows() : sequence().keys()) - row0;
     if (at.block == at.begin) {
-      Rows const x =
-          keys_stay ? Rows::of(f.q, f.q_stride, tile_.entry.batch, at.head) : Rows::of(f.k, f.k_stride, tile_.entry.batch, at.head);
+      Rows const x = keys_stay ? Rows::of(f.q, f.q_stride, tile_.entry.batch, at.head)
+                               : Rows::of(f.k, f.k_stride, tile_.entry.batch, at.head);
       Rows const y = keys_stay ? Rows::of(p_.dout, p_.dout_stride, tile_.entry.batch, at.head)
                                : Rows::of(f.v, f.v_stride, tile_.entry.batch, at.head);
       next_x_ = TileCopy<C, SmemBlockX>::first(x.first + row0 * x_stride, x_stride);
@@ -446,8 +447,8 @@ struct TileGradients {
                        : Mask::visible(tile_.row0 + row, other, sequence());
     };
     for (int head = first_head; head < first_head + heads; ++head) {
-      Rows const x =
-          keys_stay ? Rows::of(f.q, f.q_stride, tile_.entry.batch, head) : Rows::of(f.k, f.k_stride, tile_.entry.batch, head);
+      Rows const x = keys_stay ? Rows::of(f.q, f.q_stride, tile_.entry.batch, head)
+                               : Rows::of(f.k, f.k_stride, tile_.entry.batch, head);
       flashcute::add_dropped<C, SmemX>(x, others, rows, f.head_dim, smem_.x, sees);
       if constexpr (keys_stay) {
         Rows const y = Rows::of(p_.dout, p_.dout_stride, tile_.entry.batch, head);

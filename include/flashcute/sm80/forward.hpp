@@ -25,7 +25,8 @@ struct ForwardPass {
   using P = Products<C>;
   using Mask = flashcute::Mask<Id.features.mask>;
   using Tile = QueryTile<typename Mask::Sequence>;
-  using Softmax = OnlineSoftmax<L::rows_per_thread, F.optimized_softmax, F.rescale_threshold, takes_sink(Id.features.mask)>;
+  using Softmax =
+      OnlineSoftmax<L::rows_per_thread, F.optimized_softmax, F.rescale_threshold, takes_sink(Id.features.mask)>;
 
   FLASHCUTE_DEVICE static void run(ForwardParams const& p, typename L::SharedStorage& smem) {
     using namespace cute;

@@ -30,7 +30,8 @@ class Consumer {
   using Tile = QueryTile<typename Mask::Sequence>;
   using L = ForwardLayout<C, Mask>;
   using P = Products<C>;
-  using Softmax = OnlineSoftmax<L::rows_per_thread, C.optimized_softmax, C.rescale_threshold, takes_sink(Id.features.mask)>;
+  using Softmax =
+      OnlineSoftmax<L::rows_per_thread, C.optimized_softmax, C.rescale_threshold, takes_sink(Id.features.mask)>;
   using Storage = typename L::SharedStorage;
 
  public:
@@ -407,10 +408,10 @@ class Consumer {
   int const warpgroup_;
   Tiles<C, Mask> tiles_;
   Turns<L::first_turn_barrier, L::warpgroups, C.pingpong> const turns_;
-  Range range_;  // blocks that the warpgroup's rows see
-  int skipped_;  // blocks of keys before these that only other rows of the tile see
+  Range range_;        // blocks that the warpgroup's rows see
+  int skipped_;        // blocks of keys before these that only other rows of the tile see
   int left_over_ = 0;  // and blocks after them; only of a mask with two edges
-  bool absent_;  // the warpgroup has no rows in the tile, or they see no key
+  bool absent_;        // the warpgroup has no rows in the tile, or they see no key
   Sums sums_;
   Scores s_;    // (MMA, MMA_M, MMA_N)
   Output o_;    // (MMA, MMA_M, MMA_DV)

@@ -77,7 +77,8 @@ struct ForwardPass {
     auto const per_head = static_cast<uint32_t>(ceil_div(p.seqlen_q, L::tile_rows));
     for (int64_t i = block_index(); i < count; i += block_count()) {
       auto const index = static_cast<uint32_t>(i);
-      auto const tile = sm90_tile<UniformSequence>(p, index / per_head, static_cast<int>(index % per_head), L::tile_rows);
+      auto const tile =
+          sm90_tile<UniformSequence>(p, index / per_head, static_cast<int>(index % per_head), L::tile_rows);
       if (!Mask::kv_range(tile, p, C.block_n).empty()) continue;
       store_empty<C, Mask>(p, tile, static_cast<int>(thread_index()) % 32, 32);
       if (thread_index() == 0) store_counts<Id>({}, p, tile);

@@ -109,8 +109,8 @@ class Loader {
         part.range.end = max_of(part.range.end, range.end - most);
         part.range.begin = min_of(min_of(part.range.begin, range.begin + most), part.range.end - 1);
       } else {
-        // At least one block, so that all warpgroups run the same loop. And a warpgroup skips at most stages - 1 blocks,
-        // the stages that are free while the last V of the tile before still occupies one.
+        // At least one block, so that all warpgroups run the same loop. And a warpgroup skips at most stages - 1
+        // blocks, the stages that are free while the last V of the tile before still occupies one.
         part.range.end = max_of(max_of(part.range.end, range.begin + 1), range.end - (C.stages - 1));
       }
     }

@@ -126,7 +126,8 @@ struct Shape {
   Order order = Order::bshd;
   std::optional<int> causal_offset{};  // default: bottom-right
   int window_offset = 0;               // of the band
-  // Of the band: lengths of each batch entry, with whose ends the offsets move if `from_end`; prefix; sink of each head.
+  // Of the band: lengths of each batch entry, with whose ends the offsets move if `from_end`; prefix; sink of each
+  // head.
   std::vector<int> seqlens_q{}, seqlens_k{};
   bool from_end = false;
   std::optional<int> prefix{};

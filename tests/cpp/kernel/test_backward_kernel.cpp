@@ -183,8 +183,9 @@ class BackwardProblem {
   void run_pass(BackwardParams const& p, uint64_t seed) {
     constexpr BackwardKernelId id = kernel_of(B, Pass, {Kind});
     using Kernel = BackwardKernel<id>;
-    int64_t const blocks =
-        Pass == BackwardPass::sink ? s_.heads : keys_stay(Pass) ? count_key_tiles(p.forward, B.block_n) : count_query_tiles(p.forward, B.block_m);
+    int64_t const blocks = Pass == BackwardPass::sink ? s_.heads
+                           : keys_stay(Pass)          ? count_key_tiles(p.forward, B.block_n)
+                                                      : count_query_tiles(p.forward, B.block_m);
     for (uint32_t block = 0; block < blocks; ++block) {
       GlobalMemory memory;
       if (Pass == BackwardPass::sink) {

@@ -80,8 +80,17 @@ TEST(ForwardKernel, NanBesideAWindow) {
 TEST(ForwardKernel, ShortSequences) {
   for (bool from_end : {false, true}) {
     for (int first : {-200, 0}) {
-      Shape const s{.sq = 70, .sk = 75, .d = 64, .d_v = 48, .batch = 6, .heads = 2, .kv_heads = 1, .causal_offset = 5,
-                    .window_offset = first, .seqlens_q = {70, 33, 1, 0, 64, 20}, .seqlens_k = {75, 75, 40, 9, 0, 1},
+      Shape const s{.sq = 70,
+                    .sk = 75,
+                    .d = 64,
+                    .d_v = 48,
+                    .batch = 6,
+                    .heads = 2,
+                    .kv_heads = 1,
+                    .causal_offset = 5,
+                    .window_offset = first,
+                    .seqlens_q = {70, 33, 1, 0, 64, 20},
+                    .seqlens_k = {75, 75, 40, 9, 0, 1},
                     .from_end = from_end};
       Problem problem(small_band, s);
       problem.poison_absent();
@@ -92,14 +101,27 @@ TEST(ForwardKernel, ShortSequences) {
 
 TEST(ForwardKernel, PrefixesAndSinks) {
   for (int prefix : {0, 1, 40, 100}) {
-    check<small_band>({.sq = 70, .sk = 75, .d = 64, .causal_offset = 1000, .window_offset = -1000, .prefix = prefix,
+    check<small_band>({.sq = 70,
+                       .sk = 75,
+                       .d = 64,
+                       .causal_offset = 1000,
+                       .window_offset = -1000,
+                       .prefix = prefix,
                        .prefix_offset = 5});
-    check<small_band>({.sq = 70, .sk = 75, .d = 64, .causal_offset = 15, .window_offset = -25, .prefix = prefix,
-                       .prefix_offset = 5});
+    check<small_band>(
+        {.sq = 70, .sk = 75, .d = 64, .causal_offset = 15, .window_offset = -25, .prefix = prefix, .prefix_offset = 5});
   }
   float const inf32 = std::numeric_limits<float>::infinity();
-  Shape const s{.sq = 40, .sk = 50, .d = 64, .batch = 2, .heads = 8, .kv_heads = 8, .causal_offset = -20,
-                .window_offset = -30, .seqlens_q = {40, 30}, .seqlens_k = {50, 0},
+  Shape const s{.sq = 40,
+                .sk = 50,
+                .d = 64,
+                .batch = 2,
+                .heads = 8,
+                .kv_heads = 8,
+                .causal_offset = -20,
+                .window_offset = -30,
+                .seqlens_q = {40, 30},
+                .seqlens_k = {50, 0},
                 .sink = {0, 100, -100, -inf32, 3, -3, 88, -88}};
   check<small_band>(s);
   check<serial_band>(s);

@@ -234,13 +234,31 @@ TEST(Sm90Kernel, ShortSequences) {
 
 TEST(Sm90Kernel, PrefixesAndSinks) {
   for (int prefix : {0, 1, 100, 300}) {
-    check_sm90<band(narrow)>({.sq = 260, .sk = 270, .d = 64, .causal_offset = 1000, .window_offset = -1000,
-                              .prefix = prefix, .prefix_offset = 10}, 1);
-    check_sm90<band(ahead)>({.sq = 260, .sk = 270, .d = 64, .causal_offset = 75, .window_offset = -60,
-                             .prefix = prefix, .prefix_offset = 10}, 1);
+    check_sm90<band(narrow)>({.sq = 260,
+                              .sk = 270,
+                              .d = 64,
+                              .causal_offset = 1000,
+                              .window_offset = -1000,
+                              .prefix = prefix,
+                              .prefix_offset = 10},
+                             1);
+    check_sm90<band(ahead)>({.sq = 260,
+                             .sk = 270,
+                             .d = 64,
+                             .causal_offset = 75,
+                             .window_offset = -60,
+                             .prefix = prefix,
+                             .prefix_offset = 10},
+                            1);
   }
   float const inf32 = std::numeric_limits<float>::infinity();
-  Shape const s{.sq = 140, .sk = 90, .d = 64, .heads = 8, .kv_heads = 8, .causal_offset = -50, .window_offset = -70,
+  Shape const s{.sq = 140,
+                .sk = 90,
+                .d = 64,
+                .heads = 8,
+                .kv_heads = 8,
+                .causal_offset = -50,
+                .window_offset = -70,
                 .sink = {0, 100, -100, -inf32, 3, -3, 88, -88}};
   check_sm90<band(narrow)>(s, 1);
   check_sm90<band(ahead)>(s, 1);

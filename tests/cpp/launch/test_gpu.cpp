@@ -324,8 +324,8 @@ class GpuBackward : public ::testing::TestWithParam<Shape> {
 
     DeviceMemory const gq(q), gk(k), gv(v), go(out), gdout(dout), glse(lse), gdlse(dlse);
     auto const run_on_gpu = [&] {
-      DeviceMemory const dq(q.size() * sizeof(Element)), dk(k.size() * sizeof(Element)),
-          dv(v.size() * sizeof(Element)), dsink(expected_dsink.size() * sizeof(float));  // 0xff: NaN
+      DeviceMemory const dq(q.size() * sizeof(Element)), dk(k.size() * sizeof(Element)), dv(v.size() * sizeof(Element)),
+          dsink(expected_dsink.size() * sizeof(float));  // 0xff: NaN
       run({DeviceType::cuda, 0}, gq.data(), gk.data(), gv.data(), go.data(), gdout.data(), glse.data(), gdlse.data(),
           dq.data(), dk.data(), dv.data(), dsink.data());
       if (band) {

@@ -67,7 +67,8 @@ struct Problem {
       int32_t index = 0;
       for (TileRound round; rounds.next(round); ++index) {
         int32_t const turn = deal.turn(index, round, block, blocks);
-        if (turn < round.count) all[static_cast<std::size_t>(block)].push_back(round.tile<UniformSequence>(params, turn, tile_rows(c)));
+        if (turn < round.count)
+          all[static_cast<std::size_t>(block)].push_back(round.tile<UniformSequence>(params, turn, tile_rows(c)));
       }
     }
     return all;
@@ -78,7 +79,8 @@ void expect_each_tile_once(Problem const& problem) {
   std::set<std::tuple<int32_t, int32_t, int32_t>> seen;
   for (auto const& tiles : problem.tiles(deal_tiles(problem.kernel, problem.params, problem.blocks))) {
     for (Queries const& t : tiles) {
-      EXPECT_TRUE(t.entry.batch >= 0 && t.entry.batch < problem.params.batch && t.head >= 0 && t.head < problem.params.heads);
+      EXPECT_TRUE(t.entry.batch >= 0 && t.entry.batch < problem.params.batch && t.head >= 0 &&
+                  t.head < problem.params.heads);
       EXPECT_TRUE(t.row0 >= 0 && t.rows > 0 && t.row0 + t.rows <= problem.params.seqlen_q);
       EXPECT_TRUE(seen.emplace(t.entry.batch, t.head, t.row0).second) << "twice: head " << t.head << ", row " << t.row0;
     }

@@ -41,8 +41,7 @@ bool sees(MaskKind kind, int32_t q, int32_t k, ForwardParams const& p) {
   return definition::sees(
       kind, q, k,
       {keys, p.causal_offset + shift, p.window_offset + shift, kind == MaskKind::band ? rows : INT64_MAX,
-       s.prefixes != nullptr ? *s.prefixes : s.prefix,
-       s.prefix_offset + shift});
+       s.prefixes != nullptr ? *s.prefixes : s.prefix, s.prefix_offset + shift});
 }
 
 /// A loop that asks the range for one block after another visits the same blocks in the same order, and knows how many
@@ -241,8 +240,8 @@ TEST(Mask, QueryRangesAgreeWithElementVisibility) {
   }
 }
 
-// Sequences shorter than their tensors, and prefixes: guards against blocks and elements taken from the tensors' lengths,
-// and against a prefix that a window does not cut.
+// Sequences shorter than their tensors, and prefixes: guards against blocks and elements taken from the tensors'
+// lengths, and against a prefix that a window does not cut.
 TEST(Mask, RangesOfShortSequencesAndPrefixes) {
   std::mt19937 random(3);
   auto const from_to = [&](int32_t low, int32_t high) { return std::uniform_int_distribution(low, high)(random); };
@@ -304,7 +303,8 @@ void expect_bits(int32_t q, int32_t key0, ForwardParams const& p) {
     uint32_t const bits = Mask<Kind>::seen(q, key0, s).template bits<Columns>(first);
     for (int32_t bit = 0; bit < 32; ++bit) {
       int32_t const k = key0 + Columns::distance(first + bit);
-      ASSERT_EQ(bits >> bit & 1, sees(Kind, counted<Kind>(q, p), k, p)) << "query " << q << ", key " << k << ", column " << first + bit;
+      ASSERT_EQ(bits >> bit & 1, sees(Kind, counted<Kind>(q, p), k, p))
+          << "query " << q << ", key " << k << ", column " << first + bit;
     }
   }
 }
@@ -325,7 +325,8 @@ void check_seen(std::mt19937& random) {
   for (int32_t i = 0; i < 40; ++i) {
     for (int32_t j = 0; j < 40; ++j) {
       bool const visible = sees(Kind, q0 + i, key0 + j, p);
-      ASSERT_EQ(Mask<Kind>::seen(q0 + i, key0, s).at(j), sees(Kind, counted<Kind>(q0 + i, p), key0 + j, p)) << "query " << q0 + i << ", key " << key0 + j;
+      ASSERT_EQ(Mask<Kind>::seen(q0 + i, key0, s).at(j), sees(Kind, counted<Kind>(q0 + i, p), key0 + j, p))
+          << "query " << q0 + i << ", key " << key0 + j;
       ASSERT_EQ(seen_by.at(i, j), q0 + i < sq && visible) << "query " << q0 + i << ", key " << key0 + j;
     }
   }
@@ -365,7 +366,8 @@ TEST(KeyTile, TilesCoverEveryKeyOnce) {
     for (int64_t i = 0; i < count_key_tiles(p, 16); ++i) {
       auto const tile = KeyTile<UniformSequence>::at(p, i, 16);
       EXPECT_GE(tile.rows, 1);
-      for (int32_t r = 0; r < tile.rows; ++r) EXPECT_TRUE(keys.emplace(tile.entry.batch, tile.kv_head, tile.row0 + r).second);
+      for (int32_t r = 0; r < tile.rows; ++r)
+        EXPECT_TRUE(keys.emplace(tile.entry.batch, tile.kv_head, tile.row0 + r).second);
     }
     EXPECT_EQ(keys.size(), static_cast<size_t>(p.batch) * p.kv_heads * sk);
   }
@@ -412,7 +414,8 @@ TEST(QueryTile, TilesCoverEveryRowOnce) {
       auto const tile = QueryTile<UniformSequence>::at(p, i, 16);
       EXPECT_EQ(tile.kv_head, tile.head / 3);
       EXPECT_GE(tile.rows, 1);
-      for (int32_t r = 0; r < tile.rows; ++r) EXPECT_TRUE(rows.emplace(tile.entry.batch, tile.head, tile.row0 + r).second);
+      for (int32_t r = 0; r < tile.rows; ++r)
+        EXPECT_TRUE(rows.emplace(tile.entry.batch, tile.head, tile.row0 + r).second);
       // A GPU computes the same with its 32-bit block index.
       auto const same = QueryTile<UniformSequence>::at(p, static_cast<uint32_t>(i), 16);
       EXPECT_EQ(same.row0, tile.row0);
