@@ -62,8 +62,8 @@ struct CallOptions {
   std::optional<int64_t> window_left, window_right;
   // Of each batch entry, how many of its queries and of its keys exist: int32 (batch,), contiguous, on the tensors'
   // device; null: all. Numbers below 0 count as 0, those above the tensor's length as that. A query that does not exist
-  // has output 0, LSE -inf and gradient 0; a key that does not exist is not read, and its gradients are 0. A diagonal
-  // that is not given is the difference of these lengths.
+  // has output 0, LSE -inf and gradient 0; a key that does not exist changes nothing, whatever it holds, and its
+  // gradients are 0. A diagonal that is not given is the difference of these lengths.
   TensorView const *seqlens_q = nullptr, *seqlens_k = nullptr;
   // With causal: the keys before this number are visible to every query, as far as the window reaches. One number >= 0
   // for all batch entries, or int32 (batch,), contiguous, on the tensors' device.

@@ -1,7 +1,7 @@
 // The backward pass of one tile, compiled once per instruction set as forward_impl.hpp is, in two passes: one over
-// tiles of queries for dQ, one over tiles of keys for dK and dV, and one over heads for the gradients of sinks. Each of
-// the first two recomputes P from the LSE. So one task sums every
-// element of a gradient, in one order: the result does not depend on the number of threads.
+// tiles of queries for dQ, one over tiles of keys for dK and dV. (The gradients of sinks are a third, over heads.) Each
+// of the two recomputes P from the LSE. So one task sums every element of a gradient, in one order: the result does not
+// depend on the number of threads.
 //
 //     P = exp(scale Q K^T - LSE)     dS = P * (dO V^T - delta)     delta = rowsum(dO * O) - dLSE
 //     dQ = scale dS K                dK = scale dS^T Q             dV = P^T dO
@@ -291,7 +291,7 @@ class BackwardTile {
 
 /// The gradient of a head's sink: -sum(exp(sink - LSE) delta), in the order of its queries.
 template <DType dtype>
-void sink_gradient(BackwardConfig const&, MaskFunctions const&, BackwardParams const& p, int64_t head, void*) {
+void sink_gradient(BackwardConfig const&, MaskFunctions const& mask, BackwardParams const& p, int64_t head, void*) {
   using Element = typename ElementOf<dtype>::type;
   using T = typename ElementOf<dtype>::Accumulator;
   ForwardParams const& f = p.forward;
@@ -299,17 +299,25 @@ void sink_gradient(BackwardConfig const&, MaskFunctions const&, BackwardParams c
   double sum = 0;
   for (int batch = 0; batch < f.batch; ++batch) {
     int64_t const first = lse_offset(f, batch, static_cast<int>(head));
-    for (int64_t i = first; i < first + f.seqlen_q; ++i) {
-      auto const lse = static_cast<double>(static_cast<T const*>(f.lse)[i]);
-      // Below every number: the query does not exist, or it sees nothing and the sink is none.
+    BatchSequence const sequence(f, BatchSequence::Entry::of(f, batch));
+    for (int i = 0; i < sequence.rows(); ++i) {
+      auto const lse = static_cast<double>(static_cast<T const*>(f.lse)[first + i]);
+      // Below every number: all scores that the query sees are, or the sink is none.
       if (lse == -__builtin_inf() || sink == -__builtin_inf()) continue;
-      sum += __builtin_exp(sink - lse) * static_cast<double>(static_cast<T const*>(p.delta)[i]);
+      auto delta = static_cast<double>(static_cast<T const*>(p.delta)[first + i]);
+      RowRange keys;
+      mask.keys_of_queries(i, 1, sequence, &keys);
+      if (keys.empty()) {  // whatever dO is
+        int64_t const at = row_offset(p.dlse_stride, batch, head, i);
+        delta = p.dlse == nullptr ? 0 : -static_cast<double>(static_cast<T const*>(p.dlse)[at]);
+      }
+      sum -= __builtin_exp(sink - lse) * delta;
     }
   }
   if (f.sink.float32) {
-    static_cast<float*>(p.dsink)[head] = static_cast<float>(-sum);
+    static_cast<float*>(p.dsink)[head] = static_cast<float>(sum);
   } else {
-    from_float(static_cast<T>(-sum), static_cast<Element*>(p.dsink)[head]);
+    from_float(static_cast<T>(sum), static_cast<Element*>(p.dsink)[head]);
   }
 }
 

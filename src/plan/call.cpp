@@ -68,11 +68,21 @@ void set_diagonals(CallOptions const& options, ForwardParams& p) {
   p.sequences.from_end = !options.diagonal;
 }
 
+/// Throws unless the elements of an array can be read one by one.
+void require_memory(char const* argument, TensorView const& t) {
+  auto const address = reinterpret_cast<std::uintptr_t>(t.data);
+  auto const size = static_cast<std::uintptr_t>(size_of(t.dtype));
+  if (t.shape[0] == 0 || (t.data != nullptr && address % size == 0)) return;
+  throw ArgumentError(argument, "an address that is a multiple of " + std::to_string(size) + " bytes",
+                      t.data == nullptr ? "none" : "one " + std::to_string(address % size) + " bytes past it");
+}
+
 /// What lies in memory beside q, k and v.
 void set_arrays(CallOptions const& options, DType dtype, Device device, ForwardParams& p) {
   auto const per_batch = [&](char const* argument, TensorView const* t) -> int32_t const* {
     if (t == nullptr) return nullptr;
     require_shape(argument, *t, ElementType::int32, device, {p.batch}, "(batch,)", true);
+    require_memory(argument, *t);
     return static_cast<int32_t const*>(t->data);
   };
   p.sequences.seqlens_q = per_batch("seqlens_q", options.seqlens_q);
@@ -91,6 +101,7 @@ void set_arrays(CallOptions const& options, DType dtype, Device device, ForwardP
     }
     require_shape("sink", *sink, float32 ? ElementType::float32 : element_type(dtype), device, {p.heads}, "(heads,)",
                   true);
+    require_memory("sink", *sink);
     p.sink.logits = sink->data;
     p.sink.float32 = float32;
   }
@@ -133,10 +144,8 @@ ForwardParams checked_params(Operand const& q, Operand const& k, Operand const& 
   p.seqlen_k = static_cast<int32_t>(nk.row);
   p.head_dim = static_cast<int32_t>(nq.d);
   p.head_dim_v = static_cast<int32_t>(nv.d);
-  if (int64_t const sum = nq.row + nk.row; sum > std::numeric_limits<int32_t>::max() && !options_are_plain(options)) {
-    throw ArgumentError("k", "a seqlen that together with q's is at most 2147483647 with these options",
-                        std::to_string(sum));
-  }
+  if (!options_are_plain(options))
+    require_length("k", "with these options a seqlen that is, with q's,", nq.row + nk.row);
   set_diagonals(options, p);
   set_arrays(options, dtype, q.view->device, p);
   return p;

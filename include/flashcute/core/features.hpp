@@ -15,7 +15,7 @@ struct Features {
 /// Whether the softmax of a mask's kernels may include a sink.
 constexpr bool takes_sink(MaskKind mask) { return mask == MaskKind::band; }
 
-/// Which passes read a feature: the forward alone, or every pass that computes scores.
+/// Which passes read a feature: the forward alone, or every pass that computes scores or asks who sees what.
 enum class Readers : uint8_t { forward, scores };
 
 constexpr bool reads(SinglePass, Readers) { return true; }
@@ -24,10 +24,10 @@ constexpr bool reads(BackwardPass pass, Readers readers) {
   switch (pass) {
     case BackwardPass::queries:
     case BackwardPass::keys:
-    case BackwardPass::gradients: return true;
+    case BackwardPass::gradients:
+    case BackwardPass::sink: return true;
     case BackwardPass::prepare:
-    case BackwardPass::finish:
-    case BackwardPass::sink: return false;
+    case BackwardPass::finish: return false;
   }
   return true;
 }

@@ -53,10 +53,13 @@ struct FinishGradients {
 };
 
 /// The gradient of a query head's sink: -sum(exp(sink - LSE) delta) over all its queries. One thread block computes it,
-/// so that the terms are added in the same order in every run.
+/// so that the terms are added in the same order in every run. Of a query that sees no key, delta is -dLSE, whatever dO
+/// is.
 template <BackwardKernelId Id>
 struct SinkGradient {
-  static_assert(has_only<>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
+  static_assert(has_only<&Features::mask>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
+  using Mask = flashcute::Mask<Id.features.mask>;
+  using Sequence = typename Mask::Sequence;
   using Element = typename TileLayout<tile_of(Id.config, Id.pass)>::Element;
 
   static constexpr int threads = num_threads(Id);
@@ -73,11 +76,19 @@ struct SinkGradient {
     float sum = 0;
     for (int batch = 0; batch < f.batch; ++batch) {
       auto const first = lse_offset(f, batch, head);
-      for (int i = thread_index(); i < f.seqlen_q; i += threads) {
+      Sequence const sequence(f, Sequence::Entry::of(f, batch));
+      for (int i = thread_index(); i < sequence.rows(); i += threads) {
         float const lse = global_load<float>(static_cast<float const*>(f.lse) + first + i);
-        // Below every number: the query does not exist, or it sees nothing and the sink is none.
+        // Below every number: all scores that the query sees are, or the sink is none.
         if (lse == -infinity || sink == -infinity) continue;
-        sum += expf(sink - lse) * global_load<float>(static_cast<float const*>(p.delta) + first + i);
+        float delta = global_load<float>(static_cast<float const*>(p.delta) + first + i);
+        if (Mask::empty_row(i, sequence)) {
+          delta = 0.f;
+          if (p.dlse != nullptr) {
+            delta -= global_load<float>(static_cast<float const*>(p.dlse) + row_offset(p.dlse_stride, batch, head, i));
+          }
+        }
+        sum -= expf(sink - lse) * delta;
       }
     }
     CUTE_UNROLL
@@ -87,7 +98,7 @@ struct SinkGradient {
     block_sync();  // the sums of all warps are in shared memory
     if (thread_index() != 0) return;
     float total = 0;
-    for (int i = 0; i < Id.config.num_warps; ++i) total -= shared_load<float>(&smem.sum[i]);
+    for (int i = 0; i < Id.config.num_warps; ++i) total += shared_load<float>(&smem.sum[i]);
     if (f.sink.float32) {
       global_store(static_cast<float*>(p.dsink) + head, total);
     } else {

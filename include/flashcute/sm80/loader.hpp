@@ -27,7 +27,7 @@ class ForwardLoader {
                                  typename L::SharedStorage& smem)
       : p_(p), tile_(tile), smem_(smem), range_(range) {
     auto const q = CopyQ::first(static_cast<Element const*>(p.q) + tile.q_offset(p), p.q_stride.row);
-    CopyQ::load(q, p.q_stride.row, tile.rows, p.head_dim, smem_.q, std_::true_type{});
+    CopyQ::load(q, p.q_stride.row, tile.existing(p), p.head_dim, smem_.q, std_::true_type{});
 
     // If the range is empty, and after its first block, these may point outside the tensor, as the last rows of a
     // partial block do: such addresses are computed but never read.

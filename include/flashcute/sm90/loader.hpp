@@ -102,12 +102,13 @@ class Loader {
       part.range = Mask::kv_range(part.rows, p_.forward, C.block_n);
       if constexpr (Mask::two_edges) {
         // A warpgroup passes over blocks after its own, and over some before those of the next tile, while its last V
-        // still occupies a stage: at most `stages` in all, because the next K that it waits for comes after the V of
-        // all but one of them.
-        constexpr int most = max_of(C.stages / 2, 1);
+        // still occupies a stage. The K after n such blocks comes after the V of n - 1 of them. With turns one more:
+        // its turn for that K comes after that of the warpgroup before, which first waits for the V of the block
+        // before.
+        constexpr int most = C.pingpong ? C.stages - 1 : C.stages, after = most / 2, before = most - after;
         if (part.range.empty()) part.range = range;  // at least one block, so that all warpgroups run the same loop
-        part.range.end = max_of(part.range.end, range.end - most);
-        part.range.begin = min_of(min_of(part.range.begin, range.begin + most), part.range.end - 1);
+        part.range.end = max_of(part.range.end, range.end - before);
+        part.range.begin = min_of(min_of(part.range.begin, range.begin + after), part.range.end - 1);
       } else {
         // At least one block, so that all warpgroups run the same loop. And a warpgroup skips at most stages - 1
         // blocks, the stages that are free while the last V of the tile before still occupies one.

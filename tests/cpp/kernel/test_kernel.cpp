@@ -99,6 +99,20 @@ TEST(ForwardKernel, ShortSequences) {
   }
 }
 
+// Guards against NaN in rows that do not exist that sends a whole tile to the exact products, whose sums have another
+// order.
+TEST(ForwardKernel, AbsentRowsChangeNoBit) {
+  constexpr ForwardKernelId f32_band =
+      kernel_of(ForwardConfig{.dtype = f32, .head_dim = 32, .block_m = 64, .block_n = 32, .math = Math::tf32x3},
+                {.mask = MaskKind::band, .count_blocks = true});
+  Shape const s{.sq = 50, .sk = 60, .d = 32, .causal_offset = 10, .window_offset = -40, .seqlens_q = {30}};
+  Problem clean(f32_band, s), poisoned(f32_band, s);
+  poisoned.poison_absent();
+  check<f32_band>(clean);
+  check<f32_band>(poisoned);
+  EXPECT_EQ(clean.out.bytes(), poisoned.out.bytes());
+}
+
 TEST(ForwardKernel, PrefixesAndSinks) {
   for (int prefix : {0, 1, 40, 100}) {
     check<small_band>({.sq = 70,

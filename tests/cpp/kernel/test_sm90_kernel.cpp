@@ -232,6 +232,25 @@ TEST(Sm90Kernel, ShortSequences) {
   check_short_sequences<wide>();
 }
 
+// Guards against rings that block: a warpgroup that passes over the last blocks of a tile and the first of the next
+// waits for its turn, and the warpgroup before it for a V that has no place. Rings of an even number of stages, one
+// thread block, so that such tiles follow each other.
+TEST(Sm90Kernel, WindowsWhereWarpgroupsTakeTurns) {
+  constexpr ForwardConfig two =
+      hopper({.dtype = bf16, .head_dim = 64, .block_m = 128, .block_n = 64, .num_warps = 8, .stages = 2});
+  constexpr ForwardConfig four =
+      hopper({.dtype = bf16, .head_dim = 64, .block_m = 128, .block_n = 32, .num_warps = 8, .stages = 4});
+  constexpr ForwardConfig three_warpgroups =
+      hopper({.dtype = bf16, .head_dim = 64, .block_m = 192, .block_n = 32, .num_warps = 12, .stages = 2});
+  for (int left : {70, 130}) {
+    Shape const s{.sq = 640, .sk = 640, .d = 64, .causal_offset = 0, .window_offset = -left};
+    check_sm90<band(two)>(s, 3, 1);
+    check_sm90<band(four)>(s, 3, 1);
+    check_sm90<band(three_warpgroups)>(s, 3, 1);
+  }
+  check_sm90<band(wide)>({.sq = 704, .sk = 704, .d = 128, .causal_offset = 0, .window_offset = -70}, 2, 1);
+}
+
 TEST(Sm90Kernel, PrefixesAndSinks) {
   for (int prefix : {0, 1, 100, 300}) {
     check_sm90<band(narrow)>({.sq = 260,

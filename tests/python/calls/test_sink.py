@@ -251,3 +251,21 @@ def test_sinks_reach_every_call(call: str) -> None:
     says = r"sink: expected .*\(heads,\) = "
     require_refused(call, every_call(q)[call], {"sink": np.ones(3, np.float32)}, says)
     every_call(q)[call](sink=np.ones(2, np.float32))
+
+
+@needs_torch
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_nan_gradient_of_a_row_without_a_key(device: str) -> None:
+    """0 * NaN: the output of a row that sees no key is 0 whatever the sink is, so its gradient does not reach it."""
+    lengths = torch.tensor([0, 7], dtype=torch.int32, device=device)
+    q, k, v, dout = (torch.randn(2, n, 2, 16, device=device) for n in (5, 7, 7, 5))
+    sink = torch.randn(2, device=device)
+    grads = []
+    for poison in (0.0, NAN):
+        dout[0, 2] = poison
+        leaf = sink.clone().requires_grad_()
+        out, lse = fc.flash_attention(q, k, v, seqlens_k=lengths, sink=leaf, return_lse=True)
+        torch.autograd.backward([out, lse], [dout, torch.ones_like(lse)])
+        grads.append(leaf.grad)
+    assert torch.isfinite(grads[0]).all()
+    assert torch.equal(grads[0], grads[1])
