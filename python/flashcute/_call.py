@@ -202,14 +202,12 @@ def checked_prefix(prefix: object, causal: object) -> tuple[int | None, Array | 
     if not causal:
         raise ArgumentError(f"prefix: expected causal=True with it, got causal={causal!r}")
     value: Any = prefix
-    if (
-        type(prefix).__name__ == "SymInt"
-    ):  # a symbol stays one, as of a diagonal; the library checks its value
+    # A symbol stays one, as of a diagonal; the library checks its value.
+    if type(prefix).__name__ == "SymInt":
         return value, None
     if type(prefix) is not int:
-        if hasattr(
-            prefix, "__dlpack__"
-        ):  # also of no dimensions: its value is not read on the host
+        # An array, also one without dimensions: its value is not read on the host.
+        if hasattr(prefix, "__dlpack__"):
             return None, prefix
         try:
             value = index_of(prefix)

@@ -72,7 +72,7 @@ class Consumer {
       }
       sums_ = Sums{p_};
       skip_keys();
-      skip_values();
+      skip_values(skipped_);
       for (int n = range_.first(); range_.left(n) > 0; n = range_.next(n)) {
         begin_scores(s_);
         P::template finish<0>(s_);
@@ -109,7 +109,7 @@ class Consumer {
       Sums finished = sums_;
       while (true) {
         first_softmax(next);
-        skip_values();
+        skip_values(skipped_);
         tiles_.await_value();
         fresh_ = true;
         replace(probabilities, next);
@@ -303,9 +303,9 @@ class Consumer {
     for (int i = 1; i <= skipped_; ++i) skip_key(range_.end + skipped_ - i);
   }
 
-  FLASHCUTE_DEVICE void skip_values() {
+  FLASHCUTE_DEVICE void skip_values(int count) {
 #pragma unroll 1
-    for (int i = 0; i < skipped_; ++i) skip_value();
+    for (int i = 0; i < count; ++i) skip_value();
   }
 
   // The same of the blocks after the warpgroup's own.
@@ -315,11 +315,6 @@ class Consumer {
   FLASHCUTE_DEVICE void skip_keys_after(int count) {
 #pragma unroll 1
     for (int i = 1; i <= count; ++i) skip_key(range_.begin - i);
-  }
-
-  FLASHCUTE_DEVICE void skip_values(int count) {
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) skip_value();
   }
 
   /// Passes over a tile in which this warpgroup has no rows, or which sees no key.

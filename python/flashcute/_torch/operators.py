@@ -204,9 +204,8 @@ LSE = 5  # of the backward's arguments the one that is read as contiguous
 
 
 def _forward_vmap(info: Any, dims: Any, *arguments: Any) -> Any:
-    if (
-        len(arguments) <= SINK or arguments[SINK] is None
-    ):  # torch leaves out last arguments that are defaults
+    # torch leaves out last arguments that are defaults.
+    if len(arguments) <= SINK or arguments[SINK] is None:
         return unfold(forward_operator(*_folded(arguments, dims, info.batch_size)), info.batch_size)
     if dims[SINK] is not None:
         return _one_by_one(forward_operator, info, dims, arguments)
