@@ -169,7 +169,7 @@ void forward(std::optional<ForwardConfig> const& config, TensorView const& q, Te
   }
   auto const gradients = [&]() -> std::vector<BackwardKernelId> {
     try {
-      Operand const copied[] = {call.q, call.k, call.v, operand("out", out, options.layout)};
+      Operand const copied[] = {call.q, call.k, call.v, operand("out", out, options)};
       return kernels_of(choose_backward_config(call, copied), plan.kernel.features, options.sink != nullptr);
     } catch (UnsupportedError const&) {  // no kernels: the call of `backward` will report it
       return {};

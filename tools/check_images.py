@@ -45,7 +45,13 @@ SPILLS_ALLOWED = {
     "bwd_d256_m64_n64_w8_c4_b1_k1_gradients": 41,
     "bwd_d256_m64_n64_w8_c4_b1_st1_k1_gradients": 51,
 }
-WITHOUT_PRODUCTS = ("_prepare", "_finish", "_sink_band")  # passes of the backward
+WITHOUT_PRODUCTS = (
+    "_prepare",
+    "_prepare_band",
+    "_finish",
+    "_finish_band",
+    "_sink_band",
+)  # passes of the backward
 Resources = dict[str, int]
 Facts = dict[str, int | str]  # resources, and what a kernel is made of
 

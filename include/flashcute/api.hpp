@@ -69,6 +69,13 @@ struct CallOptions {
   // for all batch entries, or int32 (batch,), contiguous, on the tensors' device.
   std::optional<int64_t> prefix;
   TensorView const* prefixes = nullptr;
+  // Packed sequences: q is (total_q, heads, d), k and v are (total_k, kv_heads, d) (in the other layout (heads, total,
+  // d)), and so are out and all gradients; the LSE is (heads, total_q). n sequences lie one after the other: sequence i
+  // has the rows from cu_seqlens[i] up to cu_seqlens[i + 1] of its tensors, int32 (n + 1,), contiguous, on the tensors'
+  // device; cu_seqlens_k is that of the queries by default. Each sequence is a batch entry: seqlens and prefixes have n
+  // numbers, and rows of a sequence from its seqlen on do not exist, nor do rows of no sequence. Numbers that are no
+  // ascending order of rows of the tensors give wrong results, and no access outside of them.
+  TensorView const *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;
   // A further logit of each query head, (heads,), contiguous, fp32 or q's dtype: it takes part in the softmax, as it
   // is, and its value is 0. The LSE includes it.
   TensorView const* sink = nullptr;
@@ -86,6 +93,7 @@ inline bool has_window(CallOptions const& options) { return options.window_left 
 inline bool has_lengths(CallOptions const& options) {
   return options.seqlens_q != nullptr || options.seqlens_k != nullptr;
 }
+inline bool is_packed(CallOptions const& options) { return options.cu_seqlens_q != nullptr; }
 inline bool has_prefix(CallOptions const& options) { return options.prefix || options.prefixes != nullptr; }
 
 /// How the gradients of a call are computed, and why.
@@ -133,7 +141,9 @@ std::string to_string(BackwardExplanation const& explanation);
 /// device, with unit last stride. `lse`, if given, is (batch, heads, seqlen_q), contiguous, fp32 (fp64 with fp64
 /// inputs): log(sum(exp(scores))). `block_counts`, if given, receives how each tile of query rows treated the K/V
 /// blocks, int32 (batch, heads, row blocks, 3), contiguous: how many were visited whole, visited with a test of
-/// elements, skipped. If `config` is empty, the call uses what `config_for` returns.
+/// elements, skipped. (Packed: (heads, slots, 3), where a tensor has floor(total_q / tile) + n + 2 slots, sequence i
+/// those from floor(cu_seqlens_q[i] / tile) + i + 1 on; slots without rows are not written.) If `config` is empty, the
+/// call uses what `config_for` returns.
 ///
 /// On a GPU the kernel is launched on `options.stream` and the call returns; on the CPU it returns when
 /// the output is there. Throws before anything is launched or written: ArgumentError, ConfigError,
@@ -167,7 +177,7 @@ void backward(std::optional<BackwardConfig> const& config, TensorView const& dou
               TensorView const* dsink = nullptr);
 
 /// How many elements of float32 a call needs as its workspace, with the default configuration if none is given; 0 on
-/// the CPU.
+/// the CPU. Packed sequences need more, by their number.
 int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, TensorView const& q, TensorView const& v,
                                 CallOptions const& options = {});
 

@@ -16,17 +16,17 @@ namespace flashcute::python {
 struct PythonOptions {
   CallOptions options;  // without arrays
   std::optional<std::uintptr_t> stream;
-  nb::handle seqlens_q, seqlens_k, prefixes, sink;
+  nb::handle seqlens_q, seqlens_k, prefixes, sink, cu_seqlens_q, cu_seqlens_k;
 
   /// What a tensor's library is told when it exports q.
   nb::object stream_object() const { return stream ? nb::object(nb::int_(*stream)) : nb::none(); }
 };
 
 // The members of the tuple Options of _call.py. Python makes one in every call, so it is read by position.
-constexpr std::array option_names = {"causal",      "diagonal",     "scale",         "layout",
-                                     "stream",      "allow_tf32",   "deterministic", "gradients_follow",
-                                     "window_left", "window_right", "seqlens_q",     "seqlens_k",
-                                     "prefix",      "prefixes",     "sink"};
+constexpr std::array option_names = {
+    "causal",        "diagonal",         "scale",       "layout",       "stream",      "allow_tf32",
+    "deterministic", "gradients_follow", "window_left", "window_right", "seqlens_q",   "seqlens_k",
+    "prefix",        "prefixes",         "sink",        "cu_seqlens_q", "cu_seqlens_k"};
 
 }  // namespace flashcute::python
 
@@ -47,7 +47,8 @@ struct nanobind::detail::type_caster<flashcute::python::PythonOptions> {
            read(item(), value.stream) && read(item(), o.allow_tf32) && read(item(), o.deterministic) &&
            read(item(), o.gradients_follow) && read(item(), o.window_left) && read(item(), o.window_right) &&
            read(item(), value.seqlens_q) && read(item(), value.seqlens_k) && read(item(), o.prefix) &&
-           read(item(), value.prefixes) && read(item(), value.sink);
+           read(item(), value.prefixes) && read(item(), value.sink) && read(item(), value.cu_seqlens_q) &&
+           read(item(), value.cu_seqlens_k);
   }
 
  private:
@@ -94,6 +95,8 @@ class OptionTensors {
     for (auto const& [argument, dtypes, array, tensor, view] :
          {std::tuple{"seqlens_q", "int32", given.seqlens_q, &seqlens_q_, &options.seqlens_q},
           std::tuple{"seqlens_k", "int32", given.seqlens_k, &seqlens_k_, &options.seqlens_k},
+          std::tuple{"cu_seqlens_q", "int32", given.cu_seqlens_q, &cu_seqlens_q_, &options.cu_seqlens_q},
+          std::tuple{"cu_seqlens_k", "int32", given.cu_seqlens_k, &cu_seqlens_k_, &options.cu_seqlens_k},
           std::tuple{"prefix", "int32", given.prefixes, &prefixes_, &options.prefixes},
           std::tuple{"sink", "float32 or q's", given.sink, &sink_, &options.sink}}) {
       if (array.is_none()) continue;
@@ -106,7 +109,7 @@ class OptionTensors {
   OptionTensors& operator=(OptionTensors const&) = delete;
 
  private:
-  std::optional<Tensor> seqlens_q_, seqlens_k_, prefixes_, sink_;
+  std::optional<Tensor> seqlens_q_, seqlens_k_, cu_seqlens_q_, cu_seqlens_k_, prefixes_, sink_;
 };
 
 template <class Config>
@@ -164,9 +167,11 @@ void call_backward(BackwardConfig const* config, nb::handle dout, nb::handle q, 
 
 int64_t call_backward_workspace_size(BackwardConfig const* config, nb::handle q, nb::handle v,
                                      PythonOptions const& given) {
+  CallOptions options = given.options;
   Tensor const tq("q", q, nb::none()), tv("v", v, nb::none());
+  OptionTensors const held(given, nb::none(), options, false);
   ReleaseGil const released;
-  return backward_workspace_size(optional_of(config), tq.view(), tv.view(), given.options);
+  return backward_workspace_size(optional_of(config), tq.view(), tv.view(), options);
 }
 
 BackwardConfig call_backward_config_for(nb::handle q, nb::handle k, nb::handle v, PythonOptions const& given) {

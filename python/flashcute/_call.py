@@ -51,6 +51,9 @@ class Options(NamedTuple):
     prefix: int | None = None
     prefixes: Array | None = None
     sink: Array | None = None  # (heads,)
+    # Packed: (sequences + 1,), where each sequence begins in tensors without a batch dimension.
+    cu_seqlens_q: Array | None = None
+    cu_seqlens_k: Array | None = None  # None: as those of the queries
 
     def offset(self, rows: int, keys: int) -> int:
         """The diagonal as a number."""
@@ -65,6 +68,10 @@ class Options(NamedTuple):
         return self.seqlens_q is not None or self.seqlens_k is not None
 
     @property
+    def is_packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
     def has_prefix(self) -> bool:
         return self.prefix is not None or self.prefixes is not None
 
@@ -72,9 +79,23 @@ class Options(NamedTuple):
     def arrays(self) -> dict[str, Array]:
         """The arrays among the options that are given, by the name of their argument."""
         queries, keys, prefixes, sink = self.seqlens_q, self.seqlens_k, self.prefixes, self.sink
-        if queries is None and keys is None and prefixes is None and sink is None:
+        starts = self.cu_seqlens_q
+        if (
+            queries is None
+            and keys is None
+            and prefixes is None
+            and sink is None
+            and starts is None
+        ):
             return {}  # in most calls, where time matters
-        found = {"seqlens_q": queries, "seqlens_k": keys, "prefix": prefixes, "sink": sink}
+        found = {
+            "seqlens_q": queries,
+            "seqlens_k": keys,
+            "cu_seqlens_q": starts,
+            "cu_seqlens_k": self.cu_seqlens_k,
+            "prefix": prefixes,
+            "sink": sink,
+        }
         return {name: x for name, x in found.items() if x is not None}
 
 
@@ -91,6 +112,8 @@ def checked_options(
     seqlens_q: Array | None = None,
     seqlens_k: Array | None = None,
     sink: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
 ) -> Options:
     """The arguments of a public function as one value. Raises ArgumentError for what is wrong whatever q, k and v are;
     the rest is checked with them, in C++."""
@@ -105,6 +128,8 @@ def checked_options(
     windowed = left is not None or right is not None
     offset = None if at_end else checked_diagonal(diagonal, causal or windowed)
     shared, prefixes = (None, None) if prefix is None else checked_prefix(prefix, causal)
+    if cu_seqlens_k is not None and cu_seqlens_q is None:
+        raise ArgumentError("cu_seqlens_k: expected None without cu_seqlens_q, got an array")
     if stream is not None:
         stream_number(stream)
     if deterministic is not None and not isinstance(deterministic, bool):
@@ -129,6 +154,8 @@ def checked_options(
             shared,
             prefixes,
             sink,
+            cu_seqlens_q,
+            cu_seqlens_k,
         ),
     )
 
@@ -248,8 +275,13 @@ def same_bits(asked: bool | None) -> bool:
 # ---- arguments that no kernel serves yet -----------------------------------------------------------
 
 
-def missing_feature(attn_mask: Array | None, dropout_p: float) -> str | None:
+def missing_feature(attn_mask: Array | None, dropout_p: float, options: Options) -> str | None:
     """The first of these features that is asked for, and what to use instead: no kernel has it yet."""
+    if attn_mask is not None and options.is_packed:
+        raise ArgumentError(
+            "attn_mask: expected None beside cu_seqlens_q, got a mask: packed sequences have no "
+            "(seqlen_q, seqlen_k) grid"
+        )
     if attn_mask is not None:
         return f"attn_mask is not supported yet: use {SDPA}(attn_mask=...)"
     if not isinstance(dropout_p, float) and would_record(dropout_p):
@@ -345,8 +377,9 @@ def _run(
     out: Array | None,
     return_lse: bool,
 ) -> Any:
+    rank = 3 if options.is_packed else 4
     if (out is None or return_lse) and not (
-        len(q.shape) == 4 and len(v.shape) == 4 and 1 <= v.shape[3] <= 256
+        len(q.shape) == rank and len(v.shape) == rank and 1 <= v.shape[-1] <= 256
     ):
         _core.check_problem(q, k, v, options)  # raises before anything is allocated
     target = library.empty((*q.shape[:-1], v.shape[-1]), q) if out is None else out
@@ -361,10 +394,10 @@ def _run(
     return (result, library.finish(lse, q)) if return_lse else result
 
 
-def rows_of_heads(q: Array, layout: str) -> tuple[int, int, int]:
-    """The shape of the log-sum-exp: (batch, heads, seqlen_q)."""
-    rows, heads = (1, 2) if layout == "bshd" else (2, 1)
-    return q.shape[0], q.shape[heads], q.shape[rows]
+def rows_of_heads(q: Array, layout: str) -> tuple[int, ...]:
+    """The shape of the log-sum-exp: (batch, heads, seqlen_q); packed, (heads, total_q)."""
+    *batch, rows, heads = q.shape[:-1]
+    return (*batch, heads, rows) if layout == "bshd" else (*batch, rows, heads)
 
 
 # ---- explanations ----------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def forward(
         gradient.
     layout: "bshd" as above, or "bhsd" with heads before seqlen, for all arrays.
     out: an array to write to, (batch, seqlen_q, heads, d_v); default a new array of q's library.
+        (Packed sequences, see `Variant`, have no batch dimension; all shapes here are those of other calls.)
     return_lse: also return the log-sum-exp of each row, log(sum(exp(scores))), by the natural logarithm: (batch, heads,
         seqlen_q), float32 (float64 for float64 inputs). A row that sees no key has -inf there, and output 0. With a
         sink its logit is one of the scores.
@@ -80,6 +81,10 @@ def flash_attention(
     prefix: int | Array | None = None,
     seqlens_q: Array | None = None,
     seqlens_k: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    max_seqlen_q: object = None,
+    max_seqlen_k: object = None,
     sink: Array | None = None,
     scale: float | None = None,
     layout: str = "bshd",
@@ -95,8 +100,10 @@ def flash_attention(
     """Attention, softmax(scale * q kᵀ) v, with the configuration that suits the arrays.
 
     q, k, v, scale, layout, return_lse, out and stream, their shapes and the exceptions are those of `forward`. causal,
-    diagonal, window, prefix, seqlens_q, seqlens_k and sink are those of `Variant`, and all can be combined. `explain`
-    tells which configuration a call takes and why.
+    diagonal, window, prefix, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k and sink are those of `Variant`, and all
+    can be combined. `explain` tells which configuration a call takes and why.
+
+    max_seqlen_q, max_seqlen_k: what other libraries need to be told of packed sequences. They have no effect here.
 
     On a GPU every head dimension and alignment runs; addresses and strides that are multiples of 16 bytes are fastest.
     If the build has GPU kernels, such calls compile nothing. Exceptions are windows that hide keys before the diagonal,
@@ -133,15 +140,15 @@ def flash_attention(
         has no sink: with one such a call raises UnsupportedError.
         "error" raises UnsupportedError, as arrays of other libraries always do.
 
-    Packed sequences are not supported yet: call flash_attention per sequence, or use torch.nn.attention.varlen.
+    torch's own attention has no packed sequences: with them such a call raises UnsupportedError too.
     """
     options = checked_options(
         causal, diagonal, scale, layout, stream, allow_tf32, deterministic, window,
-        prefix, seqlens_q, seqlens_k, sink,
+        prefix, seqlens_q, seqlens_k, sink, cu_seqlens_q, cu_seqlens_k,
     )  # fmt: skip
     library = library_of(type(q))
     fallback = checked_fallback(on_unsupported, library)
-    missing = missing_feature(attn_mask, dropout_p)
+    missing = missing_feature(attn_mask, dropout_p, options)
     if isinstance(library, Torch) and (
         missing or library.wants_more(q, k, v, options.arrays.values())
     ):
@@ -273,12 +280,15 @@ def require_config(cfg: object) -> None:
 
 
 def backward_workspace_size(
-    cfg: BackwardConfig, q: Array, v: Array, *, layout: str = "bshd"
+    cfg: BackwardConfig, q: Array, v: Array, *, layout: str = "bshd", variant: Variant | None = None
 ) -> int:
-    """How many float32 elements the workspace of a `backward` call with `cfg` must have: 0 on the CPU."""
+    """How many float32 elements the workspace of a `backward` call with `cfg` must have: 0 on the CPU.
+
+    variant: that of the call. Only the number of packed sequences matters.
+    """
     require_config(cfg)
-    require_arrays({"q": q, "v": v})
-    require_memory(q=q, v=v)
-    return int(
-        _core.backward_workspace_size(cfg, q, v, checked_options(False, "end", None, layout))
-    )
+    options = options_of(variant, layout=layout)
+    arrays = {"q": q, "v": v, **options.arrays}
+    require_arrays(arrays)
+    require_memory(**arrays)
+    return int(_core.backward_workspace_size(cfg, q, v, options))

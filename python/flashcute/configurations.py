@@ -109,7 +109,8 @@ def prebuild(
     arch: "sm_90" and the like; default the architecture of GPU 0. If it is given, no GPU is needed.
     causal: only the kernels of calls with this `causal`; default those of both.
     variant: only the kernels of calls with such a `Variant`, in place of `causal`. Those with a window that hides keys
-        before the diagonal, lengths, a prefix or a sink share their kernels, whatever the numbers are.
+        before the diagonal, lengths, packed sequences, a prefix or a sink share their kernels, whatever the numbers
+        are.
 
     Returns, by kernel name, where each kernel came from: "ahead of time", "disk cache" or "compiled by NVRTC ...".
     """
@@ -146,5 +147,10 @@ def prebuild(
 
 def _takes_band(options: Options) -> bool:
     """Whether calls take the kernels that can do more than a causal mask."""
-    softmax_or_lengths = options.has_lengths or options.has_prefix or options.sink is not None
-    return softmax_or_lengths or options.window_left is not None
+    sequences = options.has_lengths or options.is_packed
+    return (
+        sequences
+        or options.has_prefix
+        or options.sink is not None
+        or options.window_left is not None
+    )

@@ -47,6 +47,10 @@ def explain(
     prefix: int | Array | None = None,
     seqlens_q: Array | None = None,
     seqlens_k: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    max_seqlen_q: object = None,
+    max_seqlen_k: object = None,
     sink: Array | None = None,
     variant: Variant | None = None,
     on_unsupported: str | None = None,
@@ -71,18 +75,18 @@ def explain(
     """
     options = checked_options(
         causal, diagonal, scale, layout, stream, allow_tf32, deterministic, window,
-        prefix, seqlens_q, seqlens_k, sink,
+        prefix, seqlens_q, seqlens_k, sink, cu_seqlens_q, cu_seqlens_k,
     )  # fmt: skip
     if variant is not None:
-        parts = diagonal != "end", window, prefix, seqlens_q, seqlens_k, sink
-        if causal is not False or any(part is not None and part is not False for part in parts):
+        parts = window, prefix, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k, sink
+        if causal is not False or diagonal != "end" or any(part is not None for part in parts):
             raise ArgumentError(
-                "variant: expected None beside causal, diagonal, window, prefix, seqlens_q, seqlens_k and sink, which "
-                "are its parts"
+                "variant: expected None beside causal, diagonal, window, prefix, seqlens_q, seqlens_k, cu_seqlens_q, "
+                "cu_seqlens_k and sink, which are its parts"
             )
         options = _options_of_variant(variant, cfg, options)
     options = options._replace(gradients_follow=bool(gradients))
-    missing = missing_feature(attn_mask, dropout_p)
+    missing = missing_feature(attn_mask, dropout_p, options)
     if cfg is not None and missing:
         raise ArgumentError(f"cfg: expected None, as only flash_attention takes it: {missing}")
     require_memory(q=q, k=k, v=v, **options.arrays)
@@ -145,7 +149,8 @@ def count_blocks(
     Returns an int32 array (batch, heads, tiles, 3) of q's library and device. Its last dimension counts the blocks of
     cfg.block_n keys that were (0) visited with all elements visible, (1) visited with a test of each element,
     (2) skipped. A tile is cfg.block_m * cfg.cluster query rows. If one is incomplete, it is the last, on a GPU
-    with kernel='sm90' the first.
+    with kernel='sm90' the first. Packed sequences: (heads, places, 3), with total_q // tile + n + 2 places for tiles;
+    sequence i has those from cu_seqlens_q[i] // tile + i + 1 on, and places without rows are 0.
     """
     if not isinstance(cfg, ForwardConfig):
         raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
@@ -156,10 +161,16 @@ def count_blocks(
     require_memory(**options.arrays)
     _core.check_problem(q, k, v, options)
     library = library_of(type(q))
-    batch, heads, rows = rows_of_heads(q, layout)
+    *heads, rows = rows_of_heads(q, layout)
     on_cpu = q.__dlpack_device__()[0] == 1  # kDLCPU, where clusters are no option
-    tiles = -(-rows // max(cfg.block_m if on_cpu else cfg.block_m * cfg.cluster, 1))
+    tile = max(cfg.block_m if on_cpu else cfg.block_m * cfg.cluster, 1)
+    tiles = -(-rows // tile)
+    starts: Any = options.cu_seqlens_q
+    if starts is not None:
+        tiles = rows // tile + starts.shape[0] + 1 if rows > 0 else 0
     out = library.empty((*q.shape[:-1], v.shape[-1]), q)
-    counts = library.empty((batch, heads, tiles, 3), q, "int32")
+    counts = library.empty((*heads, tiles, 3), q, "int32")
+    if starts is not None:
+        counts[...] = 0  # where no tile is, nobody writes
     _core.forward(cfg, q, k, v, out, None, counts, options)
     return library.finish(counts, q)

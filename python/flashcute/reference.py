@@ -58,6 +58,8 @@ def naive(
     prefix: int | Array | None = None,
     seqlens_q: Array | None = None,
     seqlens_k: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
     sink: Array | None = None,
     scale: float | None = None,
     layout: str = "bshd",
@@ -73,6 +75,9 @@ def naive(
         integer or (batch,).
     seqlens_q, seqlens_k: how many queries and keys exist, integers (batch,); default all. Other queries
         have O = 0 and L = -inf. The diagonal "end" is their difference.
+    cu_seqlens_q, cu_seqlens_k: packed sequences: where each begins and the last ends, integers (n + 1,).
+        q is (total_q, heads, d), k and v are (total_k, kv_heads, d), L is (heads, total_q). Each sequence
+        is a batch entry. Other rows have O = 0 and L = -inf.
     sink: z, (heads,), floating point.
     scale: default d**-0.5.
     return_lse: also return L, (batch, heads, seqlen_q), float32 (float64 for float64 arrays).
@@ -87,7 +92,10 @@ def naive(
     options = checked_options(
         causal, diagonal, scale, layout, window=window,
         prefix=prefix, seqlens_q=seqlens_q, seqlens_k=seqlens_k, sink=sink,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
+    if options.is_packed:
+        return _of_sequences(naive, q, k, v, options, return_lse)
     xp = namespace(q)
     shape, q, k, v = _split_heads(xp, q, k, v, options)
     seen = _visible(xp, shape, 0, shape.rows, 0, shape.keys, q)  # (rows, keys)
@@ -122,6 +130,8 @@ def naive_gradients(
     prefix: int | Array | None = None,
     seqlens_q: Array | None = None,
     seqlens_k: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
     sink: Array | None = None,
     scale: float | None = None,
     layout: str = "bshd",
@@ -138,7 +148,10 @@ def naive_gradients(
     options = checked_options(
         causal, diagonal, scale, layout, window=window,
         prefix=prefix, seqlens_q=seqlens_q, seqlens_k=seqlens_k, sink=sink,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
+    if options.is_packed:
+        return _gradients_of_sequences(dout, dlse, q, k, v, options)
     xp = namespace(q)
     out, lse = naive(
         q,
@@ -198,6 +211,8 @@ def chunked(
     prefix: int | Array | None = None,
     seqlens_q: Array | None = None,
     seqlens_k: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
     sink: Array | None = None,
     scale: float | None = None,
     layout: str = "bshd",
@@ -231,7 +246,11 @@ def chunked(
     options = checked_options(
         causal, diagonal, scale, layout, window=window,
         prefix=prefix, seqlens_q=seqlens_q, seqlens_k=seqlens_k, sink=sink,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
+    if options.is_packed:
+        blocks = {"block_m": block_m, "block_n": block_n}
+        return _of_sequences(chunked, q, k, v, options, return_lse, **blocks)
     xp = namespace(q)
     dtype, wide = q.dtype, _wide(xp, q)
     shape, q, k, v = _split_heads(xp, q, k, v, options)
@@ -282,8 +301,7 @@ def chunked(
             o = o / _at_least_one_key(xp, _visible(xp, shape, i, i_end, first, end, q), l)
         tiles.append((_cast(xp, o, dtype), m + xp.log(xp.where(l == 0, 1.0, l))))
 
-    concatenate = getattr(xp, "concat", None) or xp.concatenate
-    out, lse = (concatenate(parts, axis=-2) for parts in zip(*tiles, strict=True))
+    out, lse = (_concatenate(xp, parts, -2) for parts in zip(*tiles, strict=True))
     return _merge_heads(xp, shape, out, lse[..., 0], layout, return_lse)
 
 
@@ -334,6 +352,106 @@ def _weighted_sum(xp: Namespace, p: Array, v: Array, seen: Array | None) -> Arra
         for j in range(v.shape[-2])
     ]
     return _cast(xp, sum(terms[1:], start=terms[0]), v.dtype)
+
+
+# ---- packed sequences ----------------------------------------------------------------------------
+
+
+class _Piece(NamedTuple):
+    """Rows of packed arrays: a sequence, or rows of none, of which there are some before and after."""
+
+    number: int | None  # of the sequence
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+
+    def arguments(self, options: Options) -> dict[str, Any]:
+        """What is said of the sequence."""
+
+        def own(x: Array | None) -> Array | None:
+            return None if x is None or self.number is None else x[self.number : self.number + 1]
+
+        window = (options.window_left, options.window_right) if options.has_window else None
+        return {
+            "causal": options.causal,
+            "diagonal": "end" if options.diagonal is None else options.diagonal,
+            "window": window,
+            "prefix": options.prefix if options.prefixes is None else own(options.prefixes),
+            "seqlens_q": own(options.seqlens_q),
+            "seqlens_k": own(options.seqlens_k),
+            "sink": options.sink,
+            "scale": options.scale,
+            "layout": options.layout,
+        }
+
+
+def _pieces(q: Array, k: Array, options: Options) -> list[_Piece]:
+    row = 0 if options.layout == "bshd" else 1
+
+    def ends(starts: Array, rows: int) -> list[int]:
+        return [0, *(max(0, min(int(x), rows)) for x in starts), rows]
+
+    queries = ends(options.cu_seqlens_q, q.shape[row])
+    starts_k = options.cu_seqlens_q if options.cu_seqlens_k is None else options.cu_seqlens_k
+    keys = ends(starts_k, k.shape[row])
+    last = len(queries) - 2
+    return [
+        _Piece(
+            i - 1 if 0 < i < last else None, (queries[i], queries[i + 1]), (keys[i], keys[i + 1])
+        )
+        for i in range(last + 1)
+    ]
+
+
+def _rows_of(x: Array, ends: tuple[int, int], options: Options) -> Array:
+    """Of a packed array, as a batch of one."""
+    begin, end = ends
+    return x[None, begin:end] if options.layout == "bshd" else x[None, :, begin:end]
+
+
+def _of_sequences(
+    attend: Any, q: Array, k: Array, v: Array, options: Options, return_lse: bool, **more: int
+) -> Any:
+    """`attend`, which is naive or chunked, of each sequence."""
+    xp = namespace(q)
+    outs, lses = [], []
+    for piece in _pieces(q, k, options):
+        x, keys = (
+            _rows_of(q, piece.queries, options),
+            piece.keys if piece.number is not None else (0, 0),
+        )
+        y, z = (_rows_of(a, keys, options) for a in (k, v))
+        arguments = piece.arguments(options)
+        if piece.number is None:
+            arguments["sink"] = None
+        out, lse = attend(x, y, z, return_lse=True, **arguments, **more)
+        outs.append(out[0])
+        lses.append(lse[0])
+    out = _concatenate(xp, outs, 0 if options.layout == "bshd" else 1)
+    return (out, _concatenate(xp, lses, 1)) if return_lse else out
+
+
+def _gradients_of_sequences(
+    dout: Array, dlse: Array | None, q: Array, k: Array, v: Array, options: Options
+) -> tuple[Array, ...]:
+    xp = namespace(q)
+    found: list[list[Array]] = [[], [], []]
+    dsink = None if options.sink is None else xp.zeros_like(options.sink)
+    for piece in _pieces(q, k, options):
+        x, dx = (_rows_of(a, piece.queries, options) for a in (q, dout))
+        y, z = (_rows_of(a, piece.keys, options) for a in (k, v))
+        if piece.number is None:
+            parts = tuple(xp.zeros_like(a) for a in (x, y, z))
+        else:
+            begin, end = piece.queries
+            own = None if dlse is None else dlse[None, :, begin:end]
+            parts = naive_gradients(dx, x, y, z, dlse=own, **piece.arguments(options))
+        for pieces, part in zip(found, parts, strict=False):
+            pieces.append(part[0])
+        if dsink is not None and piece.number is not None:
+            dsink = dsink + parts[3]
+    row = 0 if options.layout == "bshd" else 1
+    gradients = tuple(_concatenate(xp, pieces, row) for pieces in found)
+    return gradients if dsink is None else (*gradients, dsink)
 
 
 # ---- shapes ------------------------------------------------------------------------------------
@@ -540,6 +658,10 @@ def _max(xp: Namespace, array: Array) -> Array:
         return xp.sum(array, axis=-1, keepdims=True) - INFINITY
     maximum = getattr(xp, "amax", None) or xp.max  # torch.max is something else
     return maximum(array, axis=-1, keepdims=True)
+
+
+def _concatenate(xp: Namespace, arrays: Any, axis: int) -> Array:
+    return (getattr(xp, "concat", None) or xp.concatenate)(arrays, axis=axis)
 
 
 def _swap(xp: Namespace, array: Array, a: int, b: int) -> Array:

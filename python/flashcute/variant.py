@@ -27,6 +27,12 @@ class Variant:
         below 0 count as 0, those above the length of q or k as that. A query beyond has output 0, LSE -inf and gradient
         0; a key beyond is seen by none, and its gradients are 0. It does not matter what memory holds there, NaN
         included. The diagonal "end" of entry b is seqlens_k[b] - seqlens_q[b].
+    cu_seqlens_q, cu_seqlens_k: packed sequences: where each of n sequences begins and the last ends, int32 (n + 1,).
+        q is (total_q, heads, d), k and v are (total_k, kv_heads, d), with layout="bhsd" (heads, total, d), and so are
+        the output and gradients; the LSE is (heads, total_q). Sequence i has the rows from cu_seqlens[i] up to
+        cu_seqlens[i + 1], sees no other one, and is what is called a batch entry here: prefix and seqlens have n
+        numbers. cu_seqlens_k: default cu_seqlens_q. Rows that belong to no sequence do not exist, as those beyond
+        seqlens. Numbers that do not ascend from 0 to total give wrong results, but touch no other memory.
     sink: (heads,), float32 or q's dtype: for each query head a logit beside the scaled scores, as of a key that every
         query sees and whose value is 0. Neither scale nor masks apply to it. The LSE includes it. A query that sees no
         key has output 0 and LSE sink.
@@ -44,6 +50,8 @@ class Variant:
     seqlens_q: Array | None = None
     seqlens_k: Array | None = None
     sink: Array | None = None
+    cu_seqlens_q: Array | None = None
+    cu_seqlens_k: Array | None = None
 
     def __post_init__(self) -> None:
         require_arrays(options_of(self).arrays)
@@ -76,4 +84,6 @@ def options_of(
         seqlens_q=variant.seqlens_q,
         seqlens_k=variant.seqlens_k,
         sink=variant.sink,
+        cu_seqlens_q=variant.cu_seqlens_q,
+        cu_seqlens_k=variant.cu_seqlens_k,
     )

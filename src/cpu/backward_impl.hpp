@@ -68,12 +68,14 @@ class BackwardTile {
   static void run_queries(BackwardConfig const& config, MaskFunctions const& mask, BackwardParams const& params,
                           int64_t index, void* memory) {
     Queries const tile = Queries::at(params.forward, index, config.block_m);
+    if (tile.rows == 0) return;  // a slot that no sequence needs
     BackwardTile{config, mask, params, BackwardPass::queries, tile.rows, memory}.compute(tile);
   }
 
   static void run_keys(BackwardConfig const& config, MaskFunctions const& mask, BackwardParams const& params,
                        int64_t index, void* memory) {
     Keys const tile = Keys::at(params.forward, index, config.block_n);
+    if (tile.rows == 0) return;
     BackwardTile{config, mask, params, BackwardPass::keys, tile.rows, memory}.compute(tile);
   }
 
@@ -93,8 +95,9 @@ class BackwardTile {
 
   /// delta and dQ of a tile of query rows.
   void compute(Queries const& tile) const {
-    load_tile(at(f_.q, f_.q_stride, tile.entry.batch, tile.head, tile.row0), f_.q_stride,
-              at(p_.dout, p_.dout_stride, tile.entry.batch, tile.head, tile.row0), p_.dout_stride);
+    int const batch = tile.entry.batch, first_query = tile.entry.first_query, first_key = tile.entry.first_key;
+    load_tile(at(f_.q, f_.q_stride, batch, tile.head, first_query + tile.row0), f_.q_stride,
+              at(p_.dout, p_.dout_stride, batch, tile.head, first_query + tile.row0), p_.dout_stride);
     T* const lse = memory_ + layout_.lse;
     T* const delta = memory_ + layout_.delta;
     compute_delta(tile, static_cast<T*>(p_.delta) + tile.lse_offset(f_));
@@ -109,23 +112,24 @@ class BackwardTile {
       int const key0 = n * block_n_;
       int const keys = min_of(block_n_, tile.sequence(f_).keys() - key0);  // nothing beyond the sequence is touched
       auto const visible = [=](int r, int c) { return visible_keys[c].has(key0 + r); };
-      RowMajor<T> const k = load_block(at(f_.k, f_.k_stride, tile.entry.batch, tile.kv_head, key0), f_.k_stride.row,
+      RowMajor<T> const k = load_block(at(f_.k, f_.k_stride, batch, tile.kv_head, first_key + key0), f_.k_stride.row,
                                        keys, f_.head_dim, memory_ + layout_.block_x);
-      RowMajor<T> const v = load_block(at(f_.v, f_.v_stride, tile.entry.batch, tile.kv_head, key0), f_.v_stride.row,
+      RowMajor<T> const v = load_block(at(f_.v, f_.v_stride, batch, tile.kv_head, first_key + key0), f_.v_stride.row,
                                        keys, f_.head_dim_v, memory_ + layout_.block_y);
       compute_scores(k, v, keys, PerColumn<T>{lse}, PerColumn<T>{delta}, partial, visible);
       add_product(k, keys, f_.head_dim, layout_.ds, layout_.dx, partial, visible);  // dQ^T += K^T dS^T
       if (n > 0 && n % blocks_per_total == 0) dq.add();
     });
     dq.finish();
-    store_transposed(layout_.dx, f_.head_dim, dx_factor_.after, p_.dq, p_.dq_stride, tile.entry.batch, tile.head,
-                     tile.row0, tile.existing(f_));
+    store_transposed(layout_.dx, f_.head_dim, dx_factor_.after, p_.dq, p_.dq_stride, batch, tile.head,
+                     first_query + tile.row0, tile.existing(f_));
   }
 
   /// dK and dV of a tile of keys, summed over the query heads of the group.
   void compute(Keys const& tile) const {
-    load_tile(at(f_.k, f_.k_stride, tile.entry.batch, tile.kv_head, tile.row0), f_.k_stride,
-              at(f_.v, f_.v_stride, tile.entry.batch, tile.kv_head, tile.row0), f_.v_stride);
+    int const batch = tile.entry.batch, first_query = tile.entry.first_query, first_key = tile.entry.first_key;
+    load_tile(at(f_.k, f_.k_stride, batch, tile.kv_head, first_key + tile.row0), f_.k_stride,
+              at(f_.v, f_.v_stride, batch, tile.kv_head, first_key + tile.row0), f_.v_stride);
     T* const lse = memory_ + layout_.lse;
     T* const delta = memory_ + layout_.delta;
     int const group = f_.heads / f_.kv_heads;
@@ -140,11 +144,11 @@ class BackwardTile {
         int const rows = min_of(block_m_, tile.sequence(f_).rows() - row0);
         if constexpr (partial.value) mask_.keys_of_queries(row0, rows, tile.sequence(f_), visible_keys);
         auto const visible = [=, key0 = tile.row0](int r, int c) { return visible_keys[r].has(key0 + c); };
-        RowMajor<T> const q = load_block(at(f_.q, f_.q_stride, tile.entry.batch, head, row0), f_.q_stride.row, rows,
+        RowMajor<T> const q = load_block(at(f_.q, f_.q_stride, batch, head, first_query + row0), f_.q_stride.row, rows,
                                          f_.head_dim, memory_ + layout_.block_x);
-        RowMajor<T> const dout = load_block(at(p_.dout, p_.dout_stride, tile.entry.batch, head, row0),
+        RowMajor<T> const dout = load_block(at(p_.dout, p_.dout_stride, batch, head, first_query + row0),
                                             p_.dout_stride.row, rows, f_.head_dim_v, memory_ + layout_.block_y);
-        int64_t const first = lse_offset(f_, tile.entry.batch, head) + row0;
+        int64_t const first = lse_offset(f_, batch, head) + first_query + row0;
         load_per_query(static_cast<T const*>(f_.lse) + first, log2_e<double>, rows, rows, lse);
         load_per_query(static_cast<T const*>(p_.delta) + first, dx_factor_.before, rows, rows, delta);
         if (blocks++ == blocks_per_total) dk.add(), dv.add(), blocks = 1;
@@ -155,9 +159,9 @@ class BackwardTile {
     }
     dk.finish();
     dv.finish();
-    store_transposed(layout_.dx, f_.head_dim, dx_factor_.after, p_.dk, p_.dk_stride, tile.entry.batch, tile.kv_head,
-                     tile.row0, tile.existing(f_));
-    store_transposed(layout_.dy, f_.head_dim_v, 1, p_.dv, p_.dv_stride, tile.entry.batch, tile.kv_head, tile.row0,
+    store_transposed(layout_.dx, f_.head_dim, dx_factor_.after, p_.dk, p_.dk_stride, batch, tile.kv_head,
+                     first_key + tile.row0, tile.existing(f_));
+    store_transposed(layout_.dy, f_.head_dim_v, 1, p_.dv, p_.dv_stride, batch, tile.kv_head, first_key + tile.row0,
                      tile.existing(f_));
   }
 
@@ -204,9 +208,10 @@ class BackwardTile {
     int const width = f_.head_dim_v;
     int const padded = ceil_div(width, lanes<T>) * lanes<T>;
     for (int i = width; i < padded; ++i) out[i] = dout[i] = 0;
+    int const batch = tile.entry.batch, first = tile.entry.first_query + tile.row0;
     for (int m = 0; m < tile.rows; ++m) {
-      widen(at(f_.out, f_.out_stride, tile.entry.batch, tile.head, tile.row0 + m), out, width);
-      widen(at(p_.dout, p_.dout_stride, tile.entry.batch, tile.head, tile.row0 + m), dout, width);
+      widen(at(f_.out, f_.out_stride, batch, tile.head, first + m), out, width);
+      widen(at(p_.dout, p_.dout_stride, batch, tile.head, first + m), dout, width);
       Vector<T> products = {};
       for (int i = 0; i < padded; i += lanes<T>) products += load(out + i) * load(dout + i);
       T sum = 0;
@@ -217,7 +222,8 @@ class BackwardTile {
 
   T dlse(Queries const& tile, int m) const {
     if (p_.dlse == nullptr) return 0;
-    return static_cast<T const*>(p_.dlse)[row_offset(p_.dlse_stride, tile.entry.batch, tile.head, tile.row0 + m)];
+    int const row = tile.entry.first_query + tile.row0 + m;
+    return static_cast<T const*>(p_.dlse)[row_offset(p_.dlse_stride, tile.entry.batch, tile.head, row)];
   }
 
   // ---- from and to the tensors -----------------------------------------------------------------------
@@ -299,19 +305,27 @@ void sink_gradient(BackwardConfig const&, MaskFunctions const& mask, BackwardPar
   double sum = 0;
   for (int batch = 0; batch < f.batch; ++batch) {
     int64_t const first = lse_offset(f, batch, static_cast<int>(head));
-    BatchSequence const sequence(f, BatchSequence::Entry::of(f, batch));
-    for (int i = 0; i < sequence.rows(); ++i) {
-      auto const lse = static_cast<double>(static_cast<T const*>(f.lse)[first + i]);
-      // Below every number: all scores that the query sees are, or the sink is none.
+    int const rows = f.sequences.packed() ? f.seqlen_q : BatchSequence::Entry::of(f, batch).queries;
+    for (int row = 0; row < rows; ++row) {
+      auto const lse = static_cast<double>(static_cast<T const*>(f.lse)[first + row]);
+      // Below every number: the row does not exist, all scores that it sees are so, or the sink is none.
       if (lse == -__builtin_inf() || sink == -__builtin_inf()) continue;
-      auto delta = static_cast<double>(static_cast<T const*>(p.delta)[first + i]);
-      RowRange keys;
-      mask.keys_of_queries(i, 1, sequence, &keys);
-      if (keys.empty()) {  // whatever dO is
-        int64_t const at = row_offset(p.dlse_stride, batch, head, i);
-        delta = p.dlse == nullptr ? 0 : -static_cast<double>(static_cast<T const*>(p.dlse)[at]);
+      double const weight = __builtin_exp(sink - lse);
+      double term = weight * static_cast<double>(static_cast<T const*>(p.delta)[first + row]);
+      if (term != term) {
+        // Where a row does not exist, memory may hold anything; where it sees no key, delta is -dLSE, whatever dO is.
+        auto const entry = BatchSequence::Entry::of_row(f, batch, row);
+        BatchSequence const sequence(f, entry);
+        RowRange keys;
+        mask.keys_of_queries(row - entry.first_query, 1, sequence, &keys);
+        int64_t const at = row_offset(p.dlse_stride, batch, head, row);
+        if (row - entry.first_query >= sequence.rows()) {
+          term = 0;
+        } else if (keys.empty()) {
+          term = p.dlse == nullptr ? 0 : -static_cast<double>(static_cast<T const*>(p.dlse)[at]) * weight;
+        }
       }
-      sum -= __builtin_exp(sink - lse) * delta;
+      sum -= term;
     }
   }
   if (f.sink.float32) {

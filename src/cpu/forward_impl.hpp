@@ -108,7 +108,8 @@ class ForwardTile {
  public:
   static void run(ForwardConfig const& config, MaskFunctions const& mask, ForwardParams const& params, int64_t index,
                   void* memory) {
-    ForwardTile{config, mask, params, index, static_cast<T*>(memory)}.compute();
+    ForwardTile const tile{config, mask, params, index, static_cast<T*>(memory)};
+    if (tile.tile_.rows > 0) tile.compute();  // else a slot that no sequence needs
   }
 
  private:

@@ -45,7 +45,7 @@ TileDeal deal_by_load(Sizes const& s, ForwardParams const& p) {
   constexpr int32_t kept = 4 * TileDeal::rounds;
   std::array<TileRound, kept> last;
   int32_t count = 0;
-  TileRounds rounds(p, s.tile_rows, s.blocks, s.section_rounds);
+  TileRounds rounds(p, ceil_div(p.seqlen_q, s.tile_rows), s.blocks, s.section_rounds, false);
   for (TileRound round; rounds.next(round); ++count) last[static_cast<std::size_t>(count % kept)] = round;
   auto const round_at = [&](int32_t i) -> TileRound const& { return last[static_cast<std::size_t>(i % kept)]; };
 
@@ -90,11 +90,11 @@ int32_t persistent_clusters(ForwardConfig const& config, int64_t tiles, int32_t 
 
 TileDeal const& deal_tiles(ForwardKernelId const& kernel, ForwardParams const& p, int32_t blocks) {
   // If all tiles cost the same, the regular order of the rounds is good enough, and so it is for a single round, before
-  // which all blocks have the same load.
+  // which all blocks have the same load. Of packed sequences the costs are not known here.
   static TileDeal const in_order{.first_round = std::numeric_limits<int32_t>::max(), .turns = {}};
   ForwardConfig const& c = kernel.config;
   SectionRounds const section = section_rounds(kernel);
-  if (section == equally_long || count_query_tiles(p, tile_rows(c)) <= blocks) return in_order;
+  if (section == equally_long || p.sequences.packed() || count_query_tiles(p, tile_rows(c)) <= blocks) return in_order;
   Sizes const sizes{.tile_rows = tile_rows(c),
                     .block_n = c.block_n,
                     .blocks = blocks,

@@ -38,7 +38,7 @@ double checked_scale(std::optional<double> scale, int64_t d) {
 
 /// Whether a call has none of the options that may take the band.
 bool options_are_plain(CallOptions const& o) {
-  return !has_window(o) && !has_lengths(o) && !has_prefix(o) && o.sink == nullptr;
+  return !has_window(o) && !has_lengths(o) && !is_packed(o) && !has_prefix(o) && o.sink == nullptr;
 }
 
 /// The first and the last key that a query sees, from its own number on. Beyond -seqlen_q and seqlen_k they show or
@@ -57,7 +57,7 @@ void set_diagonals(CallOptions const& options, ForwardParams& p) {
     if (options.window_right && __builtin_add_overflow(diagonal, *options.window_right, &last)) last = Limits::max();
   }
   using Offset = std::numeric_limits<int32_t>;
-  bool const move = has_lengths(options) && !options.diagonal;
+  bool const move = (has_lengths(options) || is_packed(options)) && !options.diagonal;
   auto const held = [&](int64_t x) {
     return static_cast<int32_t>(
         std::clamp<int64_t>(x, move ? Offset::min() : -p.seqlen_q, move ? Offset::max() : p.seqlen_k));
@@ -79,11 +79,27 @@ void require_memory(char const* argument, TensorView const& t) {
 
 /// What lies in memory beside q, k and v.
 void set_arrays(CallOptions const& options, DType dtype, Device device, ForwardParams& p) {
-  auto const per_batch = [&](char const* argument, TensorView const* t) -> int32_t const* {
+  auto const integers = [&](char const* argument, TensorView const* t, int64_t count,
+                            char const* dimensions) -> int32_t const* {
     if (t == nullptr) return nullptr;
-    require_shape(argument, *t, ElementType::int32, device, {p.batch}, "(batch,)", true);
+    require_shape(argument, *t, ElementType::int32, device, {count}, dimensions, true);
     require_memory(argument, *t);
     return static_cast<int32_t const*>(t->data);
+  };
+  int64_t entries = p.batch;
+  if (is_packed(options)) {
+    p.sequences.count = sequences_of(options, int64_t{p.seqlen_q} + p.seqlen_k);
+    entries = p.sequences.count;
+    char const* const dimensions = "(sequences + 1,)";
+    p.sequences.cu_seqlens_q = integers("cu_seqlens_q", options.cu_seqlens_q, entries + 1, dimensions);
+    p.sequences.cu_seqlens_k = options.cu_seqlens_k == nullptr
+                                   ? p.sequences.cu_seqlens_q
+                                   : integers("cu_seqlens_k", options.cu_seqlens_k, entries + 1, dimensions);
+  } else if (options.cu_seqlens_k != nullptr) {
+    throw ArgumentError("cu_seqlens_k", "none without cu_seqlens_q", "an array");
+  }
+  auto const per_batch = [&](char const* argument, TensorView const* t) {
+    return integers(argument, t, entries, is_packed(options) ? "(sequences,)" : "(batch,)");
   };
   p.sequences.seqlens_q = per_batch("seqlens_q", options.seqlens_q);
   p.sequences.seqlens_k = per_batch("seqlens_k", options.seqlens_k);
@@ -153,13 +169,23 @@ ForwardParams checked_params(Operand const& q, Operand const& k, Operand const& 
 
 }  // namespace
 
+int32_t sequences_of(CallOptions const& options, int64_t rows) {
+  TensorView const& starts = *options.cu_seqlens_q;
+  if (starts.rank != 1 || starts.shape[0] < 1) {
+    throw ArgumentError("cu_seqlens_q", "shape (sequences + 1,)", "shape " + shape_text(starts));
+  }
+  require_length("cu_seqlens_q", "a number of sequences that is, with the rows of the tensors,",
+                 starts.shape[0] - 1 + rows);
+  return static_cast<int32_t>(starts.shape[0] - 1);
+}
+
 Call checked_call(TensorView const& q, TensorView const& k, TensorView const& v, CallOptions const& options) {
   DType const dtype = require_float("q", q);
   require_same_type("k", k, q);
   require_same_type("v", v, q);
-  Call call{.q = operand("q", q, options.layout),
-            .k = operand("k", k, options.layout),
-            .v = operand("v", v, options.layout),
+  Call call{.q = operand("q", q, options),
+            .k = operand("k", k, options),
+            .v = operand("v", v, options),
             .dtype = dtype,
             .options = options,
             .params = {},

@@ -22,7 +22,9 @@ struct Call {
   /// What lies in memory is not known here: it takes the band. A window that hides nothing before or after the diagonal
   /// is an easier mask.
   MaskKind mask() const {
-    if (has_lengths(options) || has_prefix(options) || options.sink != nullptr) return MaskKind::band;
+    if (has_lengths(options) || is_packed(options) || has_prefix(options) || options.sink != nullptr) {
+      return MaskKind::band;
+    }
     bool const window = has_window(options);
     if (window && params.window_offset > 1 - params.seqlen_q) return MaskKind::band;
     if (options.causal || (window && params.causal_offset < params.seqlen_k - 1)) return MaskKind::causal;
@@ -30,6 +32,10 @@ struct Call {
   }
   bool on_gpu() const { return device.type == DeviceType::cuda; }
 };
+
+/// How many sequences are packed. Throws ArgumentError for what is no array of where they begin, or too many for
+/// tensors of `rows` rows in all.
+int32_t sequences_of(CallOptions const& options, int64_t rows);
 
 /// Checks q, k, v and the options against each other. Throws ArgumentError, or DeviceError if their GPU cannot be used.
 Call checked_call(TensorView const& q, TensorView const& k, TensorView const& v, CallOptions const& options);

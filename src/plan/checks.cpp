@@ -26,15 +26,16 @@ std::string text_of(std::array<int64_t, 4> const& numbers, int count) {
   return text + (count > 4 ? ", ...)" : ")");
 }
 
-/// Whether a tensor of rank 4 has no element: its strides are then meaningless. Throws if the number of its elements,
-/// or the distance of any two in bytes, exceeds 64 bits, so that later arithmetic with sizes and strides cannot
-/// overflow.
+/// Whether a tensor of rank 3 or 4 has no element: its strides are then meaningless. Throws if the number of its
+/// elements, or the distance of any two in bytes, exceeds 64 bits, so that later arithmetic with sizes and strides
+/// cannot overflow.
 bool is_empty(char const* argument, TensorView const& t) {
-  if (std::find(t.shape.begin(), t.shape.end(), 0) != t.shape.end()) return true;
+  auto const dimensions = static_cast<std::size_t>(t.rank);
+  if (std::find(t.shape.begin(), t.shape.begin() + t.rank, 0) != t.shape.begin() + t.rank) return true;
   constexpr int64_t limit = std::numeric_limits<int64_t>::max() / 8;  // elements have at most 8 bytes
   int64_t elements = 1, reach = 0;
   bool countable = true, near = true;
-  for (std::size_t i = 0; i < 4; ++i) {
+  for (std::size_t i = 0; i < dimensions; ++i) {
     int64_t distance = 0;
     countable = countable && t.shape[i] > 0 && !__builtin_mul_overflow(elements, t.shape[i], &elements);
     near = near && !__builtin_mul_overflow(t.shape[i] - 1, t.strides[i], &distance) && distance >= -limit &&
@@ -46,7 +47,7 @@ bool is_empty(char const* argument, TensorView const& t) {
   if (!near || reach > limit) {
     throw ArgumentError(argument,
                         "strides that keep any two elements within " + std::to_string(limit) + " of each other",
-                        "shape " + shape_text(t) + " with strides " + text_of(t.strides, 4));
+                        "shape " + shape_text(t) + " with strides " + text_of(t.strides, t.rank));
   }
   return false;
 }
@@ -81,13 +82,17 @@ std::string to_string(Device device) {
 
 std::string shape_text(TensorView const& t) { return text_of(t.shape, t.rank); }
 
-Operand operand(char const* name, TensorView const& t, Layout layout) {
-  bool const bshd = layout == Layout::bshd;
-  require_rank(name, t, 4, bshd ? "(batch, seqlen, heads, head_dim)" : "(batch, heads, seqlen, head_dim)");
-  int const row = bshd ? 1 : 2, head = bshd ? 2 : 1;
+Operand operand(char const* name, TensorView const& t, CallOptions const& options) {
+  bool const bshd = options.layout == Layout::bshd, packed = is_packed(options);
+  if (packed) {
+    require_rank(name, t, 3, bshd ? "(total, heads, head_dim), packed" : "(heads, total, head_dim), packed");
+  } else {
+    require_rank(name, t, 4, bshd ? "(batch, seqlen, heads, head_dim)" : "(batch, heads, seqlen, head_dim)");
+  }
+  int const last = t.rank - 1, row = bshd ? last - 2 : last - 1, head = bshd ? last - 1 : last - 2;
   bool const empty = is_empty(name, t);
-  if (t.strides[3] != 1 && t.shape[3] > 1 && !empty) {
-    throw ArgumentError(name, "last stride 1", std::to_string(t.strides[3]),
+  if (t.strides[last] != 1 && t.shape[last] > 1 && !empty) {
+    throw ArgumentError(name, "last stride 1", std::to_string(t.strides[last]),
                         "Nothing is copied silently: pass a contiguous copy");
   }
   if (t.data == nullptr && !empty) {
@@ -95,7 +100,8 @@ Operand operand(char const* name, TensorView const& t, Layout layout) {
   }
   // A dimension of size 1 is never stepped over: its stride may be anything, so it is set to 0.
   auto const stride = [&](int i) { return t.shape[i] > 1 && !empty ? t.strides[i] : 0; };
-  return {name, &t, {t.shape[0], t.shape[row], t.shape[head], t.shape[3], {stride(0), stride(row), stride(head)}}};
+  Strides const strides{packed ? 0 : stride(0), stride(row), stride(head)};
+  return {name, &t, {packed ? 1 : t.shape[0], t.shape[row], t.shape[head], t.shape[last], strides}};
 }
 
 void require_aligned(Operand const& tensor, int32_t copy_bytes) {
@@ -175,6 +181,7 @@ void require_same_type(char const* argument, TensorView const& t, TensorView con
 std::vector<Argument> arrays_of(CallOptions const& o) {
   std::vector<Argument> arrays;
   for (Argument const& each : {Argument{"seqlens_q", o.seqlens_q}, Argument{"seqlens_k", o.seqlens_k},
+                               Argument{"cu_seqlens_q", o.cu_seqlens_q}, Argument{"cu_seqlens_k", o.cu_seqlens_k},
                                Argument{"prefix", o.prefixes}, Argument{"sink", o.sink}}) {
     if (each.tensor != nullptr) arrays.push_back(each);
   }
@@ -182,11 +189,16 @@ std::vector<Argument> arrays_of(CallOptions const& o) {
 }
 
 void require_shape_of_out(char const* argument, TensorView const& t, TensorView const& q, int64_t head_dim_v) {
-  require_rank(argument, t, 4, "as q has");
+  require_rank(argument, t, q.rank, "as q has");
   TensorView expected = q;
-  expected.shape[3] = head_dim_v;
+  expected.shape[static_cast<std::size_t>(q.rank - 1)] = head_dim_v;
   if (t.shape == expected.shape) return;
   throw ArgumentError(argument, "shape " + shape_text(expected) + " as q, with v's head_dim", shape_text(t));
+}
+
+LseShape lse_shape(Named const& q, CallOptions const& options) {
+  if (is_packed(options)) return {{q.head, q.row}, "(heads, total_q)"};
+  return {{q.batch, q.head, q.row}, "(batch, heads, seqlen_q)"};
 }
 
 void require_shape(char const* argument, TensorView const& t, ElementType dtype, Device device,

@@ -29,9 +29,10 @@ struct Operand {
   Named dims;
 };
 
-/// Checks that a tensor has rank 4, memory and unit last stride, and that the number of its elements and the distance
-/// of any two, in bytes too, fit 64 bits. The stride of a dimension of size 1 becomes 0.
-Operand operand(char const* name, TensorView const& t, Layout layout);
+/// Checks that a tensor has rank 4 (packed: 3, which is a batch of one), memory and unit last stride, and that the
+/// number of its elements and the distance of any two, in bytes too, fit 64 bits. The stride of a dimension of size 1
+/// becomes 0.
+Operand operand(char const* name, TensorView const& t, CallOptions const& options);
 
 /// Throws unless a kernel that copies `copy_bytes` at a time can read or write the tensor.
 void require_aligned(Operand const& tensor, int32_t copy_bytes);
@@ -61,7 +62,12 @@ void require_shape(char const* argument, TensorView const& t, ElementType dtype,
 /// Throws unless t, the output or its gradient, has q's shape with v's head_dim.
 void require_shape_of_out(char const* argument, TensorView const& t, TensorView const& q, int64_t head_dim_v);
 
-inline constexpr char lse_dimensions[] = "(batch, heads, seqlen_q)";
+/// The shape of the LSE and of the numbers of query blocks, without their last dimensions, and their names.
+struct LseShape {
+  std::vector<int64_t> sizes;
+  char const* dimensions;
+};
+LseShape lse_shape(Named const& q, CallOptions const& options);
 inline ElementType lse_dtype(DType dtype) {
   return dtype == DType::float64 ? ElementType::float64 : ElementType::float32;
 }

@@ -62,7 +62,7 @@ BackwardExplanation explain_backward(Call const& call, TensorView const* out) {
   std::optional<BackwardConfig> chosen;
   try {
     std::vector<Operand> copied{call.q, call.k, call.v};
-    if (out != nullptr) copied.push_back(operand("out", *out, call.options.layout));
+    if (out != nullptr) copied.push_back(operand("out", *out, call.options));
     std::string misaligned;
     chosen = choose_backward_config(call, copied, &misaligned);
     if (gpu) {

@@ -16,9 +16,10 @@ namespace flashcute {
 namespace {
 
 /// Checks a gradient: writable, shaped like its input, without overlap in itself.
-Operand checked_gradient(char const* name, TensorView const& gradient, Operand const& input, Layout layout) {
+Operand checked_gradient(char const* name, TensorView const& gradient, Operand const& input,
+                         CallOptions const& options) {
   require_writable(name, gradient);
-  Operand const checked = operand(name, gradient, layout);
+  Operand const checked = operand(name, gradient, options);
   if (gradient.shape != input.view->shape) {
     throw ArgumentError(name, "shape " + shape_text(*input.view) + " as " + input.name, shape_text(gradient));
   }
@@ -42,9 +43,14 @@ BackwardConfig default_config_of(BackwardTensors const& t, Arch arch, std::strin
 
 /// The size of the workspace of a call on a GPU. Throws UnsupportedError if a launch cannot have all tiles of query
 /// rows.
-BackwardWorkspace checked_workspace_of(BackwardConfig const& config, Named const& q) {
-  require_grid(q.all_heads() * ceil_div<int64_t>(q.row, config.block_m), "q: batch * heads * ceil(seqlen_q / block_m)");
-  return workspace_of(config, q.all_heads(), q.row);
+BackwardWorkspace checked_workspace_of(BackwardConfig const& config, Named const& q, CallOptions const& options) {
+  bool const packed = is_packed(options);
+  int64_t const blocks = packed
+                             ? Packing::slots(static_cast<int32_t>(q.row), sequences_of(options, q.row), config.block_m)
+                             : ceil_div<int64_t>(q.row, config.block_m);
+  require_grid(q.all_heads() * blocks, packed ? "q: heads * (total_q / block_m + sequences + 2)"
+                                              : "q: batch * heads * ceil(seqlen_q / block_m)");
+  return workspace_of(config, q.all_heads(), q.row, blocks);
 }
 
 /// Checks the workspace of a call on a GPU and returns its address; null if none is needed.
@@ -132,8 +138,10 @@ BackwardConfig choose_backward_config(Call const& call, std::span<Operand const>
 }
 
 BackwardWorkspace checked_workspace_of(BackwardConfig const& config, Call const& call) {
-  BackwardWorkspace const workspace = checked_workspace_of(config, call.q.dims);
-  require_grid(count_key_tiles(call.params, config.block_n), "k: batch * kv_heads * ceil(seqlen_k / block_n)");
+  BackwardWorkspace const workspace = checked_workspace_of(config, call.q.dims, call.options);
+  require_grid(count_key_tiles(call.params, config.block_n), is_packed(call.options)
+                                                                 ? "k: kv_heads * (total_k / block_n + sequences + 2)"
+                                                                 : "k: batch * kv_heads * ceil(seqlen_k / block_n)");
   return workspace;
 }
 
@@ -143,7 +151,7 @@ BackwardConfig backward_config_for(TensorView const& q, TensorView const& k, Ten
   std::vector<Operand> copied{call.q, call.k, call.v};
   for (auto const& [name, tensor] : others) {
     require_same_type(name, *tensor, q);
-    copied.push_back(operand(name, *tensor, options.layout));
+    copied.push_back(operand(name, *tensor, options));
   }
   return choose_backward_config(call, copied);
 }
@@ -154,7 +162,7 @@ int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, Ten
   require_same_type("v", v, q);
   Arch const arch = arch_of(q.device);
   require_kernel(dtype, arch, "q: ");
-  Named const nq = operand("q", q, options.layout).dims, nv = operand("v", v, options.layout).dims;
+  Named const nq = operand("q", q, options).dims, nv = operand("v", v, options).dims;
   require_head_dim("q", nq.d);
   require_head_dim("v", nv.d);
   if (arch == cpu_arch) return 0;
@@ -164,14 +172,13 @@ int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, Ten
                           .head_dim = static_cast<int32_t>(nq.d),
                           .head_dim_v = static_cast<int32_t>(nv.d),
                           .deterministic = options.deterministic};
-  return checked_workspace_of(config ? *config : default_config_of(t, arch, "q: "), nq).total();
+  return checked_workspace_of(config ? *config : default_config_of(t, arch, "q: "), nq, options).total();
 }
 
 BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call const& call, BackwardTensorViews const& t) {
   require_kernel(call);
   if (given) require_fits(*given, call);
   TensorView const& q = *call.q.view;
-  Layout const layout = call.options.layout;
   BackwardParams p{};
   p.forward = call.params;
 
@@ -179,7 +186,7 @@ BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call cons
   for (auto const& [name, view] : {std::pair{"out", &t.out}, std::pair{"dout", &t.dout}}) {
     require_same_type(name, *view, q);
     require_shape_of_out(name, *view, q, call.v.dims.d);
-    copied.push_back(operand(name, *view, layout));
+    copied.push_back(operand(name, *view, call.options));
   }
   p.forward.out = t.out.data;
   p.forward.out_stride = copied[3].dims.stride;
@@ -187,13 +194,16 @@ BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call cons
   p.dout_stride = copied[4].dims.stride;
 
   Named const& nq = call.q.dims;
-  std::vector<int64_t> const rows{nq.batch, nq.head, nq.row};
-  require_shape("lse", t.lse, lse_dtype(call.dtype), q.device, rows, lse_dimensions, true);
+  auto const [rows, dimensions] = lse_shape(nq, call.options);
+  require_shape("lse", t.lse, lse_dtype(call.dtype), q.device, rows, dimensions, true);
   p.forward.lse = t.lse.data;
   if (t.dlse != nullptr) {
-    require_shape("dlse", *t.dlse, lse_dtype(call.dtype), q.device, rows, lse_dimensions, false);
+    require_shape("dlse", *t.dlse, lse_dtype(call.dtype), q.device, rows, dimensions, false);
     p.dlse = t.dlse->data;
-    p.dlse_stride = {.batch = t.dlse->strides[0], .row = t.dlse->strides[2], .head = t.dlse->strides[1]};
+    std::size_t const row = rows.size() - 1;
+    p.dlse_stride = {.batch = is_packed(call.options) ? 0 : t.dlse->strides[0],
+                     .row = t.dlse->strides[row],
+                     .head = t.dlse->strides[row - 1]};
   }
 
   std::vector<Argument> others{{"q", &q},       {"k", call.k.view}, {"v", call.v.view},
@@ -203,7 +213,7 @@ BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call cons
   for (auto const& [name, view, input] :
        {std::tuple{"dq", &t.dq, &call.q}, std::tuple{"dk", &t.dk, &call.k}, std::tuple{"dv", &t.dv, &call.v}}) {
     require_same_type(name, *view, q);
-    copied.push_back(checked_gradient(name, *view, *input, layout));
+    copied.push_back(checked_gradient(name, *view, *input, call.options));
     for (auto const& [other_name, other] : others) require_separate(name, *view, other_name, *other);
     others.push_back({name, view});
   }

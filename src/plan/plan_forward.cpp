@@ -16,7 +16,7 @@ Operand checked_out(TensorView const& out, Call const& call) {
   require_same_type("out", out, *call.q.view);
   require_writable("out", out);
   require_shape_of_out("out", out, *call.q.view, call.v.dims.d);
-  Operand const operand_out = operand("out", out, call.options.layout);
+  Operand const operand_out = operand("out", out, call.options);
   require_no_overlap("out", out);
   for (Operand const* other : {&call.q, &call.k, &call.v}) require_separate("out", out, other->name, *other->view);
   for (auto const& [name, other] : arrays_of(call.options)) require_separate("out", out, name, *other);
@@ -67,14 +67,16 @@ ForwardPlan plan_forward(ForwardConfig const& config, Call const& call, ForwardO
     if (outputs.out != nullptr) require_separate(argument, t, "out", *outputs.out);
   };
   if (outputs.lse != nullptr) {
-    require_result("lse", *outputs.lse, lse_dtype(config.dtype), {nq.batch, nq.head, nq.row}, lse_dimensions);
+    LseShape const shape = lse_shape(nq, call.options);
+    require_result("lse", *outputs.lse, lse_dtype(config.dtype), shape.sizes, shape.dimensions);
     p.lse = outputs.lse->data;
   }
   if (TensorView const* const counts = outputs.block_counts; counts != nullptr) {
-    require_result(
-        "block_counts", *counts, ElementType::int32,
-        {nq.batch, nq.head, ceil_div<int64_t>(nq.row, call.on_gpu() ? tile_rows(config) : config.block_m), 3},
-        "(batch, heads, row blocks, 3)");
+    std::vector<int64_t> shape = lse_shape(nq, call.options).sizes;
+    shape.back() = query_blocks(p, call.on_gpu() ? tile_rows(config) : config.block_m);
+    shape.push_back(3);
+    require_result("block_counts", *counts, ElementType::int32, shape,
+                   is_packed(call.options) ? "(heads, slots, 3)" : "(batch, heads, row blocks, 3)");
     if (outputs.lse != nullptr) require_separate("block_counts", *counts, "lse", *outputs.lse);
     p.block_counts = static_cast<BlockCounts*>(counts->data);
   }
@@ -82,7 +84,8 @@ ForwardPlan plan_forward(ForwardConfig const& config, Call const& call, ForwardO
   Operand const loaded[] = {call.q, call.k, call.v};
   if (call.on_gpu()) {
     require_grid(count_query_tiles(p, tile_rows(config)) * config.cluster,
-                 "q: batch * heads * ceil(seqlen_q / block_m)");
+                 is_packed(call.options) ? "q: heads * (total_q / block_m + sequences + 2)"
+                                         : "q: batch * heads * ceil(seqlen_q / block_m)");
     for (Operand const& tensor : loaded) require_aligned(tensor, config.copy_bytes);
   }
   if (call.on_gpu() && config.kernel == Kernel::sm90) {
@@ -106,7 +109,7 @@ ForwardTensors forward_tensors(Call const& call, TensorView const* out, std::str
   std::vector<Operand> copied{call.q, call.k, call.v};
   if (out != nullptr) {
     require_same_type("out", *out, *call.q.view);
-    copied.push_back(operand("out", *out, call.options.layout));
+    copied.push_back(operand("out", *out, call.options));
   }
   t.alignment = common_alignment(copied, misaligned);
   std::string const problem = bulk_copy_problem(std::span(copied).first(3));  // out is not loaded

@@ -98,7 +98,9 @@ def run_and_check(
     oracle.assert_accurate(p, bshd(out, layout), lse, tiny=tiny, tf32=tf32)
 
 
-VARIANT = ("causal", "diagonal", "window", "prefix", "seqlens_q", "seqlens_k", "sink")
+VARIANT = (
+    "causal", "diagonal", "window", "prefix", "seqlens_q", "seqlens_k", "cu_seqlens_q", "cu_seqlens_k", "sink"
+)  # fmt: skip
 
 
 def with_variant(**options: Any) -> dict[str, Any]:
@@ -107,11 +109,12 @@ def with_variant(**options: Any) -> dict[str, Any]:
     return {**options, "variant": fc.Variant(**said)}
 
 
-def every_call(q: Any) -> dict[str, Callable[..., object]]:
-    """Every public function of q, k and v, by name, as a function of its keyword options."""
+def every_call(q: Any, lse: Any = None) -> dict[str, Callable[..., object]]:
+    """Every public function of q, k and v, by name, as a function of its keyword options. lse: where it is not that of
+    (1, 4, 2, 8)."""
     cfg = fc.default_config(8, "float32", "cpu")
     gradients = fc.default_backward_config(8, "float32", "cpu")
-    lse = np.zeros((1, 2, 4), np.float32)
+    lse = np.zeros((1, 2, 4), np.float32) if lse is None else lse
     return {
         "flash_attention": lambda **o: fc.flash_attention(q, q, q, **o),
         "forward": lambda **o: fc.forward(cfg, q, q, q, **with_variant(**o)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flashcute as fc
 import numpy as np
@@ -90,22 +90,112 @@ def strided(
 ) -> torch.Tensor:
     """x in memory of any order, with NaN between and around; the last stride is 1. align: a multiple that strides and
     the offset are."""
-    order = [int(axis) for axis in rng.permutation(3)] + [3]
-    more = [int(rng.integers(0, 3)) for _ in range(4)]
+    last = x.ndim - 1
+    order = [int(axis) for axis in rng.permutation(last)] + [last]
+    more = [int(rng.integers(0, 3)) for _ in x.shape]
     sizes = [n + extra for n, extra in zip(x.shape, more, strict=True)]
-    sizes[3] = -(-sizes[3] // align) * align
+    sizes[last] = -(-sizes[last] // align) * align
     memory = torch.full(
         [sizes[axis] for axis in order], torch.nan, dtype=getattr(torch, dtype), device=where
     )
-    back = [order.index(axis) for axis in range(4)]
+    back = [order.index(axis) for axis in range(x.ndim)]
     whole = memory.permute(back)
     first = [
-        int(rng.integers(0, size - n + 1)) if axis < 3 or align == 1 else 0
+        int(rng.integers(0, size - n + 1)) if axis < last or align == 1 else 0
         for axis, (size, n) in enumerate(zip(sizes, x.shape, strict=True))
     ]
     view = whole[tuple(slice(at, at + n) for at, n in zip(first, x.shape, strict=True))]
     view.copy_(torch.from_numpy(np.ascontiguousarray(x)))
     return view
+
+
+class Side(NamedTuple):
+    """Where the batch entries of a problem lie as packed sequences: of queries, or of keys."""
+
+    starts: tuple[int, ...]
+    total: int
+    existing: tuple[int, ...]  # rows of each, from the first of its slot on
+
+    @staticmethod
+    def of(
+        rng: np.random.Generator, rows: int, batch: int, lengths: tuple[int, ...] | None
+    ) -> Side:
+        """One after the other, with rows of none before, behind and, where lengths are told, within slots."""
+        existing = tuple(min(max(n, 0), rows) for n in lengths or (rows,) * batch)
+        slots = existing
+        if lengths is not None and rng.random() < 0.5:
+            slots = tuple(int(rng.integers(n, rows + 1)) for n in existing)
+        first = int(rng.integers(0, 4))
+        starts = tuple(int(x) for x in np.cumsum([first, *slots]))
+        return Side(starts, starts[-1] + int(rng.integers(0, 4)), existing)
+
+    @property
+    def has_gaps(self) -> bool:
+        return any(np.diff(self.starts) != self.existing)
+
+    def pack(self, x: np.ndarray) -> np.ndarray:
+        """(batch, rows, ...) as (total, ...), with NaN in rows that do not exist."""
+        packed = np.full((self.total, *x.shape[2:]), np.nan)
+        for entry, start, n in zip(x, self.starts, self.existing, strict=False):
+            packed[start : start + n] = entry[:n]
+        return packed
+
+    def unpack(self, found: torch.Tensor, rows: int, fill: float = 0.0) -> torch.Tensor:
+        """The inverse. Rows that do not exist are to hold `fill`."""
+        whole = found.new_full((len(self.existing), rows, *found.shape[1:]), fill)
+        gone = torch.ones(self.total, dtype=torch.bool, device=found.device)
+        for entry, start, n in zip(whole, self.starts, self.existing, strict=False):
+            entry[:n] = found[start : start + n]
+            gone[start : start + n] = False
+        assert (found[gone] == fill).all(), "rows of no sequence were not written"
+        return whole
+
+
+def check_packed(
+    rng: np.random.Generator,
+    p: oracle_backward.BackwardProblem,
+    where: str,
+    *,
+    cfg: fc.ForwardConfig | None = None,
+    backward_cfg: fc.BackwardConfig | None = None,
+    align: int = 1,
+) -> None:
+    """As `check`, with the entries of the batch as packed sequences."""
+    batch, rows, keys = *p.q.shape[:2], p.k.shape[1]
+    queries = Side.of(rng, rows, batch, p.seqlens_q)
+    others = Side.of(rng, keys, batch, p.seqlens_k)
+    layout = "bhsd" if rng.random() < 0.5 else "bshd"
+    told = said(p, where)
+    for name, side in (("q", queries), ("k", others)):
+        told[f"cu_seqlens_{name}"] = torch.tensor(side.starts, dtype=torch.int32, device=where)
+        existing = torch.tensor(side.existing, dtype=torch.int32, device=where)
+        told[f"seqlens_{name}"] = existing if side.has_gaps else None
+    if queries.starts == others.starts and rng.random() < 0.5:
+        told["cu_seqlens_k"] = None
+
+    def placed(x: np.ndarray, side: Side) -> torch.Tensor:
+        packed = side.pack(x)
+        packed = packed.swapaxes(0, 1) if layout == "bhsd" else packed
+        return strided(rng, packed, p.dtype, where, align)
+
+    q, k, v, dout = (
+        placed(poisoned(p)[name], side)
+        for name, side in (("q", queries), ("k", others), ("v", others), ("dout", queries))
+    )
+    dlse = None
+    if p.dlse is not None:
+        dlse = torch.tensor(queries.pack(p.dlse.swapaxes(1, 2)).swapaxes(0, 1), device=where)
+        dlse = dlse.to(torch.float64 if p.dtype == "float64" else torch.float32)
+    out, lse, found = computed(p, (q, k, v, dout, dlse), told, layout, cfg, backward_cfg)
+    seqlen = 1 if layout == "bhsd" else 0
+    out = queries.unpack(out.movedim(seqlen, 0), rows)
+    lse = queries.unpack(lse.T, rows, -torch.inf).transpose(1, 2)
+    sides = ((queries, rows), (others, keys), (others, keys))
+    gradients = [
+        side.unpack(x.movedim(seqlen, 0), n) for x, (side, n) in zip(found, sides, strict=False)
+    ]
+    oracle.assert_accurate(p.forward, out, lse, tiny=True)
+    oracle_backward.assert_accurate(p, (*gradients, *found[3:]))
 
 
 def check(
@@ -121,25 +211,39 @@ def check(
     and applies the accuracy rules."""
     tensors = {n: strided(rng, x, p.dtype, where, align) for n, x in poisoned(p).items()}
     q, k, v, dout = (tensors[name] for name in ("q", "k", "v", "dout"))
-    said_of_it = said(p, where)
-    sink = said_of_it["sink"]
     dlse = None
     if p.dlse is not None:
         rows = p.mask.exists(p.q)
         dlse = torch.tensor(np.where(rows, p.dlse, np.nan), device=where)
         dlse = dlse.to(torch.float64 if p.dtype == "float64" else torch.float32)
+    given = (q, k, v, dout, dlse)
+    out, lse, found = computed(p, given, said(p, where), "bshd", cfg, backward_cfg)
+    oracle.assert_accurate(p.forward, out, lse, tiny=True)
+    oracle_backward.assert_accurate(p, found)
+
+
+def computed(
+    p: oracle_backward.BackwardProblem,
+    given: tuple[torch.Tensor, ...],
+    told: dict[str, Any],
+    layout: str,
+    cfg: fc.ForwardConfig | None,
+    backward_cfg: fc.BackwardConfig | None,
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """out, LSE and gradients of q, k, v, dout and dlse."""
+    q, k, v, dout, dlse = given
+    options = {"scale": p.scale, "layout": layout}
     if cfg is None or backward_cfg is None:
-        leaves = [x.requires_grad_() for x in (q, k, v, sink) if x is not None]
+        leaves = [x.requires_grad_() for x in (q, k, v, told["sink"]) if x is not None]
         out, lse = fc.flash_attention(
-            q, k, v, scale=p.scale, return_lse=True, on_unsupported="error", **said_of_it
+            q, k, v, return_lse=True, on_unsupported="error", **options, **told
         )
         results, given = ((out,), (dout,)) if dlse is None else ((out, lse), (dout, dlse))
-        found = torch.autograd.grad(results, leaves, given)
-    else:
-        variant = fc.Variant(**said_of_it)
-        out, lse = fc.forward(cfg, q, k, v, variant=variant, scale=p.scale, return_lse=True)
-        found = fc.backward(
-            backward_cfg, dout, q, k, v, out, lse, dlse=dlse, variant=variant, scale=p.scale
-        )
-    oracle.assert_accurate(p.forward, out.detach(), lse.detach(), tiny=True)
-    oracle_backward.assert_accurate(p, found)
+        return out.detach(), lse.detach(), torch.autograd.grad(results, leaves, given)
+    variant = fc.Variant(**told)
+    out, lse = fc.forward(cfg, q, k, v, variant=variant, return_lse=True, **options)
+    return (
+        out,
+        lse,
+        fc.backward(backward_cfg, dout, q, k, v, out, lse, dlse=dlse, variant=variant, **options),
+    )

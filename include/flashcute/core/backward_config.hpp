@@ -124,9 +124,14 @@ struct BackwardWorkspace {
   constexpr int64_t total() const { return delta + dq_sums; }
 };
 
-constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads, int64_t seqlen_q) {
-  int64_t const tiles = heads * ceil_div<int64_t>(seqlen_q, c.block_m);
+/// Of `heads` heads, each of `seqlen_q` rows in `blocks` tiles.
+constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads, int64_t seqlen_q, int64_t blocks) {
+  int64_t const tiles = heads * blocks;
   return {ceil_div<int64_t>(heads * seqlen_q, 4) * 4, c.deterministic ? 0 : tiles * c.block_m * c.head_dim};
+}
+
+constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads, int64_t seqlen_q) {
+  return workspace_of(c, heads, seqlen_q, ceil_div<int64_t>(seqlen_q, c.block_m));
 }
 
 // Every rule: an identifier and the sentence that C++ and Python show.

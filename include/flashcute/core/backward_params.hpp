@@ -22,12 +22,12 @@ struct BackwardParams {
 };
 
 // The host compiler and the device compiler have to agree on the layout: the assertions run in both.
-static_assert(sizeof(BackwardParams) == 432);
+static_assert(sizeof(BackwardParams) == 448);
 #if !defined(__CUDACC_RTC__)  // NVRTC's offsetof is no constant expression
-static_assert(offsetof(BackwardParams, dout) == 248);
-static_assert(offsetof(BackwardParams, delta) == 288);
-static_assert(offsetof(BackwardParams, dout_stride) == 312);
-static_assert(offsetof(BackwardParams, dv_stride) == 408);
+static_assert(offsetof(BackwardParams, dout) == 264);
+static_assert(offsetof(BackwardParams, delta) == 304);
+static_assert(offsetof(BackwardParams, dout_stride) == 328);
+static_assert(offsetof(BackwardParams, dv_stride) == 424);
 #endif
 
 }  // namespace flashcute

@@ -15,6 +15,9 @@ struct Features {
 /// Whether the softmax of a mask's kernels may include a sink.
 constexpr bool takes_sink(MaskKind mask) { return mask == MaskKind::band; }
 
+/// Whether the sequences of a mask's kernels may be packed, or shorter than the tensors.
+constexpr bool takes_sequences(MaskKind mask) { return mask == MaskKind::band; }
+
 /// Which passes read a feature: the forward alone, or every pass that computes scores or asks who sees what.
 enum class Readers : uint8_t { forward, scores };
 
@@ -69,18 +72,25 @@ constexpr size_t bytes_of_features() {
 static_assert(bytes_of_features() == sizeof(Features),
               "every field of Features needs a row in for_each_feature (and there may be no padding)");
 
+/// What a pass that does not read a field still has to know of it: of a mask, which sequences its tiles belong to.
+template <class Field>
+constexpr Field unread(Field) {
+  return {};
+}
+constexpr MaskKind unread(MaskKind mask) { return takes_sequences(mask) ? mask : MaskKind{}; }
+
 template <class Pass>
 struct ForgetUnread {
   Pass pass;
 
   template <class Field>
   constexpr void operator()(Feature const& feature, Field& field) const {
-    if (!reads(pass, feature.readers)) field = {};
+    if (!reads(pass, feature.readers)) field = unread(field);
   }
 };
 
-/// The features that the pass reads; the others have their defaults, which are zeros. Calls that differ only in the
-/// others share the kernel of the pass.
+/// The features as far as they matter to the pass; the others have their defaults, which are zeros. Calls that differ
+/// only in these share the kernel of the pass.
 template <class Pass>
 constexpr Features relevant(Features features, Pass pass) {
   for_each_feature(features, ForgetUnread<Pass>{pass});

@@ -34,7 +34,14 @@ struct SequenceParams {
   int32_t prefix = no_prefix;
   int32_t prefix_offset = 0;
   bool from_end = false;  // the offsets are those of tensors without seqlens, and move with the ends of what exists
-  uint8_t reserved[7] = {};
+  uint8_t reserved[3] = {};
+  // Packed: tensors without a batch dimension, in which `count` sequences lie one after the other. A batch entry is a
+  // sequence: sequence i has the rows from cu_seqlens[i] up to cu_seqlens[i + 1], of which `seqlens` says how many
+  // exist. To the launch the tensors are a batch of one, of seqlen_q and seqlen_k rows. Null: not packed.
+  int32_t count = 0;
+  int32_t const *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;  // (count + 1,)
+
+  FLASHCUTE_HD bool packed() const { return cu_seqlens_q != nullptr; }
 };
 
 /// A logit of each query head that takes part in the softmax with value 0.
@@ -70,9 +77,9 @@ struct ForwardParams {
 // The host compiler and the device compiler have to agree on the layout: the assertions run in both.
 static_assert(sizeof(Strides) == 24);
 static_assert(sizeof(BlockCounts) == 12);
-static_assert(sizeof(SequenceParams) == 40);
+static_assert(sizeof(SequenceParams) == 56);
 static_assert(sizeof(SinkParams) == 16);
-static_assert(sizeof(ForwardParams) == 248);
+static_assert(sizeof(ForwardParams) == 264);
 #if !defined(__CUDACC_RTC__)  // NVRTC's offsetof is no constant expression
 static_assert(offsetof(ForwardParams, q_stride) == 48);
 static_assert(offsetof(ForwardParams, out_stride) == 120);
@@ -81,7 +88,7 @@ static_assert(offsetof(ForwardParams, batch) == 156);
 static_assert(offsetof(ForwardParams, causal_offset) == 184);
 static_assert(offsetof(ForwardParams, window_offset) == 188);
 static_assert(offsetof(ForwardParams, sequences) == 192);
-static_assert(offsetof(ForwardParams, sink) == 232);
+static_assert(offsetof(ForwardParams, sink) == 248);
 #endif
 
 /// Offset of the LSE of a head's first query in a contiguous tensor of (batch, heads, seqlen_q); of its delta too.

@@ -106,7 +106,7 @@ constexpr Name name(KernelId<Config> const& kernel) {
   s << "flashcute_" << name_of(kernel.config.kernel) << "_" << name(rest).text;
   s.add_word(word_of(kernel.pass));
   for_each_feature(kernel.features, [&](Feature const& feature, auto value) {
-    if (reads(kernel.pass, feature.readers)) s.add_word(word_of(feature, value));
+    if (reads(kernel.pass, feature.readers) || value != decltype(value){}) s.add_word(word_of(feature, value));
   });
   return s;
 }

@@ -8,22 +8,22 @@ namespace flashcute {
 
 /// Tiles of `block_m` query rows of all heads of all batches.
 FLASHCUTE_HD int64_t count_query_tiles(ForwardParams const& p, int32_t block_m) {
-  return static_cast<int64_t>(p.batch) * p.heads * ceil_div<int64_t>(p.seqlen_q, block_m);
+  return static_cast<int64_t>(p.batch) * p.heads * query_blocks(p, block_m);
 }
 
 /// Tiles of `block_keys` keys of all K/V heads of all batches.
 FLASHCUTE_HD int64_t count_key_tiles(ForwardParams const& p, int32_t block_keys) {
-  return static_cast<int64_t>(p.batch) * p.kv_heads * ceil_div<int64_t>(p.seqlen_k, block_keys);
+  return static_cast<int64_t>(p.batch) * p.kv_heads * key_blocks(p, block_keys);
 }
 
-/// Query rows [row0, row0 + rows) of one head, of which `existing` belong to its sequence: results of the others are
-/// written too.
+/// Query rows [row0, row0 + rows) of one head and one sequence, of which `existing` exist: results of the others are
+/// written too. Rows and keys count from the first of the sequence.
 template <class Sequence>
 struct QueryTile {
   typename Sequence::Entry entry;  // of the batch
   int32_t head, kv_head;
   int32_t row0;  // first query row
-  int32_t rows;  // rows of the tensor: block_m, or fewer at its end
+  int32_t rows;  // in memory: block_m, or fewer at the end of the sequence; in a slot beyond it 0
 
   /// The sequence that the rows belong to.
   FLASHCUTE_HD Sequence sequence(ForwardParams const& p) const { return Sequence(p, entry); }
@@ -32,22 +32,46 @@ struct QueryTile {
     return max_of(min_of(rows, sequence(p).rows() - row0), 0);
   }
 
+  FLASHCUTE_HD static bool is_packed(ForwardParams const& p) {
+    if constexpr (Sequence::fills_tensors) {
+      return false;
+    } else {
+      return p.sequences.packed();
+    }
+  }
+
+  /// How many tiles each head has; packed, how many slots.
+  FLASHCUTE_HD static int32_t blocks_of_head(ForwardParams const& p, int32_t block_m) {
+    return is_packed(p) ? query_blocks(p, block_m) : ceil_div(p.seqlen_q, block_m);
+  }
+
   /// Tile `index` of `count_query_tiles(p, block_m)`. Within a head the last rows come first: under a causal mask they
   /// are the longest tiles, and long tiles should start early. A GPU passes its 32-bit block index, which
   /// avoids a 64-bit division.
   template <class Index>
   FLASHCUTE_HD static QueryTile at(ForwardParams const& p, Index index, int32_t block_m) {
-    auto const row_blocks = static_cast<Index>(ceil_div(p.seqlen_q, block_m));
+    auto const row_blocks = static_cast<Index>(blocks_of_head(p, block_m));
     return of(p, index / row_blocks, static_cast<int32_t>(row_blocks - 1 - index % row_blocks), block_m);
   }
 
   /// Tile `block` of the `head_index`-th head of all batches.
   template <class Index>
   FLASHCUTE_HD static QueryTile of(ForwardParams const& p, Index head_index, int32_t block, int32_t block_m) {
+    if (is_packed(p)) return of_slot(p, head_index, block, block_m, false);
     QueryTile t = whole_head(p, head_index);
     t.row0 = block * block_m;
     t.rows = min_of(block_m, p.seqlen_q - t.row0);
     return t;
+  }
+
+  /// The `i`-th tile of a head, counted from its last rows, which are cut off first: an incomplete tile has the first
+  /// rows. Packed: slot `i`, with the tiles of each sequence in this order; `near`: the number of a sequence that is
+  /// not far before its own.
+  template <class Index>
+  FLASHCUTE_HD static QueryTile from_end(ForwardParams const& p, Index head_index, int32_t i, int32_t block_m,
+                                         int32_t near = 0) {
+    if (is_packed(p)) return of_slot(p, head_index, i, block_m, true, near);
+    return whole_head(p, head_index).part_from_end(i, block_m);
   }
 
   /// All rows of the `head_index`-th head of all batches.
@@ -75,37 +99,63 @@ struct QueryTile {
 
   /// The first row's element 0 in each tensor; for K and V, that of the sequence's first key.
   FLASHCUTE_HD int64_t q_offset(ForwardParams const& p) const {
-    return row_offset(p.q_stride, entry.batch, head, row0);
+    return row_offset(p.q_stride, entry.batch, head, entry.first_query + row0);
   }
   FLASHCUTE_HD int64_t k_offset(ForwardParams const& p) const {
-    return row_offset(p.k_stride, entry.batch, kv_head, 0);
+    return row_offset(p.k_stride, entry.batch, kv_head, entry.first_key);
   }
   FLASHCUTE_HD int64_t v_offset(ForwardParams const& p) const {
-    return row_offset(p.v_stride, entry.batch, kv_head, 0);
+    return row_offset(p.v_stride, entry.batch, kv_head, entry.first_key);
   }
   FLASHCUTE_HD int64_t out_offset(ForwardParams const& p) const {
-    return row_offset(p.out_stride, entry.batch, head, row0);
+    return row_offset(p.out_stride, entry.batch, head, entry.first_query + row0);
   }
   FLASHCUTE_HD int64_t lse_offset(ForwardParams const& p) const {
-    return flashcute::lse_offset(p, entry.batch, head) + row0;
+    return flashcute::lse_offset(p, entry.batch, head) + entry.first_query + row0;
   }
 
   /// Offset of the block counts of the tile that these rows are, or are a part of. It is the same whether tiles are cut
   /// from the first row on or from the last.
   FLASHCUTE_HD int64_t block_counts_offset(ForwardParams const& p, int32_t block_m) const {
+    if (is_packed(p)) {
+      int32_t const length = Packing::of_queries(p).length(entry.number);
+      int32_t const block = ceil_div(length, block_m) - ceil_div(length - row0, block_m);
+      return static_cast<int64_t>(head) * query_blocks(p, block_m) + entry.first_query_block(block_m) + block;
+    }
     int64_t const heads_to_here = static_cast<int64_t>(entry.batch) * p.heads + head + 1;
     return heads_to_here * ceil_div(p.seqlen_q, block_m) - ceil_div(p.seqlen_q - row0, block_m);
   }
+
+ private:
+  /// Of packed sequences.
+  FLASHCUTE_HD static QueryTile of_slot(ForwardParams const& p, int64_t head, int32_t slot, int32_t block_m,
+                                        bool last_rows_first, int32_t near = 0) {
+    if constexpr (Sequence::fills_tensors) {
+      return {};
+    } else {
+      Packing const queries = Packing::of_queries(p);
+      int32_t const number = queries.sequence_of_slot(slot, block_m, near);
+      QueryTile t;
+      t.entry = Sequence::Entry::of_packed(p, number);
+      t.head = static_cast<int32_t>(head);
+      t.kv_head = t.head / (p.heads / p.kv_heads);
+      int32_t const length = queries.length(number);
+      int32_t const before = (slot - t.entry.first_query_block(block_m)) * block_m;
+      t.row0 = last_rows_first ? max_of(0, length - before - block_m) : before;
+      t.rows = max_of(0, min_of(block_m, length - before));
+      return t;
+    }
+  }
 };
 
-/// One block of keys of one K/V head, of which `existing` belong to its sequence: a task of the backward that owns its
-/// rows of dK and dV, for all query heads of the group.
+/// One block of keys of one K/V head and one sequence, of which `existing` exist: a task of the backward that owns its
+/// rows of dK and dV, for all query heads of the group. Keys count from the first of the sequence.
 template <class Sequence>
 struct KeyTile {
   typename Sequence::Entry entry;  // of the batch
   int32_t kv_head;
   int32_t row0;  // first key
-  int32_t rows;  // keys of the tensor: block_keys, or fewer at its end
+  int32_t rows;  // in memory: block_keys, or fewer at the end of the sequence; in a slot beyond it 0
 
   /// The sequence that the keys belong to.
   FLASHCUTE_HD Sequence sequence(ForwardParams const& p) const { return Sequence(p, entry); }
@@ -122,7 +172,7 @@ struct KeyTile {
   /// fits in the level 2 cache.
   template <class Index>
   FLASHCUTE_HD static KeyTile at(ForwardParams const& p, Index index, int32_t block_keys) {
-    auto const blocks = static_cast<Index>(ceil_div(p.seqlen_k, block_keys));
+    auto const blocks = static_cast<Index>(is_packed(p) ? key_blocks(p, block_keys) : ceil_div(p.seqlen_k, block_keys));
     auto const heads = static_cast<Index>(p.batch) * static_cast<Index>(p.kv_heads);
     int64_t const bytes_of_head = static_cast<int64_t>(p.seqlen_q) * (p.head_dim + p.head_dim_v) * 4;
     auto const heads_at_once = static_cast<Index>(min_of<int64_t>(heads, 1 + cache_bytes / (bytes_of_head + 1)));
@@ -130,6 +180,7 @@ struct KeyTile {
     Index const width = min_of(heads_at_once, heads - first);
     Index const place = index - first * blocks;
     Index const head_index = first + place % width;
+    if (is_packed(p)) return of_slot(p, head_index, static_cast<int32_t>(place / width), block_keys);
     KeyTile t;
     t.entry = Sequence::Entry::of(p, static_cast<int32_t>(head_index / p.kv_heads));
     t.kv_head = static_cast<int32_t>(head_index % p.kv_heads);
@@ -137,5 +188,28 @@ struct KeyTile {
     t.rows = min_of(block_keys, p.seqlen_k - t.row0);
     return t;
   }
+
+ private:
+  FLASHCUTE_HD static bool is_packed(ForwardParams const& p) {
+    if constexpr (Sequence::fills_tensors) return false;
+    return p.sequences.packed();
+  }
+
+  /// Of packed sequences.
+  FLASHCUTE_HD static KeyTile of_slot(ForwardParams const& p, int64_t kv_head, int32_t slot, int32_t block_keys) {
+    if constexpr (Sequence::fills_tensors) {
+      return {};
+    } else {
+      Packing const keys = Packing::of_keys(p);
+      int32_t const number = keys.sequence_of_slot(slot, block_keys);
+      KeyTile t;
+      t.entry = Sequence::Entry::of_packed(p, number);
+      t.kv_head = static_cast<int32_t>(kv_head);
+      t.row0 = (slot - keys.first_slot(number, block_keys)) * block_keys;
+      t.rows = max_of(0, min_of(block_keys, keys.length(number) - t.row0));
+      return t;
+    }
+  }
 };
+
 }  // namespace flashcute

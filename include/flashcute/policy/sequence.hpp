@@ -6,7 +6,7 @@
 // mask says which type its kernels use.
 #pragma once
 
-#include "flashcute/core/forward_params.hpp"
+#include "flashcute/policy/packing.hpp"
 
 namespace flashcute {
 
@@ -20,6 +20,11 @@ class UniformSequence {
     int32_t batch;
 
     FLASHCUTE_HD static Entry of(ForwardParams const&, int32_t batch) { return {batch}; }
+
+    // As of BatchSequence.
+    static constexpr int32_t number = 0, first_query = 0, first_key = 0;
+    FLASHCUTE_HD static Entry of_row(ForwardParams const&, int32_t batch, int32_t /*row*/) { return {batch}; }
+    FLASHCUTE_HD static constexpr int32_t first_query_block(int32_t /*block*/) { return 0; }
   };
 
   FLASHCUTE_HD UniformSequence(ForwardParams const& p, Entry const&) : p_(p) {}
@@ -33,33 +38,62 @@ class UniformSequence {
   ForwardParams const& p_;
 };
 
-/// The sequence of one batch entry, whose lengths may lie in memory, and the band of keys that its queries see: i +
-/// first
-/// <= j <= i + last, without those that are neither before `prefix` nor up to i + prefix_last. A tile reads them once.
+/// The sequence of one batch entry, whose place and lengths may lie in memory, and the band of keys that its queries
+/// see: i + first <= j <= i + last, without those that are neither before `prefix` nor up to i + prefix_last. A tile
+/// reads them once.
 class BatchSequence {
  public:
   static constexpr bool fills_tensors = false;
 
   struct Entry {
-    int32_t batch;
-    int32_t queries, keys;  // that exist
+    int32_t batch;                   // of the tensors; packed: 0
+    int32_t number;                  // of a packed sequence, as Packing counts; else 0
+    int32_t first_query, first_key;  // the rows of the tensors that it begins with
+    int32_t queries, keys;           // that exist
     int32_t first, last, prefix_last;
     int32_t prefix;
 
     FLASHCUTE_HD static Entry of(ForwardParams const& p, int32_t batch) {
       SequenceParams const& s = p.sequences;
-      Entry e{batch, existing(s.seqlens_q, batch, p.seqlen_q), existing(s.seqlens_k, batch, p.seqlen_k), 0, 0, 0, 0};
+      Entry e{batch, 0, 0, 0, existing(s.seqlens_q, batch, p.seqlen_q), existing(s.seqlens_k, batch, p.seqlen_k),
+              0,     0, 0, 0};
+      e.set_band(p, batch);
+      return e;
+    }
+
+    /// Of the packed sequence `number`.
+    FLASHCUTE_HD static Entry of_packed(ForwardParams const& p, int32_t number) {
+      SequenceParams const& s = p.sequences;
+      Packing const queries = Packing::of_queries(p), keys = Packing::of_keys(p);
+      Entry e{0, number, queries.first_row(number), keys.first_row(number), 0, 0, 0, 0, 0, 0};
+      if (!queries.is_real(number)) return e;
+      e.queries = existing(s.seqlens_q, number - 1, queries.length(number));
+      e.keys = existing(s.seqlens_k, number - 1, keys.length(number));
+      e.set_band(p, number - 1);
+      return e;
+    }
+
+    /// Of the batch entry, or the packed sequence, that query row `row` of the tensor belongs to.
+    FLASHCUTE_HD static Entry of_row(ForwardParams const& p, int32_t batch, int32_t row) {
+      return p.sequences.packed() ? of_packed(p, Packing::of_queries(p).sequence_of_row(row)) : of(p, batch);
+    }
+
+    /// The first of its blocks of query rows among all of a head.
+    FLASHCUTE_HD int32_t first_query_block(int32_t block) const { return first_query / block + number; }
+
+   private:
+    FLASHCUTE_HD void set_band(ForwardParams const& p, int32_t entry) {
+      SequenceParams const& s = p.sequences;
+      Entry& e = *this;
       int32_t const shift = s.from_end ? (p.seqlen_q - e.queries) - (p.seqlen_k - e.keys) : 0;
       e.first = e.held(int64_t{p.window_offset} + shift);
       e.last = e.held(int64_t{p.causal_offset} + shift);
       e.prefix_last = e.held(int64_t{s.prefix_offset} + shift);
-      e.prefix = s.prefixes != nullptr ? s.prefixes[batch] : s.prefix;
-      return e;
+      e.prefix = s.prefixes != nullptr ? s.prefixes[entry] : s.prefix;
     }
 
-   private:
-    FLASHCUTE_HD static int32_t existing(int32_t const* lengths, int32_t batch, int32_t all) {
-      return lengths != nullptr ? min_of(max_of(lengths[batch], 0), all) : all;
+    FLASHCUTE_HD static int32_t existing(int32_t const* lengths, int32_t entry, int32_t all) {
+      return lengths != nullptr ? min_of(max_of(lengths[entry], 0), all) : all;
     }
 
     /// Beyond these limits a diagonal shows or hides nothing more. Within them its sum with the number of a query fits

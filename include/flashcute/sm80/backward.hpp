@@ -95,10 +95,10 @@ struct TileGradients {
   FLASHCUTE_DEVICE static void run_queries(BackwardParams const& p, SharedStorage& smem) {
     ForwardParams const& f = p.forward;
     auto const tile = Tile::at(f, block_index(), C.block_m);
+    if (!Sequence::fills_tensors && tile.rows == 0) return;  // a slot that no sequence needs
     int const existing = tile.existing(f);
-    load<SmemX>(Rows::of(f.q, f.q_stride, tile.entry.batch, tile.head), tile.row0, existing, f.head_dim, smem.x);
-    load<SmemY>(Rows::of(p.dout, p.dout_stride, tile.entry.batch, tile.head), tile.row0, existing, f.head_dim_v,
-                smem.y);
+    load<SmemX>(queries(f.q, f.q_stride, tile, tile.head), tile.row0, existing, f.head_dim, smem.x);
+    load<SmemY>(queries(p.dout, p.dout_stride, tile, tile.head), tile.row0, existing, f.head_dim_v, smem.y);
     prepare_statistics(p, tile, smem);
 
     auto const range = Mask::kv_range(tile, f, C.block_n);
@@ -107,16 +107,18 @@ struct TileGradients {
     gradients.stage_results();
     auto const looked_at = range.keys(!P::wants_finite, C.block_n, tile.sequence(f));
     gradients.add_dropped(tile.kv_head, 1, looked_at, tile.rows);
-    store<SmemX>(smem.x, p.dq, p.dq_stride, tile.entry.batch, tile.head, tile.row0, tile.rows, f.head_dim);
+    int const first = tile.entry.first_query + tile.row0;
+    store<SmemX>(smem.x, p.dq, p.dq_stride, tile.entry.batch, tile.head, first, tile.rows, f.head_dim);
   }
 
   /// dK and dV, summed over the query heads of the group.
   FLASHCUTE_DEVICE static void run_keys(BackwardParams const& p, SharedStorage& smem) {
     ForwardParams const& f = p.forward;
     auto const tile = Tile::at(f, block_index(), C.block_m);
+    if (!Sequence::fills_tensors && tile.rows == 0) return;  // a slot that no sequence needs
     int const existing = tile.existing(f);
-    load<SmemX>(Rows::of(f.k, f.k_stride, tile.entry.batch, tile.kv_head), tile.row0, existing, f.head_dim, smem.x);
-    load<SmemY>(Rows::of(f.v, f.v_stride, tile.entry.batch, tile.kv_head), tile.row0, existing, f.head_dim_v, smem.y);
+    load<SmemX>(keys(f.k, f.k_stride, tile, tile.kv_head), tile.row0, existing, f.head_dim, smem.x);
+    load<SmemY>(keys(f.v, f.v_stride, tile, tile.kv_head), tile.row0, existing, f.head_dim_v, smem.y);
 
     auto const range = Mask::query_range(tile, f, C.block_n);
     int const group = f.heads / f.kv_heads, first_head = tile.kv_head * group;
@@ -126,8 +128,9 @@ struct TileGradients {
     gradients.stage_results();
     auto const looked_at = range.rows(!P::wants_finite, C.block_n, tile.sequence(f));
     gradients.add_dropped(first_head, group, looked_at, tile.rows);
-    store<SmemX>(smem.x, p.dk, p.dk_stride, tile.entry.batch, tile.kv_head, tile.row0, tile.rows, f.head_dim);
-    store<SmemY>(smem.y, p.dv, p.dv_stride, tile.entry.batch, tile.kv_head, tile.row0, tile.rows, f.head_dim_v);
+    int const first = tile.entry.first_key + tile.row0;
+    store<SmemX>(smem.x, p.dk, p.dk_stride, tile.entry.batch, tile.kv_head, first, tile.rows, f.head_dim);
+    store<SmemY>(smem.y, p.dv, p.dv_stride, tile.entry.batch, tile.kv_head, first, tile.rows, f.head_dim_v);
   }
 
   FLASHCUTE_DEVICE TileGradients(BackwardParams const& p, SharedStorage& smem, Tile const& tile)
@@ -176,10 +179,9 @@ struct TileGradients {
     int64_t const y_stride = keys_stay ? p_.dout_stride.row : f.v_stride.row;
     int const row0 = at.block * C.block_n, rows = (keys_stay ? sequence().rows() : sequence().keys()) - row0;
     if (at.block == at.begin) {
-      Rows const x = keys_stay ? Rows::of(f.q, f.q_stride, tile_.entry.batch, at.head)
-                               : Rows::of(f.k, f.k_stride, tile_.entry.batch, at.head);
-      Rows const y = keys_stay ? Rows::of(p_.dout, p_.dout_stride, tile_.entry.batch, at.head)
-                               : Rows::of(f.v, f.v_stride, tile_.entry.batch, at.head);
+      Rows const x = keys_stay ? queries(f.q, f.q_stride, tile_, at.head) : keys(f.k, f.k_stride, tile_, at.head);
+      Rows const y =
+          keys_stay ? queries(p_.dout, p_.dout_stride, tile_, at.head) : keys(f.v, f.v_stride, tile_, at.head);
       next_x_ = TileCopy<C, SmemBlockX>::first(x.first + row0 * x_stride, x_stride);
       next_y_ = TileCopy<C, SmemBlockY>::first(y.first + row0 * y_stride, y_stride);
     }
@@ -330,7 +332,7 @@ struct TileGradients {
 
   /// Adds dS X to the sums for dQ of the queries of the block.
   FLASHCUTE_DEVICE void add_dq(PassingBlocks const& at, bool finite) const {
-    Sums const sums(p_, tile_.entry.batch, at.head, at.block);
+    auto const sums = Sums::template of<Sequence>(p_, tile_.entry, at.head, at.block);
     if (finite) {
       sums.add_product(Sums::Products::template columns_as_a<SmemScores>(ds_tile()),
                        Sums::Products::template columns_as_b<SmemX>(smem_.x));
@@ -403,7 +405,7 @@ struct TileGradients {
   /// Starts loading LSE and delta of a block's rows; 0 where there is no row.
   FLASHCUTE_DEVICE void load_statistics(int head, int row0, int rows, Statistics<C.block_n>& to) const {
     ForwardParams const& f = p_.forward;
-    int64_t const first = lse_offset(f, tile_.entry.batch, head) + row0;
+    int64_t const first = lse_offset(f, tile_.entry.batch, head) + tile_.entry.first_query + row0;
     CUTE_UNROLL
     for (int pass = 0; pass < ceil_div(C.block_n, L::threads); ++pass) {
       int const i = pass * L::threads + thread_index();
@@ -447,11 +449,10 @@ struct TileGradients {
                        : Mask::visible(tile_.row0 + row, other, sequence());
     };
     for (int head = first_head; head < first_head + heads; ++head) {
-      Rows const x = keys_stay ? Rows::of(f.q, f.q_stride, tile_.entry.batch, head)
-                               : Rows::of(f.k, f.k_stride, tile_.entry.batch, head);
+      Rows const x = keys_stay ? queries(f.q, f.q_stride, tile_, head) : keys(f.k, f.k_stride, tile_, head);
       flashcute::add_dropped<C, SmemX>(x, others, rows, f.head_dim, smem_.x, sees);
       if constexpr (keys_stay) {
-        Rows const y = Rows::of(p_.dout, p_.dout_stride, tile_.entry.batch, head);
+        Rows const y = queries(p_.dout, p_.dout_stride, tile_, head);
         flashcute::add_dropped<C, SmemY>(y, others, rows, f.head_dim_v, smem_.y, sees);
       }
     }
@@ -459,6 +460,14 @@ struct TileGradients {
   }
 
   // ---- from and to the tensors -----------------------------------------------------------------------
+
+  /// The rows of one head that belong to a tile's sequence.
+  FLASHCUTE_DEVICE static Rows queries(void const* base, Strides const& stride, Tile const& tile, int head) {
+    return Rows::of(base, stride, tile.entry.batch, head, tile.entry.first_query);
+  }
+  FLASHCUTE_DEVICE static Rows keys(void const* base, Strides const& stride, Tile const& tile, int head) {
+    return Rows::of(base, stride, tile.entry.batch, head, tile.entry.first_key);
+  }
 
   template <class Smem>
   FLASHCUTE_DEVICE static void load(Rows const& from, int row0, int rows, int columns, Element* tile) {

@@ -9,14 +9,15 @@ namespace flashcute {
 /// The pass before `gradients`: computes delta and clears the sums for dQ.
 template <BackwardKernelId Id>
 struct PrepareGradients {
-  static_assert(has_only<>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
+  static_assert(has_only<&Features::mask>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
   static constexpr TileConfig C = tile_of(Id.config, Id.pass);
+  using Tile = QueryTile<typename Mask<Id.features.mask>::Sequence>;
 
   struct SharedStorage {};
 
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& /*smem*/) {
-    auto const tile = QueryTile<UniformSequence>::at(p.forward, block_index(), C.block_n);
-    QueryGradientSums<Id.config>(p, tile.entry.batch, tile.head, tile.row0 / C.block_n).clear();
+    auto const tile = Tile::at(p.forward, block_index(), C.block_n);
+    QueryGradientSums<Id.config>::of(p, tile).clear();
     Delta<C, C.block_n>::compute(p, tile, [&](int row, float delta) {
       global_store(static_cast<float*>(p.delta) + tile.lse_offset(p.forward) + row, delta);
     });
@@ -26,8 +27,9 @@ struct PrepareGradients {
 /// The pass after `gradients`: turns the sums into dQ.
 template <BackwardKernelId Id>
 struct FinishGradients {
-  static_assert(has_only<>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
+  static_assert(has_only<&Features::mask>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
   static constexpr TileConfig C = tile_of(Id.config, Id.pass);
+  using Tile = QueryTile<typename Mask<Id.features.mask>::Sequence>;
   using L = TileLayout<C>;
   using Sums = QueryGradientSums<Id.config>;
 
@@ -37,24 +39,24 @@ struct FinishGradients {
   static_assert(sizeof(SharedStorage) == smem_bytes(Id));
 
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& smem) {
-    auto const tile = QueryTile<UniformSequence>::at(p.forward, block_index(), C.block_n);
+    auto const tile = Tile::at(p.forward, block_index(), C.block_n);
     auto dq = Sums::fragment();  // (MMA, MMA_M, MMA_D)
-    Sums(p, tile.entry.batch, tile.head, tile.row0 / C.block_n).load(dq);
+    Sums::of(p, tile).load(dq);
     auto const scale = static_cast<float>(p.forward.scale);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(dq); ++i) dq(i) *= scale;
     stage_tile<C, typename L::SmemK, Sums::warps_n>(dq, smem.dq);
     block_sync();  // the tile is in shared memory
     using Copy = TileCopy<C, typename L::SmemK>;
-    int64_t const first = row_offset(p.dq_stride, tile.entry.batch, tile.head, tile.row0);
+    auto const& entry = tile.entry;
+    int64_t const first = row_offset(p.dq_stride, entry.batch, tile.head, entry.first_query + tile.row0);
     auto* const to = Copy::first(static_cast<typename L::Element*>(p.dq) + first, p.dq_stride.row);
     Copy::store(smem.dq, to, p.dq_stride.row, tile.rows, p.forward.head_dim);
   }
 };
 
 /// The gradient of a query head's sink: -sum(exp(sink - LSE) delta) over all its queries. One thread block computes it,
-/// so that the terms are added in the same order in every run. Of a query that sees no key, delta is -dLSE, whatever dO
-/// is.
+/// so that the terms are added in the same order in every run.
 template <BackwardKernelId Id>
 struct SinkGradient {
   static_assert(has_only<&Features::mask>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
@@ -76,19 +78,14 @@ struct SinkGradient {
     float sum = 0;
     for (int batch = 0; batch < f.batch; ++batch) {
       auto const first = lse_offset(f, batch, head);
-      Sequence const sequence(f, Sequence::Entry::of(f, batch));
-      for (int i = thread_index(); i < sequence.rows(); i += threads) {
-        float const lse = global_load<float>(static_cast<float const*>(f.lse) + first + i);
-        // Below every number: all scores that the query sees are, or the sink is none.
+      int const rows = f.sequences.packed() ? f.seqlen_q : Sequence(f, Sequence::Entry::of(f, batch)).rows();
+      for (int row = thread_index(); row < rows; row += threads) {
+        float const lse = global_load<float>(static_cast<float const*>(f.lse) + first + row);
+        // Below every number: the row does not exist, all scores that it sees are so, or the sink is none.
         if (lse == -infinity || sink == -infinity) continue;
-        float delta = global_load<float>(static_cast<float const*>(p.delta) + first + i);
-        if (Mask::empty_row(i, sequence)) {
-          delta = 0.f;
-          if (p.dlse != nullptr) {
-            delta -= global_load<float>(static_cast<float const*>(p.dlse) + row_offset(p.dlse_stride, batch, head, i));
-          }
-        }
-        sum -= expf(sink - lse) * delta;
+        float const weight = expf(sink - lse);
+        float const term = weight * global_load<float>(static_cast<float const*>(p.delta) + first + row);
+        sum -= term == term ? term : corrected(term, weight, p, batch, head, row);
       }
     }
     CUTE_UNROLL
@@ -104,6 +101,21 @@ struct SinkGradient {
     } else {
       global_store(static_cast<Element*>(p.dsink) + head, static_cast<Element>(total));
     }
+  }
+
+ private:
+  /// A term that is NaN. Where a row does not exist, memory may hold anything; where it sees no key, delta is -dLSE,
+  /// whatever dO is.
+  FLASHCUTE_DEVICE static float corrected(float term, float weight, BackwardParams const& p, int batch, int head,
+                                          int row) {
+    auto const entry = Sequence::Entry::of_row(p.forward, batch, row);
+    Sequence const sequence(p.forward, entry);
+    int const query = row - entry.first_query;
+    if (query >= sequence.rows()) return 0.f;
+    if (!Mask::empty_row(query, sequence)) return term;
+    if (p.dlse == nullptr) return 0.f;
+    auto const* const dlse = static_cast<float const*>(p.dlse) + row_offset(p.dlse_stride, batch, head, row);
+    return -global_load<float>(dlse) * weight;
   }
 };
 

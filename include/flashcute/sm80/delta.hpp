@@ -29,8 +29,9 @@ class Delta {
   FLASHCUTE_DEVICE static void compute(BackwardParams const& p, Tile const& tile, Result const& result) {
     ForwardParams const& f = p.forward;
     int const lane = thread_index() % lanes;
-    auto const out = Rows<Element>::of(f.out, f.out_stride, tile.entry.batch, tile.head);
-    auto const dout = Rows<Element>::of(p.dout, p.dout_stride, tile.entry.batch, tile.head);
+    auto const& entry = tile.entry;
+    auto const out = Rows<Element>::of(f.out, f.out_stride, entry.batch, tile.head, entry.first_query);
+    auto const dout = Rows<Element>::of(p.dout, p.dout_stride, entry.batch, tile.head, entry.first_query);
     CUTE_UNROLL
     for (int pass = 0; pass < ceil_div(TileRows, rows_per_pass); ++pass) {
       int const row = pass * rows_per_pass + thread_index() / lanes;
@@ -44,8 +45,8 @@ class Delta {
       for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
       if (lane != 0 || row >= tile.rows) continue;
       if (p.dlse != nullptr) {
-        sum -= global_load<float>(static_cast<float const*>(p.dlse) +
-                                  row_offset(p.dlse_stride, tile.entry.batch, tile.head, tile.row0 + row));
+        sum -= global_load<float>(static_cast<float const*>(p.dlse) + row_offset(p.dlse_stride, entry.batch, tile.head,
+                                                                                 entry.first_query + tile.row0 + row));
       }
       result(row, sum);
     }

@@ -5,6 +5,7 @@
 
 #include "flashcute/core/backward_config.hpp"
 #include "flashcute/core/backward_params.hpp"
+#include "flashcute/policy/query_tile.hpp"
 #include "flashcute/sm80/store.hpp"
 #include "flashcute/sm80/tf32x3.hpp"
 
@@ -30,11 +31,20 @@ class QueryGradientSums {
     return L::template coordinates<typename L::BlockN, typename L::HeadDim, warps_n>(thread_index());
   }
 
-  /// This thread's part of the tile of block `block` of query rows.
-  FLASHCUTE_DEVICE QueryGradientSums(BackwardParams const& p, int batch, int head, int block) {
+  /// This thread's part of the tile of block `block` of the query rows of a head and a batch entry.
+  template <class Sequence>
+  FLASHCUTE_DEVICE static QueryGradientSums of(BackwardParams const& p, typename Sequence::Entry const& entry, int head,
+                                               int block) {
     ForwardParams const& f = p.forward;
-    int64_t const tile = (static_cast<int64_t>(batch) * f.heads + head) * ceil_div(f.seqlen_q, B.block_m) + block;
-    first_ = static_cast<float*>(p.dq_sums) + tile * (B.block_m * B.head_dim) + thread_index() * width;
+    int64_t const heads_before = static_cast<int64_t>(entry.batch) * f.heads + head;
+    int64_t const tiles_before = heads_before * QueryTile<Sequence>::blocks_of_head(f, B.block_m);
+    return QueryGradientSums(p, tiles_before + (entry.first_query_block(B.block_m) + block));
+  }
+
+  /// Of a tile's rows.
+  template <class Sequence>
+  FLASHCUTE_DEVICE static QueryGradientSums of(BackwardParams const& p, QueryTile<Sequence> const& tile) {
+    return of<Sequence>(p, tile.entry, tile.head, tile.row0 / B.block_m);
   }
 
   FLASHCUTE_DEVICE void clear() const {
@@ -74,6 +84,11 @@ class QueryGradientSums {
   }
 
  private:
+  /// Tile `tile` of all.
+  FLASHCUTE_DEVICE QueryGradientSums(BackwardParams const& p, int64_t tile) {
+    first_ = static_cast<float*>(p.dq_sums) + tile * (B.block_m * B.head_dim) + thread_index() * width;
+  }
+
   /// Adds to this thread's elements from number `first` on.
   template <class Fragment>
   FLASHCUTE_DEVICE void add(int first, Fragment const& x) const {

@@ -31,6 +31,7 @@ struct ForwardPass {
   FLASHCUTE_DEVICE static void run(ForwardParams const& p, typename L::SharedStorage& smem) {
     using namespace cute;
     auto const tile = Tile::at(p, block_index(), C.block_m);
+    if (!Mask::Sequence::fills_tensors && tile.rows == 0) return;  // a slot that no sequence needs
     auto const range = Mask::kv_range(tile, p, C.block_n);
     ForwardLoader<F, Mask> loader{p, tile, range, smem};
     Softmax softmax{p};
@@ -71,7 +72,8 @@ struct ForwardPass {
   /// Adds to the staged output the non-finite values that were replaced by 0, where they are visible.
   FLASHCUTE_DEVICE static void add_dropped_values(typename Mask::Range const& range, ForwardParams const& p,
                                                   Tile const& tile, typename L::SharedStorage& smem) {
-    auto const v = Rows<typename L::Element>::of(p.v, p.v_stride, tile.entry.batch, tile.kv_head);
+    auto const& entry = tile.entry;
+    auto const v = Rows<typename L::Element>::of(p.v, p.v_stride, entry.batch, tile.kv_head, entry.first_key);
     auto const looked_at = range.keys(!P::wants_finite, C.block_n, tile.sequence(p));
     add_dropped<C, typename L::SmemO>(v, looked_at, tile.rows, p.head_dim_v, smem.q, [&](int row, int key) {
       return Mask::visible(tile.row0 + row, key, tile.sequence(p));

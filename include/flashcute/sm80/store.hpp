@@ -50,8 +50,9 @@ struct Rows {
   Element const* first;
   int64_t stride;
 
-  FLASHCUTE_DEVICE static Rows of(void const* base, Strides const& stride, int batch, int head) {
-    return {static_cast<Element const*>(base) + row_offset(stride, batch, head, 0), stride.row};
+  /// From row `first` on.
+  FLASHCUTE_DEVICE static Rows of(void const* base, Strides const& stride, int batch, int head, int first) {
+    return {static_cast<Element const*>(base) + row_offset(stride, batch, head, first), stride.row};
   }
 
   FLASHCUTE_DEVICE Element at(int row, int column) const { return global_load<Element>(first + row * stride + column); }

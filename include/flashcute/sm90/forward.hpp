@@ -73,12 +73,12 @@ struct ForwardPass {
   /// Writes the tiles that see no key under a mask with one edge, which the loader leaves out. If the first row sees a
   /// key, there are none. (Under other masks they are anywhere, and the warpgroups write them in their turn.)
   FLASHCUTE_DEVICE static void store_empty_tiles(ForwardParams const& p) {
-    int64_t const count = count_query_tiles(p, L::tile_rows);
+    int64_t const count = static_cast<int64_t>(p.batch) * p.heads * ceil_div<int64_t>(p.seqlen_q, L::tile_rows);
     auto const per_head = static_cast<uint32_t>(ceil_div(p.seqlen_q, L::tile_rows));
     for (int64_t i = block_index(); i < count; i += block_count()) {
       auto const index = static_cast<uint32_t>(i);
       auto const tile =
-          sm90_tile<UniformSequence>(p, index / per_head, static_cast<int>(index % per_head), L::tile_rows);
+          QueryTile<UniformSequence>::from_end(p, index / per_head, static_cast<int>(index % per_head), L::tile_rows);
       if (!Mask::kv_range(tile, p, C.block_n).empty()) continue;
       store_empty<C, Mask>(p, tile, static_cast<int>(thread_index()) % 32, 32);
       if (thread_index() == 0) store_counts<Id>({}, p, tile);

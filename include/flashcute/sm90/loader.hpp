@@ -27,7 +27,7 @@ class Loader {
   /// may be the next tile's first.
   FLASHCUTE_DEVICE void load(Tile const& tile, Range const& range) {
     for (int w = 0; w < L::warpgroups; ++w) {  // to L2, long before its buffer is free
-      int const row = rows_of(tile, w).row0;
+      int const row = tile.entry.first_query + rows_of(tile, w).row0;
       for_each_page<C.head_dim>([&](int column) { prefetch_box(p_.q, column, row, tile.head, tile.entry.batch); });
     }
     for (int n = range.first(); range.left(n) > 0; n += Range::step) {
@@ -78,8 +78,8 @@ class Loader {
       Barrier& full = smem_.q_full[w];
       expect_tile<warpgroup_rows, C.head_dim>(full);
       for_each_page<C.head_dim>([&](int column) {
-        copy_box(p_.q, column, next.rows.row0, tile.head, tile.entry.batch, q + warpgroup_rows * column, full,
-                 L2Hint::evict_first);
+        copy_box(p_.q, column, tile.entry.first_query + next.rows.row0, tile.head, tile.entry.batch,
+                 q + warpgroup_rows * column, full, L2Hint::evict_first);
       });
     }
     ++tile_;
@@ -154,7 +154,7 @@ class Loader {
     int const first = rank_ * L::keys_per_load;
     for_each_page<Columns>([&](int column) {
       auto* const to = place + C.block_n * column + first * L::page;
-      int const key = n * C.block_n + first;
+      int const key = tile.entry.first_key + n * C.block_n + first;
       if constexpr (C.cluster > 1) {
         copy_box_to_all(map, column, key, tile.kv_head, tile.entry.batch, to, full, L2Hint::evict_last, C.cluster);
       } else {

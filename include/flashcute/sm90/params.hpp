@@ -13,6 +13,6 @@ struct Sm90ForwardParams {
   TileDeal deal;
 };
 static_assert(sizeof(TileDeal) == 2308);
-static_assert(sizeof(Sm90ForwardParams) == 2944);
+static_assert(sizeof(Sm90ForwardParams) == 3072);
 
 }  // namespace flashcute

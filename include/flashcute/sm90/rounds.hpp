@@ -30,13 +30,6 @@ constexpr SectionRounds section_rounds(ForwardKernelId const& k) {
 /// larger GPU of compute capability 9.0 the rest would be idle, and `explain` says so.
 inline constexpr int32_t max_multiprocessors = 144;
 
-/// The `i`-th tile of a head, counted from its last rows. The incomplete tile is that of the first rows: under a causal
-/// mask it sees the fewest keys, and warpgroups without rows wait the least.
-template <class Sequence>
-FLASHCUTE_HD QueryTile<Sequence> sm90_tile(ForwardParams const& p, uint32_t head_index, int32_t i, int32_t tile_rows) {
-  return QueryTile<Sequence>::whole_head(p, head_index).part_from_end(i, tile_rows);
-}
-
 /// A round: at most one tile for each thread block; the longest come first. The thread blocks of a cluster compute one
 /// tile together and count as one here.
 struct TileRound {
@@ -55,31 +48,40 @@ struct TileRound {
   }
 
   /// In a section the long tiles come first: the last rows of all its heads, then the rows before. Where all tiles are
-  /// equally long, those of one head come together: they read the same keys at about the same time.
+  /// equally long, those of one head come together: they read the same keys at about the same time. The incomplete tile
+  /// is that of the first rows: under a causal mask it sees the fewest keys, and warpgroups without rows wait the
+  /// least. `near`: as of QueryTile::from_end.
   template <class Sequence>
-  FLASHCUTE_HD QueryTile<Sequence> tile(ForwardParams const& p, int32_t turn, int32_t tile_rows) const {
+  FLASHCUTE_HD QueryTile<Sequence> tile(ForwardParams const& p, int32_t turn, int32_t tile_rows,
+                                        int32_t near = 0) const {
+    using Tile = QueryTile<Sequence>;
     int32_t const index = first + turn;
     if (by_head) {
-      int32_t const per_head = ceil_div(p.seqlen_q, tile_rows);
-      return sm90_tile<Sequence>(p, head0 + static_cast<uint32_t>(index / per_head), index % per_head, tile_rows);
+      int32_t const per_head = Tile::blocks_of_head(p, tile_rows);
+      return Tile::from_end(p, head0 + static_cast<uint32_t>(index / per_head), index % per_head, tile_rows, near);
     }
-    return sm90_tile<Sequence>(p, head0 + static_cast<uint32_t>(index % heads), index / heads, tile_rows);
+    return Tile::from_end(p, head0 + static_cast<uint32_t>(index % heads), index / heads, tile_rows, near);
   }
 };
 
 /// Heads are divided into sections, whose K and V should stay in the L2 cache, and the tiles of a section into rounds,
 /// every other one backwards, so that a block with a long tile gets a short one next. The next section continues with
 /// the block after the last that got a tile. The last section is larger, so that there are short tiles at the end for
-/// the blocks with the least work so far. If all tiles are equally long (`per_section` 0), there is one section.
+/// the blocks with the least work so far. If all tiles are equally long (`per_section` 0), there is one section. So it
+/// is of packed sequences, whose tiles come in the order of their rows, each of all heads: then every block gets tiles
+/// of all lengths that a sequence has, and those of a sequence read their keys at about the same time.
 class TileRounds {
  public:
-  FLASHCUTE_HD TileRounds(ForwardParams const& p, int32_t tile_rows, int32_t blocks, SectionRounds per_section)
+  /// `row_blocks`: tiles of each head.
+  FLASHCUTE_HD TileRounds(ForwardParams const& p, int32_t row_blocks, int32_t blocks, SectionRounds per_section,
+                          bool packed)
       : blocks_(blocks),
-        row_blocks_(ceil_div(p.seqlen_q, tile_rows)),
+        row_blocks_(row_blocks),
         last_rounds_(per_section.last),
         heads_left_(static_cast<uint32_t>(p.batch) * static_cast<uint32_t>(p.heads)) {
     bool const by_head = per_section.usual == 0;
-    section_ = by_head ? static_cast<int32_t>(heads_left_) : max_of(1, per_section.usual * blocks / row_blocks_);
+    bool const single = by_head || packed;
+    section_ = single ? static_cast<int32_t>(heads_left_) : max_of(1, per_section.usual * blocks / row_blocks_);
     round_.heads = first_heads();
     round_.by_head = by_head;
   }

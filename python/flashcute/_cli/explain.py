@@ -63,6 +63,11 @@ def add_command(commands: Commands) -> None:
         help="with seqlens_q and seqlens_k: batch entries have lengths of their own",
     )
     parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="with cu_seqlens_q and cu_seqlens_k: the batch entries one after the other, without a batch dimension",
+    )
+    parser.add_argument(
         "--sink", action="store_true", help="with a sink: one more logit of each query head"
     )
     parser.add_argument("--allow-tf32", action="store_true", help="let a GPU round float32 to TF32")
@@ -86,14 +91,17 @@ def run(options: argparse.Namespace) -> int:
     seqlen_k = options.seqlen_q if options.seqlen_k is None else options.seqlen_k
 
     def shape(seqlen: int, heads: int) -> tuple[int, ...]:
+        batch = () if options.packed else (options.batch,)
+        rows = seqlen * options.batch if options.packed else seqlen
         if options.layout == "bshd":
-            return options.batch, seqlen, heads, options.head_dim
-        return options.batch, heads, seqlen, options.head_dim
+            return *batch, rows, heads, options.head_dim
+        return *batch, heads, rows, options.head_dim
 
     q = kit.empty(shape(options.seqlen_q, options.heads), options.dtype)
     k = kit.empty(shape(seqlen_k, kv_heads), options.dtype)
     # Which kernel runs depends on whether they are there, not on their numbers, which no call reads on the host.
     lengths = kit.lengths(options.batch) if options.seqlens else None
+    starts = kit.lengths(options.batch + 1) if options.packed else None
     sink = kit.empty((options.heads,), options.dtype) if options.sink else None
     changes = given_changes(options, ForwardConfig)
     cfg = changed_config(options.head_dim, options.dtype, kit.arch, changes) if changes else None
@@ -103,6 +111,7 @@ def run(options: argparse.Namespace) -> int:
         "prefix": options.prefix,
         "seqlens_q": lengths,
         "seqlens_k": lengths,
+        "cu_seqlens_q": starts,
         "sink": sink,
     }
     told = explain(

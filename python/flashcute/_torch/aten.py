@@ -85,14 +85,17 @@ def _options(
     diagonal: int | None,
     scale: float | None,
     window: tuple[int | None, int | None] = (None, None),
+    starts: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Options:
-    reason = refusal(q, k, v, layout, dropout_p, scale)
+    cu_seqlens_q, cu_seqlens_k = starts
+    reason = refusal(q, k, v, layout, dropout_p, scale, packed=cu_seqlens_q is not None)
     if reason:
         raise NotServedError(reason)
-    left, right = window_of(causal, *window, k.shape[1 if layout == "bshd" else 2])
+    left, right = window_of(causal, *window, k.shape[-3 if layout == "bshd" else -2])
     return Options(
-        causal, diagonal if causal else None, scale, layout, window_left=left, window_right=right
-    )
+        causal, diagonal if causal else None, scale, layout, window_left=left, window_right=right,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+    )  # fmt: skip
 
 
 def _require_off(**arguments: object) -> None:
@@ -104,11 +107,23 @@ def _require_off(**arguments: object) -> None:
             raise NotServedError(name)
 
 
-def _require_dense(*cum_seqlens: Tensor | None) -> None:
-    """Packed sequences have offsets. For dense ones autograd hands None on, and a traced graph may hold an empty
+def _starts_of(
+    cum_seq_q: Tensor | None, cum_seq_k: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Where packed sequences begin. For dense tensors autograd hands None on, and a traced graph may hold an empty
     tensor."""
-    if any(x is not None and x.numel() > 0 for x in cum_seqlens):
-        raise NotServedError("packed sequences (cum_seq_q, cum_seq_k)")
+    given = [x for x in (cum_seq_q, cum_seq_k) if x is not None and x.numel() > 0]
+    if not given:
+        return None, None
+    if len(given) == 1 or any(x.dtype != torch.int32 for x in given):
+        raise NotServedError("packed queries or keys alone, or offsets of other than 32 bits")
+    starts_q, starts_k = (x.contiguous() for x in given)
+    return starts_q, starts_k
+
+
+def _require_dense(*cum_seqlens: Tensor | None) -> None:
+    if any(x is not None for x in _starts_of(*cum_seqlens)):
+        raise NotServedError("packed sequences of an operator that has none")
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: Options) -> Tensor:
@@ -225,10 +240,12 @@ def _flash_forward(
     num_splits: int | None = None,  # how fast, not what
     **others: object,
 ) -> Any:
-    _require_dense(cum_seq_q, cum_seq_k)
+    starts = _starts_of(cum_seq_q, cum_seq_k)
     _require_off(return_debug_mask=return_debug_mask or None, **others)
     window = window_size_left, window_size_right
-    options = _options(query, key, value, "bshd", dropout_p, is_causal, LAST_KEY, scale, window)
+    options = _options(
+        query, key, value, "bshd", dropout_p, is_causal, LAST_KEY, scale, window, starts
+    )
     out = torch.empty_like(query)
     lse = _attend(query, key, value, out, options)
     return out, lse, *_without_random(query)
@@ -253,10 +270,12 @@ def _flash_forward_into(
     num_splits: int | None = None,  # how fast, not what
     **others: object,
 ) -> Any:
-    _require_dense(cum_seq_q, cum_seq_k)
+    starts = _starts_of(cum_seq_q, cum_seq_k)
     _require_off(return_debug_mask=return_debug_mask or None, **others)
     window = window_size_left, window_size_right
-    options = _options(query, key, value, "bshd", dropout_p, is_causal, LAST_KEY, scale, window)
+    options = _options(
+        query, key, value, "bshd", dropout_p, is_causal, LAST_KEY, scale, window, starts
+    )
     return _attend(query, key, value, out, options)
 
 
@@ -281,10 +300,12 @@ def _flash_backward(
     window_size_right: int | None = None,
     **others: object,
 ) -> Any:
-    _require_dense(cum_seq_q, cum_seq_k)
+    starts = _starts_of(cum_seq_q, cum_seq_k)
     _require_off(**others)
     window = window_size_left, window_size_right
-    options = _options(query, key, value, "bshd", dropout_p, is_causal, LAST_KEY, scale, window)
+    options = _options(
+        query, key, value, "bshd", dropout_p, is_causal, LAST_KEY, scale, window, starts
+    )
     return _differentiate(grad_out, query, key, value, out, logsumexp, options)
 
 

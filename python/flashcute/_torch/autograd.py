@@ -54,9 +54,9 @@ class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
         found: tuple[Tensor | None, ...] = (None, None, None)
         if dout is not None or dlse is not None:
-            *saved, seqlens_q, seqlens_k, prefixes, sink = ctx.saved_tensors
-            options = with_tensors(ctx.options, (seqlens_q, seqlens_k, prefixes, sink))
-            tensors = (dout, *saved, dlse)
+            saved = ctx.saved_tensors
+            options = with_tensors(ctx.options, saved[5:])
+            tensors = (dout, *saved[:5], dlse)
             if is_observed(dout, dlse):  # a batch of gradients, a counter of FLOPs
                 require_tensors(options)
                 found = gradients_on_stream(backward_by_operator, *tensors, options=options)

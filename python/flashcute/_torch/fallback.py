@@ -26,6 +26,8 @@ def require_fallback(
         )
     if problem.options.sink is not None:
         raise UnsupportedError(f"sink: {SDPA} has none, and {missing}")
+    if problem.options.is_packed:
+        raise UnsupportedError(f"cu_seqlens_q: {SDPA} has no packed sequences, and {missing}")
     require_tensors(problem.options)
     if problem.options.stream is not None:
         raise ArgumentError(

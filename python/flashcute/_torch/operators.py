@@ -7,7 +7,7 @@ import math
 from importlib import import_module
 from typing import Any
 
-from .._arrays import library_of
+from .._arrays import has_own_dispatch, library_of
 from .._call import Options, rows_of_heads, run
 from .._import_hook import when_imported
 from .framework import Tensor, torch
@@ -41,10 +41,12 @@ def _forward(
     prefix: int | None = None,
     prefixes: Tensor | None = None,
     sink: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Any:
     options = _options(
         causal, scale, layout, diagonal, None, window_left, window_right,
-        seqlens_q, seqlens_k, prefix, prefixes, sink, allow_tf32=allow_tf32,
+        seqlens_q, seqlens_k, prefix, prefixes, sink, cu_seqlens_q, cu_seqlens_k, allow_tf32=allow_tf32,
     )  # fmt: skip
     return run(None, q, k, v, options, return_lse=True)
 
@@ -62,13 +64,21 @@ def _options(
     prefix: int | None = None,
     prefixes: Tensor | None = None,
     sink: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     allow_tf32: bool = False,
 ) -> Options:
-    """From the arguments of an operator, in their order, but that only the forward has `allow_tf32`."""
+    """From the arguments of the forward operator, in their order but for `allow_tf32`."""
     return Options(
         causal, diagonal, scale, layout, None, allow_tf32, deterministic, False, window_left, window_right,
-        seqlens_q, seqlens_k, prefix, prefixes, sink,
+        seqlens_q, seqlens_k, prefix, prefixes, sink, cu_seqlens_q, cu_seqlens_k,
     )  # fmt: skip
+
+
+def _options_of_backward(sink: Tensor | None, *others: Any) -> Options:
+    """From the arguments of a backward operator, whose sink is elsewhere."""
+    given: list[Any] = [*others, *[None] * (BACKWARD_OPTIONS - len(others))]
+    return _options(*(*given[:-2], sink, *given[-2:]))
 
 
 def _forward_fake(
@@ -89,7 +99,7 @@ def _backward_of(
     dlse: Tensor | None,
     *others: Any,
 ) -> tuple[Tensor, ...]:
-    return gradients(dout, q, k, v, out, lse, dlse, _options(*others))
+    return gradients(dout, q, k, v, out, lse, dlse, _options_of_backward(None, *others))
 
 
 def _backward_with_sink_of(
@@ -103,18 +113,19 @@ def _backward_with_sink_of(
     sink: Tensor,
     *others: Any,
 ) -> tuple[Tensor, ...]:
-    return gradients(dout, q, k, v, out, lse, dlse, _options(*others)._replace(sink=sink))
+    return gradients(dout, q, k, v, out, lse, dlse, _options_of_backward(sink, *others))
 
 
 def forward_by_operator(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Any:
     o = options
     return forward_operator(
-        q, k, v, o.causal, o.scale, o.layout, o.allow_tf32, *_appended(o), o.sink
-    )
+        q, k, v, o.causal, o.scale, o.layout, o.allow_tf32, *_appended(o),
+        o.sink, o.cu_seqlens_q, o.cu_seqlens_k,
+    )  # fmt: skip
 
 
 def _appended(o: Options) -> tuple[Any, ...]:
-    """The arguments of all operators that have defaults."""
+    """The first arguments of all operators that have defaults."""
     return (
         o.diagonal, o.deterministic, o.window_left, o.window_right,
         o.seqlens_q, o.seqlens_k, o.prefix, o.prefixes,
@@ -124,7 +135,7 @@ def _appended(o: Options) -> tuple[Any, ...]:
 def backward_by_operator(*arguments: Any) -> Any:
     """Of tensors and Options, as `gradients`."""
     *tensors, o = arguments
-    others = o.causal, o.scale, o.layout, *_appended(o)
+    others = o.causal, o.scale, o.layout, *_appended(o), o.cu_seqlens_q, o.cu_seqlens_k
     if o.sink is None:
         return backward_operator(*tensors, *others)
     return backward_with_sink_operator(*tensors, o.sink, *others)
@@ -158,11 +169,11 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         options = with_tensors(ctx.options, tuple(tensors))
         found = backward_by_operator(dout, q, k, v, out, lse, dlse, options)
     dsink = found[3] if len(found) > 3 else None
-    return (*found[:3], *[None] * 12, dsink)
+    return (*found[:3], *[None] * 12, dsink, None, None)
 
 
-# A vmapped dimension becomes part of the batch. Of what belongs to heads it cannot: a sink that is mapped, and any
-# gradient of a sink, make one call of each entry.
+# A vmapped dimension becomes part of the batch. Of what belongs to heads it cannot, and where there is no batch: a sink
+# that is mapped, any gradient of a sink, and packed sequences make one call of each entry.
 
 
 def fold(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -199,33 +210,46 @@ def _one_by_one(operator: Any, info: Any, dims: Any, arguments: Any) -> Any:
     return tuple(torch.stack(x) for x in zip(*calls, strict=True)), (0,) * len(calls[0])
 
 
-SINK = 15  # of the forward's arguments
+SINK, CU_SEQLENS = 15, 16  # of the forward's arguments
 LSE = 5  # of the backward's arguments the one that is read as contiguous
+BACKWARD_CU_SEQLENS = 18
+BACKWARD_OPTIONS = 13  # arguments of the backward after its tensors
+
+
+def _is_given(arguments: Any, place: int) -> bool:
+    # torch leaves out last arguments that are defaults.
+    return len(arguments) > place and arguments[place] is not None
 
 
 def _forward_vmap(info: Any, dims: Any, *arguments: Any) -> Any:
-    # torch leaves out last arguments that are defaults.
-    if len(arguments) <= SINK or arguments[SINK] is None:
-        return unfold(forward_operator(*_folded(arguments, dims, info.batch_size)), info.batch_size)
-    if dims[SINK] is not None:
+    sink = _is_given(arguments, SINK)
+    if _is_given(arguments, CU_SEQLENS) or (sink and dims[SINK] is not None):
         return _one_by_one(forward_operator, info, dims, arguments)
+    if not sink:
+        return unfold(forward_operator(*_folded(arguments, dims, info.batch_size)), info.batch_size)
     folded = _folded(arguments[:SINK], dims[:SINK], info.batch_size)
     return unfold(forward_operator(*folded, arguments[SINK]), info.batch_size)
 
 
 def _backward_vmap(info: Any, dims: Any, *arguments: Any) -> Any:
+    if _is_given(arguments, BACKWARD_CU_SEQLENS):
+        return _one_by_one(_of_contiguous_lse(backward_operator), info, dims, arguments)
     folded = _folded(arguments, dims, info.batch_size)
     folded[LSE] = folded[LSE].contiguous()
     return unfold(backward_operator(*folded), info.batch_size)
 
 
 def _backward_with_sink_vmap(info: Any, dims: Any, *arguments: Any) -> Any:
+    return _one_by_one(_of_contiguous_lse(backward_with_sink_operator), info, dims, arguments)
+
+
+def _of_contiguous_lse(operator: Any) -> Any:
     def call(*entry: Any) -> Any:
         ready = list(entry)
         ready[LSE] = ready[LSE].contiguous()
-        return backward_with_sink_operator(*ready)
+        return operator(*ready)
 
-    return _one_by_one(call, info, dims, arguments)
+    return call
 
 
 # importlib.reload defines the operators again. torch forgets an operator's packet, also that of the new definition,
@@ -239,6 +263,7 @@ _APPENDED = (
     " SymInt? diagonal=None, bool? deterministic=None, SymInt? window_left=None, SymInt? window_right=None,"
     " Tensor? seqlens_q=None, Tensor? seqlens_k=None, SymInt? prefix=None, Tensor? prefixes=None"
 )
+_PACKED = " Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None"
 _BACKWARD = "Tensor? dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse,"
 
 forward_operator = torch.library.custom_op(
@@ -246,7 +271,7 @@ forward_operator = torch.library.custom_op(
     _forward,
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, bool causal, float? scale, str layout, bool allow_tf32,"
-    f"{_APPENDED}, Tensor? sink=None) -> (Tensor, Tensor)",
+    f"{_APPENDED}, Tensor? sink=None,{_PACKED}) -> (Tensor, Tensor)",
 )
 forward_operator.register_fake(_forward_fake)
 forward_operator.register_autograd(_backward, setup_context=_save)
@@ -256,7 +281,7 @@ backward_operator = torch.library.custom_op(
     "flashcute::flash_attention_backward",
     _backward_of,
     mutates_args=(),
-    schema=f"({_BACKWARD} bool causal, float? scale, str layout,{_APPENDED}) -> (Tensor, Tensor, Tensor)",
+    schema=f"({_BACKWARD} bool causal, float? scale, str layout,{_APPENDED},{_PACKED}) -> (Tensor, Tensor, Tensor)",
 )
 backward_operator.register_fake(_backward_fake)
 backward_operator.register_autograd(no_second_derivative)
@@ -267,7 +292,7 @@ backward_with_sink_operator = torch.library.custom_op(
     "flashcute::flash_attention_backward_with_sink",
     _backward_with_sink_of,
     mutates_args=(),
-    schema=f"({_BACKWARD} Tensor sink, bool causal, float? scale, str layout,{_APPENDED})"
+    schema=f"({_BACKWARD} Tensor sink, bool causal, float? scale, str layout,{_APPENDED},{_PACKED})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 backward_with_sink_operator.register_fake(_backward_with_sink_fake)
@@ -275,32 +300,42 @@ backward_with_sink_operator.register_autograd(no_second_derivative)
 backward_with_sink_operator.register_vmap(_backward_with_sink_vmap)
 
 
-def _forward_flops(
-    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], causal: bool, scale: Any, layout: str,
-    *_: object, **__: object,
-) -> int:  # fmt: skip
-    """As torch counts its own attention: of the whole matrix, whatever masks hide."""
-    return _scores(q, k, layout) * 2 * (q[-1] + v[-1])
+def _forward_flops(q: Tensor, k: Tensor, v: Tensor, *others: Any, **_: object) -> int:
+    """As torch counts its own attention: of the whole matrix, whatever masks hide; packed, of each sequence's."""
+    layout = others[2]
+    scores = _scores(q, k, layout, *others[CU_SEQLENS - 3 :])
+    return scores * 2 * int(q.shape[-1] + v.shape[-1])
 
 
 def _backward_flops(
-    dout: Any, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], out: Any, lse: Any, dlse: Any,
-    causal: bool, scale: Any, layout: str, *_: object, **__: object,
+    dout: Any, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, dlse: Any, *others: Any, **_: object
 ) -> int:  # fmt: skip
     """The scores again, dP and dV, dQ and dK."""
-    return _scores(q, k, layout) * 2 * (3 * q[-1] + 2 * v[-1])
+    layout = others[2]
+    scores = _scores(q, k, layout, *others[BACKWARD_CU_SEQLENS - LSE - 2 :])
+    return scores * 2 * int(3 * q.shape[-1] + 2 * v.shape[-1])
 
 
-def _backward_with_sink_flops(
-    dout: Any, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], out: Any, lse: Any, dlse: Any,
-    sink: Any, *others: Any, **more: Any,
-) -> int:  # fmt: skip
-    return _backward_flops(dout, q, k, v, out, lse, dlse, *others, **more)
+def _backward_with_sink_flops(*arguments: Any, **_: object) -> int:
+    tensors, _sink, others = arguments[: LSE + 2], arguments[LSE + 2], arguments[LSE + 3 :]
+    return _backward_flops(*tensors, *others)
 
 
-def _scores(q: tuple[int, ...], k: tuple[int, ...], layout: str) -> int:
-    keys = k[1] if layout == "bshd" else k[2]
-    return math.prod(q[:3]) * keys
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    layout: str,
+    starts_q: Tensor | None = None,
+    starts_k: Tensor | None = None,
+) -> int:
+    row = -3 if layout == "bshd" else -2
+    whole: int = math.prod(q.shape[:-1]) * k.shape[row]
+    if starts_q is None or has_own_dispatch(type(starts_q)):  # which may have no numbers
+        return whole
+    rows = starts_q.diff()
+    keys = rows if starts_k is None else starts_k.diff()
+    heads: int = math.prod(q.shape[:-1]) // max(q.shape[row], 1)
+    return heads * int((rows.long() * keys).sum())
 
 
 def _register_flops() -> None:
@@ -311,7 +346,7 @@ def _register_flops() -> None:
         (operators.flash_attention_backward_with_sink, _backward_with_sink_flops),
     ):
         if operator not in counter.flop_registry:  # it is, where this module is loaded again
-            counter.register_flop_formula(operator)(formula)
+            counter.register_flop_formula(operator, get_raw=True)(formula)
 
 
 when_imported("torch.utils.flop_counter", _register_flops)

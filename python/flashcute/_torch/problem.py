@@ -55,8 +55,8 @@ class Problem(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """batch, heads, seqlen_q, seqlen_k."""
-        row = 1 if self.options.layout == "bshd" else 2
+        """batch, heads, seqlen_q, seqlen_k; not of packed sequences."""
+        row = -3 if self.options.layout == "bshd" else -2
         return *rows_of_heads(self.q, self.options.layout), self.k.shape[row]
 
     @property
@@ -68,7 +68,7 @@ class Problem(NamedTuple):
     @property
     def missing(self) -> str | None:
         """Why no kernel can do it, if the features say so already."""
-        return missing_feature(self.attn_mask, self.dropout_p)
+        return missing_feature(self.attn_mask, self.dropout_p, self.options)
 
     def require_kinds(self, traced: bool) -> None:
         """Raises ArgumentError for nested, sparse and other tensors that no road serves."""
@@ -79,7 +79,7 @@ class Problem(NamedTuple):
     def without_causal_bias(self) -> Problem:
         """With what torch's CausalBias means, a mask whose elements are not there, said in our words."""
         module, mask = sys.modules.get("torch.nn.attention.bias"), self.attn_mask
-        if module is None or not isinstance(mask, module.CausalBias):
+        if module is None or self.options.is_packed or not isinstance(mask, module.CausalBias):
             return self
         lower_right = mask.variant == module.CausalVariant.LOWER_RIGHT
         if self.q.dim() != 4 or self.k.dim() != 4:  # who computes will say so

@@ -36,24 +36,33 @@ def leave(reason: str) -> None:
 
 
 def refusal(
-    q: Tensor, k: Tensor, v: Tensor, layout: str, dropout_p: float, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: str,
+    dropout_p: float,
+    scale: float | None,
+    *,
+    packed: bool = False,
 ) -> str | None:
     """Why a call of flash attention stays with torch; None if flashcute computes it.
 
     Forward and backward ask this of the same shapes, dtypes, device and options and so take the same side. Strides do
     not count: autograd may hand on tensors with others.
     """
-    if not q.dim() == k.dim() == v.dim() == 4:
-        return "tensors of other than 4 dimensions"
+    rank = 3 if packed else 4
+    if not q.dim() == k.dim() == v.dim() == rank:
+        return f"tensors of other than {rank} dimensions"
     if q.dtype not in DTYPES.get(q.device.type, ()):
         return f"{q.dtype} on {q.device.type}"
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         return "tensors of several dtypes or devices"
-    head, row = (1, 2) if layout == "bhsd" else (2, 1)
-    heads, keys, head_dim = k.shape[head], k.shape[row], q.shape[3]
-    if not (k.shape[3] == v.shape[3] == head_dim and 1 <= head_dim <= 256):
+    head, row = (-3, -2) if layout == "bhsd" else (-2, -3)
+    heads, keys, head_dim = k.shape[head], k.shape[row], q.shape[-1]
+    if not (k.shape[-1] == v.shape[-1] == head_dim and 1 <= head_dim <= 256):
         return "a head dimension above 256, or several"
-    fits = q.shape[0] == k.shape[0] == v.shape[0] and v.shape[head] == heads
+    one_batch = packed or q.shape[0] == k.shape[0] == v.shape[0]
+    fits = one_batch and v.shape[head] == heads
     if not (fits and v.shape[row] == keys and heads > 0 and q.shape[head] % heads == 0):
         return "shapes that flash attention does not define"
     if dropout_p != 0.0:

@@ -27,33 +27,34 @@ def shardings_of(q: Any, k: Any, v: Any, layout: str) -> list[Sharding]:
     """For each dimension of the mesh, from the specs that DTensor has of q, k and v. Raises UnsupportedError for
     placements of which no rank could compute its part alone."""
     shard, replicate, partial = _placements()
-    heads = 2 if layout == "bshd" else 1
+    heads, row = (-2, -3) if layout == "bshd" else (-3, -2)
+    heads, row = heads + q.ndim, row + q.ndim
+    packed = q.ndim == 3  # without a batch
     all_of_it = replicate(), replicate(), replicate()  # lengths, sink and its gradient
     whole = Sharding(replicate(), replicate(), replicate(), replicate(), *all_of_it)
     # Each rank needs all of the sink for its part of the batch, and has a part of the sum that is its gradient.
     of_entries = shard(0), replicate(), partial()
     of_batch = Sharding(shard(0), shard(0), shard(0), shard(0), *of_entries)
     its_heads = replicate(), shard(0), shard(0)
-    of_heads = Sharding(shard(heads), shard(heads), shard(heads), shard(1), *its_heads)
+    lse = shard(0 if packed else 1)
+    of_heads = Sharding(shard(heads), shard(heads), shard(heads), lse, *its_heads)
     # With a single key head each rank needs all of k and v, and has a part of the sum that is their gradient.
-    of_queries = Sharding(shard(heads), replicate(), partial(), shard(1), *its_heads)
+    of_queries = Sharding(shard(heads), replicate(), partial(), lse, *its_heads)
     multi_query = k.shape[heads] == 1
 
     found = []
     for dim, placement in enumerate(q.placements):
-        known = {
-            (replicate, None): whole,
-            (shard, 0): of_batch,
-            (shard, heads): of_queries if multi_query else of_heads,
-        }
+        known = {(replicate, None): whole, (shard, heads): of_queries if multi_query else of_heads}
+        if not packed:
+            known[shard, 0] = of_batch
         sharding = known.get((type(placement), getattr(placement, "dim", None)))
         if sharding is None:
-            raise UnsupportedError(_misplaced("q", placement, heads))
+            raise UnsupportedError(_misplaced("q", placement, row))
         found.append(sharding)
         for name, spec in (("k", k), ("v", v)):
             expected, got = sharding.keys, spec.placements[dim]
-            if got.is_partial() or got == shard(3 - heads):
-                raise UnsupportedError(_misplaced(name, got, heads))
+            if got.is_partial() or got == shard(row):
+                raise UnsupportedError(_misplaced(name, got, row))
             if got != expected:
                 why = " and a single key head" if multi_query else ""
                 raise UnsupportedError(
@@ -71,12 +72,12 @@ def _placements() -> tuple[Any, Any, Any]:
     return tensor.Shard, tensor.Replicate, tensor.Partial
 
 
-def _misplaced(name: str, placement: Any, heads: int) -> str:
+def _misplaced(name: str, placement: Any, row: int) -> str:
     dim = getattr(placement, "dim", None)
     allowed = f"expected a DTensor that is replicated, or sharded over the batch or the heads, got {placement!r}"
     if placement.is_partial():
         return f"{name}: {allowed}, of which each rank has a summand. Sum it: {name}.redistribute(placements=...)"
-    if dim == 3 - heads:
+    if dim == row:
         return (
             f"{name}: {allowed}, the sequence. That needs context parallelism, which is not supported yet: gather the "
             f"sequence first, {name}.redistribute(placements=...)"
@@ -128,7 +129,7 @@ def _backward_sharding(
     causal: bool, scale: Any, layout: str, *others: Any,
 ) -> Any:  # fmt: skip
     found, inputs = _backward_inputs(dout, q, k, v, out, lse, dlse, layout)
-    lengths, _ = _arrays_of(others[4:])
+    lengths = _arrays_of_backward(others[4:])
     _require_placed(found, lengths, None)
     return [
         ([s.rows, s.dkeys, s.dkeys], [*inputs(s), *_of_arrays(s, lengths, None)])
@@ -141,7 +142,7 @@ def _backward_with_sink_sharding(
     causal: bool, scale: Any, layout: str, *others: Any,
 ) -> Any:  # fmt: skip
     found, inputs = _backward_inputs(dout, q, k, v, out, lse, dlse, layout)
-    lengths, _ = _arrays_of(others[4:])
+    lengths = _arrays_of_backward(others[4:])
     _require_placed(found, lengths, sink)
     return [
         (
@@ -169,15 +170,24 @@ def _backward_inputs(
 
 
 def _arrays_of(others: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
-    """Of the operators' last arguments, from seqlens_q on: the arrays of the batch that are given, and the sink."""
-    seqlens_q, seqlens_k, _, prefixes, sink = (*others, *[None] * 5)[:5]
-    given = {"seqlens_q": seqlens_q, "seqlens_k": seqlens_k, "prefix": prefixes}
-    return {name: x for name, x in given.items() if x is not None}, sink
+    """Of the forward operator's last arguments, from seqlens_q on: the arrays of the batch that are given, and the
+    sink."""
+    names = ("seqlens_q", "seqlens_k", "", "prefix", "sink", "cu_seqlens_q", "cu_seqlens_k")
+    given = dict(zip(names, others, strict=False))
+    sink = given.pop("sink", None)
+    return {name: x for name, x in given.items() if name and x is not None}, sink
+
+
+def _arrays_of_backward(others: tuple[Any, ...]) -> dict[str, Any]:
+    """The same of a backward operator, whose sink is elsewhere."""
+    return _arrays_of((*others[:4], None, *others[4:]))[0]
 
 
 def _of_arrays(s: Sharding, lengths: dict[str, Any], sink: Any) -> list[Any]:
-    """Placements in one sharding, as many as there are arrays."""
-    return [*[s.lengths] * len(lengths), *([] if sink is None else [s.sink])]
+    """Placements in one sharding, as many as there are arrays, in the order of the forward operator's arguments."""
+    starts = [name for name in lengths if name.startswith("cu_")]
+    of_sink = [] if sink is None else [s.sink]
+    return [*[s.lengths] * (len(lengths) - len(starts)), *of_sink, *[s.lengths] * len(starts)]
 
 
 def _require_placed(found: list[Sharding], lengths: dict[str, Any], sink: Any) -> None:

@@ -35,10 +35,11 @@ def require_one_world(problem: Problem) -> None:
     tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
     _require_distributed_alike(tensors)
     _require_fake_alike(tensors)
+    rank = 3 if problem.options.is_packed else 4
     for name in ("q", "k", "v"):
-        if tensors[name].dim() != 4:  # what gives shapes without memory reads them
+        if tensors[name].dim() != rank:  # what gives shapes without memory reads them
             raise ArgumentError(
-                f"{name}: expected 4 dimensions, got shape {tuple(tensors[name].shape)}"
+                f"{name}: expected {rank} dimensions, got shape {tuple(tensors[name].shape)}"
             )
 
 

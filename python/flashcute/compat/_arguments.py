@@ -90,8 +90,9 @@ def _mask(causal: bool, left: int | None, right: int | None) -> Mask:
 
 
 def length(x: Tensor) -> Any:
-    """seqlen of (batch, seqlen, heads, d), a symbol in a trace. Other shapes are refused by flash_attention."""
-    return x.shape[1] if x.dim() > 1 else 0
+    """seqlen of (batch, seqlen, heads, d), or total of (total, heads, d), which no sequence exceeds; a symbol in a
+    trace. Other shapes are refused by flash_attention."""
+    return x.shape[-3] if x.dim() > 2 else 0
 
 
 # ---- tensors ---------------------------------------------------------------------------------------
@@ -116,10 +117,13 @@ def checked_sink(sink: object) -> Tensor | None:
     return sink.contiguous()  # type: ignore[attr-defined]
 
 
+NAMES = {"sink": "learnable_sink", "seqlens_q": "seqused_q", "seqlens_k": "seqused_k"}
+
+
 def in_names_of_flash_attn(error: FlashcuteError) -> FlashcuteError:
-    """What flash_attention says of its `sink`, said of the argument that it came from."""
-    text = str(error)
-    return type(error)(f"learnable_{text}") if text.startswith("sink: ") else error
+    """What flash_attention says of its arguments, said of those that they came from."""
+    name, colon, rest = str(error).partition(": ")
+    return type(error)(f"{NAMES[name]}{colon}{rest}") if name in NAMES else error
 
 
 def empty_rows_plus_infinity(lse: Tensor) -> Tensor:
@@ -135,6 +139,33 @@ def empty_rows_minus_infinity(lse: Tensor) -> Tensor:
 def deterministic_or_default(deterministic: bool) -> bool | None:
     """False is flash-attn's default, and does not overrule torch.use_deterministic_algorithms."""
     return True if deterministic else None
+
+
+class Sequences(NamedTuple):
+    """Where packed sequences lie, in flash_attention's words."""
+
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqlens_q: Tensor | None = None
+    seqlens_k: Tensor | None = None
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+
+NOT_PACKED = Sequences()
+
+
+def checked_sequences(
+    cu_seqlens_q: object, cu_seqlens_k: object, seqused_q: object = None, seqused_k: object = None
+) -> Sequences:
+    """Contiguous; flash_attention checks the rest."""
+    require_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    given = {"seqused_q": seqused_q, "seqused_k": seqused_k}
+    require_tensors(**{name: x for name, x in given.items() if x is not None})
+    arrays: Any = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    return Sequences(*(None if x is None else x.contiguous() for x in arrays))
 
 
 MaskOf = Callable[[Tensor, Tensor, bool, object], Mask]

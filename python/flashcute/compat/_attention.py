@@ -10,14 +10,22 @@ from .._core import ArgumentError, UnsupportedError
 from .._torch.autograd import Gradients
 from .._torch.dispatch import missing_gradient
 from .._torch.framework import Tensor, torch
-from .._torch.gradients import decided, gradient_like, gradients
+from .._torch.gradients import (
+    decided,
+    gradient_like,
+    gradients,
+    with_tensors,
+    without_tensors,
+)
 from .._torch.operators import backward_by_operator
 from .._torch.problem import Problem
 from .._torch.tracing import is_observed
 from ..attention import flash_attention
 from . import _settings
 from ._arguments import (
+    NOT_PACKED,
     MaskOf,
+    Sequences,
     adjacent,
     deterministic_or_default,
     in_names_of_flash_attn,
@@ -38,6 +46,7 @@ class Rest(NamedTuple):
     return_lse: bool
     dropout_p: float = 0.0
     sink: Tensor | None = None  # as checked_sink gives it
+    sequences: Sequences = NOT_PACKED  # as checked_sequences gives them
 
 
 # ---- q, k and v apart --------------------------------------------------------------------------------
@@ -59,6 +68,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rest: Rest) -> Any:
             dropout_p=rest.dropout_p,
             window=mask.window,
             sink=rest.sink,
+            **rest.sequences._asdict(),
             on_unsupported=_settings.on_unsupported,
         )
     except (ArgumentError, UnsupportedError) as error:
@@ -69,18 +79,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rest: Rest) -> Any:
 
 
 class Packing(NamedTuple):
-    """How one tensor holds several, in its dimension 2."""
+    """How one tensor holds several, in the dimension after that of the rows."""
 
-    # Of each, in (batch, seqlen, their sum, d); None: (batch, seqlen, how many there are, heads, d).
+    # Of each, in (..., their sum, d); None: (..., how many there are, heads, d).
     heads: tuple[int, ...] | None = None
 
     def split(self, packed: Tensor) -> tuple[Tensor, ...]:
         """Views."""
-        return tuple(packed.unbind(2) if self.heads is None else packed.split(self.heads, 2))
+        return tuple(packed.unbind(-3) if self.heads is None else packed.split(self.heads, -2))
 
     def join(self, parts: tuple[Tensor, ...]) -> Tensor:
         """A copy."""
-        return torch.stack(parts, 2) if self.heads is None else torch.cat(parts, 2)
+        return torch.stack(parts, -3) if self.heads is None else torch.cat(parts, -2)
 
 
 def attend_packed(q: Tensor | None, packed: Tensor, packing: Packing, rest: Rest) -> Any:
@@ -96,6 +106,7 @@ def attend_packed(q: Tensor | None, packed: Tensor, packing: Packing, rest: Rest
         deterministic=deterministic_or_default(rest.deterministic),
         window=mask.window,
         sink=rest.sink,
+        **rest.sequences._asdict(),
     )
     problem = Problem(*q_k_v, options, None, rest.dropout_p)
     if not _is_plain(problem) or problem.missing or missing_gradient(problem, traced=False):
@@ -138,8 +149,9 @@ class PackedAttention(torch.autograd.Function):  # type: ignore[misc]
         """The sink is also in the options, as in FlashAttention."""
         q_k_v = with_parts(q, packing.split(packed))
         out, lse = run(None, *q_k_v, decided(options, gradients_follow=True), return_lse=True)
-        ctx.packing, ctx.options = packing, options._replace(sink=None)
-        ctx.save_for_backward(q, packed, sink, out, lse)
+        ctx.packing = packing
+        ctx.options, tensors = without_tensors(options)
+        ctx.save_for_backward(q, packed, out, lse, *tensors)
         ctx.set_materialize_grads(False)
         return (out, lse) if return_lse else out
 
@@ -147,8 +159,8 @@ class PackedAttention(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
         if dout is None and dlse is None:
             return (None,) * 6
-        q, packed, sink, out, lse = ctx.saved_tensors
-        options = ctx.options._replace(sink=sink)
+        q, packed, out, lse, *arrays = ctx.saved_tensors
+        options = with_tensors(ctx.options, tuple(arrays))
         tensors = (dout, *with_parts(q, ctx.packing.split(packed)), out, lse, dlse)
         into = None
         if is_observed(dout, dlse):
@@ -160,18 +172,18 @@ class PackedAttention(torch.autograd.Function):  # type: ignore[misc]
             dq = None if q is None else gradient_like(q)
             into = with_parts(dq, ctx.packing.split(dpacked))
             found = gradients(*tensors, options, into)
-        dsink = found[3] if sink is not None and ctx.needs_input_grad[2] else None
+        dsink = found[3] if options.sink is not None and ctx.needs_input_grad[2] else None
         if into is None:
             dq, parts = (None, found[:3]) if q is None else (found[0], found[1:3])
             dpacked = ctx.packing.join(parts)
         return dq, dpacked, dsink, None, None, None
 
 
-def require_packed(name: str, packed: object, number: int) -> None:
-    """(batch, seqlen, number, heads, d)."""
+def require_packed(name: str, packed: object, number: int, rows: str = "batch, seqlen") -> None:
+    """(..., number, heads, d), where the first dimensions are `rows`."""
     require_tensors(**{name: packed})
-    if packed.dim() != 5 or packed.shape[2] != number:  # type: ignore[attr-defined]
-        shape = tuple(packed.shape)  # type: ignore[attr-defined]
+    shape = tuple(packed.shape)  # type: ignore[attr-defined]
+    if len(shape) != rows.count(",") + 4 or shape[-3] != number:
         raise ArgumentError(
-            f"{name}: expected a tensor (batch, seqlen, {number}, heads, head_dim), got {shape}"
+            f"{name}: expected a tensor ({rows}, {number}, heads, head_dim), got {shape}"
         )

@@ -12,9 +12,15 @@ from typing import Any
 
 from .._core import ArgumentError, UnsupportedError
 from .._torch.framework import Tensor, torch
-from ._arguments import checked_sink, mask_3, refuse_unless_off, require_tensors
+from ._arguments import (
+    checked_sequences,
+    checked_sink,
+    mask_3,
+    refuse_unless_off,
+    require_tensors,
+)
 from ._attention import Packing, Rest, attend, attend_packed, require_packed
-from .flash_attn import NO_CACHES, NO_PACKED_SEQUENCES
+from .flash_attn import NO_CACHES
 
 __all__ = [
     "flash_attn_combine",
@@ -109,9 +115,6 @@ def _packing(qkv: Tensor, num_heads_q: int | None) -> Packing:
     return Packing((num_heads_q, others // 2, others // 2))
 
 
-# ---- not served yet ----------------------------------------------------------------------------------
-
-
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -138,8 +141,24 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     learnable_sink: Tensor | None = None,
 ) -> Any:
-    """Raises UnsupportedError: packed sequences are not supported yet."""
-    raise UnsupportedError(NO_PACKED_SEQUENCES.format("flash_attn_varlen_func"))
+    """Attention of packed sequences: q (total_q, heads, d), k (total_k, kv_heads, d) and v (total_k, kv_heads, d_v).
+    Sequence i has the rows from cu_seqlens[i] up to cu_seqlens[i + 1], of which the first seqused[i] count, all int32.
+    max_seqlen_q and max_seqlen_k have no effect. softmax_lse is (heads, total_q)."""
+    refuse_unless_off(
+        softcap,
+        attention_chunk=attention_chunk,
+        qv=qv,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+    )
+    common = causal, window_size, softmax_scale, deterministic, return_attn_probs
+    sequences = checked_sequences(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    rest = Rest(mask_3, *common, sink=checked_sink(learnable_sink), sequences=sequences)
+    return attend(q, k, v, rest)
+
+
+# ---- not served yet ----------------------------------------------------------------------------------
 
 
 def flash_attn_with_kvcache(

@@ -279,15 +279,22 @@ def attention_function(on_unsupported: str, accepted: frozenset[str]) -> Attenti
         lengths = query.shape[2], key.shape[2]
         require_mask(attention_mask, sliding_window, cu_seq_lens_q, cu_seq_lens_k, lengths)
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        if attention_mask is not None or query.shape[2] == 1:
+        packed = cu_seq_lens_q is not None
+        if attention_mask is not None or (query.shape[2] == 1 and not packed):
             causal = False  # one query without a mask is the last one, which sees all keys
         mask = attention_mask
-        if cu_seq_lens_q is not None:
+        if packed and mask is not None:
             mask = within_sequences(mask, query, key, cu_seq_lens_q, cu_seq_lens_k)
         mask = with_bias(mask, position_bias)
         if s_aux is not None:
             s_aux = checked_sinks(s_aux, query)
             require_kernel(attention_mask, position_bias, dropout)
+        if mask is None and cu_seq_lens_q is not None:
+            return packed_attention(
+                query, key, value, cu_seq_lens_q, cu_seq_lens_k, causal=causal, sliding_window=sliding_window,
+                sink=s_aux, scale=scaling, dropout_p=dropout, deterministic=deterministic,
+                on_unsupported=fallback_of(on_unsupported, None, None, dropout),
+            ), None  # fmt: skip
         out = flash_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -307,6 +314,28 @@ def attention_function(on_unsupported: str, accepted: frozenset[str]) -> Attenti
         return out.contiguous(), None
 
     return fcute_attention
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts_q: Tensor,
+    starts_k: Tensor,
+    *,
+    sliding_window: int | None,
+    **options: Any,
+) -> Tensor:
+    """Of sequences that lie one after the other in the rows of the batch, as a data collator flattens them."""
+    torch = sys.modules["torch"]
+    batch, _, rows, _ = query.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    starts_q, starts_k = (x.to(torch.int32).contiguous() for x in (starts_q, starts_k))
+    window = None if sliding_window is None else (sliding_window - 1, -1)
+    out: Tensor = flash_attention(
+        q, k, v, window=window, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, **options
+    )
+    return out.unflatten(0, (batch, rows)).contiguous()
 
 
 def require_known(accepted: frozenset[str], arguments: dict[str, Any]) -> None:
@@ -358,21 +387,15 @@ def require_mask(
 ) -> None:
     """Raises where the mask does not say what the other arguments do."""
     queries, keys = lengths
-    if mask is not None:
-        if mask.dim() != 4:
-            raise ArgumentError(
-                "attention_mask: expected 4 dimensions, (batch, heads, seqlen_q, seqlen_k), got "
-                f"{tuple(mask.shape)}"
-            )
-        if (cu_seq_lens_q is None) != (cu_seq_lens_k is None):
-            raise ArgumentError("cu_seq_lens_q, cu_seq_lens_k: expected both or none, got one")
-        return
-    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
-        raise UnsupportedError(
-            "cu_seq_lens_q, cu_seq_lens_k: no kernel covers packed sequences yet, and there is no mask that keeps them "
-            "apart. Pass position_ids that begin again at 0 in each sequence, use_cache=False and no attention_mask: "
-            "transformers makes the mask of them"
+    if mask is not None and mask.dim() != 4:
+        raise ArgumentError(
+            "attention_mask: expected 4 dimensions, (batch, heads, seqlen_q, seqlen_k), got "
+            f"{tuple(mask.shape)}"
         )
+    if (cu_seq_lens_q is None) != (cu_seq_lens_k is None):
+        raise ArgumentError("cu_seq_lens_q, cu_seq_lens_k: expected both or none, got one")
+    if mask is not None or cu_seq_lens_q is not None:
+        return
     if sliding_window is not None and keys > sliding_window and queries != keys:
         raise UnsupportedError(
             f"sliding_window: expected a mask that has the window of {sliding_window} in it, got none for {queries} "

@@ -133,15 +133,44 @@ struct Shape {
   std::optional<int> prefix{};
   int prefix_offset = 0;
   std::vector<float> sink{};
+  // Packed sequences in sq and sk rows of a batch of one, to each of which the lengths are told.
+  std::vector<int> cu_seqlens_q{}, cu_seqlens_k{};
 
-  int rows(int b) const { return seqlens_q.empty() ? sq : std::clamp(seqlens_q[static_cast<size_t>(b)], 0, sq); }
-  int keys(int b) const { return seqlens_k.empty() ? sk : std::clamp(seqlens_k[static_cast<size_t>(b)], 0, sk); }
+  bool packed() const { return !cu_seqlens_q.empty(); }
+  /// Rows of batch entry or sequence `b` that exist.
+  int rows(int b) const { return existing(cu_seqlens_q, seqlens_q, b, sq); }
+  int keys(int b) const { return existing(cu_seqlens_k, seqlens_k, b, sk); }
+  /// The sequence of a row and its number in it; of a batch entry that is not packed, that entry. Below 0: none.
+  static std::pair<int, int> place(std::vector<int> const& starts, int b, int row) {
+    if (starts.empty()) return {b, row};
+    for (size_t s = 0; s + 1 < starts.size(); ++s) {
+      if (starts[s] <= row && row < starts[s + 1]) return {static_cast<int>(s), row - starts[s]};
+    }
+    return {-1, 0};
+  }
+  bool row_exists(int b, int i) const {
+    auto const [entry, row] = place(cu_seqlens_q, b, i);
+    return entry >= 0 && row < rows(entry);
+  }
+  bool key_exists(int b, int j) const {
+    auto const [entry, key] = place(cu_seqlens_k, b, j);
+    return entry >= 0 && key < keys(entry);
+  }
   int last_offset() const { return causal_offset.value_or(sk - sq); }
-  bool sees(MaskKind kind, int b, int i, int j) const {
+  bool sees(MaskKind kind, int batch, int query, int other) const {
+    auto const [b, i] = place(cu_seqlens_q, batch, query);
+    auto const [b_of_key, j] = place(cu_seqlens_k, batch, other);
+    if (b < 0 || b != b_of_key) return false;
     int const shift = from_end ? (keys(b) - sk) - (rows(b) - sq) : 0;
     definition::MaskProblem m{keys(b), last_offset() + shift, window_offset + shift, rows(b)};
     if (prefix) m.prefix = *prefix, m.prefix_offset = prefix_offset + shift;
     return definition::sees(kind, i, j, m);
+  }
+
+  /// How many tiles of `block` query rows a head has; packed, how many slots.
+  int row_blocks(int block) const {
+    if (!packed()) return ceil_div(sq, block);
+    return sq == 0 ? 0 : sq / block + static_cast<int>(cu_seqlens_q.size()) + 1;
   }
 
   /// What a launch is told of the mask. The pointers are into this shape.
@@ -155,6 +184,17 @@ struct Shape {
     if (!seqlens_k.empty()) p.sequences.seqlens_k = seqlens_k.data();
     if (prefix) p.sequences.prefix = *prefix, p.sequences.prefix_offset = prefix_offset;
     if (!sink.empty()) p.sink.logits = sink.data(), p.sink.float32 = true;
+    if (!packed()) return;
+    p.sequences.count = static_cast<int>(cu_seqlens_q.size()) - 1;
+    p.sequences.cu_seqlens_q = cu_seqlens_q.data();
+    p.sequences.cu_seqlens_k = cu_seqlens_k.data();
+  }
+
+ private:
+  static int existing(std::vector<int> const& starts, std::vector<int> const& lengths, int b, int all) {
+    auto const i = static_cast<size_t>(b);
+    int const most = starts.empty() ? all : starts[i + 1] - starts[i];
+    return lengths.empty() ? most : std::clamp(lengths[i], 0, most);
   }
 };
 
@@ -189,8 +229,12 @@ class Problem {
   /// NaN in all rows that do not exist.
   void poison_absent() {
     for (int b = 0; b < s_.batch; ++b) {
-      for (int i = s_.rows(b); i < s_.sq; ++i) q.set_rows(b, i, NAN);
-      for (int j = s_.keys(b); j < s_.sk; ++j) k.set_rows(b, j, NAN), v.set_rows(b, j, NAN);
+      for (int i = 0; i < s_.sq; ++i) {
+        if (!s_.row_exists(b, i)) q.set_rows(b, i, NAN);
+      }
+      for (int j = 0; j < s_.sk; ++j) {
+        if (!s_.key_exists(b, j)) k.set_rows(b, j, NAN), v.set_rows(b, j, NAN);
+      }
     }
   }
 
@@ -199,7 +243,7 @@ class Problem {
     ForwardConfig const& config = id_.config;
     out = empty_output();
     lse.assign(static_cast<size_t>(s_.batch * s_.heads * s_.sq), 0.f);
-    block_counts.assign(static_cast<size_t>(s_.batch * s_.heads * ceil_div(s_.sq, tile_rows(config))), {});
+    block_counts.assign(static_cast<size_t>(s_.batch * s_.heads * s_.row_blocks(tile_rows(config))), {});
 
     ForwardParams p{};
     p.q = q.data(), p.k = k.data(), p.v = v.data(), p.out = out.data();
@@ -258,7 +302,7 @@ class Problem {
             p.push_back(scale * score);
             top = std::fmax(top, scale * score);
           }
-          if (!s_.sink.empty() && i < s_.rows(b)) {  // one more key, of value 0
+          if (!s_.sink.empty() && s_.row_exists(b, i)) {  // one more key, of value 0
             p.push_back(static_cast<double>(s_.sink[static_cast<size_t>(h)]));
             top = std::fmax(top, p.back());
           }
@@ -293,16 +337,32 @@ class Problem {
   /// Compares the counts of every tile with the mask, element by element. `from_end`: tiles are counted off from the
   /// last row, so that an incomplete one is the first.
   void expect_counts(bool from_end = false) const {
-    int const m = tile_rows(id_.config), n = id_.config.block_n, tiles = ceil_div(s_.sq, m);
+    int const m = tile_rows(id_.config), n = id_.config.block_n, tiles = s_.row_blocks(m);
     for (size_t t = 0; t < block_counts.size(); ++t) {
-      int const begin = static_cast<int>(t) % tiles * m - (from_end ? tiles * m - s_.sq : 0);
-      int const b = static_cast<int>(t) / (tiles * s_.heads), keys = s_.keys(b);
-      int const row0 = std::max(begin, 0), row_end = std::min(begin + m, s_.rows(b));
+      int const tile = static_cast<int>(t) % tiles;
+      int b = static_cast<int>(t) / (tiles * s_.heads), block = tile, length = s_.sq, first_row = 0, first_key = 0;
+      if (s_.packed()) {  // the last sequence whose slots begin there or before, if it has rows in this one
+        b = -1;
+        for (size_t s = 0; s + 1 < s_.cu_seqlens_q.size(); ++s) {
+          int const first_slot = s_.cu_seqlens_q[s] / m + static_cast<int>(s) + 1;
+          length = s_.cu_seqlens_q[s + 1] - s_.cu_seqlens_q[s];
+          if (tile < first_slot || tile >= first_slot + ceil_div(length, m)) continue;
+          b = static_cast<int>(s), block = tile - first_slot;
+          first_row = s_.cu_seqlens_q[s], first_key = s_.cu_seqlens_k[s];
+          break;
+        }
+      }
+      int const begin = block * m - (from_end ? ceil_div(length, m) * m - length : 0), keys = b < 0 ? 0 : s_.keys(b);
+      int const row0 = std::max(begin, 0), row_end = b < 0 ? 0 : std::min(begin + m, s_.rows(b));
+      int const batch = s_.packed() ? 0 : b;
       BlockCounts want{};
       for (int key0 = 0; key0 < keys; key0 += n) {
         bool any = false, all = key0 + n <= keys;
         for (int i = row0; i < row_end; ++i) {
-          for (int j = key0; j < std::min(key0 + n, keys); ++j) (visible(b, i, j) ? any : all) = visible(b, i, j);
+          for (int j = key0; j < std::min(key0 + n, keys); ++j) {
+            bool const seen = visible(batch, first_row + i, first_key + j);
+            (seen ? any : all) = seen;
+          }
         }
         ++(any && all ? want.full : any ? want.partial : want.skipped);
       }

@@ -20,13 +20,15 @@ void run(Problem& problem, uint64_t seed) {
   for (uint32_t block : blocks) {
     auto const tile = QueryTile<BatchSequence>::at(p, block, Id.config.block_m);
     GlobalMemory memory;
-    problem.q.allow(memory, tile.entry.batch, tile.head, tile.row0, tile.row0 + tile.rows, Use::input);
-    problem.k.allow(memory, tile.entry.batch, tile.kv_head, 0, tile.entry.keys, Use::input);
-    problem.v.allow(memory, tile.entry.batch, tile.kv_head, 0, tile.entry.keys, Use::input);
-    problem.out.allow(memory, tile.entry.batch, tile.head, tile.row0, tile.row0 + tile.rows, Use::output);
+    auto const& entry = tile.entry;
+    int const row = entry.first_query + tile.row0, key = entry.first_key;
+    problem.q.allow(memory, entry.batch, tile.head, row, row + tile.rows, Use::input);
+    problem.k.allow(memory, entry.batch, tile.kv_head, key, key + entry.keys, Use::input);
+    problem.v.allow(memory, entry.batch, tile.kv_head, key, key + entry.keys, Use::input);
+    problem.out.allow(memory, entry.batch, tile.head, row, row + tile.rows, Use::output);
     problem.allow_sink(memory);
-    if (problem.wants_lse) problem.allow_items(memory, problem.lse, tile.lse_offset(p), tile.rows);
-    if (Id.features.count_blocks) {
+    if (problem.wants_lse && tile.rows > 0) problem.allow_items(memory, problem.lse, tile.lse_offset(p), tile.rows);
+    if (Id.features.count_blocks && tile.rows > 0) {
       problem.allow_items(memory, problem.block_counts, tile.block_counts_offset(p, Id.config.block_m), 1);
     }
     emulation::run_block(block, num_threads(Id.config), sizeof(Storage), seed + block, memory,

@@ -27,7 +27,7 @@ class BackwardProblem {
         dv(dtype, s.batch, s.sk, s.kv_heads, s.d_v, s.order, B.copy_bytes),
         lse(static_cast<size_t>(s.batch * s.heads * s.sq)),
         delta(lse.size(), std::numeric_limits<float>::quiet_NaN()),
-        dq_sums(static_cast<size_t>(workspace_of(B, s.batch * s.heads, s.sq).dq_sums),
+        dq_sums(static_cast<size_t>(workspace_of(B, s.batch * s.heads, s.sq, s.row_blocks(B.block_m)).dq_sums),
                 std::numeric_limits<float>::quiet_NaN()),
         dlse(with_dlse ? lse.size() : 0) {
     std::mt19937_64 random(7);
@@ -61,7 +61,8 @@ class BackwardProblem {
     for (int h = 0; h < static_cast<int>(dsink.size()); ++h) {
       double want = 0, size = 0;
       for (int b = 0; b < s_.batch; ++b) {
-        for (int i = 0; i < s_.rows(b); ++i) {
+        for (int i = 0; i < s_.sq; ++i) {
+          if (!s_.row_exists(b, i)) continue;
           double d = dlse.empty() ? 0 : -dlse[row(b, h, i)];
           for (int c = 0; c < s_.d_v; ++c) d += problem.out.at(b, i, h, c) * dout.at(b, i, h, c);
           double const weight = std::exp(static_cast<double>(s_.sink[static_cast<size_t>(h)]) - lse[row(b, h, i)]);
@@ -142,7 +143,7 @@ class BackwardProblem {
             scores[static_cast<size_t>(j)] = problem.scale * score;
             top = std::fmax(top, problem.scale * score);
           }
-          double const sink = s_.sink.empty() || i >= s_.rows(b) ? -inf : s_.sink[static_cast<size_t>(h)];
+          double const sink = s_.sink.empty() || !s_.row_exists(b, i) ? -inf : s_.sink[static_cast<size_t>(h)];
           top = std::fmax(top, sink);
           if (sink != -inf) sum = std::exp(sink - top);
           for (double& x : scores) sum += x = top == -inf && !std::isnan(x) ? 0 : std::exp(x - top);
@@ -206,39 +207,43 @@ class BackwardProblem {
   using Keys = KeyTile<BatchSequence>;
 
   void allow_keys(GlobalMemory& memory, Keys const& tile) {
-    int const group = s_.heads / s_.kv_heads, last = tile.row0 + tile.rows;
+    int const group = s_.heads / s_.kv_heads, batch = tile.entry.batch;
+    int const query = tile.entry.first_query, queries = tile.entry.queries;
     for (int h = tile.kv_head * group; h < (tile.kv_head + 1) * group; ++h) {
-      int const queries = tile.entry.queries;
-      problem.q.allow(memory, tile.entry.batch, h, 0, queries, Use::input);
-      dout.allow(memory, tile.entry.batch, h, 0, queries, Use::input);
-      allow(memory, lse, row(tile.entry.batch, h, 0), queries, Use::input);
-      allow(memory, delta, row(tile.entry.batch, h, 0), queries, Use::input);
-      allow_sums(memory, tile.entry.batch, h, 0, s_.sq, Use::sum);
+      problem.q.allow(memory, batch, h, query, query + queries, Use::input);
+      dout.allow(memory, batch, h, query, query + queries, Use::input);
+      allow(memory, lse, row(batch, h, query), queries, Use::input);
+      allow(memory, delta, row(batch, h, query), queries, Use::input);
+      int const block = tile.entry.first_query_block(B.block_m);
+      allow_sums(memory, batch, h, block, block + ceil_div(queries, B.block_m), Use::sum);
     }
-    problem.k.allow(memory, tile.entry.batch, tile.kv_head, tile.row0, last, Use::input);
-    problem.v.allow(memory, tile.entry.batch, tile.kv_head, tile.row0, last, Use::input);
-    dk.allow(memory, tile.entry.batch, tile.kv_head, tile.row0, last, Use::output);
-    dv.allow(memory, tile.entry.batch, tile.kv_head, tile.row0, last, Use::output);
+    int const key = tile.entry.first_key + tile.row0, last = key + tile.rows;
+    problem.k.allow(memory, batch, tile.kv_head, key, last, Use::input);
+    problem.v.allow(memory, batch, tile.kv_head, key, last, Use::input);
+    dk.allow(memory, batch, tile.kv_head, key, last, Use::output);
+    dv.allow(memory, batch, tile.kv_head, key, last, Use::output);
   }
 
   void allow_queries(GlobalMemory& memory, BackwardPass pass, Queries const& tile) {
-    int const last = tile.row0 + tile.rows;
+    auto const& entry = tile.entry;
+    int const first = entry.first_query + tile.row0, last = first + tile.rows;
     bool const is_finish = pass == BackwardPass::finish;
     if (!is_finish) {
-      problem.out.allow(memory, tile.entry.batch, tile.head, tile.row0, last, Use::input);
-      dout.allow(memory, tile.entry.batch, tile.head, tile.row0, last, Use::input);
-      if (!dlse.empty()) allow(memory, dlse, row(tile.entry.batch, tile.head, tile.row0), tile.rows, Use::input);
-      allow(memory, delta, row(tile.entry.batch, tile.head, tile.row0), tile.rows, Use::output);
+      problem.out.allow(memory, entry.batch, tile.head, first, last, Use::input);
+      dout.allow(memory, entry.batch, tile.head, first, last, Use::input);
+      if (!dlse.empty()) allow(memory, dlse, row(entry.batch, tile.head, first), tile.rows, Use::input);
+      allow(memory, delta, row(entry.batch, tile.head, first), tile.rows, Use::output);
     }
     if (pass == BackwardPass::queries) {
-      problem.q.allow(memory, tile.entry.batch, tile.head, tile.row0, last, Use::input);
-      problem.k.allow(memory, tile.entry.batch, tile.kv_head, 0, tile.entry.keys, Use::input);
-      problem.v.allow(memory, tile.entry.batch, tile.kv_head, 0, tile.entry.keys, Use::input);
-      allow(memory, lse, row(tile.entry.batch, tile.head, tile.row0), tile.rows, Use::input);
+      problem.q.allow(memory, entry.batch, tile.head, first, last, Use::input);
+      problem.k.allow(memory, entry.batch, tile.kv_head, entry.first_key, entry.first_key + entry.keys, Use::input);
+      problem.v.allow(memory, entry.batch, tile.kv_head, entry.first_key, entry.first_key + entry.keys, Use::input);
+      allow(memory, lse, row(entry.batch, tile.head, first), tile.rows, Use::input);
     } else {
-      allow_sums(memory, tile.entry.batch, tile.head, tile.row0, last, is_finish ? Use::input : Use::output);
+      int const block = entry.first_query_block(B.block_m) + tile.row0 / B.block_m;
+      allow_sums(memory, entry.batch, tile.head, block, block + 1, is_finish ? Use::input : Use::output);
     }
-    if (pass != BackwardPass::prepare) dq.allow(memory, tile.entry.batch, tile.head, tile.row0, last, Use::output);
+    if (pass != BackwardPass::prepare) dq.allow(memory, entry.batch, tile.head, first, last, Use::output);
   }
 
   void allow_sink(GlobalMemory& memory, int head) {
@@ -250,13 +255,12 @@ class BackwardProblem {
     allow(memory, dsink, static_cast<size_t>(head), 1, Use::output);
   }
 
-  /// The sums of dQ of the tiles that have one of the rows [first, last).
+  /// The sums of dQ of a head's blocks [first, last) of query rows.
   void allow_sums(GlobalMemory& memory, int b, int h, int first, int last, Use use) {
     if (dq_sums.empty()) return;
-    size_t const tiles = ceil_div(s_.sq, B.block_m), size = B.block_m * B.head_dim;
-    size_t const begin = first / B.block_m, end = ceil_div(last, B.block_m);
-    allow(memory, dq_sums, (static_cast<size_t>(b * s_.heads + h) * tiles + begin) * size,
-          static_cast<int>((end - begin) * size), use);
+    size_t const tiles = static_cast<size_t>(s_.row_blocks(B.block_m)), size = B.block_m * B.head_dim;
+    allow(memory, dq_sums, (static_cast<size_t>(b * s_.heads + h) * tiles + static_cast<size_t>(first)) * size,
+          (last - first) * static_cast<int>(size), use);
   }
 
   static void allow(GlobalMemory& memory, std::vector<float>& items, size_t first, int count, Use use) {
@@ -356,6 +360,43 @@ void check_short_sequences() {
     }
     check_gradients(problem);
   }
+}
+
+// The same of packed sequences: what belongs to none, or to another, is NaN.
+template <BackwardConfig B>
+void check_packed_sequences() {
+  for (bool gaps : {false, true}) {
+    Shape s{.sq = 270,
+            .sk = 240,
+            .d = 32,
+            .d_v = 24,
+            .heads = 2,
+            .kv_heads = 1,
+            .causal_offset = -30,
+            .window_offset = gaps ? -90 : -500,
+            .from_end = true,
+            .prefix = gaps ? std::optional(20) : std::nullopt,
+            .prefix_offset = -40,
+            .sink = {0.5f, 3}};
+    s.cu_seqlens_q = {3, 133, 133, 134, 166, 230, 260};
+    s.cu_seqlens_k = {2, 60, 75, 75, 108, 222, 235};
+    if (gaps) s.seqlens_q = {99, 3, 1, 20, 64, 0}, s.seqlens_k = {58, 15, 9, 7, 63, 13};
+    BackwardProblem<B, MaskKind::band> problem(s, gaps);
+    problem.problem.poison_absent();
+    for (int i = 0; i < s.sq; ++i) {
+      if (!s.row_exists(0, i)) problem.dout.set_rows(0, i, nan);
+    }
+    check_gradients(problem);
+  }
+}
+
+TEST(BackwardKernel, PackedSequences) {
+  check_packed_sequences<small>();
+  check_packed_sequences<small_shared>();
+  check_packed_sequences<small_deterministic>();
+  check_packed_sequences<small_f32>();
+  check_packed_sequences<small_f32_shared>();
+  check_packed_sequences<small_f32_deterministic>();
 }
 
 TEST(BackwardKernel, ShortSequences) {

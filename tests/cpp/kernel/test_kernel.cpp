@@ -113,6 +113,48 @@ TEST(ForwardKernel, AbsentRowsChangeNoBit) {
   EXPECT_EQ(clean.out.bytes(), poisoned.out.bytes());
 }
 
+// Guards against packed sequences that see each other, a NaN that leaks from one to the next, rows of no sequence that
+// nobody writes, and tiles that are lost where sequences are empty, short, or many.
+TEST(ForwardKernel, PackedSequences) {
+  for (bool from_end : {false, true}) {
+    for (int first : {-200, 0}) {
+      Shape s{.sq = 210, .sk = 190, .d = 64, .d_v = 48, .heads = 2, .kv_heads = 1, .window_offset = first};
+      s.causal_offset = from_end ? s.sk - s.sq : 5;
+      if (from_end) s.window_offset = *s.causal_offset + first;
+      s.from_end = from_end;
+      s.cu_seqlens_q = {3, 73, 73, 74, 106, 170, 200};
+      s.cu_seqlens_k = {2, 60, 75, 75, 108, 172, 185};
+      s.sink = {0.5f, -1};
+      for (bool gaps : {false, true}) {
+        if (gaps) s.seqlens_q = {69, 3, 1, 20, 64, 0}, s.seqlens_k = {58, 15, 9, 7, 63, 13};
+        Problem problem(small_band, s);
+        problem.poison_absent();
+        check<small_band>(problem, 2);
+        check<serial_band>(s);
+      }
+    }
+  }
+}
+
+TEST(ForwardKernel, PackedSequencesOfAnyLengths) {
+  std::mt19937 random(11);
+  auto const below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  for (int i = 0; i < 30; ++i) {
+    Shape s{.sq = 0, .sk = 0, .d = 64, .heads = 2, .kv_heads = 2, .causal_offset = 0, .window_offset = -below(60)};
+    s.cu_seqlens_q = {below(3)}, s.cu_seqlens_k = {below(3)};
+    for (int left = below(12); left > 0; --left) {
+      s.cu_seqlens_q.push_back(s.cu_seqlens_q.back() + below(2) * below(70));
+      s.cu_seqlens_k.push_back(s.cu_seqlens_k.back() + below(2) * below(70));
+    }
+    s.sq = s.cu_seqlens_q.back() + below(3);
+    s.sk = s.cu_seqlens_k.back() + below(3);
+    SCOPED_TRACE(testing::PrintToString(s.cu_seqlens_q) + testing::PrintToString(s.cu_seqlens_k));
+    Problem problem(small_band, s);
+    problem.poison_absent();
+    check<small_band>(problem);
+  }
+}
+
 TEST(ForwardKernel, PrefixesAndSinks) {
   for (int prefix : {0, 1, 40, 100}) {
     check<small_band>({.sq = 70,

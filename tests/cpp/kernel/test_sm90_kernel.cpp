@@ -67,7 +67,14 @@ void run(Problem& problem, Run const& how) {
   }
   problem.allow_sink(memory);
   if (problem.wants_lse) problem.allow_all(memory, problem.lse);
-  problem.allow_all(memory, problem.block_counts);
+  using Tile = QueryTile<BatchSequence>;
+  int32_t const slots = Tile::blocks_of_head(p, tile_rows(Id.config));
+  for (int32_t i = 0; s.packed() && i < s.heads * slots; ++i) {  // a slot without rows has no counts
+    auto const tile = Tile::from_end(p, i / slots, i % slots, tile_rows(Id.config));
+    if (tile.rows == 0) continue;
+    problem.allow_items(memory, problem.block_counts, tile.block_counts_offset(p, tile_rows(Id.config)), 1);
+  }
+  if (!s.packed()) problem.allow_all(memory, problem.block_counts);
   for (int block = 0; block < how.blocks; ++block) {
     Sm90Block const hopper{static_cast<uint32_t>(block),
                            static_cast<uint32_t>(how.blocks),
@@ -223,6 +230,41 @@ void check_short_sequences() {
     problem.poison_absent();
     check_sm90<band(C)>(problem, 2, 3);
   }
+}
+
+// The same of packed sequences, of which there may be many that are short or empty: a slot that no sequence needs, or a
+// box of TMA that reaches into the next sequence, where all is NaN.
+template <ForwardConfig C>
+void check_packed_sequences() {
+  for (int blocks : {1, 3}) {
+    Shape s{.sq = 610, .sk = 600, .d = C.head_dim, .heads = 2, .kv_heads = 1, .causal_offset = -10};
+    s.window_offset = blocks == 1 ? -80 : -500;
+    s.from_end = true;
+    s.cu_seqlens_q = {3, 273, 273, 274, 406, 470, 470, 470, 600};
+    s.cu_seqlens_k = {2, 280, 285, 285, 408, 412, 530, 535, 598};
+    s.sink = {0.5f, -100};
+    if (blocks == 3) s.seqlens_q = {200, 3, 1, 20, 64, 0, 0, 99}, s.seqlens_k = {258, 5, 9, 100, 4, 13, 1, 0};
+    Problem problem(band(C), s);
+    problem.poison_absent();
+    check_sm90<band(C)>(problem, 2, blocks);
+  }
+}
+
+TEST(Sm90Kernel, PackedSequences) {
+  check_packed_sequences<narrow>();
+  check_packed_sequences<ahead>();
+  check_packed_sequences<serial>();
+  check_packed_sequences<wide>();
+}
+
+// Guards against NaN of a neighbour in the same tile of keys, or of queries, that reaches a sequence.
+TEST(Sm90Kernel, PackedNeighboursDoNotLeak) {
+  Shape s{.sq = 300, .sk = 300, .d = 64, .causal_offset = 1000, .window_offset = -1000};
+  s.cu_seqlens_q = s.cu_seqlens_k = {0, 90, 170, 300};
+  Problem problem(band(narrow), s);
+  for (int i = 90; i < 170; ++i) problem.q.set_rows(0, i, nan), problem.k.set_rows(0, i, nan);
+  for (int i = 90; i < 170; ++i) problem.v.set_rows(0, i, nan);
+  check_sm90<band(narrow)>(problem);
 }
 
 TEST(Sm90Kernel, ShortSequences) {

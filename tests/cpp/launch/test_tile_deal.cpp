@@ -63,7 +63,7 @@ struct Problem {
     ForwardConfig const& c = kernel.config;
     std::vector<std::vector<Queries>> all(static_cast<std::size_t>(blocks));
     for (int32_t block = 0; block < blocks; ++block) {
-      TileRounds rounds(params, tile_rows(c), blocks, section_rounds(kernel));
+      TileRounds rounds(params, ceil_div(params.seqlen_q, tile_rows(c)), blocks, section_rounds(kernel), false);
       int32_t index = 0;
       for (TileRound round; rounds.next(round); ++index) {
         int32_t const turn = deal.turn(index, round, block, blocks);

@@ -19,52 +19,62 @@ def describe(p: object) -> str:
     return f"{told}, {shapes}, sink {getattr(p, 'sink', None)}"
 
 
-def check_many(dtype: str, where: str, first: int, **how: object) -> None:
+packed_too = pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+
+
+def check_many(dtype: str, where: str, first: int, packed: bool, **how: object) -> None:
+    """packed: the entries of the batch as packed sequences."""
     head_dims = how.pop("head_dims", (1, 3, 8, 16, 40, 64))
+    check = variants.check_packed if packed else variants.check
     for number in range(first, first + PROBLEMS):
         rng = np.random.default_rng([SEED, number])
         p = variants.random_problem(rng, dtype, head_dims=head_dims)  # type: ignore[arg-type]
         try:
-            variants.check(rng, p, where, **how)  # type: ignore[arg-type]
+            check(rng, p, where, **how)  # type: ignore[arg-type]
         except Exception as error:
             raise AssertionError(f"problem {number} of {dtype}: {describe(p)}") from error
 
 
 @needs_torch
+@packed_too
 @pytest.mark.parametrize("first", range(0, 200, PROBLEMS))
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_on_the_cpu(dtype: str, first: int) -> None:
+def test_on_the_cpu(dtype: str, first: int, packed: bool) -> None:
     """Two arguments of which one switches the other off, or a gradient of another function than the forward's."""
-    check_many(dtype, "cpu", first)
+    check_many(dtype, "cpu", first, packed)
 
 
 @needs_torch
+@packed_too
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_narrow_dtypes_on_the_cpu(dtype: str) -> None:
-    check_many(dtype, "cpu", 1000)
+def test_narrow_dtypes_on_the_cpu(dtype: str, packed: bool) -> None:
+    check_many(dtype, "cpu", 1000, packed)
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@packed_too
 @pytest.mark.parametrize("first", range(0, 100, PROBLEMS))
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_on_a_gpu(dtype: str, first: int) -> None:
+def test_on_a_gpu(dtype: str, first: int, packed: bool) -> None:
     """The same of the kernels that a call takes by itself."""
-    check_many(dtype, "cuda", first, align=8, head_dims=(8, 40, 64))
+    check_many(dtype, "cuda", first, packed, align=8, head_dims=(8, 40, 64))
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_any_alignment_on_a_gpu() -> None:
+@packed_too
+def test_any_alignment_on_a_gpu(packed: bool) -> None:
     """The same of tensors that are copied to shared memory by the element; each alignment has kernels to compile."""
-    check_many("bfloat16", "cuda", 3000, head_dims=(3,))
+    check_many("bfloat16", "cuda", 3000, packed, head_dims=(3,))
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@packed_too
 @pytest.mark.parametrize("kernel", ["sm80", "sm90"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_kernels_on_a_gpu(dtype: str, kernel: str) -> None:
+def test_kernels_on_a_gpu(dtype: str, kernel: str, packed: bool) -> None:
     """The same of each kind of kernel."""
     arch = fc._core.driver_info().gpus[0].arch
     if kernel == "sm90" and (arch != 90 or dtype == "float32"):
@@ -73,5 +83,12 @@ def test_kernels_on_a_gpu(dtype: str, kernel: str) -> None:
     assert default.kernel == kernel
     backward = fc.default_backward_config(64, dtype, arch, deterministic=True)
     check_many(
-        dtype, "cuda", 2000, cfg=default, backward_cfg=backward, align=8, head_dims=(8, 16, 40, 64)
+        dtype,
+        "cuda",
+        2000,
+        packed,
+        cfg=default,
+        backward_cfg=backward,
+        align=8,
+        head_dims=(8, 16, 40, 64),
     )

@@ -424,24 +424,13 @@ def test_what_is_refused(fa: Any, argument: str, value: Any, shown: str) -> None
 
 def test_what_does_not_exist_yet() -> None:
     """A name that is missing at import, where a program may never call it."""
-    q, lengths = torch.randn(4, 2, 8), torch.tensor([0, 4], dtype=torch.int32)
-    lse = torch.zeros(2, 4)
+    q, lse = torch.randn(4, 2, 8), torch.zeros(2, 4)
     for call, what in {
-        lambda: fa2.flash_attn_varlen_func(q, q, q, lengths, lengths, 4, 4): "packed sequences",
-        lambda: fa2.flash_attn_varlen_kvpacked_func(q, q, lengths, lengths, 4, 4): "packed sequences",
-        lambda: fa2.flash_attn_varlen_qkvpacked_func(q, lengths, 4): "packed sequences",
-        lambda: fa2._flash_attn_varlen_forward(
-            q, q, q, lengths, lengths, 4, 4, 0.0, None, False
-        ): "packed sequences",
-        lambda: fa2._flash_attn_varlen_backward(
-            q, q, q, q, q, lse, q, q, q, lengths, lengths, 4, 4, 0.0, None, False, -1, -1, 0.0, None, False
-        ): "packed sequences",
         lambda: fa2.flash_attn_with_kvcache(q, q, q): "caches",
-        lambda: fa3.flash_attn_varlen_func(q, q, q, lengths, lengths, 4, 4): "packed sequences",
         lambda: fa3.flash_attn_with_kvcache(q, q, q): "caches",
         lambda: fa3.flash_attn_combine(q, lse): "the merge of partial results",
-    }.items():  # fmt: skip
-        with pytest.raises(fc.UnsupportedError, match=rf"^_?flash_attn_\w+: {what}"):
+    }.items():
+        with pytest.raises(fc.UnsupportedError, match=rf"^flash_attn_\w+: {what}"):
             call()
 
 
@@ -466,6 +455,9 @@ def test_configure() -> None:
         fa2.flash_attn_func(q, k, v, softcap=1.0)
     with pytest.raises(fc.UnsupportedError, match=r"^learnable_sink: .* dropout_p=0.5"):
         fa2.flash_attn_func(q, k, v, 0.5, learnable_sink=torch.zeros(2))
+    starts = torch.tensor([0, 2, 6], dtype=torch.int32)
+    with pytest.raises(fc.UnsupportedError, match=r"^cu_seqlens_q: .* dropout_p=0.5"):
+        fa2.flash_attn_varlen_func(q[0], k[0], v[0], starts, starts, 4, 4, 0.5)
     compat.configure(on_unsupported="error")
     with pytest.raises(fc.UnsupportedError, match="dropout_p"):
         fa2.flash_attn_qkvpacked_func(qkv, 0.5)
@@ -495,33 +487,53 @@ def test_wrong_arguments() -> None:
 # ---- packed tensors ------------------------------------------------------------------------------------
 
 
-def packed_cases(device: str, dtype: Any) -> Iterator[tuple[Any, list[Any], Any]]:
-    """(a call of packed tensors, these, how q, k and v are taken from them)."""
+def packed_cases(device: str, dtype: Any) -> Iterator[tuple[Any, list[Any], Any, dict[str, Any]]]:
+    """(a call of packed tensors, these, how q, k and v are taken from them, what flash_attention is told)."""
 
     def like(*shape: int) -> Any:
         return torch.randn(*shape, device=device).to(dtype).requires_grad_()
 
-    yield fa2.flash_attn_qkvpacked_func, [like(2, 7, 3, 4, 16)], lambda qkv: qkv.unbind(2)
-    yield fa3.flash_attn_qkvpacked_func, [like(2, 7, 3, 4, 16)], lambda qkv: qkv.unbind(2)
+    yield fa2.flash_attn_qkvpacked_func, [like(2, 7, 3, 4, 16)], lambda qkv: qkv.unbind(2), {}
+    yield fa3.flash_attn_qkvpacked_func, [like(2, 7, 3, 4, 16)], lambda qkv: qkv.unbind(2), {}
     yield (
         fa2.flash_attn_kvpacked_func,
         [like(2, 7, 4, 16), like(2, 9, 2, 2, 16)],
         lambda q, kv: (q, *kv.unbind(2)),
+        {},
     )
     yield (
         lambda qkv, **kw: fa3.flash_attn_qkvpacked_func(qkv, num_heads_q=4, **kw),
         [like(2, 7, 8, 16)],
         lambda qkv: qkv.split((4, 2, 2), 2),
+        {},
     )
+    rows, keys = starts_of([5, 0, 9], device), starts_of([7, 3, 12], device)
+    yield (
+        lambda qkv, **kw: fa2.flash_attn_varlen_qkvpacked_func(qkv, rows, 9, **kw),
+        [like(14, 3, 4, 16)],
+        lambda qkv: qkv.unbind(1),
+        {"cu_seqlens_q": rows},
+    )
+    yield (
+        lambda q, kv, **kw: fa2.flash_attn_varlen_kvpacked_func(q, kv, rows, keys, 9, 12, **kw),
+        [like(14, 4, 16), like(22, 2, 2, 16)],
+        lambda q, kv: (q, *kv.unbind(1)),
+        {"cu_seqlens_q": rows, "cu_seqlens_k": keys},
+    )
+
+
+def starts_of(lengths: list[int], device: str) -> Any:
+    """cu_seqlens."""
+    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_packed_is_apart(device: str, causal: bool) -> None:
     """q, k and v taken in another order; a part of the gradient that is not written."""
-    for call, given, split in packed_cases(device, getattr(torch, dtype_on(device))):
+    for call, given, split, options in packed_cases(device, getattr(torch, dtype_on(device))):
         out, lse = call(*given, causal=causal, deterministic=True, return_attn_probs=True)[:2]
         expected, expected_lse = fc.flash_attention(
-            *split(*given), causal, return_lse=True, deterministic=True
+            *split(*given), causal, return_lse=True, deterministic=True, **options
         )
         assert torch.equal(out, expected)
         assert torch.equal(lse, expected_lse)
@@ -536,7 +548,7 @@ def test_packed_gradient_is_one_allocation() -> None:
     """Autograd's way: each slice's gradient in zeros of the packed size, and their sum."""
     from torch.profiler import profile
 
-    for call, given, _ in packed_cases("cpu", torch.float32):
+    for call, given, *_ in packed_cases("cpu", torch.float32):
         out = call(*given)
         dout = torch.randn_like(out)
         with profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
@@ -647,6 +659,277 @@ def test_compiled(call: str) -> None:
     torch.testing.assert_close(got, torch.autograd.grad(step(*given)[0], (qkv, sink), dout))
 
 
+# ---- packed sequences ----------------------------------------------------------------------------------
+
+# Sequences without queries, without keys, with one of each, and with more queries than keys: under a causal mask some
+# rows of the last see no key.
+ROWS, KEYS = [5, 0, 9, 1, 12], [7, 4, 0, 1, 8]
+
+
+def packed_sequences(device: str, *, grad: bool = False) -> list[Any]:
+    """q, k and v of sequences with ROWS and KEYS, one after the other."""
+    shapes = (sum(ROWS), 4, 16), (sum(KEYS), 2, 16), (sum(KEYS), 2, 16)
+    return [numbers(*shape, device=device).requires_grad_(grad) for shape in shapes]
+
+
+def places(device: str, longest_q: Any = 12, longest_k: Any = 8) -> tuple[Any, ...]:
+    """cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k."""
+    return starts_of(ROWS, device), starts_of(KEYS, device), longest_q, longest_k
+
+
+def one_by_one(fa: Any, q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
+    """The output and the log-sum-exp of flash_attn_func for each sequence, one after the other."""
+    found = [
+        fa.flash_attn_func(x[None], y[None], z[None], return_attn_probs=True, **options)[:2]
+        for x, y, z in zip(q.split(ROWS), k.split(KEYS), v.split(KEYS), strict=True)
+    ]
+    outs, lses = zip(*found, strict=True)
+    return torch.cat([x[0] for x in outs]), torch.cat([x[0] for x in lses], -1)
+
+
+def require_close(found: Any, expected: Any) -> None:
+    """Of float32, or of bfloat16, of which several roundings are allowed."""
+    limit = 2e-5 if expected.dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
+
+
+@both_versions
+@pytest.mark.parametrize("with_sink", [False, True], ids=["", "sink"])
+@pytest.mark.parametrize(
+    ("causal", "window"),
+    [(False, (-1, -1)), (True, (-1, -1)), (True, (3, -1)), (False, (3, 2)), (False, (-1, 4))],
+)
+def test_varlen_is_a_loop(
+    device: str, fa: Any, causal: bool, window: tuple[int, int], with_sink: bool
+) -> None:
+    """Sequences that see each other; a mask aligned to the last key of all; a log-sum-exp in another order, or with
+    another mark of rows that see no key; gradients of another sequence."""
+    q, k, v = leaves = packed_sequences(device, grad=True)
+    options = {"causal": causal, "window_size": window, "softmax_scale": 0.4, "deterministic": True}
+    if with_sink:
+        options["learnable_sink"] = torch.randn(4, device=device, requires_grad=True)
+        leaves.append(options["learnable_sink"])
+    found = fa.flash_attn_varlen_func(q, k, v, *places(device), return_attn_probs=True, **options)
+    assert len(found) == (3 if fa is fa2 else 2)
+    out, lse = found[:2]
+    expected = one_by_one(fa, q, k, v, **options)
+    assert (lse.shape, lse.dtype) == ((4, sum(ROWS)), torch.float32)
+    assert torch.isfinite(lse[:, :5]).all()
+    empty = lse[:, 5:14]  # of the sequence without keys
+    if with_sink:
+        assert torch.equal(empty, options["learnable_sink"][:, None].expand(4, 9))
+    else:
+        assert torch.equal(empty, torch.full_like(empty, torch.inf if fa is fa2 else -torch.inf))
+    assert (out[5:14] == 0).all()
+    for mine, theirs in zip((out, lse), expected, strict=True):
+        require_close(mine, theirs)
+    weights = torch.randn_like(out), torch.randn_like(lse)
+    got = torch.autograd.grad((out, lse), leaves, weights)
+    want = torch.autograd.grad(expected, leaves, weights)
+    for mine, theirs in zip(got, want, strict=True):
+        require_close(mine, theirs)
+    plain = fa.flash_attn_varlen_func(q, k, v, *places(device), **options)
+    assert torch.equal(plain, out)
+
+
+@both_versions
+def test_max_seqlen_has_no_effect(device: str, fa: Any) -> None:
+    """A window or a grid that is taken from a number that is too small, or read from a GPU."""
+    q, k, v = packed_sequences(device)
+    expected = fa.flash_attn_varlen_func(q, k, v, *places(device), causal=True, window_size=(3, 0))
+    for longest in (0, 1, 1000, None, torch.tensor(12, device=device)):
+        given = places(device, longest, longest)
+        found = fa.flash_attn_varlen_func(q, k, v, *given, causal=True, window_size=(3, 0))
+        assert torch.equal(found, expected)
+
+
+def test_bounds_of_packed_sequences() -> None:
+    """A right bound is off from the number of all keys on, in flash-attn 2, not from max_seqlen_k on: it hides
+    something where a sequence has more queries than keys."""
+    q, k = torch.randn(9, 1, 8), torch.randn(3, 1, 8)
+    one = starts_of([9], "cpu"), starts_of([3], "cpu"), 9, 3
+    lse = fa2.flash_attn_varlen_func(q, k, k, *one, window_size=(-1, 3), return_attn_probs=True)[1]
+    assert torch.isfinite(lse).all()
+    k = torch.cat((k, k))
+    two = starts_of([9, 0], "cpu"), starts_of([3, 3], "cpu"), 9, 3
+    for fa, window in ((fa2, (-1, 3)), (fa3, (-1, 3)), (fa2, (-1, 5))):
+        lse = fa.flash_attn_varlen_func(q, k, k, *two, window_size=window, return_attn_probs=True)[
+            1
+        ]
+        assert torch.isinf(lse).sum() == 6 - window[1]
+
+
+@both_versions
+def test_rows_of_no_sequence(device: str, fa: Any) -> None:
+    """Memory that nobody wrote, after the last sequence, in results and in gradients."""
+    q, k, v = packed_sequences(device, grad=True)
+    rows, keys = starts_of([5, 9], device), starts_of([7, 4], device)
+    out, lse = fa.flash_attn_varlen_func(
+        q, k, v, rows, keys, 9, 7, causal=True, return_attn_probs=True
+    )[:2]
+    assert (out[14:] == 0).all()
+    assert (lse[:, 14:] == (torch.inf if fa is fa2 else -torch.inf)).all()
+    for gradient, end in zip(
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out)), (14, 11, 11), strict=True
+    ):
+        assert (gradient[end:] == 0).all()
+        assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_seqused(device: str, causal: bool) -> None:
+    """Rows after those that count: seen by others, written to, or a mask that is aligned to the last of them. They
+    are NaN here."""
+    counts_q, counts_k = [3, 0, 9, 1, 12], [7, 2, 0, 0, 5]
+    used_q, used_k = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in (counts_q, counts_k)
+    )
+    q, k, v = leaves = packed_sequences(device)
+    there_q, there_k = (
+        torch.cat([torch.arange(n) < count for n, count in zip(sizes, counts, strict=True)])
+        for sizes, counts in ((ROWS, counts_q), (KEYS, counts_k))
+    )
+    for x, there in ((q, there_q), (k, there_k), (v, there_k)):
+        x[~there.to(device)] = torch.nan
+        x.requires_grad_()
+    out, lse = fa3.flash_attn_varlen_func(
+        q, k, v, *places(device), used_q, used_k, causal=causal, deterministic=True,
+        return_attn_probs=True,
+    )  # fmt: skip
+    weights = torch.randn_like(out), torch.randn_like(lse)
+    got = torch.autograd.grad((out, lse), leaves, weights)
+    assert (out[~there_q.to(device)] == 0).all()
+    assert torch.isneginf(lse[:, ~there_q.to(device)]).all()
+    sequences = zip(q.split(ROWS), k.split(KEYS), v.split(KEYS), counts_q, counts_k, strict=True)
+    parts = [
+        fa3.flash_attn_func(
+            x[None, :rows], y[None, :keys], z[None, :keys], causal=causal, deterministic=True,
+            return_attn_probs=True,
+        )
+        for x, y, z, rows, keys in sequences
+    ]  # fmt: skip
+    expected = torch.cat([x[0] for x, _ in parts]), torch.cat([x[0] for _, x in parts], -1)
+    found = out[there_q.to(device)], lse[:, there_q.to(device)]
+    for mine, theirs in zip(found, expected, strict=True):
+        require_close(mine, theirs)
+    kept = weights[0][there_q.to(device)], weights[1][:, there_q.to(device)]
+    want = torch.autograd.grad(expected, leaves, kept)
+    for mine, theirs in zip(got, want, strict=True):
+        require_close(mine, theirs)
+
+    # The keys' alone, of flash-attn 2's private function.
+    with torch.no_grad():
+        q = torch.nan_to_num(q)
+        only_keys = fa2._flash_attn_varlen_forward(
+            q, k, v, *places(device), 0.0, None, causal, seqused_k=used_k
+        )
+        both = fa3.flash_attn_varlen_func(
+            q, k, v, *places(device), None, used_k, causal=causal, return_attn_probs=True
+        )
+    assert torch.equal(only_keys[0], both[0])
+    assert torch.equal(torch.isposinf(only_keys[1]), torch.isneginf(both[1]))
+
+
+def test_varlen_compiles_as_one_graph() -> None:
+    """A break in the graph, one graph for each number of tokens, or lengths that are read while it is traced."""
+
+    def step(q: Any, k: Any, v: Any, rows: Any, keys: Any, sink: Any, longest: int) -> Any:
+        options = {"causal": True, "window_size": (6, 3)}
+        out_2, lse, _ = fa2.flash_attn_varlen_func(
+            q, k, v, rows, keys, longest, longest, **options, return_attn_probs=True,
+            learnable_sink=sink,
+        )  # fmt: skip
+        out_3 = fa3.flash_attn_varlen_func(q, k, v, rows, keys, longest, longest, **options)
+        qkv = fa2.flash_attn_varlen_qkvpacked_func(
+            torch.stack((k, k, v), 1), keys, longest, causal=True
+        )
+        return out_2, lse, out_3, qkv
+
+    graphs: list[Any] = []
+
+    def backend(graph: Any, examples: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, examples)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=True)
+    after_each = []
+    for lengths_q, lengths_k in (([5, 9, 3], [7, 8, 12]), ([1, 30, 2], [9, 4, 30])):
+        rows, keys = starts_of(lengths_q, "cpu"), starts_of(lengths_k, "cpu")
+        shapes = (sum(lengths_q), 4, 16), (sum(lengths_k), 2, 16), (sum(lengths_k), 2, 16)
+        leaves = [torch.randn(*shape, requires_grad=True) for shape in shapes]
+        leaves.append(torch.randn(4, requires_grad=True))
+        given = *leaves[:3], rows, keys, leaves[3], max(*lengths_q, *lengths_k)
+        found, expected = compiled(*given), step(*given)
+        for mine, theirs in zip(found, expected, strict=True):
+            require_close(mine, theirs)
+        weights = [torch.randn_like(x) for x in expected]
+        got = torch.autograd.grad(found, leaves, weights)
+        for mine, theirs in zip(got, torch.autograd.grad(expected, leaves, weights), strict=True):
+            require_close(mine, theirs)
+        after_each.append(len(graphs))
+    assert after_each[0] == after_each[1] > 0
+
+
+@both_versions
+def test_wrong_sequences(fa: Any) -> None:
+    """A message about an argument that flash-attn has under another name; offsets of 64 bits that are read as 32."""
+    q, k = torch.randn(7, 4, 8), torch.randn(9, 2, 8)
+    right = {"cu_seqlens_q": starts_of([3, 4], "cpu"), "cu_seqlens_k": starts_of([5, 4], "cpu")}
+    for name, value, text in (
+        ("cu_seqlens_q", right["cu_seqlens_q"].long(), "expected dtype int32, got int64"),
+        ("cu_seqlens_k", right["cu_seqlens_k"].long(), "expected dtype int32, got int64"),
+        ("cu_seqlens_k", starts_of([9], "cpu"), r"expected .*\(3\), got shape \(2\)"),
+        ("cu_seqlens_q", None, "expected a torch tensor, got NoneType"),
+        ("cu_seqlens_k", None, "expected a torch tensor, got NoneType"),
+        ("cu_seqlens_q", [0, 3, 7], "expected a torch tensor, got list"),
+        ("cu_seqlens_q", torch.zeros(0, dtype=torch.int32), "expected shape"),
+        ("learnable_sink", torch.zeros(3), r"expected .*\(4\), got shape \(3\)"),
+        ("q", q[None], "expected 3 dimensions"),
+    ):
+        given = {"q": q, **right, name: value}
+        with pytest.raises(fc.ArgumentError, match=f"^{name}: {text}"):
+            fa.flash_attn_varlen_func(k=k, v=k, max_seqlen_q=4, max_seqlen_k=5, **given)
+
+
+def test_wrong_arguments_of_one_version() -> None:
+    q, k = torch.randn(7, 4, 8), torch.randn(9, 2, 8)
+    starts = starts_of([3, 4], "cpu"), starts_of([5, 4], "cpu")
+    given = q, k, k, *starts, 4, 5
+    short, wide = torch.ones(1, dtype=torch.int32), torch.ones(2, dtype=torch.int64)
+    lse, fixed = torch.zeros(4, 7), (0.0, None, False, -1, -1, 0.0, None, False)
+    recorded = torch.randn(7, 3, 2, 8, requires_grad=True)
+    for call, text in {
+        lambda: fa3.flash_attn_varlen_func(*given, None, short): r"seqused_k: expected .*\(2\), got",
+        lambda: fa3.flash_attn_varlen_func(*given, wide): "seqused_q: expected dtype int32, got int64",
+        lambda: fa3.flash_attn_varlen_func(*given, [1, 2]): "seqused_q: expected a torch tensor, got list",
+        lambda: fa2._flash_attn_varlen_forward(
+            *given, 0.0, None, False, seqused_k=short
+        ): r"seqused_k: expected .*\(2\), got",
+        lambda: fa2._flash_attn_varlen_backward(
+            q, q, k, k, q, lse, None, None, None, starts[0].long(), starts[1], 4, 5, *fixed
+        ): "cu_seqlens_q: expected dtype int32",
+        lambda: fa2.flash_attn_varlen_qkvpacked_func(q, starts[0], 4): r"qkv: expected a tensor \(total, 3,",
+        lambda: fa2.flash_attn_varlen_kvpacked_func(q, k, *starts, 4, 5): r"kv: expected a tensor \(total_k, 2,",
+        lambda: fa2.flash_attn_varlen_qkvpacked_func(recorded, starts[0].long(), 4): r"cu_seqlens\w*: expected dtype",
+    }.items():  # fmt: skip
+        with pytest.raises(fc.ArgumentError, match=f"^{text}"):
+            call()
+    tables = torch.zeros(2, 2, dtype=torch.int32)
+    for call, text in {
+        lambda: fa2.flash_attn_varlen_func(*given, block_table=tables): "block_table: a tensor",
+        lambda: fa2._flash_attn_varlen_forward(
+            *given, 0.0, None, False, leftpad_k=short
+        ): "leftpad_k: a tensor",
+        lambda: fa2.flash_attn_varlen_func(*given, 0.1): "dropout_p: 0.1",
+        lambda: fa2._flash_attn_varlen_backward(
+            q, q, k, k, q, lse, None, None, None, *given[3:], 0.1, *fixed[1:]
+        ): "dropout_p: 0.1",
+    }.items():
+        with pytest.raises(fc.UnsupportedError, match=f"^{text}"):
+            call()
+
+
 # ---- private names -------------------------------------------------------------------------------------
 
 
@@ -681,6 +964,52 @@ def test_forward_and_backward(rng: np.random.Generator, device: str, rows: int) 
     assert (softmax_d.shape, softmax_d.dtype) == ((2, 4, 128), torch.float32)
     sums = np.einsum("bihd,bihd->bhi", p.dout, oracle.to_numpy(out))
     oracle.assert_close(softmax_d[..., :rows], sums, 1e-5 * np.abs(sums).max(), "softmax_d")
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_varlen_forward_and_backward(device: str, causal: bool) -> None:
+    """Results in an order of their own, gradients beside the buffer or not at all where it is None, rows that see no
+    key whose +inf makes NaN."""
+    q, k, v = leaves = packed_sequences(device, grad=True)
+    options = causal, 3, -1, 0.0, None
+    given = places(device)
+    out, lse, s_dmask, rng_state = fa2._flash_attn_varlen_forward(
+        q, k, v, *given, 0.0, 0.4, *options, False
+    )
+    expected = fa2.flash_attn_varlen_func(
+        q, k, v, *given, 0.0, 0.4, causal, (3, -1), deterministic=True, return_attn_probs=True
+    )
+    assert torch.equal(out, expected[0])
+    assert torch.equal(lse, expected[1])
+    assert torch.isposinf(lse).any()
+    assert s_dmask.numel() == 0
+    assert (rng_state.shape, rng_state.dtype) == ((2,), torch.int64)
+
+    dout = torch.randn_like(out)
+    want = torch.autograd.grad(expected[0], leaves, dout)
+    buffers = [x.detach().new_full((x.shape[0] + 3, *x.shape[1:]), 7.0) for x in leaves]
+    into = [b[:-3] for b in buffers]
+    versions = [b._version for b in buffers]
+
+    def backward(*gradients: Any) -> Any:
+        with torch.no_grad():
+            return fa2._flash_attn_varlen_backward(
+                dout, q, k, v, out, lse, *gradients, *given, 0.0, 0.4, *options, True
+            )
+
+    softmax_d = backward(*into)
+    for mine, theirs in zip(into, want, strict=True):
+        require_close(mine, theirs)
+    assert all((b[-3:] == 7).all() for b in buffers)
+    assert all(b._version > before for b, before in zip(buffers, versions, strict=True))
+    rows = sum(ROWS)
+    assert (softmax_d.shape, softmax_d.dtype) == ((4, rows + 128 * len(ROWS)), torch.float32)
+    assert (softmax_d[:, rows:] == 0).all()
+    require_close(softmax_d[:, :rows], (dout.float() * out.float()).sum(-1).T)
+
+    dk = torch.full_like(k, 7.0)
+    assert torch.equal(backward(None, dk, None), softmax_d)
+    require_close(dk, want[1])
 
 
 def test_gradients_of_misaligned_tensors(rng: np.random.Generator, device: str) -> None:
