@@ -32,7 +32,7 @@ class Variant:
         the output and gradients; the LSE is (heads, total_q). Sequence i has the rows from cu_seqlens[i] up to
         cu_seqlens[i + 1], sees no other one, and is what is called a batch entry here: prefix and seqlens have n
         numbers. cu_seqlens_k: default cu_seqlens_q. Rows that belong to no sequence do not exist, as those beyond
-        seqlens. Numbers that do not ascend from 0 to total give wrong results, but touch no other memory.
+        seqlens. Numbers that descend, or are no rows of the arrays, give wrong results, but touch no other memory.
     sink: (heads,), float32 or q's dtype: for each query head a logit beside the scaled scores, as of a key that every
         query sees and whose value is 0. Neither scale nor masks apply to it. The LSE includes it. A query that sees no
         key has output 0 and LSE sink.

@@ -21,7 +21,7 @@ from typing import Any
 
 from .._arrays import library_of
 from .._call import checked_options
-from .._core import ArgumentError, UnsupportedError
+from .._core import ArgumentError, FlashcuteError, UnsupportedError
 from .._torch.framework import Tensor, torch
 from .._torch.gradients import gradient_like, gradients
 from ._arguments import (
@@ -264,7 +264,16 @@ def flash_attn_varlen_qkvpacked_func(
         learnable_sink,
         checked_sequences(cu_seqlens, cu_seqlens),
     )
-    return _result(attend_packed(None, qkv, Packing(), rest), qkv, return_attn_probs)
+    try:
+        found = attend_packed(None, qkv, Packing(), rest)
+    except (ArgumentError, UnsupportedError) as error:
+        raise _of_one_cu_seqlens(error) from None
+    return _result(found, qkv, return_attn_probs)
+
+
+def _of_one_cu_seqlens(error: FlashcuteError) -> FlashcuteError:
+    """Said of the one argument that is both."""
+    return type(error)(str(error).replace("cu_seqlens_q", "cu_seqlens", 1))
 
 
 # ---- not served yet ----------------------------------------------------------------------------------

@@ -280,6 +280,11 @@ def attention_function(on_unsupported: str, accepted: frozenset[str]) -> Attenti
         require_mask(attention_mask, sliding_window, cu_seq_lens_q, cu_seq_lens_k, lengths)
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         packed = cu_seq_lens_q is not None
+        if packed and attention_mask is None and position_bias is not None:
+            raise UnsupportedError(
+                "position_bias: expected None beside cu_seq_lens_q without a mask, got one: packed sequences have no "
+                "matrix of all queries and keys. Use attn_implementation='eager'"
+            )
         if attention_mask is not None or (query.shape[2] == 1 and not packed):
             causal = False  # one query without a mask is the last one, which sees all keys
         mask = attention_mask

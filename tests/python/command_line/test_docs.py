@@ -54,7 +54,7 @@ def test_code_in_the_page_of_variants_runs() -> None:
     blocks = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "variants.md").read_text(), re.DOTALL
     )
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, object] = {}
     for block in blocks:
         exec(block, names)
@@ -65,6 +65,7 @@ def test_code_in_the_page_of_variants_runs() -> None:
 PEERS = {
     "FlashAttention-2": "sdpa_flash",
     "FlashAttention-3": "fa3",
+    "torch's `varlen_attn`": "varlen_attn",
     "cuDNN": "sdpa_cudnn",
     "torch, memory-efficient": "sdpa_efficient",
     "torch, math": "sdpa_math",

@@ -798,7 +798,7 @@ def test_dropout_stays_with_torch() -> None:
         found = run()
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine, theirs)
-    assert sdpa.fallbacks()["dropout"] == before + 2
+    assert sdpa.fallbacks()["dropout"] >= before + 2
 
 
 @pytest.mark.gpu

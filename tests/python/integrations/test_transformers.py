@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -344,16 +345,84 @@ def test_attention_weights_are_refused() -> None:
         with_attention("llama", "fcute")(tokens(), output_attentions=True)
 
 
-def test_packed_lengths_without_positions_are_refused() -> None:
-    """Sequences that see each other."""
-    ends = torch.tensor([0, 5, 9, 12], dtype=torch.int32)
-    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 5, "max_length_k": 5}
+# ---- packed sequences by their lengths -------------------------------------------------------------
+
+
+def lengths_of(*sizes: int) -> dict[str, Any]:
+    """What a data collator that flattens a batch hands to the model."""
+    ends = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+    longest = max(sizes)
+    return {
+        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest
+    }  # fmt: skip
+
+
+@pytest.fixture
+def _kernels_alone() -> Iterator[None]:
+    """An UnsupportedError where torch's attention would compute."""
+    integration.register(on_unsupported="error")
+    yield
+    integration.register(on_unsupported="silent")
+
+
+@pytest.mark.usefixtures("_kernels_alone")
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gpt_oss"])
+@pytest.mark.parametrize("positions", ["run on", "begin again"])
+def test_packed_lengths_are_a_loop(name: str, positions: str) -> None:
+    """Sequences that see each other, a window that reaches into the one before, a sink that counts for all of them
+    once; gradients of these. The rotation of keys and queries is relative, so positions may run on."""
+    sizes, subject = (3, 1, 9, 11), with_attention(name, "fcute")
+    words, together = tokens(1, sum(sizes)), lengths_of(*sizes)
+    if (
+        positions == "begin again"
+    ):  # beside an empty cache, as by default, transformers makes no mask of them
+        together["position_ids"] = torch.cat([torch.arange(n) for n in sizes])[None]
+        together["use_cache"] = True
+
+    def compute(run: Any) -> dict[str, Any]:
+        subject.zero_grad(set_to_none=True)
+        logits = run()
+        (logits * noise(*logits.shape)).sum().backward()
+        found = {n: p.grad.clone() for n, p in subject.named_parameters() if p.grad is not None}
+        return {"logits": logits.detach(), **found}
+
+    mine = compute(lambda: subject(words, **together).logits)
+    loop = compute(lambda: torch.cat([subject(x).logits for x in words.split(sizes, 1)], 1))
+    assert mine.keys() == loop.keys()
+    for n, expected in loop.items():
+        limit = 1e-4 * float(expected.abs().max())
+        torch.testing.assert_close(mine[n], expected, atol=limit, rtol=1e-4, msg=n)
+    if name == "mistral":
+        assert max(sizes) > subject.config.sliding_window
+
+
+def test_packed_lengths_beside_a_mask() -> None:
+    """Two sayings of where sequences end, of which one is dropped, or a mask that is ignored: without a cache
+    transformers makes one of position_ids that begin again, and torch's attention computes."""
+    together = lengths_of(5, 4, 3)
     subject, given = with_attention("llama", "fcute"), inputs("llama", "packed").arguments
     expected = subject(**given).logits
-    assert torch.equal(subject(**given, **lengths).logits, expected)
-    del given["position_ids"]
-    with pytest.raises(fc.UnsupportedError, match=r"^cu_seq_lens_q, .*position_ids"):
-        subject(**given, **lengths)
+    assert torch.equal(subject(**given, **together).logits, expected)
+    integration.register("fcute_strict", on_unsupported="error")
+    with pytest.raises(fc.UnsupportedError, match="attn_mask"):
+        with_attention("llama", "fcute_strict")(**given, **together)
+    with_attention("llama", "fcute_strict")(**given | {"use_cache": True}, **together)
+
+
+@pytest.mark.usefixtures("_kernels_alone")
+def test_a_collator_that_flattens() -> None:
+    """What transformers' own collator returns, refused or misread."""
+    sentences = [{"input_ids": tokens(1, n)[0].tolist()} for n in (5, 3, 9)]
+    make = transformers.DataCollatorWithFlattening
+    subject = with_attention("llama", "fcute")
+    whole = make(return_flash_attn_kwargs=True)(sentences)
+    without = make(return_flash_attn_kwargs=True, return_position_ids=False)(sentences)
+    losses = [subject(**whole, use_cache=True).loss, subject(**without, use_cache=False).loss]
+    # Each token but the first of a sentence is predicted.
+    alone = [(len(s["input_ids"]) - 1, torch.tensor([s["input_ids"]])) for s in sentences]
+    expected = sum(n * subject(x, labels=x).loss for n, x in alone) / sum(n for n, _ in alone)
+    for loss in losses:
+        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
 
 
 # ---- the attention function by itself --------------------------------------------------------------
@@ -420,6 +489,78 @@ def test_packed_lengths_narrow_a_mask() -> None:
     for mask in (causal, torch.zeros(1, 1, 3, 3).masked_fill(~causal, -torch.inf)):
         q, k, v, out = call(3, 3, mask, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
         require_close(out, by_torch(q, k, v, packed))
+
+
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": False}, {"sliding_window": 2}, {"sliding_window": 1, "scaling": 0.3}],
+)
+def test_packed_lengths_without_a_mask(
+    device: str, options: dict[str, Any], with_sinks: bool
+) -> None:
+    """Sequences of a flattened batch that see each other: here they end in the middle of its rows, one of them is
+    empty, and two have one token. Offsets may be of 64 bits. A sink that is counted for each sequence, or not
+    learned."""
+    sizes = (2, 3, 1, 0, 1, 7)
+    q, k, v = leaves = [
+        x.to(device).requires_grad_() for x in (noise(2, 4, 7, 16), *[noise(2, 2, 7, 16)] * 2)
+    ]
+    attend = integration.attention_function("error", frozenset())
+    if with_sinks:
+        options = {
+            **options,
+            "s_aux": torch.tensor([-2.0, 0.0, 1.5, 8.0], device=device).requires_grad_(),
+        }
+        leaves.append(options["s_aux"])
+    together = {
+        name: x.to(device, torch.int64) if isinstance(x, torch.Tensor) else x
+        for name, x in lengths_of(*sizes).items()
+    }
+    out, weights = attend(Layer(), q, k, v, None, **together, **options)
+    assert weights is None
+    assert out.shape == (2, 7, 4, 16)
+    assert out.is_contiguous()
+    rows = [x.transpose(1, 2).flatten(0, 1).split(sizes) for x in (q, k, v)]
+    parts = [
+        attend(Layer(), *(x[None].transpose(1, 2) for x in part), None, **options)[0][0]
+        for part in zip(*rows, strict=True)
+    ]
+    expected = torch.cat(parts).unflatten(0, (2, 7))
+    require_close(out, expected.double().cpu())
+    weights = torch.randn_like(out)
+    want = torch.autograd.grad(expected, leaves, weights)
+    for mine, theirs in zip(torch.autograd.grad(out, leaves, weights), want, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=2e-5)
+
+
+def test_packed_queries_after_cached_keys() -> None:
+    """Other numbers of keys than of queries: the last query of each sequence sees its last key, also where there is
+    one query in all."""
+    attend = integration.attention_function("error", frozenset())
+    for rows, keys in (((2, 1), (5, 3)), ((1,), (4,))):
+        q, k, v = noise(1, 4, sum(rows), 16), noise(1, 2, sum(keys), 16), noise(1, 2, sum(keys), 16)
+        together = {
+            "cu_seq_lens_q": lengths_of(*rows)["cu_seq_lens_q"],
+            "cu_seq_lens_k": lengths_of(*keys)["cu_seq_lens_k"],
+        }
+        out, _ = attend(Layer(), q, k, v, None, **together, sliding_window=3)
+        parts = zip(q.split(rows, 2), k.split(keys, 2), v.split(keys, 2), strict=True)
+        expected = torch.cat([
+            by_torch(*part, torch.ones(n, m).bool().tril(m - n).triu(m - n - 2))
+            for part, n, m in zip(parts, rows, keys, strict=True)
+        ], 1)  # fmt: skip
+        require_close(out, expected)
+
+
+@pytest.mark.parametrize("setting", ["warn", "silent", "error"])
+def test_dropout_of_packed_sequences(setting: str) -> None:
+    """Sequences that see each other, because torch's attention, which has dropout, knows only one."""
+    q, attend = noise(1, 4, 5, 16), integration.attention_function(setting, frozenset())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(fc.UnsupportedError, match=r"dropout_p=0\.1"):
+            attend(Layer(), q, q, q, None, **lengths_of(2, 3), dropout=0.1)
 
 
 # Beside q of float32 kernels take float32 alone.
@@ -620,6 +761,7 @@ def test_what_is_not_known_is_refused() -> None:
     [
         ({"mask": (BATCH, 3)}, r"^attention_mask: expected 4 dimensions.*got \(2, 3\)"),
         ({"mask": (1, 1, 3, 3), "cu_seq_lens_q": (2,)}, "^cu_seq_lens_q, cu_seq_lens_k: expected both"),
+        ({"cu_seq_lens_k": (2,)}, "^cu_seq_lens_q, cu_seq_lens_k: expected both"),
     ],
 )  # fmt: skip
 def test_arguments_that_contradict_each_other(arguments: dict[str, Any], message: str) -> None:
