@@ -185,6 +185,51 @@ for _name, (_letters, _options) in RUNS.items():
     CASES[_name] = lambda a=_letters, o=_options: attend(*a, **o)
 
 
+# Packed: (rows, heads, d), the entries of the batch one after the other.
+PACKED: dict[str, tuple[str, str, int, str]] = {  # of q, of k and v, key heads, layout
+    "packed, replicated": ("R", "R", 2, "bshd"),
+    "packed, heads": ("1", "1", 2, "bshd"),
+    "packed, heads bhsd": ("B", "B", 2, "bhsd"),
+    "packed, one key head": ("1", "R", 1, "bshd"),
+    "packed, rows": ("B", "B", 2, "bshd"),
+}
+
+
+def starts(rows: int) -> torch.Tensor:
+    return torch.tensor([0, rows, rows, 2 * rows], dtype=torch.int32)
+
+
+def attend_packed(q_letters: str, k_letters: str, kv_heads: int, layout: str) -> dict[str, Any]:
+    dense_ones = [x.flatten(0, 1) for x in dense(kv_heads)[:4]]
+    placed_ones = []
+    for x, letters in zip(dense_ones, (q_letters, k_letters, k_letters, q_letters), strict=True):
+        ordered = x.transpose(0, 1).contiguous() if layout == "bhsd" else x
+        placed_ones.append(distribute(ordered, letters))
+    *leaves, dout = placed_ones
+    leaves = [x.requires_grad_() for x in leaves]
+    sink = arrays()["sink"]
+    sink = distribute(sink, "R" if q_letters == "R" else "B").requires_grad_()
+    more = {
+        "cu_seqlens_q": distribute(starts(SEQLEN_Q), "R"),
+        "cu_seqlens_k": distribute(starts(SEQLEN_K), "R"),
+        "sink": sink,
+    }
+    with CommDebugMode() as moved:
+        out, lse = fc.flash_attention(*leaves, causal=True, layout=layout, return_lse=True, **more)
+        gradients = torch.autograd.grad(out, [*leaves, sink], dout)
+    results = [out, *gradients[:3]]
+    if layout == "bhsd":
+        results = [x.transpose(0, 1) for x in results]
+    return {
+        "tensors": list(map(full, [*results, lse, gradients[3]])),
+        "moves": moved.get_total_counts(),
+    }
+
+
+for _name, _how in PACKED.items():
+    CASES[_name] = lambda how=_how: attend_packed(*how)
+
+
 @case
 def compiled_variant() -> Any:
     attend_compiled = torch.compile(fc.flash_attention, backend="aot_eager")

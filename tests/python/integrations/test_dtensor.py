@@ -79,6 +79,29 @@ def test_each_rank_computes_its_part(found: dict[str, Any], case: str) -> None:
     assert came["backward_moves"] == (1 if comes_in_otherwise else 0)
 
 
+@pytest.mark.parametrize("case", [name for name in ranks.PACKED if name != "packed, rows"])
+def test_packed_sequences(found: dict[str, Any], case: str) -> None:
+    """A dimension of packed tensors that is taken for one of tensors with a batch."""
+    _, _, kv_heads, _ = ranks.PACKED[case]
+    q, k, v, dout = (x.flatten(0, 1) for x in ranks.dense(kv_heads)[:4])
+    more = {
+        "cu_seqlens_q": ranks.starts(ranks.SEQLEN_Q),
+        "cu_seqlens_k": ranks.starts(ranks.SEQLEN_K),
+        "sink": ranks.arrays()["sink"],
+    }
+    out, lse = reference.naive(q, k, v, True, return_lse=True, **more)
+    *gradients, dsink = reference.naive_gradients(dout, q, k, v, True, **more)
+    came = found[case]
+    assert isinstance(came, dict), came
+    close(came["tensors"], [out, *gradients, lse, dsink])
+    assert came["moves"] == 0
+
+
+def test_rows_of_packed_sequences_are_on_every_rank(found: dict[str, Any]) -> None:
+    """Sequences that are cut in the middle, each part computed as if it were all."""
+    assert re.match(r"UnsupportedError: q: .* the sequence", found["packed, rows"])
+
+
 @pytest.mark.parametrize(
     ("case", "placements"),
     [  # of out, lse, dq, dk, dv
