@@ -218,6 +218,67 @@ TEST(Plan, WrongTensorsAreRefused) {
 
 // Guards against sizes whose product is no 64-bit number: where it wrapped to 0, a tensor without memory and with any
 // strides counted as empty.
+TensorView int32_view(std::vector<int32_t>& memory) {
+  TensorView t;
+  t.data = memory.data();
+  t.dtype = ElementType::int32;
+  t.rank = 1;
+  t.shape = {static_cast<int64_t>(memory.size())};
+  t.strides = {1};
+  return t;
+}
+
+/// Without the batch dimension.
+TensorView packed_view(TensorView t) {
+  t.rank = 3;
+  t.shape = {t.shape[1], t.shape[2], t.shape[3]};
+  t.strides = {t.strides[1], t.strides[2], 1};
+  return t;
+}
+
+// Guards against sequences that see each other: with equal scores a row is the mean of what it sees.
+TEST(Plan, PackedSequencesAreComputedApart) {
+  Problem p;
+  for (std::size_t row = 0; row < 5; ++row) std::fill_n(&p.memory[row * 8], 8, static_cast<float>(row));
+  p.v = p.k;
+  std::vector<float> zeros(64, 0.f);
+  p.q = packed_view(Problem::view(zeros, {1, 4, 2, 8}));
+  p.k = p.v = packed_view(p.k);
+  p.out = packed_view(p.out);
+  std::vector<int32_t> starts_q{0, 1, 3}, starts_k{0, 2, 5};
+  TensorView const q_view = int32_view(starts_q), k_view = int32_view(starts_k);
+  p.options.cu_seqlens_q = &q_view;
+  p.options.cu_seqlens_k = &k_view;
+  p.run();
+  float const expected[] = {0.5f, 3.f, 3.f, 0.f};  // of rows 0 to 3; the last is of no sequence
+  for (std::size_t row = 0; row < 4; ++row) {
+    for (std::size_t i = 0; i < 16; ++i) EXPECT_FLOAT_EQ(p.output[16 * row + i], expected[row]) << "row " << row;
+  }
+}
+
+TEST(Plan, WrongPackedSequencesAreRefused) {
+  std::vector<int32_t> starts{0, 1, 4}, fewer{0, 4}, none;
+  TensorView const view = int32_view(starts), fewer_view = int32_view(fewer), empty = int32_view(none);
+  auto const with = [&](auto const& change) {
+    Problem p;
+    for (TensorView* t : {&p.q, &p.k, &p.v, &p.out}) *t = packed_view(*t);
+    p.options.cu_seqlens_q = &view;
+    change(p);
+    return p;
+  };
+  with([](Problem&) {}).run();
+  with([](Problem& p) { p.q = Problem{}.q; }).expect<ArgumentError>({"q: expected 3 dimensions (total, heads,"});
+  with([](Problem& p) { p.out.rank = 2; }).expect<ArgumentError>({"out: expected 3 dimensions"});
+  with([&](Problem& p) {
+    p.options.cu_seqlens_k = &fewer_view;
+  }).expect<ArgumentError>({"cu_seqlens_k: expected", "(sequences + 1,) = (3)"});
+  with([&](Problem& p) { p.options.seqlens_q = &view; }).expect<ArgumentError>({"seqlens_q", "(sequences,) = (2)"});
+  with([&](Problem& p) { p.options.cu_seqlens_q = &empty; }).expect<ArgumentError>({"cu_seqlens_q", "sequences + 1"});
+  Problem alone;
+  alone.options.cu_seqlens_k = &view;
+  alone.expect<ArgumentError>({"cu_seqlens_k: expected none without cu_seqlens_q"});
+}
+
 TEST(Plan, SizesAndStridesBeyond64BitsAreRefused) {
   constexpr int64_t large = int64_t{1} << 30;
   for (auto const& [argument, tensor] : {std::pair{"q", &Problem::q}, {"k", &Problem::k}, {"v", &Problem::v}}) {
