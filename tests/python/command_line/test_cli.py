@@ -194,6 +194,23 @@ def test_explain_with_lengths_and_sinks(
     assert all(without[name] is None for name in ("prefix", "seqlens_q", "seqlens_k", "sink"))
 
 
+def test_explain_with_packed_sequences(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A batch beside starts of sequences, which no call takes."""
+    where = ["explain", "--device", "cpu", "--dtype", "float32", "--batch", "3", "--heads", "4"]
+    for layout in ("bshd", "bhsd"):
+        assert main([*where, "--packed", "--causal", "--gradients", "--layout", layout]) == 0
+        assert "backend cpu" in capsys.readouterr().out
+    shapes = []
+    monkeypatch.setattr(
+        "flashcute._cli.explain.explain",
+        lambda q, k, v, causal, **given: shapes.append((q.shape, given["cu_seqlens_q"].shape)),
+    )
+    assert main([*where, "--packed", "--seqlen-q", "100", "--head-dim", "64"]) == 0
+    assert shapes == [((300, 4, 64), (4,))]
+
+
 @pytest.mark.parametrize(
     ("argument", "causal", "window"),
     [
