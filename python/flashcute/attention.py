@@ -39,6 +39,8 @@ def forward(
 ) -> Any:
     """Attention, softmax(scale * q kᵀ) v, with a kernel configuration of your choice.
 
+    Shapes are those of calls without packed sequences, which have no batch dimension; see `Variant`.
+
     cfg: the static configuration; see `default_config` and `configs`.
     q: (batch, seqlen_q, heads, d).  k: (batch, seqlen_k, kv_heads, d).  v: (batch, seqlen_k, kv_heads, d_v).
         heads is a multiple of kv_heads; d and d_v are at most 256. All have one dtype: float16, bfloat16 or float32, on
@@ -50,7 +52,6 @@ def forward(
         gradient.
     layout: "bshd" as above, or "bhsd" with heads before seqlen, for all arrays.
     out: an array to write to, (batch, seqlen_q, heads, d_v); default a new array of q's library.
-        (Packed sequences, see `Variant`, have no batch dimension; all shapes here are those of other calls.)
     return_lse: also return the log-sum-exp of each row, log(sum(exp(scores))), by the natural logarithm: (batch, heads,
         seqlen_q), float32 (float64 for float64 inputs). A row that sees no key has -inf there, and output 0. With a
         sink its logit is one of the scores.

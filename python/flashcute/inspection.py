@@ -149,8 +149,8 @@ def count_blocks(
     Returns an int32 array (batch, heads, tiles, 3) of q's library and device. Its last dimension counts the blocks of
     cfg.block_n keys that were (0) visited with all elements visible, (1) visited with a test of each element,
     (2) skipped. A tile is cfg.block_m * cfg.cluster query rows. If one is incomplete, it is the last, on a GPU
-    with kernel='sm90' the first. Packed sequences: (heads, places, 3), with total_q // tile + n + 2 places for tiles;
-    sequence i has those from cu_seqlens_q[i] // tile + i + 1 on, and places without rows are 0.
+    with kernel='sm90' the first. Packed sequences: (heads, slots, 3), with total_q // tile + n + 2 slots for tiles;
+    sequence i has those from cu_seqlens_q[i] // tile + i + 1 on, and slots without rows are 0.
     """
     if not isinstance(cfg, ForwardConfig):
         raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")

@@ -209,7 +209,9 @@ class BackwardTile {
     int const padded = ceil_div(width, lanes<T>) * lanes<T>;
     for (int i = width; i < padded; ++i) out[i] = dout[i] = 0;
     int const batch = tile.entry.batch, first = tile.entry.first_query + tile.row0;
-    for (int m = 0; m < tile.rows; ++m) {
+    int const existing = tile.existing(f_);
+    for (int m = existing; m < tile.rows; ++m) to[m] = 0;  // for the gradient of the sink
+    for (int m = 0; m < existing; ++m) {
       widen(at(f_.out, f_.out_stride, batch, tile.head, first + m), out, width);
       widen(at(p_.dout, p_.dout_stride, batch, tile.head, first + m), dout, width);
       Vector<T> products = {};
@@ -318,11 +320,12 @@ void sink_gradient(BackwardConfig const&, MaskFunctions const& mask, BackwardPar
         BatchSequence const sequence(f, entry);
         RowRange keys;
         mask.keys_of_queries(row - entry.first_query, 1, sequence, &keys);
-        int64_t const at = row_offset(p.dlse_stride, batch, head, row);
         if (row - entry.first_query >= sequence.rows()) {
           term = 0;
         } else if (keys.empty()) {
-          term = p.dlse == nullptr ? 0 : -static_cast<double>(static_cast<T const*>(p.dlse)[at]) * weight;
+          int64_t const at = row_offset(p.dlse_stride, batch, head, row);
+          term = p.dlse == nullptr ? 0 : -static_cast<double>(static_cast<T const*>(p.dlse)[at]);
+          term *= weight;  // NaN where the sink makes it so
         }
       }
       sum -= term;

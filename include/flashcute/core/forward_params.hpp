@@ -23,7 +23,7 @@ FLASHCUTE_HD int64_t row_offset(Strides const& s, int64_t batch, int64_t head, i
   return batch * s.batch + head * s.head + row * s.row;
 }
 
-/// The lengths of each batch entry, and what its queries see beside the band of keys about the diagonal.
+/// The place and the lengths of each batch entry, and what its queries see beside the band of keys about the diagonal.
 struct SequenceParams {
   static constexpr int32_t no_prefix = std_::numeric_limits<int32_t>::max();
 
@@ -57,7 +57,7 @@ struct ForwardParams {
   void const* v;              // (batch, seqlen_k, kv_heads, head_dim_v)
   void* out;                  // (batch, seqlen_q, heads,    head_dim_v)
   void* lse;                  // (batch, heads, seqlen_q), contiguous; fp32, or fp64 with fp64 inputs; may be null
-  BlockCounts* block_counts;  // (batch, heads, row blocks); null unless Features::count_blocks
+  BlockCounts* block_counts;  // (batch, heads, row blocks), packed (heads, slots); null unless Features::count_blocks
 
   Strides q_stride, k_stride, v_stride, out_stride;
 

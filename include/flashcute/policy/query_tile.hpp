@@ -18,8 +18,9 @@ FLASHCUTE_HD int64_t count_key_tiles(ForwardParams const& p, int32_t block_keys)
 
 /// Query rows [row0, row0 + rows) of one head and one sequence, of which `existing` exist: results of the others are
 /// written too. Rows and keys count from the first of the sequence.
-template <class Sequence>
+template <class S>
 struct QueryTile {
+  using Sequence = S;
   typename Sequence::Entry entry;  // of the batch
   int32_t head, kv_head;
   int32_t row0;  // first query row
@@ -32,17 +33,9 @@ struct QueryTile {
     return max_of(min_of(rows, sequence(p).rows() - row0), 0);
   }
 
-  FLASHCUTE_HD static bool is_packed(ForwardParams const& p) {
-    if constexpr (Sequence::fills_tensors) {
-      return false;
-    } else {
-      return p.sequences.packed();
-    }
-  }
-
   /// How many tiles each head has; packed, how many slots.
   FLASHCUTE_HD static int32_t blocks_of_head(ForwardParams const& p, int32_t block_m) {
-    return is_packed(p) ? query_blocks(p, block_m) : ceil_div(p.seqlen_q, block_m);
+    return Sequence::is_packed(p) ? query_blocks(p, block_m) : ceil_div(p.seqlen_q, block_m);
   }
 
   /// Tile `index` of `count_query_tiles(p, block_m)`. Within a head the last rows come first: under a causal mask they
@@ -57,7 +50,7 @@ struct QueryTile {
   /// Tile `block` of the `head_index`-th head of all batches.
   template <class Index>
   FLASHCUTE_HD static QueryTile of(ForwardParams const& p, Index head_index, int32_t block, int32_t block_m) {
-    if (is_packed(p)) return of_slot(p, head_index, block, block_m, false);
+    if (Sequence::is_packed(p)) return of_slot(p, head_index, block, block_m, false);
     QueryTile t = whole_head(p, head_index);
     t.row0 = block * block_m;
     t.rows = min_of(block_m, p.seqlen_q - t.row0);
@@ -70,7 +63,7 @@ struct QueryTile {
   template <class Index>
   FLASHCUTE_HD static QueryTile from_end(ForwardParams const& p, Index head_index, int32_t i, int32_t block_m,
                                          int32_t near = 0) {
-    if (is_packed(p)) return of_slot(p, head_index, i, block_m, true, near);
+    if (Sequence::is_packed(p)) return of_slot(p, head_index, i, block_m, true, near);
     return whole_head(p, head_index).part_from_end(i, block_m);
   }
 
@@ -117,7 +110,7 @@ struct QueryTile {
   /// Offset of the block counts of the tile that these rows are, or are a part of. It is the same whether tiles are cut
   /// from the first row on or from the last.
   FLASHCUTE_HD int64_t block_counts_offset(ForwardParams const& p, int32_t block_m) const {
-    if (is_packed(p)) {
+    if (Sequence::is_packed(p)) {
       int32_t const length = Packing::of_queries(p).length(entry.number);
       int32_t const block = ceil_div(length, block_m) - ceil_div(length - row0, block_m);
       return static_cast<int64_t>(head) * query_blocks(p, block_m) + entry.first_query_block(block_m) + block;
@@ -172,7 +165,8 @@ struct KeyTile {
   /// fits in the level 2 cache.
   template <class Index>
   FLASHCUTE_HD static KeyTile at(ForwardParams const& p, Index index, int32_t block_keys) {
-    auto const blocks = static_cast<Index>(is_packed(p) ? key_blocks(p, block_keys) : ceil_div(p.seqlen_k, block_keys));
+    auto const blocks =
+        static_cast<Index>(Sequence::is_packed(p) ? key_blocks(p, block_keys) : ceil_div(p.seqlen_k, block_keys));
     auto const heads = static_cast<Index>(p.batch) * static_cast<Index>(p.kv_heads);
     int64_t const bytes_of_head = static_cast<int64_t>(p.seqlen_q) * (p.head_dim + p.head_dim_v) * 4;
     auto const heads_at_once = static_cast<Index>(min_of<int64_t>(heads, 1 + cache_bytes / (bytes_of_head + 1)));
@@ -180,7 +174,7 @@ struct KeyTile {
     Index const width = min_of(heads_at_once, heads - first);
     Index const place = index - first * blocks;
     Index const head_index = first + place % width;
-    if (is_packed(p)) return of_slot(p, head_index, static_cast<int32_t>(place / width), block_keys);
+    if (Sequence::is_packed(p)) return of_slot(p, head_index, static_cast<int32_t>(place / width), block_keys);
     KeyTile t;
     t.entry = Sequence::Entry::of(p, static_cast<int32_t>(head_index / p.kv_heads));
     t.kv_head = static_cast<int32_t>(head_index % p.kv_heads);
@@ -190,11 +184,6 @@ struct KeyTile {
   }
 
  private:
-  FLASHCUTE_HD static bool is_packed(ForwardParams const& p) {
-    if constexpr (Sequence::fills_tensors) return false;
-    return p.sequences.packed();
-  }
-
   /// Of packed sequences.
   FLASHCUTE_HD static KeyTile of_slot(ForwardParams const& p, int64_t kv_head, int32_t slot, int32_t block_keys) {
     if constexpr (Sequence::fills_tensors) {

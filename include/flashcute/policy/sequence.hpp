@@ -16,6 +16,8 @@ namespace flashcute {
 class UniformSequence {
  public:
   static constexpr bool fills_tensors = true;  // as long as the tensors
+  FLASHCUTE_HD static constexpr bool is_packed(ForwardParams const&) { return false; }
+
   struct Entry {
     int32_t batch;
 
@@ -44,6 +46,7 @@ class UniformSequence {
 class BatchSequence {
  public:
   static constexpr bool fills_tensors = false;
+  FLASHCUTE_HD static bool is_packed(ForwardParams const& p) { return p.sequences.packed(); }
 
   struct Entry {
     int32_t batch;                   // of the tensors; packed: 0

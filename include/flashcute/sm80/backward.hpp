@@ -397,6 +397,7 @@ struct TileGradients {
       if (!exists) shared_store(&queries.delta[i], 0.f);
     }
     Delta<C, C.block_m>::compute(p, tile, [&](int row, float delta) {
+      if (!Sequence::fills_tensors && row >= existing) delta = 0;  // for the pass `sink`
       global_store(static_cast<float*>(p.delta) + first + row, delta);
       if (Sequence::fills_tensors || row < existing) shared_store(&queries.delta[row], delta);
     });

@@ -18,7 +18,9 @@ struct PrepareGradients {
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& /*smem*/) {
     auto const tile = Tile::at(p.forward, block_index(), C.block_n);
     QueryGradientSums<Id.config>::of(p, tile).clear();
+    int const existing = tile.existing(p.forward);
     Delta<C, C.block_n>::compute(p, tile, [&](int row, float delta) {
+      if (!Tile::Sequence::fills_tensors && row >= existing) delta = 0;  // for the pass `sink`
       global_store(static_cast<float*>(p.delta) + tile.lse_offset(p.forward) + row, delta);
     });
   }
@@ -113,9 +115,11 @@ struct SinkGradient {
     int const query = row - entry.first_query;
     if (query >= sequence.rows()) return 0.f;
     if (!Mask::empty_row(query, sequence)) return term;
-    if (p.dlse == nullptr) return 0.f;
-    auto const* const dlse = static_cast<float const*>(p.dlse) + row_offset(p.dlse_stride, batch, head, row);
-    return -global_load<float>(dlse) * weight;
+    float delta = 0;
+    if (p.dlse != nullptr) {
+      delta = -global_load<float>(static_cast<float const*>(p.dlse) + row_offset(p.dlse_stride, batch, head, row));
+    }
+    return weight * delta;  // NaN where the sink makes it so
   }
 };
 

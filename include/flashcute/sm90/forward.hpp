@@ -73,6 +73,7 @@ struct ForwardPass {
   /// Writes the tiles that see no key under a mask with one edge, which the loader leaves out. If the first row sees a
   /// key, there are none. (Under other masks they are anywhere, and the warpgroups write them in their turn.)
   FLASHCUTE_DEVICE static void store_empty_tiles(ForwardParams const& p) {
+    // (Not count_query_tiles, which would ask whether sequences are packed: under such masks they are not.)
     int64_t const count = static_cast<int64_t>(p.batch) * p.heads * ceil_div<int64_t>(p.seqlen_q, L::tile_rows);
     auto const per_head = static_cast<uint32_t>(ceil_div(p.seqlen_q, L::tile_rows));
     for (int64_t i = block_index(); i < count; i += block_count()) {

@@ -16,7 +16,8 @@ class TileSchedule {
   FLASHCUTE_DEVICE explicit TileSchedule(Sm90ForwardParams const& p)
       : p_(p),
         blocks_(static_cast<int>(block_count()) / C.cluster),
-        rounds_(p.forward, Tile::blocks_of_head(p.forward, rows), blocks_, per_section, Tile::is_packed(p.forward)) {}
+        rounds_(p.forward, Tile::blocks_of_head(p.forward, rows), blocks_, per_section,
+                Sequence::is_packed(p.forward)) {}
 
   /// Sets `tile` to the next one; false if there is none.
   FLASHCUTE_DEVICE bool next(Tile& tile) {

@@ -330,8 +330,8 @@ def _scores(
 ) -> int:
     row = -3 if layout == "bshd" else -2
     whole: int = math.prod(q.shape[:-1]) * k.shape[row]
-    if starts_q is None or has_own_dispatch(type(starts_q)):  # which may have no numbers
-        return whole
+    if starts_q is None or has_own_dispatch(type(starts_q)) or starts_q.is_meta:
+        return whole  # also where there are no numbers
     rows = starts_q.diff()
     keys = rows if starts_k is None else starts_k.diff()
     heads: int = math.prod(q.shape[:-1]) // max(q.shape[row], 1)

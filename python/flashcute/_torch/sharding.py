@@ -49,12 +49,12 @@ def shardings_of(q: Any, k: Any, v: Any, layout: str) -> list[Sharding]:
             known[shard, 0] = of_batch
         sharding = known.get((type(placement), getattr(placement, "dim", None)))
         if sharding is None:
-            raise UnsupportedError(_misplaced("q", placement, row))
+            raise UnsupportedError(_misplaced("q", placement, row, packed))
         found.append(sharding)
         for name, spec in (("k", k), ("v", v)):
             expected, got = sharding.keys, spec.placements[dim]
             if got.is_partial() or got == shard(row):
-                raise UnsupportedError(_misplaced(name, got, row))
+                raise UnsupportedError(_misplaced(name, got, row, packed))
             if got != expected:
                 why = " and a single key head" if multi_query else ""
                 raise UnsupportedError(
@@ -72,9 +72,10 @@ def _placements() -> tuple[Any, Any, Any]:
     return tensor.Shard, tensor.Replicate, tensor.Partial
 
 
-def _misplaced(name: str, placement: Any, row: int) -> str:
+def _misplaced(name: str, placement: Any, row: int, packed: bool) -> str:
     dim = getattr(placement, "dim", None)
-    allowed = f"expected a DTensor that is replicated, or sharded over the batch or the heads, got {placement!r}"
+    over = "the heads" if packed else "the batch or the heads"
+    allowed = f"expected a DTensor that is replicated, or sharded over {over}, got {placement!r}"
     if placement.is_partial():
         return f"{name}: {allowed}, of which each rank has a summand. Sum it: {name}.redistribute(placements=...)"
     if dim == row:

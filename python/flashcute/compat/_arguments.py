@@ -149,10 +149,6 @@ class Sequences(NamedTuple):
     seqlens_q: Tensor | None = None
     seqlens_k: Tensor | None = None
 
-    @property
-    def packed(self) -> bool:
-        return self.cu_seqlens_q is not None
-
 
 NOT_PACKED = Sequences()
 

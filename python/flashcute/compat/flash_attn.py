@@ -254,6 +254,7 @@ def flash_attn_varlen_qkvpacked_func(
     """As flash_attn_varlen_func, of qkv (total, 3, heads, d). The kernels write to the gradient of qkv directly."""
     refuse_unless_off(softcap, alibi_slopes)
     require_packed("qkv", qkv, 3, "total")
+    require_tensors(cu_seqlens=cu_seqlens)
     rest = _rest(
         dropout_p,
         softmax_scale,
@@ -364,7 +365,7 @@ def _flash_attn_backward(
     after seqlen_q.
     """
     refuse_unless_off(softcap, alibi_slopes)
-    require_tensors(softmax_lse=softmax_lse)
+    require_tensors(q=q, softmax_lse=softmax_lse)
     lse = _as_memory_has_it(softmax_lse, q)
     rest = Rest(
         mask_2,
@@ -487,7 +488,7 @@ def _flash_attn_varlen_backward(
     Returns softmax_d, rowsum(dout * out): (heads, total_q + 128 for each sequence), float32, with zeros after total_q.
     """
     refuse_unless_off(softcap, alibi_slopes)
-    require_tensors(softmax_lse=softmax_lse)
+    require_tensors(q=q, k=k, v=v, softmax_lse=softmax_lse)
     rest = Rest(
         mask_2,
         causal,

@@ -280,11 +280,8 @@ def attention_function(on_unsupported: str, accepted: frozenset[str]) -> Attenti
         require_mask(attention_mask, sliding_window, cu_seq_lens_q, cu_seq_lens_k, lengths)
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         packed = cu_seq_lens_q is not None
-        if packed and attention_mask is None and position_bias is not None:
-            raise UnsupportedError(
-                "position_bias: expected None beside cu_seq_lens_q without a mask, got one: packed sequences have no "
-                "matrix of all queries and keys. Use attn_implementation='eager'"
-            )
+        if packed and attention_mask is None:
+            require_packed_kernel(position_bias, dropout)
         if attention_mask is not None or (query.shape[2] == 1 and not packed):
             causal = False  # one query without a mask is the last one, which sees all keys
         mask = attention_mask
@@ -297,8 +294,7 @@ def attention_function(on_unsupported: str, accepted: frozenset[str]) -> Attenti
         if mask is None and cu_seq_lens_q is not None:
             return packed_attention(
                 query, key, value, cu_seq_lens_q, cu_seq_lens_k, causal=causal, sliding_window=sliding_window,
-                sink=s_aux, scale=scaling, dropout_p=dropout, deterministic=deterministic,
-                on_unsupported=fallback_of(on_unsupported, None, None, dropout),
+                sink=s_aux, scale=scaling, deterministic=deterministic, on_unsupported="error",
             ), None  # fmt: skip
         out = flash_attention(
             query.transpose(1, 2),
@@ -319,6 +315,16 @@ def attention_function(on_unsupported: str, accepted: frozenset[str]) -> Attenti
         return out.contiguous(), None
 
     return fcute_attention
+
+
+def require_packed_kernel(bias: Tensor | None, dropout: float) -> None:
+    """Raises where torch's attention, which knows no packed sequences, would have to compute them."""
+    for name, given in (("position_bias", bias), ("dropout", dropout or None)):
+        if given is not None:
+            raise UnsupportedError(
+                f"{name}: expected none beside cu_seq_lens_q without a mask, got one: no kernel of flashcute covers it "
+                f"yet, and {SDPA} has no packed sequences. Use attn_implementation='eager'"
+            )
 
 
 def packed_attention(

@@ -114,6 +114,47 @@ def test_rows_of_no_sequence(device: str, starts: list[int]) -> None:
     assert lse[:, inside].isfinite().all()
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("sink", [np.inf, np.nan])
+def test_a_sink_that_is_no_number_beside_rows_without_a_key(
+    rng: np.random.Generator, packed: bool, sink: float
+) -> None:
+    """A gradient of 0 that is NaN: such rows are told from others by their terms that are NaN."""
+    q, k, v, dout = (rng.standard_normal((30, 2, 8)) for _ in range(4))
+    options: dict[str, Any] = {"sink": np.full(2, sink)}
+    if packed:
+        options |= {"cu_seqlens_q": np.int32([0, 10, 30]), "cu_seqlens_k": np.int32([0, 0, 0])}
+    else:
+        q, k, v, dout = (x[None] for x in (q, k, v, dout))
+        options["seqlens_k"] = np.int32([0])
+    variant = fc.Variant(**options)
+    results = fc.forward(
+        fc.default_config(8, "float64", "cpu"), q, k, v, variant=variant, return_lse=True
+    )
+    cfg = fc.default_backward_config(8, "float64", "cpu")
+    found = fc.backward(cfg, dout, q, k, v, *results, variant=variant)
+    assert np.isnan(found[3]).all()
+
+
+def test_results_of_rows_of_no_sequence_are_not_read(rng: np.random.Generator) -> None:
+    """A gradient of the sink of rows that do not exist, where a caller merges results of several calls."""
+    q, k, v, dout = (rng.standard_normal((30, 2, 8)) for _ in range(4))
+    variant = fc.Variant(
+        cu_seqlens_q=np.int32([5, 10, 20]), seqlens_q=np.int32([5, 7]), sink=np.zeros(2)
+    )
+    out, lse = fc.forward(
+        fc.default_config(8, "float64", "cpu"), q, k, v, variant=variant, return_lse=True
+    )
+    cfg = fc.default_backward_config(8, "float64", "cpu")
+    expected = fc.backward(cfg, dout, q, k, v, out, lse, variant=variant)
+    for rows in (slice(0, 5), slice(17, 30)):
+        out[rows], lse[:, rows] = 1, 0
+    for a, b in zip(
+        fc.backward(cfg, dout, q, k, v, out, lse, variant=variant), expected, strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
 @needs_torch
 def test_no_rows_at_all(device: str) -> None:
     """A launch of nothing, and keys whose gradients nobody writes."""

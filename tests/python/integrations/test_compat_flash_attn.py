@@ -479,7 +479,14 @@ def test_wrong_arguments() -> None:
         lambda: fa3.flash_attn_qkvpacked_func(qkv): "num_heads_q: expected the number",
         lambda: fa3.flash_attn_qkvpacked_func(qkv, num_heads_q=4): "num_heads_q: expected to",
         lambda: fa2.flash_attn_func(q[0], q[0], q[0], causal=True): "q: ",
-    }.items():
+        lambda: fa2.flash_attn_varlen_qkvpacked_func(qkv[0, :, :3, None], None, 4): "cu_seqlens: ",
+        lambda: fa2._flash_attn_backward(
+            q, None, q, q, q, q, q, q, q, 0.0, None, False, -1, -1, 0.0, None, False
+        ): "q: expected a torch tensor, got NoneType",
+        lambda: fa2._flash_attn_varlen_backward(
+            q, q, None, q, q, q, None, None, None, None, None, 4, 4, 0.0, None, False, -1, -1, 0.0, None, False
+        ): "k: expected a torch tensor, got NoneType",
+    }.items():  # fmt: skip
         with pytest.raises(fc.ArgumentError, match=f"^{text}"):
             call()
 

@@ -554,13 +554,17 @@ def test_packed_queries_after_cached_keys() -> None:
 
 
 @pytest.mark.parametrize("setting", ["warn", "silent", "error"])
-def test_dropout_of_packed_sequences(setting: str) -> None:
-    """Sequences that see each other, because torch's attention, which has dropout, knows only one."""
+def test_packed_sequences_are_not_left_to_torch(setting: str) -> None:
+    """Sequences that see each other, because torch's attention, which has dropout and biases, knows only one; a warning
+    that it computes."""
     q, attend = noise(1, 4, 5, 16), integration.attention_function(setting, frozenset())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(fc.UnsupportedError, match=r"dropout_p=0\.1"):
-            attend(Layer(), q, q, q, None, **lengths_of(2, 3), dropout=0.1)
+    for name, value in (("dropout", 0.1), ("position_bias", noise(1, 4, 5, 5))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(
+                fc.UnsupportedError, match=rf"^{name}: expected none beside cu_seq_lens_q"
+            ):
+                attend(Layer(), q, q, q, None, **lengths_of(2, 3), **{name: value})
 
 
 # Beside q of float32 kernels take float32 alone.
