@@ -151,6 +151,13 @@ class Side(NamedTuple):
         return whole
 
 
+def as_lse(p: oracle_backward.BackwardProblem, x: np.ndarray, where: str) -> torch.Tensor:
+    """In the dtype in which LSE and its gradient are given."""
+    return torch.tensor(x, device=where).to(
+        torch.float64 if p.dtype == "float64" else torch.float32
+    )
+
+
 def check_packed(
     rng: np.random.Generator,
     p: oracle_backward.BackwardProblem,
@@ -184,8 +191,7 @@ def check_packed(
     )
     dlse = None
     if p.dlse is not None:
-        dlse = torch.tensor(queries.pack(p.dlse.swapaxes(1, 2)).swapaxes(0, 1), device=where)
-        dlse = dlse.to(torch.float64 if p.dtype == "float64" else torch.float32)
+        dlse = as_lse(p, queries.pack(p.dlse.swapaxes(1, 2)).swapaxes(0, 1), where)
     out, lse, found = computed(p, (q, k, v, dout, dlse), told, layout, cfg, backward_cfg)
     seqlen = 1 if layout == "bhsd" else 0
     out = queries.unpack(out.movedim(seqlen, 0), rows)
@@ -214,8 +220,7 @@ def check(
     dlse = None
     if p.dlse is not None:
         rows = p.mask.exists(p.q)
-        dlse = torch.tensor(np.where(rows, p.dlse, np.nan), device=where)
-        dlse = dlse.to(torch.float64 if p.dtype == "float64" else torch.float32)
+        dlse = as_lse(p, np.where(rows, p.dlse, np.nan), where)
     given = (q, k, v, dout, dlse)
     out, lse, found = computed(p, given, said(p, where), "bshd", cfg, backward_cfg)
     oracle.assert_accurate(p.forward, out, lse, tiny=True)
