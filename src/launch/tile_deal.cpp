@@ -45,7 +45,8 @@ TileDeal deal_by_load(Sizes const& s, ForwardParams const& p) {
   constexpr int32_t kept = 4 * TileDeal::rounds;
   std::array<TileRound, kept> last;
   int32_t count = 0;
-  TileRounds rounds(p, ceil_div(p.seqlen_q, s.tile_rows), s.blocks, s.section_rounds, false);
+  int32_t const row_blocks = ceil_div(p.seqlen_q, s.tile_rows);
+  TileRounds rounds(p, row_blocks, s.blocks, s.section_rounds);
   for (TileRound round; rounds.next(round); ++count) last[static_cast<std::size_t>(count % kept)] = round;
   auto const round_at = [&](int32_t i) -> TileRound const& { return last[static_cast<std::size_t>(i % kept)]; };
 
@@ -53,8 +54,8 @@ TileDeal deal_by_load(Sizes const& s, ForwardParams const& p) {
   deal.first_round = std::max(0, count - TileDeal::rounds);
   std::vector<int64_t> load(static_cast<std::size_t>(s.blocks), 0);
   auto const add = [&](int32_t block, TileRound const& round, int32_t turn) {
-    load[static_cast<std::size_t>(block)] +=
-        cost<Mask>(round.tile<typename Mask::Sequence>(p, turn, s.tile_rows), p, s.block_n);
+    load[static_cast<std::size_t>(block)] += cost<Mask>(
+        round.place(turn, row_blocks).tile<QueryTile<typename Mask::Sequence>>(p, s.tile_rows), p, s.block_n);
   };
 
   for (int32_t i = std::max(0, count - kept); i < deal.first_round; ++i) {

@@ -28,8 +28,9 @@ struct ForwardPass {
   FLASHCUTE_DEVICE static void run(Sm90ForwardParams const& p, Storage& smem_symbol) {
     Storage& smem = hidden(smem_symbol);
     if (thread_index() == 0) Tiles<C, Mask>::init(smem, Mask::rows_differ);
+    TileSchedule<Id>::prepare(p.forward, smem);
     if constexpr (C.cluster > 1) {
-      cluster_sync();  // all mbarriers of the cluster are initialised
+      cluster_sync();  // all mbarriers of the cluster are initialised, and its tiles sorted
     } else {
       block_sync();
     }
@@ -58,7 +59,7 @@ struct ForwardPass {
  private:
   FLASHCUTE_DEVICE static void load(Sm90ForwardParams const& p, Storage& smem) {
     Loader<C, Mask> loader{p, smem};
-    TileSchedule<Id> schedule{p};
+    TileSchedule<Id> schedule{p, smem};
     for (Tile tile; schedule.next(tile);) {
       auto const range = Mask::kv_range(tile, p.forward, C.block_n);
       if (!range.empty()) {

@@ -44,6 +44,15 @@ FLASHCUTE_DEVICE void reconverge() { __syncwarp(); }
 /// The word of the lane whose number differs in the bits of `mask`.
 FLASHCUTE_DEVICE uint32_t shuffle_xor_word(uint32_t word, int mask) { return __shfl_xor_sync(0xffffffffu, word, mask); }
 
+/// Lanes of the warp with the same word: how many come before this one, and how many there are.
+struct EqualLanes {
+  int before, all;
+};
+FLASHCUTE_DEVICE EqualLanes equals_in_warp(uint32_t word) {
+  unsigned const equal = __match_any_sync(0xffffffffu, word);
+  return {__popc(equal & ((1u << thread_index() % 32) - 1)), __popc(equal)};
+}
+
 /// The same address in shared memory, opaque to the compiler. Otherwise it recomputes the address of every barrier and
 /// tile from a special register at each use.
 template <class Storage>
@@ -224,6 +233,10 @@ FLASHCUTE_DEVICE void named_arrive(int id) {
 
 /// Proxy fence: makes what this thread wrote to shared memory visible to WGMMA that begin later.
 FLASHCUTE_DEVICE void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/// Proxy fence: bulk copies to shared memory that begin later come after what this thread wrote there. It and the
+/// thread that begins them still have to synchronise.
+FLASHCUTE_DEVICE void publish_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- products of a warpgroup ---------------------------------------------------------------------
 // WGMMA are asynchronous and committed in batches (wgmma groups). Until a batch is done, its accumulators and its

@@ -6,6 +6,7 @@
 // Built on the instructions above.
 #include "flashcute/device/fragment.hpp"
 #include "flashcute/policy/mask.hpp"
+#include "flashcute/sm90/packed_order.hpp"
 
 namespace flashcute::sm90 {
 
@@ -94,10 +95,11 @@ struct ForwardLayout {
   /// stored the one before that, and another may be a tile ahead.
   static constexpr int tiles = 4;
 
-  struct SharedStorage {
-    alignas(1024) Element q[warpgroups][q_elements];
-    alignas(1024) Element k[C.stages][k_elements];
-    alignas(1024) Element v[C.stages][v_elements];
+  template <int Alignment, class OwnTiles>
+  struct Storage {
+    alignas(Alignment) Element q[warpgroups][q_elements];
+    alignas(Alignment) Element k[C.stages][k_elements];
+    alignas(Alignment) Element v[C.stages][v_elements];
     Work<Mask> work[tiles][warpgroups];
     bool dropped[tiles];  // whether non-finite values were replaced by 0 in a partial block of V
     Inspection inspections[C.stages];
@@ -105,7 +107,12 @@ struct ForwardLayout {
     Barrier q_full[warpgroups], q_empty[warpgroups];
     Barrier k_full[C.stages], k_empty[C.stages];
     Barrier v_full[C.stages], v_empty[C.stages];
+    [[no_unique_address]] OwnTiles own_tiles;
   };
+  /// What the others leave. (Without the alignment, to which the size would be rounded.)
+  struct NoTiles {};
+  static constexpr int own_tiles_bytes = smem_bytes(C) - sizeof(Storage<alignof(Barrier), NoTiles>);
+  using SharedStorage = Storage<1024, OwnTiles<typename Mask::Sequence, own_tiles_bytes>>;
   static_assert(sizeof(SharedStorage) <= smem_bytes(C));
 
   // ---- tensor cores: each warpgroup multiplies its own 64 rows ----

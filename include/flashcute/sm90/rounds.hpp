@@ -30,6 +30,17 @@ constexpr SectionRounds section_rounds(ForwardKernelId const& k) {
 /// larger GPU of compute capability 9.0 the rest would be idle, and `explain` says so.
 inline constexpr int32_t max_multiprocessors = 144;
 
+/// The `i`-th tile of a head, as QueryTile::from_end counts them; `near` as there.
+struct TilePlace {
+  uint32_t head;  // of all batches
+  int32_t i, near = 0;
+
+  template <class Tile>
+  FLASHCUTE_HD Tile tile(ForwardParams const& p, int32_t tile_rows) const {
+    return Tile::from_end(p, head, i, tile_rows, near);
+  }
+};
+
 /// A round: at most one tile for each thread block; the longest come first. The thread blocks of a cluster compute one
 /// tile together and count as one here.
 struct TileRound {
@@ -50,38 +61,29 @@ struct TileRound {
   /// In a section the long tiles come first: the last rows of all its heads, then the rows before. Where all tiles are
   /// equally long, those of one head come together: they read the same keys at about the same time. The incomplete tile
   /// is that of the first rows: under a causal mask it sees the fewest keys, and warpgroups without rows wait the
-  /// least. `near`: as of QueryTile::from_end.
-  template <class Sequence>
-  FLASHCUTE_HD QueryTile<Sequence> tile(ForwardParams const& p, int32_t turn, int32_t tile_rows,
-                                        int32_t near = 0) const {
-    using Tile = QueryTile<Sequence>;
+  /// least. `row_blocks`: tiles of each head.
+  FLASHCUTE_HD TilePlace place(int32_t turn, int32_t row_blocks) const {
     int32_t const index = first + turn;
-    if (by_head) {
-      int32_t const per_head = Tile::blocks_of_head(p, tile_rows);
-      return Tile::from_end(p, head0 + static_cast<uint32_t>(index / per_head), index % per_head, tile_rows, near);
-    }
-    return Tile::from_end(p, head0 + static_cast<uint32_t>(index % heads), index / heads, tile_rows, near);
+    if (by_head) return {head0 + static_cast<uint32_t>(index / row_blocks), index % row_blocks};
+    return {head0 + static_cast<uint32_t>(index % heads), index / heads};
   }
 };
 
 /// Heads are divided into sections, whose K and V should stay in the L2 cache, and the tiles of a section into rounds,
 /// every other one backwards, so that a block with a long tile gets a short one next. The next section continues with
 /// the block after the last that got a tile. The last section is larger, so that there are short tiles at the end for
-/// the blocks with the least work so far. If all tiles are equally long (`per_section` 0), there is one section. So it
-/// is of packed sequences, whose tiles come in the order of their rows, each of all heads: then every block gets tiles
-/// of all lengths that a sequence has, and those of a sequence read their keys at about the same time.
+/// the blocks with the least work so far. If all tiles are equally long (`per_section` 0), there is one section. (Tiles
+/// of packed sequences are distributed otherwise: sm90/packed_order.hpp.)
 class TileRounds {
  public:
   /// `row_blocks`: tiles of each head.
-  FLASHCUTE_HD TileRounds(ForwardParams const& p, int32_t row_blocks, int32_t blocks, SectionRounds per_section,
-                          bool packed)
+  FLASHCUTE_HD TileRounds(ForwardParams const& p, int32_t row_blocks, int32_t blocks, SectionRounds per_section)
       : blocks_(blocks),
         row_blocks_(row_blocks),
         last_rounds_(per_section.last),
         heads_left_(static_cast<uint32_t>(p.batch) * static_cast<uint32_t>(p.heads)) {
     bool const by_head = per_section.usual == 0;
-    bool const single = by_head || packed;
-    section_ = single ? static_cast<int32_t>(heads_left_) : max_of(1, per_section.usual * blocks / row_blocks_);
+    section_ = by_head ? static_cast<int32_t>(heads_left_) : max_of(1, per_section.usual * blocks / row_blocks_);
     round_.heads = first_heads();
     round_.by_head = by_head;
   }

@@ -5,9 +5,15 @@
 #include <gtest/gtest-spi.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <filesystem>
+#include <random>
 #include <set>
+#include <tuple>
+#include <vector>
 
+#include "flashcute/core/defaults.hpp"
 #include "kernel/kernel_problem.hpp"
 #include "launch/tile_deal.hpp"
 
@@ -255,6 +261,179 @@ TEST(Sm90Kernel, PackedSequences) {
   check_packed_sequences<ahead>();
   check_packed_sequences<serial>();
   check_packed_sequences<wide>();
+}
+
+// Guards against tiles that are computed twice or never where they are sorted: many rounds, of lengths that differ
+// much. And where they are not: in a single round, and where they do not fit the memory.
+template <ForwardConfig C>
+void check_many_packed_tiles(int heads, int blocks) {
+  Shape s{.sq = 0, .sk = 0, .d = C.head_dim, .heads = heads, .kv_heads = 1, .causal_offset = 0, .window_offset = -5000};
+  s.from_end = true;
+  s.cu_seqlens_q = {0};
+  for (int i = 0; i < 30; ++i) {
+    bool const is_long = i == 11 || i == 20;
+    s.cu_seqlens_q.push_back(s.cu_seqlens_q.back() + (is_long ? 350 : i % 4 == 0 ? 0 : 1 + 7 * i % 13));
+  }
+  s.cu_seqlens_k = s.cu_seqlens_q;
+  s.sq = s.sk = s.cu_seqlens_q.back() + 3;
+  check_sm90<band(C)>(s, 1, blocks);
+}
+
+TEST(Sm90Kernel, ManyPackedTiles) {
+  check_many_packed_tiles<narrow>(2, 3);
+  check_many_packed_tiles<ahead>(1, 2);
+  check_many_packed_tiles<single>(1, 60);
+  check_many_packed_tiles<single>(16, 1);
+}
+
+/// What all thread blocks, or clusters, do of packed sequences, by the order of tiles alone.
+template <ForwardConfig C>
+struct PackedTiles {
+  using Mask = flashcute::Mask<MaskKind::band>;
+  using Order = sm90::PackedOrder<C, Mask>;
+  using Storage = typename sm90::ForwardLayout<C, Mask>::SharedStorage;
+  using Tile = QueryTile<BatchSequence>;
+
+  std::vector<int32_t> starts{0};
+  ForwardParams p{};
+  int32_t blocks;
+  bool sorted = true;
+  std::vector<std::vector<Tile>> of_block;
+
+  PackedTiles(std::vector<int32_t> const& lengths, int32_t heads, int32_t blocks_, bool causal = true)
+      : blocks(blocks_), of_block(static_cast<size_t>(blocks)) {
+    for (int32_t const length : lengths) starts.push_back(starts.back() + length);
+    p.batch = 1, p.heads = p.kv_heads = heads;
+    p.seqlen_q = p.seqlen_k = starts.back();
+    p.causal_offset = causal ? 0 : p.seqlen_k;
+    p.window_offset = -p.seqlen_k;
+    p.sequences.count = static_cast<int32_t>(lengths.size());
+    p.sequences.cu_seqlens_q = p.sequences.cu_seqlens_k = starts.data();
+    for (int32_t block = 0; block < blocks; ++block) run(block);
+  }
+
+  void run(int32_t block) {
+    GlobalMemory memory;
+    auto const index = static_cast<uint32_t>(block);
+    Sm90Block const hopper{index, static_cast<uint32_t>(blocks), num_threads(C), sizeof(Storage), 1 + index};
+    hopper.run(memory, [&](void* shared) {
+      auto& smem = *static_cast<Storage*>(shared);
+      Order::prepare(p, block, blocks, smem.q, smem.own_tiles);
+      block_sync();
+      if (thread_index() != 0) return;
+      sorted = sorted && smem.own_tiles.sorted();
+      if (!sorted) return;
+      TilePlace place;
+      for (int32_t round = 0; Order::find(p, round, block, blocks, smem.own_tiles, place); ++round) {
+        of_block[index].push_back(place.tile<Tile>(p, tile_rows(C)));
+      }
+    });
+  }
+
+  int64_t cost(Tile const& tile) const {
+    auto const range = Mask::kv_range(tile, p, C.block_n);
+    return 2 * (range.end - range.begin) + 1;
+  }
+
+  void expect_each_once() const {
+    std::set<std::tuple<int32_t, int32_t, int32_t>> seen;
+    for (auto const& tiles : of_block) {
+      for (Tile const& t : tiles) {
+        ASSERT_GT(t.rows, 0);
+        EXPECT_TRUE(seen.emplace(t.head, t.entry.number, t.row0).second)
+            << "twice: head " << t.head << ", sequence " << t.entry.number << ", row " << t.row0;
+      }
+    }
+    size_t count = 0;
+    for (size_t i = 1; i < starts.size(); ++i) {
+      count += static_cast<size_t>(p.heads * ceil_div(starts[i] - starts[i - 1], tile_rows(C)));
+    }
+    EXPECT_EQ(seen.size(), count);
+  }
+
+  /// What the busiest has to do, in shares of the average.
+  double busiest() const {
+    int64_t most = 0, sum = 0;
+    for (auto const& tiles : of_block) {
+      int64_t own = 0;
+      for (Tile const& t : tiles) own += cost(t);
+      most = std::max(most, own);
+      sum += own;
+    }
+    return static_cast<double>(most) * blocks / static_cast<double>(sum);
+  }
+};
+
+std::vector<int32_t> log_normal_lengths(std::mt19937& random, int32_t tokens, double mean) {
+  std::lognormal_distribution length(std::log(mean) - 0.5, 1.);
+  std::vector<int32_t> lengths;
+  for (int32_t left = tokens; left > 0; left -= lengths.back()) {
+    lengths.push_back(std::min(left, static_cast<int32_t>(length(random))));
+  }
+  return lengths;
+}
+
+constexpr ForwardConfig in_clusters = [] {
+  ForwardConfig c = narrow;
+  c.cluster = 2;
+  return c;
+}();
+
+TEST(Sm90PackedOrder, EachTileIsDealtOnceAndTheLongestFirst) {
+  std::mt19937 random(5);
+  auto const check = [](auto const& tiles) {
+    ASSERT_TRUE(tiles.sorted);
+    tiles.expect_each_once();
+    for (auto const& own : tiles.of_block) {
+      EXPECT_TRUE(std::is_sorted(own.begin(), own.end(),
+                                 [&](auto const& a, auto const& b) { return tiles.cost(a) > tiles.cost(b); }));
+    }
+  };
+  for (int i = 0; i < 20; ++i) {
+    std::vector<int32_t> lengths;
+    for (int j = 0; j < 40; ++j) {
+      lengths.push_back(static_cast<int32_t>(random() % 3 == 0   ? 0
+                                             : random() % 7 == 0 ? random() % 3000
+                                                                 : random() % 99));
+    }
+    auto const few = static_cast<int32_t>(1 + random() % 7);
+    check(PackedTiles<narrow>(lengths, 3, few));
+    check(PackedTiles<ahead>(lengths, 2, few));
+    check(PackedTiles<in_clusters>(lengths, 4, few));
+  }
+  check(PackedTiles<narrow>(std::vector<int32_t>(1000, 1), 1, 10));
+}
+
+TEST(Sm90PackedOrder, NobodyHasMuchMoreToDo) {
+  constexpr ForwardConfig config = default_forward_config(DType::bfloat16, 128, 90);
+  EXPECT_LT(PackedTiles<config>(std::vector(8, 2048), 32, 132).busiest(), 1.01);
+  EXPECT_LT(PackedTiles<config>(std::vector(4, 4096), 32, 132).busiest(), 1.01);
+  std::mt19937 random(7);
+  for (int i = 0; i < 4; ++i) {
+    bool const causal = i % 2 == 0;
+    EXPECT_LT(PackedTiles<config>(log_normal_lengths(random, 16384, 1000), 32, 132, causal).busiest(), 1.05);
+    EXPECT_LT(PackedTiles<config>(log_normal_lengths(random, 65536, 2000), 32, 132, causal).busiest(), 1.02);
+  }
+}
+
+TEST(Sm90PackedOrder, NotWhereItChangesNothingOrTilesDoNotFit) {
+  std::vector<int32_t> const lengths(20, 100);
+  EXPECT_FALSE(PackedTiles<narrow>(lengths, 1, 100).sorted);  // one round
+  EXPECT_TRUE(PackedTiles<narrow>(lengths, 1, 10).sorted);
+  EXPECT_FALSE(PackedTiles<narrow>(lengths, 100, 1).sorted);  // more rounds than shared memory has places for
+  EXPECT_FALSE(PackedTiles<single>(std::vector<int32_t>(5000, 1), 1, 200).sorted);  // more slots
+}
+
+TEST(Sm90PackedOrder, LevelsRiseWithCosts) {
+  for (int32_t blocks = 0; blocks < 10'000; ++blocks) {
+    int32_t const level = sm90::CostLevel::of(blocks);
+    ASSERT_LT(level, sm90::CostLevel::count);
+    if (blocks < sm90::CostLevel::exact) {
+      ASSERT_EQ(level, blocks);
+    } else {
+      ASSERT_TRUE(level == sm90::CostLevel::of(blocks - 1) || level == sm90::CostLevel::of(blocks - 1) + 1);
+    }
+  }
 }
 
 // Guards against NaN of a neighbour in the same tile of keys, or of queries, that reaches a sequence.

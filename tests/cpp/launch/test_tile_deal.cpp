@@ -61,14 +61,16 @@ struct Problem {
   /// As the kernel's TileSchedule: the tiles of each block, in its order.
   std::vector<std::vector<Queries>> tiles(TileDeal const& deal) const {
     ForwardConfig const& c = kernel.config;
+    int32_t const row_blocks = ceil_div(params.seqlen_q, tile_rows(c));
     std::vector<std::vector<Queries>> all(static_cast<std::size_t>(blocks));
     for (int32_t block = 0; block < blocks; ++block) {
-      TileRounds rounds(params, ceil_div(params.seqlen_q, tile_rows(c)), blocks, section_rounds(kernel), false);
+      TileRounds rounds(params, row_blocks, blocks, section_rounds(kernel));
       int32_t index = 0;
       for (TileRound round; rounds.next(round); ++index) {
         int32_t const turn = deal.turn(index, round, block, blocks);
         if (turn < round.count)
-          all[static_cast<std::size_t>(block)].push_back(round.tile<UniformSequence>(params, turn, tile_rows(c)));
+          all[static_cast<std::size_t>(block)].push_back(
+              round.place(turn, row_blocks).tile<Queries>(params, tile_rows(c)));
       }
     }
     return all;

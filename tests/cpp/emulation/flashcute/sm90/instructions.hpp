@@ -48,6 +48,28 @@ FLASHCUTE_DEVICE uint32_t shuffle_xor_word(uint32_t word, int mask) {
       emulation::exchange("shuffle_xor_word", std::bit_cast<float>(word), thread_index() % 32 ^ mask));
 }
 
+struct EqualLanes {
+  int before, all;
+};
+FLASHCUTE_DEVICE EqualLanes equals_in_warp(uint32_t word) {
+  struct Lane {
+    uint32_t word;
+    EqualLanes equal;
+  };
+  Lane own{word, {0, 0}};
+  emulation::warp_instruction("equals_in_warp", &own, [](void* const* lanes) {
+    for (int i = 0; i < 32; ++i) {
+      auto& [word, equal] = *static_cast<Lane*>(lanes[i]);
+      for (int j = 0; j < 32; ++j) {
+        if (static_cast<Lane const*>(lanes[j])->word != word) continue;
+        ++equal.all;
+        if (j < i) ++equal.before;
+      }
+    }
+  });
+  return own.equal;
+}
+
 template <class Storage>
 FLASHCUTE_DEVICE Storage& hidden(Storage& smem) {
   return smem;
@@ -124,6 +146,7 @@ FLASHCUTE_DEVICE void named_arrive(int id, char const* file = __builtin_FILE(), 
 }
 
 FLASHCUTE_DEVICE void publish_to_products() {}
+FLASHCUTE_DEVICE void publish_to_copies() {}
 
 // ---- products of a warpgroup ---------------------------------------------------------------------
 

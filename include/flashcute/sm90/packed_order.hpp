@@ -1,0 +1,214 @@
+// The order of packed tiles on Hopper. The host does not know which tiles are long: the lengths lie in memory. So each
+// thread block sorts the slots by cost before its first tile, all of them alike, and keeps the slots of its own tiles.
+#pragma once
+
+#include "flashcute/policy/mask.hpp"
+#include "flashcute/sm90/instructions.hpp"
+#include "flashcute/sm90/rounds.hpp"
+
+namespace flashcute::sm90 {
+
+/// The cost of a tile as one of a few levels, so that tiles can be sorted by counting. More blocks of keys never have a
+/// lower level: fewer than `exact` blocks have one for each number, of more each level has up to 1 / `steps` more than
+/// the level before.
+struct CostLevel {
+  static constexpr int32_t count = 256, steps = 32, exact = 2 * steps;
+
+  FLASHCUTE_HD static int32_t of(int32_t blocks) {
+    int32_t octave = 0;
+    while (blocks >> octave >= exact) ++octave;
+    return min_of(steps * octave + (blocks >> octave), count - 1);
+  }
+};
+
+/// The turn of a thread block in a round of tiles that are sorted by cost. As in TileRounds some rounds go backwards,
+/// so that a block with a longer tile gets a shorter one next. But not every other round: where the cost falls about
+/// every second round, that would favour the same blocks each time. Of pairs of rounds, and of pairs of pairs, every
+/// other one is turned too (the Thue-Morse sequence): a round goes backwards if its number has an odd number of ones.
+FLASHCUTE_HD int32_t sorted_turn(int32_t round, int32_t block, int32_t blocks) {
+  int32_t ones = round;
+  for (int32_t bits = 16; bits > 0; bits /= 2) ones ^= ones >> bits;
+  return ones % 2 != 0 ? blocks - 1 - block : block;
+}
+
+/// A slot that has rows, and the sequence that they belong to.
+struct PackedSlot {
+  uint16_t slot, sequence;
+
+  static constexpr int32_t most = 0xffff;
+};
+
+/// The tiles of a thread block, or of a cluster, in shared memory: at most `Bytes` bytes.
+template <class Sequence, int32_t Bytes>
+struct OwnTiles {
+  static constexpr int32_t rounds = (Bytes - static_cast<int32_t>(sizeof(int32_t))) / sizeof(PackedSlot);
+
+  int32_t slots;                // of a head that have rows; -1: tiles are not sorted
+  PackedSlot of_round[rounds];  // the block's turn says of which head
+
+  FLASHCUTE_HD bool sorted() const { return slots >= 0; }
+};
+
+/// Sequences that fill the tensors are not packed.
+template <int32_t Bytes>
+struct OwnTiles<UniformSequence, Bytes> {};
+
+/// Tile i of a launch is that of head i % heads in the slot with place i / heads in the order of costs, the longest
+/// first: the tiles of a round cost about the same. Where tiles are not sorted, slots are in the order of their rows:
+/// then each block gets tiles of all lengths that a sequence has.
+template <ForwardConfig C, class Mask>
+class PackedOrder {
+  using Tile = QueryTile<typename Mask::Sequence>;
+
+  static constexpr int32_t rows = tile_rows(C), threads = num_threads(C), warps = threads / 32;
+  static constexpr uint16_t no_level = 0xffff;  // of a slot without rows
+
+  /// Numbers of slots. Each warp sorts a part of them, which follow each other.
+  struct Counts {
+    uint16_t of_warp[warps][CostLevel::count];  // with a level in the warp's part; later, in the parts before it
+    uint16_t of_level[CostLevel::count];
+    uint16_t above[CostLevel::count];  // of higher levels
+  };
+  struct Place {
+    uint16_t level, rank;  // the latter among slots of the same level in the warp's part
+  };
+
+  static constexpr int32_t memory_bytes = static_cast<int32_t>(smem_bytes(C)) - control_bytes;
+  static constexpr int32_t slots_that_fit = (memory_bytes - static_cast<int32_t>(sizeof(Counts))) /
+                                            static_cast<int32_t>(sizeof(Place) + 2 * sizeof(PackedSlot));
+  static constexpr int32_t most_slots = min_of(slots_that_fit, PackedSlot::most);
+
+  /// What sorting needs, in the memory of tiles that are not loaded yet.
+  struct Memory {
+    Counts counts;
+    PackedSlot slots[most_slots], sorted[most_slots];
+    Place places[most_slots];  // of `slots`
+  };
+  static_assert(most_slots > 0 && sizeof(Memory) <= memory_bytes);
+
+ public:
+  /// Sorts the tiles of packed sequences and finds those of block `block`, of `blocks` thread blocks or clusters. All
+  /// threads call it; they have to synchronise before they read `own`, or use the memory of `tiles`.
+  template <class Own>
+  FLASHCUTE_DEVICE static void prepare(ForwardParams const& p, int32_t block, int32_t blocks, void* tiles, Own& own) {
+    if (applies<Own>(p, blocks)) {
+      sort(p, block, blocks, *static_cast<Memory*>(tiles), own);
+    } else if (thread_index() == 0) {
+      own.slots = -1;
+    }
+  }
+
+  /// Sets `place` to that of the tile of a round; false if there is none, and so none in later rounds. `place.near` is
+  /// the sequence of the tile before.
+  template <class Own>
+  FLASHCUTE_DEVICE static bool find(ForwardParams const& p, int32_t round, int32_t block, int32_t blocks,
+                                    Own const& own, TilePlace& place) {
+    int32_t const i = round * blocks + sorted_turn(round, block, blocks);
+    if (i >= (own.sorted() ? own.slots : Tile::blocks_of_head(p, rows)) * p.heads) return false;
+    place.head = static_cast<uint32_t>(i % p.heads);
+    place.i = i / p.heads;
+    if (own.sorted()) {
+      place.i = own.of_round[round].slot;
+      place.near = own.of_round[round].sequence;
+    }
+    return true;
+  }
+
+ private:
+  FLASHCUTE_DEVICE static int warp() { return thread_index() / 32; }
+
+  /// Whether tiles are sorted: not in a single round, where the order changes nothing, nor where they do not fit the
+  /// memory.
+  template <class Own>
+  FLASHCUTE_HD static bool applies(ForwardParams const& p, int32_t blocks) {
+    if (!Mask::Sequence::is_packed(p)) return false;
+    int32_t const slots = Tile::blocks_of_head(p, rows);
+    int64_t const tiles = static_cast<int64_t>(slots) * p.heads;
+    return tiles > blocks && tiles <= static_cast<int64_t>(blocks) * Own::rounds && slots <= most_slots &&
+           p.sequences.count < PackedSlot::most;
+  }
+
+  /// A stable counting sort.
+  template <class Own>
+  FLASHCUTE_DEVICE static void sort(ForwardParams const& p, int32_t block, int32_t blocks, Memory& memory, Own& own) {
+    count_levels(p, memory);
+    block_sync();  // all warps have counted
+    sum_over_warps(memory.counts);
+    block_sync();  // the sums of all levels are in shared memory
+    sum_over_levels(memory.counts, own);
+    block_sync();  // the place of each level is in shared memory
+    for_each_slot(p, [&](int32_t i, bool exists) {
+      if (!exists) return;
+      auto const [level, rank] = memory.places[i];
+      if (level == no_level) return;
+      memory.sorted[memory.counts.above[level] + memory.counts.of_warp[warp()][level] + rank] = memory.slots[i];
+    });
+    block_sync();  // all slots are in their places
+    int32_t const count = own.slots * p.heads;
+#pragma unroll 1
+    for (int32_t round = thread_index(); round * blocks < count; round += threads) {
+      int32_t const i = round * blocks + sorted_turn(round, block, blocks);
+      if (i < count) own.of_round[round] = memory.sorted[i / p.heads];
+    }
+    publish_to_copies();  // which write to the same memory
+  }
+
+  /// Calls f(slot, exists) for each slot of the warp's part, all lanes together.
+  template <class F>
+  FLASHCUTE_DEVICE static void for_each_slot(ForwardParams const& p, F const& f) {
+    int32_t const count = Tile::blocks_of_head(p, rows);
+    int32_t const part = ceil_div(count, threads) * 32, first = warp() * part;
+#pragma unroll 1
+    for (int32_t i = first; i < min_of(first + part, count); i += 32) {
+      int32_t const slot = i + thread_index() % 32;
+      f(slot, slot < count);
+    }
+  }
+
+  /// Finds the level of each slot, and its rank in the warp's part.
+  FLASHCUTE_DEVICE static void count_levels(ForwardParams const& p, Memory& memory) {
+    auto& counts = memory.counts.of_warp[warp()];
+    for (int level = thread_index() % 32; level < CostLevel::count; level += 32) counts[level] = 0;
+    reconverge();  // all counts of the warp are 0
+    for_each_slot(p, [&](int32_t i, bool exists) {
+      uint16_t level = no_level;
+      if (exists) {
+        Tile const tile = Tile::from_end(p, 0, i, rows);
+        auto const range = Mask::kv_range(tile, p, C.block_n);
+        if (tile.rows > 0) level = static_cast<uint16_t>(CostLevel::of(range.end - range.begin));
+        memory.slots[i] = {static_cast<uint16_t>(i), static_cast<uint16_t>(tile.entry.number)};
+      }
+      auto const [before, all] = equals_in_warp(level);
+      int32_t const counted = level == no_level ? 0 : counts[level];
+      if (exists) memory.places[i] = {level, static_cast<uint16_t>(counted + before)};
+      reconverge();  // all lanes have read the counts
+      if (level != no_level && before == 0) counts[level] = static_cast<uint16_t>(counted + all);
+      reconverge();  // the counts have these slots too
+    });
+  }
+
+  FLASHCUTE_DEVICE static void sum_over_warps(Counts& counts) {
+    for (int level = thread_index(); level < CostLevel::count; level += threads) {
+      int32_t sum = 0;
+      for (auto& of_warp : counts.of_warp) {
+        int32_t const count = of_warp[level];
+        of_warp[level] = static_cast<uint16_t>(sum);
+        sum += count;
+      }
+      counts.of_level[level] = static_cast<uint16_t>(sum);
+    }
+  }
+
+  template <class Own>
+  FLASHCUTE_DEVICE static void sum_over_levels(Counts& counts, Own& own) {
+    for (int level = thread_index(); level < CostLevel::count; level += threads) {
+      int32_t sum = 0;
+#pragma unroll 8
+      for (int higher = CostLevel::count - 1; higher > level; --higher) sum += counts.of_level[higher];
+      counts.above[level] = static_cast<uint16_t>(sum);
+      if (level == 0) own.slots = sum + counts.of_level[0];
+    }
+  }
+};
+
+}  // namespace flashcute::sm90
