@@ -67,6 +67,7 @@ struct SinkGradient {
   using Element = typename TileLayout<tile_of(Id.config, Id.pass)>::Element;
 
   static constexpr int threads = num_threads(Id);
+  static constexpr int rows_at_once = 4;  // of a thread: their loads are in flight together
 
   struct SharedStorage {
     float sum[Id.config.num_warps];
@@ -81,13 +82,31 @@ struct SinkGradient {
     for (int batch = 0; batch < f.batch; ++batch) {
       auto const first = lse_offset(f, batch, head);
       int const rows = f.sequences.packed() ? f.seqlen_q : Sequence(f, Sequence::Entry::of(f, batch)).rows();
-      for (int row = thread_index(); row < rows; row += threads) {
-        float const lse = global_load<float>(static_cast<float const*>(f.lse) + first + row);
-        // Below every number: the row does not exist, all scores that it sees are so, or the sink is none.
-        if (lse == -infinity || sink == -infinity) continue;
-        float const weight = expf(sink - lse);
-        float const term = weight * global_load<float>(static_cast<float const*>(p.delta) + first + row);
-        sum -= term == term ? term : corrected(term, weight, p, batch, head, row);
+      for (int row0 = thread_index(); row0 < rows; row0 += rows_at_once * threads) {
+        float lse[rows_at_once], delta[rows_at_once];
+        CUTE_UNROLL
+        for (int i = 0; i < rows_at_once; ++i) {
+          auto const row =
+              first + min_of(row0 + i * threads, rows - 1);  // without a branch, which would wait for loads
+          lse[i] = global_load<float>(static_cast<float const*>(f.lse) + row);
+          delta[i] = global_load<float>(static_cast<float const*>(p.delta) + row);
+        }
+        uint32_t not_numbers = 0;
+        CUTE_UNROLL
+        for (int i = 0; i < rows_at_once; ++i) {
+          // Below every number: the row does not exist, all scores that it sees are so, or the sink is none.
+          if (row0 + i * threads >= rows || lse[i] == -infinity || sink == -infinity) continue;
+          float const term = expf(sink - lse[i]) * delta[i];
+          if (term == term) {
+            sum -= term;
+          } else {
+            not_numbers |= 1u << i;
+          }
+        }
+        CUTE_NO_UNROLL
+        for (int row = row0; not_numbers != 0; not_numbers >>= 1, row += threads) {
+          if (not_numbers & 1) sum -= corrected(sink, p, batch, head, row);
+        }
       }
     }
     CUTE_UNROLL
@@ -106,20 +125,22 @@ struct SinkGradient {
   }
 
  private:
-  /// A term that is NaN. Where a row does not exist, memory may hold anything; where it sees no key, delta is -dLSE,
-  /// whatever dO is.
-  FLASHCUTE_DEVICE static float corrected(float term, float weight, BackwardParams const& p, int batch, int head,
-                                          int row) {
+  /// The term of a row, computed as NaN. Where a row does not exist, memory may hold anything; where it sees no key,
+  /// delta is -dLSE, whatever dO is.
+  FLASHCUTE_DEVICE static float corrected(float sink, BackwardParams const& p, int batch, int head, int row) {
     auto const entry = Sequence::Entry::of_row(p.forward, batch, row);
     Sequence const sequence(p.forward, entry);
     int const query = row - entry.first_query;
     if (query >= sequence.rows()) return 0.f;
-    if (!Mask::empty_row(query, sequence)) return term;
+    auto const offset = lse_offset(p.forward, batch, head) + row;
     float delta = 0;
-    if (p.dlse != nullptr) {
+    if (!Mask::empty_row(query, sequence)) {
+      delta = global_load<float>(static_cast<float const*>(p.delta) + offset);
+    } else if (p.dlse != nullptr) {
       delta = -global_load<float>(static_cast<float const*>(p.dlse) + row_offset(p.dlse_stride, batch, head, row));
     }
-    return weight * delta;  // NaN where the sink makes it so
+    // NaN where the sink makes it so
+    return expf(sink - global_load<float>(static_cast<float const*>(p.forward.lse) + offset)) * delta;
   }
 };
 
