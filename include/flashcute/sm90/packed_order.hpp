@@ -66,8 +66,8 @@ class PackedOrder {
   /// Numbers of slots. Each warp sorts a part of them, which follow each other.
   struct Counts {
     uint16_t of_warp[warps][CostLevel::count];  // with a level in the warp's part; later, in the parts before it
-    uint16_t of_level[CostLevel::count];
-    uint16_t above[CostLevel::count];  // of higher levels
+    uint16_t above[CostLevel::count];           // of higher levels; first, of those among 32 levels
+    uint16_t of_32[CostLevel::count / 32];      // of 32 levels
   };
   struct Place {
     uint16_t level, rank;  // the latter among slots of the same level in the warp's part
@@ -133,10 +133,10 @@ class PackedOrder {
   FLASHCUTE_DEVICE static void sort(ForwardParams const& p, int32_t block, int32_t blocks, Memory& memory, Own& own) {
     count_levels(p, memory);
     block_sync();  // all warps have counted
-    sum_over_warps(memory.counts);
+    if (warp() < CostLevel::count / 32) sum_by_level(memory.counts);
     block_sync();  // the sums of all levels are in shared memory
-    sum_over_levels(memory.counts, own);
-    block_sync();  // the place of each level is in shared memory
+    if (warp() < CostLevel::count / 32) find_first_places(memory.counts, own);
+    block_sync();  // the first place of each level is in shared memory
     for_each_slot(p, [&](int32_t i, bool exists) {
       if (!exists) return;
       auto const [level, rank] = memory.places[i];
@@ -187,27 +187,35 @@ class PackedOrder {
     });
   }
 
-  FLASHCUTE_DEVICE static void sum_over_warps(Counts& counts) {
-    for (int level = thread_index(); level < CostLevel::count; level += threads) {
-      int32_t sum = 0;
-      for (auto& of_warp : counts.of_warp) {
-        int32_t const count = of_warp[level];
-        of_warp[level] = static_cast<uint16_t>(sum);
-        sum += count;
-      }
-      counts.of_level[level] = static_cast<uint16_t>(sum);
+  // A thread for each level.
+  static_assert(threads >= CostLevel::count);
+
+  FLASHCUTE_DEVICE static void sum_by_level(Counts& counts) {
+    int const level = thread_index();
+    uint32_t sum = 0;
+    for (auto& of_warp : counts.of_warp) {
+      uint32_t const count = of_warp[level];
+      of_warp[level] = static_cast<uint16_t>(sum);
+      sum += count;
     }
+    uint32_t above = 0;  // among the levels of the lanes that have exchanged their sums
+    CUTE_UNROLL
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      uint32_t const others = shuffle_xor_word(sum, lanes);
+      if ((level & lanes) == 0) above += others;
+      sum += others;
+    }
+    counts.above[level] = static_cast<uint16_t>(above);
+    if (level % 32 == 0) counts.of_32[level / 32] = static_cast<uint16_t>(sum);
   }
 
   template <class Own>
-  FLASHCUTE_DEVICE static void sum_over_levels(Counts& counts, Own& own) {
-    for (int level = thread_index(); level < CostLevel::count; level += threads) {
-      int32_t sum = 0;
-#pragma unroll 8
-      for (int higher = CostLevel::count - 1; higher > level; --higher) sum += counts.of_level[higher];
-      counts.above[level] = static_cast<uint16_t>(sum);
-      if (level == 0) own.slots = sum + counts.of_level[0];
-    }
+  FLASHCUTE_DEVICE static void find_first_places(Counts& counts, Own& own) {
+    int const level = thread_index();
+    int32_t above = 0;
+    for (int higher = CostLevel::count / 32 - 1; higher > level / 32; --higher) above += counts.of_32[higher];
+    if (level == 0) own.slots = above + counts.of_32[0];
+    counts.above[level] = static_cast<uint16_t>(counts.above[level] + above);
   }
 };
 
