@@ -8,9 +8,9 @@
 
 namespace flashcute::sm90 {
 
-/// The cost of a tile as one of a few levels, so that tiles can be sorted by counting. More blocks of keys never have a
-/// lower level: fewer than `exact` blocks have one for each number, of more each level has up to 1 / `steps` more than
-/// the level before.
+/// The cost of a tile as one of a few levels, so that tiles can be sorted by counting. Fewer than `exact` blocks of
+/// keys have a level for each number; of more, a level begins with at most 1 / `steps` more blocks than the level
+/// before.
 struct CostLevel {
   static constexpr int32_t count = 256, steps = 32, exact = 2 * steps;
 
@@ -21,11 +21,12 @@ struct CostLevel {
   }
 };
 
-/// The turn of a thread block in a round of tiles that are sorted by cost. As in TileRounds some rounds go backwards,
-/// so that a block with a longer tile gets a shorter one next. But not every other round: where the cost falls about
-/// every second round, that would favour the same blocks each time. Of pairs of rounds, and of pairs of pairs, every
-/// other one is turned too (the Thue-Morse sequence): a round goes backwards if its number has an odd number of ones.
-FLASHCUTE_HD int32_t sorted_turn(int32_t round, int32_t block, int32_t blocks) {
+/// The turn of a thread block in a round of packed tiles. They are sorted by cost; as in TileRounds some rounds go
+/// backwards, so that a block with a longer tile gets a shorter one next. But not every other round: where the cost
+/// falls about every second round, that would favour the same blocks each time. Of pairs of rounds, and of pairs of
+/// pairs, every other one is turned too (the Thue-Morse sequence): a round goes backwards if its number has an odd
+/// number of ones.
+FLASHCUTE_HD int32_t packed_turn(int32_t round, int32_t block, int32_t blocks) {
   int32_t ones = round;
   for (int32_t bits = 16; bits > 0; bits /= 2) ones ^= ones >> bits;
   return ones % 2 != 0 ? blocks - 1 - block : block;
@@ -103,7 +104,7 @@ class PackedOrder {
   template <class Own>
   FLASHCUTE_DEVICE static bool find(ForwardParams const& p, int32_t round, int32_t block, int32_t blocks,
                                     Own const& own, TilePlace& place) {
-    int32_t const i = round * blocks + sorted_turn(round, block, blocks);
+    int32_t const i = round * blocks + packed_turn(round, block, blocks);
     if (i >= (own.sorted() ? own.slots : Tile::blocks_of_head(p, rows)) * p.heads) return false;
     place.head = static_cast<uint32_t>(i % p.heads);
     place.i = i / p.heads;
@@ -147,7 +148,7 @@ class PackedOrder {
     int32_t const count = own.slots * p.heads;
 #pragma unroll 1
     for (int32_t round = thread_index(); round * blocks < count; round += threads) {
-      int32_t const i = round * blocks + sorted_turn(round, block, blocks);
+      int32_t const i = round * blocks + packed_turn(round, block, blocks);
       if (i < count) own.of_round[round] = memory.sorted[i / p.heads];
     }
     publish_to_copies();  // which write to the same memory
