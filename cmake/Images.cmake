@@ -2,10 +2,10 @@
 # pass for compute_80 serves all targets: assembling for several costs what one costs. The families of sm90 use
 # instructions that exist for sm_90a alone; without architecture 90 their images are empty.
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS src/image/kernels.def)
-file(STRINGS src/image/kernels.def lines REGEX "^FLASHCUTE_(FORWARD|BACKWARD)_FAMILY")
+file(STRINGS src/image/kernels.def lines REGEX "^FLASHCUTE_(FORWARD|BACKWARD|BLOCK_MAP)_FAMILY")
 set(flashcute_families "")
 foreach(line ${lines})
-  string(REGEX REPLACE "^[A-Z_]+\\(([a-z0-9_]+),.*" "\\1" family ${line})
+  string(REGEX REPLACE "^[A-Z_]+\\(([a-z0-9_]+).*" "\\1" family ${line})
   list(APPEND flashcute_families ${family})
 endforeach()
 

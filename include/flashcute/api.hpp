@@ -51,6 +51,15 @@ struct Argument {
 /// bshd: (batch, seqlen, heads, head_dim); bhsd: (batch, heads, seqlen, head_dim).
 enum class Layout : uint8_t { bshd, bhsd };
 
+/// Any mask of given sizes as data: which queries see which keys. `words`, which `build_block_mask` writes, is int32,
+/// contiguous, at a multiple of 8 bytes. `batch` and `heads` (of queries) are those of the calls, or 1: one mask for
+/// all.
+struct BlockMask {
+  TensorView const* words = nullptr;  // null: no mask
+  int64_t batch = 1, heads = 1;
+  int64_t seqlen_q = 0, seqlen_k = 0;
+};
+
 /// The options of every call. Each function reads those that concern it.
 struct CallOptions {
   bool causal = false;
@@ -79,6 +88,8 @@ struct CallOptions {
   // A further logit of each query head, (heads,), contiguous, fp32 or q's dtype: it takes part in the softmax, as it
   // is, and its value is 0. The LSE includes it.
   TensorView const* sink = nullptr;
+  // A query sees no key that the mask hides. The other options hide what they hide beside it.
+  BlockMask block_mask;
   std::optional<double> scale;  // of the scores, finite and >= 0; default head_dim^-0.5
   Layout layout = Layout::bshd;
   void* stream = nullptr;      // CUstream of the tensors' device; the default stream if null
@@ -94,6 +105,7 @@ inline bool has_lengths(CallOptions const& options) {
   return options.seqlens_q != nullptr || options.seqlens_k != nullptr;
 }
 inline bool is_packed(CallOptions const& options) { return options.cu_seqlens_q != nullptr; }
+inline bool has_block_mask(CallOptions const& options) { return options.block_mask.words != nullptr; }
 inline bool has_prefix(CallOptions const& options) { return options.prefix || options.prefixes != nullptr; }
 
 /// How the gradients of a call are computed, and why.
@@ -180,6 +192,29 @@ void backward(std::optional<BackwardConfig> const& config, TensorView const& dou
 /// the CPU. Packed sequences need more, by their number.
 int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, TensorView const& q, TensorView const& v,
                                 CallOptions const& options = {});
+
+/// What `build_block_mask` makes a mask from: a query sees a key if all that is given says so.
+struct BlockMaskRules {
+  /// Boolean, (batch, heads, seqlen_q, seqlen_k) of the mask, or 1 in place of any, with any strides: true keeps.
+  TensorView const* dense = nullptr;
+  /// int32, (batch, seqlen_q) and (batch, seqlen_k), or with 1 in place of the batch, the last stride 1: a query sees
+  /// the keys with its own number. A number below 0 sees nothing and is seen by none.
+  TensorView const *documents_q = nullptr, *documents_k = nullptr;
+  /// Other masks of the same seqlens: both have to show a key; or either; or the first without the second.
+  enum class Operation : uint8_t { both, either, first_only };
+  BlockMask first, second;
+  Operation operation = Operation::both;
+};
+
+/// How many elements the words of a mask have (`mask.words` is not read): with room for `partial_cells` cells of 64 x
+/// 64 elements of which some are visible and some are not, as counted along the queries or the keys. By default there
+/// is room for all cells.
+int64_t block_mask_size(BlockMask const& mask, std::optional<int64_t> partial_cells = {});
+
+/// Writes a mask to `mask.words`. Its first two elements are then the numbers of partial cells, by query and by key. If
+/// there is not room for as many, all that calls with the mask compute is NaN. On a GPU the kernel is launched on
+/// `stream` and the call returns.
+void build_block_mask(BlockMask const& mask, BlockMaskRules const& rules, void* stream = nullptr);
 
 /// The default configuration of the backward for a head dimension (of v: head_dim_v), where addresses and strides are
 /// multiples of 16 bytes. Throws UnsupportedError if there is none.

@@ -108,16 +108,18 @@ class BackwardTile {
 
     RowRange* const visible_keys = this->visible_keys();
     mask_.keys_of_queries(tile.row0, tile.rows, tile.sequence(f_), visible_keys);
+    CellMap const map = tile.sequence(f_).by_query();
     mask_.kv_range(tile, f_, block_n_).for_each_backward([&](int n, auto partial) {
       int const key0 = n * block_n_;
       int const keys = min_of(block_n_, tile.sequence(f_).keys() - key0);  // nothing beyond the sequence is touched
       auto const visible = [=](int r, int c) { return visible_keys[c].has(key0 + r); };
+      Hidden const hidden{map, tile.row0, key0};
       RowMajor<T> const k = load_block(at(f_.k, f_.k_stride, batch, tile.kv_head, first_key + key0), f_.k_stride.row,
                                        keys, f_.head_dim, memory_ + layout_.block_x);
       RowMajor<T> const v = load_block(at(f_.v, f_.v_stride, batch, tile.kv_head, first_key + key0), f_.v_stride.row,
                                        keys, f_.head_dim_v, memory_ + layout_.block_y);
-      compute_scores(k, v, keys, PerColumn<T>{lse}, PerColumn<T>{delta}, partial, visible);
-      add_product(k, keys, f_.head_dim, layout_.ds, layout_.dx, partial, visible);  // dQ^T += K^T dS^T
+      compute_scores(k, v, keys, PerColumn<T>{lse}, PerColumn<T>{delta}, partial, visible, hidden);
+      add_product(k, keys, f_.head_dim, layout_.ds, layout_.dx, partial, visible, hidden);  // dQ^T += K^T dS^T
       if (n > 0 && n % blocks_per_total == 0) dq.add();
     });
     dq.finish();
@@ -137,13 +139,15 @@ class BackwardTile {
     Totals<T> dv = totals(layout_.dy, layout_.dy_totals, layout_.dy_errors, f_.head_dim_v);
     RowRange* const visible_keys = this->visible_keys();
     int blocks = 0;
-    auto const range = mask_.query_range(tile, f_, block_m_);
+    auto range = mask_.query_range(tile, f_, block_m_);
     for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
+      CellMap const map = tile.sequence(f_, head).by_key();
       range.for_each([&](int m, auto partial) {
         int const row0 = m * block_m_;
         int const rows = min_of(block_m_, tile.sequence(f_).rows() - row0);
-        if constexpr (partial.value) mask_.keys_of_queries(row0, rows, tile.sequence(f_), visible_keys);
+        if constexpr (partial.value) mask_.keys_of_queries(row0, rows, tile.sequence(f_, head), visible_keys);
         auto const visible = [=, key0 = tile.row0](int r, int c) { return visible_keys[r].has(key0 + c); };
+        Hidden const hidden{map, tile.row0, row0};
         RowMajor<T> const q = load_block(at(f_.q, f_.q_stride, batch, head, first_query + row0), f_.q_stride.row, rows,
                                          f_.head_dim, memory_ + layout_.block_x);
         RowMajor<T> const dout = load_block(at(p_.dout, p_.dout_stride, batch, head, first_query + row0),
@@ -152,10 +156,11 @@ class BackwardTile {
         load_per_query(static_cast<T const*>(f_.lse) + first, log2_e<double>, rows, rows, lse);
         load_per_query(static_cast<T const*>(p_.delta) + first, dx_factor_.before, rows, rows, delta);
         if (blocks++ == blocks_per_total) dk.add(), dv.add(), blocks = 1;
-        compute_scores(q, dout, rows, PerRow<T>{lse}, PerRow<T>{delta}, partial, visible);
-        add_product(dout, rows, f_.head_dim_v, layout_.p, layout_.dy, partial, visible);  // dV^T += dO^T P
-        add_product(q, rows, f_.head_dim, layout_.ds, layout_.dx, partial, visible);      // dK^T += Q^T dS
+        compute_scores(q, dout, rows, PerRow<T>{lse}, PerRow<T>{delta}, partial, visible, hidden);
+        add_product(dout, rows, f_.head_dim_v, layout_.p, layout_.dy, partial, visible, hidden);  // dV^T += dO^T P
+        add_product(q, rows, f_.head_dim, layout_.ds, layout_.dx, partial, visible, hidden);      // dK^T += Q^T dS
       });
+      range.move_to_next_head();
     }
     dk.finish();
     dv.finish();
@@ -167,10 +172,16 @@ class BackwardTile {
 
   // ---- the mathematics of a block --------------------------------------------------------------------
 
+  /// What a map hides of a block: its rows, from `lane0` on, are in lanes, its columns begin with `row0`.
+  struct Hidden {
+    CellMap map;
+    int lane0, row0;
+  };
+
   /// P and dS of a block. Hidden elements become 0 by selection: they may be NaN.
   template <class PerQuery, class Partial, class Visible>
   void compute_scores(RowMajor<T> block_x, RowMajor<T> block_y, int rows, PerQuery lse, PerQuery delta, Partial,
-                      Visible visible) const {
+                      Visible visible, Hidden const& hidden) const {
     T* const p = memory_ + layout_.p;
     T* const ds = memory_ + layout_.ds;
     int64_t const ld = layout_.ld;
@@ -186,18 +197,21 @@ class BackwardTile {
           ds[r * ld + c] = seen ? ds[r * ld + c] : 0;
         }
       }
+      for_each_hidden(hidden.map, hidden.lane0, lanes_in_use_, hidden.row0, rows,
+                      [&](int r, int c) { p[r * ld + c] = ds[r * ld + c] = 0; });
     }
   }
 
   /// sum += block^T weights, without the elements of the block that a lane does not see.
   template <class Partial, class Visible>
-  void add_product(RowMajor<T> block, int rows, int width, int64_t weights, int64_t sum, Partial,
-                   Visible visible) const {
+  void add_product(RowMajor<T> block, int rows, int width, int64_t weights, int64_t sum, Partial, Visible visible,
+                   Hidden const& hidden) const {
     RowMajor<T> const seen = Partial::value ? finite_part(block, rows, width, memory_ + layout_.finite) : block;
     gemm(transpose(seen), width, memory_ + weights, layout_.ld, rows, columns_, Add<T>{memory_ + sum, layout_.ld});
     if constexpr (Partial::value) {
       if (seen.data == block.data) return;
-      add_not_finite(block, rows, width, memory_ + weights, memory_ + sum, layout_.ld, lanes_in_use_, visible);
+      add_not_finite(block, rows, width, memory_ + weights, memory_ + sum, layout_.ld, lanes_in_use_,
+                     [&](int r, int c) { return visible(r, c) && hidden.map.sees(hidden.lane0 + c, hidden.row0 + r); });
     }
   }
 
@@ -267,10 +281,11 @@ class BackwardTile {
     for (int m = count; m < padded; ++m) to[m] = 0;
   }
 
-  /// Rows from `existing` on get 0: their lanes may hold anything.
+  /// Rows from `existing` on get 0: their lanes may hold anything. Where a map is wrong, the others get NaN.
   void store_transposed(int64_t sum, int width, double factor, void* base, Strides const& stride, int batch, int head,
                         int row0, int existing) const {
     Element* const to = static_cast<Element*>(base) + row_offset(stride, batch, head, row0);
+    if (CellMap::overflowed(f_)) factor = __builtin_nan("");
     for (int r = 0; r < lanes_in_use_; ++r) {
       for (int i = 0; i < width; ++i) {
         T const x = r < existing ? static_cast<T>(factor) * memory_[sum + i * layout_.ld + r] : T{0};
@@ -317,7 +332,7 @@ void sink_gradient(BackwardConfig const&, MaskFunctions const& mask, BackwardPar
       if (term != term) {
         // Where a row does not exist, memory may hold anything; where it sees no key, delta is -dLSE, whatever dO is.
         auto const entry = BatchSequence::Entry::of_row(f, batch, row);
-        BatchSequence const sequence(f, entry);
+        AnySequence const sequence(f, entry, static_cast<int>(head));
         RowRange keys;
         mask.keys_of_queries(row - entry.first_query, 1, sequence, &keys);
         if (row - entry.first_query >= sequence.rows()) {

@@ -6,6 +6,7 @@
 #include "cpu/vector.hpp"
 #include "flashcute/core/forward_config.hpp"
 #include "flashcute/core/forward_params.hpp"
+#include "flashcute/policy/block_map.hpp"
 
 namespace flashcute::cpu::FLASHCUTE_CPU_ISA {
 namespace {
@@ -110,6 +111,23 @@ class ScoreFactor {
   int exponent_ = 0;
   double const factor_, significand_;  // factor = significand * 2^exponent, significand in [1/2, 1)
 };
+
+/// Calls hide(r, c) for each element that a map hides of `lanes` of its rows, which are the columns of the block, and
+/// `rows` of its columns.
+template <class Hide>
+[[gnu::always_inline]] inline void for_each_hidden(CellMap const& map, int lane0, int lanes, int row0, int rows,
+                                                   Hide hide) {
+  if (!map.exists()) return;
+  for (int c = 0; c < lanes; ++c) {
+    for (int first = 0; first < rows; first += cell_size) {
+      uint64_t const seen = map.columns_from(lane0 + c, row0 + first, false);
+      if (seen == ~uint64_t{0}) continue;
+      for (int r = first; r < min_of(first + cell_size, rows); ++r) {
+        if (!(seen >> (r - first) & 1)) hide(r, c);
+      }
+    }
+  }
+}
 
 template <class T>
 [[gnu::always_inline]] inline void clear(T* matrix, int rows, int64_t ld, int columns) {

@@ -79,23 +79,29 @@ BackwardTileFunction backward_tile(Isa isa, DType dtype, BackwardPass pass) {
 }
 
 template <class Mask>
-void keys_of_queries(int32_t query0, int32_t count, BatchSequence const& sequence, RowRange* to) {
+void keys_of_queries(int32_t query0, int32_t count, AnySequence const& sequence, RowRange* to) {
   for (int32_t i = 0; i < count; ++i) to[i] = Mask::keys_of(query0 + i, sequence);
 }
 
-// Of every mask, the ranges of masks that hide keys on both sides: one tile serves all.
+// The ranges of masks without a map, as those of one that shows everything.
 BandRange band(BandRange const& r) { return r; }
 BandRange band(KvRange const& r) { return {r.begin, r.begin, r.full_end, r.end}; }
-QueryBandRange band(QueryBandRange const& r) { return r; }
-QueryBandRange band(QueryRange const& r) { return {r.begin, min_of(r.full_begin, r.end), r.end, r.end}; }
+BandRange band(QueryBandRange const& r) { return {r.begin, r.full_begin, r.full_end, r.end}; }
+BandRange band(QueryRange const& r) { return {r.begin, min_of(r.full_begin, r.end), r.end, r.end}; }
+template <class Range>
+MapPages pages(Range const& r, CellMap const& map, int32_t block) {
+  return {band(r), map, 0, 0, block};
+}
+MapPages pages(MapBlocks const& r, CellMap const&, int32_t) { return r.pages(); }
+MapPages pages(MapQueryBlocks const& r, CellMap const&, int32_t) { return r.pages(); }
 
 template <class Mask>
-BandRange kv_range(Queries const& tile, ForwardParams const& p, int32_t block_n) {
-  return band(Mask::kv_range(tile, p, block_n));
+MapBlocks kv_range(Queries const& tile, ForwardParams const& p, int32_t block_n) {
+  return MapBlocks(pages(Mask::kv_range(tile, p, block_n), tile.sequence(p).by_query(), block_n));
 }
 template <class Mask>
-QueryBandRange query_range(Keys const& tile, ForwardParams const& p, int32_t block_m) {
-  return band(Mask::query_range(tile, p, block_m));
+MapQueryBlocks query_range(Keys const& tile, ForwardParams const& p, int32_t block_m) {
+  return MapQueryBlocks(pages(Mask::query_range(tile, p, block_m), tile.sequence(p).by_key(), block_m));
 }
 
 MaskFunctions mask_functions(Features const& features) {

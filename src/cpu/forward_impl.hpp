@@ -161,8 +161,10 @@ class ForwardTile {
            RescaleAndAdd<T>{o, ld, softmax.correction});
       if constexpr (partial.value) {
         if (seen_v.data != v.data) {
-          add_not_finite(v, keys, p_.head_dim_v, s, o, ld, tile_.rows,
-                         [&](int n, int m) { return visible_keys()[m].has(key0 + n); });
+          CellMap const map = tile_.sequence(p_).by_query();
+          add_not_finite(v, keys, p_.head_dim_v, s, o, ld, tile_.rows, [&](int n, int m) {
+            return visible_keys()[m].has(key0 + n) && map.sees(tile_.row0 + m, key0 + n);
+          });
         }
       }
       // By the number of the block, not by how many were visited: a row's result does not depend on its tile.
@@ -203,20 +205,26 @@ class ForwardTile {
         s[n * layout_.ld + m] = visible[m].has(key0 + n) ? score : -infinity<T>;
       }
     }
+    for_each_hidden(tile_.sequence(p_).by_query(), tile_.row0, tile_.existing(p_), key0, keys,
+                    [&](int n, int m) { s[n * layout_.ld + m] = -infinity<T>; });
   }
 
   /// In base 2.
   double sink() const { return log2_e<double> * sink_of<Element>(p_, tile_.head); }
 
+  /// What a row gets in place of its result: nothing is known of it where a map is wrong.
+  static constexpr T unknown = static_cast<T>(__builtin_nan(""));
+
   /// A row whose visible scores are all -inf becomes 0 / 0 = NaN, as it should.
   void store_out(T* o, OnlineSoftmax<T> const& softmax) const {
     double const sink = this->sink();
+    int const spoiled = CellMap::overflowed(p_) ? tile_.existing(p_) : 0;  // rows
     Element* const to = static_cast<Element*>(p_.out) + tile_.out_offset(p_);
     for (int m = 0; m < tile_.rows; ++m) {
       bool const empty = visible_keys()[m].empty();
       T const divisor = softmax.divisor(m, sink);
       for (int d = 0; d < p_.head_dim_v; ++d) {
-        T const x = empty ? T{0} : o[d * layout_.ld + m] / divisor;
+        T const x = m < spoiled ? unknown : empty ? T{0} : o[d * layout_.ld + m] / divisor;
         from_float(x, to[m * p_.out_stride.row + d]);
       }
     }
@@ -225,15 +233,16 @@ class ForwardTile {
   void store_lse(OnlineSoftmax<T> const& softmax) const {
     T* const to = static_cast<T*>(p_.lse) + tile_.lse_offset(p_);
     double const sink = this->sink();
-    int const existing = tile_.existing(p_);
+    int const existing = tile_.existing(p_), spoiled = CellMap::overflowed(p_) ? existing : 0;
     for (int m = 0; m < tile_.rows; ++m) {
       // A row that sees no key may hold anything in blocks that others see whole.
       bool const empty = visible_keys()[m].empty();
-      to[m] = m >= existing ? -infinity<T> : empty ? static_cast<T>(ln2<double> * sink) : softmax.lse(m, sink);
+      T const lse = empty ? static_cast<T>(ln2<double> * sink) : softmax.lse(m, sink);
+      to[m] = m >= existing ? -infinity<T> : m < spoiled ? unknown : lse;
     }
   }
 
-  /// Which keys each row of the tile sees.
+  /// Between which keys those lie that each row of the tile sees.
   RowRange* visible_keys() const { return reinterpret_cast<RowRange*>(memory_ + layout_.visible); }
 
   ForwardParams const p_;  // a copy, so that no store may alias it

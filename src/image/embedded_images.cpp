@@ -5,10 +5,10 @@
 // The build defines FLASHCUTE_WITH_IMAGES, FLASHCUTE_IMAGE_ARCHS ("80 90 80-ptx") and
 // FLASHCUTE_NVCC_VERSION ("13.0.88"), and assembles each family's image between two symbols.
 #if FLASHCUTE_WITH_IMAGES
-#define FLASHCUTE_DECLARE(name, config, features) \
-  extern "C" char const flashcute_image_##name[], flashcute_image_##name##_end[];
+#define FLASHCUTE_DECLARE(name, ...) extern "C" char const flashcute_image_##name[], flashcute_image_##name##_end[];
 #define FLASHCUTE_FORWARD_FAMILY FLASHCUTE_DECLARE
 #define FLASHCUTE_BACKWARD_FAMILY FLASHCUTE_DECLARE
+#define FLASHCUTE_BLOCK_MAP_FAMILY FLASHCUTE_DECLARE
 #include "image/kernels.def"
 #undef FLASHCUTE_DECLARE
 #else
@@ -26,13 +26,17 @@ struct Image {
   char const* end;
 };
 
-#define FLASHCUTE_IMAGE(name, config, features) {flashcute_image_##name, flashcute_image_##name##_end},
+#define FLASHCUTE_IMAGE(name, ...) {flashcute_image_##name, flashcute_image_##name##_end},
 constexpr Image forward_images[] = {
 #define FLASHCUTE_FORWARD_FAMILY FLASHCUTE_IMAGE
 #include "image/kernels.def"
 };
 constexpr Image backward_images[] = {
 #define FLASHCUTE_BACKWARD_FAMILY FLASHCUTE_IMAGE
+#include "image/kernels.def"
+};
+constexpr Image block_map_images[] = {
+#define FLASHCUTE_BLOCK_MAP_FAMILY FLASHCUTE_IMAGE
 #include "image/kernels.def"
 };
 #undef FLASHCUTE_IMAGE
@@ -47,7 +51,11 @@ std::string_view embedded_image(Family<ForwardConfig> const& family) {
 std::string_view embedded_image(Family<BackwardConfig> const& family) {
   return bytes(backward_images[&family - std::begin(backward_families)]);
 }
+std::string_view embedded_image(BlockMapFamily const& family) {
+  return bytes(block_map_images[&family - std::begin(block_map_families)]);
+}
 #else
+std::string_view embedded_image(BlockMapFamily const&) { return {}; }
 std::string_view embedded_image(Family<ForwardConfig> const&) { return {}; }
 std::string_view embedded_image(Family<BackwardConfig> const&) { return {}; }
 #endif

@@ -14,9 +14,10 @@ std::string_view embedded_targets();
 /// The version of the nvcc that made them: "13.0.88"; "" in a library without images.
 std::string_view embedded_compiler_version();
 
-/// The image of a family, which is an element of forward_families or backward_families. Empty if the build has no
-/// target that the family's kernels run on.
+/// The image of a family, which is an element of forward_families, backward_families or block_map_families. Empty if
+/// the build has no target that the family's kernels run on.
 std::string_view embedded_image(Family<ForwardConfig> const& family);
 std::string_view embedded_image(Family<BackwardConfig> const& family);
+std::string_view embedded_image(BlockMapFamily const& family);
 
 }  // namespace flashcute

@@ -8,14 +8,15 @@
 #include <type_traits>
 #include <vector>
 
+#include "flashcute/core/block_map_kernel.hpp"
 #include "flashcute/core/defaults.hpp"
 
 namespace flashcute {
 
 /// The default features of `prebuild`.
 inline constexpr Features full_and_causal[] = {{.mask = MaskKind::full}, {.mask = MaskKind::causal}};
-inline constexpr Features full_causal_and_band[] = {
-    {.mask = MaskKind::full}, {.mask = MaskKind::causal}, {.mask = MaskKind::band}};
+inline constexpr Features every_mask[] = {
+    {.mask = MaskKind::full}, {.mask = MaskKind::causal}, {.mask = MaskKind::band}, {.mask = MaskKind::mapped}};
 
 /// The features of a family's kernels; those with other features are compiled at their first use. More of them for
 /// bfloat16 alone keep the time of a build, and its size, in bounds.
@@ -25,7 +26,7 @@ struct FamilyFeatures {
   constexpr std::span<Features const> of(DType dtype) const { return dtype == DType::bfloat16 ? bfloat16 : others; }
 };
 inline constexpr FamilyFeatures plain{full_and_causal, full_and_causal};
-inline constexpr FamilyFeatures with_band{full_causal_and_band, full_and_causal};
+inline constexpr FamilyFeatures with_all_masks{every_mask, full_and_causal};
 
 template <class Config>
 struct Family {
@@ -43,6 +44,17 @@ inline constexpr Family<BackwardConfig> backward_families[] = {
 #define FLASHCUTE_BACKWARD_FAMILY(name, config, features) {#name, config, features},
 #include "image/kernels.def"
 };
+
+/// The family of the one kernel that makes block maps.
+struct BlockMapFamily {
+  std::string_view name;
+};
+inline constexpr BlockMapFamily block_map_families[] = {
+#define FLASHCUTE_BLOCK_MAP_FAMILY(name) {#name},
+#include "image/kernels.def"
+};
+
+inline std::vector<BlockMapKernelId> kernels_of(BlockMapFamily const&) { return {BlockMapKernelId{}}; }
 
 /// The family's configurations: one for each dtype.
 template <class Config>

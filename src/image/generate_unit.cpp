@@ -21,7 +21,8 @@ bool print_unit(Families const& families, char const* name) {
 
 int main(int argc, char** argv) {
   if (argc == 2 &&
-      (print_unit(flashcute::forward_families, argv[1]) || print_unit(flashcute::backward_families, argv[1]))) {
+      (print_unit(flashcute::forward_families, argv[1]) || print_unit(flashcute::backward_families, argv[1]) ||
+       print_unit(flashcute::block_map_families, argv[1]))) {
     return 0;
   }
   std::fprintf(stderr, "usage: generate_unit FAMILY (a name from src/image/kernels.def)\n");

@@ -38,6 +38,8 @@ Family<Config> const* family_among(Family<Config> const (&families)[n], KernelId
 auto family_of(ForwardKernelId const& kernel) { return family_among(forward_families, kernel); }
 auto family_of(BackwardKernelId const& kernel) { return family_among(backward_families, kernel); }
 
+BlockMapFamily const* family_of(BlockMapKernelId const&) { return &block_map_families[0]; }
+
 /// The ahead-of-time image for `arch`; empty if there is none, or FLASHCUTE_JIT forbids its use.
 template <class KernelId>
 std::string_view embedded_image_for(KernelId const& kernel, Arch arch) {
@@ -201,8 +203,10 @@ std::string image_origin(KernelId const& kernel, Arch arch) {
 
 template ImageSource image_source(ForwardKernelId const&, Arch);
 template ImageSource image_source(BackwardKernelId const&, Arch);
+template ImageSource image_source(BlockMapKernelId const&, Arch);
 template std::string image_problem(ForwardKernelId const&, Arch);
 template std::string image_problem(BackwardKernelId const&, Arch);
+template std::string image_problem(BlockMapKernelId const&, Arch);
 template std::string image_origin(ForwardKernelId const&, Arch);
 template std::string image_origin(BackwardKernelId const&, Arch);
 

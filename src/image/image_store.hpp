@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "flashcute/core/backward_config.hpp"
+#include "flashcute/core/block_map_kernel.hpp"
 
 namespace flashcute {
 
@@ -21,7 +22,7 @@ struct Image {
   std::string_view view() const { return storage.empty() ? bytes : std::string_view(storage); }
 };
 
-using AnyKernelId = std::variant<ForwardKernelId, BackwardKernelId>;
+using AnyKernelId = std::variant<ForwardKernelId, BackwardKernelId, BlockMapKernelId>;
 
 /// The images that hold the kernels for `arch`, in their order. Those that are neither in the library nor in the disk
 /// cache are compiled, at the same time. Throws UnsupportedError or CompileError if an image does not exist and cannot

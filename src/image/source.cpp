@@ -106,6 +106,16 @@ KernelCode checked_code_of(KernelId const& kernel, Arch arch) {
 std::string generated_source(std::span<ForwardKernelId const> kernels) { return source_of(kernels); }
 std::string generated_source(std::span<BackwardKernelId const> kernels) { return source_of(kernels); }
 
+std::string generated_source(std::span<BlockMapKernelId const> kernels) {
+  std::string text = "#include \"flashcute/device/make_block_map.hpp\"\n\n";
+  for (auto const& kernel : kernels) text += std::string("FLASHCUTE_BLOCK_MAP_ENTRY(") + name(kernel).text + ")\n";
+  return text;
+}
+
+KernelCode code_of(BlockMapKernelId const& kernel, Arch arch) {
+  target_of(arch);  // throws for the CPU
+  return {name(kernel).text, generated_source(std::span(&kernel, 1))};
+}
 KernelCode code_of(ForwardKernelId const& kernel, Arch arch) { return checked_code_of(kernel, arch); }
 KernelCode code_of(BackwardKernelId const& kernel, Arch arch) { return checked_code_of(kernel, arch); }
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "flashcute/core/backward_config.hpp"
+#include "flashcute/core/block_map_kernel.hpp"
 #include "image/kernel_code.hpp"
 
 namespace flashcute {
@@ -13,9 +14,11 @@ namespace flashcute {
 /// One entry point per kernel, called name(kernel).
 std::string generated_source(std::span<ForwardKernelId const> kernels);
 std::string generated_source(std::span<BackwardKernelId const> kernels);
+std::string generated_source(std::span<BlockMapKernelId const> kernels);
 
 /// The kernel alone. Throws a ConfigError if it cannot run on `arch`, an ArgumentError if that is the CPU.
 KernelCode code_of(ForwardKernelId const& kernel, Arch arch);
 KernelCode code_of(BackwardKernelId const& kernel, Arch arch);
+KernelCode code_of(BlockMapKernelId const& kernel, Arch arch);
 
 }  // namespace flashcute

@@ -59,6 +59,7 @@ inline constexpr Result success = 0;
   F(cuTensorMapEncodeTiled, 12000,                                                                                   \
     (void* map, int type, unsigned rank, void* address, std::uint64_t const* sizes, std::uint64_t const* strides,    \
      unsigned const* box, unsigned const* element_strides, int interleave, int swizzle, int l2_promotion, int fill)) \
+  F(cuMemsetD32Async, 3020, (std::uint64_t address, unsigned value, std::size_t count, Stream stream))               \
   F(cuThreadExchangeStreamCaptureMode, 10010, (int* mode))                                                           \
   F(cuGetErrorName, 6000, (Result error, char const** name))                                                         \
   F(cuGetErrorString, 6000, (Result error, char const** text))

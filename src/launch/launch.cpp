@@ -30,6 +30,7 @@ int32_t num_threads(ForwardKernelId const& kernel) { return num_threads(kernel.c
 int64_t smem_bytes(ForwardKernelId const& kernel) { return smem_bytes(kernel.config); }
 int32_t blocks_per_cluster(ForwardKernelId const& kernel) { return kernel.config.cluster; }
 int32_t blocks_per_cluster(BackwardKernelId const&) { return 1; }
+int32_t blocks_per_cluster(BlockMapKernelId const&) { return 1; }
 
 /// A kernel on a device. Launches look kernels up by id: building a name costs more than the lookup.
 template <class KernelId>
@@ -231,6 +232,20 @@ void launch(BackwardConfig const& config, Features const& features, BackwardPara
   }
   kernels<BackwardKernelId>().get(launches, device);
   for (auto const& ready : launches) ready.run(params, device, stream);
+}
+
+void launch(BlockMapRules const& rules, int device, void* stream) {
+  BlockMapLayout const layout = BlockMapLayout::of(rules.sizes, rules.capacity);
+  auto const words = [&](CellPlanes const& planes) { return rules.sizes.maps * planes.rows * planes.words; };
+  Launch<BlockMapKernelId> ready{{}, words(layout.by_query) + words(layout.by_key)};
+  kernels<BlockMapKernelId>().get({&ready, 1}, device);
+  {
+    ContextGuard const guard(device_facts(device).primary_context);
+    check_result(
+        driver().cuMemsetD32Async(reinterpret_cast<std::uintptr_t>(rules.words), 0, BlockMapLayout::header, stream),
+        "cuMemsetD32Async(the numbers of partial cells)");
+  }
+  if (ready.blocks > 0) ready.run(rules, device, stream);
 }
 
 }  // namespace flashcute

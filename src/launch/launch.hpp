@@ -6,6 +6,7 @@
 
 #include "flashcute/core/backward_config.hpp"
 #include "flashcute/core/backward_params.hpp"
+#include "flashcute/policy/block_map_rules.hpp"
 
 namespace flashcute {
 
@@ -22,5 +23,8 @@ std::vector<BackwardKernelId> kernels_of(BackwardConfig const& config, Features 
 /// Launches all passes, in order; nothing is launched before the kernels of all are ready.
 void launch(BackwardConfig const& config, Features const& features, BackwardParams const& params, int device,
             void* stream);
+
+/// Makes the block maps that `rules` describe.
+void launch(BlockMapRules const& rules, int device, void* stream);
 
 }  // namespace flashcute

@@ -26,12 +26,13 @@ struct Sizes {
 /// integer.
 template <class Mask>
 int64_t cost(QueryTile<typename Mask::Sequence> const& tile, ForwardParams const& p, int32_t block_n) {
-  auto const range = Mask::kv_range(tile, p, block_n);
-  return 2 * static_cast<int64_t>(range.end - range.begin) + 1;
+  return 2 * int64_t{Mask::kv_range(tile, p, block_n).visits()} + 1;
 }
 
-/// As if every sequence filled the tensors: lengths and prefixes may be in the GPU's memory.
-ForwardParams without_lengths(ForwardParams p) {
+/// As if every sequence filled the tensors and a map showed everything: lengths, prefixes and maps may be in the GPU's
+/// memory.
+ForwardParams without_memory(ForwardParams p) {
+  p.map.words = nullptr;
   p.sequences.seqlens_q = p.sequences.seqlens_k = nullptr;
   if (p.sequences.prefixes != nullptr) p.sequences.prefix = 0;
   p.sequences.prefixes = nullptr;
@@ -114,7 +115,7 @@ TileDeal const& deal_tiles(ForwardKernelId const& kernel, ForwardParams const& p
   thread_local Recent<Sizes, TileDeal, remembered_deals> deals;
   return deals.get(sizes, [&] {
     return with_constant(kernel.features.mask,
-                         [&]<MaskKind mask>() { return deal_by_load<Mask<mask>>(sizes, without_lengths(p)); });
+                         [&]<MaskKind mask>() { return deal_by_load<Mask<mask>>(sizes, without_memory(p)); });
   });
 }
 

@@ -7,6 +7,7 @@
 
 #include "cpu/float_mode.hpp"
 #include "flashcute/core/constants.hpp"
+#include "plan/block_mask.hpp"
 
 namespace flashcute {
 namespace {
@@ -38,7 +39,8 @@ double checked_scale(std::optional<double> scale, int64_t d) {
 
 /// Whether a call has none of the options that may take the band.
 bool options_are_plain(CallOptions const& o) {
-  return !has_window(o) && !has_lengths(o) && !is_packed(o) && !has_prefix(o) && o.sink == nullptr;
+  return !has_window(o) && !has_lengths(o) && !is_packed(o) && !has_prefix(o) && o.sink == nullptr &&
+         !has_block_mask(o);
 }
 
 /// The first and the last key that a query sees, from its own number on. Beyond -seqlen_q and seqlen_k they show or
@@ -121,6 +123,7 @@ void set_arrays(CallOptions const& options, DType dtype, Device device, ForwardP
     p.sink.logits = sink->data;
     p.sink.float32 = float32;
   }
+  if (has_block_mask(options)) p.map = checked_block_mask(options, device, p);
 }
 
 /// Checks the sizes of q, k and v against each other, and the scale.

@@ -22,6 +22,7 @@ struct Call {
   /// What lies in memory is not known here: it takes the band. A window that hides nothing before or after the diagonal
   /// is an easier mask.
   MaskKind mask() const {
+    if (has_block_mask(options)) return MaskKind::mapped;
     if (has_lengths(options) || is_packed(options) || has_prefix(options) || options.sink != nullptr) {
       return MaskKind::band;
     }

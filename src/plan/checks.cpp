@@ -180,9 +180,10 @@ void require_same_type(char const* argument, TensorView const& t, TensorView con
 
 std::vector<Argument> arrays_of(CallOptions const& o) {
   std::vector<Argument> arrays;
-  for (Argument const& each : {Argument{"seqlens_q", o.seqlens_q}, Argument{"seqlens_k", o.seqlens_k},
-                               Argument{"cu_seqlens_q", o.cu_seqlens_q}, Argument{"cu_seqlens_k", o.cu_seqlens_k},
-                               Argument{"prefix", o.prefixes}, Argument{"sink", o.sink}}) {
+  for (Argument const& each :
+       {Argument{"seqlens_q", o.seqlens_q}, Argument{"seqlens_k", o.seqlens_k},
+        Argument{"cu_seqlens_q", o.cu_seqlens_q}, Argument{"cu_seqlens_k", o.cu_seqlens_k},
+        Argument{"prefix", o.prefixes}, Argument{"sink", o.sink}, Argument{"block_mask", o.block_mask.words}}) {
     if (each.tensor != nullptr) arrays.push_back(each);
   }
   return arrays;

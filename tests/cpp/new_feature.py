@@ -147,11 +147,11 @@ def check_feature(copy: Copy) -> None:
 
 
 def check_mask(copy: Copy) -> None:
-    last = 'ROW(band, "band")'
+    last = 'ROW(mapped, "mapped")'
     copy.edit("include/flashcute/core/enums.hpp", last, f'{last} ROW(probe, "probe")')
     copy.expect_error('#include "flashcute/sm90/rounds.hpp"\n', "probe.* not handled in switch")
-    band = "    case MaskKind::band: return {1,"
-    copy.edit("include/flashcute/sm90/rounds.hpp", band, f"    case MaskKind::probe:\n{band}")
+    mapped = "    case MaskKind::mapped: return {1,"
+    copy.edit("include/flashcute/sm90/rounds.hpp", mapped, f"    case MaskKind::probe:\n{mapped}")
     copy.expect_success(MASK_IN_TABLE)
 
     users = [CPU, "src/launch/tile_deal.cpp"]

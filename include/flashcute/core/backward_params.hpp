@@ -22,12 +22,12 @@ struct BackwardParams {
 };
 
 // The host compiler and the device compiler have to agree on the layout: the assertions run in both.
-static_assert(sizeof(BackwardParams) == 448);
+static_assert(sizeof(BackwardParams) == 576);
 #if !defined(__CUDACC_RTC__)  // NVRTC's offsetof is no constant expression
-static_assert(offsetof(BackwardParams, dout) == 264);
-static_assert(offsetof(BackwardParams, delta) == 304);
-static_assert(offsetof(BackwardParams, dout_stride) == 328);
-static_assert(offsetof(BackwardParams, dv_stride) == 424);
+static_assert(offsetof(BackwardParams, dout) == 392);
+static_assert(offsetof(BackwardParams, delta) == 432);
+static_assert(offsetof(BackwardParams, dout_stride) == 456);
+static_assert(offsetof(BackwardParams, dv_stride) == 552);
 #endif
 
 }  // namespace flashcute

@@ -73,8 +73,8 @@ constexpr auto with_constant(Enum value, F const& f) {
   ROW(float64, "f64")
 FLASHCUTE_ENUM(DType, FLASHCUTE_DTYPES)
 
-// The element types of tensors: those and int32, for counters. The first rows equal those of DType.
-#define FLASHCUTE_ELEMENT_TYPES(ROW) FLASHCUTE_DTYPES(ROW) ROW(int32, "")
+// The element types of tensors: those, int32 for numbers, and booleans of a byte. The first rows equal those of DType.
+#define FLASHCUTE_ELEMENT_TYPES(ROW) FLASHCUTE_DTYPES(ROW) ROW(int32, "") ROW(boolean, "")
 FLASHCUTE_ENUM(ElementType, FLASHCUTE_ELEMENT_TYPES)
 
 constexpr ElementType element_type(DType t) { return static_cast<ElementType>(t); }
@@ -90,7 +90,10 @@ constexpr int32_t size_of(DType t) {
   }
   return 0;
 }
-constexpr int32_t size_of(ElementType t) { return t == ElementType::int32 ? 4 : size_of(static_cast<DType>(t)); }
+constexpr int32_t size_of(ElementType t) {
+  if (t == ElementType::boolean) return 1;
+  return t == ElementType::int32 ? 4 : size_of(static_cast<DType>(t));
+}
 
 // Which kernels: those that every GPU from compute capability 8.0 on runs (cp.async, ldmatrix, mma.sync), or Hopper's
 // own (copies by TMA, products by WGMMA, specialised warps).
@@ -111,7 +114,8 @@ FLASHCUTE_ENUM(Math, FLASHCUTE_MATHS)
 #define FLASHCUTE_MASK_KINDS(ROW) \
   ROW(full, "full")               \
   ROW(causal, "causal")           \
-  ROW(band, "band")
+  ROW(band, "band")               \
+  ROW(mapped, "mapped")
 FLASHCUTE_ENUM(MaskKind, FLASHCUTE_MASK_KINDS)
 
 // The forward is one launch.

@@ -13,10 +13,10 @@ struct Features {
 };
 
 /// Whether the softmax of a mask's kernels may include a sink.
-constexpr bool takes_sink(MaskKind mask) { return mask == MaskKind::band; }
+constexpr bool takes_sink(MaskKind mask) { return mask == MaskKind::band || mask == MaskKind::mapped; }
 
-/// Whether the sequences of a mask's kernels may be packed, or shorter than the tensors.
-constexpr bool takes_sequences(MaskKind mask) { return mask == MaskKind::band; }
+/// Whether the sequences of a mask's kernels may be shorter than the tensors.
+constexpr bool takes_sequences(MaskKind mask) { return mask == MaskKind::band || mask == MaskKind::mapped; }
 
 /// Which passes read a feature: the forward alone, or every pass that computes scores or asks who sees what.
 enum class Readers : uint8_t { forward, scores };
@@ -73,11 +73,12 @@ static_assert(bytes_of_features() == sizeof(Features),
               "every field of Features needs a row in for_each_feature (and there may be no padding)");
 
 /// What a pass that does not read a field still has to know of it: of a mask, which sequences its tiles belong to.
+/// Those of the band may be of any kind.
 template <class Field>
 constexpr Field unread(Field) {
   return {};
 }
-constexpr MaskKind unread(MaskKind mask) { return takes_sequences(mask) ? mask : MaskKind{}; }
+constexpr MaskKind unread(MaskKind mask) { return takes_sequences(mask) ? MaskKind::band : MaskKind{}; }
 
 template <class Pass>
 struct ForgetUnread {

@@ -2,7 +2,7 @@
 // part of Hopper's, and to the CPU backend.
 #pragma once
 
-#include "flashcute/core/std.hpp"
+#include "flashcute/core/block_map.hpp"
 
 namespace flashcute {
 
@@ -70,8 +70,9 @@ struct ForwardParams {
   int32_t causal_offset;  // causal: query i sees key j iff j <= i + causal_offset
   int32_t window_offset;  // band: iff also i + window_offset <= j
 
-  SequenceParams sequences;  // band
-  SinkParams sink;           // band
+  SequenceParams sequences;  // band, mapped
+  SinkParams sink;           // band, mapped
+  BlockMapParams map;        // mapped
 };
 
 // The host compiler and the device compiler have to agree on the layout: the assertions run in both.
@@ -79,7 +80,8 @@ static_assert(sizeof(Strides) == 24);
 static_assert(sizeof(BlockCounts) == 12);
 static_assert(sizeof(SequenceParams) == 56);
 static_assert(sizeof(SinkParams) == 16);
-static_assert(sizeof(ForwardParams) == 264);
+static_assert(sizeof(BlockMapParams) == 128);
+static_assert(sizeof(ForwardParams) == 392);
 #if !defined(__CUDACC_RTC__)  // NVRTC's offsetof is no constant expression
 static_assert(offsetof(ForwardParams, q_stride) == 48);
 static_assert(offsetof(ForwardParams, out_stride) == 120);
@@ -89,6 +91,7 @@ static_assert(offsetof(ForwardParams, causal_offset) == 184);
 static_assert(offsetof(ForwardParams, window_offset) == 188);
 static_assert(offsetof(ForwardParams, sequences) == 192);
 static_assert(offsetof(ForwardParams, sink) == 248);
+static_assert(offsetof(ForwardParams, map) == 264);
 #endif
 
 /// Offset of the LSE of a head's first query in a contiguous tensor of (batch, heads, seqlen_q); of its delta too.

@@ -16,7 +16,7 @@ FLASHCUTE_DEVICE void apply_mask(Scores& scores, Query const& query, int key, ty
   constexpr int columns = decltype(cute::size<1>(s))::value;
   CUTE_UNROLL
   for (int i = 0; i < cute::size<0>(s); ++i) {
-    auto const seen = Mask::seen(query(i), key, sequence);
+    auto const seen = Mask::template seen<L::BlockN::value>(query(i), key, sequence);
     if constexpr (L::masks_by_bits) {
       CUTE_UNROLL
       for (int first = 0; first < columns; first += 32) {
@@ -47,20 +47,31 @@ FLASHCUTE_DEVICE float sink_of(ForwardParams const& p, int head) {
 template <class Mask, class Element, class Softmax, class Output, class Tile, class Row>
 FLASHCUTE_DEVICE void finish_rows(Softmax& softmax, Output& o, ForwardParams const& p, Tile const& tile,
                                   Row const& row) {
-  auto const empty = [&](int i) { return Mask::empty_row(tile.row0 + row(i), tile.sequence(p)); };
+  // Under a map finding that out takes a while; a row whose sum is not 0 has seen a key.
+  auto const empty = [&](int i, float sum) {
+    if constexpr (!Mask::Range::contiguous) {
+      if (sum != 0.f) return false;
+    }
+    return Mask::empty_row(tile.row0 + row(i), tile.sequence(p));
+  };
   if constexpr (Softmax::takes_sink) {
     auto const exists = [&](int i) { return tile.row0 + row(i) < tile.sequence(p).rows(); };
     softmax.finish(o, sink_of<Element>(p, tile.head), exists, empty);
+    if constexpr (!Mask::Range::contiguous) {
+      if (CellMap::overflowed(p)) softmax.spoil(o);
+    }
   } else {
     softmax.finish(o, empty);
   }
 }
 
 /// Which elements of a block of the backward belong to a query and a key that it sees. Rows are those of the thread
-/// block's tile, columns those of the block that its loop visits; `row` and `column` are those of the thread's first
-/// element, and WarpsN warps share the columns.
-template <class L, class Mask, bool KeysStay, int WarpsN>
+/// block's tile, of which a thread has `Rows`, columns those of the block that its loop visits; `row` and `column` are
+/// those of the thread's first element, and WarpsN warps share the columns.
+template <class L, class Mask, bool KeysStay, int WarpsN, int Rows>
 struct VisibleElements {
+  static constexpr bool is_loaded = false;  // whether making one reads memory
+
   int row, column;
   typename Mask::Sequence sequence;
 
@@ -71,9 +82,34 @@ struct VisibleElements {
     if constexpr (KeysStay) {
       return Mask::seen_by(row, column, sequence).at(across, down);
     } else {
-      return Mask::seen(row + down, column, sequence).at(across);
+      return Mask::template seen<L::BlockN::value>(row + down, column, sequence).at(across);
     }
   }
+};
+
+/// Under a map: its words along each of the thread's rows.
+template <class L, bool KeysStay, int WarpsN, int Rows>
+struct VisibleElements<L, Mask<MaskKind::mapped>, KeysStay, WarpsN, Rows> {
+  using Mask = flashcute::Mask<MaskKind::mapped>;
+  static constexpr bool is_loaded = true;
+  static constexpr int columns = L::BlockN::value;
+  static constexpr int spread = WarpsN == 1 ? 8 : 16 * WarpsN;
+
+  SeenBits<columns, spread> seen[Rows];
+
+  FLASHCUTE_DEVICE VisibleElements(int row, int column, MappedSequence const& sequence) {
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      int const at = row + L::template row_distance<WarpsN>(i);
+      if constexpr (KeysStay) {
+        seen[i] = Mask::queries_seeing<columns, spread>(at, column, sequence);
+      } else {
+        seen[i] = Mask::seen<columns, spread>(at, column, sequence);
+      }
+    }
+  }
+
+  FLASHCUTE_DEVICE bool at(int i, int j) const { return seen[i].at(L::template column_distance<WarpsN>(j)); }
 };
 
 }  // namespace flashcute

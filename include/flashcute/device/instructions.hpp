@@ -111,6 +111,9 @@ inline constexpr int reduction_width = 4;
 inline constexpr int reduction_width = 1;
 #endif
 
+/// Adds to a number in global memory, atomically; returns what it was.
+FLASHCUTE_DEVICE uint32_t count_up(uint32_t* number, uint32_t by) { return atomicAdd(number, by); }
+
 /// Adds Width (reduction_width) floats to those at `to`, each atomically.
 template <int Width>
 FLASHCUTE_DEVICE void reduce_add(float* to, float const* x) {

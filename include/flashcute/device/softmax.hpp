@@ -180,8 +180,8 @@ class OnlineSoftmax {
     }
   }
 
-  /// Divides the output by the row sums. `empty(i)` says whether row i of this thread sees no key:
-  /// its output is 0. A row that sees keys, all with score -inf, becomes 0 * inf = NaN.
+  /// Divides the output by the row sums. `empty(i, sum)` says whether row i of this thread, which has that sum, sees no
+  /// key: its output is 0. A row that sees keys, all with score -inf, becomes 0 * inf = NaN.
   template <class Output, class Empty>
     requires(!Sink)
   FLASHCUTE_DEVICE void finish(Output&& output, Empty const& empty) {
@@ -190,7 +190,7 @@ class OnlineSoftmax {
     CUTE_UNROLL
     for (int i = 0; i < Rows; ++i) {
       if constexpr (Optimized) row_sum_[i] = quad_sum(row_sum_[i]);
-      float const inverse = empty(i) ? 0.f : reciprocal_approx(row_sum_[i]);
+      float const inverse = empty(i, row_sum_[i]) ? 0.f : reciprocal_approx(row_sum_[i]);
       CUTE_UNROLL
       for (int j = 0; j < size<1>(o); ++j) o(i, j) *= inverse;
     }
@@ -207,7 +207,7 @@ class OnlineSoftmax {
     for (int i = 0; i < Rows; ++i) {
       float sum = Optimized ? quad_sum(row_sum_[i]) : row_sum_[i];
       float base = exponential_.scaled(row_max_[i]), factor = 1.f;  // sum * e^base is the sum of exponentials
-      bool const shown = exists(i) && !empty(i);
+      bool const shown = exists(i) && !empty(i, sum);
       if (!shown) sum = 0.f, base = -infinity;
       if (sink != -infinity) {
         float const highest = base > sink ? base : sink;  // NaN if the sink is NaN
@@ -220,6 +220,15 @@ class OnlineSoftmax {
       for (int j = 0; j < size<1>(o); ++j) o(i, j) = shown ? o(i, j) * inverse : 0.f;
       row_sum_[i] = sum == 0.f || !exists(i) ? -infinity : base + logf(sum);
     }
+  }
+
+  /// Makes all results NaN, after `finish`.
+  template <class Output>
+  FLASHCUTE_DEVICE void spoil(Output&& output) {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(output); ++i) output(i) = infinity - infinity;
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) row_sum_[i] = infinity - infinity;
   }
 
   /// log(sum(exp(scale * score))) of row i, after `finish`; -inf for an empty row.

@@ -22,6 +22,7 @@ struct KvRange {
 
   /// From a block to the next one. `next` adds it; loaders that move a pointer along add it themselves.
   static constexpr int32_t step = -1;
+  static constexpr bool contiguous = true;  // whether blocks follow each other
 
   FLASHCUTE_HD bool empty() const { return begin >= end; }
   FLASHCUTE_HD int32_t first() const { return end - 1; }
@@ -32,7 +33,10 @@ struct KvRange {
   FLASHCUTE_HD int32_t left(int32_t n) const { return n - begin + 1; }
   FLASHCUTE_HD bool is_partial(int32_t n) const { return n >= full_end; }
   /// How many full blocks follow each other from the full block `n` on.
+  FLASHCUTE_HD int32_t visits() const { return end - begin; }  // how many blocks there are
   FLASHCUTE_HD int32_t full_left(int32_t n) const { return left(n); }
+  FLASHCUTE_HD int32_t full_left_from(int32_t n) const { return full_left(n); }
+  FLASHCUTE_HD int32_t number(int32_t n) const { return n; }
   FLASHCUTE_HD int32_t first_partial() const { return full_end; }
 
   /// The keys of all blocks, or of the partial ones only, as far as the sequence has them.
@@ -57,6 +61,7 @@ struct BandRange {
   int32_t begin, full_begin, full_end, end;
 
   static constexpr int32_t step = KvRange::step;
+  static constexpr bool contiguous = true;
 
   /// Of the keys [first.begin, last.end), as the first and the last row of a tile see them. What a row sees begins and
   /// ends no earlier than what the row before sees, and no key between them is hidden from all.
@@ -74,6 +79,9 @@ struct BandRange {
   FLASHCUTE_HD int32_t left(int32_t n) const { return n - begin + 1; }
   FLASHCUTE_HD bool is_partial(int32_t n) const { return (n < full_begin) | (n >= full_end); }
   FLASHCUTE_HD int32_t full_left(int32_t n) const { return n - full_begin + 1; }
+  FLASHCUTE_HD int32_t full_left_from(int32_t n) const { return full_left(n); }
+  FLASHCUTE_HD int32_t number(int32_t n) const { return n; }
+  FLASHCUTE_HD int32_t visits() const { return end - begin; }  // how many blocks there are
   FLASHCUTE_HD int32_t first_partial() const { return begin; }
 
   /// The keys of all blocks: what holds the partial ones at both ends holds the full ones between them.
@@ -165,6 +173,10 @@ struct PassingBlocks {
   }
 
   FLASHCUTE_HD bool partial() const { return block < full_begin || block >= full_end; }
+  FLASHCUTE_HD int32_t stage(int32_t stages) const { return left % stages; }
+  /// Whether the block does not follow the one before it: it is the first of a head.
+  FLASHCUTE_HD bool starts_anew() const { return block == begin; }
+  FLASHCUTE_HD bool before_full() const { return block < full_begin; }
 
   FLASHCUTE_HD PassingBlocks after() const {
     PassingBlocks next = *this;

@@ -6,13 +6,10 @@
 #pragma once
 
 #include "flashcute/core/forward_config.hpp"
-#include "flashcute/policy/kv_blocks.hpp"
+#include "flashcute/policy/block_map.hpp"
 #include "flashcute/policy/query_tile.hpp"
 
 namespace flashcute {
-
-/// The lowest `count` bits set; any `count` is allowed.
-FLASHCUTE_HD uint32_t low_bits(int32_t count) { return count >= 32 ? ~0u : (1u << max_of(count, 0)) - 1; }
 
 /// The keys that one query sees, from a given key on: the first `count` of them.
 struct Seen {
@@ -51,7 +48,7 @@ struct SeenBy {
   /// stored.) Written query by query: with a range of queries for each key nvcc 13.0 generates other code.
   FLASHCUTE_HD bool at(int32_t query, int32_t key) const {
     bool const exists = query0 + query < sequence.rows();
-    return exists & Mask::seen(query0 + query, key0, sequence).at(key);
+    return exists & Mask::template seen<>(query0 + query, key0, sequence).at(key);
   }
 };
 
@@ -61,6 +58,8 @@ template <class Derived>
 struct PrefixMask {
   using Sequence = UniformSequence;
   using Range = KvRange;
+  using Announced = Range;  // what Hopper's loading warp tells of a range
+  using Passing = PassingBlocks;
   static constexpr bool two_edges = false;  // whether a block may be partial on both sides
 
   template <class S>
@@ -74,8 +73,9 @@ struct PrefixMask {
     return {0, Derived::visible_keys(q, s)};
   }
 
-  /// Which of the keys from `key0` on query `q` sees.
-  template <class S>
+  /// Which of the keys from `key0` on query `q` sees. `count`: how many of them are asked for; of a range it does not
+  /// matter.
+  template <int32_t count = 0, class S>
   FLASHCUTE_HD static Seen seen(int32_t q, int32_t key0, S const& s) {
     return {Derived::visible_keys(q, s) - key0};
   }
@@ -159,6 +159,8 @@ template <>
 struct Mask<MaskKind::band> {
   using Sequence = BatchSequence;
   using Range = BandRange;
+  using Announced = Range;
+  using Passing = PassingBlocks;
   static constexpr bool two_edges = true;
   static constexpr bool rows_differ = true;
 
@@ -175,6 +177,7 @@ struct Mask<MaskKind::band> {
 
   /// A query that does not exist counts as the last one that does: were it to see nothing, the maximum of its scores
   /// would remain -inf, for which Hopper's softmax computes exponentials twice. Its results are not used.
+  template <int32_t count = 0>
   FLASHCUTE_HD static SeenBetween seen(int32_t q, int32_t key0, BatchSequence const& s) {
     int32_t const query = min_of(q, s.rows() - 1);
     return {query + s.first_diagonal() - key0, end_of(query, s) - key0};
@@ -184,8 +187,8 @@ struct Mask<MaskKind::band> {
     return {key0, query0, s};
   }
 
-  FLASHCUTE_HD static BandRange kv_range(QueryTile<BatchSequence> const& tile, ForwardParams const& p,
-                                         int32_t block_n) {
+  template <class S>
+  FLASHCUTE_HD static BandRange kv_range(QueryTile<S> const& tile, ForwardParams const& p, int32_t block_n) {
     int32_t const existing = tile.existing(p);
     if (existing == 0) return {0, 0, 0, 0};
     auto const sequence = tile.sequence(p);
@@ -193,8 +196,8 @@ struct Mask<MaskKind::band> {
                          block_n);
   }
 
-  FLASHCUTE_HD static QueryBandRange query_range(KeyTile<BatchSequence> const& tile, ForwardParams const& p,
-                                                 int32_t block_m) {
+  template <class S>
+  FLASHCUTE_HD static QueryBandRange query_range(KeyTile<S> const& tile, ForwardParams const& p, int32_t block_m) {
     int32_t const existing = tile.existing(p);
     if (existing == 0) return {0, 0, 0, 0};
     auto const sequence = tile.sequence(p);
@@ -222,6 +225,68 @@ struct Mask<MaskKind::band> {
   }
 
   FLASHCUTE_HD static int32_t clamped(int32_t x, int32_t most) { return max_of(0, min_of(x, most)); }
+};
+
+/// What a band and a block map both show.
+template <>
+struct Mask<MaskKind::mapped> {
+  using Sequence = MappedSequence;
+  using Range = MapBlocks;
+  using Announced = BandRange;
+  using Passing = PassingCells;
+  using Band = Mask<MaskKind::band>;
+  static constexpr bool two_edges = true;
+  static constexpr bool rows_differ = true;
+
+  /// The keys between the first and the last that a query may see; none if it sees none.
+  template <class S>
+  FLASHCUTE_HD static RowRange keys_of(int32_t q, S const& s) {
+    RowRange const shown = Band::keys_of(q, s);
+    return empty_within(q, shown, s) ? RowRange{0, 0} : shown;
+  }
+
+  template <class S>
+  FLASHCUTE_HD static bool visible(int32_t q, int32_t k, S const& s) {
+    return Band::visible(q, k, s) && s.by_query().sees(q, k);
+  }
+
+  /// A query that does not exist counts as the last one that does, as under a band.
+  template <int32_t count, int32_t spread = 8, class S>
+  FLASHCUTE_HD static SeenBits<count, spread> seen(int32_t q, int32_t key0, S const& s) {
+    int32_t const query = min_of(q, s.rows() - 1);
+    return SeenBits<count, spread>::of(s.by_query(), Band::keys_of(query, s), query, key0);
+  }
+
+  /// Which of the queries from `query0` on see key `k`.
+  template <int32_t count, int32_t spread = 8, class S>
+  FLASHCUTE_HD static SeenBits<count, spread> queries_seeing(int32_t k, int32_t query0, S const& s) {
+    return SeenBits<count, spread>::of(s.by_key(), Band::queries_of(k, s), k, query0);
+  }
+
+  template <class S>
+  FLASHCUTE_HD static MapBlocks kv_range(QueryTile<S> const& tile, ForwardParams const& p, int32_t block_n) {
+    BandRange const band = Band::kv_range(tile, p, block_n);
+    return MapBlocks(MapPages(band, tile.sequence(p).by_query(), tile.row0, tile.existing(p), block_n));
+  }
+
+  /// Of the first query head of the tile's.
+  template <class S>
+  FLASHCUTE_HD static MapQueryBlocks query_range(KeyTile<S> const& tile, ForwardParams const& p, int32_t block_m) {
+    QueryBandRange const r = Band::query_range(tile, p, block_m);
+    BandRange const band{r.begin, r.full_begin, r.full_end, r.end};
+    return MapQueryBlocks(MapPages(band, tile.sequence(p).by_key(), tile.row0, tile.existing(p), block_m));
+  }
+
+  template <class S>
+  FLASHCUTE_HD static bool empty_row(int32_t q, S const& s) {
+    return empty_within(q, Band::keys_of(q, s), s);
+  }
+
+ private:
+  template <class S>
+  FLASHCUTE_HD static bool empty_within(int32_t q, RowRange const& shown, S const& s) {
+    return shown.empty() || (s.has_map() && !s.by_query().sees_any(q, shown));
+  }
 };
 
 }  // namespace flashcute

@@ -27,7 +27,7 @@ struct QueryTile {
   int32_t rows;  // in memory: block_m, or fewer at the end of the sequence; in a slot beyond it 0
 
   /// The sequence that the rows belong to.
-  FLASHCUTE_HD Sequence sequence(ForwardParams const& p) const { return Sequence(p, entry); }
+  FLASHCUTE_HD Sequence sequence(ForwardParams const& p) const { return Sequence(p, entry, head); }
   FLASHCUTE_HD int32_t existing(ForwardParams const& p) const {
     if constexpr (Sequence::fills_tensors) return rows;
     return max_of(min_of(rows, sequence(p).rows() - row0), 0);
@@ -150,8 +150,9 @@ struct KeyTile {
   int32_t row0;  // first key
   int32_t rows;  // in memory: block_keys, or fewer at the end of the sequence; in a slot beyond it 0
 
-  /// The sequence that the keys belong to.
-  FLASHCUTE_HD Sequence sequence(ForwardParams const& p) const { return Sequence(p, entry); }
+  /// The sequence that the keys belong to, as a query head of the group sees it; by default the first.
+  FLASHCUTE_HD Sequence sequence(ForwardParams const& p, int32_t head) const { return Sequence(p, entry, head); }
+  FLASHCUTE_HD Sequence sequence(ForwardParams const& p) const { return sequence(p, kv_head * (p.heads / p.kv_heads)); }
   FLASHCUTE_HD int32_t existing(ForwardParams const& p) const {
     if constexpr (Sequence::fills_tensors) return rows;
     return max_of(min_of(rows, sequence(p).keys() - row0), 0);

@@ -2,8 +2,8 @@
 // the alignment (masks, loads, stores) takes it from the sequence of its tile, not from the parameters of the launch:
 // those describe tensors, of which a sequence may fill a part.
 //
-// A sequence type has an `Entry`, what a tile keeps of its batch entry, and is made of one and the parameters. Each
-// mask says which type its kernels use.
+// A sequence type has an `Entry`, what a tile keeps of its batch entry, and is made of one, the parameters and a query
+// head: who sees whom may depend on it. Each mask says which type its kernels use.
 #pragma once
 
 #include "flashcute/policy/packing.hpp"
@@ -29,7 +29,7 @@ class UniformSequence {
     FLASHCUTE_HD static constexpr int32_t first_query_block(int32_t /*block*/) { return 0; }
   };
 
-  FLASHCUTE_HD UniformSequence(ForwardParams const& p, Entry const&) : p_(p) {}
+  FLASHCUTE_HD UniformSequence(ForwardParams const& p, Entry const&, int32_t /*head*/) : p_(p) {}
 
   FLASHCUTE_HD int32_t rows() const { return p_.seqlen_q; }  // of queries
   FLASHCUTE_HD int32_t keys() const { return p_.seqlen_k; }
@@ -106,7 +106,7 @@ class BatchSequence {
     }
   };
 
-  FLASHCUTE_HD BatchSequence(ForwardParams const&, Entry const& entry) : entry_(entry) {}
+  FLASHCUTE_HD BatchSequence(ForwardParams const&, Entry const& entry, int32_t /*head*/) : entry_(entry) {}
 
   FLASHCUTE_HD int32_t rows() const { return entry_.queries; }
   FLASHCUTE_HD int32_t keys() const { return entry_.keys; }

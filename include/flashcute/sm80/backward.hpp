@@ -53,6 +53,7 @@ struct TileGradients {
   using Element = typename L::Element;
   using Rows = flashcute::Rows<Element>;
   using Sequence = typename Mask::Sequence;
+  using Passing = typename Mask::Passing;
   using Tile = std_::conditional_t<keys_stay, KeyTile<Sequence>, QueryTile<Sequence>>;
   using SmemX = typename L::SmemQ;
   using SmemY = typename L::SmemO;
@@ -103,7 +104,7 @@ struct TileGradients {
 
     auto const range = Mask::kv_range(tile, f, C.block_n);
     TileGradients gradients{p, smem, tile};
-    gradients.add_all(PassingBlocks::of(range, tile.kv_head));
+    gradients.add_all(Passing::of(range, tile.kv_head));
     gradients.stage_results();
     auto const looked_at = range.keys(!P::wants_finite, C.block_n, tile.sequence(f));
     gradients.add_dropped(tile.kv_head, 1, looked_at, tile.rows);
@@ -124,7 +125,7 @@ struct TileGradients {
     int const group = f.heads / f.kv_heads, first_head = tile.kv_head * group;
     TileGradients gradients{p, smem, tile};
     int const complete = tile.sequence(f).rows() / C.block_n;
-    gradients.add_all(PassingBlocks::of(range, complete, first_head, group));
+    gradients.add_all(Passing::of(range, complete, first_head, group));
     gradients.stage_results();
     auto const looked_at = range.rows(!P::wants_finite, C.block_n, tile.sequence(f));
     gradients.add_dropped(first_head, group, looked_at, tile.rows);
@@ -137,10 +138,18 @@ struct TileGradients {
       : p_(p), smem_(smem), tile_(tile) {}
 
   FLASHCUTE_DEVICE Sequence sequence() const { return tile_.sequence(p_.forward); }
+  /// As a query head sees it; where queries stay, as that of the tile does.
+  FLASHCUTE_DEVICE Sequence sequence(int head) const {
+    if constexpr (keys_stay) {
+      return tile_.sequence(p_.forward, head);
+    } else {
+      return tile_.sequence(p_.forward);
+    }
+  }
 
   // ---- the main loop ---------------------------------------------------------------------------------
 
-  FLASHCUTE_DEVICE void add_all(PassingBlocks blocks) {
+  FLASHCUTE_DEVICE void add_all(Passing blocks) {
     if (blocks.left > 0) load_block(blocks);
     for (bool first = true; blocks.left > 0; blocks = blocks.after(), first = false) {
       bool const finite = arrive_and_sync(stage_of(blocks), first);
@@ -167,18 +176,18 @@ struct TileGradients {
     return true;
   }
 
-  FLASHCUTE_DEVICE void load_next(PassingBlocks const& blocks) {
+  FLASHCUTE_DEVICE void load_next(Passing const& blocks) {
     if (blocks.left > 1) load_block(blocks.after());
   }
 
   /// Starts loading the rows of a block that exist; the others become zeros, which add nothing. Called for the blocks
   /// in order.
-  FLASHCUTE_DEVICE void load_block(PassingBlocks const& at) {
+  FLASHCUTE_DEVICE void load_block(Passing const& at) {
     ForwardParams const& f = p_.forward;
     int64_t const x_stride = keys_stay ? f.q_stride.row : f.k_stride.row;
     int64_t const y_stride = keys_stay ? p_.dout_stride.row : f.v_stride.row;
     int const row0 = at.block * C.block_n, rows = (keys_stay ? sequence().rows() : sequence().keys()) - row0;
-    if (at.block == at.begin) {
+    if (at.starts_anew()) {
       Rows const x = keys_stay ? queries(f.q, f.q_stride, tile_, at.head) : keys(f.k, f.k_stride, tile_, at.head);
       Rows const y =
           keys_stay ? queries(p_.dout, p_.dout_stride, tile_, at.head) : keys(f.v, f.v_stride, tile_, at.head);
@@ -200,15 +209,15 @@ struct TileGradients {
     next_y_ += C.block_n * y_stride;
   }
 
-  FLASHCUTE_DEVICE static int stage_of(PassingBlocks const& at) { return at.left % C.stages; }
+  FLASHCUTE_DEVICE static int stage_of(Passing const& at) { return at.stage(C.stages); }
 
   /// dX and dY of a block, and its dQ.
   template <class Partial>
-  FLASHCUTE_DEVICE void add_block(PassingBlocks const& at, bool arrived_finite, Partial) {
+  FLASHCUTE_DEVICE void add_block(Passing const& at, bool arrived_finite, Partial) {
     int const stage = stage_of(at), block_row0 = at.block * C.block_n;
     auto s = L::template accumulator<typename L::BlockM, typename L::BlockN, column_warps>();  // (MMA, MMA_M, MMA_N)
     multiply_rows<SmemX, SmemBlockX>(s, smem_.x, smem_.block_x[stage], arrived_finite);
-    to_probabilities<Partial::value>(s, block_row0, stage);
+    to_probabilities<Partial::value>(s, block_row0, at.head, stage);
     auto probabilities = convert<typename L::Operand>(s);
     hold_at_one(probabilities);
     if constexpr (stores_p) stage_fragment<C, SmemScores, column_warps>(probabilities, p_tile());
@@ -216,14 +225,13 @@ struct TileGradients {
     auto ds = L::template accumulator<typename L::BlockM, typename L::BlockN, column_warps>();  // (MMA, MMA_M, MMA_N)
     multiply_rows<SmemY, SmemBlockY>(ds, smem_.y, smem_.block_y[stage], arrived_finite);
     if constexpr (C.stages > 1 && loads_late) load_next(at);
-    to_score_gradients<Partial::value>(ds, probabilities, block_row0, stage);
+    to_score_gradients<Partial::value>(ds, probabilities, block_row0, at.head, stage);
     auto const score_gradients = convert<typename L::Operand>(ds);
     if constexpr (stores_ds) stage_fragment<C, SmemScores, column_warps>(score_gradients, ds_tile());
 
     // (In a block that is partial only because rows of queries are missing, all rows see the same keys. Where keys are
     // hidden on both sides, the blocks at the end may be partial for either reason.)
-    bool const differ =
-        Partial::value && Mask::rows_differ && (!keys_stay || Mask::two_edges || at.block < at.full_begin);
+    bool const differ = Partial::value && Mask::rows_differ && (!keys_stay || Mask::two_edges || at.before_full());
     bool const finite = (P::wants_finite ? arrived_finite : !differ) || drop_nonfinite(stage);
     if constexpr (column_warps > 1) block_sync();  // P and dS are in shared memory
     if constexpr (keys_stay) {
@@ -272,21 +280,23 @@ struct TileGradients {
 
   /// Turns S into P, in place.
   template <bool Partial, class Scores>
-  FLASHCUTE_DEVICE void to_probabilities(Scores& scores, int block_row0, int stage) const {
+  FLASHCUTE_DEVICE void to_probabilities(Scores& scores, int block_row0, int head, int stage) const {
     using namespace cute;
     auto s = by_row_and_column(scores);  // (row, column)
     auto const c = score_coordinates();  // -> (row, column)
     auto const& queries = smem_.queries[keys_stay ? stage : 0];
-    CUTE_UNROLL
-    for (int j = 0; j < size<1>(s); ++j) {
+    with_visible_elements<Partial>(c, block_row0, head, [&](auto const& visible) {
       CUTE_UNROLL
-      for (int i = 0; i < size<0>(s); ++i) {
-        int const query = keys_stay ? get<1>(c(0, j)) : get<0>(c(i, 0));
-        float const x = s(i, j) * p_.forward.scale_log2 - shared_load<float>(&queries.lse[query]) * log2_e<float>;
-        float const probability = exp2_approx(x);
-        s(i, j) = !Partial || visible_elements(c, block_row0).at(i, j) ? probability : 0.f;
+      for (int j = 0; j < size<1>(s); ++j) {
+        CUTE_UNROLL
+        for (int i = 0; i < size<0>(s); ++i) {
+          int const query = keys_stay ? get<1>(c(0, j)) : get<0>(c(i, 0));
+          float const x = s(i, j) * p_.forward.scale_log2 - shared_load<float>(&queries.lse[query]) * log2_e<float>;
+          float const probability = exp2_approx(x);
+          s(i, j) = visible(i, j) ? probability : 0.f;
+        }
       }
-    }
+    });
   }
 
   /// Limits P to 1: where scores are large, their rounding errors can make it exceed 1.
@@ -299,22 +309,24 @@ struct TileGradients {
 
   /// Turns dP into dS, in place. Hidden elements become 0 by selection: they may be NaN.
   template <bool Partial, class Scores, class Probabilities>
-  FLASHCUTE_DEVICE void to_score_gradients(Scores& scores, Probabilities const& probabilities, int block_row0,
+  FLASHCUTE_DEVICE void to_score_gradients(Scores& scores, Probabilities const& probabilities, int block_row0, int head,
                                            int stage) const {
     using namespace cute;
     auto ds = by_row_and_column(scores);              // (row, column)
     auto const p = by_row_and_column(probabilities);  // (row, column)
     auto const c = score_coordinates();               // -> (row, column)
     auto const& queries = smem_.queries[keys_stay ? stage : 0];
-    CUTE_UNROLL
-    for (int j = 0; j < size<1>(ds); ++j) {
+    with_visible_elements<Partial>(c, block_row0, head, [&](auto const& visible) {
       CUTE_UNROLL
-      for (int i = 0; i < size<0>(ds); ++i) {
-        int const query = keys_stay ? get<1>(c(0, j)) : get<0>(c(i, 0));
-        float const x = static_cast<float>(p(i, j)) * (ds(i, j) - shared_load<float>(&queries.delta[query]));
-        ds(i, j) = !Partial || visible_elements(c, block_row0).at(i, j) ? x : 0.f;
+      for (int j = 0; j < size<1>(ds); ++j) {
+        CUTE_UNROLL
+        for (int i = 0; i < size<0>(ds); ++i) {
+          int const query = keys_stay ? get<1>(c(0, j)) : get<0>(c(i, 0));
+          float const x = static_cast<float>(p(i, j)) * (ds(i, j) - shared_load<float>(&queries.delta[query]));
+          ds(i, j) = visible(i, j) ? x : 0.f;
+        }
       }
-    }
+    });
   }
 
   /// (row, column) of every score that this thread holds, by row and column.
@@ -325,19 +337,34 @@ struct TileGradients {
 
   /// Which of the thread's elements of a block belong to a query and a key that it sees.
   template <class Coordinates>
-  FLASHCUTE_DEVICE auto visible_elements(Coordinates const& c, int block_row0) const {
+  FLASHCUTE_DEVICE auto visible_elements(Coordinates const& c, int block_row0, int head) const {
+    constexpr int rows = decltype(cute::size<0>(c))::value;
     int const row = tile_.row0 + cute::get<0>(c(0, 0)), column = block_row0 + cute::get<1>(c(0, 0));
-    return VisibleElements<L, Mask, keys_stay, column_warps>{row, column, sequence()};
+    return VisibleElements<L, Mask, keys_stay, column_warps, rows>{row, column, sequence(head)};
+  }
+
+  /// For a block's elements: f(visible), where visible(i, j) says it of one. What has to be loaded for that is loaded
+  /// once; all else is computed for each element, because nvcc 13.0 generates other code where it is kept.
+  template <bool Partial, class Coordinates, class F>
+  FLASHCUTE_DEVICE void with_visible_elements(Coordinates const& c, int block_row0, int head, F const& f) const {
+    if constexpr (!Partial) {
+      f([](int, int) { return true; });
+    } else if constexpr (decltype(visible_elements(c, block_row0, head))::is_loaded) {
+      auto const loaded = visible_elements(c, block_row0, head);
+      f([&](int i, int j) { return loaded.at(i, j); });
+    } else {
+      f([&](int i, int j) { return visible_elements(c, block_row0, head).at(i, j); });
+    }
   }
 
   /// Adds dS X to the sums for dQ of the queries of the block.
-  FLASHCUTE_DEVICE void add_dq(PassingBlocks const& at, bool finite) const {
+  FLASHCUTE_DEVICE void add_dq(Passing const& at, bool finite) const {
     auto const sums = Sums::template of<Sequence>(p_, tile_.entry, at.head, at.block);
     if (finite) {
       sums.add_product(Sums::Products::template columns_as_a<SmemScores>(ds_tile()),
                        Sums::Products::template columns_as_b<SmemX>(smem_.x));
     } else {
-      add_visible_dq(sums, at.block * C.block_n);
+      add_visible_dq(sums, at);
     }
   }
 
@@ -364,8 +391,9 @@ struct TileGradients {
   }
 
   /// dS X element by element. Slow, but rare.
-  FLASHCUTE_DEVICE void add_visible_dq(Sums const& sums, int block_row0) const {
+  FLASHCUTE_DEVICE void add_visible_dq(Sums const& sums, Passing const& at) const {
     using namespace cute;
+    int const block_row0 = at.block * C.block_n;
     auto const c = Sums::coordinates();                                                    // -> (query, column)
     auto const ds = make_tensor(make_smem_ptr(ds_tile()), typename SmemScores::Layout{});  // (key, query)
     auto const x = make_tensor(make_smem_ptr(smem_.x), typename SmemX::Layout{});          // (key, column)
@@ -375,7 +403,7 @@ struct TileGradients {
       float sum = 0;
       CUTE_NO_UNROLL
       for (int key = 0; key < C.block_m; ++key) {
-        if (!Mask::visible(block_row0 + query, tile_.row0 + key, sequence())) continue;
+        if (!Mask::visible(block_row0 + query, tile_.row0 + key, sequence(at.head))) continue;
         sum += static_cast<float>(shared_load<Element>(&ds(key, query))) *
                static_cast<float>(shared_load<Element>(&x(key, column)));
       }
@@ -445,11 +473,12 @@ struct TileGradients {
   FLASHCUTE_DEVICE void add_dropped(int first_head, int heads, RowRange const& others, int rows) const {
     if (!(P::wants_finite || Mask::rows_differ) || !dropped_) return;
     ForwardParams const& f = p_.forward;
+    int head = first_head;
     auto const sees = [&](int row, int other) {
-      return keys_stay ? Mask::visible(other, tile_.row0 + row, sequence())
-                       : Mask::visible(tile_.row0 + row, other, sequence());
+      return keys_stay ? Mask::visible(other, tile_.row0 + row, sequence(head))
+                       : Mask::visible(tile_.row0 + row, other, sequence(head));
     };
-    for (int head = first_head; head < first_head + heads; ++head) {
+    for (; head < first_head + heads; ++head) {
       Rows const x = keys_stay ? queries(f.q, f.q_stride, tile_, head) : keys(f.k, f.k_stride, tile_, head);
       flashcute::add_dropped<C, SmemX>(x, others, rows, f.head_dim, smem_.x, sees);
       if constexpr (keys_stay) {

@@ -81,13 +81,12 @@ struct SinkGradient {
     float sum = 0;
     for (int batch = 0; batch < f.batch; ++batch) {
       auto const first = lse_offset(f, batch, head);
-      int const rows = f.sequences.packed() ? f.seqlen_q : Sequence(f, Sequence::Entry::of(f, batch)).rows();
+      int const rows = f.sequences.packed() ? f.seqlen_q : Sequence(f, Sequence::Entry::of(f, batch), head).rows();
       for (int row0 = thread_index(); row0 < rows; row0 += rows_at_once * threads) {
         float lse[rows_at_once], delta[rows_at_once];
         CUTE_UNROLL
         for (int i = 0; i < rows_at_once; ++i) {
-          auto const row =
-              first + min_of(row0 + i * threads, rows - 1);  // without a branch, which would wait for loads
+          auto const row = first + min_of(row0 + i * threads, rows - 1);  // a branch would wait for the loads before
           lse[i] = global_load<float>(static_cast<float const*>(f.lse) + row);
           delta[i] = global_load<float>(static_cast<float const*>(p.delta) + row);
         }
@@ -129,7 +128,7 @@ struct SinkGradient {
   /// delta is -dLSE, whatever dO is.
   FLASHCUTE_DEVICE static float corrected(float sink, BackwardParams const& p, int batch, int head, int row) {
     auto const entry = Sequence::Entry::of_row(p.forward, batch, row);
-    Sequence const sequence(p.forward, entry);
+    Sequence const sequence(p.forward, entry, head);
     int const query = row - entry.first_query;
     if (query >= sequence.rows()) return 0.f;
     auto const offset = lse_offset(p.forward, batch, head) + row;

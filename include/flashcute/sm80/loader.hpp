@@ -31,12 +31,12 @@ class ForwardLoader {
 
     // If the range is empty, and after its first block, these may point outside the tensor, as the last rows of a
     // partial block do: such addresses are computed but never read.
-    int64_t const last_row = range.first() * static_cast<int64_t>(C.block_n);
+    int64_t const last_row = Range::contiguous ? range.first() * static_cast<int64_t>(C.block_n) : 0;
     k_ = CopyK::first(static_cast<Element const*>(p.k) + tile.k_offset(p) + last_row * p.k_stride.row, p.k_stride.row);
     v_ = CopyV::first(static_cast<Element const*>(p.v) + tile.v_offset(p) + last_row * p.v_stride.row, p.v_stride.row);
     if (F.eager_load_blocks && !range.empty()) {
-      load_key(range.first(), std_::true_type{});
-      if (C.stages > 1) load_value(range.first(), std_::true_type{});
+      load_key(range.first(), std_::true_type{}, 1);
+      if (C.stages > 1) load_value(range.first(), std_::true_type{}, 1);
     }
   }
 
@@ -56,6 +56,7 @@ class ForwardLoader {
   /// K(n) as the right operand of S = Q K^T.
   template <class Partial>
   FLASHCUTE_DEVICE auto key(int n, Partial partial) {
+    if constexpr (!Range::contiguous) ++visit_;
     // Lazily: K's buffer is free since all warps have passed `value`.
     if constexpr (!F.eager_load_blocks) load_key(n, partial);
     // K(n) (and Q; with two stages also V(n)) have arrived, and all warps have finished reading V(n + 1) (with two
@@ -65,8 +66,8 @@ class ForwardLoader {
     if constexpr (C.stages > 1) {
       value_finite_ = finite;
       if (range_.left(n) > 1) {
-        load_key(n + Range::step, partial);
-        load_value(n + Range::step, partial);
+        load_key(Range::contiguous ? n + Range::step : range_.next(n), partial, 1);
+        load_value(Range::contiguous ? n + Range::step : range_.next(n), partial, 1);
       }
     } else if constexpr (F.eager_load_blocks) {
       load_value(n, partial);
@@ -82,7 +83,8 @@ class ForwardLoader {
       if constexpr (!F.eager_load_blocks) load_value(n, partial);
       // V(n) has arrived, and all warps have finished reading K(n): its buffer may be refilled.
       value_finite_ = arrive_and_sync([&] { return CopyV::is_finite(value_place(n)); });
-      if (F.eager_load_blocks && range_.left(n) > 1) load_key(n + Range::step, partial);
+      if (F.eager_load_blocks && range_.left(n) > 1)
+        load_key(Range::contiguous ? n + Range::step : range_.next(n), partial, 1);
     }
     return P::value(ArrivedTile<Element>{value_place(n), value_finite_});
   }
@@ -110,28 +112,40 @@ class ForwardLoader {
     return true;
   }
 
-  FLASHCUTE_DEVICE Element* key_place(int n) const { return smem_.k[n % C.stages]; }
-  FLASHCUTE_DEVICE Element* value_place(int n) const { return smem_.v[n % C.stages]; }
+  // Of block n, which is the current one or, with `ahead` 1, the next. Neighbours have different places; blocks that do
+  // not follow each other are counted.
+  FLASHCUTE_DEVICE int place(int n, int ahead) const { return (Range::contiguous ? n : visit_ + ahead) % C.stages; }
+  FLASHCUTE_DEVICE Element* key_place(int n, int ahead = 0) const { return smem_.k[place(n, ahead)]; }
+  FLASHCUTE_DEVICE Element* value_place(int n, int ahead = 0) const { return smem_.v[place(n, ahead)]; }
 
   // Called for the blocks in the order of the range.
   template <class Partial>
-  FLASHCUTE_DEVICE void load_key(int n, Partial partial) {
-    CopyK::load(k_, p_.k_stride.row, tile_.sequence(p_).keys() - n * C.block_n, p_.head_dim, key_place(n), partial);
-    k_ -= C.block_n * p_.k_stride.row;
+  FLASHCUTE_DEVICE void load_key(int n, Partial partial, int ahead = 0) {
+    CopyK::load(at_block(k_, n, p_.k_stride), p_.k_stride.row, tile_.sequence(p_).keys() - n * C.block_n, p_.head_dim,
+                key_place(n, ahead), partial);
+    if constexpr (Range::contiguous) k_ -= C.block_n * p_.k_stride.row;
   }
 
   template <class Partial>
-  FLASHCUTE_DEVICE void load_value(int n, Partial partial) {
-    CopyV::load(v_, p_.v_stride.row, tile_.sequence(p_).keys() - n * C.block_n, p_.head_dim_v, value_place(n), partial);
-    v_ -= C.block_n * p_.v_stride.row;
+  FLASHCUTE_DEVICE void load_value(int n, Partial partial, int ahead = 0) {
+    CopyV::load(at_block(v_, n, p_.v_stride), p_.v_stride.row, tile_.sequence(p_).keys() - n * C.block_n, p_.head_dim_v,
+                value_place(n, ahead), partial);
+    if constexpr (Range::contiguous) v_ -= C.block_n * p_.v_stride.row;
+  }
+
+  /// Where the copies of block n begin: there already, or counted from the first block if they do not follow each
+  /// other.
+  FLASHCUTE_DEVICE static Element const* at_block(Element const* place, int n, Strides const& stride) {
+    return Range::contiguous ? place : place + n * (C.block_n * stride.row);
   }
 
   ForwardParams const& p_;
   Tile const tile_;
   typename L::SharedStorage& smem_;
-  Element const* k_;  // this thread's first element of the K block to load next
+  Element const* k_;  // this thread's first element of the K block to load next, or of block 0
   Element const* v_;
-  Range const range_;
+  std_::conditional_t<Range::contiguous, Range const, Range const&> range_;  // a map keeps what it has read
+  int visit_ = -1;  // how many blocks came before; only of blocks that do not follow each other
   bool dropped_ = false;
   bool value_finite_ = true;  // whether V(n), once it has arrived, is finite
 };

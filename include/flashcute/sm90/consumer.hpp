@@ -21,12 +21,46 @@ FLASHCUTE_DEVICE void store_counts(BlockCounter<Id.features.count_blocks> const&
   }
 }
 
+/// As a range of blocks, where blocks do not follow each other: those that the loading warp announces, of which the
+/// warpgroup knows the one that it has waited for last. Numbers of blocks are only asked for whether there is one.
+class AwaitedBlocks {
+ public:
+  static constexpr bool contiguous = false;
+
+  AwaitedBlocks() = default;
+  /// Of a tile that has any, or none.
+  FLASHCUTE_DEVICE AwaitedBlocks(bool any) : any_(any) {}
+
+  FLASHCUTE_DEVICE void set(AnnouncedBlock const& block) {
+    number_ = uniform(block.number);
+    full_after_ = uniform(block.full_after);
+    partial_ = uniform(block.partial);
+    last_ = uniform(block.last);
+  }
+
+  FLASHCUTE_DEVICE int first() const { return any_ ? 0 : -1; }
+  FLASHCUTE_DEVICE int next(int) const { return last_ ? -1 : 0; }
+  FLASHCUTE_DEVICE int left(int n) const { return n + 1; }
+  FLASHCUTE_DEVICE bool is_last(int) const { return last_; }
+  FLASHCUTE_DEVICE bool is_partial(int) const { return partial_; }
+  FLASHCUTE_DEVICE int number(int) const { return number_; }
+  /// How many full blocks come next, if the last one that was waited for is not among them, and if it is.
+  FLASHCUTE_DEVICE int full_left(int) const { return full_after_; }
+  FLASHCUTE_DEVICE int full_left_from(int) const { return full_after_ + 1; }
+
+  static constexpr int full_end = std_::numeric_limits<int>::max(), begin = 0, end = 0;
+
+ private:
+  int number_, full_after_;
+  bool any_, partial_, last_;
+};
+
 /// One consumer warpgroup.
 template <ForwardKernelId Id>
 class Consumer {
   static constexpr ForwardConfig C = Id.config;
   using Mask = flashcute::Mask<Id.features.mask>;
-  using Range = typename Mask::Range;
+  using Range = std_::conditional_t<Mask::Range::contiguous, typename Mask::Range, AwaitedBlocks>;
   using Tile = QueryTile<typename Mask::Sequence>;
   using L = ForwardLayout<C, Mask>;
   using P = Products<C>;
@@ -73,6 +107,7 @@ class Consumer {
       sums_ = Sums{p_};
       skip_keys();
       skip_values(skipped_);
+      fresh_ = true;
       for (int n = range_.first(); range_.left(n) > 0; n = range_.next(n)) {
         begin_scores(s_);
         P::template finish<0>(s_);
@@ -80,7 +115,7 @@ class Consumer {
         sums_.softmax.update(s_, o_);
         auto probabilities = P::probabilities(s_);
         tiles_.await_value();
-        P::begin_output(o_, probabilities, tiles_.arrived_value(), n == range_.first());  // O += P V
+        begin_output(probabilities);  // O += P V
         P::template finish<0>(o_);
         tiles_.release_value();
       }
@@ -134,7 +169,7 @@ class Consumer {
         sums_ = Sums{p_};
         if (goes_on != 0) {
           skip_keys();
-          tiles_.await_key();
+          await_key();
           turns_.wait();
         }
         P::begin_scores(s_, tiles_.query(), tiles_.arrived_key());
@@ -174,7 +209,7 @@ class Consumer {
         n = range_.next(n);
         attend_ahead(n, odd, even, next, probabilities);
         n = range_.next(n);
-      } while (range_.full_left(n) > 2);
+      } while (range_.full_left_from(n) > 2);
       begin_output(probabilities);
       auto const correction = sums_.softmax.update_by_stale_max(next, even);
       tiles_.await_value_after();
@@ -195,7 +230,7 @@ class Consumer {
   /// As `attend`, but this block's scores are ready; those of the next block are multiplied during the softmax.
   FLASHCUTE_DEVICE void attend_ahead(int n, Scores const& scores, Scores& after, Probabilities& probabilities,
                                      Probabilities& next) {
-    tiles_.await_key();
+    await_key();
     tiles_.look_for_value_after();
     turns_.wait();
     P::begin_scores(after, tiles_.query(), tiles_.arrived_key());
@@ -240,9 +275,15 @@ class Consumer {
     }
   }
 
+  /// Waits for the next K.
+  FLASHCUTE_DEVICE void await_key() {
+    tiles_.await_key();
+    if constexpr (!Range::contiguous) range_.set(tiles_.key_block());
+  }
+
   /// Begins S = Q K^T with the next K.
   FLASHCUTE_DEVICE void begin_scores(Scores& s) {
-    tiles_.await_key();
+    await_key();
     turns_.wait();
     P::begin_scores(s, tiles_.query(), tiles_.arrived_key());
     turns_.pass();
@@ -250,7 +291,7 @@ class Consumer {
 
   /// Begins S(n) = Q K(n)^T and O += P V of the block before, and waits for S.
   FLASHCUTE_DEVICE void begin_products(Probabilities& probabilities) {
-    tiles_.await_key();
+    await_key();
     turns_.wait();
     P::begin_scores(s_, tiles_.query(), tiles_.arrived_key());
     begin_output(probabilities);
@@ -291,7 +332,7 @@ class Consumer {
   FLASHCUTE_DEVICE void apply(int n, Scores& s) {
     if (!range_.is_partial(n)) return;
     Tile const& rows = tiles_.work(0).rows;
-    int const key = n * C.block_n + L::first_column(), row0 = rows.row0;
+    int const key = range_.number(n) * C.block_n + L::first_column(), row0 = rows.row0;
     flashcute::apply_mask<L, Mask>(s, [&](int i) { return row0 + L::row(i); }, key, rows.sequence(p_));
   }
 
@@ -335,7 +376,7 @@ class Consumer {
   }
 
   FLASHCUTE_DEVICE void skip_key(int n) {
-    tiles_.await_key();
+    await_key();
     turns_.wait();
     turns_.pass();
     count_block(n);
@@ -354,7 +395,13 @@ class Consumer {
   }
 
   /// Counts block n as full or partial for the whole tile, not for this warpgroup's rows.
-  FLASHCUTE_DEVICE void count_block(int n) { sums_.counter.visit(tiles_.work(0).loaded.is_partial(n)); }
+  FLASHCUTE_DEVICE void count_block(int n) {
+    if constexpr (Range::contiguous) {
+      sums_.counter.visit(tiles_.work(0).loaded.is_partial(n));
+    } else {
+      sums_.counter.visit(range_.is_partial(n));
+    }
+  }
 
   // The same in all lanes, as the compiler cannot know.
   FLASHCUTE_DEVICE static KvRange uniform_range(KvRange const& r) {
@@ -367,9 +414,14 @@ class Consumer {
   /// Moves on to the next tile; false if there is none.
   FLASHCUTE_DEVICE bool next_tile() {
     auto const& work = tiles_.next();
-    range_ = uniform_range(work.range);
-    skipped_ = Mask::rows_differ ? uniform(work.loaded.end) - range_.end : 0;
-    if constexpr (Mask::two_edges) left_over_ = range_.begin - uniform(work.loaded.begin);
+    if constexpr (Range::contiguous) {
+      range_ = uniform_range(work.range);
+      skipped_ = Mask::rows_differ ? uniform(work.loaded.end) - range_.end : 0;
+      if constexpr (Mask::two_edges) left_over_ = range_.begin - uniform(work.loaded.begin);
+    } else {
+      range_ = {work.exists && !work.loaded.empty()};
+      skipped_ = 0;
+    }
     absent_ = uniform(work.rows.rows <= 0 || (Mask::two_edges && work.loaded.empty()));
     return uniform(work.exists);
   }

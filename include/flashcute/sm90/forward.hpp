@@ -37,7 +37,7 @@ struct ForwardPass {
 
     if constexpr (!Mask::two_edges) {
       // Before setmaxnreg: this needs more registers than the loading warpgroup keeps.
-      if (Mask::has_empty_rows(UniformSequence(p.forward, {})) && thread_index() < 32) store_empty_tiles(p.forward);
+      if (Mask::has_empty_rows(UniformSequence(p.forward, {}, 0)) && thread_index() < 32) store_empty_tiles(p.forward);
     }
 
     // nvcc handles setmaxnreg well only in this form: one if/else, whose branches each set the number of registers.
@@ -60,15 +60,55 @@ struct ForwardPass {
   FLASHCUTE_DEVICE static void load(Sm90ForwardParams const& p, Storage& smem) {
     Loader<C, Mask> loader{p, smem};
     TileSchedule<Id> schedule{p, smem};
-    for (Tile tile; schedule.next(tile);) {
-      auto const range = Mask::kv_range(tile, p.forward, C.block_n);
-      if (!range.empty()) {
-        loader.load(tile, range);
-      } else if constexpr (Mask::two_edges) {
-        loader.pass_over(tile);
+    if constexpr (Mask::Range::contiguous) {
+      for (Tile tile; schedule.next(tile);) {
+        auto const range = Mask::kv_range(tile, p.forward, C.block_n);
+        if (!range.empty()) {
+          loader.load(tile, range);
+        } else if constexpr (Mask::two_edges) {
+          loader.pass_over(tile);
+        }
       }
+    } else {
+      load_ahead(p, loader, schedule);
     }
     loader.finish();
+  }
+
+  /// What a tile sees under a map has to be read from memory: it is found while the tile before is loaded, after two of
+  /// its blocks, when the warpgroups have work.
+  FLASHCUTE_DEVICE static void load_ahead(Sm90ForwardParams const& p, Loader<C, Mask>& loader,
+                                          TileSchedule<Id>& schedule) {
+    struct Next {
+      Tile tile;
+      MapBlocks blocks;
+      bool exists;
+    };
+    Next now, next;
+    bool known = false;  // whether `next` is the tile after `now`
+    bool over = true;    // whether all blocks of `now` have been loaded
+    int loaded = 0;      // how many have
+    while (true) {
+      if (!known && (over || loaded >= 2)) {
+        next.exists = schedule.next(next.tile);
+        if (next.exists) next.blocks = Mask::kv_range(next.tile, p.forward, C.block_n);
+        known = true;
+      }
+      if (over) {
+        if (!next.exists) return;
+        now = next;
+        known = false;
+        if (now.blocks.empty()) {
+          loader.pass_over(now.tile);
+          continue;
+        }
+        loader.prefetch_queries(now.tile);
+        loaded = 0;
+      }
+      loader.load_next_block(now.tile, now.blocks, loaded == 0);
+      over = now.blocks.empty();
+      ++loaded;
+    }
   }
 
   /// Writes the tiles that see no key under a mask with one edge, which the loader leaves out. If the first row sees a

@@ -6,7 +6,7 @@
 // Built on the instructions above.
 #include "flashcute/device/fragment.hpp"
 #include "flashcute/policy/mask.hpp"
-#include "flashcute/sm90/packed_order.hpp"
+#include "flashcute/sm90/tile_order.hpp"
 
 namespace flashcute::sm90 {
 
@@ -14,8 +14,8 @@ namespace flashcute::sm90 {
 template <class Mask>
 struct Work {
   QueryTile<typename Mask::Sequence> rows;  // the warpgroup's part of the tile; it may be empty
-  typename Mask::Range range;               // of keys that its rows see
-  typename Mask::Range loaded;              // of keys that any of the tile's rows sees
+  typename Mask::Announced range;           // of keys that its rows see
+  typename Mask::Announced loaded;          // of keys that any of the tile's rows sees
   bool exists;                              // false: there are no more tiles
 };
 
@@ -95,6 +95,13 @@ struct ForwardLayout {
   /// stored the one before that, and another may be a tile ahead.
   static constexpr int tiles = 4;
 
+  /// What the loading warp tells of the block of K in each stage: nothing where blocks follow each other.
+  struct NoKeyBlocks {};
+  struct EachKeyBlock {
+    AnnouncedBlock of_stage[C.stages];
+  };
+  using KeyBlocks = std_::conditional_t<Mask::Range::contiguous, NoKeyBlocks, EachKeyBlock>;
+
   template <int Alignment, class OwnTiles>
   struct Storage {
     alignas(Alignment) Element q[warpgroups][q_elements];
@@ -107,6 +114,7 @@ struct ForwardLayout {
     Barrier q_full[warpgroups], q_empty[warpgroups];
     Barrier k_full[C.stages], k_empty[C.stages];
     Barrier v_full[C.stages], v_empty[C.stages];
+    [[no_unique_address]] KeyBlocks key_blocks;
     [[no_unique_address]] OwnTiles own_tiles;
   };
   /// What the others leave. (Without the alignment, to which the size would be rounded.)

@@ -26,17 +26,36 @@ class Loader {
   /// Loads a tile's Q, K and V in the order in which they are needed: V(n) comes after the K that follows K(n), which
   /// may be the next tile's first.
   FLASHCUTE_DEVICE void load(Tile const& tile, Range const& range) {
-    for (int w = 0; w < L::warpgroups; ++w) {  // to L2, long before its buffer is free
+    prefetch_queries(tile);
+    for (int n = range.first(); range.left(n) > 0; n += Range::step) load_block(tile, range, n);
+  }
+
+  /// Brings Q to the level 2 cache, long before its buffer is free.
+  FLASHCUTE_DEVICE void prefetch_queries(Tile const& tile) const {
+    for (int w = 0; w < L::warpgroups; ++w) {
       int const row = tile.entry.first_query + rows_of(tile, w).row0;
       for_each_page<C.head_dim>([&](int column) { prefetch_box(p_.q, column, row, tile.head, tile.entry.batch); });
     }
-    for (int n = range.first(); range.left(n) > 0; n += Range::step) {
-      load_key(tile, n);
-      load_value_left();
-      if (n == range.first()) announce(tile, range);
-      // Spelled out: with `is_partial` alone nvcc 13.0 makes other code of masks with one edge.
-      left_ = {tile, n, n >= range.full_end || (Mask::two_edges && range.is_partial(n)), true};
-    }
+  }
+
+  /// Block `n` of a tile, and the V before it; with the first block of a tile also its Q.
+  FLASHCUTE_DEVICE void load_block(Tile const& tile, Range const& range, int n) {
+    load_key(tile, n, [](int) {});
+    load_value_left();
+    if (n == range.first()) announce(tile, range);
+    // Spelled out: with `is_partial` alone nvcc 13.0 makes other code of masks with one edge.
+    left_ = {tile, n, n >= range.full_end || (Mask::two_edges && range.is_partial(n)), true};
+  }
+
+  /// The next of the blocks that a tile sees under a map, as load_block.
+  FLASHCUTE_DEVICE void load_next_block(Tile const& tile, MapBlocks const& blocks, bool is_first) {
+    MapBlock const block = blocks.take();
+    load_key(tile, block.number, [&](int stage) {
+      smem_.key_blocks.of_stage[stage] = {block.number, blocks.full_after(block), block.partial, blocks.empty()};
+    });
+    load_value_left();
+    if (is_first) announce(tile, blocks);
+    left_ = {tile, block.number, block.partial, true};
   }
 
   /// Announces a tile that sees no key, after all that was loaded before.
@@ -97,6 +116,14 @@ class Loader {
   }
 
   FLASHCUTE_DEVICE Work<Mask> part(Tile const& tile, Range const& range, int warpgroup) const {
+    if constexpr (!Range::contiguous) {  // all warpgroups take all blocks
+      return {rows_of(tile, warpgroup), range.pages().band(), range.pages().band(), true};
+    } else {
+      return part_of_range(tile, range, warpgroup);
+    }
+  }
+
+  FLASHCUTE_DEVICE Work<Mask> part_of_range(Tile const& tile, Range const& range, int warpgroup) const {
     Work<Mask> part{rows_of(tile, warpgroup), range, range, true};
     if (inspected && part.rows.rows > 0) {
       part.range = Mask::kv_range(part.rows, p_.forward, C.block_n);
@@ -122,8 +149,11 @@ class Loader {
     if (left_.any) load_value(left_.tile, left_.n, left_.partial);
   }
 
-  FLASHCUTE_DEVICE void load_key(Tile const& tile, int n) {
+  /// `tell(stage)`: what the warpgroups have to know before K arrives.
+  template <class Tell>
+  FLASHCUTE_DEVICE void load_key(Tile const& tile, int n, Tell const& tell) {
     barrier_wait(smem_.k_empty[k_.place], k_.parity ^ 1);
+    tell(k_.place);
     load_block<C.head_dim>(p_.k, n, tile, smem_.k[k_.place], smem_.k_full[k_.place]);
     k_.advance();
   }

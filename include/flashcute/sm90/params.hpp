@@ -13,6 +13,6 @@ struct Sm90ForwardParams {
   TileDeal deal;
 };
 static_assert(sizeof(TileDeal) == 2308);
-static_assert(sizeof(Sm90ForwardParams) == 3072);
+static_assert(sizeof(Sm90ForwardParams) == 3200);
 
 }  // namespace flashcute

@@ -76,6 +76,8 @@ class Tiles {
     barrier_wait_unless(key_passed_, smem_.k_full[k_.place], k_.parity);
     key_passed_ = 0;
   }
+  /// What the loading warp said of it.
+  FLASHCUTE_DEVICE AnnouncedBlock const& key_block() const { return smem_.key_blocks.of_stage[k_.place]; }
   FLASHCUTE_DEVICE InRing<Element> arrived_key() const { return {smem_.k[0], k_.place}; }
   /// Tests early whether the K after it has arrived, for the wait when that is the next.
   FLASHCUTE_DEVICE void look_for_key_after() {

@@ -21,7 +21,8 @@ constexpr SectionRounds section_rounds(ForwardKernelId const& k) {
   switch (k.features.mask) {
     case MaskKind::full: return equally_long;
     case MaskKind::causal:
-    case MaskKind::band: return {1, k.config.head_dim > 128 ? 2 : 4};
+    case MaskKind::band:
+    case MaskKind::mapped: return {1, k.config.head_dim > 128 ? 2 : 4};
   }
   return equally_long;
 }
@@ -73,7 +74,7 @@ struct TileRound {
 /// every other one backwards, so that a block with a long tile gets a short one next. The next section continues with
 /// the block after the last that got a tile. The last section is larger, so that there are short tiles at the end for
 /// the blocks with the least work so far. If all tiles are equally long (`per_section` 0), there is one section. (Tiles
-/// of packed sequences are distributed otherwise: sm90/packed_order.hpp.)
+/// of packed sequences are distributed otherwise: sm90/tile_order.hpp.)
 class TileRounds {
  public:
   /// `row_blocks`: tiles of each head.

@@ -11,11 +11,12 @@ class TileSchedule {
   using Mask = flashcute::Mask<Id.features.mask>;
   using Sequence = typename Mask::Sequence;
   using Tile = QueryTile<Sequence>;
-  using Order = PackedOrder<C, Mask>;
+  using Order = TileOrder<C, Mask>;
   using Storage = typename ForwardLayout<C, Mask>::SharedStorage;
 
  public:
-  /// Before the first tile is loaded: sorts packed tiles. All threads call it, and synchronise before any goes on.
+  /// Before the first tile is loaded: sorts tiles whose costs the host does not know. All threads call it, and
+  /// synchronise before any goes on.
   FLASHCUTE_DEVICE static void prepare(ForwardParams const& p, Storage& smem) {
     if constexpr (!Sequence::fills_tensors) {
       Order::prepare(p, block(), blocks(), smem.q, smem.own_tiles);
@@ -43,7 +44,7 @@ class TileSchedule {
   FLASHCUTE_DEVICE bool next_place(TilePlace& place) {
     if constexpr (!Sequence::fills_tensors) {
       place.near = sequence_;
-      if (Sequence::is_packed(p_.forward)) {
+      if (Order::decides(p_.forward, smem_.own_tiles)) {
         return Order::find(p_.forward, index_++, block(), blocks_, smem_.own_tiles, place);
       }
     }

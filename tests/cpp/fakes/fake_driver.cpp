@@ -87,11 +87,13 @@ int cuLaunchKernelEx(LaunchConfig const* c, void* function, void** parameters, v
   std::lock_guard const lock(state.mutex);
   auto const& kernel = *static_cast<std::string const*>(function);
   FakeLaunch launch{kernel, c->grid_x, c->grid_y,       c->grid_z, c->block_x, c->shared_bytes,
-                    1,      c->stream, current_context, {},        {}};
+                    1,      c->stream, current_context, {},        {},         {}};
   if (c->attribute_count == 1 && c->attributes[0] == 4) {  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
     launch.cluster_x = c->attributes[2];                   // after 8 bytes
   }
-  if (kernel.find("_bwd_") != std::string::npos) {
+  if (kernel == "flashcute_make_block_map") {
+    launch.map = *static_cast<flashcute::BlockMapRules const*>(parameters[0]);
+  } else if (kernel.find("_bwd_") != std::string::npos) {
     launch.backward = *static_cast<flashcute::BackwardParams const*>(parameters[0]);
     launch.params = launch.backward->forward;
   } else if (kernel.find("_sm90_") != std::string::npos) {
@@ -110,6 +112,12 @@ int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address, st
   state.tensor_maps.push_back(made);
   std::memset(map, 0, 128);
   return state.tensor_map_result;
+}
+
+int cuMemsetD32Async(std::uint64_t address, unsigned value, std::size_t count, void* stream) {
+  std::lock_guard const lock(state.mutex);
+  state.clears.push_back({address, value, count, stream, current_context});
+  return 0;
 }
 
 int cuThreadExchangeStreamCaptureMode(int* mode) { return std::swap(*mode, state.capture_mode), 0; }
@@ -147,6 +155,7 @@ int cuGetProcAddress_v2(char const* symbol, void** function, int, std::uint64_t,
                                   ENTRY(cuKernelSetAttribute),
                                   ENTRY(cuLaunchKernelEx),
                                   ENTRY(cuTensorMapEncodeTiled),
+                                  ENTRY(cuMemsetD32Async),
                                   ENTRY(cuThreadExchangeStreamCaptureMode),
                                   ENTRY(cuGetErrorName),
                                   ENTRY(cuGetErrorString)};

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "flashcute/core/backward_params.hpp"
+#include "flashcute/policy/block_map_rules.hpp"
 #include "flashcute/sm90/params.hpp"
 
 struct FakeLaunch {
@@ -19,6 +20,14 @@ struct FakeLaunch {
   void* context;
   flashcute::ForwardParams params;
   std::optional<flashcute::BackwardParams> backward;  // of its kernels
+  std::optional<flashcute::BlockMapRules> map;        // of the kernel that makes maps
+};
+
+struct FakeClear {
+  std::uint64_t address;
+  unsigned value;
+  std::size_t count;
+  void *stream, *context;
 };
 
 struct FakeTensorMap {
@@ -51,6 +60,7 @@ struct FakeDriver {
   std::set<std::string> kernels;  // by name, whose address is the kernel's handle
   std::vector<FakeLaunch> launches;
   std::vector<FakeTensorMap> tensor_maps;
+  std::vector<FakeClear> clears;
 };
 
 extern "C" FakeDriver* fake_driver();

@@ -22,5 +22,6 @@ std::string_view embedded_targets() { return testing::fake_images().targets; }
 std::string_view embedded_compiler_version() { return "13.0.88"; }
 std::string_view embedded_image(Family<ForwardConfig> const& family) { return image_of(family); }
 std::string_view embedded_image(Family<BackwardConfig> const& family) { return image_of(family); }
+std::string_view embedded_image(BlockMapFamily const& family) { return image_of(family); }
 
 }  // namespace flashcute

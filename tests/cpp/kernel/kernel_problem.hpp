@@ -13,6 +13,7 @@
 #include <optional>
 #include <random>
 
+#include "support/map_problem.hpp"
 #include "support/mask_definition.hpp"
 
 namespace flashcute {
@@ -135,6 +136,7 @@ struct Shape {
   std::vector<float> sink{};
   // Packed sequences in sq and sk rows of a batch of one, to each of which the lengths are told.
   std::vector<int> cu_seqlens_q{}, cu_seqlens_k{};
+  MapProblem map{};
 
   bool packed() const { return !cu_seqlens_q.empty(); }
   /// Rows of batch entry or sequence `b` that exist.
@@ -157,13 +159,14 @@ struct Shape {
     return entry >= 0 && key < keys(entry);
   }
   int last_offset() const { return causal_offset.value_or(sk - sq); }
-  bool sees(MaskKind kind, int batch, int query, int other) const {
+  bool sees(MaskKind kind, int batch, int head, int query, int other) const {
     auto const [b, i] = place(cu_seqlens_q, batch, query);
     auto const [b_of_key, j] = place(cu_seqlens_k, batch, other);
     if (b < 0 || b != b_of_key) return false;
     int const shift = from_end ? (keys(b) - sk) - (rows(b) - sq) : 0;
     definition::MaskProblem m{keys(b), last_offset() + shift, window_offset + shift, rows(b)};
     if (prefix) m.prefix = *prefix, m.prefix_offset = prefix_offset + shift;
+    m.map_shows = !map.exists() || map.shows(b, head, i, j);
     return definition::sees(kind, i, j, m);
   }
 
@@ -184,6 +187,7 @@ struct Shape {
     if (!seqlens_k.empty()) p.sequences.seqlens_k = seqlens_k.data();
     if (prefix) p.sequences.prefix = *prefix, p.sequences.prefix_offset = prefix_offset;
     if (!sink.empty()) p.sink.logits = sink.data(), p.sink.float32 = true;
+    p.map = map.described();
     if (!packed()) return;
     p.sequences.count = static_cast<int>(cu_seqlens_q.size()) - 1;
     p.sequences.cu_seqlens_q = cu_seqlens_q.data();
@@ -224,7 +228,7 @@ class Problem {
 
   float lse_at(int b, int h, int i) const { return lse[static_cast<size_t>((b * s_.heads + h) * s_.sq + i)]; }
 
-  bool visible(int b, int i, int j) const { return s_.sees(id_.features.mask, b, i, j); }
+  bool visible(int b, int h, int i, int j) const { return s_.sees(id_.features.mask, b, h, i, j); }
 
   /// NaN in all rows that do not exist.
   void poison_absent() {
@@ -290,7 +294,7 @@ class Problem {
           std::vector<double> p;
           double top = -inf, sum = 0, largest = 0;
           for (int j = 0; j < s_.sk; ++j) {
-            if (!visible(b, i, j)) continue;
+            if (!visible(b, h, i, j)) continue;
             double score = 0, magnitude = 0;
             for (int c = 0; c < s_.d; ++c) {
               double const product = q.at(b, i, h, c) * k.at(b, j, kv, c);
@@ -354,16 +358,17 @@ class Problem {
       }
       int const begin = block * m - (from_end ? ceil_div(length, m) * m - length : 0), keys = b < 0 ? 0 : s_.keys(b);
       int const row0 = std::max(begin, 0), row_end = b < 0 ? 0 : std::min(begin + m, s_.rows(b));
-      int const batch = s_.packed() ? 0 : b;
+      int const batch = s_.packed() ? 0 : b, head = static_cast<int>(t) / tiles % s_.heads;
       BlockCounts want{};
       for (int key0 = 0; key0 < keys; key0 += n) {
         bool any = false, all = key0 + n <= keys;
         for (int i = row0; i < row_end; ++i) {
           for (int j = key0; j < std::min(key0 + n, keys); ++j) {
-            bool const seen = visible(batch, first_row + i, first_key + j);
+            bool const seen = visible(batch, head, first_row + i, first_key + j);
             (seen ? any : all) = seen;
           }
         }
+        if (s_.map.exists()) look_at_cells(b, head, row0, row_end, key0, std::min(key0 + n, keys), any, all);
         ++(any && all ? want.full : any ? want.partial : want.skipped);
       }
       EXPECT_EQ(block_counts[t].full, want.full) << "tile " << t;
@@ -375,6 +380,24 @@ class Problem {
  private:
   Tensor empty_output() const {
     return Tensor(id_.config.dtype, s_.batch, s_.sq, s_.heads, s_.d_v, s_.order, id_.config.copy_bytes);
+  }
+
+  /// A map is known by cells: a block is visited if any of its cells is seen at all, and needs no test only if all of
+  /// them are seen whole.
+  void look_at_cells(int b, int h, int row0, int row_end, int key0, int key_end, bool& any, bool& all) const {
+    bool in_band = false, in_cells = false;
+    for (int i = row0; i < row_end; ++i) {
+      for (int j = key0; j < key_end; ++j) in_band = in_band || s_.sees(MaskKind::band, b, h, i, j);
+    }
+    auto const rounded = [](int x, int most) { return std::min(ceil_div(x, cell_size) * cell_size, most); };
+    for (int i = row0 / cell_size * cell_size; i < rounded(row_end, s_.sq); ++i) {
+      for (int j = key0 / cell_size * cell_size; j < rounded(key_end, s_.sk); ++j) {
+        bool const shown = s_.map.shows(b, h, i, j);
+        in_cells = in_cells || shown;
+        all = all && shown;
+      }
+    }
+    any = in_band && in_cells;
   }
 
   static bool is_close(double got, double want, double tolerance) {
@@ -393,6 +416,9 @@ constexpr ForwardKernelId causal(ForwardConfig c) {
   return kernel_of(c, {.mask = MaskKind::causal, .count_blocks = true});
 }
 constexpr ForwardKernelId band(ForwardConfig c) { return kernel_of(c, {.mask = MaskKind::band, .count_blocks = true}); }
+constexpr ForwardKernelId mapped(ForwardConfig c) {
+  return kernel_of(c, {.mask = MaskKind::mapped, .count_blocks = true});
+}
 constexpr ForwardKernelId full(ForwardConfig c) { return kernel_of(c, {.mask = MaskKind::full, .count_blocks = true}); }
 
 inline constexpr auto f16 = DType::float16, bf16 = DType::bfloat16, f32 = DType::float32;

@@ -84,7 +84,7 @@ class BackwardProblem {
             double d = dlse.empty() ? 0 : -dlse[row(b, h, i)];
             for (int c = 0; c < s_.d_v; ++c) d += problem.out.at(b, i, h, c) * dout.at(b, i, h, c);
             for (int j = 0; j < s_.sk; ++j) {
-              if (!problem.visible(b, i, j)) continue;
+              if (!problem.visible(b, h, i, j)) continue;
               double score = 0, dp = 0;
               for (int c = 0; c < s_.d; ++c) score += problem.q.at(b, i, h, c) * problem.k.at(b, j, kv, c);
               for (int c = 0; c < s_.d_v; ++c) dp += dout.at(b, i, h, c) * problem.v.at(b, j, kv, c);
@@ -137,7 +137,7 @@ class BackwardProblem {
           std::vector<double> scores(static_cast<size_t>(s_.sk), -inf);
           double top = -inf, sum = 0;
           for (int j = 0; j < s_.sk; ++j) {
-            if (!problem.visible(b, i, j)) continue;
+            if (!problem.visible(b, h, i, j)) continue;
             double score = 0;
             for (int c = 0; c < s_.d; ++c) score += problem.q.at(b, i, h, c) * problem.k.at(b, j, kv, c);
             scores[static_cast<size_t>(j)] = problem.scale * score;
@@ -151,7 +151,7 @@ class BackwardProblem {
           for (int c = 0; c < s_.d_v; ++c) {
             double o = 0;
             for (int j = 0; j < s_.sk; ++j) {
-              if (problem.visible(b, i, j)) o += scores[static_cast<size_t>(j)] * problem.v.at(b, j, kv, c);
+              if (problem.visible(b, h, i, j)) o += scores[static_cast<size_t>(j)] * problem.v.at(b, j, kv, c);
             }
             problem.out.set(b, i, h, c, sum == 0 ? 0 : o / sum);
           }
@@ -297,6 +297,49 @@ constexpr BackwardConfig small_f32_deterministic = {.dtype = f32,
                                                     .math = Math::tf32x3,
                                                     .stages = 1,
                                                     .deterministic = true};
+
+// Blocks of queries that are parts of a cell, and as large; warps that share columns; keys of two cells.
+constexpr BackwardConfig small_wide = {.dtype = bf16, .head_dim = 64, .block_m = 64, .block_n = 128, .stages = 1};
+
+template <BackwardConfig B>
+void check_block_maps() {
+  for (auto const& [batch, heads] : {std::pair{1, 1}, {2, 4}}) {
+    Shape s{.sq = 140, .sk = 200, .d = 40, .batch = 2, .heads = 4, .kv_heads = 2};
+    s.causal_offset = 200, s.window_offset = -140;
+    s.map = MapProblem::random(batch, heads, s.sq, s.sk, 11);
+    BackwardProblem<B, MaskKind::mapped> problem(s, true);
+    check_gradients(problem);
+  }
+  Shape s{.sq = 130, .sk = 150, .d = 64, .batch = 2, .heads = 2, .kv_heads = 1};
+  s.causal_offset = 30, s.window_offset = -60, s.from_end = true;
+  s.seqlens_q = {130, 70}, s.seqlens_k = {150, 100};
+  s.sink = {0.5f, -1};
+  s.map = MapProblem::random(1, 2, s.sq, s.sk, 12);
+  BackwardProblem<B, MaskKind::mapped> problem(s);
+  problem.problem.poison_absent();
+  check_gradients(problem);
+}
+
+// Guards against a block of another head that is left out because one head does not see it, blocks in the wrong place
+// of shared memory, bits of another row or column, and gradients of keys that nobody sees.
+TEST(BackwardKernel, BlockMaps) {
+  check_block_maps<small>();
+  check_block_maps<small_wide>();
+}
+TEST(BackwardKernel, BlockMapsWithColumnsShared) { check_block_maps<small_shared>(); }
+TEST(BackwardKernel, BlockMapsDeterministic) { check_block_maps<small_deterministic>(); }
+TEST(BackwardKernel, BlockMapsInFloat32) { check_block_maps<small_f32>(); }
+
+// Guards against NaN in hidden rows of any input, which a product would spread.
+TEST(BackwardKernel, NanThatAMapHides) {
+  Shape s{.sq = 100, .sk = 200, .d = 64, .causal_offset = 200, .window_offset = -100};
+  s.map = MapProblem::of(1, 1, s.sq, s.sk,
+                         [](int, int, int i, int j) { return i % 5 != 0 && j % 3 != 0 && (j < 64 || i > 70); });
+  BackwardProblem<small, MaskKind::mapped> problem(s);
+  for (int j : {0, 3, 66, 150}) problem.problem.k.set_row(0, j, 0, nan), problem.problem.v.set_row(0, j, 0, nan);
+  for (int i : {0, 5, 95}) problem.problem.q.set_row(0, i, 0, nan), problem.dout.set_row(0, i, 0, nan);
+  check_gradients(problem);
+}
 
 template <BackwardConfig B>
 void check_shapes() {

@@ -15,6 +15,14 @@ constexpr ForwardKernelId small_band =
     band({.dtype = bf16, .head_dim = 64, .block_m = 32, .block_n = 16, .num_warps = 2, .stages = 2});
 constexpr ForwardKernelId serial_band =
     band({.dtype = f16, .head_dim = 64, .block_m = 32, .block_n = 16, .num_warps = 2, .eager_load_blocks = false});
+// With one stage and with two, whose places in shared memory depend on how many blocks came before; blocks that are
+// parts of a cell, as large, and several cells of which some lie in two words.
+constexpr ForwardKernelId small_mapped =
+    mapped({.dtype = bf16, .head_dim = 64, .block_m = 32, .block_n = 16, .num_warps = 2, .stages = 2});
+constexpr ForwardKernelId serial_mapped =
+    mapped({.dtype = f16, .head_dim = 64, .block_m = 32, .block_n = 64, .num_warps = 2, .eager_load_blocks = false});
+constexpr ForwardKernelId wide_mapped =
+    mapped({.dtype = bf16, .head_dim = 64, .block_m = 128, .block_n = 96, .num_warps = 4});
 constexpr ForwardKernelId small_full =
     full({.dtype = f16, .head_dim = 128, .block_m = 64, .block_n = 32, .num_warps = 2, .q_in_registers = true});
 
@@ -72,6 +80,69 @@ TEST(ForwardKernel, NanBesideAWindow) {
     problem.v.set(0, 35, 0, 3, inf);
     for (int j : {3, 60}) problem.k.set_row(0, j, 0, nan);
     check<small_band>(problem, 2);
+  }
+}
+
+// Guards against a block that is visited though its cells are empty, or left out though one is not; bits of another
+// row, cell, head or batch entry; rows without a key; and the place of a block that does not follow the one before it.
+TEST(ForwardKernel, BlockMaps) {
+  for (auto const& [sq, sk] : {std::pair{1, 1}, {70, 75}, {130, 200}, {64, 300}}) {
+    for (int seed : {1, 2, 3}) {
+      Shape s{.sq = sq, .sk = sk, .d = 64, .causal_offset = sk, .window_offset = -sq};
+      s.map = MapProblem::random(1, 1, sq, sk, static_cast<uint64_t>(seed));
+      check<small_mapped>(s, 2);
+      check<serial_mapped>(s);
+      check<wide_mapped>(s, 2);
+    }
+  }
+}
+
+TEST(ForwardKernel, BlockMapsOfBatchEntriesAndHeads) {
+  for (auto const& [batch, heads] : {std::pair{2, 1}, {1, 4}, {2, 4}}) {
+    Shape s{.sq = 100, .sk = 140, .d = 64, .batch = 2, .heads = 4, .kv_heads = 2};
+    s.causal_offset = 140, s.window_offset = -100;
+    s.map = MapProblem::random(batch, heads, s.sq, s.sk, 5);
+    check<small_mapped>(s);
+    check<wide_mapped>(s);
+  }
+}
+
+// All masks AND: a map beside a window, lengths, a prefix and a sink.
+TEST(ForwardKernel, BlockMapsBesideABand) {
+  for (bool from_end : {false, true}) {
+    Shape s{.sq = 130, .sk = 200, .d = 64, .d_v = 48, .batch = 3, .heads = 2, .kv_heads = 1};
+    s.causal_offset = 60, s.window_offset = -40, s.from_end = from_end;
+    s.seqlens_q = {130, 65, 0}, s.seqlens_k = {200, 130, 64};
+    s.sink = {0.5f, -1};
+    s.map = MapProblem::random(3, 1, s.sq, s.sk, 7);
+    Problem problem(small_mapped, s);
+    problem.poison_absent();
+    check<small_mapped>(problem, 2);
+    check<wide_mapped>(s);
+    s.prefix = 90;
+    check<serial_mapped>(s);
+  }
+}
+
+// Guards against a NaN that a map hides and a product spreads.
+TEST(ForwardKernel, NanThatAMapHides) {
+  Shape s{.sq = 100, .sk = 200, .d = 64, .causal_offset = 200, .window_offset = -100};
+  s.map = MapProblem::of(1, 1, s.sq, s.sk, [](int, int, int i, int j) { return j % 3 != 0 && (j < 64 || i > 70); });
+  Problem problem(wide_mapped, s);
+  for (int j : {0, 3, 63, 66, 150}) problem.k.set_row(0, j, 0, nan), problem.v.set_row(0, j, 0, nan);
+  problem.v.set(0, 100, 0, 5, inf);  // some rows see it
+  check<wide_mapped>(problem);
+}
+
+// A map without room for its partial cells is wrong, and nobody may take its results for right.
+TEST(ForwardKernel, BlockMapsThatOverflow) {
+  Shape s{.sq = 100, .sk = 200, .d = 64, .causal_offset = 200, .window_offset = -100};
+  s.map = MapProblem::random(1, 1, s.sq, s.sk, 2);
+  s.map.build(1);
+  Problem problem(wide_mapped, s);
+  ASSERT_NO_FATAL_FAILURE(run<wide_mapped>(problem, 1));
+  for (int i = 0; i < s.sq; ++i) {
+    ASSERT_TRUE(std::isnan(problem.out.at(0, i, 0, 7)) && std::isnan(problem.lse_at(0, 0, i))) << "row " << i;
   }
 }
 

@@ -206,6 +206,66 @@ TEST(Sm90Kernel, Windows) {
   check_sm90<band(single)>({.sq = 100, .sk = 300, .d = 64, .causal_offset = 200, .window_offset = 150}, 1);
 }
 
+// Guards against a block of a map that the loading warp visits and the others do not, or in another order; tiles that
+// see nothing; bits of another row, head or batch entry; and rows that see no key.
+TEST(Sm90Kernel, BlockMaps) {
+  for (auto const& [sq, sk] : {std::pair{1, 1}, {130, 200}, {260, 700}}) {
+    for (uint64_t seed : {1, 2}) {
+      Shape s{.sq = sq, .sk = sk, .d = 64, .causal_offset = sk, .window_offset = -sq};
+      s.map = MapProblem::random(1, 1, sq, sk, seed);
+      check_sm90<mapped(narrow)>(s, 1);
+      check_sm90<mapped(ahead)>(s, 1);
+      check_sm90<mapped(serial)>(s, 1);
+    }
+  }
+  Shape s{.sq = 130, .sk = 500, .d = 128, .causal_offset = 500, .window_offset = -130};
+  s.map = MapProblem::random(1, 1, s.sq, s.sk, 3);
+  check_sm90<mapped(wide)>(s, 1);
+  s.d = s.d_v = 64;
+  check_sm90<mapped(single)>(s, 1);
+}
+
+// Many whole cells, which warpgroups take in pairs, between others.
+TEST(Sm90Kernel, BlockMapsThatShowMuch) {
+  Shape s{.sq = 70, .sk = 3000, .d = 64, .causal_offset = 3000, .window_offset = -70};
+  s.map = MapProblem::of(1, 1, s.sq, s.sk, [](int, int, int i, int j) { return j / 64 % 15 != 0 || i % 3 == 0; });
+  check_sm90<mapped(narrow)>(s, 1);
+  check_sm90<mapped(ahead)>(s, 1);
+}
+
+TEST(Sm90Kernel, BlockMapsOfBatchEntriesAndHeads) {
+  Shape s{.sq = 200, .sk = 300, .d = 64, .batch = 2, .heads = 4, .kv_heads = 2};
+  s.causal_offset = 300, s.window_offset = -200;
+  for (auto const& [batch, heads] : {std::pair{2, 1}, {1, 4}, {2, 4}}) {
+    s.map = MapProblem::random(batch, heads, s.sq, s.sk, 5);
+    check_sm90<mapped(narrow)>(s, 1);
+  }
+}
+
+// All masks AND; rows of long tiles that see nothing, and whole tiles.
+TEST(Sm90Kernel, BlockMapsBesideABand) {
+  Shape s{.sq = 300, .sk = 400, .d = 64, .batch = 2, .heads = 2, .kv_heads = 1, .causal_offset = 60};
+  s.window_offset = -130, s.from_end = true;
+  s.seqlens_q = {300, 130}, s.seqlens_k = {400, 210};
+  s.sink = {0.5f, -1};
+  s.map = MapProblem::of(1, 2, s.sq, s.sk, [](int, int h, int i, int j) {
+    return (i < 64 || i > 200) && (h == 0 || i % 7 != 0) && (j / 64 % 2 == 0 || j % 5 == 0);
+  });
+  Problem problem(mapped(narrow), s);
+  problem.poison_absent();
+  check_sm90<mapped(narrow)>(problem);
+  check_sm90<mapped(ahead)>(s, 1);
+}
+
+TEST(Sm90Kernel, NanThatAMapHides) {
+  Shape s{.sq = 140, .sk = 300, .d = 64, .causal_offset = 300, .window_offset = -140};
+  s.map = MapProblem::of(1, 1, s.sq, s.sk, [](int, int, int i, int j) { return j % 3 != 0 && (j < 64 || i > 70); });
+  Problem problem(mapped(narrow), s);
+  for (int j : {0, 3, 63, 66, 150}) problem.k.set_row(0, j, 0, nan), problem.v.set_row(0, j, 0, nan);
+  problem.v.set(0, 100, 0, 5, inf);  // some rows see it
+  check_sm90<mapped(narrow)>(problem);
+}
+
 TEST(Sm90Kernel, NanBesideAWindow) {
   for (double poison : {nan, inf, -inf}) {
     Problem problem(band(narrow), {.sq = 140, .sk = 300, .d = 64, .causal_offset = 120, .window_offset = 20});
@@ -290,7 +350,7 @@ TEST(Sm90Kernel, ManyPackedTiles) {
 template <ForwardConfig C>
 struct PackedTiles {
   using Mask = flashcute::Mask<MaskKind::band>;
-  using Order = sm90::PackedOrder<C, Mask>;
+  using Order = sm90::TileOrder<C, Mask>;
   using Storage = typename sm90::ForwardLayout<C, Mask>::SharedStorage;
   using Tile = QueryTile<BatchSequence>;
 
@@ -379,7 +439,7 @@ constexpr ForwardConfig in_clusters = [] {
   return c;
 }();
 
-TEST(Sm90PackedOrder, EachTileIsDealtOnceAndTheLongestFirst) {
+TEST(Sm90TileOrder, EachTileIsDealtOnceAndTheLongestFirst) {
   std::mt19937 random(5);
   auto const check = [](auto const& tiles) {
     ASSERT_TRUE(tiles.sorted);
@@ -404,7 +464,7 @@ TEST(Sm90PackedOrder, EachTileIsDealtOnceAndTheLongestFirst) {
   check(PackedTiles<narrow>(std::vector<int32_t>(1000, 1), 1, 10));
 }
 
-TEST(Sm90PackedOrder, NobodyHasMuchMoreToDo) {
+TEST(Sm90TileOrder, NobodyHasMuchMoreToDo) {
   constexpr ForwardConfig config = default_forward_config(DType::bfloat16, 128, 90);
   EXPECT_LT(PackedTiles<config>(std::vector(8, 2048), 32, 132).busiest(), 1.01);
   EXPECT_LT(PackedTiles<config>(std::vector(4, 4096), 32, 132).busiest(), 1.01);
@@ -416,7 +476,7 @@ TEST(Sm90PackedOrder, NobodyHasMuchMoreToDo) {
   }
 }
 
-TEST(Sm90PackedOrder, NotWhereItChangesNothingOrTilesDoNotFit) {
+TEST(Sm90TileOrder, NotWhereItChangesNothingOrTilesDoNotFit) {
   std::vector<int32_t> const lengths(20, 100);
   EXPECT_FALSE(PackedTiles<narrow>(lengths, 1, 100).sorted);  // one round
   EXPECT_TRUE(PackedTiles<narrow>(lengths, 1, 10).sorted);
@@ -424,7 +484,7 @@ TEST(Sm90PackedOrder, NotWhereItChangesNothingOrTilesDoNotFit) {
   EXPECT_FALSE(PackedTiles<single>(std::vector<int32_t>(5000, 1), 1, 200).sorted);  // more slots
 }
 
-TEST(Sm90PackedOrder, LevelsRiseWithCosts) {
+TEST(Sm90TileOrder, LevelsRiseWithCosts) {
   for (int32_t blocks = 0; blocks < 10'000; ++blocks) {
     int32_t const level = sm90::CostLevel::of(blocks);
     ASSERT_LT(level, sm90::CostLevel::count);

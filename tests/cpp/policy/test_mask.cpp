@@ -30,7 +30,7 @@ using Keys = KeyTile<typename Mask<Kind>::Sequence>;
 template <MaskKind Kind>
 auto sequence_of(ForwardParams const& p) {
   using Sequence = typename Mask<Kind>::Sequence;
-  return Sequence(p, Sequence::Entry::of(p, 0));
+  return Sequence(p, Sequence::Entry::of(p, 0), 0);
 }
 
 bool sees(MaskKind kind, int32_t q, int32_t k, ForwardParams const& p) {
@@ -300,7 +300,7 @@ template <MaskKind Kind, class Columns>
 void expect_bits(int32_t q, int32_t key0, ForwardParams const& p) {
   auto const s = sequence_of<Kind>(p);
   for (int32_t const first : {0, 32, 64}) {
-    uint32_t const bits = Mask<Kind>::seen(q, key0, s).template bits<Columns>(first);
+    uint32_t const bits = Mask<Kind>::template seen<>(q, key0, s).template bits<Columns>(first);
     for (int32_t bit = 0; bit < 32; ++bit) {
       int32_t const k = key0 + Columns::distance(first + bit);
       ASSERT_EQ(bits >> bit & 1, sees(Kind, counted<Kind>(q, p), k, p))
@@ -325,7 +325,7 @@ void check_seen(std::mt19937& random) {
   for (int32_t i = 0; i < 40; ++i) {
     for (int32_t j = 0; j < 40; ++j) {
       bool const visible = sees(Kind, q0 + i, key0 + j, p);
-      ASSERT_EQ(Mask<Kind>::seen(q0 + i, key0, s).at(j), sees(Kind, counted<Kind>(q0 + i, p), key0 + j, p))
+      ASSERT_EQ(Mask<Kind>::template seen<>(q0 + i, key0, s).at(j), sees(Kind, counted<Kind>(q0 + i, p), key0 + j, p))
           << "query " << q0 + i << ", key " << key0 + j;
       ASSERT_EQ(seen_by.at(i, j), q0 + i < sq && visible) << "query " << q0 + i << ", key " << key0 + j;
     }

@@ -203,6 +203,13 @@ FLASHCUTE_DEVICE void global_store(void* to, Word const& word) {
   emulation::store_global(to, &word, sizeof(Word));
 }
 
+/// Of a block that runs alone.
+FLASHCUTE_DEVICE uint32_t count_up(uint32_t* number, uint32_t by) {
+  uint32_t const before = *number;
+  *number += by;
+  return before;
+}
+
 inline constexpr int reduction_width = 1;
 
 template <int Width>

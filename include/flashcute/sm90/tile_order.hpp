@@ -1,5 +1,6 @@
-// The order of packed tiles on Hopper. The host does not know which tiles are long: the lengths lie in memory. So each
-// thread block sorts the slots by cost before its first tile, all of them alike, and keeps the slots of its own tiles.
+// The order of tiles on Hopper where the host does not know which are long: the lengths of packed sequences, and block
+// maps, lie in memory. Each thread block sorts the tiles of a head by cost before its first one, all of them alike, and
+// keeps those that are its own.
 #pragma once
 
 #include "flashcute/policy/mask.hpp"
@@ -26,14 +27,15 @@ struct CostLevel {
 /// falls about every second round, that would favour the same blocks each time. Of pairs of rounds, and of pairs of
 /// pairs, every other one is turned too (the Thue-Morse sequence): a round goes backwards if its number has an odd
 /// number of ones.
-FLASHCUTE_HD int32_t packed_turn(int32_t round, int32_t block, int32_t blocks) {
+FLASHCUTE_HD int32_t sorted_turn(int32_t round, int32_t block, int32_t blocks) {
   int32_t ones = round;
   for (int32_t bits = 16; bits > 0; bits /= 2) ones ^= ones >> bits;
   return ones % 2 != 0 ? blocks - 1 - block : block;
 }
 
-/// A slot that has rows, and the sequence that they belong to.
-struct PackedSlot {
+/// A tile of each head: a slot of packed sequences that has rows, and the sequence that they belong to; else the number
+/// of the tile among those of all batch entries.
+struct TileSlot {
   uint16_t slot, sequence;
 
   static constexpr int32_t most = 0xffff;
@@ -42,23 +44,24 @@ struct PackedSlot {
 /// The tiles of a thread block, or of a cluster, in shared memory: at most `Bytes` bytes.
 template <class Sequence, int32_t Bytes>
 struct OwnTiles {
-  static constexpr int32_t rounds = (Bytes - static_cast<int32_t>(sizeof(int32_t))) / sizeof(PackedSlot);
+  static constexpr int32_t rounds = (Bytes - static_cast<int32_t>(sizeof(int32_t))) / sizeof(TileSlot);
 
-  int32_t slots;                // of a head that have rows; -1: tiles are not sorted
-  PackedSlot of_round[rounds];  // the block's turn says of which head
+  int32_t slots;              // that have rows; -1: tiles are not sorted
+  TileSlot of_round[rounds];  // the block's turn says of which head
 
   FLASHCUTE_HD bool sorted() const { return slots >= 0; }
 };
 
-/// Sequences that fill the tensors are not packed.
+/// The host knows the tiles of sequences that fill the tensors.
 template <int32_t Bytes>
 struct OwnTiles<UniformSequence, Bytes> {};
 
 /// Tile i of a launch is that of head i % heads in the slot with place i / heads in the order of costs, the longest
-/// first: the tiles of a round cost about the same. Where tiles are not sorted, slots are in the order of their rows:
-/// then each block gets tiles of all lengths that a sequence has.
+/// first: the tiles of a round cost about the same. Where packed tiles are not sorted, slots are in the order of their
+/// rows: then each block gets tiles of all lengths that a sequence has. (What a map shows the first head counts for
+/// all.)
 template <ForwardConfig C, class Mask>
-class PackedOrder {
+class TileOrder {
   using Tile = QueryTile<typename Mask::Sequence>;
 
   static constexpr int32_t rows = tile_rows(C), threads = num_threads(C), warps = threads / 32;
@@ -76,13 +79,13 @@ class PackedOrder {
 
   static constexpr int32_t memory_bytes = static_cast<int32_t>(smem_bytes(C)) - control_bytes;
   static constexpr int32_t slots_that_fit = (memory_bytes - static_cast<int32_t>(sizeof(Counts))) /
-                                            static_cast<int32_t>(sizeof(Place) + 2 * sizeof(PackedSlot));
-  static constexpr int32_t most_slots = min_of(slots_that_fit, PackedSlot::most);
+                                            static_cast<int32_t>(sizeof(Place) + 2 * sizeof(TileSlot));
+  static constexpr int32_t most_slots = min_of(slots_that_fit, TileSlot::most);
 
   /// What sorting needs, in the memory of tiles that are not loaded yet.
   struct Memory {
     Counts counts;
-    PackedSlot slots[most_slots], sorted[most_slots];
+    TileSlot slots[most_slots], sorted[most_slots];
     Place places[most_slots];  // of `slots`
   };
   static_assert(most_slots > 0 && sizeof(Memory) <= memory_bytes);
@@ -104,29 +107,49 @@ class PackedOrder {
   template <class Own>
   FLASHCUTE_DEVICE static bool find(ForwardParams const& p, int32_t round, int32_t block, int32_t blocks,
                                     Own const& own, TilePlace& place) {
-    int32_t const i = round * blocks + packed_turn(round, block, blocks);
-    if (i >= (own.sorted() ? own.slots : Tile::blocks_of_head(p, rows)) * p.heads) return false;
-    place.head = static_cast<uint32_t>(i % p.heads);
-    place.i = i / p.heads;
+    int32_t const i = round * blocks + sorted_turn(round, block, blocks);
+    if (i >= (own.sorted() ? own.slots : slots(p)) * p.heads) return false;
+    int32_t slot = i / p.heads;
     if (own.sorted()) {
-      place.i = own.of_round[round].slot;
+      slot = own.of_round[round].slot;
       place.near = own.of_round[round].sequence;
     }
+    int32_t const near = place.near;
+    place = place_of(p, slot, i % p.heads);
+    place.near = near;
     return true;
+  }
+
+  /// Whether `find` tells the tiles of a launch.
+  template <class Own>
+  FLASHCUTE_DEVICE static bool decides(ForwardParams const& p, Own const& own) {
+    return Mask::Sequence::is_packed(p) || (wants_order(p) && own.sorted());
   }
 
  private:
   FLASHCUTE_DEVICE static int warp() { return thread_index() / 32; }
 
+  FLASHCUTE_HD static bool wants_order(ForwardParams const& p) {
+    return Mask::Sequence::is_packed(p) || !Mask::Range::contiguous;
+  }
+
+  /// Of a head, in all batch entries.
+  FLASHCUTE_HD static int32_t slots(ForwardParams const& p) { return Tile::blocks_of_head(p, rows) * p.batch; }
+
+  FLASHCUTE_HD static TilePlace place_of(ForwardParams const& p, int32_t slot, int32_t head) {
+    if (Mask::Sequence::is_packed(p)) return {static_cast<uint32_t>(head), slot};
+    int32_t const of_entry = Tile::blocks_of_head(p, rows);
+    return {static_cast<uint32_t>(slot / of_entry * p.heads + head), slot % of_entry};
+  }
+
   /// Whether tiles are sorted: not in a single round, where the order changes nothing, nor where they do not fit the
   /// memory.
   template <class Own>
   FLASHCUTE_HD static bool applies(ForwardParams const& p, int32_t blocks) {
-    if (!Mask::Sequence::is_packed(p)) return false;
-    int32_t const slots = Tile::blocks_of_head(p, rows);
-    int64_t const tiles = static_cast<int64_t>(slots) * p.heads;
-    return tiles > blocks && tiles <= static_cast<int64_t>(blocks) * Own::rounds && slots <= most_slots &&
-           p.sequences.count < PackedSlot::most;
+    if (!wants_order(p)) return false;
+    int64_t const count = int64_t{Tile::blocks_of_head(p, rows)} * p.batch, tiles = count * p.heads;
+    return tiles > blocks && tiles <= int64_t{blocks} * Own::rounds && count <= most_slots &&
+           p.sequences.count < TileSlot::most;
   }
 
   /// A stable counting sort.
@@ -148,7 +171,7 @@ class PackedOrder {
     int32_t const count = own.slots * p.heads;
 #pragma unroll 1
     for (int32_t round = thread_index(); round * blocks < count; round += threads) {
-      int32_t const i = round * blocks + packed_turn(round, block, blocks);
+      int32_t const i = round * blocks + sorted_turn(round, block, blocks);
       if (i < count) own.of_round[round] = memory.sorted[i / p.heads];
     }
     publish_to_copies();  // which write to the same memory
@@ -157,7 +180,7 @@ class PackedOrder {
   /// Calls f(slot, exists) for each slot of the warp's part, all lanes together.
   template <class F>
   FLASHCUTE_DEVICE static void for_each_slot(ForwardParams const& p, F const& f) {
-    int32_t const count = Tile::blocks_of_head(p, rows);
+    int32_t const count = slots(p);
     int32_t const part = ceil_div(count, threads) * 32, first = warp() * part;
 #pragma unroll 1
     for (int32_t i = first; i < min_of(first + part, count); i += 32) {
@@ -174,9 +197,9 @@ class PackedOrder {
     for_each_slot(p, [&](int32_t i, bool exists) {
       uint16_t level = no_level;
       if (exists) {
-        Tile const tile = Tile::from_end(p, 0, i, rows);
-        auto const range = Mask::kv_range(tile, p, C.block_n);
-        if (tile.rows > 0) level = static_cast<uint16_t>(CostLevel::of(range.end - range.begin));
+        auto const tile = place_of(p, i, 0).template tile<Tile>(p, rows);
+        int32_t const visits = Mask::kv_range(tile, p, C.block_n).visits();
+        if (tile.rows > 0) level = static_cast<uint16_t>(CostLevel::of(visits));
         memory.slots[i] = {static_cast<uint16_t>(i), static_cast<uint16_t>(tile.entry.number)};
       }
       auto const [before, all] = equals_in_warp(level);
