@@ -12,11 +12,20 @@ using namespace nb::literals;
 
 namespace flashcute::python {
 
+/// (batch, heads, seqlen_q, seqlen_k)
+using BlockMaskSizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+BlockMask block_mask_of(TensorView const* words, BlockMaskSizes const& sizes) {
+  auto const& [batch, heads, seqlen_q, seqlen_k] = sizes;
+  return {words, batch, heads, seqlen_q, seqlen_k};
+}
+
 /// CallOptions as Python has them: without a stream, q's library says on which one a call on a GPU runs.
 struct PythonOptions {
   CallOptions options;  // without arrays
   std::optional<std::uintptr_t> stream;
-  nb::handle seqlens_q, seqlens_k, prefixes, sink, cu_seqlens_q, cu_seqlens_k;
+  nb::handle seqlens_q, seqlens_k, prefixes, sink, cu_seqlens_q, cu_seqlens_k, block_mask;
+  std::optional<BlockMaskSizes> block_mask_sizes;
 
   /// What a tensor's library is told when it exports q.
   nb::object stream_object() const { return stream ? nb::object(nb::int_(*stream)) : nb::none(); }
@@ -24,9 +33,10 @@ struct PythonOptions {
 
 // The members of the tuple Options of _call.py. Python makes one in every call, so it is read by position.
 constexpr std::array option_names = {
-    "causal",        "diagonal",         "scale",       "layout",       "stream",      "allow_tf32",
-    "deterministic", "gradients_follow", "window_left", "window_right", "seqlens_q",   "seqlens_k",
-    "prefix",        "prefixes",         "sink",        "cu_seqlens_q", "cu_seqlens_k"};
+    "causal",          "diagonal",         "scale",       "layout",       "stream",       "allow_tf32",
+    "deterministic",   "gradients_follow", "window_left", "window_right", "seqlens_q",    "seqlens_k",
+    "prefix",          "prefixes",         "sink",        "cu_seqlens_q", "cu_seqlens_k", "block_mask",
+    "block_mask_sizes"};
 
 }  // namespace flashcute::python
 
@@ -48,7 +58,7 @@ struct nanobind::detail::type_caster<flashcute::python::PythonOptions> {
            read(item(), o.gradients_follow) && read(item(), o.window_left) && read(item(), o.window_right) &&
            read(item(), value.seqlens_q) && read(item(), value.seqlens_k) && read(item(), o.prefix) &&
            read(item(), value.prefixes) && read(item(), value.sink) && read(item(), value.cu_seqlens_q) &&
-           read(item(), value.cu_seqlens_k);
+           read(item(), value.cu_seqlens_k) && read(item(), value.block_mask) && read(item(), value.block_mask_sizes);
   }
 
  private:
@@ -104,12 +114,17 @@ class OptionTensors {
       *view = &(*tensor)->view();
       if (launches && !given.stream) (*tensor)->require_stream(argument, options.stream);
     }
+    if (!given.block_mask.is_none() && given.block_mask_sizes) {
+      block_mask_.emplace("block_mask", given.block_mask, stream, "int32");
+      options.block_mask = block_mask_of(&block_mask_->view(), *given.block_mask_sizes);
+      if (launches && !given.stream) block_mask_->require_stream("block_mask", options.stream);
+    }
   }
   OptionTensors(OptionTensors const&) = delete;
   OptionTensors& operator=(OptionTensors const&) = delete;
 
  private:
-  std::optional<Tensor> seqlens_q_, seqlens_k_, cu_seqlens_q_, cu_seqlens_k_, prefixes_, sink_;
+  std::optional<Tensor> seqlens_q_, seqlens_k_, cu_seqlens_q_, cu_seqlens_k_, prefixes_, sink_, block_mask_;
 };
 
 template <class Config>
@@ -196,9 +211,50 @@ Explanation call_explain(ForwardConfig const* config, nb::handle q, nb::handle k
   return explain(optional_of(config), tq.view(), tk.view(), tv.view(), options, to ? &to->view() : nullptr);
 }
 
+/// A mask that another is made from.
+using BlockMaskParts = std::optional<std::pair<nb::object, BlockMaskSizes>>;
+
+void call_build_block_mask(nb::handle words, BlockMaskSizes const& sizes, nb::handle dense, nb::handle documents_q,
+                           nb::handle documents_k, BlockMaskParts const& first, BlockMaskParts const& second,
+                           std::string const& operation, std::optional<std::uintptr_t> stream) {
+  PythonOptions given;
+  given.stream = stream;
+  void* launch_stream = nullptr;
+  Tensor const to("block_mask", words, given.stream_object(), "int32");
+  nb::object const told = choose_stream(to, given, launch_stream);
+  std::optional<Tensor> held[5];
+  BlockMaskRules rules;
+  auto const hold = [&](std::optional<Tensor>& tensor, char const* argument, nb::handle array, char const* dtypes) {
+    if (array.is_none()) return static_cast<TensorView const*>(nullptr);
+    tensor.emplace(argument, array, told, dtypes);
+    if (!stream) tensor->require_stream(argument, launch_stream);
+    return &tensor->view();
+  };
+  rules.dense = hold(held[0], "attn_mask", dense, "bool");
+  rules.documents_q = hold(held[1], "documents", documents_q, "int32");
+  rules.documents_k = hold(held[2], "documents", documents_k, "int32");
+  if (first) rules.first = block_mask_of(hold(held[3], "block_mask", first->first, "int32"), first->second);
+  if (second) rules.second = block_mask_of(hold(held[4], "block_mask", second->first, "int32"), second->second);
+  using Operation = BlockMaskRules::Operation;
+  rules.operation = operation == "either"       ? Operation::either
+                    : operation == "first_only" ? Operation::first_only
+                                                : Operation::both;
+  ReleaseGil const released;
+  build_block_mask(block_mask_of(&to.view(), sizes), rules, launch_stream);
+}
+
 }  // namespace
 
 void bind_calls(nb::module_& m) {
+  m.def(
+      "block_mask_size",
+      [](BlockMaskSizes const& sizes, std::optional<int64_t> partial_cells) {
+        return block_mask_size(block_mask_of(nullptr, sizes), partial_cells);
+      },
+      "sizes"_a, "partial_cells"_a.none() = nb::none());
+  m.def("build_block_mask", &call_build_block_mask, "words"_a, "sizes"_a, "dense"_a.none() = nb::none(),
+        "documents_q"_a.none() = nb::none(), "documents_k"_a.none() = nb::none(), "first"_a.none() = nb::none(),
+        "second"_a.none() = nb::none(), "operation"_a = "both", "stream"_a.none() = nb::none());
   m.def("option_names", [] { return std::vector<std::string>(option_names.begin(), option_names.end()); });
   m.def("forward", &call_forward, "config"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(), "out"_a.none(),
         "lse"_a.none(), "block_counts"_a.none(), "options"_a);

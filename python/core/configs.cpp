@@ -271,12 +271,13 @@ void bind_classes(nb::module_& m) {
 
 std::vector<std::pair<std::string, std::string>> call_prebuild(std::vector<ForwardConfig> const& forward,
                                                                std::vector<BackwardConfig> const& backward,
-                                                               nb::handle arch, std::optional<bool> causal,
-                                                               bool window) {
+                                                               nb::handle arch,
+                                                               std::optional<std::string> const& mask) {
   Arch const target = to_arch(arch);
   std::vector<Features> features;
-  if (causal) features = {{.mask = *causal ? MaskKind::causal : MaskKind::full}};
-  if (window) features = {{.mask = MaskKind::band}};
+  for (MaskKind const kind : {MaskKind::full, MaskKind::causal, MaskKind::band, MaskKind::mapped}) {
+    if (mask == name_of(kind)) features = {{.mask = kind}};
+  }
   ReleaseGil const released;
   return prebuild(forward, backward, target, features);
 }
@@ -299,7 +300,7 @@ void bind_configs(nb::module_& m) {
       "dtype"_a.none(), "head_dim"_a, "arch"_a.none(), "head_dim_v"_a.none(), "deterministic"_a = false);
   m.def("configs", &configs);
   m.def("backward_configs", &backward_configs);
-  m.def("prebuild", &call_prebuild, "forward"_a, "backward"_a, "arch"_a.none(), "causal"_a.none(), "window"_a = false);
+  m.def("prebuild", &call_prebuild, "forward"_a, "backward"_a, "arch"_a.none(), "mask"_a.none());
 }
 
 }  // namespace flashcute::python

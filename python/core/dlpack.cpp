@@ -52,7 +52,7 @@ constexpr uint64_t flag_read_only = 1;
 constexpr uint32_t supported_major = 1;
 
 enum DeviceCode : int32_t { code_cpu = 1, code_cuda = 2, code_cuda_host = 3, code_cuda_managed = 13 };
-enum TypeCode : uint8_t { code_int = 0, code_float = 2, code_bfloat = 4 };
+enum TypeCode : uint8_t { code_int = 0, code_float = 2, code_bfloat = 4, code_bool = 6 };
 
 nb::object& exporter() {
   static auto* const object = new nb::object;  // never destroyed: the interpreter may be gone by then
@@ -136,6 +136,7 @@ ElementType dtype_of(char const* argument, nb::dlpack::dtype const& t, char cons
   if (t.lanes == 1 && t.code == code_float && t.bits == 32) return ElementType::float32;
   if (t.lanes == 1 && t.code == code_float && t.bits == 64) return ElementType::float64;
   if (t.lanes == 1 && t.code == code_int && t.bits == 32) return ElementType::int32;
+  if (t.lanes == 1 && t.code == code_bool && t.bits == 8) return ElementType::boolean;
   static constexpr char const* kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
   std::string const kind = t.code < std::size(kinds) ? kinds[t.code] : "code " + std::to_string(t.code) + ", bits ";
   throw ArgumentError(argument, std::string("dtype ") + dtypes, kind + std::to_string(t.bits));
@@ -193,6 +194,8 @@ TensorView view_of(char const* argument, Py_buffer const& buffer, std::optional<
     view.dtype = ElementType::float64;
   } else if (format == "i") {
     view.dtype = ElementType::int32;
+  } else if (format == "?") {
+    view.dtype = ElementType::boolean;
   } else {
     throw ArgumentError(argument, std::string("dtype ") + dtypes,
                         "elements of the buffer format '" + std::string(format) + "'");

@@ -32,6 +32,7 @@ from ._core import (
 )
 from ._import_hook import when_imported as _when_imported
 from .attention import backward, backward_workspace_size, flash_attention, forward
+from .block_mask import BlockMask
 from .configurations import configs, default_backward_config, default_config, prebuild
 from .drop_in import scaled_dot_product_attention
 from .inspection import count_blocks, explain
@@ -60,6 +61,7 @@ __all__ = [
     "ArgumentError",
     "BackwardConfig",
     "BackwardExplanation",
+    "BlockMask",
     "CacheError",
     "CompileError",
     "ConfigError",

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from . import _core
 from ._arrays import Array, Library, Torch, library_of, stream_number, would_record
+from ._checks import require_arrays, require_memory, require_mutable
 from ._core import (
     ArgumentError,
     BackwardExplanation,
@@ -20,6 +21,8 @@ from ._core import (
     ForwardConfig,
     UnsupportedError,
 )
+from .block_mask import BlockMask
+from .block_mask import Sizes as BlockMaskSizes
 
 Found = TypeVar("Found", Explanation, BackwardExplanation)
 
@@ -54,6 +57,9 @@ class Options(NamedTuple):
     # Packed: (sequences + 1,), where each sequence begins in tensors without a batch dimension.
     cu_seqlens_q: Array | None = None
     cu_seqlens_k: Array | None = None  # None: as those of the queries
+    # The words of a BlockMask, and its (batch, heads, seqlen_q, seqlen_k).
+    block_mask: Array | None = None
+    block_mask_sizes: BlockMaskSizes | None = None
 
     def offset(self, rows: int, keys: int) -> int:
         """The diagonal as a number."""
@@ -86,6 +92,7 @@ class Options(NamedTuple):
             and prefixes is None
             and sink is None
             and starts is None
+            and self.block_mask is None
         ):
             return {}  # in most calls, where time matters
         found = {
@@ -95,6 +102,7 @@ class Options(NamedTuple):
             "cu_seqlens_k": self.cu_seqlens_k,
             "prefix": prefixes,
             "sink": sink,
+            "block_mask": self.block_mask,
         }
         return {name: x for name, x in found.items() if x is not None}
 
@@ -114,6 +122,7 @@ def checked_options(
     sink: Array | None = None,
     cu_seqlens_q: Array | None = None,
     cu_seqlens_k: Array | None = None,
+    block_mask: BlockMask | None = None,
 ) -> Options:
     """The arguments of a public function as one value. Raises ArgumentError for what is wrong whatever q, k and v are;
     the rest is checked with them, in C++."""
@@ -130,6 +139,7 @@ def checked_options(
     shared, prefixes = (None, None) if prefix is None else checked_prefix(prefix, causal)
     if cu_seqlens_k is not None and cu_seqlens_q is None:
         raise ArgumentError("cu_seqlens_k: expected None without cu_seqlens_q, got an array")
+    words, sizes = (None, None) if block_mask is None else checked_block_mask(block_mask)
     if stream is not None:
         stream_number(stream)
     if deterministic is not None and not isinstance(deterministic, bool):
@@ -156,6 +166,8 @@ def checked_options(
             sink,
             cu_seqlens_q,
             cu_seqlens_k,
+            words,
+            sizes,
         ),
     )
 
@@ -247,6 +259,15 @@ def checked_prefix(prefix: object, causal: object) -> tuple[int | None, Array | 
     return value, None
 
 
+def checked_block_mask(mask: object) -> tuple[Array, BlockMaskSizes]:
+    if isinstance(mask, BlockMask):
+        return mask.words, mask.sizes
+    hint = ". BlockMask.from_flex makes one of torch's" if hasattr(mask, "kv_indices") else ""
+    raise ArgumentError(
+        f"block_mask: expected a flashcute.BlockMask or None, got {type(mask).__qualname__}{hint}"
+    )
+
+
 def number(scale: object) -> float:
     """The value of `scale`, of which no gradient is computed."""
     if isinstance(scale, float):
@@ -275,15 +296,13 @@ def same_bits(asked: bool | None) -> bool:
 # ---- arguments that no kernel serves yet -----------------------------------------------------------
 
 
-def missing_feature(attn_mask: Array | None, dropout_p: float, options: Options) -> str | None:
+def missing_feature(
+    attn_mask: Array | None, dropout_p: float, options: Options, documents: Any = None
+) -> str | None:
     """The first of these features that is asked for, and what to use instead: no kernel has it yet."""
-    if attn_mask is not None and options.is_packed:
-        raise ArgumentError(
-            "attn_mask: expected None beside cu_seqlens_q, got a mask: packed sequences have no "
-            "(seqlen_q, seqlen_k) grid"
-        )
-    if attn_mask is not None:
-        return f"attn_mask is not supported yet: use {SDPA}(attn_mask=...)"
+    require_grid(options, attn_mask, documents)
+    if attn_mask is not None and is_bias(attn_mask):
+        return f"float attn_mask is not supported yet: use {SDPA}(attn_mask=...)"
     if not isinstance(dropout_p, float) and would_record(dropout_p):
         raise ArgumentError(
             f"dropout_p: expected a number, got a tensor that requires gradients: {dropout_p!r}. There is no "
@@ -294,45 +313,29 @@ def missing_feature(attn_mask: Array | None, dropout_p: float, options: Options)
     return None
 
 
-# ---- arrays ----------------------------------------------------------------------------------------
-
-
-def require_kind(traced: bool = False, **arrays: Array) -> None:
-    """Raises ArgumentError for nested, sparse and other arrays that no call takes."""
-    for name, array in arrays.items():
-        problem = library_of(type(array)).kind_problem(array, traced)
-        if problem:
-            raise ArgumentError(f"{name}: expected {problem}")
-
-
-def require_memory(**arrays: Array) -> None:
-    """As require_kind, and that nothing stands between the arrays and their memory. Asked where a call has failed, or
-    is no matter of microseconds."""
-    require_kind(**arrays)
-    for name, array in arrays.items():
-        problem = library_of(type(array)).memory_problem(array)
-        if problem:
-            raise ArgumentError(f"{name}: expected {problem}")
-
-
-def require_arrays(arrays: dict[str, Array]) -> None:
-    for name, array in arrays.items():
-        if not hasattr(array, "__dlpack__"):
+def require_grid(options: Options, attn_mask: Array | None, documents: Any) -> None:
+    """Raises ArgumentError for masks by element beside packed sequences."""
+    if not options.is_packed:
+        return
+    for name, given in (("attn_mask", attn_mask), ("documents", documents)):
+        if given is not None:
             raise ArgumentError(
-                f"{name}: expected an array that supports DLPack (NumPy, torch, CuPy, JAX, ...), got "
-                f"{type(array).__module__}.{type(array).__qualname__}"
+                f"{name}: expected None beside cu_seqlens_q, got an array: packed sequences have no "
+                "(seqlen_q, seqlen_k) grid"
             )
-        problem = library_of(type(array)).problem(array)
-        if problem:
-            raise ArgumentError(f"{name}: expected {problem}")
 
 
-def require_mutable(name: str, array: Array) -> None:
-    """Of an array to write to."""
-    if library_of(type(array)).immutable:
-        raise ArgumentError(
-            f"{name}: expected a writable array, got an immutable one of JAX. Omit it"
-        )
+def is_bias(attn_mask: Array) -> bool:
+    """Whether a mask is added to the scores, and does not say which keys are seen. Raises ArgumentError where it is
+    neither."""
+    if is_truth(attn_mask):
+        return False
+    dtype = str(getattr(attn_mask, "dtype", type(attn_mask).__qualname__))
+    if "float" in dtype:
+        return True
+    raise ArgumentError(
+        f"attn_mask: expected an array of dtype bool (True: the key is seen) or a float, got {dtype}"
+    )
 
 
 # ---- the call --------------------------------------------------------------------------------------

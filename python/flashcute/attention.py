@@ -11,16 +11,15 @@ from ._call import (
     checked_fallback,
     checked_options,
     missing_feature,
-    require_arrays,
-    require_kind,
-    require_memory,
-    require_mutable,
     require_torch_to_record,
     require_unrecorded,
     run,
 )
+from ._checks import require_arrays, require_kind, require_memory, require_mutable
 from ._core import ArgumentError, BackwardConfig, ForwardConfig, UnsupportedError
-from .variant import Variant, options_of
+from ._masks import Documents, arrays_of, with_masks
+from .block_mask import BlockMask
+from .variant import Variant, options_of, with_masks_of
 
 
 def forward(
@@ -68,7 +67,7 @@ def forward(
         raise ArgumentError(f"cfg: expected a ForwardConfig, got {type(cfg).__qualname__}")
     options = options_of(variant, causal, scale, layout, stream)
     require_unrecorded(q=q, k=k, v=v, out=out, sink=options.sink)
-    return run(cfg, q, k, v, options, out, return_lse)
+    return run(cfg, q, k, v, with_masks_of(variant, options, q, k, v), out, return_lse)
 
 
 def flash_attention(
@@ -86,6 +85,8 @@ def flash_attention(
     cu_seqlens_k: Array | None = None,
     max_seqlen_q: object = None,
     max_seqlen_k: object = None,
+    documents: Documents | None = None,
+    block_mask: BlockMask | None = None,
     sink: Array | None = None,
     scale: float | None = None,
     layout: str = "bshd",
@@ -101,65 +102,75 @@ def flash_attention(
     """Attention, softmax(scale * q kᵀ) v, with the configuration that suits the arrays.
 
     q, k, v, scale, layout, return_lse, out and stream, their shapes and the exceptions are those of `forward`. causal,
-    diagonal, window, prefix, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k and sink are those of `Variant`, and all
-    can be combined. `explain` tells which configuration a call takes and why.
+    diagonal, window, prefix, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k, documents, block_mask and sink are those
+    of `Variant`, and so is a boolean attn_mask. All can be combined, but for packed sequences, which have no masks by
+    element. `explain` tells which configuration a call takes and why.
 
     max_seqlen_q, max_seqlen_k: what other libraries need to be told of packed sequences. They have no effect here.
 
     On a GPU every head dimension and alignment runs; addresses and strides that are multiples of 16 bytes are fastest.
     If the build has GPU kernels, such calls compile nothing. Exceptions are windows that hide keys before the diagonal,
-    prefixes, lengths and sinks of another dtype than bfloat16, gradients of float32, and deterministic gradients: their
-    kernels are compiled at the first call.
+    prefixes, lengths, sinks and masks by element of another dtype than bfloat16, gradients of float32, and
+    deterministic gradients: their kernels are compiled at the first call.
 
     allow_tf32: let a GPU round float32 inputs to TF32 (10 bits of fraction), once that kernel is compiled (`prebuild`,
         or FLASHCUTE_JIT=fastest). Without it, and always for gradients, three TF32 products take the place of one,
         which is about as exact as float32.
+    attn_mask: broadcastable to (batch, heads, seqlen_q, seqlen_k). bool: True means that the key is seen. It becomes a
+        block mask of the call, with room for all cells of 64 x 64 to be partial: 1 KB each. Or a torch CausalBias,
+        which is causal=True with the diagonal "start" or "end". Or, for torch, a float that is added to the scaled
+        scores, which no kernel has; see below.
     deterministic: whether the gradients have the same bits in every run. On a GPU atomic additions sum the gradient of
         q, so its last bits differ from run to run; True takes two passes instead. The CPU always gives the same bits,
         and so does the output everywhere. None: as torch.use_deterministic_algorithms says when they are computed.
 
     Gradients: torch tensors, q, k, v and sink, are differentiated once, not twice, through the output and, if it is
     returned, the log-sum-exp. Under torch.autocast tensors are cast as for torch's own attention.
-    torch.compile and torch.export see the operators flashcute::flash_attention_forward and
-    flashcute::flash_attention_backward. torch.vmap and batched gradients (is_grads_batched) fold the mapped dimension
-    into the batch, or make one call of each entry where the sink or its gradient is mapped. torch.func.grad and other
-    derivatives of torch.func are refused.
+    Gradients are those of the masks as they were in the forward call, whatever is written to attn_mask or documents
+    afterwards.
+    torch.compile and torch.export see the operators flashcute::flash_attention_forward,
+    flashcute::flash_attention_backward and flashcute::block_mask. torch.vmap and batched gradients (is_grads_batched)
+    fold the mapped dimension into the batch, or make one call of each entry where the sink, its gradient or a mask is
+    mapped, or the mask is another for each batch entry. torch.func.grad and other derivatives of torch.func are
+    refused.
     Tensors of a class that computes operators by itself (DTensor, FakeTensor, your own) get the operator too; a DTensor
     must be replicated, or sharded over the batch or the heads. docs/torch_training.md lists all kinds.
 
     On a GPU no kernel covers yet gradients of float64, nor gradients of float32 with head dimensions above 128 where a
-    thread block has at most 99 KB of shared memory. On no device do kernels cover these arguments:
+    thread block has at most 99 KB of shared memory. On no device do they cover an attn_mask of floats, nor dropout:
 
-    attn_mask: broadcastable to (batch, heads, seqlen_q, seqlen_k); bool (True: keep), or a float that is added to the
-        scaled scores. A torch CausalBias is causal=True with the diagonal "start" or "end", which kernels cover.
     dropout_p: the probability with which a weight is dropped.
 
     on_unsupported: what to do then. "warn" (the default for torch tensors) and "silent" call torch's
         scaled_dot_product_attention, with or without a warning. It may need memory for seqlen_q * seqlen_k scores;
         `explain` says how much. Masks mean there what they mean here, and a row that sees no key is 0. But a NaN in a
         key or value that only some rows see reaches the others too (0 * NaN); one that no row sees reaches none. It
-        has no sink: with one such a call raises UnsupportedError.
+        has neither a sink nor a block_mask: with one such a call raises UnsupportedError.
         "error" raises UnsupportedError, as arrays of other libraries always do.
 
     torch's own attention has no packed sequences: with them such a call raises UnsupportedError too.
     """
     options = checked_options(
         causal, diagonal, scale, layout, stream, allow_tf32, deterministic, window,
-        prefix, seqlens_q, seqlens_k, sink, cu_seqlens_q, cu_seqlens_k,
+        prefix, seqlens_q, seqlens_k, sink, cu_seqlens_q, cu_seqlens_k, block_mask,
     )  # fmt: skip
     library = library_of(type(q))
     fallback = checked_fallback(on_unsupported, library)
-    missing = missing_feature(attn_mask, dropout_p, options)
-    if isinstance(library, Torch) and (
-        missing or library.wants_more(q, k, v, options.arrays.values())
-    ):
+    missing = missing_feature(attn_mask, dropout_p, options, documents)
+    others = options.arrays
+    masked = attn_mask is not None or documents is not None
+    if masked:
+        others = others | arrays_of(attn_mask, documents)
+    if isinstance(library, Torch) and (missing or library.wants_more(q, k, v, others.values())):
         from . import _torch
 
-        problem = _torch.Problem(q, k, v, options, attn_mask, dropout_p)
+        problem = _torch.Problem(q, k, v, options, attn_mask, dropout_p, documents)
         return _torch.attend(problem, out, return_lse, fallback)
     require_torch_to_record(k=k, v=v, out=out, sink=sink)  # of q, torch's have been asked for above
     if missing:
         raise UnsupportedError(missing)
+    if masked:
+        options = with_masks(options, q, k, v, attn_mask, documents)
     return run(None, q, k, v, options, out, return_lse)
 
 
@@ -235,6 +246,7 @@ def backward(
             )
         if name in given:
             require_mutable(name, array)
+    options = with_masks_of(variant, options, q, k, v)
     library = library_of(type(q))
     likes = (
         {"dq": q, "dk": k, "dv": v} if sink is None else {"dq": q, "dk": k, "dv": v, "dsink": sink}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import _core
-from ._call import Options, index_of, same_bits
+from ._call import index_of, same_bits
 from ._core import ArgumentError, BackwardConfig, ConfigError, ForwardConfig
 from .variant import Variant, options_of
 
@@ -110,7 +110,7 @@ def prebuild(
     causal: only the kernels of calls with this `causal`; default those of both.
     variant: only the kernels of calls with such a `Variant`, in place of `causal`. Those with a window that hides keys
         before the diagonal, lengths, packed sequences, a prefix or a sink share their kernels, whatever the numbers
-        are.
+        are; so do all with masks by element (attn_mask, documents, block_mask), whatever else they have.
 
     Returns, by kernel name, where each kernel came from: "ahead of time", "disk cache" or "compiled by NVRTC ...".
     """
@@ -125,13 +125,11 @@ def prebuild(
         )
     if causal is not None and not isinstance(causal, bool):
         raise ArgumentError(f"causal: expected True, False or None, got {causal!r}")
-    band = False
+    mask = {None: None, True: "causal", False: "full"}[causal]
     if variant is not None:
         if causal is not None:
             raise ArgumentError(f"causal: expected None beside variant=, got {causal!r}")
-        options = options_of(variant)
-        band = _takes_band(options)
-        causal = None if band else options.causal or options.window_right is not None
+        mask = _mask_of(variant)
     if arch is None:
         info = _core.driver_info()
         if not info.gpus:
@@ -142,15 +140,17 @@ def prebuild(
     every = configs_ahead_of_time(arch) if chosen is None else chosen
     forward = [cfg for cfg in every if isinstance(cfg, ForwardConfig)]
     backward = [cfg for cfg in every if isinstance(cfg, BackwardConfig)]
-    return dict(_core.prebuild(forward, backward, arch, causal, band))
+    return dict(_core.prebuild(forward, backward, arch, mask))
 
 
-def _takes_band(options: Options) -> bool:
-    """Whether calls take the kernels that can do more than a causal mask."""
+def _mask_of(variant: Variant) -> str:
+    """Which kernels calls take: those of a `MaskKind`."""
+    options = options_of(variant)
+    if any(x is not None for x in (variant.attn_mask, variant.documents, variant.block_mask)):
+        return "mapped"
     sequences = options.has_lengths or options.is_packed
-    return (
-        sequences
-        or options.has_prefix
-        or options.sink is not None
-        or options.window_left is not None
-    )
+    if sequences or options.has_prefix or options.sink is not None:
+        return "band"
+    if options.window_left is not None:
+        return "band"
+    return "causal" if options.causal or options.window_right is not None else "full"

@@ -35,10 +35,10 @@ def scaled_dot_product_attention(
 
     Returns (..., heads, seqlen_q, d_v) of query's dtype. A row that sees no key is 0.
 
-    flashcute computes it, with gradients, under torch.compile and autocast, for no attn_mask or a CausalBias, no
-    dropout, and head dimensions from 1 to 256. Everything else goes to torch's own function with the arguments as they
-    came; `flashcute.sdpa.fallbacks()` counts these calls by reason, and the logger "flashcute" warns of the first for
-    each.
+    flashcute computes it, with gradients, under torch.compile and autocast, for no attn_mask, a boolean one or a
+    CausalBias, no dropout, and head dimensions from 1 to 256. Everything else goes to torch's own function with the
+    arguments as they came; `flashcute.sdpa.fallbacks()` counts these calls by reason, and the logger "flashcute" warns
+    of the first for each.
 
     Raises ArgumentError (a ValueError) where torch raises: attn_mask with is_causal, shapes that do not broadcast,
     heads that differ without enable_gqa or do not divide, dropout_p out of range, dtypes or devices that differ.

@@ -11,9 +11,7 @@ from ._call import (
     checked_fallback,
     checked_options,
     missing_feature,
-    require_arrays,
-    require_memory,
-    require_mutable,
+    replaced,
     require_torch_to_record,
     require_unrecorded,
     rows_of_heads,
@@ -21,8 +19,11 @@ from ._call import (
     unsupported,
     with_copies,
 )
+from ._checks import require_arrays, require_memory, require_mutable
 from ._core import ArgumentError, Explanation, ForwardConfig, UnsupportedError
-from .variant import Variant, options_of
+from ._masks import Documents, arrays_of, with_masks
+from .block_mask import BlockMask, room_for, words_size
+from .variant import Variant, options_of, with_masks_of
 
 
 def explain(
@@ -51,6 +52,8 @@ def explain(
     cu_seqlens_k: Array | None = None,
     max_seqlen_q: object = None,
     max_seqlen_k: object = None,
+    documents: Documents | None = None,
+    block_mask: BlockMask | None = None,
     sink: Array | None = None,
     variant: Variant | None = None,
     on_unsupported: str | None = None,
@@ -75,29 +78,33 @@ def explain(
     """
     options = checked_options(
         causal, diagonal, scale, layout, stream, allow_tf32, deterministic, window,
-        prefix, seqlens_q, seqlens_k, sink, cu_seqlens_q, cu_seqlens_k,
+        prefix, seqlens_q, seqlens_k, sink, cu_seqlens_q, cu_seqlens_k, block_mask,
     )  # fmt: skip
     if variant is not None:
-        parts = window, prefix, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k, sink
+        parts = (
+            window, prefix, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k, attn_mask, documents, block_mask, sink,
+        )  # fmt: skip
         if causal is not False or diagonal != "end" or any(part is not None for part in parts):
             raise ArgumentError(
                 "variant: expected None beside causal, diagonal, window, prefix, seqlens_q, seqlens_k, cu_seqlens_q, "
-                "cu_seqlens_k and sink, which are its parts"
+                "cu_seqlens_k, attn_mask, documents, block_mask and sink, which are its parts"
             )
         options = _options_of_variant(variant, cfg, options)
+        attn_mask, documents = variant.attn_mask, variant.documents
     options = options._replace(gradients_follow=bool(gradients))
-    missing = missing_feature(attn_mask, dropout_p, options)
+    missing = missing_feature(attn_mask, dropout_p, options, documents)
     if cfg is not None and missing:
         raise ArgumentError(f"cfg: expected None, as only flash_attention takes it: {missing}")
-    require_memory(q=q, k=k, v=v, **options.arrays)
+    given = options.arrays | arrays_of(attn_mask, documents)
+    require_memory(q=q, k=k, v=v, **given)
     library = library_of(type(q))
     fallback = checked_fallback(on_unsupported, library)
     if isinstance(library, Torch) and cfg is None:
         from . import _torch
 
-        problem = _torch.Problem(q, k, v, options, attn_mask, dropout_p)
+        problem = _torch.Problem(q, k, v, options, attn_mask, dropout_p, documents)
         return _torch.explained(problem, out, return_lse, fallback)
-    arrays = {"q": q, "k": k, "v": v, **options.arrays}
+    arrays = {"q": q, "k": k, "v": v, **given}
     if out is not None:
         arrays["out"] = out
     require_arrays(arrays)
@@ -105,6 +112,10 @@ def explain(
     options = options._replace(stream=None, deterministic=same_bits(deterministic))
     found = _core.explain(cfg, q, k, v, out, options)
     try:
+        if not missing and (attn_mask is not None or documents is not None):
+            found = explained_with_masks(
+                q, k, v, out, options, cfg=cfg, attn_mask=attn_mask, documents=documents
+            )
         if cfg is None:
             require_torch_to_record(**arrays)
         else:
@@ -118,6 +129,36 @@ def explain(
     except (ArgumentError, UnsupportedError) as error:
         return unsupported(found, str(error))
     return with_copies(found, q, v)
+
+
+def explained_with_masks(
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array | None,
+    options: Options,
+    *,
+    cfg: ForwardConfig | None = None,
+    attn_mask: Array | None,
+    documents: Documents | None,
+) -> Explanation:
+    """What a call with masks by element runs, of which none is made."""
+    asked = with_masks(options, q, k, v, attn_mask, documents, build=False)
+    found = _core.explain(cfg, q, k, v, out, asked)
+    if not found.backend:
+        return found
+    given = options.block_mask
+    first = None if given is None else (given.shape[0], options.block_mask_sizes)
+    sizes = asked.block_mask_sizes
+    room = room_for(
+        sizes, attn_mask=attn_mask is not None, documents=documents is not None, first=first
+    )
+    size = 4 * words_size(sizes, room)
+    names = " and ".join(
+        name for name, x in (("attn_mask", attn_mask), ("documents", documents)) if x is not None
+    )
+    note = f"A block mask of up to {size} bytes is made of {names} in each call."
+    return replaced(found, notes=[*found.notes, note])
 
 
 def _options_of_variant(variant: Variant, cfg: ForwardConfig | None, options: Options) -> Options:
@@ -160,6 +201,7 @@ def count_blocks(
     require_arrays(options.arrays)
     require_memory(**options.arrays)
     _core.check_problem(q, k, v, options)
+    options = with_masks_of(variant, options, q, k, v)
     library = library_of(type(q))
     *heads, rows = rows_of_heads(q, layout)
     on_cpu = q.__dlpack_device__()[0] == 1  # kDLCPU, where clusters are no option

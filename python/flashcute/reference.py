@@ -16,7 +16,8 @@ With a causal mask, query i sees key j iff j <= i + diagonal, which is seqlen_k 
 default: the last query sees every key. A window (left, right) shows it keys from i + diagonal -
 left to i + diagonal + right. A prefix shows it the first keys whatever a causal mask hides. Where
 seqlens_q and seqlens_k say how many queries and keys exist, they take the place of the lengths of
-the arrays. A row that sees no key has O = 0 and L = -inf. A key that a row does not see never
+the arrays. Masks by element hide keys one by one. What is told of a mask holds together: a row sees a
+key if all of it says so. A row that sees no key has O = 0 and L = -inf. A key that a row does not see never
 enters its sums, not even as 0 * NaN; a NaN that it does see comes out.
 
 A sink z is a further score of every row, with a value of 0:
@@ -36,8 +37,10 @@ import math
 import sys
 from typing import Any, NamedTuple
 
-from ._call import Options, checked_options, require_kind
+from ._call import Options, checked_options, is_truth
+from ._checks import require_kind
 from ._core import ArgumentError
+from .block_mask import BlockMask, with_rank
 
 Array = Any
 Namespace = Any  # of the functions of an array library
@@ -60,6 +63,9 @@ def naive(
     seqlens_k: Array | None = None,
     cu_seqlens_q: Array | None = None,
     cu_seqlens_k: Array | None = None,
+    attn_mask: Array | None = None,
+    documents: Array | tuple[Array, Array] | None = None,
+    block_mask: BlockMask | None = None,
     sink: Array | None = None,
     scale: float | None = None,
     layout: str = "bshd",
@@ -78,6 +84,11 @@ def naive(
     cu_seqlens_q, cu_seqlens_k: packed sequences: where each begins and the last ends, integers (n + 1,).
         q is (total_q, heads, d), k and v are (total_k, kv_heads, d), L is (heads, total_q). Each sequence
         is a batch entry. Other rows have O = 0 and L = -inf.
+    attn_mask: boolean, (batch, heads, seqlen_q, seqlen_k), any of which may be 1, the first two left out:
+        True where the query sees the key.
+    documents: integers (batch, seqlen) or (seqlen,), or a pair of those of queries and of keys: a query sees
+        the keys of its own number. One below 0 sees nothing, and is seen by none.
+    block_mask: a BlockMask for these lengths. No mask by element goes with packed sequences.
     sink: z, (heads,), floating point.
     scale: default d**-0.5.
     return_lse: also return L, (batch, heads, seqlen_q), float32 (float64 for float64 arrays).
@@ -92,12 +103,14 @@ def naive(
     options = checked_options(
         causal, diagonal, scale, layout, window=window,
         prefix=prefix, seqlens_q=seqlens_q, seqlens_k=seqlens_k, sink=sink,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, block_mask=block_mask,
     )  # fmt: skip
+    masks = _Masks(attn_mask, documents, block_mask)
     if options.is_packed:
+        masks.require_none()
         return _of_sequences(naive, q, k, v, options, return_lse)
     xp = namespace(q)
-    shape, q, k, v = _split_heads(xp, q, k, v, options)
+    shape, q, k, v = _split_heads(xp, q, k, v, options, masks)
     seen = _visible(xp, shape, 0, shape.rows, 0, shape.keys, q)  # (rows, keys)
 
     scores = _cast(xp, _matmul(xp, q, _swap(xp, k, -1, -2)), _wide(xp, q))
@@ -132,6 +145,9 @@ def naive_gradients(
     seqlens_k: Array | None = None,
     cu_seqlens_q: Array | None = None,
     cu_seqlens_k: Array | None = None,
+    attn_mask: Array | None = None,
+    documents: Array | tuple[Array, Array] | None = None,
+    block_mask: BlockMask | None = None,
     sink: Array | None = None,
     scale: float | None = None,
     layout: str = "bshd",
@@ -148,9 +164,11 @@ def naive_gradients(
     options = checked_options(
         causal, diagonal, scale, layout, window=window,
         prefix=prefix, seqlens_q=seqlens_q, seqlens_k=seqlens_k, sink=sink,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, block_mask=block_mask,
     )  # fmt: skip
+    masks = _Masks(attn_mask, documents, block_mask)
     if options.is_packed:
+        masks.require_none()
         return _gradients_of_sequences(dout, dlse, q, k, v, options)
     xp = namespace(q)
     out, lse = naive(
@@ -163,6 +181,9 @@ def naive_gradients(
         prefix=prefix,
         seqlens_q=seqlens_q,
         seqlens_k=seqlens_k,
+        attn_mask=attn_mask,
+        documents=documents,
+        block_mask=block_mask,
         sink=sink,
         scale=scale,
         layout=layout,
@@ -171,7 +192,7 @@ def naive_gradients(
     dtype, wide = q.dtype, _wide(xp, q)
     shape, q, k, v = (
         x if isinstance(x, _Shape) else _cast(xp, x, wide)
-        for x in _split_heads(xp, q, k, v, options)
+        for x in _split_heads(xp, q, k, v, options, masks)
     )
     scale = shape.head_dim**-0.5 if scale is None else scale
     seen = _visible(xp, shape, 0, shape.rows, 0, shape.keys, q)  # (rows, keys)
@@ -213,6 +234,9 @@ def chunked(
     seqlens_k: Array | None = None,
     cu_seqlens_q: Array | None = None,
     cu_seqlens_k: Array | None = None,
+    attn_mask: Array | None = None,
+    documents: Array | tuple[Array, Array] | None = None,
+    block_mask: BlockMask | None = None,
     sink: Array | None = None,
     scale: float | None = None,
     layout: str = "bshd",
@@ -233,8 +257,8 @@ def chunked(
                                     O' = exp(m - m') O + exp(S - m') v
 
     After the last block, a sink changes m and l as one more key would. O / l is the output and m +
-    log(l) the log-sum-exp. Blocks that the tile does not see are not visited, but with a prefix or
-    lengths all are. All in float32 (float64 for float64 arrays); a kernel also
+    log(l) the log-sum-exp. Blocks that the tile does not see are not visited, but with a prefix,
+    lengths or a mask by element all are. All in float32 (float64 for float64 arrays); a kernel also
     rounds exp(S - m') to 16 bits for the tensor cores.
 
     Sources: Dao, FlashAttention-2, arXiv 2307.08691, algorithm 1; the online softmax is that of
@@ -246,14 +270,16 @@ def chunked(
     options = checked_options(
         causal, diagonal, scale, layout, window=window,
         prefix=prefix, seqlens_q=seqlens_q, seqlens_k=seqlens_k, sink=sink,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, block_mask=block_mask,
     )  # fmt: skip
+    masks = _Masks(attn_mask, documents, block_mask)
     if options.is_packed:
+        masks.require_none()
         blocks = {"block_m": block_m, "block_n": block_n}
         return _of_sequences(chunked, q, k, v, options, return_lse, **blocks)
     xp = namespace(q)
     dtype, wide = q.dtype, _wide(xp, q)
-    shape, q, k, v = _split_heads(xp, q, k, v, options)
+    shape, q, k, v = _split_heads(xp, q, k, v, options, masks)
     scale = shape.head_dim**-0.5 if scale is None else scale
 
     tiles: list[tuple[Array, Array]] = []
@@ -352,6 +378,86 @@ def _weighted_sum(xp: Namespace, p: Array, v: Array, seen: Array | None) -> Arra
         for j in range(v.shape[-2])
     ]
     return _cast(xp, sum(terms[1:], start=terms[0]), v.dtype)
+
+
+# ---- masks by element ----------------------------------------------------------------------------
+
+
+class _Masks(NamedTuple):
+    attn_mask: Array | None
+    documents: Array | tuple[Array, Array] | None
+    block_mask: BlockMask | None
+
+    def require_none(self) -> None:
+        """Beside packed sequences."""
+        for name, mask in self._asdict().items():
+            if mask is not None:
+                raise ArgumentError(
+                    f"{name}: expected None beside cu_seqlens_q, got a mask: packed sequences have no "
+                    "(seqlen_q, seqlen_k) grid"
+                )
+
+    def shown(
+        self, xp: Namespace, batch: int, kv_heads: int, group: int, rows: int, keys: int
+    ) -> Array | None:
+        """What all of them show, (batch, kv_heads, group, rows, keys), the first three or 1. None: there are none."""
+        heads = kv_heads * group
+        parts = []
+        if self.attn_mask is not None:
+            require_kind(attn_mask=self.attn_mask)
+            dense = with_rank(
+                _own(xp, self.attn_mask), 4, "attn_mask", "(batch, heads, seqlen_q, seqlen_k)"
+            )
+            if not is_truth(dense):
+                raise ArgumentError(f"attn_mask: expected dtype bool, got {dense.dtype}")
+            _require_shape(
+                "attn_mask", dense, batch=batch, heads=heads, seqlen_q=rows, seqlen_k=keys
+            )
+            parts.append(xp.broadcast_to(dense, (*dense.shape[:2], rows, keys)))
+        if self.documents is not None:
+            given = self.documents
+            pair = given if isinstance(given, tuple) else (given, given)
+            require_kind(documents=pair[0])
+            require_kind(documents=pair[1])
+            of_rows, of_keys = (
+                with_rank(_own(xp, x), 2, "documents", "(batch, seqlen)") for x in pair
+            )
+            if of_rows.shape[1] != rows or of_keys.shape[1] != keys:
+                raise ArgumentError(
+                    f"documents: expected those of {rows} queries and {keys} keys, got {of_rows.shape[1]} and "
+                    f"{of_keys.shape[1]}"
+                )
+            for numbers in (of_rows, of_keys):
+                _require_shape("documents", numbers, batch=batch, seqlen=numbers.shape[1])
+            of_rows, of_keys = of_rows[:, None, :, None], of_keys[:, None, None, :]
+            parts.append((of_rows == of_keys) & (of_rows >= 0))
+        if self.block_mask is not None:
+            mask = self.block_mask
+            if mask.sizes[2:] != (rows, keys):
+                raise ArgumentError(
+                    f"block_mask: expected one built for seqlen_q {rows}, seqlen_k {keys}, got one built for "
+                    f"seqlen_q {mask.seqlen_q}, seqlen_k {mask.seqlen_k}. Build it for these sizes"
+                )
+            dense = _own(xp, mask.to_dense())
+            _require_shape(
+                "block_mask", dense, batch=batch, heads=heads, seqlen_q=rows, seqlen_k=keys
+            )
+            parts.append(dense)
+        found = None
+        for part in parts:  # each with the heads of queries by the heads of keys
+            groups = (1, 1) if part.shape[1] == 1 else (kv_heads, group)
+            part = xp.reshape(part, (part.shape[0], *groups, rows, keys))
+            found = part if found is None else found & part
+        return found
+
+
+def _require_shape(name: str, array: Array, **sizes: int) -> None:
+    """Of which any may be 1."""
+    if any(own not in (1, size) for own, size in zip(array.shape, sizes.values(), strict=True)):
+        raise ArgumentError(
+            f"{name}: expected shape ({', '.join(sizes)}) = {tuple(sizes.values())}, or 1 in place of any, "
+            f"got {tuple(array.shape)}"
+        )
 
 
 # ---- packed sequences ----------------------------------------------------------------------------
@@ -472,6 +578,9 @@ class _Shape(NamedTuple):
     prefix: Any
     queries_existing: Array | None  # None: all
     keys_existing: Array | None
+    shown: (
+        Array | None
+    )  # by masks by element, (batch, kv_heads, group, rows, keys), the first three or 1. None: all
     sink: Array | None  # (kv_heads, group, 1, 1)
     out: tuple[int, ...]  # (batch, kv_heads, group, seqlen_q, d)
 
@@ -479,7 +588,7 @@ class _Shape(NamedTuple):
     def is_uniform(self) -> bool:
         """Whether the rows of all batch entries see the same keys, those between two diagonals."""
         lengths = self.queries_existing is not None or self.keys_existing is not None
-        return self.prefix is None and not lengths
+        return self.prefix is None and not lengths and self.shown is None
 
     def keys_seen_by(self, row: int) -> tuple[int, int]:
         """The keys [first, end) that a row sees at most; if the sequences are uniform, exactly."""
@@ -491,7 +600,7 @@ class _Shape(NamedTuple):
 
 
 def _split_heads(
-    xp: Namespace, q: Array, k: Array, v: Array, options: Options
+    xp: Namespace, q: Array, k: Array, v: Array, options: Options, masks: _Masks
 ) -> tuple[_Shape, Array, Array, Array]:
     """q as (batch, kv_heads, group, seqlen_q, d), k and v as (batch, kv_heads, 1, seqlen_k, d).
 
@@ -554,6 +663,7 @@ def _split_heads(
         prefix=prefix,
         queries_existing=queries_existing,
         keys_existing=keys_existing,
+        shown=masks.shown(xp, batch, kv_heads, group, rows, keys),
         sink=sink,
         out=(batch, kv_heads, group, rows, v.shape[-1]),
     )
@@ -589,8 +699,8 @@ def _merge_heads(
 def _visible(
     xp: Namespace, shape: _Shape, i: int, i_end: int, j: int, j_end: int, like: Array
 ) -> Array | None:
-    """The mask of a block of scores: True where row sees key, (i_end - i, j_end - j), or (batch, 1, 1, ...) before
-    these. None: there is none."""
+    """The mask of a block of scores: True where row sees key, (i_end - i, j_end - j), or with (batch, kv_heads,
+    group) before these, each of which may be 1. None: there is none."""
     rows = _positions(xp, i, i_end, like)[:, None]
     keys = _positions(xp, j, j_end, like)[None, :]
     conditions = []
@@ -602,6 +712,8 @@ def _visible(
         conditions.append((keys <= rows + shape.diagonal) | (keys < shape.prefix))
     if shape.keys_existing is not None:
         conditions.append(keys < shape.keys_existing)
+    if shape.shown is not None:
+        conditions.append(shape.shown[..., i:i_end, j:j_end])
     exists = _exists(xp, shape, i, i_end, like)
     if exists is not None:
         conditions.append(exists & (keys >= 0))
@@ -635,6 +747,11 @@ def namespace(array: Array) -> Namespace:
 def _wide(xp: Namespace, array: Array) -> Any:
     """The dtype that sums are kept in."""
     return xp.float64 if array.dtype == xp.float64 else xp.float32
+
+
+def _own(xp: Namespace, array: Array) -> Array:
+    """The array in the library whose functions xp are."""
+    return array if namespace(array) is xp else xp.asarray(array)
 
 
 def _cast(xp: Namespace, array: Array, dtype: Any) -> Array:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ._arrays import Array
-from ._call import Options, checked_options, require_arrays
-from ._core import ArgumentError
+from ._call import SDPA, Options, checked_options, is_bias, require_grid
+from ._checks import require_arrays
+from ._core import ArgumentError, UnsupportedError
+from ._masks import Documents, arrays_of, with_masks
+from .block_mask import BlockMask
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,8 +41,20 @@ class Variant:
         query sees and whose value is 0. Neither scale nor masks apply to it. The LSE includes it. A query that sees no
         key has output 0 and LSE sink.
 
-    The arrays are contiguous and on q's device, and may be of any library that supports DLPack. No call reads their
-    values on the host: they may change between the replays of a CUDA graph. Masks AND: none switches another off.
+    attn_mask: a boolean array that broadcasts to (batch, heads, seqlen_q, seqlen_k), with any strides: True where the
+        query sees the key.
+    documents: numbers of documents, int32 (batch, seqlen) or (seqlen,), or a pair of such arrays, of the queries and of
+        the keys: a query sees the keys of its own document. One below 0 sees nothing, and is seen by none. A call has
+        room for 65,536 cells of 64 x 64 of which some elements are visible and some are not (64 MiB), or for 2 % of all
+        cells if that is more. Documents whose numbers alternate may have more: then all results are NaN, and
+        `BlockMask.from_documents` makes a mask that has room.
+    block_mask: a `BlockMask` for the lengths of q and k: any mask, made before the calls that use it. Each call makes
+        one of attn_mask and documents, without synchronising, so a mask of several calls is better made once
+        (`BlockMask.from_dense`, `BlockMask.from_documents`). Packed sequences take none of the three.
+
+    The arrays are on q's device, all but attn_mask and documents contiguous, and may be of any library that supports
+    DLPack. No call reads their values on the host: they may change between the replays of a CUDA graph. Masks AND: none
+    switches another off.
 
     Raises ArgumentError for what is wrong whatever q, k and v are; the rest is checked in the calls.
     """
@@ -52,9 +68,18 @@ class Variant:
     sink: Array | None = None
     cu_seqlens_q: Array | None = None
     cu_seqlens_k: Array | None = None
+    attn_mask: Array | None = None
+    documents: Documents | None = None
+    block_mask: BlockMask | None = None
 
     def __post_init__(self) -> None:
-        require_arrays(options_of(self).arrays)
+        options = options_of(self)
+        require_arrays(options.arrays | arrays_of(self.attn_mask, self.documents))
+        require_grid(options, self.attn_mask, self.documents)
+        if self.attn_mask is not None and is_bias(self.attn_mask):
+            raise UnsupportedError(
+                f"float attn_mask is not supported yet: use {SDPA}(attn_mask=...)"
+            )
 
 
 def options_of(
@@ -64,7 +89,8 @@ def options_of(
     layout: object = "bshd",
     stream: object = None,
 ) -> Options:
-    """The options of a call that takes `variant`, or `causal` alone."""
+    """The options of a call that takes `variant`, or `causal` alone. Without what the variant says by element: see
+    `with_masks_of`."""
     if variant is None:
         return checked_options(causal, "end", scale, layout, stream)
     if not isinstance(variant, Variant):
@@ -86,4 +112,14 @@ def options_of(
         sink=variant.sink,
         cu_seqlens_q=variant.cu_seqlens_q,
         cu_seqlens_k=variant.cu_seqlens_k,
+        block_mask=variant.block_mask,
     )
+
+
+def with_masks_of(
+    variant: Variant | None, options: Options, q: Array, k: Array, v: Array, **how: Any
+) -> Options:
+    """`with_masks`, of a variant."""
+    if variant is None:
+        return options
+    return with_masks(options, q, k, v, variant.attn_mask, variant.documents, **how)

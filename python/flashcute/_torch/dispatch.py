@@ -6,20 +6,24 @@ from typing import Any
 
 from .. import _core
 from .._arrays import library_of, stream_number
-from .._call import SDPA, require_arrays, run, same_bits, unsupported, with_copies
+from .._call import SDPA, run, same_bits, unsupported, with_copies
+from .._checks import require_arrays
 from .._core import ArgumentError, ConfigError, Explanation, UnsupportedError
 from .._import_hook import when_imported
+from .._masks import checked_rules, with_masks
+from ..inspection import explained_with_masks
 from .autograd import FlashAttention
 from .fallback import (
     checked_dropout,
     checked_mask,
+    checked_numbers,
     memory_of_sdpa,
     require_fallback,
     sdpa,
 )
 from .framework import Tensor, has_autocast, torch, warn
 from .gradients import decided
-from .operators import forward_by_operator
+from .operators import block_mask_by_operator, forward_by_operator
 from .problem import Problem, require_tensors
 from .tracing import as_constant, is_traced, require_own_memory
 from .worlds import require_one_world
@@ -35,7 +39,7 @@ def attend(problem: Problem, out: Tensor | None, return_lse: bool, fallback: str
     traced = is_traced(problem)
     problem.require_kinds(traced)
     if traced:
-        require_tensors(problem.options)
+        require_tensors(problem.options, problem.masks)
         require_one_world(problem)
     problem = problem.without_causal_bias().autocast()
     require_no_recorded_output(out, problem)
@@ -48,13 +52,35 @@ def attend(problem: Problem, out: Tensor | None, return_lse: bool, fallback: str
             warn(f"computed by {SDPA}: {missing}. on_unsupported='silent' accepts that")
         result = sdpa(problem)
         return result if out is None else out.copy_(result)
-    q, k, v, options, *_ = problem
+    q, k, v, options, *_ = with_block_mask(problem, traced)
     if traced:
         out, lse = forward_by_operator(q, k, v, options)
         return (out, lse) if return_lse else out
     if problem.recording:
         return FlashAttention.apply(q, k, v, options.sink, options, return_lse)
     return run(None, q, k, v, options, out, return_lse)
+
+
+def with_block_mask(problem: Problem, traced: bool) -> Problem:
+    """With one mask in place of those by element. Where gradients are recorded it serves them too."""
+    q, k, v, options, attn_mask, _, documents = problem
+    if attn_mask is None and documents is None:
+        return problem
+    if not traced:
+        options = with_masks(options, q, k, v, attn_mask, documents)
+        return problem._replace(options=options, attn_mask=None, documents=None)
+    for name, x in (("q", q), ("k", k)):
+        if x.dim() != 4:
+            raise ArgumentError(f"{name}: expected 4 dimensions, got shape {tuple(x.shape)}")
+    for name, x in problem.masks.items():
+        if x.device != q.device:
+            raise ArgumentError(
+                f"{name}: expected a tensor on q's device {q.device}, got one on {x.device}"
+            )
+    rules = checked_rules(attn_mask, documents, options, problem.sizes)
+    words = block_mask_by_operator(rules)
+    options = options._replace(block_mask=words, block_mask_sizes=rules.sizes)
+    return problem._replace(options=options, attn_mask=None, documents=None)
 
 
 def require_no_recorded_output(out: Tensor | None, problem: Problem) -> None:
@@ -120,7 +146,7 @@ def explained(problem: Problem, out: Tensor | None, return_lse: bool, fallback: 
             problem = problem.without_causal_bias().autocast()
         except ArgumentError as error:
             wrong = str(error)
-    q, k, v, options, *_ = problem
+    q, k, v, options, attn_mask, _, documents = problem
     recorded = options.gradients_follow or problem.recording
     told = decided(options, stream=None, gradients_follow=recorded)
     address = stream_number(options.stream)
@@ -140,8 +166,13 @@ def explained(problem: Problem, out: Tensor | None, return_lse: bool, fallback: 
             require_fallback(problem, out, return_lse, fallback, missing)
             _core.check_problem(q, k, v, told)
             checked_mask(problem)
+            checked_numbers(problem)
             checked_dropout(problem.dropout_p)
-        elif address is not None:
+        elif attn_mask is not None or documents is not None:
+            found = explained_with_masks(
+                q, k, v, out, told, attn_mask=attn_mask, documents=documents
+            )
+        if not missing and address is not None:
             library_of(type(q)).require_stream(
                 address,
                 [x for x in (q, k, v, out, *options.arrays.values()) if x is not None],

@@ -6,6 +6,7 @@ import math
 import sys
 
 from .._arrays import library_of
+from .._call import is_truth
 from .._core import ArgumentError
 from ..attention import flash_attention
 from .framework import Tensor, has_autocast, torch
@@ -38,20 +39,31 @@ def attend(
         return torch.nn.functional.scaled_dot_product_attention(
             *tensors, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    if simple:
-        return _flash(query, key, value, diagonal, scale)
+    mask = None if _is_causal_bias(attn_mask) else attn_mask
+    if simple and (mask is None or mask.dim() <= 4):
+        return _flash(query, key, value, mask, diagonal, scale)
     lead, (q, k, v) = _folded(*tensors, enable_gqa)
-    out = _flash(q, k, v, diagonal, scale)
+    if mask is not None:
+        mask = _folded_mask(mask, lead, (q.shape[-2], k.shape[-2]))
+    out = _flash(q, k, v, mask, diagonal, scale)
     return out.reshape(*lead, *out.shape[-2:])
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, diagonal: str | None, scale: float | None) -> Tensor:
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    diagonal: str | None,
+    scale: float | None,
+) -> Tensor:
     # A last stride other than 1 costs a copy of the tensor, not the scores in memory.
     q, k, v = (library_of(type(x)).with_unit_stride(x) for x in (q, k, v))
     causal = diagonal is not None
     # flash_attention goes to torch itself where gradients have no kernel.
     return flash_attention(
-        q, k, v, causal, diagonal=diagonal or "end", scale=scale, layout="bhsd", on_unsupported="silent"
+        q, k, v, causal, diagonal=diagonal or "end", attn_mask=mask, scale=scale, layout="bhsd",
+        on_unsupported="silent",
     )  # fmt: skip
 
 
@@ -106,8 +118,8 @@ def _why_torch(
 ) -> str | None:
     """Why torch's own function computes the call."""
     query, key, value = tensors
-    if attn_mask is not None and not _is_causal_bias(attn_mask):
-        return "attn_mask"
+    if not (attn_mask is None or is_truth(attn_mask) or _is_causal_bias(attn_mask)):
+        return "an attn_mask that is added to the scores"
     if dropout_p != 0.0:
         return "dropout"
     if scale is not None and not 0.0 <= scale <= LARGEST_SCALE:
@@ -217,3 +229,23 @@ def _folded(
         for x, count in zip(tensors, heads, strict=True)
     )
     return tuple(lead), folded
+
+
+def _folded_mask(mask: Tensor, lead: tuple[int, ...], lengths: tuple[int, int]) -> Tensor:
+    """Of the output's leading dimensions, with at most four, and without a copy where all have the same mask."""
+    whole = (*lead, *lengths)
+    missing = len(whole) - mask.dim()
+    fits = missing >= 0 and all(
+        have == 1 or have == want for have, want in zip(mask.shape, whole[missing:], strict=True)
+    )
+    if not fits:
+        raise ArgumentError(
+            f"attn_mask: expected a shape that broadcasts to (..., heads, seqlen_q, seqlen_k) = {whole}, got "
+            f"{tuple(mask.shape)}"
+        )
+    if mask.dim() <= 3:
+        return mask
+    batch, own = lead[:-1], mask.shape[-3:]
+    if all(size == 1 for size in mask.shape[:-3]):
+        return mask.reshape(1, *own)
+    return mask.expand(*batch, *own).reshape(math.prod(batch), *own)

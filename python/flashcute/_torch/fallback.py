@@ -8,6 +8,7 @@ from typing import Any
 from .. import _core
 from .._call import SDPA
 from .._core import ArgumentError, UnsupportedError
+from .._masks import arrays_of, checked_documents
 from .framework import Tensor, torch
 from .problem import Problem, require_tensors
 from .tracing import is_traced
@@ -28,7 +29,9 @@ def require_fallback(
         raise UnsupportedError(f"sink: {SDPA} has none, and {missing}")
     if problem.options.is_packed:
         raise UnsupportedError(f"cu_seqlens_q: {SDPA} has no packed sequences, and {missing}")
-    require_tensors(problem.options)
+    if problem.options.block_mask is not None:
+        raise UnsupportedError(f"block_mask: {SDPA} has none, and {missing}")
+    require_tensors(problem.options, problem.masks)
     if problem.options.stream is not None:
         raise ArgumentError(
             f"stream: expected None where {SDPA} computes, got {problem.options.stream!r}"
@@ -139,6 +142,10 @@ def visible(problem: Problem) -> Tensor | None:
         conditions.append(j < keys_exist)
     if queries_exist is not None:
         conditions.append((i < queries_exist) & (j >= 0))
+    numbers = checked_numbers(problem)
+    if numbers is not None:
+        own, other = numbers[0][:, None, :, None], numbers[1][:, None, None, :]
+        conditions.append((own == other) & (own >= 0))
     seen = None
     for condition in conditions:
         seen = condition if seen is None else seen & condition
@@ -208,7 +215,7 @@ def needs_no_mask(problem: Problem) -> bool:
     options = problem.options
     if problem.attn_mask is not None or options.has_window:
         return False
-    if options.has_lengths or options.has_prefix:
+    if options.has_lengths or options.has_prefix or problem.documents is not None:
         return False
     return not problem.options.causal or (keys <= rows and problem.diagonal == 0)
 
@@ -240,6 +247,18 @@ def checked_mask(problem: Problem) -> Tensor | None:
     return mask
 
 
+def checked_numbers(problem: Problem) -> tuple[Tensor, Tensor] | None:
+    """The documents of the queries and of the keys."""
+    if problem.documents is None:
+        return None
+    for name, x in arrays_of(None, problem.documents).items():
+        if x.device != problem.q.device:
+            raise ArgumentError(
+                f"{name}: expected a tensor on q's device {problem.q.device}, got one on {x.device}"
+            )
+    return checked_documents(problem.documents, problem.sizes)
+
+
 def memory_of_sdpa(problem: Problem) -> str:
     batch, heads, rows, keys = problem.sizes
     item = problem.q.element_size()
@@ -247,6 +266,7 @@ def memory_of_sdpa(problem: Problem) -> str:
     if not needs_no_mask(problem):
         given = problem.attn_mask
         of_each = problem.options.has_lengths or problem.options.prefixes is not None
+        of_each = of_each or problem.documents is not None
         whole = rows * keys * (1 + item) * (batch if of_each else 1)
         if given is not None:
             whole += (

@@ -12,7 +12,9 @@ from .._core import UnsupportedError
 from .framework import Tensor, torch
 
 # The members of Options that are arrays, in the order of the operators' arguments.
-ARRAYS = ("seqlens_q", "seqlens_k", "prefixes", "sink", "cu_seqlens_q", "cu_seqlens_k")
+ARRAYS = (
+    "seqlens_q", "seqlens_k", "prefixes", "sink", "cu_seqlens_q", "cu_seqlens_k", "block_mask",
+)  # fmt: skip
 
 
 def without_tensors(options: Options) -> tuple[Options, tuple[Tensor | None, ...]]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 from typing import Any, NamedTuple
 
-from .._call import Options, missing_feature, require_kind, rows_of_heads
+from .._call import Options, missing_feature, rows_of_heads
+from .._checks import require_kind
 from .._core import ArgumentError
+from .._masks import Documents, arrays_of
 from .framework import Tensor, has_autocast, torch
 
 
-def require_tensors(options: Options) -> None:
+def require_tensors(options: Options, others: dict[str, Any] | None = None) -> None:
     """Raises ArgumentError for arrays beside q, k and v that are of another library, which no operator takes."""
-    for name, array in options.arrays.items():
+    for name, array in (options.arrays | (others or {})).items():
         if not isinstance(array, torch.Tensor):
             raise ArgumentError(
                 f"{name}: expected a torch tensor where the call is traced, transformed or left to torch's own "
@@ -29,6 +31,7 @@ class Problem(NamedTuple):
     options: Options
     attn_mask: Tensor | None
     dropout_p: float
+    documents: Documents | None = None
 
     @property
     def recording(self) -> bool:
@@ -49,9 +52,14 @@ class Problem(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that kernels read: q, k, v and the tensors among the options."""
-        arrays = self.options.arrays.values()
+        """All that is read: q, k, v, the masks by element and the tensors among the options."""
+        arrays = (*self.options.arrays.values(), *self.masks.values())
         return [self.q, self.k, self.v, *(x for x in arrays if isinstance(x, torch.Tensor))]
+
+    @property
+    def masks(self) -> dict[str, Any]:
+        """attn_mask and documents, as far as they are given."""
+        return arrays_of(self.attn_mask, self.documents)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -68,13 +76,11 @@ class Problem(NamedTuple):
     @property
     def missing(self) -> str | None:
         """Why no kernel can do it, if the features say so already."""
-        return missing_feature(self.attn_mask, self.dropout_p, self.options)
+        return missing_feature(self.attn_mask, self.dropout_p, self.options, self.documents)
 
     def require_kinds(self, traced: bool) -> None:
         """Raises ArgumentError for nested, sparse and other tensors that no road serves."""
-        require_kind(traced, q=self.q, k=self.k, v=self.v, **self.options.arrays)
-        if self.attn_mask is not None:
-            require_kind(traced, attn_mask=self.attn_mask)
+        require_kind(traced, q=self.q, k=self.k, v=self.v, **self.options.arrays, **self.masks)
 
     def without_causal_bias(self) -> Problem:
         """With what torch's CausalBias means, a mask whose elements are not there, said in our words."""

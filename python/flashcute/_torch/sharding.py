@@ -21,6 +21,7 @@ class Sharding(NamedTuple):
     lengths: Any  # seqlens_q, seqlens_k, prefixes
     sink: Any
     dsink: Any
+    mask: Any  # words of a block mask, of which each rank reads all
 
 
 def shardings_of(q: Any, k: Any, v: Any, layout: str) -> list[Sharding]:
@@ -30,12 +31,13 @@ def shardings_of(q: Any, k: Any, v: Any, layout: str) -> list[Sharding]:
     heads, row = (-2, -3) if layout == "bshd" else (-3, -2)
     heads, row = heads + q.ndim, row + q.ndim
     packed = q.ndim == 3  # without a batch
-    all_of_it = replicate(), replicate(), replicate()  # lengths, sink and its gradient
+    every = replicate()
+    all_of_it = every, every, every, every  # lengths, sink and its gradient, masks
     whole = Sharding(replicate(), replicate(), replicate(), replicate(), *all_of_it)
     # Each rank needs all of the sink for its part of the batch, and has a part of the sum that is its gradient.
-    of_entries = shard(0), replicate(), partial()
+    of_entries = shard(0), every, partial(), every
     of_batch = Sharding(shard(0), shard(0), shard(0), shard(0), *of_entries)
-    its_heads = replicate(), shard(0), shard(0)
+    its_heads = every, shard(0), shard(0), every
     lse = shard(0 if packed else 1)
     of_heads = Sharding(shard(heads), shard(heads), shard(heads), lse, *its_heads)
     # With a single key head each rank needs all of k and v, and has a part of the sum that is their gradient.
@@ -118,7 +120,7 @@ def _forward_sharding(
 ) -> Any:
     found = shardings_of(q, k, v, layout)
     lengths, sink = _arrays_of(others[5:])
-    _require_placed(found, lengths, sink)
+    _require_placed(found, lengths, sink, others[13:])
     return [
         ([s.rows, s.lse], [s.rows, s.keys, s.keys, *_of_arrays(s, lengths, sink)])
         for s in _offered(found)
@@ -131,7 +133,7 @@ def _backward_sharding(
 ) -> Any:  # fmt: skip
     found, inputs = _backward_inputs(dout, q, k, v, out, lse, dlse, layout)
     lengths = _arrays_of_backward(others[4:])
-    _require_placed(found, lengths, None)
+    _require_placed(found, lengths, None, others[11:])
     return [
         ([s.rows, s.dkeys, s.dkeys], [*inputs(s), *_of_arrays(s, lengths, None)])
         for s in _offered(found)
@@ -144,7 +146,7 @@ def _backward_with_sink_sharding(
 ) -> Any:  # fmt: skip
     found, inputs = _backward_inputs(dout, q, k, v, out, lse, dlse, layout)
     lengths = _arrays_of_backward(others[4:])
-    _require_placed(found, lengths, sink)
+    _require_placed(found, lengths, sink, others[11:])
     return [
         (
             [s.rows, s.dkeys, s.dkeys, s.dsink],
@@ -171,9 +173,11 @@ def _backward_inputs(
 
 
 def _arrays_of(others: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
-    """Of the forward operator's last arguments, from seqlens_q on: the arrays of the batch that are given, and the
-    sink."""
-    names = ("seqlens_q", "seqlens_k", "", "prefix", "sink", "cu_seqlens_q", "cu_seqlens_k")
+    """Of the forward operator's last arguments, from seqlens_q on: the arrays that are given, in their order, but for
+    the sink; and the sink."""
+    names = (
+        "seqlens_q", "seqlens_k", "", "prefix", "sink", "cu_seqlens_q", "cu_seqlens_k", "block_mask",
+    )  # fmt: skip
     given = dict(zip(names, others, strict=False))
     sink = given.pop("sink", None)
     return {name: x for name, x in given.items() if name and x is not None}, sink
@@ -184,23 +188,57 @@ def _arrays_of_backward(others: tuple[Any, ...]) -> dict[str, Any]:
     return _arrays_of((*others[:4], None, *others[4:]))[0]
 
 
-def _of_arrays(s: Sharding, lengths: dict[str, Any], sink: Any) -> list[Any]:
+def _placement(s: Sharding, name: str) -> Any:
+    return {"sink": s.sink, "block_mask": s.mask}.get(name, s.lengths)
+
+
+def _of_arrays(s: Sharding, arrays: dict[str, Any], sink: Any) -> list[Any]:
     """Placements in one sharding, as many as there are arrays, in the order of the forward operator's arguments."""
-    starts = [name for name in lengths if name.startswith("cu_")]
+    behind = [name for name in arrays if name.startswith("cu_") or name == "block_mask"]
     of_sink = [] if sink is None else [s.sink]
-    return [*[s.lengths] * (len(lengths) - len(starts)), *of_sink, *[s.lengths] * len(starts)]
+    before = [s.lengths] * (len(arrays) - len(behind))
+    return [*before, *of_sink, *(_placement(s, name) for name in behind)]
 
 
-def _require_placed(found: list[Sharding], lengths: dict[str, Any], sink: Any) -> None:
-    """Raises UnsupportedError for arrays that do not lie as q, k and v do."""
-    arrays = {**lengths, "sink": sink} if sink is not None else lengths
-    for name, x in arrays.items():
-        expected = tuple(s.sink if name == "sink" else s.lengths for s in found)
+def _require_placed(
+    found: list[Sharding], arrays: dict[str, Any], sink: Any, block_mask_sizes: tuple[Any, ...]
+) -> None:
+    """Raises UnsupportedError for arrays that do not lie as q, k and v do. block_mask_sizes: of one argument, or none
+    where it was left out."""
+    every = {**arrays, "sink": sink} if sink is not None else arrays
+    for name, x in every.items():
+        expected = tuple(_placement(s, name) for s in found)
         if tuple(x.placements) != expected:
             raise UnsupportedError(
                 f"{name}: expected the placements {expected} beside q, k and v, got {tuple(x.placements)}: "
                 f"{name}.redistribute(placements=...) moves it"
             )
+    if "block_mask" not in arrays:
+        return
+    batch, heads, *_ = block_mask_sizes[0]
+    for own, what, split in (
+        (batch, "batch entries", any(s.lengths.is_shard() for s in found)),
+        (heads, "heads", any(s.sink.is_shard() for s in found)),
+    ):
+        if split and own != 1:
+            raise UnsupportedError(
+                f"attn_mask, documents, block_mask: expected one mask for all {what}, over which q is sharded, got "
+                f"{own}: every rank would need a part of the mask's words"
+            )
+
+
+def _block_mask_sharding(*arguments: Any) -> Any:
+    """Replicated, as the attention operators take the words."""
+    _, replicate, _ = _placements()
+    names = "attn_mask", "documents", "documents", "block_mask"
+    given = [(name, x) for name, x in zip(names, arguments, strict=False) if x is not None]
+    for name, x in given:
+        if not all(placement.is_replicate() for placement in x.placements):
+            raise UnsupportedError(
+                f"{name}: expected a replicated DTensor, got the placements {tuple(x.placements)}: "
+                f"{name}.redistribute(placements=...) gathers it"
+            )
+    return [([replicate()], [replicate()] * len(given))]
 
 
 def register_shardings() -> None:
@@ -211,6 +249,7 @@ def register_shardings() -> None:
         (operators.flash_attention_forward.default, _forward_sharding, 3),
         (operators.flash_attention_backward.default, _backward_sharding, 7),
         (operators.flash_attention_backward_with_sink.default, _backward_with_sink_sharding, 8),
+        (operators.block_mask.default, _block_mask_sharding, 4),
     ]
     # DTensor keeps what it found by the tensors, and by the arguments after the first integer alone: of two layouts it
     # would take the first one's. The rest of the arguments counts as well.

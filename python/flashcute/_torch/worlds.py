@@ -31,7 +31,7 @@ def require_one_world(problem: Problem) -> None:
     if torch.compiler.is_compiling():  # the compiler has made all tensors of one world
         return
     given = {"q": problem.q, "k": problem.k, "v": problem.v, **problem.options.arrays}
-    given["attn_mask"] = problem.attn_mask
+    given |= problem.masks
     tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
     _require_distributed_alike(tensors)
     _require_fake_alike(tensors)

@@ -96,9 +96,9 @@ def register(name: str = NAME, *, on_unsupported: str = "warn", accept: Iterable
 
     name: any that transformers does not take for something of its own: without "flash", "sdpa", "flex_attention",
         "eager", "/", ":" and "|", and not registered by others.
-    on_unsupported: what to do with masks, biases and dropout, which no kernel covers yet. "warn" (once for each of
-        them) and "silent" let torch's scaled_dot_product_attention compute the call; "error" raises UnsupportedError,
-        as all three do beside attention sinks, which torch has not.
+    on_unsupported: what to do with masks of floats, biases and dropout, which no kernel covers yet. "warn" (once for
+        each of them) and "silent" let torch's scaled_dot_product_attention compute the call; "error" raises
+        UnsupportedError, as all three do beside attention sinks, which torch has not.
     accept: names of further keyword arguments that a model hands to its attention and that change no score. What is
         neither here nor known to flashcute is refused, never ignored.
 
@@ -384,8 +384,7 @@ def require_kernel(mask: Tensor | None, bias: Tensor | None, dropout: float) -> 
         if given is not None:
             raise UnsupportedError(
                 f"s_aux: expected no attention sinks beside {reason}, got both: no kernel of flashcute covers {reason} "
-                f"yet, and {SDPA} has no sinks. Batches without padding and a dynamic cache need no mask; else use "
-                "attn_implementation='eager'"
+                f"yet, and {SDPA} has no sinks. Use attn_implementation='eager'"
             )
 
 
@@ -453,13 +452,18 @@ def reasons_for_torch(
     mask: Tensor | None, bias: Tensor | None, dropout: float
 ) -> dict[str, object]:
     """What no kernel covers, and whether it is given: not None."""
-    return {"attention masks": mask, "position biases": bias, "dropout": dropout or None}
+    added = mask is not None and mask.dtype != sys.modules["torch"].bool
+    return {
+        "attention masks of floats": mask if added else None,
+        "position biases": bias,
+        "dropout": dropout or None,
+    }
 
 
 def fallback_of(
     on_unsupported: str, mask: Tensor | None, bias: Tensor | None, dropout: float
 ) -> str:
-    """What flash_attention does where it has no kernel. It would warn of a mask in each layer."""
+    """What flash_attention does where it has no kernel. It would warn of it in each layer."""
     known = reasons_for_torch(mask, bias, dropout)
     reasons = [reason for reason, given in known.items() if given is not None]
     if on_unsupported != "warn" or not reasons:
