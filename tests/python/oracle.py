@@ -11,6 +11,7 @@ and fp64 it is a relative bound.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -92,9 +93,13 @@ class Mask:
     prefix: int | tuple[int, ...] = 0
     seqlens_q: tuple[int, ...] | None = None
     seqlens_k: tuple[int, ...] | None = None
+    # By element: boolean, of 4 dimensions that broadcast; numbers of documents of queries and of keys, (batch or 1, n).
+    attn_mask: np.ndarray | None = None
+    documents: tuple[np.ndarray, np.ndarray] | None = None
+    block_mask: np.ndarray | None = None
 
     def of(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
-        """(batch, 1, seqlen_q, seqlen_k)."""
+        """(batch, 1, seqlen_q, seqlen_k); where elements are masked, with heads in place of the 1."""
 
         def entry(b: int) -> np.ndarray:
             return visible(
@@ -109,7 +114,18 @@ class Mask:
             )
 
         none = np.zeros((0, q.shape[1], k.shape[1]), bool)
-        return np.array([entry(b) for b in range(q.shape[0])] or none, bool)[:, None]
+        seen = np.array([entry(b) for b in range(q.shape[0])] or none, bool)[:, None]
+        elements = self.elements
+        return seen if elements is None else seen & elements & np.ones((q.shape[2], 1, 1), bool)
+
+    @property
+    def elements(self) -> np.ndarray | None:
+        """What the masks by element show together, of 4 dimensions that broadcast."""
+        parts = [x for x in (self.attn_mask, self.block_mask) if x is not None]
+        if self.documents is not None:
+            queries, keys = self.documents[0][:, None, :, None], self.documents[1][:, None, None, :]
+            parts.append((queries == keys) & (queries >= 0))
+        return functools.reduce(np.logical_and, parts) if parts else None
 
     def exists(self, q: np.ndarray) -> np.ndarray:
         """(batch, 1, seqlen_q): which queries there are."""
@@ -250,6 +266,9 @@ class Problem:
     prefix: int | tuple[int, ...] = 0
     seqlens_q: tuple[int, ...] | None = None
     seqlens_k: tuple[int, ...] | None = None
+    attn_mask: np.ndarray | None = None
+    documents: tuple[np.ndarray, np.ndarray] | None = None
+    block_mask: np.ndarray | None = None
     sink: np.ndarray | None = None  # (heads,)
 
     @property

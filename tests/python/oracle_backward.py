@@ -37,6 +37,9 @@ class BackwardProblem:
     prefix: int | tuple[int, ...] = 0
     seqlens_q: tuple[int, ...] | None = None
     seqlens_k: tuple[int, ...] | None = None
+    attn_mask: np.ndarray | None = None
+    documents: tuple[np.ndarray, np.ndarray] | None = None
+    block_mask: np.ndarray | None = None
     sink: np.ndarray | None = None  # (heads,)
 
     @property

@@ -1,8 +1,10 @@
-"""Random problems in which any of the arguments meet: lengths, masks, sinks, sizes, strides, poison."""
+"""Random problems in which any of the arguments meet: lengths, masks of all kinds, sinks, sizes, strides, poison."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import flashcute as fc
@@ -16,9 +18,14 @@ LENGTHS = [0, 1, 2, 5, 16, 31, 63, 64, 65, 100, 127, 128, 129, 200, 257, 300]
 
 
 def random_problem(
-    rng: np.random.Generator, dtype: str, *, head_dims: tuple[int, ...] = (1, 3, 8, 16, 40, 64)
+    rng: np.random.Generator,
+    dtype: str,
+    *,
+    head_dims: tuple[int, ...] = (1, 3, 8, 16, 40, 64),
+    elements: bool = True,
 ) -> oracle_backward.BackwardProblem:
-    """Each argument is there or not, whatever the others are, as far as a call allows it."""
+    """Each argument is there or not, whatever the others are, as far as a call allows it. elements: also masks by
+    element, which do not go with packed sequences."""
 
     def maybe(x: Any, otherwise: Any = None) -> Any:
         return x if rng.random() < 0.5 else otherwise
@@ -45,8 +52,10 @@ def random_problem(
     diagonal = maybe(int(rng.choice([0, -1, 3, -70, 70, sk, -sq, 2**40, -(2**40)])))
     prefix = maybe(int(rng.integers(0, sk + 20)), lengths(sk))
     sink = rng.standard_normal(heads) * 3 + float(rng.choice([0.0, 0.0, 30.0, -30.0]))
+    by_element = random_elements(rng, batch, heads, sq, sk) if maybe(elements, False) else {}
     return dataclasses.replace(
         p,
+        **by_element,
         window=window,
         diagonal=diagonal if masked else None,
         prefix=maybe(prefix, 0) if p.causal else 0,
@@ -55,6 +64,74 @@ def random_problem(
         sink=maybe(sink.astype(np.float32).astype(np.float64)),
         dlse=maybe(p.dlse),
     )
+
+
+def random_elements(
+    rng: np.random.Generator, batch: int, heads: int, sq: int, sk: int
+) -> dict[str, Any]:
+    """Some of the masks by element, at least one."""
+
+    def documents(entries: int, rows: int) -> np.ndarray:
+        # Runs, as of packed documents, or any order; some of no document.
+        numbers = rng.integers(-1, 4, (entries, rows))
+        return (np.sort(numbers) if rng.random() < 0.7 else numbers).astype(np.int32)
+
+    def dense() -> np.ndarray:
+        """Of each cell all is visible, or nothing, or some elements; any dimension may be 1."""
+        shape = [n if rng.random() < 0.6 else 1 for n in (batch, heads, sq, sk)]
+        cells = rng.choice(
+            [0.0, 0.0, 0.3, 0.9, 1.0, 1.0], (*shape[:2], *(n // 64 + 1 for n in shape[2:]))
+        )
+        chance = cells.repeat(64, axis=2).repeat(64, axis=3)[..., : shape[2], : shape[3]]
+        return rng.random(shape) < chance
+
+    entries, others = (batch if rng.random() < 0.7 else 1 for _ in range(2))
+    kinds = ("attn_mask", "documents", "block_mask")
+    chosen = {str(rng.choice(kinds)), *(kind for kind in kinds if rng.random() < 0.3)}
+    made = {
+        "attn_mask": dense(),
+        "documents": (documents(entries, sq), documents(others, sk)),
+        "block_mask": dense(),
+    }
+    return {kind: made[kind] for kind in kinds if kind in chosen}
+
+
+def block_mask_of(rng: np.random.Generator, p: Any, where: str = "cpu") -> fc.BlockMask | None:
+    """What a problem's masks by element show together, from arrays of any strides: of torch, or on the CPU of NumPy."""
+    lengths = {"seqlen_q": p.q.shape[1], "seqlen_k": p.k.shape[1]}
+    of_numpy = where == "cpu" and rng.random() < 0.5
+    parts = []
+    for dense in (p.attn_mask, p.block_mask):
+        if dense is not None:
+            view, shape = strided_booleans(rng, dense, p, negative=of_numpy)
+            memory = view if of_numpy else torch.from_numpy(view).to(where)
+            broadcast = np.broadcast_to if of_numpy else torch.broadcast_to
+            parts.append(fc.BlockMask.from_dense(broadcast(memory, shape), **lengths))
+    if p.documents is not None:
+        numbers = [x if of_numpy else torch.tensor(x, device=where) for x in p.documents]
+        parts.append(fc.BlockMask.from_documents(*numbers))
+    return functools.reduce(operator.and_, parts) if parts else None
+
+
+def strided_booleans(
+    rng: np.random.Generator, dense: np.ndarray, p: Any, *, negative: bool
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """A mask in memory of any order, among other values; and a shape to broadcast it to, in which dimensions of 1 stay
+    or are those of the call. negative: some dimensions run backwards."""
+    order = [int(axis) for axis in rng.permutation(4)]
+    more = [int(rng.integers(0, 3)) for _ in range(4)]
+    memory = rng.random([dense.shape[axis] + more[axis] for axis in order]) < 0.5
+    view = memory.transpose([order.index(axis) for axis in range(4)])
+    view = view[tuple(slice(extra, None) for extra in more)]
+    if negative:
+        view = view[tuple(slice(None, None, -1 if rng.random() < 0.5 else 1) for _ in range(4))]
+    view[...] = dense
+    whole = p.q.shape[0], p.q.shape[2], p.q.shape[1], p.k.shape[1]
+    shape = tuple(
+        size if own == 1 and rng.random() < 0.5 else own
+        for own, size in zip(dense.shape, whole, strict=True)
+    )
+    return view, shape
 
 
 def said(p: Any, where: str = "cpu") -> dict[str, Any]:
@@ -76,11 +153,14 @@ def said(p: Any, where: str = "cpu") -> dict[str, Any]:
 
 def poisoned(p: oracle_backward.BackwardProblem) -> dict[str, np.ndarray]:
     """q, k, v and dout with NaN in all that does not exist or that no query sees, which is nobody's business."""
-    seen = p.mask.of(p.q, p.k)[:, 0]
-    rows = p.mask.exists(p.q)[:, 0]
-    keys = seen.any(axis=1)
+    seen = p.mask.of(p.q, p.k)
+    rows = p.mask.exists(p.q)[:, 0, :, None]
+    keys = seen.any(axis=2).swapaxes(1, 2)  # (batch, seqlen_k, 1 or heads)
+    if keys.shape[2] > 1:  # a head of keys is read by the queries of its group
+        kv_heads = p.k.shape[2]
+        keys = keys.reshape(*keys.shape[:2], kv_heads, keys.shape[2] // kv_heads).any(axis=3)
     return {
-        name: np.where(kept[:, :, None, None], x, np.nan)
+        name: np.where(kept[..., None], x, np.nan)
         for name, x, kept in (("q", p.q, rows), ("k", p.k, keys), ("v", p.v, keys), ("dout", p.dout, rows))
     }  # fmt: skip
 
@@ -222,7 +302,8 @@ def check(
         rows = p.mask.exists(p.q)
         dlse = as_lse(p, np.where(rows, p.dlse, np.nan), where)
     given = (q, k, v, dout, dlse)
-    out, lse, found = computed(p, given, said(p, where), "bshd", cfg, backward_cfg)
+    told = {**said(p, where), "block_mask": block_mask_of(rng, p, where)}
+    out, lse, found = computed(p, given, told, "bshd", cfg, backward_cfg)
     oracle.assert_accurate(p.forward, out, lse, tiny=True)
     oracle_backward.assert_accurate(p, found)
 

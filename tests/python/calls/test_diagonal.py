@@ -495,7 +495,7 @@ def test_causal_bias(compiled: Callable[..., Any], sq: int, sk: int, traced: boo
     ):
         assert torch.equal(a, b)
     # A window stays at the diagonal of the call.
-    options: dict[str, Any] = {"window": (2, 0), "on_unsupported": "silent"}
+    options: dict[str, Any] = {"window": (2, 0), "on_unsupported": "error"}
     seen = torch.ones(sq, sk, dtype=torch.bool).tril()
     torch.testing.assert_close(
         fc.flash_attention(q, k, v, attn_mask=mask, **options),

@@ -17,6 +17,7 @@ CFG, BACKWARD = (
 LSE = np.zeros((2, 2, 4), np.float32)
 SINK = np.ones(2, np.float32)
 LENGTHS = np.ones(2, np.int32)
+SEEN = np.ones((4, 4), bool)
 
 
 def forward(**options: Any) -> Any:
@@ -65,8 +66,11 @@ def test_causal_beside_a_variant(call: Callable[..., Any], causal: Any) -> None:
         {"seqlens_q": LENGTHS},
         {"seqlens_k": LENGTHS},
         {"sink": SINK},
+        {"attn_mask": SEEN},
+        {"documents": LENGTHS[:1].repeat(4)},
+        {"block_mask": fc.BlockMask.from_dense(SEEN)},
     ],
-    ids=str,
+    ids=lambda part: next(iter(part)),
 )
 def test_explain(part: dict[str, Any]) -> None:
     """It takes what flash_attention takes, or with a configuration what forward takes, and not both."""
@@ -90,6 +94,11 @@ def test_explain(part: dict[str, Any]) -> None:
         ({"seqlens_q": [1, 2]}, "seqlens_q"),
         ({"seqlens_k": 3}, "seqlens_k"),
         ({"sink": 0.5}, "sink"),
+        ({"attn_mask": 3}, "attn_mask"),
+        ({"attn_mask": np.ones(4, np.int8)}, "attn_mask"),
+        ({"documents": 3}, "documents"),
+        ({"documents": [1, 2]}, r"documents\[0\]"),
+        ({"block_mask": SEEN}, "block_mask"),
     ],
     ids=str,
 )
@@ -144,7 +153,10 @@ def test_bad_memory_for_the_gradient_of_a_sink(sink: Any, dsink: Any, says: str)
         backward(variant=fc.Variant(sink=sink), dsink=dsink)
 
 
-@pytest.mark.parametrize("name", ["diagonal", "window", "prefix", "seqlens_q", "seqlens_k", "sink"])
+@pytest.mark.parametrize(
+    "name",
+    ["diagonal", "window", "prefix", "seqlens_q", "seqlens_k", "sink", "attn_mask", "documents", "block_mask"],
+)  # fmt: skip
 def test_parts_are_no_arguments_of_their_own(name: str) -> None:
     """forward and backward have one way to say it, so that they are told the same."""
     for call in (forward, backward, count_blocks):

@@ -14,8 +14,9 @@ PROBLEMS = 25  # of each test; every one takes other random numbers
 
 def describe(p: object) -> str:
     """What failed, to be read."""
-    told = {n: x for n, x in vars(p).items() if not isinstance(x, np.ndarray)}
-    shapes = {n: getattr(p, n).shape for n in ("q", "k", "v")}
+    told = {n: x for n, x in vars(p).items() if not isinstance(x, np.ndarray) and n != "documents"}
+    shapes = {n: x.shape for n, x in vars(p).items() if isinstance(x, np.ndarray)}
+    shapes |= {"documents": [x.shape for x in getattr(p, "documents", None) or ()]}
     return f"{told}, {shapes}, sink {getattr(p, 'sink', None)}"
 
 
@@ -28,7 +29,7 @@ def check_many(dtype: str, where: str, first: int, packed: bool, **how: object) 
     check = variants.check_packed if packed else variants.check
     for number in range(first, first + PROBLEMS):
         rng = np.random.default_rng([SEED, number])
-        p = variants.random_problem(rng, dtype, head_dims=head_dims)  # type: ignore[arg-type]
+        p = variants.random_problem(rng, dtype, head_dims=head_dims, elements=not packed)  # type: ignore[arg-type]
         try:
             check(rng, p, where, **how)  # type: ignore[arg-type]
         except Exception as error:

@@ -299,8 +299,9 @@ def test_export_and_vmap() -> None:
 def test_a_window_beside_what_no_kernel_covers() -> None:
     """torch's own attention has the window too."""
     q, k, v = qkv()
-    keep = torch.rand(9, 14) > 0.3
-    found = fc.flash_attention(q, k, v, window=(4, 3), attn_mask=keep, on_unsupported="silent")
-    both = keep & torch.tensor(oracle.visible(9, 14, False, None, (4, 3)))
+    bias = torch.randn(9, 14).to(q.dtype)
+    found = fc.flash_attention(q, k, v, window=(4, 3), attn_mask=bias, on_unsupported="silent")
+    seen = torch.tensor(oracle.visible(9, 14, False, None, (4, 3)))
+    both = bias.masked_fill(~seen, -torch.inf)
     expected = fc.flash_attention(q, k, v, attn_mask=both, on_unsupported="silent")
     torch.testing.assert_close(found, expected)

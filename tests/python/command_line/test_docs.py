@@ -54,7 +54,7 @@ def test_code_in_the_page_of_variants_runs() -> None:
     blocks = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "variants.md").read_text(), re.DOTALL
     )
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, object] = {}
     for block in blocks:
         exec(block, names)

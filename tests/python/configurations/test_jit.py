@@ -543,6 +543,8 @@ VARIANTS = [
     (fc.Variant(window=(0, -1)), "band"), (fc.Variant(causal=True, window=(9, 0)), "band"),
     (fc.Variant(causal=True, prefix=3), "band"), (fc.Variant(causal=True, prefix=ONES), "band"),
     (fc.Variant(seqlens_q=ONES), "band"), (fc.Variant(seqlens_k=ONES), "band"), (fc.Variant(sink=ONES), "band"),
+    (fc.Variant(attn_mask=ONES[None] == 1), "mapped"), (fc.Variant(causal=True, documents=ONES), "mapped"),
+    (fc.Variant(sink=ONES, block_mask=fc.BlockMask.from_documents(ONES)), "mapped"),
 ]  # fmt: skip
 
 

@@ -72,6 +72,21 @@ def arrays(batch: int = 2, heads: int = HEADS) -> dict[str, torch.Tensor]:
     }
 
 
+MASKS = ("one", "of each entry", "of each head", "documents", "documents of each entry")
+
+
+def masks(kind: str, batch: int = 2, heads: int = HEADS) -> dict[str, Any]:
+    """Of such a kind, the same on every rank and in the tests."""
+    made = torch.Generator().manual_seed(8)
+    if kind.startswith("documents"):
+        rows, keys = torch.tensor([0, 0, 1, 1, 2]).int(), torch.tensor([0, 0, 0, 1, 1, 2, 2]).int()
+        if "each" in kind:
+            rows, keys = (torch.stack([x.flip(0) - i for i in range(batch)]) for x in (rows, keys))
+        return {"documents": (rows, keys)}
+    shape = {"of each entry": (batch, 1), "of each head": (1, heads)}.get(kind, ())
+    return {"attn_mask": torch.rand(*shape, SEQLEN_Q, SEQLEN_K, generator=made) < 0.7}
+
+
 def placed(letters: str) -> list[Any]:
     return [PLACEMENTS[letter] for letter in letters]
 
@@ -111,10 +126,13 @@ def attend(
     variant: bool = False,
     lengths_letters: str | None = None,
     sink_letters: str | None = None,
+    mask: str | None = None,
+    mask_letters: str = "R",
     function: Callable[..., Any] = fc.flash_attention,
 ) -> dict[str, Any]:
     """Forward and backward of DTensors. dout_letters: the placements of the gradients; None: those of the results.
-    variant: with lengths, prefixes and a sink, which lie as q does, or with placements of their own."""
+    variant: with lengths, prefixes and a sink, which lie as q does, or with placements of their own. mask: one of
+    MASKS."""
     q, k, v, dout, dlse = dense(kv_heads, layout, batch, heads)
     q = distribute(q, q_letters, shape).requires_grad_()
     k, v = (distribute(x, k_letters or q_letters, shape).requires_grad_() for x in (k, v))
@@ -126,6 +144,11 @@ def attend(
         for name, x in arrays(batch, heads).items():
             more[name] = distribute(x, of_heads if name == "sink" else of_batch, shape)
         more["sink"].requires_grad_()
+    if mask is not None:
+        for name, x in masks(mask, batch, heads).items():
+            pair = isinstance(x, tuple)
+            parts = [distribute(part, mask_letters, shape) for part in (x if pair else (x,))]
+            more[name] = tuple(parts) if pair else parts[0]
     with CommDebugMode() as moved:
         out, lse = function(q, k, v, causal=True, layout=layout, return_lse=True, **more)
     forward_moves = moved.get_total_counts()
@@ -181,6 +204,17 @@ VARIANTS = (
 for _name in VARIANTS:
     _letters, _options = RUNS[_name]
     RUNS[f"{_name}, variant"] = (_letters, {**_options, "variant": True})
+# Each rank has all of a mask.
+for _name, _mask in (
+    *(("replicated", kind) for kind in MASKS),
+    *(("batch", kind) for kind in ("one", "of each head", "documents")),
+    *(("heads", kind) for kind in MASKS if kind != "of each head"),
+    ("one key head bhsd", "of each entry"),
+    ("batch, heads", "one"),
+):
+    _letters, _options = RUNS[_name]
+    _of_mask = {"mask": _mask, "mask_letters": "R" * len(_letters[0])}
+    RUNS[f"{_name}, mask {_mask}"] = (_letters, {**_options, **_of_mask})
 for _name, (_letters, _options) in RUNS.items():
     CASES[_name] = lambda a=_letters, o=_options: attend(*a, **o)
 
@@ -234,6 +268,12 @@ for _name, _how in PACKED.items():
 def compiled_variant() -> Any:
     attend_compiled = torch.compile(fc.flash_attention, backend="aot_eager")
     return attend("2", function=attend_compiled, variant=True)
+
+
+@case
+def compiled_mask() -> Any:
+    attend_compiled = torch.compile(fc.flash_attention, backend="aot_eager")
+    return attend("2", function=attend_compiled, mask="documents of each entry")
 
 
 @case
@@ -302,6 +342,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "parts of lengths": (("2",), {"variant": True, "lengths_letters": "B"}),
     "whole sink": (("2",), {"variant": True, "sink_letters": "R"}),
     "parts of a sink": (("B",), {"variant": True, "sink_letters": "B"}),
+    "masks of entries": (("B",), {"mask": "of each entry"}),
+    "documents of entries": (("B",), {"mask": "documents of each entry"}),
+    "masks of heads": (("2",), {"mask": "of each head"}),
+    "parts of a mask": (("B",), {"mask": "of each entry", "mask_letters": "B"}),
 }
 for _name, (_letters, _options) in REFUSED.items():
     CASES[_name] = lambda a=_letters, o=_options: attend(*a, **o)

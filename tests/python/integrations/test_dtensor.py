@@ -15,7 +15,7 @@ pytest.importorskip("torch", reason=REASON, exc_type=ImportError)
 
 import torch
 from conftest import Runner, environment
-from flashcute import reference
+from flashcute import flash_attention, reference
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
@@ -55,6 +55,12 @@ def expected_of(**options: Any) -> list[torch.Tensor]:
     q, k, v, dout, dlse = inputs
     arrays = ranks.arrays(q.shape[0], q.shape[2 if layout == "bshd" else 1])
     more = arrays if options.get("variant") else {}
+    if "mask" in options:
+        # What each rank computes of its part, one process computes of all.
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        given = ranks.masks(options["mask"], q.shape[0])
+        results = flash_attention(*leaves, True, layout=layout, return_lse=True, **given)
+        return [*results, *torch.autograd.grad(results, leaves, (dout, dlse))]
     out, lse = reference.naive(q, k, v, True, layout=layout, return_lse=True, **more)
     gradients = reference.naive_gradients(dout, q, k, v, True, dlse=dlse, layout=layout, **more)
     return [out, lse, *gradients]
@@ -66,11 +72,15 @@ def close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", [*ranks.RUNS, "compiled", "compiled_variant"])
+@pytest.mark.parametrize("case", [*ranks.RUNS, "compiled", "compiled_variant", "compiled_mask"])
 def test_each_rank_computes_its_part(found: dict[str, Any], case: str) -> None:
     """Results of other keys or heads than a rank's own; a gradient without the other ranks' summands; a part moved that
     is where it is needed."""
-    _, options = ranks.RUNS.get(case, ((), {"variant": case == "compiled_variant"}))
+    compiled = {
+        "compiled_variant": {"variant": True},
+        "compiled_mask": {"mask": "documents of each entry"},
+    }
+    _, options = ranks.RUNS.get(case, ((), compiled.get(case, {})))
     came = found[case]
     assert isinstance(came, dict), came
     close(came["tensors"], expected_of(**options))
@@ -163,6 +173,10 @@ REFUSALS = {
     "parts of lengths": r"UnsupportedError: seqlens_q: .*Replicate\(\),\) beside q, k and v, got \(Shard",
     "whole sink": r"UnsupportedError: sink: .*Shard\(dim=0\),\) beside q, k and v, got \(Replicate",
     "parts of a sink": r"UnsupportedError: sink: .*Replicate\(\),\) beside q, k and v, got \(Shard",
+    "masks of entries": r"UnsupportedError: attn_mask, documents, block_mask: .*batch entries.*got 2",
+    "documents of entries": r"UnsupportedError: attn_mask, documents, block_mask: .*batch entries.*got 2",
+    "masks of heads": r"UnsupportedError: attn_mask, documents, block_mask: .*heads.*got 4",
+    "parts of a mask": r"UnsupportedError: attn_mask: expected a replicated DTensor, got .*Shard\(dim=0\)",
     "beside_plain_lengths": "ArgumentError: seqlens_q: expected a DTensor as q, got a Tensor",
     "batch of 1": "UnsupportedError: q, k, v: .*batch .*2 ranks.*got 1",
     "beside_a_plain_tensor": "ArgumentError: k: expected a DTensor as q, got a Tensor",

@@ -36,6 +36,7 @@ def definition(
     diagonal: str | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
+    mask: Any = None,
 ) -> Any:
     """Of torch's documentation, in fp64, but that a row without keys is 0."""
     q, k, v = (x.double() for x in (q, k, v))
@@ -47,6 +48,8 @@ def definition(
     seen = torch.ones(rows, keys, dtype=torch.bool, device=q.device)
     if diagonal is not None:
         seen = seen.tril(0 if diagonal == "start" else keys - rows)
+    if mask is not None:
+        scores, seen = torch.broadcast_tensors(scores, seen & mask)
     scores = scores.masked_fill(~seen, -math.inf)
     empty = ~seen.any(-1, keepdim=True)
     weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
@@ -70,10 +73,16 @@ def drawn(rng: np.random.Generator) -> dict[str, Any]:
         return (*own, *(() if bare else (count,)), length, dim)
 
     fewer = int(rng.choice([1, 2, 3, 6])) if gqa else heads
+    shapes = [shape(heads, rows, d), shape(fewer, keys, d), shape(fewer, keys, d_v)]
+    result = np.broadcast_shapes(*(s[: -3 if gqa else -2] for s in shapes))
+    whole = [*result, *([shapes[0][-3]] if gqa else []), rows, keys]
+    of_mask = [1 if rng.integers(3) == 0 else size for size in whole]
+    of_mask = of_mask[int(rng.integers(len(of_mask) - 1)) :] if rng.integers(2) else of_mask
     return {
-        "shapes": [shape(heads, rows, d), shape(fewer, keys, d), shape(fewer, keys, d_v)],
+        "shapes": shapes,
         "enable_gqa": gqa,
-        "mask": str(rng.choice(["none", "is_causal", "upper_left", "lower_right"])),
+        "mask": str(rng.choice(["none", "is_causal", "upper_left", "lower_right", "bool", "bool"])),
+        "shape of mask": tuple(of_mask),
         "scale": None if rng.integers(2) else float(rng.uniform(0, 2)),
         "transposed": bool(rng.integers(2)),
     }
@@ -81,7 +90,7 @@ def drawn(rng: np.random.Generator) -> dict[str, Any]:
 
 @needs_torch
 @pytest.mark.filterwarnings("ignore:Lower right causal bias:UserWarning")
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(80))
 def test_it_is_torchs_definition(device: str, seed: int) -> None:
     """A broadcast, a fold of leading dimensions, an alignment or a gradient that is another one than torch defines; a
     problem of these that silently goes to torch's own attention."""
@@ -94,7 +103,9 @@ def test_it_is_torchs_definition(device: str, seed: int) -> None:
     q, k, v = (x.requires_grad_() for x in inputs)
     lengths = q.shape[-2], k.shape[-2]
     options = {"scale": case["scale"], "enable_gqa": case["enable_gqa"]}
+    mask = tensors(device, case["shape of mask"], seed=seed + 1)[0] < 0.3
     given, diagonal = {
+        "bool": ({"attn_mask": mask}, None),
         "none": ({}, None),
         "is_causal": ({"is_causal": True}, "start"),
         "upper_left": ({"attn_mask": causal_upper_left(*lengths)}, "start"),
@@ -103,7 +114,9 @@ def test_it_is_torchs_definition(device: str, seed: int) -> None:
     before = flashcute.sdpa.fallbacks()
     out = sdpa(q, k, v, **given, **options)
     assert flashcute.sdpa.fallbacks() == before
-    expected = definition(q, k, v, diagonal, **options)
+    expected = definition(
+        q, k, v, diagonal, mask=mask if case["mask"] == "bool" else None, **options
+    )
     assert out.shape == expected.shape, case
     assert out.dtype == q.dtype
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance(device))
@@ -130,6 +143,18 @@ def test_folded_dimensions_are_views(gqa: bool) -> None:
 
 
 @needs_torch
+def test_a_mask_of_all_is_not_repeated() -> None:
+    """A copy of a mask for each entry of several leading dimensions."""
+    from flashcute._torch.drop_in import _folded_mask
+
+    mask = torch.ones(1, 1, 4, 5, 7, dtype=torch.bool)
+    for lead in ((2, 3, 4), (2, 3, 4)[1:]):
+        folded = _folded_mask(mask[(0,) * (3 - len(lead))], lead, (5, 7))
+        assert folded.shape == (1, 4, 5, 7)
+        assert folded.data_ptr() == mask.data_ptr()
+
+
+@needs_torch
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_precision(device: str, dtype: str) -> None:
     """A dtype that is computed in another one."""
@@ -148,9 +173,9 @@ def test_precision(device: str, dtype: str) -> None:
 @pytest.mark.parametrize(
     ("reason", "shapes", "options"),
     [
-        ("attn_mask", [(2, 3, 5, 8)] * 3, {"attn_mask": "bool"}),
         ("attn_mask", [(2, 3, 5, 8)] * 3, {"attn_mask": "float"}),
-        ("attn_mask", [(2, 1, 5, 8), (3, 5, 8), (3, 5, 8)], {"attn_mask": "bool"}),
+        ("attn_mask", [(2, 1, 5, 8), (3, 5, 8), (3, 5, 8)], {"attn_mask": "float"}),
+        ("dropout", [(2, 3, 5, 8)] * 3, {"dropout_p": 0.5, "attn_mask": "bool"}),
         ("dropout", [(2, 3, 5, 8)] * 3, {"dropout_p": 0.5}),
         ("scale", [(2, 3, 5, 8)] * 3, {"scale": -0.5}),
         ("head dimension", [(1, 2, 5, 264)] * 3, {}),
@@ -227,11 +252,10 @@ def test_compiled(device: str, masked: bool) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(q, k), attention(q, k))
-    if not masked:
-        q.requires_grad_()
-        (found,) = torch.autograd.grad(compiled(q, k).sum(), q)
-        (expected,) = torch.autograd.grad(attention(q, k).sum(), q)
-        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance(device))
+    q.requires_grad_()
+    (found,) = torch.autograd.grad(compiled(q, k).sum(), q)
+    (expected,) = torch.autograd.grad(attention(q, k).sum(), q)
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance(device))
 
 
 @needs_torch
@@ -265,6 +289,14 @@ FOUR = (2, 4, 5, 8)
         (["value", "seqlen 5"], [FOUR, FOUR, (2, 4, 6, 8)], {}),
         (["broadcast"], [FOUR, (3, 4, 5, 8), (3, 4, 5, 8)], {}),
         (["value", "float16"], [FOUR] * 3, {"dtype": "float16"}),
+        (["attn_mask", "(2, 4, 5, 5)", "(5, 4)"], [FOUR] * 3, {"mask": (5, 4)}),
+        (["attn_mask", "(3, 1, 5, 5)"], [FOUR] * 3, {"mask": (3, 1, 5, 5)}),
+        (["attn_mask", "(1, 1, 1, 5, 5)"], [FOUR] * 3, {"mask": (1, 1, 1, 5, 5)}),
+        (
+            ["attn_mask", "(2, 3, 4, 5, 5)", "(3, 1, 4, 5, 5)"],
+            [(2, 3, 4, 5, 8)] * 3,
+            {"mask": (3, 1, 4, 5, 5)},
+        ),
     ],
 )
 def test_errors_name_the_argument(
@@ -274,6 +306,8 @@ def test_errors_name_the_argument(
     q, k, v = tensors("cpu", *shapes)
     if options.get("attn_mask"):
         options = {**options, "attn_mask": torch.ones(5, 5, dtype=torch.bool)}
+    if "mask" in options:
+        options = {"attn_mask": torch.ones(options["mask"], dtype=torch.bool)}
     if "dtype" in options:
         v, options = v.half(), {}
     with pytest.raises(flashcute.ArgumentError) as error:

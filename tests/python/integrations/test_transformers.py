@@ -31,11 +31,8 @@ ARRANGEMENTS = ("whole", "left", "right", "packed")
 SERVED = [
     *((name, how) for name in ("llama", "mistral", "qwen3") for how in ARRANGEMENTS),
     *((name, how) for name in ("bert", "whisper") for how in ARRANGEMENTS[:3]),
-    ("gpt_oss", "whole"),
-    (
-        "gpt_oss",
-        "packed",
-    ),  # the model makes no mask of position_ids: all is one sequence, as under eager
+    # Of position_ids it makes no mask: all is one sequence, as under eager.
+    *(("gpt_oss", how) for how in ARRANGEMENTS),
     ("t5", "whole"),
     ("t5", "left"),
     ("vit", "whole"),
@@ -136,6 +133,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
         ("llama", "not causal", "whole"),
         ("llama", "another scale", "whole"),
         ("gpt_oss", "no sink", "whole"),
+        ("gpt_oss", "no sink", "left"),
         ("gpt_oss", "no window", "whole"),
     ],
 )
@@ -167,7 +165,7 @@ def test_mistakes_are_noticed(name: str, mistake: str, how: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "whisper"])
 def test_checkpointing_changes_no_bit(name: str) -> None:
     """A forward that is computed again in the backward, with other bits or with another mask."""
-    given = inputs(name, "whole" if name == "gpt_oss" else "left")
+    given = inputs(name, "left")
     subject = with_attention(name, "fcute")
     plain = logits_and_gradients(subject, given)
     calls = []
@@ -218,6 +216,7 @@ def generated(subject: Any, arguments: dict[str, Any], options: dict[str, Any]) 
         *(("llama", prompt, way) for prompt in ("whole", "left") for way in GENERATION if way != "assisted"),
         *(("mistral", prompt, way) for prompt in ("whole", "left") for way in GENERATION if way != "assisted"),
         *(("gpt_oss", prompt, way) for prompt in ("whole", "one token") for way in ("dynamic cache", "beam search")),
+        *(("gpt_oss", "left", way) for way in ("dynamic cache", "static cache", "prefill in parts")),
         *((name, "one token", way) for name in ("llama", "mistral") for way in ("dynamic cache", "static cache")),
         *((name, "whole", "assisted") for name in ("llama", "mistral")),
         ("qwen3", "left", "static cache"),
@@ -287,15 +286,13 @@ def test_decoding_compiles_as_one_graph(name: str, cache: str) -> None:
     mine = decode(subject, forward)
     _, eager, exact = by_three(name, lambda model, dtype: decode(model, model.forward))
     require_exact(mine, eager, exact, torch.float32)
-    assert operators, "nothing was compiled"
-    if (name, cache) == ("llama", "dynamic"):  # the others have a mask
-        assert OPERATOR in operators
+    assert OPERATOR in operators
 
 
 @pytest.mark.parametrize(("name", "use_cache"), [("llama", True), ("llama", False), ("bert", None)])
 def test_training_compiles_as_one_graph(name: str, use_cache: bool | None) -> None:
     """Kernels that compiled training does not reach. Without a cache transformers makes a mask: it looks whether
-    position_ids are packed, which it cannot while it is traced."""
+    position_ids are packed, which it cannot while it is traced. Kernels have the mask."""
     given = inputs(name, "whole")
     if use_cache is not None:
         given.arguments["use_cache"] = use_cache
@@ -315,23 +312,18 @@ def test_training_compiles_as_one_graph(name: str, use_cache: bool | None) -> No
     _, eager, exact = by_three(name, lambda subject, dtype: logits_and_gradients(subject, given))
     subject = Compiled(with_attention(name, "fcute"))
     require_exact(logits_and_gradients(subject, given), eager, exact, torch.float32)
-    assert (OPERATOR in subject.operators) == (use_cache is not False)
+    assert OPERATOR in subject.operators
+    assert ("flashcute.block_mask.default" in subject.operators) == (use_cache is False)
 
 
 # ---- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "argument", "how"),
-    [
-        *(("gemma2", "softcap", how) for how in ARRANGEMENTS),
-        ("gpt_oss", "s_aux", "left"),
-        ("gpt_oss", "s_aux", "right"),
-    ],
+    ("name", "argument", "how"), [("gemma2", "softcap", how) for how in ARRANGEMENTS]
 )
 def test_what_no_kernel_computes_is_refused(name: str, argument: str, how: str) -> None:
-    """Scores that are not capped, sinks that torch's attention has not where there is a mask: plausible text, and the
-    wrong model."""
+    """Scores that are not capped: plausible text, and the wrong model."""
     subject = with_attention(name, "fcute")
     with pytest.raises(fc.UnsupportedError, match=f"^{argument}: .*eager"):
         subject(**inputs(name, how).arguments)
@@ -398,15 +390,13 @@ def test_packed_lengths_are_a_loop(name: str, positions: str) -> None:
 
 def test_packed_lengths_beside_a_mask() -> None:
     """Two sayings of where sequences end, of which one is dropped, or a mask that is ignored: without a cache
-    transformers makes one of position_ids that begin again, and torch's attention computes."""
+    transformers makes one of position_ids that begin again."""
     together = lengths_of(5, 4, 3)
     subject, given = with_attention("llama", "fcute"), inputs("llama", "packed").arguments
     expected = subject(**given).logits
     assert torch.equal(subject(**given, **together).logits, expected)
-    integration.register("fcute_strict", on_unsupported="error")
-    with pytest.raises(fc.UnsupportedError, match="attn_mask"):
-        with_attention("llama", "fcute_strict")(**given, **together)
-    with_attention("llama", "fcute_strict")(**given | {"use_cache": True}, **together)
+    packed = subject(**given | {"use_cache": True}, **together).logits  # without a mask
+    torch.testing.assert_close(packed, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("_kernels_alone")
@@ -596,7 +586,7 @@ def test_sinks_of_any_dtype(device: str, dtype: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"mask": torch.ones(1, 1, 3, 3).bool()}, "attention masks"),
+        ({"mask": torch.zeros(1, 1, 3, 3)}, "attention masks of floats"),
         ({"position_bias": torch.zeros(1, 4, 3, 3)}, "position biases"),
         ({"dropout": 0.1}, "dropout"),
     ],
@@ -652,8 +642,16 @@ def test_a_window_that_no_mask_has() -> None:
         call(2, 3, sliding_window=2)
 
 
-def test_a_sliding_window_makes_no_mask() -> None:
+def test_a_sliding_window_makes_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask of seqlen x seqlen for a window that kernels have; a window that is lost with its mask."""
+    masks = []
+    attend = integration.flash_attention
+
+    def heard(*tensors: Any, attn_mask: Any, **options: Any) -> Any:
+        masks.extend([] if attn_mask is None else [attn_mask])
+        return attend(*tensors, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(integration, "flash_attention", heard)
     integration.register(on_unsupported="error")
     try:
         given = inputs("mistral", "whole").arguments
@@ -665,10 +663,12 @@ def test_a_sliding_window_makes_no_mask() -> None:
         options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
         mine, theirs = (one.generate(given["input_ids"], **options) for one in (subject, eager))
         assert torch.equal(mine, theirs)
-        with pytest.raises(fc.UnsupportedError, match="attn_mask"):
-            subject(**inputs("mistral", "left").arguments)  # a mask says more there
-        with pytest.raises(fc.UnsupportedError, match="attn_mask"):
-            subject.generate(given["input_ids"], **options, cache_implementation="static")
+        assert not masks
+        subject(**inputs("mistral", "left").arguments)  # a mask says more there
+        assert masks
+        del masks[:]
+        subject.generate(given["input_ids"], **options, cache_implementation="static")
+        assert masks
     finally:
         integration.register()
 
@@ -778,28 +778,35 @@ def test_arguments_that_contradict_each_other(arguments: dict[str, Any], message
 # ---- warnings --------------------------------------------------------------------------------------
 
 
+def added_mask() -> torch.Tensor:
+    """A causal mask that is added to the scores."""
+    return torch.full((BATCH, 1, LENGTH, LENGTH), -torch.inf).triu(1)
+
+
 def test_each_reason_warns_once() -> None:
-    """Two warnings for each layer of each step, or none at all."""
+    """Two warnings for each layer of each step, or none at all; one where kernels compute."""
     integration.register("fcute_warns")
     subject = with_attention("llama", "fcute_warns")
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
+        for how in ("whole", "left"):
+            subject(**inputs("llama", how).arguments)
+        assert not [x for x in heard if "flashcute" in str(x.message)]
         for _ in range(2):
-            subject(**inputs("llama", "left").arguments)
+            subject(tokens(), attention_mask=added_mask())
         ours = [str(x.message) for x in heard if "flashcute" in str(x.message)]
         assert len(ours) == 1
-        assert ours[0].startswith("attention masks: no kernel of flashcute")
-        subject(**inputs("llama", "whole").arguments)
-    assert len([x for x in heard if "flashcute" in str(x.message)]) == 1
+        assert ours[0].startswith("attention masks of floats: no kernel of flashcute")
 
 
 def test_masks_are_refused_on_request() -> None:
     """Torch's attention in place of the kernels, where the caller wants these or nothing."""
     integration.register("fcute_strict", on_unsupported="error")
     subject = with_attention("llama", "fcute_strict")
-    subject(**inputs("llama", "whole").arguments)
+    for how in ("whole", "left"):
+        subject(**inputs("llama", how).arguments)
     with pytest.raises(fc.UnsupportedError, match="attn_mask"):
-        subject(**inputs("llama", "left").arguments)
+        subject(tokens(), attention_mask=added_mask())
 
 
 # ---- a GPU -----------------------------------------------------------------------------------------

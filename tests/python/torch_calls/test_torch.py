@@ -691,6 +691,10 @@ def band(sq: int, sk: int, causal: bool, window: tuple[int, int] | None) -> torc
     return seen
 
 
+# Dropout of nothing: no kernel has it.
+BY_TORCH: dict[str, Any] = {"dropout_p": 1e-30, "on_unsupported": "silent"}
+
+
 @both_masks
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 @pytest.mark.parametrize("window", [None, (-1, -1), (3, 0), (2, 4), (-1, 1), (0, -1)], ids=str)
@@ -707,10 +711,10 @@ def test_fallback_means_the_same(
         seen = seen & attn_mask
     elif mask == "float":
         attn_mask = bias = torch.randn(4, sq, sk, dtype=torch.float64)
-    options = {"attn_mask": attn_mask, "window": window, "layout": layout}
+    options = {"attn_mask": attn_mask, "window": window, "layout": layout, **BY_TORCH}
 
     def attend(*tensors: torch.Tensor) -> torch.Tensor:
-        return fc.flash_attention(*tensors, causal, on_unsupported="silent", **options)
+        return fc.flash_attention(*tensors, causal, **options)
 
     def expected(*tensors: torch.Tensor) -> torch.Tensor:
         if layout == "bshd":
@@ -837,11 +841,14 @@ def test_fallback_writes_out() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"attn_mask": torch.ones(17, 22) == 1}, fc.ArgumentError,
+        ({"attn_mask": torch.ones(17, 22) == 1, "dropout_p": 0.5}, fc.ArgumentError,
          r"^attn_mask: expected a shape .* = \(2, 4, 17, 23\), got \(17, 22\)"),
-        ({"attn_mask": torch.ones(1, 1, 1, 17, 23) == 1}, fc.ArgumentError, r"^attn_mask: expected a shape"),
+        ({"attn_mask": torch.ones(1, 1, 1, 17, 23).double()}, fc.ArgumentError, r"^attn_mask: expected a shape"),
         ({"attn_mask": torch.ones(17, 23)}, fc.ArgumentError, r"^attn_mask: expected dtype bool or .*float64"),
-        ({"attn_mask": np.ones((17, 23), bool)}, fc.ArgumentError, r"^attn_mask: expected a torch tensor"),
+        ({"attn_mask": np.ones((17, 23))}, fc.ArgumentError, r"^attn_mask: expected a torch tensor"),
+        ({"documents": np.zeros(17, np.int32), "dropout_p": 0.5}, fc.ArgumentError,
+         r"^documents: expected a torch tensor"),
+        ({"documents": torch.zeros(17).int(), "dropout_p": 0.5}, fc.ArgumentError, r"^documents: expected a pair"),
         ({"window": (3,)}, fc.ArgumentError, r"^window: expected \(left, right\), two integers"),
         ({"window": (-2, 0)}, fc.ArgumentError, r"^window: expected \(left, right\), two integers"),
         ({"window": 5}, fc.ArgumentError, r"^window: expected \(left, right\), two integers"),
@@ -881,7 +888,7 @@ def test_fallback_keeps_nan_of_padding_out(kv_heads: int) -> None:
     seen = (torch.arange(23) < 20)[None]
 
     def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-        return fc.flash_attention(q, k, v, attn_mask=seen, **SILENT)
+        return fc.flash_attention(q, k, v, attn_mask=seen, **BY_TORCH)
 
     def cut(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         return fc.flash_attention(q, k[:, :20], v[:, :20])
@@ -896,7 +903,9 @@ def test_fallback_rows_without_keys_have_no_gradient() -> None:
     with torch.no_grad():
         q[:, :3] = NAN
     mask = torch.ones(1, 1, dtype=torch.bool)
-    found = gradients(lambda *x: fc.flash_attention(*x, True, attn_mask=mask, **SILENT), [q, k, v])
+    found = gradients(
+        lambda *x: fc.flash_attention(*x, True, attn_mask=mask, **BY_TORCH), [q, k, v]
+    )
     expected = gradients(lambda *x: fc.flash_attention(*x, True), [q, k, v])
     assert not any(x.isnan().any() for x in found)
     assert_same(found, expected)
@@ -908,7 +917,7 @@ def test_fallback_masks_of_every_rank(shape: tuple[int, ...], boolean: bool) -> 
     """What broadcasts is taken; torch's own function wants two dimensions at least."""
     q, k, v = qkv(grad=False)
     mask = torch.rand(shape) < 0.8 if boolean else torch.randn(shape, dtype=q.dtype)
-    found = fc.flash_attention(q, k, v, attn_mask=mask, **SILENT)
+    found = fc.flash_attention(q, k, v, attn_mask=mask, **BY_TORCH)
     scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) * 8**-0.5
     scores = scores.masked_fill(~mask, -INF) if boolean else scores + mask
     p = torch.nan_to_num(scores.softmax(-1))
@@ -960,7 +969,14 @@ def test_explain_and_call_agree_under_autocast() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"attn_mask": torch.ones(5, 5, dtype=torch.bool)}, {"dropout_p": 7.0}, {"dropout_p": "a"}],
+    [
+        {"attn_mask": torch.ones(5, 5, dtype=torch.bool)},
+        {"attn_mask": torch.ones(5, 5, dtype=torch.float64)},
+        {"documents": torch.ones(5).int()},
+        {"documents": torch.ones(5).int(), "dropout_p": 0.5},
+        {"dropout_p": 7.0},
+        {"dropout_p": "a"},
+    ],
 )
 def test_explain_knows_what_the_fallback_refuses(wrong: dict) -> None:
     """It does not promise torch's attention for a call that raises."""

@@ -354,10 +354,10 @@ def test_torchs_own_attention(causal: bool, window: Any, diagonal: Any, compiled
     for x, n in ((q, lengths[0]), (k, lengths[1]), (v, lengths[1])):
         for b in range(3):
             x[b, n[b] :] = torch.nan
-    keep = torch.ones(9, 14, dtype=torch.bool)
+    bias = torch.zeros(9, 14, dtype=q.dtype)
 
     def run(*x: torch.Tensor) -> torch.Tensor:
-        return fc.flash_attention(*x, causal, attn_mask=keep, on_unsupported="silent", **options)
+        return fc.flash_attention(*x, causal, attn_mask=bias, on_unsupported="silent", **options)
 
     call = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -365,18 +365,18 @@ def test_torchs_own_attention(causal: bool, window: Any, diagonal: Any, compiled
     found = call(*leaves)
     torch.testing.assert_close(found, expected)
     close(gradients(found, leaves), gradients(expected, leaves))
-    told = fc.explain(q, k, v, causal, attn_mask=keep, **options)
+    told = fc.explain(q, k, v, causal, attn_mask=bias, **options)
     assert told.backend == "torch"
     assert "for masks" in told.notes[0]
 
 
 def test_torchs_own_attention_has_no_sink() -> None:
     """A sink that it would drop."""
-    keep = torch.ones(9, 14, dtype=torch.bool)
+    bias = torch.zeros(9, 14)
     sink = arrays()["sink"]
-    with pytest.raises(fc.UnsupportedError, match=r"^sink: .*has none, and attn_mask is not"):
-        fc.flash_attention(*qkv(), attn_mask=keep, sink=sink, on_unsupported="silent")
-    told = fc.explain(*qkv(), attn_mask=keep, sink=sink)
+    with pytest.raises(fc.UnsupportedError, match=r"^sink: .*has none, and float attn_mask is not"):
+        fc.flash_attention(*qkv(), attn_mask=bias, sink=sink, on_unsupported="silent")
+    told = fc.explain(*qkv(), attn_mask=bias, sink=sink)
     assert told.backend == ""
     assert "sink" in told.rejected[0][1]
 
@@ -395,10 +395,10 @@ def test_torchs_own_attention_has_no_sink() -> None:
 def test_bad_arrays_beside_what_no_kernel_covers(wrong: Any, says: str, compiled: bool) -> None:
     """Broadcast, or an error of torch's own that names no argument."""
     torch._dynamo.reset()
-    keep = torch.ones(9, 14, dtype=torch.bool)
+    bias = torch.zeros(9, 14, dtype=qkv()[0].dtype)
 
     def run(*x: torch.Tensor) -> torch.Tensor:
-        return fc.flash_attention(*x, True, attn_mask=keep, on_unsupported="silent", **wrong)
+        return fc.flash_attention(*x, True, attn_mask=bias, on_unsupported="silent", **wrong)
 
     call = torch.compile(run, backend="aot_eager") if compiled else run
     with pytest.raises(fc.ArgumentError, match=f"^{says}: expected"):
