@@ -99,6 +99,83 @@ TEST_F(Launch, HopperTilesAreDealtToAsManyBlocksAsRun) {
   }
 }
 
+/// An int32 array at an address that is never read.
+TensorView words_view(int64_t size, std::uintptr_t address, Device device = {DeviceType::cuda, 1}) {
+  TensorView t;
+  t.data = reinterpret_cast<void*>(address);
+  t.dtype = ElementType::int32;
+  t.device = device;
+  t.rank = 1;
+  t.shape = {size};
+  t.strides = {1};
+  return t;
+}
+
+// Guards against counts of cells that are not cleared before they are counted, or on another stream than the kernel
+// that counts, and a grid without some words.
+TEST_F(Launch, ABlockMaskIsMadeOnTheCallersStream) {
+  BlockMask mask{nullptr, 2, 3, 1000, 5000};
+  TensorView const words = words_view(block_mask_size(mask, 10), 0x20000000);
+  mask.words = &words;
+  TensorView dense = tensor({2, 1, 1000, 5000}, 1);
+  dense.dtype = ElementType::boolean;
+  void* const stream = reinterpret_cast<void*>(std::uintptr_t{0x77});
+  build_block_mask(mask, {.dense = &dense}, stream);
+
+  ASSERT_EQ(driver_->clears.size(), 1u);
+  EXPECT_EQ(driver_->clears[0].address, 0x20000000u);
+  EXPECT_EQ(driver_->clears[0].value, 0u);
+  EXPECT_EQ(driver_->clears[0].count, 4u);
+  EXPECT_EQ(driver_->clears[0].stream, stream);
+  ASSERT_EQ(driver_->launches.size(), 1u);
+  FakeLaunch const& launch = driver_->launches[0];
+  EXPECT_EQ(launch.kernel, "flashcute_make_block_map");
+  EXPECT_EQ(launch.grid_x, 6u * (16 * 3 + 79)) << "16 rows of 3 words by query, 79 of one by key, for each map";
+  EXPECT_EQ(launch.stream, stream);
+  EXPECT_EQ(launch.context, driver_->clears[0].context);
+  ASSERT_TRUE(launch.map);
+  EXPECT_EQ(launch.map->capacity, 10);
+  EXPECT_EQ(launch.map->dense_stride[1], 0) << "one mask for all heads";
+  EXPECT_EQ(launch.map->dense_stride[2], 5000);
+}
+
+// Guards against a map that a kernel reads with the strides of another, or that the host reads: it is in the GPU's
+// memory.
+TEST_F(Launch, ABlockMaskReachesTheKernel) {
+  TensorView const t = tensor({2, 1000, 4, 128}, hopper);
+  BlockMask mask{nullptr, 1, 4, 1000, 1000};
+  TensorView const words = words_view(block_mask_size(mask), 0x20000000, t.device);
+  mask.words = &words;
+  CallOptions options;
+  options.block_mask = mask;
+  ForwardConfig const config = config_for(t, t, t, nullptr, options);
+  EXPECT_EQ(config.kernel, Kernel::sm90);
+  forward(config, t, t, t, output({2, 1000, 4, 128}, hopper), nullptr, options);
+  ASSERT_EQ(driver_->launches.size(), 1u);
+  EXPECT_EQ(driver_->launches[0].kernel, name(kernel_of(config, {MaskKind::mapped})).text);
+  BlockMapParams const& map = driver_->launches[0].params.map;
+  EXPECT_EQ(map.words, words.data);
+  EXPECT_EQ(map.capacity, 4 * 16 * 16);
+  EXPECT_EQ(map.batch_stride, 0);
+  EXPECT_EQ(map.head_stride, 1);
+}
+
+TEST_F(Launch, ABlockMaskOfOtherLengthsIsRefused) {
+  TensorView const t = tensor({2, 1000, 4, 128});
+  BlockMask mask{nullptr, 1, 1, 4096, 4096};
+  TensorView const words = words_view(block_mask_size(mask), 0x20000000, t.device);
+  mask.words = &words;
+  CallOptions options;
+  options.block_mask = mask;
+  try {
+    config_for(t, t, t, nullptr, options);
+    FAIL() << "no exception";
+  } catch (ArgumentError const& e) {
+    EXPECT_TRUE(contains(e.what(), "built for seqlen_q 1000, seqlen_k 1000")) << e.what();
+    EXPECT_TRUE(contains(e.what(), "built for seqlen_q 4096, seqlen_k 4096")) << e.what();
+  }
+}
+
 // Guards against a GPU with more multiprocessors than the deal's table has, of which some stay idle in silence.
 TEST_F(Launch, ExplainTellsOfIdleMultiprocessors) {
   driver_->multiprocessors = 160;
