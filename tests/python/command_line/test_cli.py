@@ -708,6 +708,30 @@ def test_plot_table(tmp_path: Path) -> None:
     assert all(row.count("**") == 2 for row in rows)
 
 
+def test_plot_of_masks() -> None:
+    """A plot that divides the wrong way round, or loses the cases in which another library is faster."""
+    benchmarks = Path(__file__).parents[3] / "benchmarks"
+    script = (
+        "import json, sys, plot_masks as p\n"
+        "lines = [json.loads(x) for file in sys.argv[1:] for x in open(file)]\n"
+        "print(json.dumps([*p.packed(lines), *p.documents(lines)]))"
+    )
+    files = [benchmarks / "results" / f"{x}.jsonl" for x in ("gpu_packed", "gpu_block_masks")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *files],
+        cwd=benchmarks / "python",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    marks = json.loads(done.stdout)
+    assert {peer for _, _, peer, _ in marks} == {"fa3", "varlen_attn", "flex", "flex_built"}
+    lost = [(case, peer) for _, case, peer, speed_up in marks if speed_up < 1]
+    short = "short 1000x64, causal, 32/8 heads"
+    assert sorted(lost) == [(short, "fa3"), (short, "varlen_attn")]
+
+
 def test_changes_of_mma_sync_where_hopper_has_its_own() -> None:
     """A variant of the mma.sync kernel could not be timed on a Hopper GPU: its options are none of the default's."""
     changed = options.changed_config(128, "bfloat16", "sm_90", {"kernel": "sm80", "block_m": 64})
