@@ -108,12 +108,13 @@ class Nvcc:
 
 
 def costliest_kernel(unit: Path) -> str:
-    """A family's translation unit with one kernel of it: causal, and of a backward the gradients'."""
+    """A family's translation unit with one kernel of it: causal, and of a backward the gradients'. The unit itself if it
+    is of no attention."""
     text = unit.read_text()
     head, _, body = text.partition("\n\n")
     entries = re.findall(r"^FLASHCUTE_\w+_ENTRY\(.*?\}\)\n", body, re.DOTALL | re.MULTILINE)
     wanted = [e for e in entries if "_causal," in e.partition("\n")[0]]
-    return f"{head}\n\n{wanted[0]}"
+    return f"{head}\n\n{wanted[0]}" if entries else text
 
 
 def first_use(what: str, configuration: str) -> Cost:
