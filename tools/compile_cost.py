@@ -108,8 +108,8 @@ class Nvcc:
 
 
 def costliest_kernel(unit: Path) -> str:
-    """A family's translation unit with one kernel of it: causal, and of a backward the gradients'. The unit itself if it
-    is of no attention."""
+    """A family's translation unit with one kernel of it: causal, and of a backward the gradients'.
+    The unit itself if it is of no attention."""
     text = unit.read_text()
     head, _, body = text.partition("\n\n")
     entries = re.findall(r"^FLASHCUTE_\w+_ENTRY\(.*?\}\)\n", body, re.DOTALL | re.MULTILINE)
