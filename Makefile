@@ -1,5 +1,7 @@
 # make demo   set-up, install, then attention on real input: on the GPU if there is one, else on the CPU
 # make test   set-up with pinned packages, install, then the GoogleTest suite and pytest
+# make docs   the same set-up, then the pages of docs/ as HTML: build/docs/index.html
+# make tables the tables and plots of README.md and docs/, from the recorded lines
 #
 # TORCH=0     (test) do not install torch; tests that need it are skipped and say so
 # SYSTEM=1    (demo, test) use python3's own packages and install nothing: for machines without a network
@@ -23,10 +25,10 @@ endif
 export FLASHCUTE_TEST_TORCH := $(TORCH)
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-cpp test-python setup setup-torch configure-system install lint format clean
+.PHONY: help demo test test-cpp test-python docs tables setup setup-torch configure-system install lint format clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 demo: install
 	$(PYTHON) -m flashcute demo
@@ -37,6 +39,10 @@ test: test-cpp test-python
 
 $(VENV)/.ready: requirements-dev.txt
 	python3 -m venv $(VENV)
+	$(PIP) install --quiet -r $<
+	touch $@
+
+$(VENV)/.docs: requirements-docs.txt $(VENV)/.ready
 	$(PIP) install --quiet -r $<
 	touch $@
 
@@ -77,6 +83,15 @@ test-cpp: install
 
 test-python: install setup-torch
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+# ---- documentation -----------------------------------------------------------------------------
+
+docs: install $(VENV)/.docs
+	$(PYTHON) -m sphinx --fail-on-warning --keep-going --quiet --jobs $(JOBS) -b html docs build/docs
+	@echo build/docs/index.html
+
+tables: install $(VENV)/.docs
+	$(PYTHON) tools/docs/generate.py
 
 # ---- for developers ----------------------------------------------------------------------------
 

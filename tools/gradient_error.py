@@ -1,5 +1,5 @@
-"""Writes docs/gradient_error.md, or with --device cuda docs/gradient_error_gpu.md: how far gradients are from float64,
-over random shapes.
+"""Writes docs/performance/gradient_error.md, or with --device cuda docs/performance/gradient_error_gpu.md: how far
+gradients are from float64, over random shapes.
 
 usage: gradient_error.py [--device cpu|cuda] [--shapes N] [--seed N] [--out FILE]
 """
@@ -130,7 +130,7 @@ def main() -> None:
         whose = f"the kernels on one {gpu} (those that add to dq by atomics)"
     text = TEXT.format(whose=whose, device=options.device, shapes=options.shapes, seed=options.seed)
     table = "\n".join(rows(options.device, options.shapes, options.seed))
-    out = options.out or Path(__file__).parents[1] / "docs" / FILES[options.device]
+    out = options.out or Path(__file__).parents[1] / "docs" / "performance" / FILES[options.device]
     out.write_text(text + table + "\n")
     print(table)
 

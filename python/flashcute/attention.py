@@ -134,7 +134,7 @@ def flash_attention(
     mapped, or the mask is another for each batch entry. torch.func.grad and other derivatives of torch.func are
     refused.
     Tensors of a class that computes operators by itself (DTensor, FakeTensor, your own) get the operator too; a DTensor
-    must be replicated, or sharded over the batch or the heads. docs/torch_training.md lists all kinds.
+    must be replicated, or sharded over the batch or the heads. docs/start/train.md lists all kinds.
 
     On a GPU no kernel covers yet gradients of float64, nor gradients of float32 with head dimensions above 128 where a
     thread block has at most 99 KB of shared memory. On no device do they cover an attn_mask of floats, nor dropout:

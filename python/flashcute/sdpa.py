@@ -5,7 +5,7 @@
     ...     model(batch).loss.backward()      # code that knows torch alone
 
 It uses torch's own registry (`torch.nn.attention.register_flash_attention_impl`, torch 2.11 and later): no function is
-patched. The name of the implementation is "flashcute". docs/sdpa.md tells what reaches it and what does not.
+patched. The name of the implementation is "flashcute". docs/start/sdpa.md tells what reaches it and what does not.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class Consumer {
   };
 
   // attend_pairs takes two blocks per iteration, which saves copying the probabilities between registers but is more
-  // code: only for tiles with more blocks left than this (docs/sm90_forward.md).
+  // code: only for tiles with more blocks left than this (docs/kernels/sm90_forward.md).
   static constexpr int pairs_from = L::warpgroups < 3 || C.scores_ahead ? 4 : 12;
 
   using Scores = decltype(L::template accumulator<typename L::BlockN>());

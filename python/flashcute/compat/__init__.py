@@ -5,7 +5,7 @@
     from flashcute.compat.bert_padding import pad_input, unpad_input
 
 `install` lets `import flash_attn` find the first and the third, so that a program needs no change.
-docs/from_flash_attn.md lists every function and argument, and where flashcute differs.
+docs/guides/from_flash_attn.md lists every function and argument, and where flashcute differs.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 from conftest import Runner
 from optional_torch import REASON, needs_torch
 
-DOCS = Path(__file__).parents[3] / "docs"
+GUIDES = Path(__file__).parents[3] / "docs" / "guides"
 
 
 def test_every_function_and_argument_is_named() -> None:
@@ -18,7 +18,7 @@ def test_every_function_and_argument_is_named() -> None:
     fa2 = pytest.importorskip("flashcute.compat.flash_attn", reason=REASON, exc_type=ImportError)
     fa3 = pytest.importorskip("flashcute.compat.flash_attn_interface", reason=REASON)
     padding = pytest.importorskip("flashcute.compat.bert_padding", reason=REASON)
-    text = (DOCS / "from_flash_attn.md").read_text()
+    text = (GUIDES / "from_flash_attn.md").read_text()
     named = set(re.findall(r"`(\w+)`", text))
     assert named >= {*fa2.__all__, *fa3.__all__, *padding.__all__}
     functions = [getattr(fa, name) for fa in (fa2, fa3) for name in fa.__all__]
@@ -32,7 +32,7 @@ def test_every_function_and_argument_is_named() -> None:
 @needs_torch
 @pytest.mark.parametrize("page", ["from_flash_attn.md", "from_xformers_flex.md"])
 def test_code_runs(fresh: Runner, page: str) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    (block,) = re.findall(r"```python\n(.*?)```", (GUIDES / page).read_text(), re.DOTALL)
     fresh(block)
 
 

@@ -60,7 +60,7 @@ def test_the_page_runs(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A snippet that fails, or that leaves an activation behind. All of them in order, as a reader tries them."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "sdpa.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "start" / "sdpa.md").read_text(), re.DOTALL)
     assert len(blocks) == 5
     names: dict[str, Any] = {}
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
@@ -83,7 +83,7 @@ def test_the_page_names_every_argument_and_function() -> None:
     """A table that lacks an argument, a page that lacks a function."""
     import inspect
 
-    text = (ROOT / "docs" / "sdpa.md").read_text()
+    text = (ROOT / "docs" / "start" / "sdpa.md").read_text()
     for name in inspect.signature(flashcute.scaled_dot_product_attention).parameters:
         assert re.search(rf"^\|.*`{name}`", text, re.MULTILINE), name
     for name in set(flashcute.sdpa.__all__) - {"NAME", "Activation"}:

@@ -1,4 +1,4 @@
-"""docs/torch_training.md."""
+"""docs/start/train.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("torch", reason=REASON, exc_type=ImportError)
 import torch
 from conftest import Runner
 
-PAGE = Path(__file__).parents[3] / "docs" / "torch_training.md"
+PAGE = Path(__file__).parents[3] / "docs" / "start" / "train.md"
 
 
 @pytest.mark.slow
