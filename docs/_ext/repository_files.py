@@ -1,6 +1,6 @@
 """Links from pages to files outside of docs/, for example to a header, lead to a page that shows the file.
 
-A link is written as on any host of repositories, relative to the page: ``[forward.hpp](../../include/.../forward.hpp)``.
+A link is written as on any host of repositories, relative to the page: ``[text](../../include/.../forward.hpp)``.
 A folder's page lists what lies in it. So the pages need no network, and show the code that they were written for.
 """
 

@@ -11,8 +11,8 @@ from ._cli import bench, cache, compile_, demo, doctor, explain, info
 from ._cli.options import UsageError
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns the exit code: 0, 1 if a check fails, 2 for wrong arguments."""
+def command_parser() -> argparse.ArgumentParser:
+    """Of all commands; docs/reference/cli.md shows what it says."""
     parser = argparse.ArgumentParser(
         prog="python -m flashcute",
         description="FlashAttention on CuTe, for NVIDIA GPUs and CPUs.",
@@ -21,7 +21,12 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (info, doctor, demo, bench, explain, compile_, cache):
         module.add_command(commands)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns the exit code: 0, 1 if a check fails, 2 for wrong arguments."""
+    options = command_parser().parse_args(arguments)
     try:
         code: int = options.run(options)
         sys.stdout.flush()

@@ -145,5 +145,168 @@ def windows() -> str:
     return table([*header, "forward, mma.sync kernel", "gradients"], rows, numbers=3)
 
 
+def mapped() -> str:
+    """The longest rows, beside our own kernels for the same mask: their time over that with a map."""
+    found = [x for x in lines("gpu_block_masks") if x["tokens"] == 16384]
+    calls = {
+        "a map that shows everything": ("ms_full", "ms_mapped_full"),
+        "the same and the causal mask": ("ms_causal", "ms_mapped_causal"),
+        "the same, gradients": ("ms_backward_causal", "ms_backward_mapped_causal"),
+        "a map that shows everything, mma.sync kernel": ("ms_sm80_full", "ms_sm80_mapped_full"),
+        "the same and the causal mask, mma.sync kernel": (
+            "ms_sm80_causal",
+            "ms_sm80_mapped_causal",
+        ),
+    }
+    rows = [
+        [call, *(rounded(x[without] / x[with_map]) for x in found)]
+        for call, (without, with_map) in calls.items()
+    ]
+    rows.append(
+        ["causal documents, beside the same sequences packed"]
+        + [rounded(x["ms_packed"] / x["ms_mapped_documents"]) for x in found]
+    )
+    return table(["call", *(str(x["head_dim"]) for x in found)], rows, numbers=len(found))
+
+
 def kernel_of(line: Line) -> str:
     return "sm90" if "_sm90" in line["config"] else "sm80"
+
+
+def packed_equal() -> str:
+    """Time of a batch over that of the same sequences packed, lowest and highest of head dimensions and masks."""
+    ratios: dict[tuple[int, int], list[float]] = {}
+    for x in lines("gpu_packed_order"):
+        if "ms_batch" in x and "variant" not in x:
+            ratios.setdefault((x["batch"], x["seqlen"]), []).append(x["ms_batch"] / x["ms_packed"])
+    rows = [
+        [sequences, f"{length:,}", rounded(min(found)), rounded(max(found))]
+        for (sequences, length), found in sorted(ratios.items())
+    ]
+    return table(["sequences", "rows of each", "lowest", "highest"], rows, numbers=4)
+
+
+def cpu_masks() -> str:
+    """Time over that of the unmasked call, over the share of the blocks that are visited."""
+    columns = {
+        "a map that shows everything": "mapped_full",
+        "the causal mask": "causal",
+        "a map of the triangle": "mapped_causal",
+        "causal documents": "documents",
+        "a window of 1,025 keys": "window",
+        "a map of the window": "mapped_window",
+    }
+    found = lines("cpu_block_masks")
+    rows = []
+    for what, name in columns.items():
+        costs = [x[f"of_share_{name}"] for x in found]
+        shares = sorted({f"{x[f'share_{name}']:.2f}" for x in found})
+        rows.append(
+            [what, " to ".join(dict.fromkeys((shares[0], shares[-1]))), min(costs), max(costs)]
+        )
+    told = [[what, shares, f"{low:.2f}", f"{high:.2f}"] for what, shares, low, high in rows]
+    return table(["mask", "share of blocks", "lowest", "highest"], told, numbers=3)
+
+
+def cpu_documents() -> str:
+    found = lines("cpu_block_masks")
+    torch = [x["ms_torch_documents"] / x["ms_documents"] for x in found]
+    built = [x["ms_build_documents"] / x["ms_documents"] for x in found]
+    dense = sorted({round(x["ms_build_dense"], 1) for x in found})
+    return (
+        f"torch's attention with the same documents as booleans takes {min(torch):.1f} to {max(torch):.1f} times as "
+        f"long. Making the map of the documents takes {100 * min(built):.0f} to {100 * max(built):.0f} % of the "
+        f"forward; from booleans {dense[0]} to {dense[-1]} ms."
+    )
+
+
+def host_cost() -> str:
+    """Of the last run: what a call takes from Python until it returns."""
+    found = [x for x in lines("gpu_overhead") if x["commit"] == lines("gpu_overhead")[-1]["commit"]]
+    torch = next(x["us_p50"] for x in found if x["call"] == "sdpa")
+    names = {"sdpa": "torch's `scaled_dot_product_attention`"}
+    names["sdpa under activate()"] = "the same under `flashcute.sdpa.activate()`"
+    rows = [
+        [names.get(x["call"], f"`{x['call']}`"), f"{x['us_p50']:.0f}", f"{x['us_p50'] / torch:.2f}"]
+        for x in found
+    ]
+    return table(["call", "µs", "of torch's"], rows, numbers=2)
+
+
+def training() -> str:
+    """Both hosts; the losses are those of the second run."""
+    found = lines("gpu_train_llama")
+    names = {
+        "fcute": "`fcute`",
+        "sdpa": "transformers' `sdpa`",
+        "flash2": "FlashAttention-2 in torch",
+    }
+    runs = [
+        [x for x in found if x["commit"] == c] for c in dict.fromkeys(x["commit"] for x in found)
+    ]
+    fast, slow = ({x["impl"]: x for x in run} for run in runs)
+    sdpa = slow["sdpa"]["losses"]
+    rows = []
+    for impl, name in names.items():
+        losses = slow[impl]["losses"]
+        apart = max(abs(a - b) for a, b in zip(losses[:20], sdpa[:20], strict=True))
+        cells = [f"{x[impl]['ms_p50']:.1f}" for x in (fast, slow)]
+        cells += [
+            f"{slow[impl]['peak_bytes'] / 1e9:.2f} GB",
+            f"{statistics.mean(losses[-20:]):.4f}",
+        ]
+        rows.append([name, *cells, "" if impl == "sdpa" else f"{apart:.4f}"])
+    header = ["attention", "ms a step, fast host", "slow host", "peak memory"]
+    header += ["loss, mean of the last 20 steps", "largest difference from sdpa in the first 20"]
+    return table(header, rows, numbers=5)
+
+
+def first_call() -> str:
+    """Seconds of the first call in a new process, by where its kernels came from."""
+    roads = ("ahead of time", "disk cache", "compiled")
+    calls = {
+        "flash_attention": "forward",
+        "flash_attention and its gradients": "a training step",
+        "flash_attention and its deterministic gradients": "a training step, deterministic",
+    }
+    found = [x for x in lines("gpu_first_use") if x["commit"] == "c9a1715"]
+    rows: dict[tuple[int, str], dict[str, float]] = {}
+    for x in found:
+        call = calls[x["what"].partition(",")[0]]
+        rows.setdefault((x["head_dim"], call), {})[x["road"]] = x["call_s"]
+    told = [
+        [head_dim, call, *(seconds(times.get(road)) for road in roads)]
+        for (head_dim, call), times in sorted(rows.items())
+    ]
+    header = [
+        "head dimension",
+        "call",
+        "kernels ahead of time",
+        "from the disk cache",
+        "compiled first",
+    ]
+    return table(header, told, numbers=3)
+
+
+def seconds(time: float | None) -> str:
+    if time is None:
+        return "-"
+    return f"{time:.3f} s" if time < 0.1 else f"{time:.2f} s" if time < 1 else f"{time:.1f} s"
+
+
+def naive() -> str:
+    """Time and memory of the naive computation beside ours."""
+    cases: dict[tuple[int, bool], dict[str, Line]] = {}
+    for x in lines("gpu_naive"):
+        cases.setdefault((x["seqlen_q"], x["causal"]), {})[x["impl"]] = x
+    rows = [
+        [
+            f"{seqlen:,}",
+            "causal" if causal else "full",
+            *(f"{by_impl[impl]['ms_p50']:.2f}" for impl in ("flashcute", "naive")),
+            *(f"{by_impl[impl]['peak_bytes'] / 2**20:,.0f}" for impl in ("flashcute", "naive")),
+        ]
+        for (seqlen, causal), by_impl in sorted(cases.items())
+    ]
+    header = ["length", "mask", "flashcute, ms", "naive, ms", "flashcute, MiB", "naive, MiB"]
+    return table(header, rows, numbers=4)

@@ -1,0 +1,184 @@
+"""Tables of docs/guides/: what masks skip, what units and types cost, what another GPU gets."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lines import Line, link, lines, one, rounded, table, where
+
+CPU_MASKS = {
+    "causal": "causal",
+    "window": "causal, window of 1,025 keys",
+    "documents": "causal documents, as a block mask",
+    "mapped_causal": "causal, as a block mask",
+    "mapped_window": "the window, as a block mask",
+}
+
+
+# ---- masks and early exit ------------------------------------------------------------------------
+
+
+def cpu_shares() -> str:
+    """Of the CPU: visible pairs, visited blocks and time, each relative to the call without a mask."""
+    rows = []
+    for line in lines("cpu_block_masks"):
+        for name, what in CPU_MASKS.items():
+            visible = line[f"visible_{name.removeprefix('mapped_')}"]
+            share, time = line[f"share_{name}"], line[f"ms_{name}"] / line["ms_full"]
+            rows.append(
+                [f"{line['tokens']:,}", line["head_dim"], what]
+                + [percent(x) for x in (visible, share, time)]
+                + [rounded(time / share)]
+            )
+    header = ["length", "head dimension", "mask", "visible pairs", "visited blocks", "time"]
+    return table([*header, "time / blocks"], rows, numbers=4)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def visited(tokens: int, rows: int, keys: int, width: int, first_incomplete: bool) -> int:
+    """How many blocks of `keys` all tiles of `rows` visit together, if each query sees itself and the width - 1 keys
+    before it."""
+    begin = -(-tokens // rows) * rows - tokens if first_incomplete else 0
+    blocks = 0
+    for row in range(-begin, tokens, rows):
+        first_key = max(0, row - width + 1)
+        blocks += -(-min(row + rows, tokens) // keys) - first_key // keys
+    return blocks
+
+
+def tile_of(config: str) -> tuple[int, int]:
+    found = re.search(r"_m(\d+)_n(\d+)_", config)
+    if found is None:
+        raise ValueError(f"{config}: no tile in this name")
+    return int(found[1]), int(found[2])
+
+
+def window_shares() -> str:
+    """Of the forward on a GPU: visited blocks and time of a window, relative to the causal mask."""
+    rows = []
+    for x in where("gpu_windows", kind="window"):
+        if x["pass"] != "forward":
+            continue
+        tokens, width = x["seqlen_q"], x["window"][0] + 1
+        block_m, block_n = tile_of(x["config"])
+        hopper = "_sm90" in x["config"]
+        count = [visited(tokens, block_m, block_n, w, hopper) for w in (width, tokens)]
+        blocks, time = count[0] / count[1], x["ms_window"] / x["ms_causal"]
+        rows.append(
+            [f"{tokens:,}", f"{width:,}", x["head_dim"], "Hopper's" if hopper else "mma.sync"]
+            + [f"{block_m} × {block_n}"]
+            + [percent(share) for share in (visible_of_causal(tokens, width), blocks, time)]
+            + [rounded(time / blocks)]
+        )
+    header = ["length", "window", "head dimension", "kernel", "tile", "visible pairs"]
+    return table([*header, "visited blocks", "time", "time / blocks"], rows, numbers=4)
+
+
+def visible_of_causal(tokens: int, width: int) -> float:
+    """Visible pairs of a window over those of the causal mask."""
+    return (width * tokens - width * (width - 1) / 2) / (tokens * (tokens + 1) / 2)
+
+
+def map_costs() -> str:
+    """What it costs on a GPU to read a mask as data: the same mask, told by an argument and by a BlockMask."""
+    rows = []
+    for x in where("gpu_block_masks", tokens=16384):
+        for kernel, prefix in (("Hopper's", ""), ("mma.sync", "sm80_")):
+            ms = {name: x[f"ms_{prefix}{name}"] for name in ("full", "causal")}
+            mapped = {name: x[f"ms_{prefix}mapped_{name}"] for name in ms}
+            documents = x[f"ms_{prefix}mapped_documents"] / ms["causal"]
+            rows.append(
+                [x["head_dim"], kernel]
+                + [rounded(mapped[name] / ms[name]) for name in ms]
+                + [percent(documents)]
+            )
+    header = ["head dimension", "kernel", "all visible, as a block mask", "causal, as a block mask"]
+    return table([*header, "14 causal documents, of causal's time"], rows, numbers=3)
+
+
+# ---- tensor cores --------------------------------------------------------------------------------
+
+
+def median_of(found: list[Line]) -> Line:
+    """The only line, or that with the median time."""
+    if not found:
+        raise ValueError("no line")
+    return sorted(found, key=lambda x: float(x["ms_p50"]))[len(found) // 2]
+
+
+def of_config(file: str, impl: str, **fields: Any) -> Line:
+    """The flashcute line of a problem; `impl` says how its configuration's name ends, or which peer."""
+    found = [x for x in where(file, **fields) if x["impl"] == impl]
+    return median_of(found)
+
+
+PROBLEM = {"seqlen_q": 4096, "causal": False}
+
+
+def units() -> str:
+    """Time, rate and error of the ways to multiply, one problem for each head dimension."""
+    told = []
+    ways = [
+        ("bfloat16, Hopper's tensor cores (wgmma)", "gpu_forward_hopper", "flashcute", ""),
+        ("bfloat16, tensor cores (mma.sync)", "gpu_forward", "flashcute", ""),
+        ("float32, three TF32 products", "gpu_forward_float32", "flashcute", "tf32x3"),
+        ("float32, CUDA cores", "gpu_float32_steps", "flashcute", "cudacore"),
+        ("float32, torch, memory-efficient", "gpu_forward_float32", "sdpa_efficient", ""),
+        ("float32, torch, math", "gpu_forward_float32", "sdpa_math", ""),
+    ]
+    for head_dim in (64, 128, 256):
+        for what, file, impl, word in ways:
+            found = [
+                x
+                for x in where(file, impl=impl, head_dim=head_dim, **PROBLEM)
+                if word in (x["config"] or "")
+            ]
+            x = median_of(found)
+            told.append(
+                [head_dim, link(what, file), f"{x['ms_p50']:.2f}", f"{x['tflops']:.0f}"]
+                + [f"{x['rel_l2']:.1e}", f"{x['max_error']:.1e}"]
+            )
+    header = ["head dimension", "units, and lines", "ms", "TFLOP/s", "relative L2 error"]
+    return table([*header, "largest error"], told, numbers=4)
+
+
+def cuda_core_option() -> str:
+    """The one option `math`, everything else as it is, in bfloat16."""
+    file, rows = "gpu_options", []
+    for head_dim in (64, 128):
+        for causal in (False, True):
+            cell = {"head_dim": head_dim, "causal": causal, "seqlen_q": 4096}
+            tensor = one(file, impl="flashcute", **cell)
+            [cuda] = [x for x in where(file, **cell) if "math=cuda_core" in x["impl"]]
+            rows.append(
+                [head_dim, "causal" if causal else "none"]
+                + [f"{x['tflops']:.0f}" for x in (tensor, cuda)]
+                + [f"{cuda['ms_p50'] / tensor['ms_p50']:.0f}"]
+                + [f"{x['rel_l2']:.1e}" for x in (tensor, cuda)]
+            )
+    header = ["head dimension", "mask", "TFLOP/s, tensor cores", "CUDA cores", "times as long"]
+    header += ["relative L2 error, tensor cores", "CUDA cores"]
+    return table(header, rows, numbers=5)
+
+
+def float32_gain() -> str:
+    """A sentence: the range of CUDA cores' time over that of three TF32 products."""
+    ratios = []
+    for x in where("gpu_forward_float32", impl="flashcute"):
+        cell = {name: x[name] for name in ("head_dim", "seqlen_q", "batch", "causal")}
+        [cuda] = [
+            y
+            for y in where("gpu_float32_steps", note="CUDA cores", impl="flashcute", **cell)
+        ]  # fmt: skip
+        ratios.append(cuda["ms_p50"] / x["ms_p50"])
+    return (
+        f"Three products take {rounded(min(ratios))} to {rounded(max(ratios))} times less time than the CUDA cores, in "
+        f"all {len(ratios)} problems of these two files."
+    )
+
+
+# ---- GPUs ----------------------------------------------------------------------------------------
