@@ -13,8 +13,10 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx_copybutton",
+    "command_line",
     "repository_files",
     "plain_docstrings",
+    "translations",
 ]
 exclude_patterns = ["_ext"]
 nitpicky = False

@@ -1,0 +1,83 @@
+"""Chinese pages (docs/zh/) name the page that they translate, and the state of it:
+
+    <!-- translation of start/install.md at 0123456789ab -->
+
+The number is a hash of the original's text. Where the original has changed since, the built page says so at its top.
+
+usage: python docs/_ext/translations.py [--fresh PAGE ...]
+
+lists the pages whose original has changed; the exit code is 1 if there are any. --fresh: these pages were brought up to
+date, and get the new hashes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DOCS = Path(__file__).parents[1]
+HEAD = re.compile(r"^<!-- translation of (\S+\.md) at ([0-9a-f]{12}) -->\n")
+STALE = """:::{{warning}}
+[英文原文]({original})在本页翻译之后有更新，内容可能已经过时。
+:::
+
+"""
+
+
+class Translation(NamedTuple):
+    page: Path
+    original: Path
+    of: str  # the hash of the text that was translated
+
+    @property
+    def stale(self) -> bool:
+        return self.of != state(self.original)
+
+
+def state(page: Path) -> str:
+    return hashlib.sha256(page.read_bytes()).hexdigest()[:12]
+
+
+def translation(page: Path, docs: Path = DOCS) -> Translation:
+    head = HEAD.match(page.read_text())
+    if head is None:
+        raise ValueError(f"{page}: expected a first line <!-- translation of PAGE.md at HASH -->")
+    return Translation(page, docs / head[1], head[2])
+
+
+def translations(docs: Path = DOCS) -> list[Translation]:
+    return [translation(page, docs) for page in sorted((docs / "zh").glob("*.md"))]
+
+
+def tell_readers(app: Any, docname: str, source: list[str]) -> None:
+    if docname.startswith("zh/"):
+        found = translation(DOCS / f"{docname}.md")
+        if found.stale:
+            original = f"../{found.original.relative_to(DOCS)}"
+            source[0] = HEAD.sub(lambda head: head[0] + STALE.format(original=original), source[0])
+
+
+def setup(app: Any) -> dict[str, Any]:
+    app.connect("source-read", tell_readers)
+    return {"parallel_read_safe": True, "version": "1"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--fresh", nargs="+", type=Path, default=[], metavar="PAGE")
+    for page in parser.parse_args().fresh:
+        now = state(translation(page.resolve()).original)
+        text = HEAD.sub(lambda head, now=now: head[0].replace(head[2], now), page.read_text())
+        page.write_text(text)
+    stale = [x for x in translations() if x.stale]
+    for x in stale:
+        print(f"{x.page.relative_to(DOCS)}: {x.original.relative_to(DOCS)} has changed")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
