@@ -111,10 +111,10 @@ class CommandDirective(SphinxDirective):
         found: list[nodes.Node] = [usage]
         found.append(nodes.paragraph("", "", *words(parser.description or "")))
         for group in parser._action_groups:
-            found += self.options(name, parser, group)
+            found += self.group(name, parser, group)
         return found
 
-    def options(
+    def group(
         self, command: str, parser: argparse.ArgumentParser, group: argparse._ArgumentGroup
     ) -> list[nodes.Node]:
         actions = shown(group._group_actions)

@@ -7,7 +7,7 @@ import os
 import sys
 
 from . import FlashcuteError, __version__
-from ._cli import bench, cache, compile_, demo, doctor, explain, info
+from ._cli import bench, cache, compare, compile_, demo, doctor, explain, info, io_, plot, profile_
 from ._cli.options import UsageError
 
 
@@ -19,7 +19,19 @@ def command_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"flashcute {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (info, doctor, demo, bench, explain, compile_, cache):
+    for module in (
+        info,
+        doctor,
+        demo,
+        bench,
+        explain,
+        compile_,
+        cache,
+        plot,
+        compare,
+        io_,
+        profile_,
+    ):
         module.add_command(commands)
     return parser
 

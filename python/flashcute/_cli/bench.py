@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import secrets
+import sys
 from typing import TextIO
 
 from . import bench_backward, bench_forward, bench_host
@@ -20,12 +22,22 @@ from .options import (
     window,
 )
 from .peers import DETERMINISTIC, NAMES
+from .presets import PRESETS, listing
 
 
 def implementation_name(text: str) -> str:
     known = (*NAMES, DETERMINISTIC)
     if text not in known:
         raise argparse.ArgumentTypeError(f"expected names among {', '.join(known)}, got {text!r}")
+    return text
+
+
+def preset_name(text: str) -> str:
+    known = (*PRESETS, "help")
+    if text not in known:
+        raise argparse.ArgumentTypeError(
+            f"expected names among {', '.join(PRESETS)}, or help, which lists their shapes; got {text!r}"
+        )
     return text
 
 
@@ -62,18 +74,26 @@ def add_command(commands: Commands) -> None:
     add_device_argument(parser)
     cases = parser.add_argument_group(
         "cases",
-        "every head dim x mask x sequence length; batch = tokens / seqlen, heads = hidden / d",
+        "the attention of models, or every head dim x mask x sequence length; batch = tokens / seqlen, "
+        "heads = hidden / d",
+    )
+    cases.add_argument(
+        "--preset",
+        type=list_of(preset_name),
+        metavar="NAME,...|help",
+        help="the attention of these models; help lists them. On the CPU a batch of 1 and the first of each "
+        "preset's lengths; --seqlens, --batch, --tokens and --dtype choose others",
     )
     cases.add_argument(
         "--grid",
-        default="quick",
-        metavar="quick|peers|FILE",
-        help="quick: two sequence lengths; peers: 1k to 16k; FILE: JSON lines with batch, heads, "
-        "seqlen_q, head_dim, causal, and optionally kv_heads, seqlen_k, dtype, window (default: quick)",
+        metavar="quick|peers|study|FILE",
+        help="quick: two sequence lengths; peers: 1k to 16k; study: 1k to 16k with 8, 16 and 32 heads, on the CPU "
+        "with a batch of 1; FILE: JSON lines with batch, heads, seqlen_q, head_dim, causal, and optionally "
+        "kv_heads, seqlen_k, dtype, window, head_dim_v, sink (default: quick)",
     )
     cases.add_argument("--head-dims", type=list_of(positive_int), metavar="64,128")
     cases.add_argument("--seqlens", type=list_of(positive_int), metavar="1024,4096")
-    cases.add_argument("--causal", type=list_of(boolean), default=[False, True], metavar="0,1")
+    cases.add_argument("--causal", type=list_of(boolean), metavar="0,1", help="default: both")
     cases.add_argument(
         "--window",
         type=bounded_window,
@@ -87,15 +107,15 @@ def add_command(commands: Commands) -> None:
     cases.add_argument("--batch", type=positive_int, metavar="N", help="instead of --tokens")
     cases.add_argument("--heads", type=positive_int, metavar="N", help="instead of --hidden")
     cases.add_argument(
-        "--kv-ratio", type=positive_int, default=1, metavar="N", help="query heads per K/V head"
+        "--kv-ratio", type=positive_int, metavar="N", help="query heads per K/V head (default: 1)"
     )
     compared = parser.add_argument_group("implementations")
     compared.add_argument(
         "--impls",
         type=list_of(implementation_name),
         metavar="NAME,...",
-        help=f"among {', '.join(NAMES)}, with --backward {DETERMINISTIC}; default: all but sdpa "
-        f"and fa3 and {DETERMINISTIC}, on the CPU flashcute, sdpa, naive",
+        help=f"among {', '.join(NAMES)}, with --backward {DETERMINISTIC}; default: all but sdpa, "
+        f"fa3, xformers and {DETERMINISTIC}, on the CPU flashcute, sdpa, naive",
     )
     compared.add_argument(
         "--config",
@@ -119,8 +139,25 @@ def add_command(commands: Commands) -> None:
         "--deadline-s", type=positive_float, metavar="S", help="start no case after this time"
     )
     method.add_argument("--seed", type=int, help="of the random inputs (default: a fresh one)")
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument(
+        "--table",
+        choices=("both", "details", "summary"),
+        default="both",
+        help="details: a row for each case and implementation, with p50, p99, memory and error; summary: a row for "
+        "each case, with the rates side by side (default: both)",
+    )
+    shown.add_argument(
+        "--plain",
+        action="store_true",
+        help="a line for each case, in place of one that changes if stderr is a terminal and rich is installed",
+    )
     record = parser.add_argument_group("record")
-    record.add_argument("--out", metavar="FILE", help="append the JSON lines to this file")
+    record.add_argument(
+        "--out",
+        metavar="FILE",
+        help="append the JSON lines to this file; -: write them to stdout, and all else to stderr",
+    )
     record.add_argument("--note", metavar="TEXT", help="put into every line")
     record.add_argument(
         "--commit",
@@ -132,20 +169,34 @@ def add_command(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if "help" in (options.preset or ()):
+        print(listing())
+        return 0
+    if options.preset and (options.overhead or options.first_use):
+        raise UsageError(
+            "--preset: expected neither --overhead nor --first-use, which time one call"
+        )
     if options.seed is None:
         options.seed = secrets.randbits(31)
+    if options.out == "-":
+        lines = sys.stdout
+        with contextlib.redirect_stdout(sys.stderr):
+            return measure(options, lines)
+    if options.out is None:
+        return measure(options, None)
     try:
-        out: TextIO | None = open(options.out, "a") if options.out else None  # noqa: SIM115
+        file = open(options.out, "a")  # noqa: SIM115
     except OSError as problem:
         raise UsageError(f"--out: {problem}") from None
-    try:
-        if options.overhead:
-            return bench_host.overhead(options, out)
-        if options.first_use:
-            return bench_host.first_use(options, out)
-        if options.backward:
-            return bench_backward.run(options, out)
-        return bench_forward.run(options, out)
-    finally:
-        if out is not None:
-            out.close()
+    with file:
+        return measure(options, file)
+
+
+def measure(options: argparse.Namespace, out: TextIO | None) -> int:
+    if options.overhead:
+        return bench_host.overhead(options, out)
+    if options.first_use:
+        return bench_host.first_use(options, out)
+    if options.backward:
+        return bench_backward.run(options, out)
+    return bench_forward.run(options, out)

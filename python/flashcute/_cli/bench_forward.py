@@ -9,6 +9,8 @@ import argparse
 import functools
 import gc
 import json
+import shutil
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,9 +18,10 @@ from typing import Any, NamedTuple, TextIO
 
 from .. import FlashcuteError, reference
 from . import peers
-from .kits import Call, Inputs, Kit, choose_kit, in_layout
+from .kits import Array, Call, Inputs, Kit, choose_kit, in_layout
 from .options import DTYPES, UsageError
 from .peers import Flashcute, Implementation
+from .presets import PRESETS
 from .problem import (
     Case,
     Errors,
@@ -29,15 +32,19 @@ from .problem import (
     fp64_reference,
     naive_result,
 )
+from .progress import Work, make_progress
 from .provenance import provenance
-from .table import format_number, format_table, geometric_mean
+from .table import format_bytes, format_digits, format_number, format_table, geometric_mean
 from .timing import interleaved_ms
 
-GPU_IMPLEMENTATIONS = tuple(name for name in peers.NAMES if name not in ("sdpa", "fa3"))
+GPU_IMPLEMENTATIONS = tuple(name for name in peers.NAMES if name not in ("sdpa", "fa3", "xformers"))
 CPU_IMPLEMENTATIONS = ("flashcute", "sdpa", "naive")
 SPOT_ROWS = 8
+# Of the lines. 2: also schema, preset, head_dim_v, sink and error_ratio.
+SCHEMA = 2
 
 Line = dict[str, Any]  # of JSON
+Named = tuple[str | None, Case]  # of a preset
 
 
 class GridSize(NamedTuple):
@@ -46,14 +53,20 @@ class GridSize(NamedTuple):
     seqlens: tuple[int, ...]
     tokens: int
     hidden: int
+    heads: tuple[int, ...] = ()  # in place of hidden / head_dim
 
 
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+STUDIED_HEADS = (8, 16, 32)
 GRIDS = {
     ("quick", "cuda"): GridSize((1024, 4096), 16384, 2048),
-    ("peers", "cuda"): GridSize((1024, 2048, 4096, 8192, 16384), 16384, 2048),
+    ("peers", "cuda"): GridSize(LENGTHS, 16384, 2048),
+    ("study", "cuda"): GridSize(LENGTHS, 16384, 0, STUDIED_HEADS),
     ("quick", "cpu"): GridSize((512, 2048), 4096, 256),
-    ("peers", "cpu"): GridSize((1024, 2048, 4096, 8192, 16384), 16384, 256),
+    ("peers", "cpu"): GridSize(LENGTHS, 16384, 256),
+    ("study", "cpu"): GridSize(LENGTHS, 1024, 0, STUDIED_HEADS),  # a batch of 1
 }
+PRESET_TOKENS = {"cuda": 16384, "cpu": 1}  # on the CPU a batch of 1
 HEAD_DIMS = (64, 128)
 
 
@@ -69,70 +82,127 @@ def run_with(
     common = provenance(kit, options.commit)
     print(f"{common['device']}; {common['library']}; {common['commit']}; seed {options.seed}")
     verifier = make_verifier(kit)
-    implementations = make_implementations(verifier, options)
+    implementations, missing = make_implementations(verifier, options)
+    for reason in missing:
+        print(reason)
     cases = list(make_cases(kit, options))
+    names = [one.name for one in implementations]
     lines: list[Line] = []
-    for i, case in enumerate(cases):
-        variants = with_and_without_window(case)
-        if options.deadline_s is not None and time.monotonic() - start > options.deadline_s:
-            print(f"--deadline-s: {len(cases) - i} of {len(cases)} cases were not started")
-            break
-        for measured in run_case(kit, variants, implementations, verifier, options):
-            kind = {"kind": verifier.kind}
-            if measured["window"] is not None:
-                kind = {"kind": "window", "pass": verifier.kind}
-            line = {**kind, **common, "seed": options.seed, **measured}
-            if options.note is not None:
-                line["note"] = options.note
-            lines.append(line)
-            if out is not None:
-                out.write(json.dumps(line, allow_nan=False) + "\n")
-                out.flush()
-        told = lines[-len(variants) * len(implementations) :]
-        for variant in variants:
-            print(progress(variant, [x for x in told if x["window"] == variant.window]), flush=True)
-    print("\n" + summary(lines, [one.name for one in implementations], kit.device))
+    remarks = list(missing)
+    works = [work_of(case, len(names), verifier, options) for _, case in cases]
+    # A line that changes and lines for another program would meet on a terminal.
+    plain = options.plain or options.out == "-"
+    with make_progress(works, plain=plain) as progress:
+        for i, (preset, case) in enumerate(cases):
+            if options.deadline_s is not None and time.monotonic() - start > options.deadline_s:
+                rest = len(cases) - i
+                remarks.append(f"--deadline-s: {rest} of {len(cases)} cases were not started")
+                break
+            progress.case(title(preset, case))
+            variants = with_and_without_window(case)
+            for measured in run_case(
+                kit, variants, implementations, verifier, options, progress.step
+            ):
+                kind = {"kind": verifier.kind}
+                if measured["window"] is not None:
+                    kind = {"kind": "window", "pass": verifier.kind}
+                origin = {"schema": SCHEMA, **common, "seed": options.seed, "preset": preset}
+                line = {**kind, **origin, **measured}
+                if options.note is not None:
+                    line["note"] = options.note
+                lines.append(line)
+                if out is not None:
+                    out.write(json.dumps(line, allow_nan=False) + "\n")
+                    out.flush()
+            progress.end_case()
+            told = lines[-len(variants) * len(implementations) :]
+            for variant in variants:
+                of_variant = [x for x in told if x["window"] == variant.window]
+                print(f"{title(preset, variant)}: {in_short(of_variant)}", flush=True)
+    print("\n" + report(lines, names, kit, remarks, options.table))
     wrong = [x for x in lines if x["status"] == "wrong" and x["impl"].startswith("flashcute")]
     return 1 if wrong else 0
+
+
+def title(preset: str | None, case: Case) -> str:
+    return f"{preset} {case.label}" if preset else case.label
+
+
+def work_of(
+    case: Case, implementations: int, verifier: Verifier, options: argparse.Namespace
+) -> Work:
+    variants = with_and_without_window(case)
+    budget_s = options.rounds * options.budget_ms / 1e3 * implementations * len(variants)
+    return Work(budget_s, implementations * sum(verifier.flops(x) for x in variants))
 
 
 # ---- what to run -------------------------------------------------------------------------------
 
 
-def make_implementations(verifier: Verifier, options: argparse.Namespace) -> list[Implementation]:
+def make_implementations(
+    verifier: Verifier, options: argparse.Namespace
+) -> tuple[list[Implementation], list[str]]:
+    """What is here, and why the others are not."""
     names = options.impls
     if names is None:
         gpu = verifier.kit.device == "cuda"
         names = GPU_IMPLEMENTATIONS if gpu else CPU_IMPLEMENTATIONS
     found: list[Implementation] = []
+    missing: list[str] = []
     for name in dict.fromkeys(names):
         try:
             found.append(verifier.implementation(name))
         except UsageError as problem:
-            print(f"without {name}: {problem}")
+            missing.append(f"left out: {problem}")
     found += [verifier.changed(changes) for changes in options.config]
     if not found:
-        raise UsageError("--impls: none of these is here")
-    return found
+        raise UsageError("--impls: none of these is here: " + "; ".join(missing))
+    return found, missing
 
 
-def make_cases(kit: Kit, options: argparse.Namespace) -> Iterator[Case]:
+def make_cases(kit: Kit, options: argparse.Namespace) -> Iterator[Named]:
     dtype = options.dtype or ("bfloat16" if kit.device == "cuda" else "float32")
-    grid = GRIDS.get((options.grid, kit.device))
-    if grid is None:
-        for case in read_cases(Path(options.grid), dtype):
-            yield case if case.window is not None else case._replace(window=options.window)
+    if options.preset is not None:
+        yield from preset_cases(kit.device, dtype, options)
         return
+    name = options.grid or "quick"
+    grid = GRIDS.get((name, kit.device))
+    if grid is None:
+        for case in read_cases(Path(name), dtype):
+            yield None, case if case.window is not None else case._replace(window=options.window)
+        return
+    kv_ratio = options.kv_ratio or 1
     for head_dim in options.head_dims or HEAD_DIMS:
-        for causal in options.causal:
-            for seqlen in options.seqlens or grid.seqlens:
-                batch = options.batch or max(1, (options.tokens or grid.tokens) // seqlen)
-                heads = options.heads or max(1, (options.hidden or grid.hidden) // head_dim)
-                if heads % options.kv_ratio != 0:
-                    raise UsageError(f"--kv-ratio: expected a divisor of {heads} heads")
-                kv_heads = heads // options.kv_ratio
-                sizes = batch, heads, kv_heads, seqlen, seqlen, head_dim
-                yield Case(*sizes, causal, dtype, options.window)
+        for heads in heads_of(grid, head_dim, options):
+            if heads % kv_ratio != 0:
+                raise UsageError(f"--kv-ratio: expected a divisor of {heads} heads")
+            for causal in options.causal or (False, True):
+                for seqlen in options.seqlens or grid.seqlens:
+                    batch = options.batch or max(1, (options.tokens or grid.tokens) // seqlen)
+                    sizes = batch, heads, heads // kv_ratio, seqlen, seqlen, head_dim
+                    yield None, Case(*sizes, causal, dtype, options.window)
+
+
+def heads_of(grid: GridSize, head_dim: int, options: argparse.Namespace) -> tuple[int, ...]:
+    if options.heads is not None:
+        return (options.heads,)
+    if options.hidden is None and grid.heads:
+        return grid.heads
+    return (max(1, (options.hidden or grid.hidden) // head_dim),)
+
+
+def preset_cases(device: str, dtype: str, options: argparse.Namespace) -> Iterator[Named]:
+    """The lengths of each preset; on the CPU its first."""
+    told = ("grid", "head_dims", "causal", "window", "hidden", "heads", "kv_ratio")
+    given = [f"--{x.replace('_', '-')}" for x in told if getattr(options, x) is not None]
+    if given:
+        raise UsageError(f"--preset says what {given[0]} would: expected one of the two")
+    tokens = options.tokens or PRESET_TOKENS[device]
+    for name in dict.fromkeys(options.preset):
+        preset = PRESETS[name]
+        seqlens = options.seqlens or preset.seqlens[: 1 if device == "cpu" else None]
+        for case in preset.cases(dtype, seqlens, options.batch, tokens):
+            yield name, case
 
 
 def read_cases(file: Path, dtype: str) -> Iterator[Case]:
@@ -141,19 +211,25 @@ def read_cases(file: Path, dtype: str) -> Iterator[Case]:
         for row in rows:
             row = {"kv_heads": row["heads"], "seqlen_k": row["seqlen_q"], "dtype": dtype, **row}
             case = Case(**row)
-            sizes = case[: Case._fields.index("causal")]
+            sizes = (*case[: Case._fields.index("causal")], case.value_dim)
             if not all(type(size) is int and size > 0 for size in sizes):
                 raise ValueError(f"sizes must be positive integers, got {row}")
             if case.heads % case.kv_heads != 0:
                 raise ValueError(f"kv_heads must divide heads, got {row}")
-            if case.dtype not in DTYPES or type(case.causal) is not bool:
+            if (
+                case.dtype not in DTYPES
+                or not isinstance(case.causal, bool)
+                or not isinstance(case.sink, bool)
+            ):
                 raise ValueError(
-                    f"expected a dtype among {DTYPES} and a bool for causal, got {row}"
+                    f"expected a dtype among {DTYPES} and a bool for causal and sink, got {row}"
                 )
+            if case.head_dim_v == case.head_dim:
+                case = case._replace(head_dim_v=None)
             yield case._replace(window=read_window(case.window))
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise UsageError(
-            f"--grid {file}: expected quick, peers, or a file with JSON lines of {Case._fields}: "
+            f"--grid {file}: expected quick, peers, study, or a file with JSON lines of {Case._fields}: "
             f"{type(problem).__name__}: {problem}"
         ) from None
 
@@ -189,7 +265,6 @@ class Verifier:
     knows what to time."""
 
     kind = "forward"
-    products = 2  # matrix products of the algorithm, by which FLOP/s are counted
 
     def __init__(self, kit: Kit) -> None:
         self.kit = kit
@@ -203,18 +278,29 @@ class Verifier:
         """flashcute with changes to its default configuration."""
         return Flashcute(self.kit, changes)
 
-    def check(self, one: Implementation, case: Case, inputs: Inputs) -> tuple[str | None, Line]:
+    def flops(self, case: Case) -> float:
+        """Of the algorithm's matrix products, by which FLOP/s are counted."""
+        return case.flops
+
+    def check(
+        self, one: Implementation, case: Case, inputs: Inputs, sink: Array | None
+    ) -> tuple[str | None, Line]:
         """Why the results are not accepted, and what was found."""
         verdict = self.on_small_problem(one, case)
-        found: Line = {} if verdict.errors is None else dict(verdict.errors._asdict())
+        found: Line = {}
+        if verdict.errors is not None:
+            found.update(verdict.errors._asdict())
+            found["error_ratio"] = error_ratio(verdict.errors, verdict.naive)
         if verdict.wrong is not None:
             return verdict.wrong, found
-        wrong, found["spot_max_error"] = self.on_rows(one, case, inputs, verdict.naive)
+        wrong, found["spot_max_error"] = self.on_rows(one, case, inputs, sink, verdict.naive)
         return wrong, found
 
-    def timed_call(self, one: Implementation, inputs: Inputs, case: Case) -> Call:
+    def timed_call(
+        self, one: Implementation, inputs: Inputs, sink: Array | None, case: Case
+    ) -> Call:
         """Of inputs in the implementation's layout."""
-        return functools.partial(one.call, *inputs, case.causal, window=case.window)
+        return functools.partial(one.call, *inputs, case.causal, window=case.window, sink=sink)
 
     def small(self, case: Case) -> Case:
         """Same head dim, mask, dtype and head ratio; lengths that no tile divides; a window of which both bounds hide
@@ -230,7 +316,7 @@ class Verifier:
         key = one.name, small
         if key not in self.verdicts:
             inputs = small.random_inputs(self.kit)
-            given = self.kit, *inputs, small.causal, small.window
+            given = self.kit, *inputs, small.causal, small.window, small.random_sink(self.kit)
             ref = fp64_reference(*given)
             naive = errors(naive_result(*given), ref)
             found = errors(one.result(*given), ref)
@@ -239,7 +325,12 @@ class Verifier:
         return self.verdicts[key]
 
     def on_rows(
-        self, one: Implementation, case: Case, inputs: Inputs, naive: Errors
+        self,
+        one: Implementation,
+        case: Case,
+        inputs: Inputs,
+        sink: Array | None,
+        naive: Errors,
     ) -> tuple[str | None, float]:
         """Random rows, and the first and last, of the real problem: (complaint, max error).
 
@@ -248,7 +339,7 @@ class Verifier:
         import numpy as np
 
         q, k, v = inputs
-        out = one.output(self.kit, q, k, v, case.causal, case.window)
+        out = one.output(self.kit, q, k, v, case.causal, case.window, sink)
         random = np.random.default_rng()
         places = [(0, 0, 0), (case.batch - 1, case.seqlen_q - 1, case.heads - 1)]
         sizes = (case.batch, case.seqlen_q, case.heads)
@@ -263,12 +354,18 @@ class Verifier:
             keys, values = (
                 self.kit.double(x[b : b + 1, seen.start : seen.stop, kv : kv + 1]) for x in (k, v)
             )
-            expected.append(self.kit.to_numpy(reference.naive(row, keys, values)))
+            logit = None if sink is None else self.kit.double(sink[h : h + 1])
+            expected.append(self.kit.to_numpy(reference.naive(row, keys, values, sink=logit)))
             got.append(self.kit.to_numpy(out[b : b + 1, i : i + 1, h : h + 1]))
         ref = Result(np.concatenate(expected), None)
         found = errors(Result(np.concatenate(got), None), ref)
         wrong = complaint(found._replace(max_error=0.0), naive, ref, case.dtype)
         return wrong and f"{case.label}, rows: {wrong}", found.max_error
+
+
+def error_ratio(found: Errors, naive: Errors) -> float | None:
+    """The largest error over that of the naive computation in the same dtype."""
+    return found.max_error / naive.max_error if naive.max_error else None
 
 
 # ---- one case ----------------------------------------------------------------------------------
@@ -280,10 +377,12 @@ def run_case(
     implementations: list[Implementation],
     verifier: Verifier,
     options: argparse.Namespace,
+    step: Callable[[str], object],
 ) -> list[Line]:
     """A line for each of the variants and implementations: measured, or why not. The variants have their turns in the
-    same rounds, on the same inputs."""
+    same rounds, on the same inputs. `step` is told what is done."""
     base = variants[0].random_inputs(kit)
+    sink = variants[0].random_sink(kit)
     inputs = {"bshd": base}
     lines: dict[str, Line] = {}
     calls: dict[str, Call] = {}
@@ -292,10 +391,11 @@ def run_case(
             name = f"{one.name} {case.label}"
             line = lines[name] = {"impl": one.name, "impl_version": one.version, "config": None}
             line.update(case._asdict(), status="ok")
+            step(f"checking {one.name}")
             try:
-                prepare(kit, case, one, verifier, inputs, line)
+                prepare(kit, case, one, verifier, inputs, sink, line)
                 if line["status"] == "ok":
-                    call = verifier.timed_call(one, inputs[one.layout], case)
+                    call = verifier.timed_call(one, inputs[one.layout], sink, case)
                     line["peak_bytes"] = kit.peak_bytes(call)
                     calls[name], line["timing"] = kit.repeatable(call)
             except (FlashcuteError, RuntimeError, TypeError, ValueError, AssertionError) as problem:
@@ -304,8 +404,17 @@ def run_case(
                 line.update(status="failed", reason=f"{type(problem).__name__}: {text}"[:300])
     import numpy as np
 
-    flops = {f"{one.name} {case.label}": case.flops for case in variants for one in implementations}
-    for name, ms in interleaved_ms(kit, calls, options.rounds, options.budget_ms).items():
+    flops = {
+        f"{one.name} {case.label}": verifier.flops(case)
+        for case in variants
+        for one in implementations
+    }
+
+    def on_round(number: int) -> None:
+        step(f"timing {len(calls)} calls by turns, round {number} of {options.rounds}")
+
+    times = interleaved_ms(kit, calls, options.rounds, options.budget_ms, on_round)
+    for name, ms in times.items():
         p10, p50, p90, p99 = (float(x) for x in np.percentile(ms, (10, 50, 90, 99)))
         lines[name].update(
             rounds=options.rounds,
@@ -314,7 +423,7 @@ def run_case(
             ms_p50=p50,
             ms_p90=p90,
             ms_p99=p99,
-            tflops=verifier.products / 2 * flops[name] / p50 / 1e9,
+            tflops=flops[name] / p50 / 1e9,
         )
     calls.clear()
     gc.collect()
@@ -331,6 +440,7 @@ def prepare(
     one: Implementation,
     verifier: Verifier,
     inputs: dict[str, Inputs],
+    sink: Array | None,
     line: Line,
 ) -> None:
     """Checks an implementation, and makes the inputs in its layout. `line` says what came of it."""
@@ -339,7 +449,7 @@ def prepare(
         line.update(status="skipped", reason="its S x S matrices do not fit into memory")
         return
     line["config"] = one.config_name(kit, case)
-    wrong, found = verifier.check(one, case, inputs["bshd"])
+    wrong, found = verifier.check(one, case, inputs["bshd"], sink)
     line.update(found)
     if wrong is not None:
         line.update(status="wrong", reason=wrong)
@@ -368,53 +478,170 @@ def json_safe(line: Line) -> Line:
 # ---- what it says ------------------------------------------------------------------------------
 
 
-def progress(case: Case, lines: Sequence[Line]) -> str:
-    parts = [
-        f"{x['impl']} {x['ms_p50']:.3g} ms"
+def in_short(lines: Sequence[Line]) -> str:
+    return "; ".join(
+        f"{x['impl']} {format_digits(x['ms_p50'])} ms"
         if x["status"] == "ok"
         else f"{x['impl']}: {x['reason']}"
         for x in lines
+    )
+
+
+def report(
+    lines: Sequence[Line], names: Sequence[str], kit: Kit, remarks: Sequence[str], tables: str
+) -> str:
+    """The tables that are asked for, and what is not in them."""
+    parts = []
+    if lines and tables != "summary":
+        parts.append(details(lines, names, kit))
+    if lines and tables != "details":
+        parts.append(summary(lines, names, kit.device))
+    reasons = [*remarks, *reasons_of(lines)]
+    if reasons:
+        parts.append("Not measured:\n" + "\n".join(filled(x, "  ", "    ") for x in reasons))
+    return "\n\n".join(parts)
+
+
+def filled(text: str, first: str = "", other: str = "") -> str:
+    """As wide as the terminal, if that is neither very narrow nor very wide."""
+    width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=other,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def reasons_of(lines: Sequence[Line]) -> list[str]:
+    """Of what has no times: each reason once, with its cases."""
+    every = len(by_title(lines))
+    cases: dict[str, list[str]] = {}
+    for x in lines:
+        if x["status"] != "ok":
+            reason = f"{x['impl']}, {x['status']}: {x['reason']}"
+            cases.setdefault(reason, []).append(title_of(x, lines))
+    return [f"{reason} ({shortened(titles, every)})" for reason, titles in cases.items()]
+
+
+def shortened(titles: Sequence[str], every: int, most: int = 4) -> str:
+    if len(titles) == every > 1:
+        return "in all cases"
+    more = len(titles) - most
+    return "; ".join(titles[:most]) + (f"; and {more} more" if more > 0 else "")
+
+
+def title_of(line: Line, lines: Sequence[Line]) -> str:
+    """Of a line among these: with the dtype only where it differs."""
+    case = Case(*(line[field] for field in Case._fields))
+    dtype = f" {case.dtype}" if len({x["dtype"] for x in lines}) > 1 else ""
+    return title(line["preset"], case) + dtype
+
+
+def by_title(lines: Sequence[Line]) -> dict[str, dict[str, Line]]:
+    """title -> implementation -> line."""
+    found: dict[str, dict[str, Line]] = {}
+    for x in lines:
+        found.setdefault(title_of(x, lines), {})[x["impl"]] = x
+    return found
+
+
+def ours_among(names: Sequence[str]) -> str | None:
+    return next((name for name in names if name.startswith("flashcute")), None)
+
+
+def rate_unit(device: str) -> tuple[str, float]:
+    return ("TFLOP/s", 1.0) if device == "cuda" else ("GFLOP/s", 1e3)
+
+
+def details(lines: Sequence[Line], names: Sequence[str], kit: Kit) -> str:
+    """A row for each case and implementation."""
+    unit, factor = rate_unit(kit.device)
+    ours = ours_among(names)
+    speed_up = [] if ours is None else ["speed-up"]
+    header = ["", "p50 ms", "p99 ms", unit, "memory", "max error", "/naive", *speed_up]
+    rows: list[list[str]] = []
+    for label, row in by_title(lines).items():
+        rows.append([label])
+        mine = row.get(ours, {}).get("ms_p50") if ours else None
+        for name, x in row.items():
+            if x["status"] != "ok":
+                rows.append([f"  {name}", x["status"]])
+                continue
+            error = largest_error(x)
+            cells = [
+                f"  {name}",
+                format_digits(x["ms_p50"]),
+                format_digits(x["ms_p99"]),
+                format_digits(x["tflops"] * factor),
+                format_bytes(x["peak_bytes"]),
+                format_number(error, ".1e"),
+                format_number(x["error_ratio"], ".2f"),
+            ]
+            if ours is not None:
+                ratio = x["ms_p50"] / mine if mine and name != ours else None
+                cells.append("" if name == ours else format_number(ratio, ".2f"))
+            rows.append(cells)
+    note = f"memory: the {kit.memory_meter} during one call. max error: against fp64, on a smaller problem"
+    note += " of the same kind; /naive: over that of the naive computation in the same dtype."
+    if ours is not None:
+        note += f" speed-up: its p50 / that of {ours}."
+    return format_table(header, rows) + "\n" + filled(note)
+
+
+def largest_error(line: Line) -> float | None:
+    """Of the output, or of the gradients."""
+    found = [
+        x
+        for name, x in line.items()
+        if name.endswith("max_error") and name != "spot_max_error" and x is not None
     ]
-    return f"{case.label} {case.dtype}: " + "; ".join(parts)
+    return max(found, default=None)
 
 
 def summary(lines: Sequence[Line], names: Sequence[str], device: str) -> str:
     """FLOP/s by case and implementation, the ratios of flashcute's, and their geometric means."""
-    unit, factor = ("TFLOP/s", 1.0) if device == "cuda" else ("GFLOP/s", 1e3)
-    ours = next((name for name in names if name.startswith("flashcute")), None)
+    unit, factor = rate_unit(device)
+    ours = ours_among(names)
     others = [name for name in names if not name.startswith("flashcute")]
-    by_case: dict[str, dict[str, float]] = {}
-    efficiencies: dict[str, float | None] = {}
-    for x in lines:
-        case = Case(*(x[field] for field in Case._fields))
-        label = f"{case.label} {case.dtype}"
-        row = by_case.setdefault(label, {})
-        if x["status"] == "ok":
-            row[x["impl"]] = x["tflops"] * factor
-        if x["impl"] == ours and x["window"] is not None:
-            efficiencies[label] = x.get("efficiency")
-
-    ratios: dict[str, list[float]] = {"/best": [], "/sdpa_flash": []}
+    windowed = any(x["window"] is not None for x in lines)
+    ratios: dict[str, list[float]] = {}
+    if ours is not None and others:
+        ratios["/best"] = []
+        if "sdpa_flash" in others:
+            ratios["/sdpa_flash"] = []
+    efficiencies: list[float] = []
     table = []
-    for label, row in by_case.items():
-        cells = [label, *(format_number(row.get(name), ".1f") for name in names)]
-        best = max((row[name] for name in others if name in row), default=None)
-        for column, divisor in (("/best", best), ("/sdpa_flash", row.get("sdpa_flash"))):
-            mine = row.get(ours) if ours else None
-            ratio = mine / divisor if mine and divisor else None
-            if ratio is not None:
-                ratios[column].append(ratio)
-            cells.append(format_number(ratio, ".2f"))
-        if efficiencies:
-            cells.append(format_number(efficiencies.get(label), ".2f"))
+    for label, row in by_title(lines).items():
+        rates = {name: x["tflops"] * factor for name, x in row.items() if x["status"] == "ok"}
+        cells = [label, *(format_number(rates.get(name), ".1f") for name in names)]
+        best = max((rates[name] for name in others if name in rates), default=None)
+        mine = rates.get(ours) if ours else None
+        for column, divisor in (("/best", best), ("/sdpa_flash", rates.get("sdpa_flash"))):
+            if column in ratios:
+                ratio = mine / divisor if mine and divisor else None
+                if ratio is not None:
+                    ratios[column].append(ratio)
+                cells.append(format_number(ratio, ".2f"))
+        if windowed:
+            efficiency = row[ours].get("efficiency") if ours in row else None
+            if efficiency is not None:
+                efficiencies.append(efficiency)
+            cells.append(format_number(efficiency, ".2f"))
         table.append(cells)
-    means = [format_number(geometric_mean(x), ".2f") for x in ratios.values()]
-    table.append(["geometric mean", *("" for _ in names), *means])
     header = [unit, *names, *ratios]
-    note = f"Ratios are of {ours}; /best: to the fastest of the others." if ours else ""
-    if efficiencies:
-        known = [x for x in efficiencies.values() if x is not None]
-        table[-1].append(format_number(geometric_mean(known), ".2f"))
+    means = [format_number(geometric_mean(x), ".2f") for x in ratios.values()]
+    notes = []
+    if ratios:
+        notes.append(f"Ratios are of {ours}; /best: to the fastest of the others.")
+    if windowed:
         header.append("/whole")
-        note += " With a window only visible pairs count; /whole: to the rate without the window."
-    return format_table(header, table) + "\n" + note
+        means.append(format_number(geometric_mean(efficiencies), ".2f"))
+        notes.append(
+            "With a window only visible pairs count; /whole: to the rate without the window."
+        )
+    if means:
+        table.append(["geometric mean", *("" for _ in names), *means])
+    return "\n".join([format_table(header, table), *notes])

@@ -69,9 +69,9 @@ class Kit(ABC):
     def to_numpy(self, array: Array) -> Any:
         """As a float64 NumPy array."""
 
-    def poisoned_like(self, array: Array) -> Array:
-        """Shaped like `array` and full of NaN: what is not written shows."""
-        poisoned = self.empty_like(array)
+    def poisoned(self, shape: Sequence[int], dtype: str) -> Array:
+        """Full of NaN: what is not written shows."""
+        poisoned = self.empty(shape, dtype)
         poisoned[...] = float("nan")
         return poisoned
 

@@ -136,21 +136,31 @@ def given_changes(options: argparse.Namespace, *kinds: type[Config]) -> dict[str
 
 
 def changed_config(
-    head_dim: int, dtype: str, arch: str | int, changes: dict[str, Any]
+    head_dim: int,
+    dtype: str,
+    arch: str | int,
+    changes: dict[str, Any],
+    head_dim_v: int | None = None,
 ) -> ForwardConfig:
     """The default configuration with changes; where it asks for what Hopper's kernel has not,
     of what other GPUs take."""
-    base = default_config(head_dim, dtype, arch)
+    base = default_config(head_dim, dtype, arch, head_dim_v=head_dim_v)
     wanted = {name: changes.get(name, getattr(base, name)) for name in ("kernel", "math")}
     if base.kernel == "sm90" and wanted != {"kernel": "sm90", "math": "tensor_core"}:
-        base = default_config(head_dim, dtype, "sm_100")
+        base = default_config(head_dim, dtype, "sm_100", head_dim_v=head_dim_v)
     return base.replace(**changes)
 
 
 def changed_backward_config(
-    head_dim: int, dtype: str, arch: str | int, changes: dict[str, Any]
+    head_dim: int,
+    dtype: str,
+    arch: str | int,
+    changes: dict[str, Any],
+    head_dim_v: int | None = None,
 ) -> BackwardConfig:
     """The same of the backward; `deterministic` has a default configuration of its own."""
     deterministic = bool(changes.get("deterministic", False))
-    default = default_backward_config(head_dim, dtype, arch, deterministic=deterministic)
+    default = default_backward_config(
+        head_dim, dtype, arch, head_dim_v=head_dim_v, deterministic=deterministic
+    )
     return default.replace(**changes)

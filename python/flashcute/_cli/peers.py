@@ -30,15 +30,15 @@ SDPA_BACKENDS = {
     "sdpa_cudnn": "CUDNN_ATTENTION",
     "sdpa_math": "MATH",
 }
-NAMES = ("flashcute", "sdpa", *SDPA_BACKENDS, "fa3", "naive")
+NAMES = ("flashcute", "sdpa", *SDPA_BACKENDS, "fa3", "xformers", "naive")
 DETERMINISTIC = "flashcute_deterministic"  # gradients only
 
 
 class Implementation:
     """Attention as somebody computes it.
 
-    `call` takes q, k, v in `layout`, whether the mask is causal (aligned to the bottom right), and `window=`, and
-    returns the output in the same layout. What cannot do a window raises.
+    `call` takes q, k, v in `layout`, whether the mask is causal (aligned to the bottom right), `window=` and `sink=`,
+    and returns the output in the same layout. What cannot do a window or a sink raises.
     """
 
     def __init__(
@@ -62,16 +62,30 @@ class Implementation:
         return 0
 
     def result(
-        self, kit: Kit, q: Array, k: Array, v: Array, causal: bool, window: Window = None
+        self,
+        kit: Kit,
+        q: Array,
+        k: Array,
+        v: Array,
+        causal: bool,
+        window: Window = None,
+        sink: Array | None = None,
     ) -> Result:
         """The output for bshd inputs, to be checked; as bshd too."""
-        return Result(kit.to_numpy(self.output(kit, q, k, v, causal, window)), None)
+        return Result(kit.to_numpy(self.output(kit, q, k, v, causal, window, sink)), None)
 
     def output(
-        self, kit: Kit, q: Array, k: Array, v: Array, causal: bool, window: Window = None
+        self,
+        kit: Kit,
+        q: Array,
+        k: Array,
+        v: Array,
+        causal: bool,
+        window: Window = None,
+        sink: Array | None = None,
     ) -> Array:
         """The same, where it was computed."""
-        out = self.call(*in_layout(kit, (q, k, v), self.layout), causal, window=window)
+        out = self.call(*in_layout(kit, (q, k, v), self.layout), causal, window=window, sink=sink)
         return out if self.layout == "bshd" else kit.swap_heads(out)
 
 
@@ -83,36 +97,74 @@ class Flashcute(Implementation):
         self.arch = kit.arch
         super().__init__(changed_name(self.changes), __version__, self._run)
 
-    def config(self, head_dim: int, dtype: str) -> Any:
-        return changed_config(head_dim, dtype, self.arch, self.changes)
+    def config(self, head_dim: int, value_dim: int, dtype: str) -> Any:
+        head_dim_v = None if value_dim == head_dim else value_dim
+        return changed_config(head_dim, dtype, self.arch, self.changes, head_dim_v)
 
     def config_name(self, kit: Kit, case: Case) -> str | None:
         if self.changes:
-            return str(self.config(case.head_dim, case.dtype).name)
-        q = kit.empty((case.batch, case.seqlen_q, case.heads, case.head_dim), case.dtype)
-        k = kit.empty((case.batch, case.seqlen_k, case.kv_heads, case.head_dim), case.dtype)
-        told = explain(q, k, k, case.causal, window=case.window)
+            return str(self.config(case.head_dim, case.value_dim, case.dtype).name)
+        q, k, v, sink = empty_arrays(kit, case)
+        told = explain(q, k, v, case.causal, window=case.window, sink=sink)
         return str(told.config.name) if told.config else None
 
     def result(
-        self, kit: Kit, q: Array, k: Array, v: Array, causal: bool, window: Window = None
+        self,
+        kit: Kit,
+        q: Array,
+        k: Array,
+        v: Array,
+        causal: bool,
+        window: Window = None,
+        sink: Array | None = None,
     ) -> Result:
-        to = kit.poisoned_like(q)
-        out, lse = self._run(q, k, v, causal, window=window, out=to, return_lse=True)
+        to = poisoned_output(kit, q, v)
+        out, lse = self._run(q, k, v, causal, window=window, sink=sink, out=to, return_lse=True)
         return Result(kit.to_numpy(out), kit.to_numpy(lse))
 
     def output(
-        self, kit: Kit, q: Array, k: Array, v: Array, causal: bool, window: Window = None
+        self,
+        kit: Kit,
+        q: Array,
+        k: Array,
+        v: Array,
+        causal: bool,
+        window: Window = None,
+        sink: Array | None = None,
     ) -> Array:
-        return self._run(q, k, v, causal, window=window, out=kit.poisoned_like(q))
+        to = poisoned_output(kit, q, v)
+        return self._run(q, k, v, causal, window=window, sink=sink, out=to)
 
     def _run(
-        self, q: Array, k: Array, v: Array, causal: bool, *, window: Window = None, **more: Any
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        causal: bool,
+        *,
+        window: Window = None,
+        sink: Array | None = None,
+        **more: Any,
     ) -> Any:
         if self.changes:
-            cfg = self.config(q.shape[-1], str(q.dtype).rpartition(".")[2])
-            return forward(cfg, q, k, v, variant=Variant(causal=causal, window=window), **more)
-        return flash_attention(q, k, v, causal, window=window, **more)
+            cfg = self.config(q.shape[-1], v.shape[-1], dtype_name(q))
+            variant = Variant(causal=causal, window=window, sink=sink)
+            return forward(cfg, q, k, v, variant=variant, **more)
+        return flash_attention(q, k, v, causal, window=window, sink=sink, **more)
+
+
+def empty_arrays(kit: Kit, case: Case) -> tuple[Array, ...]:
+    """q, k, v and the sink, to ask which kernel they would have."""
+    q, k, v = (kit.empty(shape, case.dtype) for shape in case.shapes())
+    return q, k, v, kit.empty((case.heads,), case.dtype) if case.sink else None
+
+
+def poisoned_output(kit: Kit, q: Array, v: Array) -> Array:
+    return kit.poisoned((*q.shape[:3], v.shape[-1]), dtype_name(q))
+
+
+def dtype_name(array: Array) -> str:
+    return str(array.dtype).rpartition(".")[2]
 
 
 def changed_name(changes: dict[str, Any]) -> str:
@@ -131,23 +183,25 @@ class FlashcuteGradients(Implementation):
         self.arch = kit.arch
         super().__init__(name or changed_name(self.changes), __version__, flash_attention)
 
-    def config(self, head_dim: int, dtype: str) -> BackwardConfig:
-        return changed_backward_config(head_dim, dtype, self.arch, self.changes)
+    def config(self, head_dim: int, value_dim: int, dtype: str) -> BackwardConfig:
+        head_dim_v = None if value_dim == head_dim else value_dim
+        return changed_backward_config(head_dim, dtype, self.arch, self.changes, head_dim_v)
 
     def config_name(self, kit: Kit, case: Case) -> str | None:
         if self.changes:
-            return str(self.config(case.head_dim, case.dtype).name)
-        q = kit.empty((case.batch, case.seqlen_q, case.heads, case.head_dim), case.dtype)
-        k = kit.empty((case.batch, case.seqlen_k, case.kv_heads, case.head_dim), case.dtype)
-        call = checked_options(case.causal, "end", None, "bshd", window=case.window)
-        return str(_core.backward_config_for(q, k, k, call).name)
+            return str(self.config(case.head_dim, case.value_dim, case.dtype).name)
+        q, k, v, sink = empty_arrays(kit, case)
+        call = checked_options(case.causal, "end", None, "bshd", window=case.window, sink=sink)
+        return str(_core.backward_config_for(q, k, v, call).name)
 
-    def gradients(self, inputs: Inputs, causal: bool, window: Window, dout: Array) -> Call:
+    def gradients(
+        self, inputs: Inputs, causal: bool, window: Window, sink: Array | None, dout: Array
+    ) -> Call:
         """A call of `backward`, for changes."""
         q, k, v = inputs
-        out, lse = flash_attention(q, k, v, causal, window=window, return_lse=True)
-        cfg = self.config(q.shape[-1], str(q.dtype).rpartition(".")[2])
-        variant = Variant(causal=causal, window=window)
+        out, lse = flash_attention(q, k, v, causal, window=window, sink=sink, return_lse=True)
+        cfg = self.config(q.shape[-1], v.shape[-1], dtype_name(q))
+        variant = Variant(causal=causal, window=window, sink=sink)
         return functools.partial(backward, cfg, dout, q, k, v, out, lse, variant=variant)
 
 
@@ -166,7 +220,16 @@ class Naive(Implementation):
             return 3 * ITEM_BYTES[case.dtype] * case.score_count
         return 3 * max(4, ITEM_BYTES[case.dtype]) * case.score_count
 
-    def _torch(self, q: Array, k: Array, v: Array, causal: bool, *, window: Window = None) -> Array:
+    def _torch(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        causal: bool,
+        *,
+        window: Window = None,
+        sink: Array | None = None,
+    ) -> Array:
         if q.shape[1] != k.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -174,7 +237,10 @@ class Naive(Implementation):
             rows, keys = scores.shape[-2:]
             seen = visible(self.torch, rows, keys, causal, window, q.device)
             scores = scores.masked_fill_(~seen, float("-inf"))
-        return scores.softmax(-1) @ v
+        if sink is None:
+            return scores.softmax(-1) @ v
+        further = sink.reshape(-1, 1, 1).expand(*scores.shape[:3], 1)  # a score without a value
+        return self.torch.cat([scores, further], -1).softmax(-1)[..., :-1] @ v
 
 
 def visible(
@@ -213,7 +279,17 @@ class Sdpa(Implementation):
         scores = 3 * max(4, ITEM_BYTES[case.dtype]) * case.score_count
         return mask + (scores if self.name == "sdpa_math" else 0)
 
-    def _run(self, q: Array, k: Array, v: Array, causal: bool, *, window: Window = None) -> Array:
+    def _run(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        causal: bool,
+        *,
+        window: Window = None,
+        sink: Array | None = None,
+    ) -> Array:
+        require_no_sink(self.name, sink)
         if self.backend is None:
             return self._attend(q, k, v, causal, window)
         with self.choose_backend(self.backend):
@@ -234,16 +310,70 @@ class Sdpa(Implementation):
         return self.torch.nn.functional.scaled_dot_product_attention(q, k, v, **more)
 
 
+def require_no_sink(name: str, sink: Array | None) -> None:
+    if sink is not None:
+        raise ValueError(f"{name} has no sinks")
+
+
 def flash_attention_3() -> Implementation:
     """The forward pass of the package fa3-fwd."""
     function = import_module("fa3_fwd_interface").flash_attn_func
 
-    def call(q: Array, k: Array, v: Array, causal: bool, *, window: Window = None) -> Array:
+    def call(
+        q: Array,
+        k: Array,
+        v: Array,
+        causal: bool,
+        *,
+        window: Window = None,
+        sink: Array | None = None,
+    ) -> Array:
+        require_no_sink("fa3", sink)
         result = function(q, k, v, causal=causal, window_size=window or (-1, -1))
         return result[0] if isinstance(result, tuple) else result
 
     metadata = import_module("importlib.metadata")
     return Implementation("fa3", metadata.version("fa3-fwd"), call)
+
+
+def xformers_attention() -> Implementation:
+    """memory_efficient_attention of xFormers, by the operator that it chooses."""
+    try:
+        package = import_module("xformers")
+        operators = import_module("xformers.ops")
+        biases = import_module("xformers.ops.fmha.attn_bias")
+    except (ImportError, OSError) as problem:  # also where it is built for another torch
+        raise UsageError(f"xformers needs the package xformers: {problem}") from None
+
+    def bias_of(rows: int, keys: int, causal: bool, window: Window) -> object:
+        if window is None:
+            return biases.LowerTriangularFromBottomRightMask() if causal else None
+        left, right = (rows + keys if side < 0 else side for side in window)  # it has no "no limit"
+        return biases.LocalAttentionFromBottomRightMask(
+            window_left=left, window_right=0 if causal else right
+        )
+
+    def call(
+        q: Array,
+        k: Array,
+        v: Array,
+        causal: bool,
+        *,
+        window: Window = None,
+        sink: Array | None = None,
+    ) -> Array:
+        require_no_sink("xformers", sink)
+        bias = bias_of(q.shape[1], k.shape[1], causal, window)
+        heads, kv_heads = q.shape[2], k.shape[2]
+        if heads == kv_heads:
+            return operators.memory_efficient_attention(q, k, v, attn_bias=bias)
+        # (batch, seqlen, kv_heads, group, d): keys and values are repeated by a stride of 0.
+        group = heads // kv_heads
+        q = q.unflatten(2, (kv_heads, group))
+        k, v = (x.unsqueeze(3).expand(-1, -1, -1, group, -1) for x in (k, v))
+        return operators.memory_efficient_attention(q, k, v, attn_bias=bias).flatten(2, 3)
+
+    return Implementation("xformers", str(package.__version__), call)
 
 
 def make(name: str, kit: Kit) -> Implementation:
@@ -260,4 +390,6 @@ def make(name: str, kit: Kit) -> Implementation:
         if find_spec("fa3_fwd_interface") is None:
             raise UsageError("fa3 needs the package fa3-fwd")
         return flash_attention_3()
+    if name == "xformers":
+        return xformers_attention()
     return Sdpa(kit, name)

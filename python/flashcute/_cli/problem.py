@@ -32,16 +32,26 @@ class Case(NamedTuple):
     causal: bool
     dtype: str
     window: Window = None
+    head_dim_v: int | None = None  # None: as head_dim
+    sink: bool = False  # one logit a head that takes part in the softmax, and has no value
+
+    @property
+    def value_dim(self) -> int:
+        """The head dimension of v and of the output."""
+        return self.head_dim if self.head_dim_v is None else self.head_dim_v
+
+    @property
+    def counted_pairs(self) -> float:
+        """Of a query and a key, in all heads, by which FLOPs are counted: half of all under a causal mask, by
+        convention; with a window those that are visible."""
+        if self.window is not None:
+            return float(self.batch * self.heads * self.visible_pairs)
+        return self.score_count / 2 if self.causal else float(self.score_count)
 
     @property
     def flops(self) -> float:
-        """Of the two matrix products: half of them under a causal mask, by convention; with a window, of the pairs that
-        are visible."""
-        of_a_pair = 4.0 * self.batch * self.heads * self.head_dim
-        if self.window is not None:
-            return of_a_pair * self.visible_pairs
-        all_pairs = of_a_pair * self.seqlen_q * self.seqlen_k
-        return all_pairs / 2 if self.causal else all_pairs
+        """Of the two matrix products."""
+        return 2 * self.counted_pairs * (self.head_dim + self.value_dim)
 
     def keys_of(self, row: int) -> range:
         """Which keys query `row` sees."""
@@ -71,13 +81,26 @@ class Case(NamedTuple):
         mask = "causal" if self.causal else "full"
         if self.window is not None:
             mask += " window {},{}".format(*self.window)
-        return f"b{self.batch} s{length} h{heads} d{self.head_dim} {mask}"
+        if self.sink:
+            mask += " sink"
+        dims = str(self.head_dim)
+        if self.value_dim != self.head_dim:
+            dims += f"/{self.value_dim}"
+        return f"b{self.batch} s{length} h{heads} d{dims} {mask}"
+
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Of q (batch, seqlen_q, heads, d), k (batch, seqlen_k, kv_heads, d) and v (batch, seqlen_k, kv_heads, d_v)."""
+        q = (self.batch, self.seqlen_q, self.heads, self.head_dim)
+        k = (self.batch, self.seqlen_k, self.kv_heads, self.head_dim)
+        return q, k, (*k[:3], self.value_dim)
 
     def random_inputs(self, kit: Kit) -> Inputs:
-        """q (batch, seqlen_q, heads, d), k and v (batch, seqlen_k, kv_heads, d)."""
-        q = kit.normal((self.batch, self.seqlen_q, self.heads, self.head_dim), self.dtype)
-        shape = (self.batch, self.seqlen_k, self.kv_heads, self.head_dim)
-        return q, kit.normal(shape, self.dtype), kit.normal(shape, self.dtype)
+        q, k, v = (kit.normal(shape, self.dtype) for shape in self.shapes())
+        return q, k, v
+
+    def random_sink(self, kit: Kit) -> Array | None:
+        """(heads,), where there is one."""
+        return kit.normal((self.heads,), self.dtype) if self.sink else None
 
 
 @functools.cache
@@ -101,21 +124,34 @@ class Errors(NamedTuple):
 
 
 def fp64_reference(
-    kit: Kit, q: Array, k: Array, v: Array, causal: bool, window: Window = None
+    kit: Kit,
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool,
+    window: Window = None,
+    sink: Array | None = None,
 ) -> Result:
     """In float64 on the kit's device, in O(seqlen) memory."""
     q, k, v = (kit.double(x) for x in (q, k, v))
+    sink = None if sink is None else kit.double(sink)
     out, lse = reference.chunked(
-        q, k, v, causal, window=window, block_m=512, block_n=512, return_lse=True
+        q, k, v, causal, window=window, sink=sink, block_m=512, block_n=512, return_lse=True
     )
     return Result(kit.to_numpy(out), kit.to_numpy(lse))
 
 
 def naive_result(
-    kit: Kit, q: Array, k: Array, v: Array, causal: bool, window: Window = None
+    kit: Kit,
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool,
+    window: Window = None,
+    sink: Array | None = None,
 ) -> Result:
     """The naive computation in the inputs' dtype, whose error bounds that of others."""
-    out, lse = reference.naive(q, k, v, causal, window=window, return_lse=True)
+    out, lse = reference.naive(q, k, v, causal, window=window, sink=sink, return_lse=True)
     return Result(kit.to_numpy(out), kit.to_numpy(lse))
 
 

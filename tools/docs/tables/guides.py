@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from typing import Any
 
-from lines import Line, link, lines, one, rounded, table, where
+import flashcute
+from flashcute import ForwardConfig
+from lines import ROOT, Line, link, lines, one, rounded, table, where
 
 CPU_MASKS = {
     "causal": "causal",
@@ -81,6 +85,19 @@ def window_shares() -> str:
 def visible_of_causal(tokens: int, width: int) -> float:
     """Visible pairs of a window over those of the causal mask."""
     return (width * tokens - width * (width - 1) / 2) / (tokens * (tokens + 1) / 2)
+
+
+def short_rates() -> str:
+    """A sentence: rates without a mask at 1,024 tokens over those at 16,384, head dimension 128."""
+    told = []
+    for what, file in (
+        ("Hopper's kernel", "gpu_forward_hopper"),
+        ("the mma.sync kernel", "gpu_forward"),
+    ):
+        cell = {"impl": "flashcute", "head_dim": 128, "causal": False}
+        short, long = (one(file, seqlen_q=n, **cell)["tflops"] for n in (1024, 16384))
+        told.append(f"{link(what, file)} has {rounded(short / long)} of its rate at 16,384 tokens")
+    return f"At 1,024 tokens, head dimension 128, {told[0]}, and {told[1]}."
 
 
 def map_costs() -> str:
@@ -176,9 +193,104 @@ def float32_gain() -> str:
         ]  # fmt: skip
         ratios.append(cuda["ms_p50"] / x["ms_p50"])
     return (
-        f"Three products take {rounded(min(ratios))} to {rounded(max(ratios))} times less time than the CUDA cores, in "
-        f"all {len(ratios)} problems of these two files."
+        f"The CUDA cores take {rounded(min(ratios))} to {rounded(max(ratios))} times as long as three TF32 products, in "
+        f"the {len(ratios)} problems that both were timed for."
     )
 
 
 # ---- GPUs ----------------------------------------------------------------------------------------
+
+GPUS = {
+    "sm_80": "A100",
+    "sm_89": "RTX 4070",
+    "sm_90": "H100, H200",
+    "sm_100": "B200",
+    "sm_120": "RTX 50",
+}
+REGISTERS = 65536  # of a multiprocessor, of 32 bits, on all of them
+RESERVED = 1024  # bytes of shared memory that CUDA takes for each thread block
+
+
+def limit(function: str, arch: str) -> int:
+    """What this function of core/arch.hpp returns."""
+    text = (ROOT / "include/flashcute/core/arch.hpp").read_text()
+    found = re.search(rf"{function}\(Arch arch\) {{\n  switch \(arch\) {{\n(.*?)\n  }}", text, re.DOTALL)
+    if found is None:
+        raise ValueError(f"core/arch.hpp has no function {function} that switches over the architecture")
+    number = arch.removeprefix("sm_")
+    value = ""
+    for labels, value in re.findall(r"((?:\s*(?:case \d+|default):)+) return ([\d *]+);", found[1]):
+        if f"case {number}:" in labels or "default:" in labels:
+            break
+    return math.prod(int(factor) for factor in value.split("*"))
+
+
+def gpu_limits() -> str:
+    rows = []
+    for arch, gpu in GPUS.items():
+        smem, threads = limit("max_smem_bytes", arch), limit("max_threads_per_sm", arch)
+        rows.append([gpu, arch, smem // 1024, (smem + RESERVED) // 1024, threads, REGISTERS // 1024])
+    header = ["GPU", "architecture", "KB of a thread block", "KB of a multiprocessor", "threads"]
+    return table([*header, "Ki registers"], rows, numbers=4)
+
+
+def threads_of(cfg: ForwardConfig) -> int:
+    """Hopper's kernel has one more warpgroup, which loads."""
+    return 32 * cfg.num_warps + (128 if cfg.kernel == "sm90" else 0)
+
+
+def registers_of(cfg: ForwardConfig, arch: str) -> int:
+    """Of a thread, as recorded for the image that this GPU runs."""
+    kernels = json.loads((ROOT / "tests/images.json").read_text())
+    targets = {
+        target: resources["registers"]
+        for kernel in (f"flashcute_{cfg.kernel}_{cfg.name.replace('_sm90', '')}_full",)
+        for target, resources in kernels.get(kernel, {}).items()
+    }
+    target = {"sm_89": "sm_80"}.get(arch, "sm_90a" if cfg.kernel == "sm90" else arch)
+    return int(targets[target])
+
+
+def resident(cfg: ForwardConfig, arch: str) -> tuple[int, str]:
+    """How many thread blocks share a multiprocessor, and what ends their number."""
+    threads, registers = threads_of(cfg), -(-registers_of(cfg, arch) // 8) * 8
+    fits = {
+        "shared memory": (limit("max_smem_bytes", arch) + RESERVED) // (cfg.smem_bytes + RESERVED),
+        "registers": REGISTERS // (registers * threads),
+        "threads": limit("max_threads_per_sm", arch) // threads,
+    }
+    least = min(fits.values())
+    return least, " and ".join(what for what, number in fits.items() if number == least)
+
+
+def gpu_tiles(dtype: str) -> str:
+    """The default configurations of the forward, and how many of their thread blocks share a multiprocessor."""
+    rows = []
+    for head_dim in (64, 128, 256):
+        for arch, gpu in GPUS.items():
+            cfg = flashcute.default_config(head_dim, dtype, arch)
+            blocks, ends = resident(cfg, arch)
+            occupancy = blocks * threads_of(cfg) / limit("max_threads_per_sm", arch)
+            rows.append(
+                [head_dim, gpu, cfg.kernel, f"{cfg.block_m} × {cfg.block_n}", cfg.stages]
+                + [cfg.smem_bytes // 1024, registers_of(cfg, arch), blocks, ends]
+                + [f"{100 * occupancy:.0f} %"]
+            )
+    header = ["head dimension", "GPU", "kernel", "tile", "stages", "KB", "registers", "blocks"]
+    return table([*header, "limited by", "occupancy"], rows)
+
+
+def gpu_backward_tiles(dtype: str) -> str:
+    rows = []
+    for head_dim in (64, 128, 256):
+        for arch, gpu in GPUS.items():
+            try:
+                cfg = flashcute.default_backward_config(head_dim, dtype, arch, deterministic=False)
+            except flashcute.UnsupportedError:
+                rows.append([head_dim, gpu, "none fits", "-", "-", "-"])
+                continue
+            rows.append(
+                [head_dim, gpu, f"{cfg.block_m} × {cfg.block_n}", cfg.num_warps, cfg.stages]
+                + [cfg.blocks_per_sm]
+            )
+    return table(["head dimension", "GPU", "tile", "warps", "stages", "blocks meant"], rows)

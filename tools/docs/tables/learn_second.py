@@ -1,0 +1,101 @@
+"""Tables of the steps 6 to 10 of docs/learn: what each mechanism brings."""
+
+from __future__ import annotations
+
+from lines import Line, one, rounded, table, where
+
+HEAD_DIMS = (64, 128, 256)
+MASKS = {"full": False, "causal": True}
+LENGTH = 4096
+
+
+def options_sm80(*options: str) -> str:
+    """TFLOP/s of the mma.sync forward with each of these options, as `bench --config` takes them; "" is the default."""
+    return _options("gpu_options", (64, 128), options)
+
+
+def options_sm90(*options: str) -> str:
+    """The same of Hopper's forward. Options that a head dimension was not timed with leave its cells empty."""
+    return _options("gpu_hopper_options", HEAD_DIMS, options)
+
+
+def _options(file: str, head_dims: tuple[int, ...], options: tuple[str, ...]) -> str:
+    rows = []
+    for words in options:
+        row = [f"`{words.replace(',', ', ')}`" if words else "default"]
+        for head_dim in head_dims:
+            # Hopper's kernel: an option may need others changed, which depend on the head dimension.
+            for causal in MASKS.values():
+                found = [
+                    x["tflops"]
+                    for x in where(file, head_dim=head_dim, causal=causal, seqlen_q=LENGTH)
+                    if _is(x, words)
+                ]
+                row.append(f"{found[0]:.0f}" if found else "-")
+        rows.append(row)
+    columns = [f"{head_dim} {mask}" for head_dim in head_dims for mask in MASKS]
+    return table(["configuration", *columns], rows, numbers=len(columns))
+
+
+def _is(line: Line, words: str) -> bool:
+    """Whether a line is of our kernel with these options, and with others only where these need them."""
+    name, _, told = line["impl"].rstrip("]").partition("[")
+    implied = {"stale_max=0", "scores_ahead=0"}
+    asked, given = (set(filter(None, x.split(","))) for x in (words, told))
+    return name == "flashcute" and asked - implied == given - implied and asked <= given
+
+
+def tensor_cores() -> str:
+    """Products by tensor cores and by CUDA cores: speed and error of the forward without a mask."""
+    rows = []
+    for head_dim in (64, 128):
+        of = {"head_dim": head_dim, "causal": False, "seqlen_q": LENGTH}
+        slow = one("gpu_options", impl="flashcute[math=cuda_core,q_in_registers=0]", **of)
+        rows.append(["bfloat16", head_dim, *_both(one("gpu_options", impl="flashcute", **of), slow)])
+    for head_dim in HEAD_DIMS:
+        of = {"head_dim": head_dim, "causal": False, "seqlen_q": LENGTH, "impl": "flashcute"}
+        slow = one("gpu_float32_steps", note="CUDA cores", **of)
+        rows.append(["float32", head_dim, *_both(one("gpu_forward_float32", **of), slow)])
+    header = ["dtype", "head dim", "tensor cores, TFLOP/s", "CUDA cores, TFLOP/s"]
+    return table([*header, "relative error", "relative error, CUDA cores"], rows, numbers=5)
+
+
+def _both(fast: Line, slow: Line) -> list[str]:
+    speeds = [f"{x['tflops']:.0f}" if x["tflops"] > 10 else f"{x['tflops']:.1f}" for x in (fast, slow)]
+    return [*speeds, *(f"{x['rel_l2']:.1e}" for x in (fast, slow))]
+
+
+def deterministic() -> str:
+    """Gradients by five products and atomic additions, and by seven without: time and memory."""
+    rows = []
+    for head_dim in HEAD_DIMS:
+        for mask, causal in MASKS.items():
+            of = {"head_dim": head_dim, "causal": causal, "seqlen_q": LENGTH}
+            five = one("gpu_backward", impl="flashcute", **of)
+            seven = one("gpu_backward", impl="flashcute_deterministic", **of)
+            times = five["ms_p50"], seven["ms_p50"]
+            memory = [f"{x['peak_bytes'] / 2**20:.0f}" for x in (five, seven)]
+            rows.append(
+                [head_dim, mask, *map(rounded, times), rounded(times[1] / times[0]), *memory]
+            )
+    header = ["head dim", "mask", "five products, ms", "seven, ms", "seven / five"]
+    return table([*header, "five, MiB", "seven, MiB"], rows, numbers=5)
+
+
+def both_kernels() -> str:
+    """TFLOP/s of both forward kernels without a mask, at the length where each is fastest."""
+    rows = []
+    for head_dim in HEAD_DIMS:
+        row: list[object] = [head_dim]
+        for file in ("gpu_forward", "gpu_forward_hopper"):
+            best = max(
+                where(file, impl="flashcute", head_dim=head_dim, causal=False),
+                key=lambda x: x["tflops"],
+            )
+            row += [f"{best['tflops']:.0f}", f"{best['seqlen_q'] // 1024}k"]
+        rows.append(row)
+    return table(
+        ["head dim", "mma.sync, TFLOP/s", "at length", "Hopper's, TFLOP/s", "at length"],
+        rows,
+        numbers=4,
+    )
