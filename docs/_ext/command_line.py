@@ -109,7 +109,8 @@ class CommandDirective(SphinxDirective):
         call += [names_of(x)[0] for x in shown(parser._positionals._group_actions)]
         usage = nodes.literal_block(text=" ".join(filter(None, call)), language="text")
         found: list[nodes.Node] = [usage]
-        found.append(nodes.paragraph("", "", *words(parser.description or "")))
+        for paragraph in re.split(r"\n\s*\n", (parser.description or "").strip()):
+            found.append(nodes.paragraph("", "", *words(" ".join(paragraph.split()))))
         for group in parser._action_groups:
             found += self.group(name, parser, group)
         return found
@@ -133,18 +134,20 @@ class CommandDirective(SphinxDirective):
                 told = f"not with {', '.join(others)}" if others else ""
                 text = "; ".join(filter(None, (text, told)))
                 names = names_of(action) if action.option_strings else [action.dest]
-                entries += self.entry(command, names, nodes.paragraph("", "", *words(text)))
+                body = nodes.paragraph("", "", *words(text)) if text else None
+                entries += self.entry(command, names, body)
         ours = [x for x in actions if of_a_configuration(x)]
         if ours:
             entries += self.entry(command, ["options of a configuration"], self.configuration(ours))
         return [*found, entries]
 
-    def entry(self, command: str, names: list[str], body: nodes.Node) -> nodes.Node:
+    def entry(self, command: str, names: list[str], body: nodes.Node | None) -> nodes.Node:
         term = nodes.term(ids=[nodes.make_id(f"{command} {names[0].partition(' ')[0]}")])
         for number, name in enumerate(names):
             term += [nodes.Text(", ")] if number else []
-            term += nodes.literal(text=name) if name[:1] != "o" else nodes.Text(name)
-        return nodes.definition_list_item("", term, nodes.definition("", body))
+            term += nodes.Text(name) if " of a " in name else nodes.literal(text=name)
+        definition = [] if body is None else [nodes.definition("", body)]
+        return nodes.definition_list_item("", term, *definition)
 
     def configuration(self, actions: list[argparse.Action]) -> nodes.Node:
         """The options of the classes, of which the API tells the meaning."""

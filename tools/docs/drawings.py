@@ -9,6 +9,7 @@ The files are the same byte for byte in every run with the same matplotlib.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +22,10 @@ import numpy as np
 from flashcute.block_mask import CELL
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Outline
+from matplotlib.text import Annotation, Text
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "images"
@@ -35,7 +38,7 @@ WHOLE, PARTIAL, SKIPPED = "#0072B2", "#E69F00", "#EDEDED"
 INK, QUIET, EMPTY, IDLE = "#222222", "#777777", "#F6F6F6", "#D9D9D9"
 
 WIDTH = 7.0  # inches: 672 pixels of a page
-SMALL, TEXT, LARGE = 8.5, 10.0, 11.5
+SMALL, TEXT, LARGE = 9.5, 11.0, 12.5
 
 STYLE: Any = {
     "svg.hashsalt": "flashcute",
@@ -273,15 +276,15 @@ def cpu() -> Figure:
     figure, axes = canvas(5.9, 20, 17)
     say(axes, 4.4, 0.7, "tasks: tiles of all heads", size=TEXT, weight="bold")
     for head in range(4):
-        say(axes, 1.4, 2.1 + head * 1.5, f"head {head}", size=SMALL, ha="right", colour=QUIET)
+        say(axes, 1.6, 2.1 + head * 1.5, f"head {head}", size=SMALL, ha="right", colour=QUIET)
         for i in range(5):
             index = head * 5 + i
             colour = (PRODUCT, SHADES[1])[index % 2] if index < 8 else EMPTY
             box(
                 axes,
-                1.7 + i * 1.3,
+                1.9 + i * 1.25,
                 1.5 + head * 1.5,
-                1.2,
+                1.15,
                 1.3,
                 f"{index}",
                 colour,
@@ -413,7 +416,7 @@ def panels() -> list[Panel]:
         ),
         Panel("700 of the keys exist", {"seqlens_k": keys}, (key < 700) & (query >= 0)),
         Panel(
-            "packed sequences, causal",
+            "packed, causal",
             {"causal": True, "cu_seqlens_q": starts},
             causal & same,
             SEQUENCES,
@@ -632,7 +635,7 @@ def sm80_schedule(stages: int, blocks: int) -> tuple[list[Bar], list[float]]:
 
 
 def sm80_pipeline() -> Figure:
-    figure, axes = canvas(5.0, 28, 20)
+    figure, axes = canvas(5.2, 28, 20.8)
     left, top = 2.6, 2.2
     schedules = [sm80_schedule(stages, 3) for stages in (1, 2)]
     end = max(bar.end for bars, _ in schedules for bar in bars)
@@ -667,7 +670,7 @@ def sm80_pipeline() -> Figure:
         axes,
         14,
         19.1,
-        "One tile that visits three blocks, from the last to the first. Lengths of bars are chosen, not measured.",
+        "One tile that visits three blocks, from the last to the first.\nLengths of bars are chosen, not measured.",
         size=SMALL,
         colour=QUIET,
     )
@@ -894,7 +897,7 @@ def fragments() -> Figure:
             ha="right",
         )
     lane_told = (
-        "Numbers are lanes. Orange: the elements of lane 5, each in one register: c of S, a of P."
+        "Numbers are lanes. Orange: the elements of lane 5, with their registers in S and in P."
     )
     say(axes, left + 8, base + 3.1, lane_told, size=SMALL, colour=QUIET)
     axes.text(
@@ -1125,12 +1128,37 @@ def file_of(name: str) -> Path:
     return FOLDER / f"drawing_{name}.svg"
 
 
+def digest_of(figure: Figure) -> str:
+    """Of all that was drawn, by the numbers that it was drawn with: no version of matplotlib changes it."""
+    parts: list[tuple[object, ...]] = []
+    for artist in figure.findobj():
+        if isinstance(artist, Annotation):
+            parts.append(("arrow", *artist.xy, *artist.xyann))
+        elif isinstance(artist, Text) and artist.get_text():
+            parts.append((artist.get_text(), *artist.get_position(), artist.get_fontsize()))
+        elif isinstance(artist, Rectangle):
+            parts.append((*artist.get_bbox().bounds, *artist.get_facecolor()))
+        elif isinstance(artist, PathPatch):
+            parts.append((*np.asarray(artist.get_path().vertices).ravel(), *artist.get_facecolor()))
+        elif isinstance(artist, Line2D):
+            parts.append(tuple(np.asarray(artist.get_data()).ravel()))
+    told = [" ".join(x if isinstance(x, str) else f"{x:.3f}" for x in part) for part in parts]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+
+
+def drawn(name: str) -> Figure:
+    with matplotlib.rc_context(STYLE):
+        return DRAWINGS[name]()
+
+
 def draw_all(only: str = "") -> None:
-    """Those whose name contains `only`."""
-    for name, draw in DRAWINGS.items():
+    """Those whose name contains `only`. Each file holds the digest of what it shows."""
+    for name in DRAWINGS:
         if only in name:
+            figure = drawn(name)
+            creator = f"flashcute drawing {name}, {digest_of(figure)}"
             with matplotlib.rc_context(STYLE):
-                draw().savefig(file_of(name), metadata={"Date": None, "Creator": "flashcute"})
+                figure.savefig(file_of(name), metadata={"Date": None, "Creator": creator})
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def run_with(
     names = [one.name for one in implementations]
     lines: list[Line] = []
     remarks = list(missing)
-    works = [work_of(case, len(names), verifier, options) for _, case in cases]
+    works = [work_of(case, len(names), verifier) for _, case in cases]
     # A line that changes and lines for another program would meet on a terminal.
     plain = options.plain or options.out == "-"
     with make_progress(works, plain=plain) as progress:
@@ -128,12 +128,10 @@ def title(preset: str | None, case: Case) -> str:
     return f"{preset} {case.label}" if preset else case.label
 
 
-def work_of(
-    case: Case, implementations: int, verifier: Verifier, options: argparse.Namespace
-) -> Work:
+def work_of(case: Case, implementations: int, verifier: Verifier) -> Work:
     variants = with_and_without_window(case)
-    budget_s = options.rounds * options.budget_ms / 1e3 * implementations * len(variants)
-    return Work(budget_s, implementations * sum(verifier.flops(x) for x in variants))
+    flops = sum(verifier.flops(x) for x in variants)
+    return Work(implementations * len(variants), implementations * flops)
 
 
 # ---- what to run -------------------------------------------------------------------------------
@@ -411,7 +409,7 @@ def run_case(
     }
 
     def on_round(number: int) -> None:
-        step(f"timing {len(calls)} calls by turns, round {number} of {options.rounds}")
+        step(f"timing, round {number} of {options.rounds}")
 
     times = interleaved_ms(kit, calls, options.rounds, options.budget_ms, on_round)
     for name, ms in times.items():
@@ -560,7 +558,8 @@ def details(lines: Sequence[Line], names: Sequence[str], kit: Kit) -> str:
     """A row for each case and implementation."""
     unit, factor = rate_unit(kit.device)
     ours = ours_among(names)
-    speed_up = [] if ours is None else ["speed-up"]
+    compared = ours is not None and len(names) > 1
+    speed_up = ["speed-up"] if compared else []
     header = ["", "p50 ms", "p99 ms", unit, "memory", "max error", "/naive", *speed_up]
     rows: list[list[str]] = []
     for label, row in by_title(lines).items():
@@ -580,13 +579,13 @@ def details(lines: Sequence[Line], names: Sequence[str], kit: Kit) -> str:
                 format_number(error, ".1e"),
                 format_number(x["error_ratio"], ".2f"),
             ]
-            if ours is not None:
+            if compared:
                 ratio = x["ms_p50"] / mine if mine and name != ours else None
                 cells.append("" if name == ours else format_number(ratio, ".2f"))
             rows.append(cells)
     note = f"memory: the {kit.memory_meter} during one call. max error: against fp64, on a smaller problem"
     note += " of the same kind; /naive: over that of the naive computation in the same dtype."
-    if ours is not None:
+    if compared:
         note += f" speed-up: its p50 / that of {ours}."
     return format_table(header, rows) + "\n" + filled(note)
 

@@ -7,10 +7,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from .io_ import flash_dram, lse_bytes, matrix_bytes, standard
 from .options import UsageError
-from .problem import EPSILON, Case
+from .problem import EPSILON, ITEM_BYTES, Case
 from .recorded import (
+    Key,
     Line,
     case_key,
     case_label,
@@ -163,14 +163,21 @@ def grid(values: dict[Cell, float]) -> Grid:
 
 def one_problem_a_length(lines: Sequence[Line]) -> None:
     """Raises UsageError where a point of a curve would stand for several problems."""
-    problems: dict[tuple[Any, ...], set[str]] = {}
+    problems: dict[tuple[Any, ...], dict[Key, Line]] = {}
     for x in lines:
-        problems.setdefault(cell(x)[:3], set()).add(case_label(x))
-    for (head_dim, causal, seqlen), labels in problems.items():
-        if len(labels) > 1:
+        problems.setdefault(cell(x)[:3], {})[case_key(x)] = x
+    for (head_dim, causal, seqlen), found in problems.items():
+        if len(found) > 1:
+            field, value = next(
+                (name, value)
+                for key in found
+                for name, value in key
+                if any(dict(other).get(name) != value for other in found)
+            )
             raise UsageError(
                 f"several problems with {head_dim_and_mask(head_dim, causal)}, length {seqlen}: "
-                f"{'; '.join(sorted(labels))}; choose with --where, for example --where batch=1"
+                f"{'; '.join(sorted(case_label(x) for x in found.values()))}; "
+                f"choose with --where, for example --where {field}={value}"
             )
 
 
@@ -571,6 +578,7 @@ def published_ceilings(device: str, dtype: str) -> Ceilings | None:
     return Ceilings(tf32 if dtype == "float32" else half, bandwidth)
 
 
+LSE_BYTES = 4  # float32
 STORES_SCORES = ("naive", "sdpa_math")
 
 
@@ -581,13 +589,14 @@ def case_of(line: Line) -> Case:
 def theoretical_bytes(line: Line) -> float | None:
     """What must cross the memory: each input and result once; what stores the scores writes and reads them and the
     probabilities too. None for the gradients of the latter, which depend on what autograd keeps."""
-    case = case_of(line)
-    stores_scores = line["impl"] in STORES_SCORES
+    case, stores_scores = case_of(line), line["impl"] in STORES_SCORES
+    item = ITEM_BYTES[case.dtype]
+    rows = case.batch * (case.heads * case.seqlen_q + case.kv_heads * case.seqlen_k)
+    matrices = rows * (case.head_dim + case.value_dim) * item  # q, out; k, v
+    lse = case.batch * case.heads * case.seqlen_q * LSE_BYTES
     if pass_of(line) == "forward":
-        return float((standard(case) if stores_scores else flash_dram(case)).total)
-    queries, keys = matrix_bytes(case)
-    # read: q, k, v, out, its gradient, lse; written: the gradients of q, k, v
-    return None if stores_scores else float(4 * queries + 4 * keys + lse_bytes(case))
+        return float(matrices + (4 * case.score_count * item if stores_scores else lse))
+    return None if stores_scores else float(2 * matrices + lse)  # and the gradients of each
 
 
 def measured_bytes(lines: Iterable[Line]) -> dict[tuple[Any, ...], float]:

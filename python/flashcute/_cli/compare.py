@@ -12,13 +12,13 @@ from typing import NamedTuple
 from . import recorded
 from .charts import OURS, ordered_names
 from .options import Commands, UsageError, positive_float
-from .recorded import Key, Line, case_key, case_label, is_timed, markdown_table, ratio_text
-from .table import format_table, geometric_mean
+from .recorded import Key, Line, case_key, case_label, is_timed, markdown_table
+from .table import format_table
 
 WORST = 5
 
 DESCRIPTION = """\
-Compares the times of two files that `bench --out FILE.jsonl` wrote, for each case and implementation.
+Compares the times of two files that bench --out wrote, for each case and implementation.
 
 ratio: A's time over B's, of the medians (ms_p50): above 1, B is faster.
 
@@ -32,8 +32,9 @@ and a change counts as slower or faster only if at least two of three of these p
 2 of 3, 3 of 4) say so, each by its own band.
 
 regression: flashcute is slower beyond the noise, and the ratio is below --fail-below, in at least two
-of three pairs of rounds; or flashcute was timed in A, and in B it failed or was wrong. Other
-implementations are shown, but cannot fail.
+of three pairs of rounds; or so is its geometric mean over all cases, whose noise is the root of the sum
+of the squares of theirs, divided by their number; or flashcute was timed in A, and in B it failed or was
+wrong. Other implementations are shown, but cannot fail.
 
 Lines without a time are passed over and counted. Exit code: 0; 1 if there is a regression; 2 for files
 that cannot be compared.
@@ -47,8 +48,8 @@ def add_command(commands: Commands) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("a", type=Path, metavar="A.jsonl", help="before")
-    parser.add_argument("b", type=Path, metavar="B.jsonl", help="after")
+    parser.add_argument("a", type=Path, metavar="A", help="JSON lines, before")
+    parser.add_argument("b", type=Path, metavar="B", help="JSON lines, after")
     parser.add_argument(
         "--fail-below",
         type=positive_float,
@@ -221,13 +222,37 @@ def run(options: argparse.Namespace) -> int:
         if file.others:
             report.text(f"passed over in {name}, without a time: {recorded.counted(file.others)}")
     slower = [row for row in rows if row.regressed(options.fail_below)]
+    slower_means = [
+        impl
+        for impl, own in by_impl(rows).items()
+        if impl.startswith(OURS) and mean_regressed(own, options.fail_below)
+    ]
     broken = [
         key
         for key, status in missing.items()
         if key[1].startswith(OURS) and (status or "").startswith(("failed", "wrong"))
     ]
-    report.verdict(len(slower), len(broken), options.fail_below)
-    return 1 if slower or broken else 0
+    report.verdict(len(slower), slower_means, len(broken), options.fail_below)
+    return 1 if slower or slower_means or broken else 0
+
+
+def mean_of(changes: Sequence[Change]) -> Change:
+    """The geometric mean of ratios, and its noise if the noises are independent."""
+    noises = [x.noise for x in changes if x.noise is not None]
+    ratio = statistics.geometric_mean([x.ratio for x in changes])
+    return Change(ratio, math.hypot(*noises) / len(changes) if noises else None)
+
+
+def by_impl(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    names = ordered_names(row.impl for row in rows)
+    return {name: [row for row in rows if row.impl == name] for name in names}
+
+
+def mean_regressed(rows: Sequence[Row], fail_below: float) -> bool:
+    """Of one implementation, by its means in each round."""
+    rounds = max(len(row.pairs) for row in rows)
+    means = [mean_of([row.pairs[i] for row in rows if i < len(row.pairs)]) for i in range(rounds)]
+    return two_of_three([mean.direction < 0 and mean.ratio < fail_below for mean in means])
 
 
 def first_label(file: File) -> str:
@@ -259,15 +284,15 @@ class Report:
 
     def means(self, rows: Sequence[Row]) -> None:
         table = []
-        for impl in ordered_names(row.impl for row in rows):
-            own = [row for row in rows if row.impl == impl]
-            mean = geometric_mean([row.whole.ratio for row in own])
+        for impl, own in by_impl(rows).items():
+            mean = mean_of([row.whole for row in own])
             directions = [row.direction for row in own]
             counts = [str(directions.count(x)) for x in (1, 0, -1)]
-            table.append([impl, str(len(own)), "-" if mean is None else ratio_text(mean), *counts])
+            cells = [str(len(own)), f"{mean.ratio:.3f}", noise_text(mean.noise)]
+            table.append([impl, *cells, *counts])
         self.heading("by implementation")
-        header = ["implementation", "cases", "geometric mean", "faster", "noise", "slower"]
-        self.table(header, table, 1)
+        header = ["implementation", "cases", "geometric mean", "its noise"]
+        self.table([*header, "faster", "noise", "slower"], table, 1)
 
     def worst(self, rows: Sequence[Row], fail_below: float) -> None:
         slow = sorted((row for row in rows if row.whole.ratio < 1), key=lambda row: row.whole.ratio)
@@ -287,8 +312,11 @@ class Report:
             table = [[case_label(line), line["impl"], status or "-"] for line, status in found]
             self.table(["case", "implementation", "in the other"], table, 3)
 
-    def verdict(self, slower: int, broken: int, fail_below: float) -> None:
+    def verdict(
+        self, slower: int, slower_means: Sequence[str], broken: int, fail_below: float
+    ) -> None:
         parts = [f"{slower} slower than {fail_below:g} beyond the noise"] if slower else []
+        parts += [f"the mean of {impl} below {fail_below:g}" for impl in slower_means]
         parts += [f"{broken} failed or wrong"] if broken else []
         self.text(("" if self.markdown else "\n") + "regressions: " + (", ".join(parts) or "none"))
 
@@ -298,14 +326,25 @@ CASE_HEADER = ("case", "implementation", "A ms", "B ms", "ratio", "noise", "roun
 
 def case_cells(row: Row, fail_below: float) -> list[str]:
     whole = row.whole
-    noise = "-" if whole.noise is None else f"± {100 * whole.noise:.1f} %"
     verdict = {-1: "slower", 0: "noise", 1: "faster"}[row.direction]
     if row.regressed(fail_below):
         verdict = "regression"
     rounds = "/".join(str(x) for x in dict.fromkeys((len(row.a.rounds), len(row.b.rounds))))
     times = [f"{x.time.median:.4g}" for x in (row.a, row.b)]
     mark = f"{verdict}, other config" if row.other_config else verdict
-    return [row.label, row.impl, *times, ratio_text(whole.ratio), noise, rounds, mark]
+    return [
+        row.label,
+        row.impl,
+        *times,
+        f"{whole.ratio:.3f}",
+        noise_text(whole.noise),
+        rounds,
+        mark,
+    ]
+
+
+def noise_text(noise: float | None) -> str:
+    return "-" if noise is None else f"± {100 * noise:.1f} %"
 
 
 def config_of(one: Measured) -> str:

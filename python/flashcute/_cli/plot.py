@@ -14,10 +14,10 @@ HELP = {
     "tflops": "TFLOP/s over the sequence length, a panel for each head dimension and mask",
     "speedup": "their time over flashcute's, by length or by case",
     "memory": "peak memory beside the inputs, for each head of each sequence, over the length",
-    "error": "relative L2 error against float64 by implementation; with --relative-to, over that of another one",
-    "roofline": "TFLOP/s over FLOP per byte of memory, under what the device can do; bytes in theory, or as "
-    "counted in lines of io --ncu",
-    "masks": "their time over flashcute's for packed sequences and documents (lines packed and block_masks)",
+    "error": "relative L2 error against float64 by implementation, or over that of another one",
+    "roofline": "TFLOP/s over FLOP per byte of memory, under what the device can do, with the bytes in theory or as "
+    "lines of io --ncu count them",
+    "masks": "their time over flashcute's for packed sequences and documents (lines packed, block_masks)",
 }
 
 
@@ -25,12 +25,18 @@ def add_command(commands: Commands) -> None:
     parser = commands.add_parser(
         "plot",
         help="recorded lines as a table and a picture",
-        description="Prints a Markdown table of the lines that `bench --out FILE.jsonl` wrote, and draws them with "
+        description="Prints a Markdown table of the lines that bench --out wrote, and draws them with "
         "--out. A case that was measured several times has its median. Lines of other kinds are passed over.",
-        epilog="Kinds: " + "; ".join(f"{kind}: {text}" for kind, text in HELP.items()) + ".",
     )
-    parser.add_argument("kind", choices=tuple(HELP), metavar="KIND", help=", ".join(HELP))
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl")
+    parser.add_argument(
+        "kind",
+        choices=tuple(HELP),
+        metavar="KIND",
+        help="; ".join(f"{kind}: {text}" for kind, text in HELP.items()),
+    )
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="JSON lines, as bench --out writes"
+    )
     parser.add_argument(
         "--out",
         type=Path,

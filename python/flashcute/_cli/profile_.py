@@ -106,7 +106,9 @@ def told_conflicts(values: Values) -> str:
     if conflicts is None:
         return ABSENT
     of_all = (
-        f" ({conflicts / wavefronts:.1%} of {wavefronts:,.0f} wavefronts)" if wavefronts else ""
+        f" ({100 * conflicts / wavefronts:.1f} % of {wavefronts:,.0f} wavefronts)"
+        if wavefronts
+        else ""
     )
     return f"{conflicts:,.0f}{of_all}"
 
@@ -130,7 +132,7 @@ def told_stalls(values: Values) -> str:
     if reason is None:
         return ABSENT
     found = ncu.stalls_of(dict(values))
-    return f"{reason}, {found[reason] / sum(found.values()):.0%}: {STALL_MEANINGS.get(reason, 'see its name')}"
+    return f"{reason}, {100 * found[reason] / sum(found.values()):.0f} %: {STALL_MEANINGS.get(reason, 'see its name')}"
 
 
 def top_stall(values: Values) -> str | None:

@@ -20,37 +20,36 @@ from .table import format_seconds
 class Work(NamedTuple):
     """What a case costs."""
 
-    budget_s: float  # of its timed calls: known beforehand
-    flops: float  # of one call of everything that is timed
+    calls: int  # that are checked and timed
+    flops: float  # of one of each
 
 
 def seconds_left(done: Sequence[tuple[Work, float]], todo: Sequence[Work]) -> float | None:
     """From the seconds that cases took. None before the first case.
 
-    What a case takes on top of its budget is fitted by least squares as a + b FLOPs: checks take about the same time
-    in each case, and calls longer than the budget take theirs.
+    They are fitted by least squares as a * calls + b * FLOPs, neither below 0: the checks and the turns of a call take
+    about the same time in each case, but for a call that is longer than its turn.
     """
     if not done:
         return None
-    # In units of the mean, so that no square overflows.
-    mean = sum(work.flops for work, _ in done) / len(done) or 1.0
-    sizes = [work.flops / mean for work, _ in done]
-    extras = [seconds - work.budget_s for work, seconds in done]
-    extra = sum(extras) / len(done)
-    spread = sum((size - 1) ** 2 for size in sizes)
-    if spread < 0.01:
-        slope = extra / 2  # of one size nothing can be told: half and half
+    unit = max(work.flops for work, _ in done) or 1.0  # or the squares were lost in rounding
+    points = [(work.calls, work.flops / unit, seconds) for work, seconds in done]
+    cc, cf, ff, cs, fs = (
+        sum(point[i] * point[j] for point in points)
+        for i, j in ((0, 0), (0, 1), (1, 1), (0, 2), (1, 2))
+    )
+    determinant = cc * ff - cf * cf
+    if not ff:  # nothing is computed
+        a, b = cs / cc, 0.0
+    elif determinant < 1e-3 * cc * ff:  # cases of one kind do not tell the two apart: half and half
+        a, b = cs / cc / 2, fs / ff / 2
     else:
-        slope = sum((x - 1) * (y - extra) for x, y in zip(sizes, extras, strict=True)) / spread
-    slope = max(0.0, slope)
-    constant = extra - slope
-    if constant < 0 < extra:
-        constant, slope = (
-            0.0,
-            sum(x * y for x, y in zip(sizes, extras, strict=True)) / sum(x * x for x in sizes),
-        )
-    rest = [work.budget_s + constant + slope * work.flops / mean for work in todo]
-    return sum(max(0.0, seconds) for seconds in rest)
+        a, b = (ff * cs - cf * fs) / determinant, (cc * fs - cf * cs) / determinant
+        if a < 0:
+            a, b = 0.0, fs / ff
+        elif b < 0:
+            a, b = cs / cc, 0.0
+    return sum(a * work.calls + b * work.flops / unit for work in todo)
 
 
 class Progress:

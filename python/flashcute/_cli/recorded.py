@@ -106,7 +106,8 @@ def case_key(line: Line) -> Key:
 
 def case_label(line: Line) -> str:
     """Short words for the problem, of what the line knows."""
-    words = [] if line["kind"] in ("forward", "backward") else [line["kind"].replace("_", " ")]
+    of_bench = ("forward", "backward", "window")
+    words = [] if line["kind"] in of_bench else [line["kind"].replace("_", " ")]
     if pass_of(line) == "backward":
         words.append("gradients")
     words += [str(line[name]) for name in ("preset", "case", "schedule", "call") if line.get(name)]
@@ -182,7 +183,9 @@ def add_filters(parser: Any) -> None:
         metavar="NAME,...",
         help="only these implementations (default: all that were measured)",
     )
-    parser.add_argument("--head-dims", type=list_of(positive_int), metavar="64,128")
+    parser.add_argument(
+        "--head-dims", type=list_of(positive_int), metavar="64,128", help="only these"
+    )
     parser.add_argument(
         "--kv-ratio", type=positive_int, metavar="N", help="only N query heads for each key head"
     )
@@ -246,7 +249,8 @@ def provenance(lines: Sequence[Line]) -> str:
     parts += [f"driver {version}" for version in values("driver")]
     commits = [commit[:7] if is_hash(commit) else commit for commit in values("commit")]
     if commits:
-        parts.append(("commits " if len(commits) > 1 else "commit ") + " and ".join(commits))
+        *first, last = commits
+        parts.append(f"commits {', '.join(first)} and {last}" if first else f"commit {last}")
     return ", ".join(parts)
 
 

@@ -79,7 +79,7 @@ def test_the_same_file_twice(compare: Compare) -> None:
     """A change that nobody made."""
     code, text = compare([line()], [line()])
     assert code == 0
-    assert row_of(text)[1:] == ["1", "1", "1.00", "±1.4%", "1", "noise"]
+    assert row_of(text)[1:] == ["1", "1", "1.000", "±1.4%", "1", "noise"]
     assert "regressions: none" in text
 
 
@@ -149,7 +149,7 @@ def test_rounds(
 def test_times_are_medians_of_rounds(compare: Compare) -> None:
     """The last round alone; how many there were is not told."""
     _, text = compare([line(x) for x in (1.0, 5.0, 2.0)], [line(4.0)])
-    assert row_of(text)[1:4] == ["2", "4", "0.50"]
+    assert row_of(text)[1:4] == ["2", "4", "0.500"]
     assert row_of(text)[5] == "3/1"
 
 
@@ -227,10 +227,34 @@ def test_means(compare: Compare) -> None:
     a = [line(), line(head_dim=32), line(impl="fa3")]
     b = [line(0.25), line(1.0, head_dim=32), line(2.0, impl="fa3")]
     _, text = compare(a, b)
-    means = {
-        x.split()[0]: x.split()[1:] for x in text.split("by implementation")[1].splitlines()[2:4]
+    rows = text.replace("± ", "").split("by implementation")[1].splitlines()[2:4]
+    means = {x.split()[0]: x.split()[1:] for x in rows}
+    assert means == {
+        "flashcute": ["2", "2.000", "1.0", "%", "1", "1", "0"],
+        "fa3": ["1", "0.500", "1.4", "%", "0", "0", "1"],
     }
-    assert means == {"flashcute": ["2", "2.00", "1", "1", "0"], "fa3": ["1", "0.50", "0", "0", "1"]}
+
+
+@pytest.mark.parametrize(
+    ("factor", "cases", "impl", "code"),
+    [
+        (1.06, 20, "flashcute", 1),
+        (1.06, 1, "flashcute", 0),
+        (1.02, 20, "flashcute", 0),
+        (1.06, 20, "fa3", 0),
+    ],
+)
+def test_all_cases_a_little_slower(
+    factor: float, cases: int, impl: str, code: int, compare: Compare
+) -> None:
+    """A regression of the whole that hides in the noise of each case."""
+    lengths = range(1, cases + 1)
+    a, b = (
+        [line(ms, 0.1, seqlen_q=n, seqlen_k=n, impl=impl) for n in lengths] for ms in (1.0, factor)
+    )
+    found, text = compare(a, b)
+    assert found == code
+    assert ("the mean of flashcute below 0.97" in text) == bool(code)
 
 
 def test_markdown(compare: Compare) -> None:
@@ -239,7 +263,8 @@ def test_markdown(compare: Compare) -> None:
     assert "| case | implementation | A ms | B ms | ratio | noise | rounds | change |" in text
     assert "\n\n| case" in text
     assert (
-        "| b2 s128 h4 d64 causal float16 | flashcute | 1 | 1 | 1.00 | ± 1.4 % | 1 | noise |" in text
+        "| b2 s128 h4 d64 causal float16 | flashcute | 1 | 1 | 1.000 | ± 1.4 % | 1 | noise |"
+        in text
     )
 
 

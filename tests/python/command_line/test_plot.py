@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from flashcute.__main__ import main
-from flashcute._cli import charts, recorded
+from flashcute._cli import charts, io_, recorded
 from flashcute._cli.charts import Ceilings, Chart
 from flashcute._cli.options import UsageError
 
@@ -210,6 +210,11 @@ def test_bytes_of_the_roofline() -> None:
     backward = line(kind="backward", **sizes)
     assert charts.theoretical_bytes(backward) == 4 * queries + 4 * keys + lse
     assert charts.theoretical_bytes(naive | {"kind": "backward"}) is None
+    case = charts.case_of(forward)  # the same as of the command io
+    assert charts.theoretical_bytes(forward) == io_.flash_dram(case).total
+    assert charts.theoretical_bytes(naive) == io_.standard(case).total
+    wide = line(head_dim_v=128, **sizes)
+    assert charts.theoretical_bytes(wide) == 1.5 * (2 * queries + 2 * keys) + lse
 
 
 def test_roofline() -> None:
@@ -295,6 +300,7 @@ def test_picture_without_matplotlib(
         ([line(), line(kind="backward")], [], "several passes in the lines: backward, forward"),
         ([line(), line(kv_heads=2)], [], "choose with --kv-ratio"),
         ([line(), line(batch=1)], [], "b1 s1024 h4 d64 full bfloat16; b2 s1024"),
+        ([line(heads=8, kv_heads=8), line()], [], "for example --where heads=8"),
         ([line()], ["--device", "A100"], "no measurement matches"),
         ([line()], ["--impls", "fa3"], "no measurement matches"),
         ([line()], ["--where", "batch=3"], "no measurement matches"),

@@ -172,11 +172,11 @@ def test_twelve_metrics(fake: FakeNcu, capsys: pytest.CaptureFixture[str], tmp_p
         "0.8 ms, 687 TFLOP/s",  # 4 * 4 * 16 * 4096**2 * 128 FLOP
         "tensor cores      94.4 %",
         "exponential unit  47.3 %",
-        "1,250 (2.5% of 50,000 wavefronts)",
+        "1,250 (2.5 % of 50,000 wavefronts)",
         "L2                41.8 %",
         "n/a (168 registers a thread, 226.0 KiB of shared memory a block)",
         "0 B read, 0 B written",
-        "gmma, 35%: for WGMMA",
+        "gmma, 35 %: for WGMMA",
         "Busiest: the tensor cores, 94 %.",
     ):
         assert value in text, value

@@ -1,4 +1,4 @@
-"""The Python cells of the pages that teach: docs/start, docs/learn, docs/guides.
+"""The Python cells of the pages of docs/start, docs/learn, docs/guides and docs/reference.
 
 A cell is a block fenced as python. All cells of a page run in order in one new interpreter without a GPU. A page
 says about a cell what differs from this:
@@ -21,7 +21,7 @@ import pytest
 from conftest import Runner
 
 ROOT = Path(__file__).parents[3]
-FOLDERS = ("start", "learn", "guides")
+FOLDERS = ("start", "learn", "guides", "reference")
 
 # Pages whose cells another test runs, and why this one does not.
 ELSEWHERE = {
@@ -113,6 +113,12 @@ def imports(code: str, module: str) -> bool:
     return re.search(rf"^\s*(import|from)\b[^#;]*\b{module}\b", code, re.MULTILINE) is not None
 
 
+def is_there(module: str) -> bool:
+    if module in ("torch", "transformers") and not optional_torch.available:  # or left aside
+        return False
+    return importlib.util.find_spec(module) is not None
+
+
 def lines_of(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip().splitlines()]
 
@@ -123,8 +129,7 @@ def test_cells_of_a_page_run(fresh: Runner, page: str) -> None:
     cells = [cell for cell in cells_of((ROOT / page).read_text()) if cell.runs]
     code = "\n".join(cell.code for cell in cells)
     for module in OPTIONAL:
-        there = importlib.util.find_spec(module) if module != "torch" else optional_torch.available
-        if imports(code, module) and not there:
+        if imports(code, module) and not is_there(module):
             pytest.skip(f"needs {module}")
     told = json.dumps([(cell.line, cell.code) for cell in cells])
     script = f"{RUNNER}\nimport json\n_run_cells({page!r}, json.loads({told!r}))"

@@ -30,13 +30,6 @@ def test_every_function_and_argument_is_named() -> None:
 
 
 @needs_torch
-@pytest.mark.parametrize("page", ["from_flash_attn.md", "from_xformers_flex.md"])
-def test_code_runs(fresh: Runner, page: str) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (GUIDES / page).read_text(), re.DOTALL)
-    fresh(block)
-
-
-@needs_torch
 def test_equivalents_of_other_masks(fresh: Runner) -> None:
     """A window off by one, a mask aligned to the wrong key, in the tables: against FlexAttention and the definitions
     of xFormers' masks."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import flashcute
 from flashcute import ForwardConfig
-from lines import ROOT, Line, link, lines, one, rounded, table, where
+from lines import ROOT, Line, lines, link, one, rounded, table, where
 
 CPU_MASKS = {
     "causal": "causal",
@@ -156,8 +156,14 @@ def units() -> str:
             ]
             x = median_of(found)
             told.append(
-                [head_dim, link(what, file), f"{x['ms_p50']:.2f}", f"{x['tflops']:.0f}"]
-                + [f"{x['rel_l2']:.1e}", f"{x['max_error']:.1e}"]
+                (
+                    head_dim,
+                    link(what, file),
+                    f"{x['ms_p50']:.2f}",
+                    f"{x['tflops']:.0f}",
+                    f"{x['rel_l2']:.1e}",
+                    f"{x['max_error']:.1e}",
+                )
             )
     header = ["head dimension", "units, and lines", "ms", "TFLOP/s", "relative L2 error"]
     return table([*header, "largest error"], told, numbers=4)
@@ -187,14 +193,11 @@ def float32_gain() -> str:
     ratios = []
     for x in where("gpu_forward_float32", impl="flashcute"):
         cell = {name: x[name] for name in ("head_dim", "seqlen_q", "batch", "causal")}
-        [cuda] = [
-            y
-            for y in where("gpu_float32_steps", note="CUDA cores", impl="flashcute", **cell)
-        ]  # fmt: skip
+        [cuda] = where("gpu_float32_steps", note="CUDA cores", impl="flashcute", **cell)
         ratios.append(cuda["ms_p50"] / x["ms_p50"])
     return (
-        f"The CUDA cores take {rounded(min(ratios))} to {rounded(max(ratios))} times as long as three TF32 products, in "
-        f"the {len(ratios)} problems that both were timed for."
+        f"The CUDA cores take {rounded(min(ratios))} to {rounded(max(ratios))} times as long as three TF32 "
+        f"products, in the {len(ratios)} problems that both were timed for."
     )
 
 
@@ -214,14 +217,16 @@ RESERVED = 1024  # bytes of shared memory that CUDA takes for each thread block
 def limit(function: str, arch: str) -> int:
     """What this function of core/arch.hpp returns."""
     text = (ROOT / "include/flashcute/core/arch.hpp").read_text()
-    found = re.search(rf"{function}\(Arch arch\) {{\n  switch \(arch\) {{\n(.*?)\n  }}", text, re.DOTALL)
+    found = re.search(
+        rf"{function}\(Arch arch\) {{\n  switch \(arch\) {{\n(.*?)\n  }}", text, re.DOTALL
+    )
     if found is None:
-        raise ValueError(f"core/arch.hpp has no function {function} that switches over the architecture")
-    number = arch.removeprefix("sm_")
-    value = ""
-    for labels, value in re.findall(r"((?:\s*(?:case \d+|default):)+) return ([\d *]+);", found[1]):
-        if f"case {number}:" in labels or "default:" in labels:
-            break
+        raise ValueError(
+            f"core/arch.hpp has no function {function} that switches over the architecture"
+        )
+    listed = f"case {arch.removeprefix('sm_')}:"
+    returns = re.findall(r"((?:\s*(?:case \d+|default):)+) return ([\d *]+);", found[1])
+    [value, *_] = [x for labels, x in returns if listed in labels] or [returns[-1][1]]
     return math.prod(int(factor) for factor in value.split("*"))
 
 
@@ -229,7 +234,9 @@ def gpu_limits() -> str:
     rows = []
     for arch, gpu in GPUS.items():
         smem, threads = limit("max_smem_bytes", arch), limit("max_threads_per_sm", arch)
-        rows.append([gpu, arch, smem // 1024, (smem + RESERVED) // 1024, threads, REGISTERS // 1024])
+        rows.append(
+            [gpu, arch, smem // 1024, (smem + RESERVED) // 1024, threads, REGISTERS // 1024]
+        )
     header = ["GPU", "architecture", "KB of a thread block", "KB of a multiprocessor", "threads"]
     return table([*header, "Ki registers"], rows, numbers=4)
 
@@ -242,13 +249,9 @@ def threads_of(cfg: ForwardConfig) -> int:
 def registers_of(cfg: ForwardConfig, arch: str) -> int:
     """Of a thread, as recorded for the image that this GPU runs."""
     kernels = json.loads((ROOT / "tests/images.json").read_text())
-    targets = {
-        target: resources["registers"]
-        for kernel in (f"flashcute_{cfg.kernel}_{cfg.name.replace('_sm90', '')}_full",)
-        for target, resources in kernels.get(kernel, {}).items()
-    }
+    images = kernels[f"flashcute_{cfg.kernel}_{cfg.name.replace('_sm90', '')}_full"]
     target = {"sm_89": "sm_80"}.get(arch, "sm_90a" if cfg.kernel == "sm90" else arch)
-    return int(targets[target])
+    return int(images[target]["registers"])
 
 
 def resident(cfg: ForwardConfig, arch: str) -> tuple[int, str]:
@@ -272,9 +275,18 @@ def gpu_tiles(dtype: str) -> str:
             blocks, ends = resident(cfg, arch)
             occupancy = blocks * threads_of(cfg) / limit("max_threads_per_sm", arch)
             rows.append(
-                [head_dim, gpu, cfg.kernel, f"{cfg.block_m} × {cfg.block_n}", cfg.stages]
-                + [cfg.smem_bytes // 1024, registers_of(cfg, arch), blocks, ends]
-                + [f"{100 * occupancy:.0f} %"]
+                [
+                    head_dim,
+                    gpu,
+                    cfg.kernel,
+                    f"{cfg.block_m} × {cfg.block_n}",
+                    cfg.stages,
+                    cfg.smem_bytes // 1024,
+                    registers_of(cfg, arch),
+                    blocks,
+                    ends,
+                    f"{100 * occupancy:.0f} %",
+                ]
             )
     header = ["head dimension", "GPU", "kernel", "tile", "stages", "KB", "registers", "blocks"]
     return table([*header, "limited by", "occupancy"], rows)
@@ -290,7 +302,54 @@ def gpu_backward_tiles(dtype: str) -> str:
                 rows.append([head_dim, gpu, "none fits", "-", "-", "-"])
                 continue
             rows.append(
-                [head_dim, gpu, f"{cfg.block_m} × {cfg.block_n}", cfg.num_warps, cfg.stages]
-                + [cfg.blocks_per_sm]
+                [
+                    head_dim,
+                    gpu,
+                    f"{cfg.block_m} × {cfg.block_n}",
+                    cfg.num_warps,
+                    cfg.stages,
+                    cfg.blocks_per_sm,
+                ]
             )
-    return table(["head dimension", "GPU", "tile", "warps", "stages", "blocks meant"], rows)
+    return table(["head dimension", "GPU", "tile", "warps", "stages", "`blocks_per_sm`"], rows)
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+
+def option_effect(change: str) -> str:
+    """One option of the mma.sync forward beside the default, which was timed in the same run."""
+    file, rows = "gpu_options", []
+    for head_dim in (64, 128):
+        for causal in (False, True):
+            cell = {"head_dim": head_dim, "causal": causal, "seqlen_q": 4096}
+            default = one(file, impl="flashcute", **cell)
+            changed = one(file, impl=f"flashcute[{change}]", **cell)
+            rows.append(
+                [head_dim, "causal" if causal else "none"]
+                + [f"{x['tflops']:.0f}" for x in (default, changed)]
+                + [rounded(changed["ms_p50"] / default["ms_p50"])]
+            )
+    header = ["head dimension", "mask", "TFLOP/s, default", link(f"`{change}`", file)]
+    return table([*header, "time over the default's"], rows, numbers=3)
+
+
+# ---- questions -----------------------------------------------------------------------------------
+
+
+def first_use() -> str:
+    """Seconds of a first call in a new process, by where its kernels come from; of the newest lines."""
+    file = "gpu_first_use"
+    roads = ("compiled", "disk cache", "ahead of time")
+    newest = lines(file)[-1]["commit"]
+    rows = []
+    for what in ("flash_attention", "flash_attention and its gradients"):
+        for head_dim in (64, 128):
+            cell = {"commit": newest, "what": f"{what}, 1024 tokens", "head_dim": head_dim}
+            seconds = [one(file, road=road, **cell)["call_s"] for road in roads]
+            rows.append(
+                [f"`{what.replace(' and', '` and', 1)}" + ("`" if " and" not in what else "")]
+            )
+            rows[-1] += [head_dim, *(f"{s:.3f}" if s < 1 else f"{s:.1f}" for s in seconds)]
+    header = ["first call, H100, seconds", "head dimension", link("compiled", file), *roads[1:]]
+    return table(header, rows, numbers=3)

@@ -45,5 +45,3 @@ def first_use() -> str:
 
 def seconds(number: float) -> str:
     return f"{number:.1f}" if number >= 1 else f"{number:.2g}"
-
-

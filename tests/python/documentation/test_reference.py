@@ -1,0 +1,240 @@
+"""The pages of docs/reference against what they describe."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import flashcute as fc
+import pytest
+from flashcute.__main__ import command_parser
+from optional_torch import needs_torch
+from tables import errors, reference
+
+ROOT = Path(__file__).parents[3]
+PAGES = ROOT / "docs" / "reference"
+
+
+# ---- the API -------------------------------------------------------------------------------------
+
+
+def documented() -> set[str]:
+    return set(re.findall(r"\.\. auto\w+:: (\S+?)(?:\(\))?$", text_of("api.md"), re.MULTILINE))
+
+
+def text_of(page: str) -> str:
+    return (PAGES / page).read_text()
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    """A function that was added and that nobody finds; a page for one that is gone fails to build."""
+    assert {f"flashcute.{name}" for name in fc.__all__} <= documented()
+
+
+@needs_torch
+def test_every_module_for_users_is_in_the_reference() -> None:
+    """A road in that was added; or one whose functions are not all shown."""
+    shown_whole = re.findall(r"automodule:: (\S+)\n   :members:", text_of("api.md"))
+    assert {"flashcute.reference", "flashcute.sdpa", "flashcute.compat"} <= set(shown_whole)
+    for name in documented():
+        module, _, last = name.rpartition(".")
+        found = importlib.import_module(name if is_module(name) else module)
+        assert is_module(name) or hasattr(found, last), name
+
+
+def is_module(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.fixture
+def plain_docstrings(monkeypatch: pytest.MonkeyPatch) -> Any:
+    pytest.importorskip("sphinx")
+    monkeypatch.syspath_prepend(ROOT / "docs" / "_ext")
+    return importlib.import_module("plain_docstrings")
+
+
+def typeset(extension: Any, docstring: str) -> str:
+    lines = docstring.splitlines()
+    extension.typeset(None, "function", "", None, None, lines)
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("docstring", "expected"),
+    [
+        ("q: (batch, d).  k: (batch, d_k).", "``q``\n    (batch, d).\n``k``\n    (batch, d_k)."),
+        ("block_m, block_n: sizes\n    of a tile", "``block_m``, ``block_n``\n    sizes\n    of a tile"),
+        ("Text.\nq and k: arrays\n\nMore.", "Text.\n\n``q``, ``k``\n    arrays\n\nMore."),
+        ("See `forward`, and `a b`.", "See :py:obj:`forward`, and ``a b``."),
+        ("A formula:\n\n    a = b\n    c = d\n\nEnd.", "A formula:\n\n::\n\n    a = b\n    c = d\n\nEnd."),
+        ("x: one of\n    - a\n    - b\n    Else c.", "``x``\n    one of\n\n    - a\n    - b\n\n    Else c."),
+        ("Raises ValueError: never.", "Raises ValueError: never."),
+    ],
+)  # fmt: skip
+def test_docstrings_become_lists_and_blocks(
+    plain_docstrings: Any, docstring: str, expected: str
+) -> None:
+    """Arguments that run into the text around them; formulas whose lines are joined."""
+    assert typeset(plain_docstrings, docstring) == expected
+
+
+def test_a_long_line_without_a_colon_is_read_at_once(plain_docstrings: Any) -> None:
+    """A pattern that tries every way to cut a word: the pages would never be built."""
+    typeset(plain_docstrings, "flash_attention_forward_of_packed_sequences_and_gradients, " * 20)
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def commands() -> dict[str, Any]:
+    [found] = [x for x in command_parser()._actions if hasattr(x, "_choices_actions")]
+    return dict(found.choices)
+
+
+def test_every_command_has_a_section_with_an_example() -> None:
+    """A command that was added or renamed: the options of those that are there come from the parsers themselves."""
+    sections = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", text_of("cli.md"), re.M | re.S))
+    assert list(sections) == list(commands())
+    for name, text in sections.items():
+        assert f"```{{command}} {name}\n```" in text
+        assert examples(text), name
+        assert all(example[:4] == ["python", "-m", "flashcute", name] for example in examples(text))
+
+
+def examples(text: str) -> list[list[str]]:
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line[:3] == ["python", "-m", "flashcute"]]
+
+
+def test_examples_of_commands_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    """An option in a page that the program does not have (any more)."""
+    pages = [*PAGES.glob("*.md"), *(ROOT / "docs" / "start").glob("*.md")]
+    found = [(page, line) for page in pages for line in examples(page.read_text())]
+    assert len(found) > 15
+    for page, line in found:
+        try:
+            command_parser().parse_args(line[3:])
+        except SystemExit:
+            pytest.fail(f"{page.name}: {shlex.join(line)}: {capsys.readouterr().err}")
+
+
+def test_options_are_those_of_the_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option that the extension does not show, or shows without its argument."""
+    pytest.importorskip("sphinx")
+    monkeypatch.syspath_prepend(ROOT / "docs" / "_ext")
+    extension = importlib.import_module("command_line")
+    for name, command in extension.commands_of(command_parser()).items():
+        assert command.summary, name
+        told = [
+            option
+            for group in command.parser._action_groups
+            for action in extension.shown(group._group_actions)
+            for option in extension.names_of(action)
+        ]
+        usage = command.parser.format_help()
+        for option in told:
+            assert option.partition(" ")[0] in usage or option[0] != "-", (name, option)
+    cache = extension.commands_of(command_parser())["cache"].parser
+    [action] = extension.shown(cache._positionals._group_actions)
+    assert extension.names_of(action) == ["[list|check|clear]"]
+
+
+# ---- special cases -------------------------------------------------------------------------------
+
+
+def test_special_cases_name_tests_that_exist() -> None:
+    """A row whose test was renamed or removed: nobody would know whether it holds."""
+    text = text_of("semantics.md")
+    named = re.findall(r"\]\((\S+?\.py)#(\w+)\)", text)
+    assert len(named) > 60
+    for path, test in named:
+        assert f"def {test}(" in (PAGES / path).read_text(), f"{path} has no {test}"
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "shown by" not in line]
+    assert len(rows) > 40
+    for row in rows:
+        shown_by = row.rstrip("| ").rpartition("|")[2]
+        assert "](" in shown_by or shown_by.strip() in ("-", ""), row
+
+
+# ---- messages ------------------------------------------------------------------------------------
+
+
+def test_messages_of_arguments_have_three_parts() -> None:
+    """A message that does not name the argument, what is allowed and what came."""
+    for group in (errors.arrays, errors.options):
+        for case in group():
+            message = str(errors.raised(case))
+            assert re.match(r"\w+: expected .*, got ", message), message
+
+
+def test_a_call_that_raises_nothing_is_no_message() -> None:
+    """A table that keeps a message of a check that is gone."""
+    with pytest.raises(ValueError, match="raised nothing"):
+        errors.raised(errors.Case("attend()", errors.attend))
+
+
+def test_without_torch_its_messages_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that loses a table where torch is not installed."""
+    monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None)
+    kept = errors.messages("torch")
+    assert "second derivative" in kept
+    assert kept in text_of("errors.md")
+
+
+def test_every_exception_is_explained() -> None:
+    """A class that was added."""
+    text = text_of("errors.md")
+    for kind in fc.FlashcuteError.__subclasses__():
+        builtin = kind.__mro__[2].__name__
+        assert f"| `{kind.__name__}` | `{builtin}` |" in text
+
+
+# ---- the glossary and the quick reference ----------------------------------------------------------
+
+
+def test_the_glossary_has_cards() -> None:
+    """A term without a place in the code, or that the list at the beginning leaves out."""
+    text = text_of("glossary.md")
+    begin, *cards = re.split(r"^### ", text, flags=re.MULTILINE)
+    terms = [card.partition("\n")[0] for card in cards]
+    assert len(set(terms)) == len(terms) >= 40
+    listed = re.findall(r"\[([^\]]+)\]\(#", begin)
+    assert [re.sub(r"\s+", " ", x) for x in listed] == sorted(terms, key=str.lower)
+    for card in cards:
+        assert re.search(r"^Code: \[.*\. More: \[.*\.$", card, re.MULTILINE), card
+        assert "](../../" in card
+
+
+def test_other_targets_take_the_defaults_that_the_page_says() -> None:
+    """8.9 and 12.0 those of 8.6, and 8.7 those of 8.0."""
+    same = {"sm_89": "sm_86", "sm_120": "sm_86", "sm_87": "sm_80"}
+    for other, shown in same.items():
+        for head_dim in reference.HEAD_DIMS:
+            assert fc.default_config(head_dim, "bfloat16", other) == fc.default_config(
+                head_dim, "bfloat16", shown
+            )
+            for deterministic in (False, True):
+                both = [
+                    fc.default_backward_config(head_dim, "bfloat16", x, deterministic=deterministic)
+                    for x in (other, shown)
+                ]
+                assert both[0] == both[1]
+
+
+def test_arguments_of_the_quick_reference_are_all_of_them() -> None:
+    """An argument of flash_attention that was added."""
+    text = text_of("quick_reference.md")
+    table = text[text.index("## Arguments") :].partition("| the mask of")[0]
+    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.*?) \|", table, re.M))))
+    arguments = set(inspect.signature(fc.flash_attention).parameters)
+    assert arguments - named == {"max_seqlen_q", "max_seqlen_k", "dropout_p"}
+    assert named <= arguments
