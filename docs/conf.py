@@ -14,6 +14,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx_copybutton",
     "command_line",
+    "mathml",
     "repository_files",
     "plain_docstrings",
     "translations",
@@ -32,6 +33,7 @@ autodoc_typehints = "none"  # the signatures show them
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "flashcute"
 html_static_path = ["_static"]

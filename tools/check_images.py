@@ -30,7 +30,7 @@ MEANT = {
     "HGMMA": ("UTMALDG", "SYNCS", "HGMMA", "USETMAXREG"),  # TMA, mbarrier, WGMMA, setmaxnreg
 }
 # Of a tile -> spills in one iteration of its main loop, of 900 to 4,300 instructions. They are faster than the tiles
-# without (docs/kernels/sm80_forward.md, docs/kernels/sm80_backward.md).
+# without (docs/kernels/sm80_forward_notebook.md, sm80_backward_notebook.md).
 SPILLS_ALLOWED = {
     "d128_m128_n64_w4": 13,
     "d128_m128_n64_w4_band": 15,  # a row's first key beside its last

@@ -183,4 +183,4 @@ class CommandsDirective(SphinxDirective):
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("command", CommandDirective)
     app.add_directive("commands", CommandsDirective)
-    return {"parallel_read_safe": True, "version": "1"}
+    return {"parallel_read_safe": True, "parallel_write_safe": True, "version": "1"}

@@ -79,4 +79,4 @@ def _one_argument_each(line: str) -> list[str]:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", typeset)
-    return {"parallel_read_safe": True, "version": "2"}
+    return {"parallel_read_safe": True, "parallel_write_safe": True, "version": "2"}

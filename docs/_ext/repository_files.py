@@ -20,7 +20,9 @@ from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parents[2]
 FOLDER = "repository"  # in the built pages
-MOST_BYTES = 200_000  # of a file that is shown; of a larger one the beginning
+# Of a file that is shown; of a larger one the beginning. (Recorded lines take long to highlight.)
+MOST_BYTES = {".jsonl": 20_000}
+MOST_BYTES_OF_OTHERS = 200_000
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)(?:#[^)\s]*)?\)")
 
 
@@ -77,19 +79,20 @@ def list_of(folder: Path, entries: list[Path]) -> str:
 
 
 def code_of(app: Sphinx, file: Path) -> str:
-    data = (ROOT / file).read_bytes()
+    text = (ROOT / file).read_text(errors="replace")
+    most = MOST_BYTES.get(file.suffix, MOST_BYTES_OF_OTHERS)
+    shown = text if len(text) <= most else text[: text.rfind("\n", 0, most)]
+    cut = "" if shown == text else f"<p>The first {len(shown)} of {len(text)} bytes.</p>"
     try:
-        text = data[:MOST_BYTES].decode(errors="ignore")
         language = get_lexer_for_filename(file.name).aliases[0]
     except ClassNotFound:
         language = "json" if file.suffix == ".jsonl" else "text"
-    shown = app.builder.highlighter.highlight_block(text, language, linenos="inline")  # type: ignore[attr-defined]
-    cut = f"<p>The first {MOST_BYTES} of {len(data)} bytes.</p>" if len(data) > MOST_BYTES else ""
-    return f"{cut}{shown}"
+    code = app.builder.highlighter.highlight_block(shown, language, linenos="inline")  # type: ignore[attr-defined]
+    return f"{cut}{code}"
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", link_files)
     app.connect("env-merge-info", merge)
     app.connect("html-collect-pages", pages)
-    return {"parallel_read_safe": True, "version": "1"}
+    return {"parallel_read_safe": True, "parallel_write_safe": True, "version": "1"}

@@ -63,7 +63,7 @@ def tell_readers(app: Any, docname: str, source: list[str]) -> None:
 
 def setup(app: Any) -> dict[str, Any]:
     app.connect("source-read", tell_readers)
-    return {"parallel_read_safe": True, "version": "1"}
+    return {"parallel_read_safe": True, "parallel_write_safe": True, "version": "1"}
 
 
 def main() -> int:

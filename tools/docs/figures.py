@@ -1,19 +1,18 @@
-"""Draws docs/images/*.svg: those of recorded lines, by the functions of `python -m flashcute plot`, and the drawings of
-drawings.py, where it is.
+"""Draws docs/images/*.svg: those of recorded lines, by the functions of `python -m flashcute plot`, and those of
+drawings.py.
 
 usage: python tools/docs/figures.py [TEXT]      only those whose name contains TEXT
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import drawings
 import lines
 from flashcute._cli import charts, drawing
 from flashcute._cli.charts import Chart
@@ -84,8 +83,7 @@ def draw_all(only: str = "") -> None:
     for figure in FIGURES:
         if only in figure.name:
             drawing.draw(figure.chart(), figure.path)
-    if importlib.util.find_spec("drawings") is not None:
-        importlib.import_module("drawings").draw_all(only)
+    drawings.draw_all(only)
 
 
 if __name__ == "__main__":

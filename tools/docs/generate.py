@@ -74,8 +74,7 @@ def main() -> int:
             if not options.check:
                 page.write_text(text)
     if not (options.check or options.no_figures):
-        for module in ("figures", "drawings"):
-            importlib.import_module(module).draw_all(options.only)
+        importlib.import_module("figures").draw_all(options.only)
     if stale:
         print("\n".join(stale))
     return 1 if options.check and stale else 0

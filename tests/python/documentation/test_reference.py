@@ -238,3 +238,58 @@ def test_arguments_of_the_quick_reference_are_all_of_them() -> None:
     arguments = set(inspect.signature(fc.flash_attention).parameters)
     assert arguments - named == {"max_seqlen_q", "max_seqlen_k", "dropout_p"}
     assert named <= arguments
+
+
+# ---- what is compiled ahead of time ----------------------------------------------------------------
+
+WINDOW = fc.Variant(window=(5, 0))
+
+
+def forward(dtype: str, head_dim: int = 128, **options: Any) -> fc.ForwardConfig:
+    return fc.default_config(head_dim, dtype, "sm_80").replace(**options)
+
+
+def backward(dtype: str, arch: str = "sm_80", d: int = 128, **options: Any) -> fc.BackwardConfig:
+    return fc.default_backward_config(d, dtype, arch, **options)
+
+
+AHEAD_OF_TIME: dict[str, list[tuple[Any, str, fc.Variant | None]]] = {
+    "float16 and bfloat16: full and causal, forward and gradients": [
+        (make(dtype), "sm_80", None) for make in (forward, backward) for dtype in ("float16", "bfloat16")
+    ],
+    "float32: full and causal, forward": [(forward("float32"), "sm_80", None)],
+    "bfloat16: windows, prefixes, lengths, packed sequences, sinks, masks by element; forward and gradients": [
+        (make("bfloat16"), "sm_80", WINDOW) for make in (forward, backward)
+    ],
+    "the same of float16 and float32": [
+        (forward("float16"), "sm_80", WINDOW),
+        (forward("float32"), "sm_80", WINDOW),
+    ],
+    "gradients of float32": [(backward("float32"), "sm_80", None)],
+    "deterministic gradients": [(backward("bfloat16", deterministic=True), "sm_80", None)],
+    "gradients above head dimension 128 on compute capability 8.6, 8.9 and 12.0": [
+        (backward("bfloat16", arch, 256), arch, None) for arch in ("sm_86", "sm_89", "sm_120")
+    ],
+    "addresses or strides that are not multiples of 16 bytes": [
+        (forward("bfloat16", copy_bytes=8), "sm_80", None)
+    ],
+    "configurations of your own, `count_blocks`": [(forward("bfloat16", block_n=32), "sm_80", None)],
+}  # fmt: skip
+
+
+@pytest.mark.skipif(
+    "80" not in fc._core.build_info().image_archs.split(), reason="built without these images"
+)
+def test_what_is_compiled_ahead_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that a user is told to have, and waits for; or one that is there without being told."""
+    monkeypatch.setenv("FLASHCUTE_JIT", "off")
+    page = (ROOT / "docs" / "start" / "compile.md").read_text()
+    rows = dict(re.findall(r"^\| ([^|]*) \| (ahead of time|at first use) \|$", page, re.M))
+    assert rows.keys() == AHEAD_OF_TIME.keys()
+    for row, kernels in AHEAD_OF_TIME.items():
+        for cfg, arch, variant in kernels:
+            if rows[row] == "ahead of time":
+                assert set(fc.prebuild(cfg, arch, variant=variant).values()) == {"ahead of time"}
+            else:
+                with pytest.raises(fc.UnsupportedError, match="no ahead-of-time image"):
+                    fc.prebuild(cfg, arch, variant=variant)

@@ -74,7 +74,7 @@ def window_shares() -> str:
         blocks, time = count[0] / count[1], x["ms_window"] / x["ms_causal"]
         rows.append(
             [f"{tokens:,}", f"{width:,}", x["head_dim"], "Hopper's" if hopper else "mma.sync"]
-            + [f"{block_m} × {block_n}"]
+            + [f"{block_m}×{block_n}"]
             + [percent(share) for share in (visible_of_causal(tokens, width), blocks, time)]
             + [rounded(time / blocks)]
         )
@@ -258,12 +258,12 @@ def resident(cfg: ForwardConfig, arch: str) -> tuple[int, str]:
     """How many thread blocks share a multiprocessor, and what ends their number."""
     threads, registers = threads_of(cfg), -(-registers_of(cfg, arch) // 8) * 8
     fits = {
-        "shared memory": (limit("max_smem_bytes", arch) + RESERVED) // (cfg.smem_bytes + RESERVED),
+        "memory": (limit("max_smem_bytes", arch) + RESERVED) // (cfg.smem_bytes + RESERVED),
         "registers": REGISTERS // (registers * threads),
         "threads": limit("max_threads_per_sm", arch) // threads,
     }
     least = min(fits.values())
-    return least, " and ".join(what for what, number in fits.items() if number == least)
+    return least, ", ".join(what for what, number in fits.items() if number == least)
 
 
 def gpu_tiles(dtype: str) -> str:
@@ -279,7 +279,7 @@ def gpu_tiles(dtype: str) -> str:
                     head_dim,
                     gpu,
                     cfg.kernel,
-                    f"{cfg.block_m} × {cfg.block_n}",
+                    f"{cfg.block_m}×{cfg.block_n}",
                     cfg.stages,
                     cfg.smem_bytes // 1024,
                     registers_of(cfg, arch),
@@ -305,7 +305,7 @@ def gpu_backward_tiles(dtype: str) -> str:
                 [
                     head_dim,
                     gpu,
-                    f"{cfg.block_m} × {cfg.block_n}",
+                    f"{cfg.block_m}×{cfg.block_n}",
                     cfg.num_warps,
                     cfg.stages,
                     cfg.blocks_per_sm,
@@ -346,10 +346,8 @@ def first_use() -> str:
     for what in ("flash_attention", "flash_attention and its gradients"):
         for head_dim in (64, 128):
             cell = {"commit": newest, "what": f"{what}, 1024 tokens", "head_dim": head_dim}
-            seconds = [one(file, road=road, **cell)["call_s"] for road in roads]
-            rows.append(
-                [f"`{what.replace(' and', '` and', 1)}" + ("`" if " and" not in what else "")]
-            )
-            rows[-1] += [head_dim, *(f"{s:.3f}" if s < 1 else f"{s:.1f}" for s in seconds)]
+            seconds: list[float] = [one(file, road=road, **cell)["call_s"] for road in roads]
+            call = "`flash_attention`" + what.removeprefix("flash_attention")
+            rows.append([call, head_dim, *(f"{s:.3f}" if s < 1 else f"{s:.1f}" for s in seconds)])
     header = ["first call, H100, seconds", "head dimension", link("compiled", file), *roads[1:]]
     return table(header, rows, numbers=3)

@@ -7,7 +7,9 @@ from flashcute import BackwardConfig, ForwardConfig, _core
 from flashcute.__main__ import command_parser
 from lines import table
 
-HEAD_DIMS = (64, 128, 256)
+# The default tile of each serves those below it, too.
+BUCKETS = {64: "1 to 64", 128: "65 to 128", 256: "129 to 256"}
+HEAD_DIMS = tuple(BUCKETS)
 TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100")
 # Options that have a column of their own, or that a row is about.
 COLUMNS = (
@@ -25,81 +27,51 @@ COLUMNS = (
 Config = ForwardConfig | BackwardConfig
 
 
-def other_options(cfg: Config, deterministic: bool = False) -> str:
+def other_options(cfg: Config) -> str:
     """What differs from a configuration with no options, in the words of Python."""
     plain = type(cfg)(dtype=cfg.dtype, head_dim=cfg.head_dim, kernel=cfg.kernel)
     names = [n for n, x in vars(type(cfg)).items() if isinstance(x, property)]
-    skipped = (*COLUMNS, "name", "smem_bytes", *(["deterministic"] if deterministic else []))
+    skipped = (*COLUMNS, "name", "smem_bytes")
     changed = [n for n in names if n not in skipped and getattr(cfg, n) != getattr(plain, n)]
     return ", ".join(f"`{n}={getattr(cfg, n)!r}`" for n in changed)
 
 
-def forward_defaults(dtype: str, *targets: str) -> str:
+def forward_defaults(dtype: str) -> str:
     """The default configurations of a dtype by head dimension and target; equal ones in one row."""
     rows: dict[tuple[int, ForwardConfig], list[str]] = {}
     for head_dim in HEAD_DIMS:
-        for target in targets or TARGETS:
+        for target in TARGETS:
             cfg = flashcute.default_config(head_dim, dtype, target)
             rows.setdefault((head_dim, cfg), []).append(target)
     told = [
-        [
-            "65 to 128" if d == 128 else "129 to 256" if d == 256 else "1 to 64",
-            ", ".join(f"`{x}`" for x in found),
-            f"`{cfg.kernel}`",
-            cfg.block_m,
-            cfg.block_n,
-            cfg.num_warps,
-            cfg.stages,
-            f"{cfg.smem_bytes / 1024:g}",
-            other_options(cfg),
-        ]
-        for (d, cfg), found in rows.items()
+        [*row(d, cfg, targets), f"{cfg.smem_bytes / 1024:g}", f"`{cfg.kernel}`", other_options(cfg)]
+        for (d, cfg), targets in rows.items()
     ]
-    header = [
-        "head dimension",
-        "target",
-        "`kernel`",
-        "`block_m`",
-        "`block_n`",
-        "`num_warps`",
-        "`stages`",
-    ]
-    return table([*header, "shared memory, KiB", "also"], told)
+    return table([*HEADER, "KiB", "kernel", "other options"], told)
 
 
-def backward_defaults(dtype: str, *targets: str) -> str:
+def backward_defaults(dtype: str) -> str:
     """The same of gradients, with and without the same bits in every run."""
-    rows: dict[tuple[int, BackwardConfig, bool], list[str]] = {}
+    rows: dict[tuple[int, BackwardConfig], list[str]] = {}
     for head_dim in HEAD_DIMS:
-        for same_bits in (False, True):
-            for target in targets or TARGETS:
+        for deterministic in (False, True):
+            for target in TARGETS:
                 cfg = flashcute.default_backward_config(
-                    head_dim, dtype, target, deterministic=same_bits
+                    head_dim, dtype, target, deterministic=deterministic
                 )
-                rows.setdefault((head_dim, cfg, same_bits), []).append(target)
-    told = [
-        [
-            "65 to 128" if d == 128 else "129 to 256" if d == 256 else "1 to 64",
-            ", ".join(f"`{x}`" for x in found),
-            same_bits,
-            cfg.block_m,
-            cfg.block_n,
-            cfg.num_warps,
-            cfg.stages,
-            other_options(cfg, deterministic=True),
-        ]
-        for (d, cfg, same_bits), found in rows.items()
-    ]
-    header = [
-        "head dimension",
-        "target",
-        "`deterministic`",
-        "`block_m`",
-        "`block_n`",
-        "`num_warps`",
-        "`stages`",
-    ]
-    return table([*header, "also"], told)
+                rows.setdefault((head_dim, cfg), []).append(target)
+    told = [[*row(d, cfg, targets), other_options(cfg)] for (d, cfg), targets in rows.items()]
+    return table([*HEADER, "other options"], told)
+
+
+HEADER = ("head dimension", "GPUs", "tile", "warps", "stages")
+
+
+def row(head_dim: int, cfg: Config, targets: list[str]) -> list[object]:
+    """The columns that both tables have."""
+    capabilities = ", ".join(f"{int(x[3:]) / 10:.1f}" for x in targets)
+    tile = f"{cfg.block_m} × {cfg.block_n}"
+    return [BUCKETS[head_dim], capabilities, tile, cfg.num_warps, cfg.stages]
 
 
 def commands() -> str:
