@@ -3,8 +3,11 @@ them into what Sphinx typesets:
 
 - arguments become a list: their names as code, their text beside it. Several may share a line, two spaces apart:
   ``k: (batch, seqlen_k, kv_heads, d).  v: (batch, seqlen_k, kv_heads, d_v).``;
-- `names` between single backticks become code, with a link where one of the names is documented;
+- `names` between single backticks become code, with a link where one of the names is documented; so do values as
+  Python spells them, "end" or causal=True, without a link;
 - indented blocks, which are formulas or code, keep their lines.
+
+Signatures of the extension's functions and classes get the form of all others: names and defaults.
 """
 
 from __future__ import annotations
@@ -18,17 +21,30 @@ from sphinx.application import Sphinx
 NAMES = r"[a-z_]\w*(?:(?:, | and )[a-z_]\w*)*"
 ARGUMENT = re.compile(rf"^({NAMES}): (\S.*)$")
 NEXT_ARGUMENT = re.compile(rf"  +(?={NAMES}: \S)")  # on the same line
-NAME = re.compile(r"(?<![`:\w])`([^`\s][^`]*)`(?![`_])")
+TEXT = r"\"[\w.+-]*\"|'[\w.+-]*'"
+CODE = re.compile(
+    r"(?P<code>``.+?``)"
+    r"|(?<![`:\w])`(?P<name>[^`\s][^`]*)`(?![`_])"
+    rf"|(?<![\w`'\"=])(?P<value>[a-z_]\w*=(?:{TEXT}|\(.*?\)|True|False|None|\d+(?:\.\d+)?\b)|{TEXT})(?![\w`'\"])"
+)
 INDENT = 4
 
 
 def typeset(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = list(_blocks([NAME.sub(_linked, line) for line in lines]))
+    lines[:] = list(_blocks(lines))
 
 
-def _linked(match: re.Match[str]) -> str:
-    text = match[1]
-    return f":py:obj:`{text}`" if re.fullmatch(r"[\w.]+", text) else f"``{text}``"
+def _marked(line: str) -> str:
+    """A line of text, in which names and values are code."""
+
+    def code(match: re.Match[str]) -> str:
+        if match["code"]:
+            return match[0]
+        if match["name"] and re.fullmatch(r"[\w.]+", match["name"]):
+            return f":py:obj:`{match['name']}`"
+        return f"``{match['name'] or match['value']}``"
+
+    return CODE.sub(code, line)
 
 
 def _blocks(lines: list[str]) -> Iterator[str]:
@@ -43,7 +59,7 @@ def _blocks(lines: list[str]) -> Iterator[str]:
             if inside != "argument" and before:
                 yield ""
             yield ", ".join(f"``{x}``" for x in re.split(", | and ", match[1]))
-            yield f"{' ' * INDENT}{match[2]}"
+            yield f"{' ' * INDENT}{_marked(match[2])}"
             inside, in_list = "argument", False
         elif not line.strip():
             in_list = False
@@ -56,20 +72,22 @@ def _blocks(lines: list[str]) -> Iterator[str]:
             if begins and not in_list and before:
                 yield ""
             in_list = in_list or begins
-            yield line
+            yield _marked(line)
         elif inside == "argument":
             begins = line.lstrip().startswith("- ")
             # A list begins, or the argument's text goes on after it.
             if (begins and not in_list) or (in_list and not begins and indent == INDENT):
                 yield ""
             in_list = begins or (in_list and indent > INDENT)
+            yield _marked(line)
+        elif inside == "block" or line.lstrip().startswith(">>>"):
             yield line
         else:
-            if inside != "block" and not before and not line.lstrip().startswith(("- ", ">>>")):
-                yield "::"
-                yield ""
-                inside = "block"
+            is_code = line.lstrip().startswith(("from ", "import "))
+            yield f".. code-block:: {'python' if is_code else 'text'}"
+            yield ""
             yield line
+            inside = "block"
         before = line.strip()
 
 
@@ -77,6 +95,51 @@ def _one_argument_each(line: str) -> list[str]:
     return NEXT_ARGUMENT.split(line) if ARGUMENT.match(line) else [line]
 
 
+def sign(
+    app: Sphinx,
+    what: str,
+    name: str,
+    obj: Any,
+    options: Any,
+    signature: str | None,
+    returns: str | None,
+) -> tuple[str | None, str | None] | None:
+    """nanobind has signatures as text, with types: ``def check(self, arch: str | int) -> None``."""
+    made_by = obj.__init__ if what == "class" else obj
+    known = getattr(made_by, "__nb_signature__", None)
+    if not known or signature == "()":  # a page says so of classes that nobody makes
+        return ("", None) if signature == "()" else None
+    text, _, defaults = known[0]
+    arguments = text[text.index("(") + 1 : text.rindex(")")]
+    names = [x.partition(":")[0].partition("=")[0].strip() for x in _split(arguments)]
+    given = [x.partition("=")[2].strip() for x in _split(arguments)]
+    told = [
+        f"{name}={_default(value, defaults)}" if value else name
+        for name, value in zip(names, given, strict=True)
+        if name != "self"
+    ]
+    return f"({', '.join(told)})", None
+
+
+def _split(arguments: str) -> list[str]:
+    """At the commas that are not within brackets."""
+    parts, depth = [""], 0
+    for c in arguments:
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _default(value: str, defaults: Any) -> str:
+    """A default, or the one that the text names by its number: "\\0"."""
+    number = re.fullmatch(r"\\(\d+)", value)
+    return repr(defaults[int(number[1])]) if number else value
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", typeset)
-    return {"parallel_read_safe": True, "parallel_write_safe": True, "version": "2"}
+    app.connect("autodoc-process-signature", sign)
+    return {"parallel_read_safe": True, "version": "3"}
