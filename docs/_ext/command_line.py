@@ -73,6 +73,11 @@ def names_of(action: argparse.Action) -> list[str]:
     return [f"{name} {argument}".strip() for name in names]
 
 
+def named(action: argparse.Action) -> list[str]:
+    """As a reader looks them up: a positional argument without the marks of how many there may be."""
+    return [name.strip("[]").removesuffix(" ...") for name in names_of(action)]
+
+
 def help_of(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     return parser._get_formatter()._expand_help(action) if action.help else ""
 
@@ -133,19 +138,21 @@ class CommandDirective(SphinxDirective):
                 others = rivals(parser, action)
                 told = f"not with {', '.join(others)}" if others else ""
                 text = "; ".join(filter(None, (text, told)))
-                names = names_of(action) if action.option_strings else [action.dest]
+                names = [nodes.literal(text=name) for name in named(action)]
                 body = nodes.paragraph("", "", *words(text)) if text else None
                 entries += self.entry(command, names, body)
         ours = [x for x in actions if of_a_configuration(x)]
         if ours:
-            entries += self.entry(command, ["options of a configuration"], self.configuration(ours))
+            title = nodes.Text("options of a configuration")
+            entries += self.entry(command, [title], self.configuration(ours))
         return [*found, entries]
 
-    def entry(self, command: str, names: list[str], body: nodes.Node | None) -> nodes.Node:
-        term = nodes.term(ids=[nodes.make_id(f"{command} {names[0].partition(' ')[0]}")])
+    def entry(self, command: str, names: list[nodes.Node], body: nodes.Node | None) -> nodes.Node:
+        first = names[0].astext().partition(" ")[0]
+        term = nodes.term(ids=[nodes.make_id(f"{command} {first}")])
         for number, name in enumerate(names):
             term += [nodes.Text(", ")] if number else []
-            term += nodes.Text(name) if " of a " in name else nodes.literal(text=name)
+            term += name
         definition = [] if body is None else [nodes.definition("", body)]
         return nodes.definition_list_item("", term, *definition)
 

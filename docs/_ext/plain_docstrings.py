@@ -12,10 +12,13 @@ Signatures of the extension's functions and classes get the form of all others: 
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import flashcute
 from sphinx.application import Sphinx
 
 NAMES = r"[a-z_]\w*(?:(?:, | and )[a-z_]\w*)*"
@@ -81,6 +84,7 @@ def _blocks(lines: list[str]) -> Iterator[str]:
             in_list = begins or (in_list and indent > INDENT)
             yield _marked(line)
         elif inside == "block" or line.lstrip().startswith(">>>"):
+            inside = "block"
             yield line
         else:
             is_code = line.lstrip().startswith(("from ", "import "))
@@ -95,6 +99,15 @@ def _one_argument_each(line: str) -> list[str]:
     return NEXT_ARGUMENT.split(line) if ARGUMENT.match(line) else [line]
 
 
+def give_signatures(app: Sphinx) -> None:
+    """nanobind has signatures as text, with types: ``def check(self, arch: str | int) -> None``. Autodoc reads those of
+    methods, and shows them in the form of C++; of classes it wants them where `inspect` looks."""
+    for cls in vars(flashcute).values():
+        known = getattr(getattr(cls, "__init__", None), "__nb_signature__", None)
+        if known and "\\" not in known[0][0]:  # which stands for a default that is not in the text
+            cls.__signature__ = _signature(known[0][0])
+
+
 def sign(
     app: Sphinx,
     what: str,
@@ -103,43 +116,35 @@ def sign(
     options: Any,
     signature: str | None,
     returns: str | None,
-) -> tuple[str | None, str | None] | None:
-    """nanobind has signatures as text, with types: ``def check(self, arch: str | int) -> None``."""
-    made_by = obj.__init__ if what == "class" else obj
-    known = getattr(made_by, "__nb_signature__", None)
-    if not known or signature == "()":  # a page says so of classes that nobody makes
-        return ("", None) if signature == "()" else None
-    text, _, defaults = known[0]
-    arguments = text[text.index("(") + 1 : text.rindex(")")]
-    names = [x.partition(":")[0].partition("=")[0].strip() for x in _split(arguments)]
-    given = [x.partition("=")[2].strip() for x in _split(arguments)]
-    told = [
-        f"{name}={_default(value, defaults)}" if value else name
-        for name, value in zip(names, given, strict=True)
-        if name != "self"
-    ]
-    return f"({', '.join(told)})", None
+) -> tuple[str, None] | None:
+    known = getattr(obj, "__nb_signature__", None)
+    return (str(_signature(known[0][0])), None) if known and signature else None
 
 
-def _split(arguments: str) -> list[str]:
-    """At the commas that are not within brackets."""
-    parts, depth = [""], 0
-    for c in arguments:
-        depth += (c in "([{") - (c in ")]}")
-        if c == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += c
-    return [part.strip() for part in parts if part.strip()]
+def _signature(text: str) -> inspect.Signature:
+    """Of Python source: names and defaults, without self and types."""
+    made = ast.parse(f"{text}: ...").body[0]
+    assert isinstance(made, ast.FunctionDef)
+    for node in ast.walk(made):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    made.returns = None
+    names: dict[str, Any] = {}
+    exec(compile(ast.fix_missing_locations(ast.Module([made], [])), "", "exec"), names)
+    found = inspect.signature(names[made.name]).parameters
+    told = [x.replace(default=_Other()) if x.default is ... else x for x in found.values()]
+    return inspect.Signature([x for x in told if x.name != "self"])
 
 
-def _default(value: str, defaults: Any) -> str:
-    """A default, or the one that the text names by its number: "\\0"."""
-    number = re.fullmatch(r"\\(\d+)", value)
-    return repr(defaults[int(number[1])]) if number else value
+class _Other:
+    """A default that depends on other arguments."""
+
+    def __repr__(self) -> str:
+        return "..."
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("builder-inited", give_signatures)
     app.connect("autodoc-process-docstring", typeset)
     app.connect("autodoc-process-signature", sign)
     return {"parallel_read_safe": True, "version": "3"}

@@ -44,20 +44,20 @@ def attend(q: Array = Q, k: Array = K, v: Array = K, **options: Any) -> object:
 
 
 @contextmanager
-def variable(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
+def alone(name: str, value: str) -> Iterator[None]:
+    """Where this is the only variable of flashcute's that is set."""
+    before = {x: os.environ.pop(x) for x in list(os.environ) if x.startswith("FLASHCUTE_")}
     os.environ[name] = value
     try:
         yield
     finally:
         os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
+        os.environ.update(before)
 
 
 def with_variable(name: str, value: str, call: Callable[[], object]) -> Case:
     def run() -> object:
-        with variable(name, value):
+        with alone(name, value):
             return call()
 
     return Case(f"{name}={value}", run)

@@ -70,7 +70,7 @@ HEADER = ("head dimension", "GPUs", "tile", "warps", "stages")
 def row(head_dim: int, cfg: Config, targets: list[str]) -> list[object]:
     """The columns that both tables have."""
     capabilities = ", ".join(f"{int(x[3:]) / 10:.1f}" for x in targets)
-    tile = f"{cfg.block_m} × {cfg.block_n}"
+    tile = f"{cfg.block_m}×{cfg.block_n}"
     return [BUCKETS[head_dim], capabilities, tile, cfg.num_warps, cfg.stages]
 
 
