@@ -1,7 +1,8 @@
 # make demo   set-up, install, then attention on real input: on the GPU if there is one, else on the CPU
 # make test   set-up with pinned packages, install, then the GoogleTest suite and pytest
 # make docs   the same set-up, then the pages of docs/ as HTML: build/docs/index.html
-# make tables the tables and plots of README.md and docs/, from the recorded lines
+# make tables the tables and plots of README.md and docs/, from the recorded lines; with ALL=1 also those of what the
+#             compiler makes of each option and of errors on the CPU, which takes minutes
 #
 # TORCH=0     (test) do not install torch; tests that need it are skipped and say so
 # SYSTEM=1    (demo, test) use python3's own packages and install nothing: for machines without a network
@@ -28,7 +29,7 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check
 .PHONY: help demo test test-cpp test-python docs tables setup setup-torch configure-system install lint format clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 demo: install
 	$(PYTHON) -m flashcute demo
@@ -91,7 +92,7 @@ docs: install $(VENV)/.docs
 	@echo build/docs/index.html
 
 tables: install $(VENV)/.docs
-	$(PYTHON) tools/docs/generate.py
+	$(PYTHON) tools/docs/generate.py $(if $(ALL),--all)
 
 # ---- for developers ----------------------------------------------------------------------------
 

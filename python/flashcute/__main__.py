@@ -8,7 +8,7 @@ import sys
 
 from . import FlashcuteError, __version__
 from ._cli import bench, cache, compare, compile_, demo, doctor, explain, info, io_, plot, profile_
-from ._cli.options import UsageError
+from ._cli.options import INTERRUPTED, UsageError
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -37,15 +37,18 @@ def command_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns the exit code: 0, 1 if a check fails, 2 for wrong arguments."""
+    """Runs one command and returns the exit code: 0, 1 if a check fails, 2 for wrong arguments, 130 after Ctrl-C."""
     options = command_parser().parse_args(arguments)
     try:
         code: int = options.run(options)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except (FlashcuteError, UsageError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

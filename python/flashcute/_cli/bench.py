@@ -15,14 +15,16 @@ from .options import (
     Commands,
     UsageError,
     boolean,
+    bounded_window,
     config_changes,
     list_of,
     positive_float,
     positive_int,
-    window,
+    seed,
 )
 from .peers import DETERMINISTIC, NAMES
 from .presets import PRESETS, listing
+from .recorded import opened_to_append
 
 
 def implementation_name(text: str) -> str:
@@ -39,13 +41,6 @@ def preset_name(text: str) -> str:
             f"expected names among {', '.join(PRESETS)}, or help, which lists their shapes; got {text!r}"
         )
     return text
-
-
-def bounded_window(text: str) -> tuple[int, int]:
-    left, right = window(text)
-    if min(left, right) < -1:
-        raise argparse.ArgumentTypeError(f"expected two integers >= -1, LEFT,RIGHT, got {text!r}")
-    return left, right
 
 
 def add_command(commands: Commands) -> None:
@@ -89,7 +84,7 @@ def add_command(commands: Commands) -> None:
         metavar="quick|peers|study|FILE",
         help="quick: two sequence lengths; peers: 1k to 16k; study: 1k to 16k with 8, 16 and 32 heads, on the CPU "
         "with a batch of 1; FILE: JSON lines with batch, heads, seqlen_q, head_dim, causal, and optionally "
-        "kv_heads, seqlen_k, dtype, window, head_dim_v, sink (default: quick)",
+        "kv_heads, seqlen_k, dtype, window, head_dim_v, sink, which take no other sizes (default: quick)",
     )
     cases.add_argument("--head-dims", type=list_of(positive_int), metavar="64,128")
     cases.add_argument("--seqlens", type=list_of(positive_int), metavar="1024,4096")
@@ -99,7 +94,7 @@ def add_command(commands: Commands) -> None:
         type=bounded_window,
         metavar="LEFT,RIGHT",
         help="each case also with this window, in the same rounds: how many keys before and after the "
-        "diagonal a query sees; -1: no limit",
+        "diagonal a query sees; -1: no limit, as in --window=-1,0",
     )
     cases.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, on the CPU float32")
     cases.add_argument("--tokens", type=positive_int, metavar="N", help="16384, on the CPU 4096")
@@ -138,7 +133,9 @@ def add_command(commands: Commands) -> None:
     method.add_argument(
         "--deadline-s", type=positive_float, metavar="S", help="start no case after this time"
     )
-    method.add_argument("--seed", type=int, help="of the random inputs (default: a fresh one)")
+    method.add_argument(
+        "--seed", type=seed, metavar="N", help="of the random inputs (default: a fresh one)"
+    )
     shown = parser.add_argument_group("what is shown")
     shown.add_argument(
         "--table",
@@ -184,11 +181,7 @@ def run(options: argparse.Namespace) -> int:
             return measure(options, lines)
     if options.out is None:
         return measure(options, None)
-    try:
-        file = open(options.out, "a")  # noqa: SIM115
-    except OSError as problem:
-        raise UsageError(f"--out: {problem}") from None
-    with file:
+    with opened_to_append("--out", options.out) as file:
         return measure(options, file)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import json
 import shutil
 import textwrap
 import time
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple, TextIO
 from .. import FlashcuteError, reference
 from . import peers
 from .kits import Array, Call, Inputs, Kit, choose_kit, in_layout
-from .options import DTYPES, UsageError
+from .options import DTYPES, INTERRUPTED, UsageError
 from .peers import Flashcute, Implementation
 from .presets import PRESETS
 from .problem import (
@@ -34,6 +33,7 @@ from .problem import (
 )
 from .progress import Work, make_progress
 from .provenance import provenance
+from .recorded import append, parsed
 from .table import format_bytes, format_digits, format_number, format_table, geometric_mean
 from .timing import interleaved_ms
 
@@ -89,6 +89,7 @@ def run_with(
     names = [one.name for one in implementations]
     lines: list[Line] = []
     remarks = list(missing)
+    interrupted = False
     works = [work_of(case, len(names), verifier) for _, case in cases]
     # A line that changes and lines for another program would meet on a terminal.
     plain = options.plain or options.out == "-"
@@ -100,9 +101,14 @@ def run_with(
                 break
             progress.case(title(preset, case))
             variants = with_and_without_window(case)
-            for measured in run_case(
-                kit, variants, implementations, verifier, options, progress.step
-            ):
+            try:
+                found = run_case(kit, variants, implementations, verifier, options, progress.step)
+            except KeyboardInterrupt:
+                interrupted = True
+                rest = len(cases) - i
+                remarks.append(f"interrupted: {rest} of {len(cases)} cases were not measured")
+                break
+            for measured in found:
                 kind = {"kind": verifier.kind}
                 if measured["window"] is not None:
                     kind = {"kind": "window", "pass": verifier.kind}
@@ -112,14 +118,15 @@ def run_with(
                     line["note"] = options.note
                 lines.append(line)
                 if out is not None:
-                    out.write(json.dumps(line, allow_nan=False) + "\n")
-                    out.flush()
+                    append(out, line)
             progress.end_case()
             told = lines[-len(variants) * len(implementations) :]
             for variant in variants:
                 of_variant = [x for x in told if x["window"] == variant.window]
                 print(f"{title(preset, variant)}: {in_short(of_variant)}", flush=True)
     print("\n" + report(lines, names, kit, remarks, options.table))
+    if interrupted:
+        return INTERRUPTED
     wrong = [x for x in lines if x["status"] == "wrong" and x["impl"].startswith("flashcute")]
     return 1 if wrong else 0
 
@@ -166,6 +173,7 @@ def make_cases(kit: Kit, options: argparse.Namespace) -> Iterator[Named]:
     name = options.grid or "quick"
     grid = GRIDS.get((name, kit.device))
     if grid is None:
+        refuse_beside(options, "--grid FILE", (*SIZE_OPTIONS, "seqlens", "batch", "tokens"))
         for case in read_cases(Path(name), dtype):
             yield None, case if case.window is not None else case._replace(window=options.window)
         return
@@ -173,7 +181,7 @@ def make_cases(kit: Kit, options: argparse.Namespace) -> Iterator[Named]:
     for head_dim in options.head_dims or HEAD_DIMS:
         for heads in heads_of(grid, head_dim, options):
             if heads % kv_ratio != 0:
-                raise UsageError(f"--kv-ratio: expected a divisor of {heads} heads")
+                raise UsageError(f"--kv-ratio: expected a divisor of {heads} heads, got {kv_ratio}")
             for causal in options.causal or (False, True):
                 for seqlen in options.seqlens or grid.seqlens:
                     batch = options.batch or max(1, (options.tokens or grid.tokens) // seqlen)
@@ -189,12 +197,20 @@ def heads_of(grid: GridSize, head_dim: int, options: argparse.Namespace) -> tupl
     return (max(1, (options.hidden or grid.hidden) // head_dim),)
 
 
+SIZE_OPTIONS = ("head_dims", "causal", "hidden", "heads", "kv_ratio")
+
+
+def refuse_beside(options: argparse.Namespace, source: str, names: Sequence[str]) -> None:
+    """Raises UsageError for an option of which nothing would be heard, since the cases have what it says."""
+    for name in names:
+        if getattr(options, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{source} says what {option} would: expected one of the two")
+
+
 def preset_cases(device: str, dtype: str, options: argparse.Namespace) -> Iterator[Named]:
     """The lengths of each preset; on the CPU its first."""
-    told = ("grid", "head_dims", "causal", "window", "hidden", "heads", "kv_ratio")
-    given = [f"--{x.replace('_', '-')}" for x in told if getattr(options, x) is not None]
-    if given:
-        raise UsageError(f"--preset says what {given[0]} would: expected one of the two")
+    refuse_beside(options, "--preset", ("grid", "window", *SIZE_OPTIONS))
     tokens = options.tokens or PRESET_TOKENS[device]
     for name in dict.fromkeys(options.preset):
         preset = PRESETS[name]
@@ -205,31 +221,48 @@ def preset_cases(device: str, dtype: str, options: argparse.Namespace) -> Iterat
 
 def read_cases(file: Path, dtype: str) -> Iterator[Case]:
     try:
-        rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-        for row in rows:
-            row = {"kv_heads": row["heads"], "seqlen_k": row["seqlen_q"], "dtype": dtype, **row}
-            case = Case(**row)
-            sizes = (*case[: Case._fields.index("causal")], case.value_dim)
-            if not all(type(size) is int and size > 0 for size in sizes):
-                raise ValueError(f"sizes must be positive integers, got {row}")
-            if case.heads % case.kv_heads != 0:
-                raise ValueError(f"kv_heads must divide heads, got {row}")
-            if (
-                case.dtype not in DTYPES
-                or not isinstance(case.causal, bool)
-                or not isinstance(case.sink, bool)
-            ):
-                raise ValueError(
-                    f"expected a dtype among {DTYPES} and a bool for causal and sink, got {row}"
-                )
-            if case.head_dim_v == case.head_dim:
-                case = case._replace(head_dim_v=None)
-            yield case._replace(window=read_window(case.window))
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+        rows = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
         raise UsageError(
-            f"--grid {file}: expected quick, peers, study, or a file with JSON lines of {Case._fields}: "
-            f"{type(problem).__name__}: {problem}"
+            f"--grid {file}: expected quick, peers, study, or a file with JSON lines: {problem}"
         ) from None
+    if not any(row.strip() for row in rows):
+        raise UsageError(f"--grid {file}: expected JSON lines, got an empty file")
+    for number, row in enumerate(rows, 1):
+        if row.strip():
+            try:
+                yield case_from(parsed(row), dtype)
+            except ValueError as problem:
+                raise UsageError(f"--grid {file}, line {number}: expected {problem}") from None
+
+
+def case_from(row: Any, dtype: str) -> Case:
+    """Raises ValueError with what was expected."""
+    if not isinstance(row, dict):
+        raise ValueError(f"an object, got {row!r}")
+    wrong = [name for name in row if name not in Case._fields]
+    missing = [
+        name for name in ("batch", "heads", "seqlen_q", "head_dim", "causal") if name not in row
+    ]
+    if wrong or missing:
+        raise ValueError(
+            f"fields among {', '.join(Case._fields)}, got {wrong[0]}"
+            if wrong
+            else f"{missing[0]}, got {row}"
+        )
+    case = Case(**{"kv_heads": row["heads"], "seqlen_k": row["seqlen_q"], "dtype": dtype, **row})
+    sizes = (*case[: Case._fields.index("causal")], case.value_dim)
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"sizes that are positive integers, got {row}")
+    if case.heads % case.kv_heads != 0:
+        raise ValueError(f"kv_heads that divide heads, got {row}")
+    if case.dtype not in DTYPES:
+        raise ValueError(f"a dtype among {', '.join(DTYPES)}, got {case.dtype!r}")
+    if not isinstance(case.causal, bool) or not isinstance(case.sink, bool):
+        raise ValueError(f"true or false as causal and sink, got {row}")
+    if case.head_dim_v == case.head_dim:
+        case = case._replace(head_dim_v=None)
+    return case._replace(window=read_window(case.window))
 
 
 def read_window(found: Any) -> Window:
@@ -237,7 +270,7 @@ def read_window(found: Any) -> Window:
     if found is None:
         return None
     if not isinstance(found, list) or [type(x) for x in found] != [int, int] or min(found) < -1:
-        raise ValueError(f"window must be two integers >= -1, got {found}")
+        raise ValueError(f"two integers >= -1 as window, got {found}")
     left, right = found
     return left, right
 
@@ -379,6 +412,9 @@ def run_case(
 ) -> list[Line]:
     """A line for each of the variants and implementations: measured, or why not. The variants have their turns in the
     same rounds, on the same inputs. `step` is told what is done."""
+    if variants[0].input_bytes > usable_bytes(kit):
+        why_not = {"status": "skipped", "reason": "its inputs do not fit into memory"}
+        return [first_fields(one, case) | why_not for case in variants for one in implementations]
     base = variants[0].random_inputs(kit)
     sink = variants[0].random_sink(kit)
     inputs = {"bshd": base}
@@ -387,8 +423,7 @@ def run_case(
     for case in variants:
         for one in implementations:
             name = f"{one.name} {case.label}"
-            line = lines[name] = {"impl": one.name, "impl_version": one.version, "config": None}
-            line.update(case._asdict(), status="ok")
+            line = lines[name] = first_fields(one, case)
             step(f"checking {one.name}")
             try:
                 prepare(kit, case, one, verifier, inputs, sink, line)
@@ -396,7 +431,7 @@ def run_case(
                     call = verifier.timed_call(one, inputs[one.layout], sink, case)
                     line["peak_bytes"] = kit.peak_bytes(call)
                     calls[name], line["timing"] = kit.repeatable(call)
-            except (FlashcuteError, RuntimeError, TypeError, ValueError, AssertionError) as problem:
+            except REFUSALS as problem:
                 # A peer that cannot do the case says so in many ways; the others go on.
                 text = str(problem).strip().partition("\n")[0]
                 line.update(status="failed", reason=f"{type(problem).__name__}: {text}"[:300])
@@ -432,6 +467,19 @@ def run_case(
     return [json_safe(line) for line in lines.values()]
 
 
+REFUSALS = (FlashcuteError, RuntimeError, TypeError, ValueError, AssertionError, MemoryError)
+
+
+def first_fields(one: Implementation, case: Case) -> Line:
+    """Of each line; the status may change."""
+    version = {"impl": one.name, "impl_version": one.version, "config": None}
+    return {**version, **case._asdict(), "status": "ok"}
+
+
+def usable_bytes(kit: Kit) -> int:
+    return int(0.8 * kit.free_bytes())
+
+
 def prepare(
     kit: Kit,
     case: Case,
@@ -442,8 +490,7 @@ def prepare(
     line: Line,
 ) -> None:
     """Checks an implementation, and makes the inputs in its layout. `line` says what came of it."""
-    too_much = one.score_bytes(case) - int(0.8 * kit.free_bytes())
-    if too_much > 0:
+    if one.score_bytes(case) > usable_bytes(kit):
         line.update(status="skipped", reason="its S x S matrices do not fit into memory")
         return
     line["config"] = one.config_name(kit, case)

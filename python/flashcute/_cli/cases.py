@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 
 from .. import BackwardConfig, ForwardConfig, _core
-from .bench import bounded_window
 from .options import (
     GPU_DTYPES,
     UsageError,
+    bounded_window,
     changed_backward_config,
     changed_config,
     config_changes,
@@ -44,7 +44,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
         "--window",
         type=bounded_window,
         metavar="LEFT,RIGHT",
-        help="how many keys before and after the diagonal a query sees; -1: no limit",
+        help="how many keys before and after the diagonal a query sees; -1: no limit, as in --window=-1,0",
     )
     cases.add_argument(
         "--config",
@@ -59,6 +59,9 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     kv_heads = options.heads if options.kv_heads is None else options.kv_heads
     if options.heads % kv_heads != 0:
         raise UsageError(f"--kv-heads: expected a divisor of {options.heads} heads, got {kv_heads}")
+    if "head_dim_v" in options.config:
+        raise UsageError("--config: expected no head_dim_v: values have the head dimension of keys")
+    window = None if options.window == (-1, -1) else options.window
     return [
         Case(
             batch=options.batch,
@@ -69,7 +72,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
             head_dim=options.head_dim,
             causal=options.causal,
             dtype=options.dtype,
-            window=options.window,
+            window=window,
         )
         for seqlen in options.seqlen
     ]

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 from .options import UsageError
 from .problem import EPSILON, ITEM_BYTES, Case
 from .recorded import (
+    POSITIVE,
     Key,
     Line,
     case_key,
     case_label,
+    counted,
     expect_one,
     head_ratio,
     is_timed,
@@ -121,6 +123,7 @@ def format_length(seqlen: float) -> str:
 def self_attention(lines: Iterable[Line]) -> list[Line]:
     """Results of calls or gradients that were right, with as many keys as queries and without a window, for one
     device and dtype, either calls or gradients, and one number of query heads for each key head."""
+    lines = list(lines)
     found = [
         x
         for x in lines
@@ -133,9 +136,19 @@ def self_attention(lines: Iterable[Line]) -> list[Line]:
     expect_one(found, head_ratio, "numbers of query heads for each key head", "--kv-ratio")
     if not found:
         raise UsageError(
-            "no measurement matches: expected forward or backward lines of bench, with status ok"
+            "no measurement matches: expected lines of bench, forward or backward, with status ok, as many keys as "
+            f"queries and no window; {came(lines)}"
         )
     return found
+
+
+def came(lines: Iterable[Line]) -> str:
+    """For messages: which lines there are."""
+    return f"the selected lines: {counted(lines) or 'none'}"
+
+
+def has_rate(line: Line) -> bool:
+    return POSITIVE.holds(line.get("tflops"))
 
 
 def same_machine(lines: Sequence[Line]) -> None:
@@ -230,7 +243,9 @@ def described(what: str, names: Iterable[str], lines: Sequence[Line]) -> str:
 
 def tflops(lines: Iterable[Line]) -> Chart:
     """TFLOP/s over the sequence length."""
-    found = [x for x in self_attention(lines) if "tflops" in x]
+    found = [x for x in self_attention(lines) if has_rate(x)]
+    if not found:
+        raise UsageError("no line holds tflops above 0")
     one_problem_a_length(found)
     speeds = medians(found, cell, lambda x: x["tflops"])
     unit, factor = ("GFLOP/s", 1e3) if max(speeds.values()) < 2 else ("TFLOP/s", 1.0)
@@ -278,9 +293,9 @@ def speed_ups(lines: Sequence[Line], ours: str, peers: Sequence[str] | None) -> 
         if case in own and impl != ours and is_peer:
             found.append(SpeedUp(own[case], impl, time / times[(case, ours)]))
     if not found:
-        measured = ", ".join(sorted({x["impl"] for x in lines})) or "none"
+        timed = ", ".join(sorted({x["impl"] for x in lines})) or "no times of implementations"
         raise UsageError(
-            f"no case was timed with both {ours} and another implementation: the lines hold {measured}; "
+            f"no case was timed with both {ours} and another implementation: the lines hold {timed}; "
             "see --ours, and --impls for other variants of flashcute"
         )
     return found
@@ -406,17 +421,27 @@ def of_marks(
 # ---- masks -------------------------------------------------------------------------------------
 
 
+DOCUMENT_FIELDS = {
+    *("tokens", "head_dim", "ms_flex_documents", "ms_flex_build"),
+    *("ms_mapped_documents", "ms_build_documents"),
+}
+
+
 def masks(lines: Iterable[Line], peers: Sequence[str] | None = None) -> Chart:
     """Packed sequences, and documents in one row, beside other libraries."""
+    lines = list(lines)
     shown = [
         x
         for x in lines
         if (x["kind"] == "packed" and is_timed(x) and pass_of(x) == "forward")
-        or (x["kind"] == "block_masks" and "ms_flex_documents" in x)
+        or (x["kind"] == "block_masks" and set(x) >= DOCUMENT_FIELDS)
     ]
     marks = [x for x in (*packed(shown), *documents(shown)) if peers is None or x.peer in peers]
     if not marks:
-        raise UsageError("no line of packed sequences or of documents (packed, block_masks)")
+        raise UsageError(
+            "no measurement matches: expected lines of packed sequences or of documents (packed, block_masks) beside "
+            f"another implementation; {came(lines)}"
+        )
     expect_one(shown, lambda x: x.get("device"), "devices", "--device")
     return of_marks("masks", marks, shown, also="forward")
 
@@ -444,10 +469,10 @@ def documents(lines: Iterable[Line]) -> Iterator[Mark]:
 
 def memory(lines: Iterable[Line]) -> Chart:
     """Peak memory beside the inputs, for each query head of each sequence: so problems with other numbers of them
-    compare. Where several share a length, the largest."""
-    found = [x for x in self_attention(lines) if x.get("peak_bytes") is not None]
+    compare. Where several share a length, the largest. A peak of 0 is below what the meter of the CPU notices."""
+    found = [x for x in self_attention(lines) if x.get("peak_bytes")]
     if not found:
-        raise UsageError("no line holds peak_bytes")
+        raise UsageError("no line holds peak_bytes above 0")
     peaks: dict[Cell, float] = {}
     for x in found:
         key, peak = cell(x), x["peak_bytes"] / (x["batch"] * x["heads"])
@@ -502,7 +527,7 @@ def error(lines: Iterable[Line], relative_to: str | None = None) -> Chart:
             errors = {
                 (*row, impl): value / errors[(*row, relative_to)]
                 for (*row, impl), value in errors.items()
-                if (*row, relative_to) in errors
+                if errors.get((*row, relative_to))  # one key: both are exact
             }
         curves = [
             Curve(
@@ -525,9 +550,7 @@ def error(lines: Iterable[Line], relative_to: str | None = None) -> Chart:
             table_rows.append([title, row_name, *texts])
     if relative_to is None:
         what = "error against float64: |x - exact| / |exact|, Euclidean norms"
-        dtype = found[0]["dtype"]
-        unit = EPSILON[dtype] / 2
-        rules = (Rule("x", unit, f"one rounding to {dtype}, at most: {unit:.2g}"),)
+        rules = rounding_of(found[0]["dtype"])
     else:
         what = f"error against float64, over that of {label(relative_to)} in the same dtype"
         rules = (Rule("x", 1.0),)
@@ -544,6 +567,14 @@ def error(lines: Iterable[Line], relative_to: str | None = None) -> Chart:
         shown=len(found),
         rules=rules,
     )
+
+
+def rounding_of(dtype: str) -> tuple[Rule, ...]:
+    """Where the dtype is known."""
+    if dtype not in EPSILON:
+        return ()
+    unit = EPSILON[dtype] / 2
+    return (Rule("x", unit, f"one rounding to {dtype}, at most: {unit:.2g}"),)
 
 
 # ---- roofline ----------------------------------------------------------------------------------
@@ -588,7 +619,10 @@ def case_of(line: Line) -> Case:
 
 def theoretical_bytes(line: Line) -> float | None:
     """What must cross the memory: each input and result once; what stores the scores writes and reads them and the
-    probabilities too. None for the gradients of the latter, which depend on what autograd keeps."""
+    probabilities too. None for the gradients of the latter, which depend on what autograd keeps, and for a dtype that
+    is not known."""
+    if line["dtype"] not in ITEM_BYTES:
+        return None
     case, stores_scores = case_of(line), line["impl"] in STORES_SCORES
     item = ITEM_BYTES[case.dtype]
     rows = case.batch * (case.heads * case.seqlen_q + case.kv_heads * case.seqlen_k)
@@ -601,10 +635,12 @@ def theoretical_bytes(line: Line) -> float | None:
 
 def measured_bytes(lines: Iterable[Line]) -> dict[tuple[Any, ...], float]:
     """What Nsight Compute counted at DRAM, by problem and configuration, in the lines of `io --ncu`."""
+    found = [x for x in lines if x["kind"] == "io" and x.get("measured")]
+    names = ("dram_read", "dram_written")
     return {
-        traffic_key(x): float(x["measured"]["dram_read"] + x["measured"]["dram_written"])
-        for x in lines
-        if x["kind"] == "io" and {"dram_read", "dram_written"} <= set(x.get("measured") or {})
+        traffic_key(x): float(sum(x["measured"][name] for name in names))
+        for x in found
+        if all(POSITIVE.holds(x["measured"].get(name)) for name in names)
     }
 
 
@@ -614,10 +650,11 @@ def traffic_key(line: Line) -> tuple[Any, ...]:
 
 def ceilings_of(line: Line, tflops: float | None, bandwidth_gb: float | None) -> Ceilings | None:
     """As given, else as published; None where neither is known."""
-    known = published_ceilings(line["device"], line["dtype"])
+    device = line.get("device") or "a device without a name"
+    known = published_ceilings(device, line["dtype"])
     if known is None and (tflops is None) != (bandwidth_gb is None):
         raise UsageError(
-            f"--peak-tflops, --bandwidth-gb: expected both, for nothing is known of {line['device']}"
+            f"--peak-tflops, --bandwidth-gb: expected both, for nothing is known of {device}"
         )
     if known is None:
         return Ceilings(tflops, bandwidth_gb) if tflops and bandwidth_gb else None
@@ -630,7 +667,7 @@ def roofline(
     """TFLOP/s over FLOP per byte of memory traffic, under what the device can do."""
     lines = list(lines)
     counted = measured_bytes(x for x in lines if x.get("window") is None)
-    found = [x for x in self_attention(lines) if "tflops" in x and "ms_p50" in x]
+    found = [x for x in self_attention(lines) if has_rate(x) and is_timed(x)]
     moved = {
         id(x): traffic
         for x in found

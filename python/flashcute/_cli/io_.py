@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +16,13 @@ from .kits import choose_kit
 from .options import Commands, UsageError, positive_float
 from .problem import ITEM_BYTES, Case
 from .provenance import provenance
+from .recorded import append, opened_to_append
 from .table import format_bytes, format_number, format_table
 
 LSE_BYTES = 4  # float32
 # An H200 (SXM) by NVIDIA's data sheet: 1,979 TFLOP/s of bfloat16 with sparsity, which is half without; 4.8 TB/s.
 PEAK_TFLOPS, BANDWIDTH_TB = 989.0, 4.8
-LONGEST = 2**24
+LONGEST = 2**24  # sequence: its tiles are looked at one by one
 
 LEVELS = ("standard, DRAM", "flash, DRAM", "flash, L2")
 COUNTERS = {
@@ -221,6 +222,9 @@ def add_command(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     cases = cases_of(options)
+    longest = max(max(case.seqlen_q, case.seqlen_k) for case in cases)
+    if longest > LONGEST:
+        raise UsageError(f"--seqlen, --seqlen-k: expected at most {LONGEST:,}, got {longest:,}")
     program = None
     if options.ncu:
         ncu.require_gpu()
@@ -230,18 +234,18 @@ def run(options: argparse.Namespace) -> int:
             )
         program = ncu.require_ncu()
     arch = options.arch or gpu_arch()
+    configs = [forward_config(case, arch, options) for case in cases]
     common = provenance(choose_kit("auto", prefer_numpy=True), options.commit)
     ratio = options.peak / options.bandwidth
-    print(
-        f"{options.peak:g} TFLOP/s and {options.bandwidth:g} TB/s: each byte of DRAM must bring {ratio:.0f} FLOP"
-    )
-    for case in cases:
-        cfg = forward_config(case, arch, options)
-        found = None if program is None else measured(program, case, options)
-        print("\n" + told(case, cfg, arch, ratio, found), flush=True)
-        if options.out:
-            line = {"kind": "io", **common, **case._asdict(), **record(case, cfg, arch, found)}
-            append(options.out, line)
+    with nullcontext() if options.out is None else opened_to_append("--out", options.out) as out:
+        print(
+            f"{options.peak:g} TFLOP/s and {options.bandwidth:g} TB/s: each byte of DRAM must bring {ratio:.0f} FLOP"
+        )
+        for case, cfg in zip(cases, configs, strict=True):
+            found = None if program is None else measured(program, case, options)
+            print("\n" + told(case, cfg, arch, ratio, found), flush=True)
+            if out is not None:
+                append(out, common | record(case, cfg, arch, found))
     return 0
 
 
@@ -310,17 +314,11 @@ def record(
     names = ("standard", "flash_dram", "flash_l2")
     theory = {name: traffic_of(level, case, cfg) for name, level in zip(names, LEVELS, strict=True)}
     return {
+        "kind": "io",
+        **case._asdict(),
         "arch": arch,
         "config": str(cfg.name),
         "blocks": blocks_of(case, cfg)._asdict(),
         "theory": {name: traffic._asdict() for name, traffic in theory.items()},
         "measured": found,
     }
-
-
-def append(file: str, line: dict[str, Any]) -> None:
-    try:
-        with open(file, "a") as out:
-            out.write(json.dumps(line, allow_nan=False) + "\n")
-    except OSError as problem:
-        raise UsageError(f"--out: {problem}") from None

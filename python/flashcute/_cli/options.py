@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,22 +15,36 @@ Commands = Any
 GPU_DTYPES = ("float16", "bfloat16", "float32")
 DTYPES = (*GPU_DTYPES, "float64")
 
+INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
+
 
 class UsageError(Exception):
     """A request that cannot be met here; the message says what to do instead."""
 
 
 def positive_int(text: str) -> int:
-    number = int(text)  # argparse reports a ValueError
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
+    return _int_from(text, 1)
 
 
 def natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"expected at least 0, got {number}")
+    return _int_from(text, 0)
+
+
+def _int_from(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"expected an integer, at least {least}, got {text!r}")
+    return number
+
+
+def seed(text: str) -> int:
+    """What the generators of all libraries take."""
+    number = natural(text)
+    if number >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer below 2**63, got {text!r}")
     return number
 
 
@@ -54,10 +69,20 @@ def window(text: str) -> tuple[int, int]:
     return left, right
 
 
+def bounded_window(text: str) -> tuple[int, int]:
+    left, right = window(text)
+    if min(left, right) < -1:
+        raise argparse.ArgumentTypeError(f"expected two integers >= -1, LEFT,RIGHT, got {text!r}")
+    return left, right
+
+
 def positive_float(text: str) -> float:
-    number = float(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return number
 
 
@@ -69,13 +94,8 @@ def boolean(text: str) -> bool:
 
 
 def list_of(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """The type of a comma-separated list."""
-
-    def parse(text: str) -> list[Any]:
-        return [item(part) for part in text.split(",")]
-
-    parse.__name__ = f"list of {item.__name__}"  # argparse's messages show it
-    return parse
+    """The type of a comma-separated list, whose items' type reports what is wrong by an ArgumentTypeError."""
+    return lambda text: [item(part) for part in text.split(",")]
 
 
 # ---- configurations ----------------------------------------------------------------------------

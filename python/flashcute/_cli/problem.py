@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -65,7 +64,23 @@ class Case(NamedTuple):
     @property
     def visible_pairs(self) -> int:
         """Of a query and a key, in each head."""
-        return _visible_pairs(self._replace(batch=1, heads=1, kv_heads=1))
+        left, right = (-1, -1) if self.window is None else self.window
+        right = 0 if self.causal else right
+        own = self.seqlen_k - self.seqlen_q  # the key of query 0
+        before_end = self.seqlen_q * self.seqlen_k if right < 0 else self._pairs_up_to(own + right)
+        return before_end - (0 if left < 0 else self._pairs_up_to(own - left - 1))
+
+    def _pairs_up_to(self, key: int) -> int:
+        """Pairs whose key is at most `key` for query 0, one further for each query after it."""
+
+        def sum_to(n: int) -> int:
+            return n * (n + 1) // 2 if n > 0 else 0
+
+        def pairs(last: int) -> int:
+            """As if keys had no end."""
+            return sum_to(last + self.seqlen_q) - sum_to(last)
+
+        return pairs(key) - pairs(key - self.seqlen_k)
 
     @property
     def score_count(self) -> int:
@@ -94,6 +109,10 @@ class Case(NamedTuple):
         k = (self.batch, self.seqlen_k, self.kv_heads, self.head_dim)
         return q, k, (*k[:3], self.value_dim)
 
+    @property
+    def input_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype] * sum(math.prod(shape) for shape in self.shapes())
+
     def random_inputs(self, kit: Kit) -> Inputs:
         q, k, v = (kit.normal(shape, self.dtype) for shape in self.shapes())
         return q, k, v
@@ -101,11 +120,6 @@ class Case(NamedTuple):
     def random_sink(self, kit: Kit) -> Array | None:
         """(heads,), where there is one."""
         return kit.normal((self.heads,), self.dtype) if self.sink else None
-
-
-@functools.cache
-def _visible_pairs(case: Case) -> int:
-    return sum(len(case.keys_of(row)) for row in range(case.seqlen_q))
 
 
 class Result(NamedTuple):

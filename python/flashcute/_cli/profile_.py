@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import shlex
 import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from .kits import Call, Kit, choose_kit
 from .options import Commands, UsageError
 from .problem import Case
 from .provenance import provenance
+from .recorded import append, opened_to_append
 from .table import format_bytes
 
 WARM_UP = 2  # calls before the one that is profiled: the first may compile and load the kernel
@@ -347,14 +348,19 @@ def run(options: argparse.Namespace) -> int:
     ncu.require_gpu()
     program = ncu.require_ncu()
     print("ncu, for the counters of one call:")
-    with tempfile.TemporaryDirectory(prefix="flashcute_profile_") as folder:
+    with (
+        nullcontext() if options.json is None else opened_to_append("--json", options.json) as out,
+        tempfile.TemporaryDirectory(prefix="flashcute_profile_") as folder,
+    ):
         launches = ncu.profile(program, job, report or str(Path(folder) / "profile.ncu-rep"))
+        if out is not None:
+            common = provenance(choose_kit("auto", prefer_numpy=True), options.commit)
+            for one in launches:
+                append(out, record(case, one, common))
     for one in launches:
         print("\n" + told(case, one, options))
     if report is not None:
-        print(f"\n{report}: the report; `ncu-ui {report}` shows all of it")
-    if options.json:
-        write_lines(options, case, launches)
+        print(f"\n{report}: the report; `{shlex.join(['ncu-ui', report])}` shows all of it")
     return 0
 
 
@@ -367,8 +373,9 @@ def report_file(name: str | None) -> str | None:
     """With the suffix that ncu appends where it is missing."""
     if name is None:
         return None
-    if not Path(name).resolve().parent.is_dir():
-        raise UsageError(f"--out: expected a file in a folder that exists, got {name}")
+    path = Path(name)
+    if not path.name or path.is_dir() or not path.resolve().parent.is_dir():
+        raise UsageError(f"--out: expected a file in a folder that exists, got {name!r}")
     return name if name.endswith(".ncu-rep") else f"{name}.ncu-rep"
 
 
@@ -387,16 +394,6 @@ def told(case: Case, one: ncu.Profiled, options: argparse.Namespace) -> str:
             metric.meaning, 96, initial_indent="      ", subsequent_indent="      "
         )
     return "\n".join([*lines, "", verdict(one.metrics)])
-
-
-def write_lines(options: argparse.Namespace, case: Case, launches: list[ncu.Profiled]) -> None:
-    common = provenance(choose_kit("auto", prefer_numpy=True), options.commit)
-    try:
-        with open(options.json, "a") as out:
-            for one in launches:
-                out.write(json.dumps(record(case, one, common), allow_nan=False) + "\n")
-    except OSError as problem:
-        raise UsageError(f"--json: {problem}") from None
 
 
 def record(case: Case, one: ncu.Profiled, common: dict[str, Any]) -> dict[str, Any]:

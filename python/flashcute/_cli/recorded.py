@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from .options import UsageError, list_of, positive_int
 
@@ -17,20 +18,45 @@ Line = dict[str, Any]
 # What tells one measured problem from another, in every kind of line; a field that a line lacks does not count.
 CASE_FIELDS = (
     *("kind", "pass", "preset", "case", "schedule", "call", "batch", "heads", "kv_heads"),
-    *(
-        "seqlen",
-        "seqlen_q",
-        "seqlen_k",
-        "head_dim",
-        "head_dim_v",
-        "causal",
-        "window",
-        "sink",
-        "dtype",
-    ),
-    *("layers", "parameters", "steps", "cold_l2"),
+    *("seqlen", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v", "causal", "window", "sink"),
+    *("dtype", "layers", "parameters", "steps", "cold_l2"),
 )
 Key = tuple[tuple[str, Any], ...]
+
+
+class Field(NamedTuple):
+    meaning: str
+    holds: Callable[[Any], bool]  # whether it is that
+
+
+NAME = Field("a name", lambda x: isinstance(x, str))
+COUNT = Field("a positive integer", lambda x: type(x) is int and x > 0)
+POSITIVE = Field("a positive number", lambda x: type(x) in (int, float) and 0 < x < math.inf)
+MAGNITUDE = Field("a number >= 0", lambda x: type(x) in (int, float) and 0 <= x < math.inf)
+
+# What `checked` looks at: a value of another type would be a traceback, or a wrong picture, much later.
+FIELDS = {
+    **dict.fromkeys(("impl", "dtype", "device", "status", "pass"), NAME),
+    **dict.fromkeys(("batch", "heads", "kv_heads", "seqlen", "seqlen_q", "seqlen_k"), COUNT),
+    **dict.fromkeys(("head_dim", "head_dim_v"), COUNT),
+    **dict.fromkeys(("causal", "sink"), Field("true or false", lambda x: isinstance(x, bool))),
+    "window": Field(
+        "two integers",
+        lambda x: isinstance(x, list) and [type(side) for side in x] == [int, int],
+    ),
+    "measured": Field("an object", lambda x: isinstance(x, dict)),
+    **dict.fromkeys(("ms_p10", "ms_p50", "ms_p90", "ms_p99"), POSITIVE),
+    **dict.fromkeys(("peak_bytes", "rel_l2", "dq_rel_l2", "dk_rel_l2", "dv_rel_l2"), MAGNITUDE),
+}
+SIZES = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "head_dim")
+PROBLEM = (*SIZES, "causal", "dtype")
+# What lines have without exception, by kind.
+NEEDED = {
+    "forward": ("impl", *PROBLEM),
+    "backward": ("impl", *PROBLEM),
+    "packed": ("heads", "kv_heads", "head_dim", "causal"),
+    "io": PROBLEM,
+}
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -53,22 +79,57 @@ def read_file(file: Path) -> list[Line]:
         if not row.strip():
             continue
         try:
-            line = json.loads(row)
-        except json.JSONDecodeError as problem:
-            raise UsageError(f"{file}, line {number}: expected JSON: {problem}") from None
-        if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
-            raise UsageError(
-                f'{file}, line {number}: expected an object with a "kind", as bench --out writes'
-            )
-        lines.append(line)
+            lines.append(checked(parsed(row)))
+        except ValueError as problem:
+            raise UsageError(f"{file}, line {number}: expected {problem}") from None
     if not lines:
         raise UsageError(f"{file}: expected JSON lines, got an empty file")
     return lines
 
 
+def parsed(row: str) -> Any:
+    """Raises ValueError with what was expected."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"JSON, which has no {constant}")
+
+    try:
+        return json.loads(row, parse_constant=refuse)
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"JSON: {problem}") from None
+
+
+def checked(line: Any) -> Line:
+    """The same. What it lets through, charts and comparisons can work with."""
+    if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
+        raise ValueError('an object with a "kind", as bench --out writes')
+    missing = [name for name in NEEDED.get(line["kind"], ()) if line.get(name) is None]
+    if missing:
+        raise ValueError(f"{missing[0]}, which lines of kind {line['kind']} have")
+    for name, field in FIELDS.items():
+        value = line.get(name)
+        if value is not None and not field.holds(value):
+            raise ValueError(f"{field.meaning} as {name}, got {value!r}")
+    return line
+
+
+def opened_to_append(option: str, file: str) -> TextIO:
+    """Before anything is measured, since what cannot be recorded need not be. Raises UsageError naming the option."""
+    try:
+        return open(file, "a", encoding="utf-8")
+    except OSError as problem:
+        raise UsageError(f"{option} {file}: {problem.strerror}") from None
+
+
+def append(out: TextIO, line: Line) -> None:
+    """At once: a run that is interrupted keeps the lines that it has."""
+    out.write(json.dumps(line, allow_nan=False) + "\n")
+    out.flush()
+
+
 def is_timed(line: Line) -> bool:
     """Whether it holds the time of an implementation."""
-    return isinstance(line.get("ms_p50"), int | float) and isinstance(line.get("impl"), str)
+    return line.get("ms_p50") is not None and line.get("impl") is not None
 
 
 def counted(lines: Iterable[Line]) -> str:
