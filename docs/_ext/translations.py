@@ -55,7 +55,7 @@ def translations(docs: Path = DOCS) -> list[Translation]:
 
 def tell_readers(app: Any, docname: str, source: list[str]) -> None:
     if docname.startswith("zh/"):
-        found = translation(DOCS / f"{docname}.md")
+        found = translation(DOCS / f"{docname}.md", DOCS)
         if found.stale:
             original = f"../{found.original.relative_to(DOCS)}"
             source[0] = HEAD.sub(lambda head: head[0] + STALE.format(original=original), source[0])

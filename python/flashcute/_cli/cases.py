@@ -11,6 +11,7 @@ from .options import (
     bounded_window,
     changed_backward_config,
     changed_config,
+    changes_text,
     config_changes,
     list_of,
     positive_int,
@@ -95,8 +96,7 @@ def case_arguments(case: Case, options: argparse.Namespace) -> list[str]:
     if case.window is not None:
         told.append("--window={},{}".format(*case.window))
     if options.config:
-        changes = ((k, v if isinstance(v, str) else int(v)) for k, v in options.config.items())
-        told += ["--config", ",".join(f"{name}={value}" for name, value in changes)]
+        told += ["--config", changes_text(options.config)]
     return told
 
 

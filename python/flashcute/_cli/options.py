@@ -149,6 +149,14 @@ def add_config_arguments(parser: argparse.ArgumentParser, *kinds: type[Config]) 
         )
 
 
+def changes_text(changes: dict[str, Any]) -> str:
+    """What `config_changes` reads."""
+    return ",".join(
+        f"{name}={value if isinstance(value, str) else int(value)}"
+        for name, value in changes.items()
+    )
+
+
 def given_changes(options: argparse.Namespace, *kinds: type[Config]) -> dict[str, Any]:
     """What the arguments were set to that add_config_arguments added for these classes."""
     known = {name for kind in kinds for name in config_options(kind)}

@@ -21,7 +21,7 @@ from .. import (
 )
 from .._call import checked_options
 from .kits import Array, Call, Inputs, Kit, in_layout
-from .options import UsageError, changed_backward_config, changed_config
+from .options import UsageError, changed_backward_config, changed_config, changes_text
 from .problem import ITEM_BYTES, Case, Result, Window
 
 SDPA_BACKENDS = {
@@ -168,11 +168,7 @@ def dtype_name(array: Array) -> str:
 
 
 def changed_name(changes: dict[str, Any]) -> str:
-    text = ",".join(
-        f"{name}={value if isinstance(value, str) else int(value)}"
-        for name, value in changes.items()
-    )
-    return f"flashcute[{text}]" if text else "flashcute"
+    return f"flashcute[{changes_text(changes)}]" if changes else "flashcute"
 
 
 class FlashcuteGradients(Implementation):

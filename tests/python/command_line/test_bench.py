@@ -33,8 +33,8 @@ from flashcute._cli.table import format_digits, format_seconds, format_table
 from optional_torch import needs_torch
 
 CASE = Case(1, 2, 2, 40, 40, 16, True, "float32")
-BENCH = ["bench", "--device", "cpu", "--rounds", "1", "--budget-ms", "1", "--batch", "1"]
-TINY = [*BENCH, "--seqlens", "64", "--head-dims", "16", "--heads", "2"]
+BENCH = ["bench", "--device", "cpu", "--rounds", "1", "--budget-ms", "1"]
+TINY = [*BENCH, "--batch", "1", "--seqlens", "64", "--head-dims", "16", "--heads", "2"]
 CHEAPEST = [*TINY, "--causal", "1", "--impls", "flashcute"]
 
 
