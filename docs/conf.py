@@ -14,6 +14,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx_copybutton",
     "command_line",
+    "long_names",
     "mathml",
     "repository_files",
     "plain_docstrings",
@@ -21,6 +22,7 @@ extensions = [
 ]
 exclude_patterns = ["_ext"]
 nitpicky = False
+smartquotes_action = "q"  # quotes alone: "--" and "..." stand for themselves
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_inline"]
 myst_heading_anchors = 4

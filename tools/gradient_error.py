@@ -26,7 +26,7 @@ HEAD_DIMS = (40, 64, 72, 104, 128, 256)
 NAMES = ("dq", "dk", "dv")
 FILES = {"cpu": "gradient_error.md", "cuda": "gradient_error_gpu.md"}
 
-TEXT = """# Error of gradients
+TEXT = """# Error of gradients ({device})
 
 How far the gradients of {whose} are from exact ones, as the
 relative error ||found - exact|| / ||exact|| (Euclidean norm over a whole tensor). The exact gradients are those of

@@ -21,7 +21,7 @@ from sphinx.application import Sphinx
 ROOT = Path(__file__).parents[2]
 FOLDER = "repository"  # in the built pages
 # Of a file that is shown; of a larger one the beginning. (Recorded lines take long to highlight.)
-MOST_BYTES = {".jsonl": 20_000}
+MOST_BYTES = {".jsonl": 20_000, ".json": 20_000}
 MOST_BYTES_OF_OTHERS = 200_000
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)(?:#[^)\s]*)?\)")
 
@@ -70,7 +70,11 @@ def pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
         else:
             body = code_of(app, target)
         title = html.escape(str(target))
-        yield f"{FOLDER}/{target}", {"title": title, "body": f"<h1>{title}</h1>{body}"}, "page.html"
+        yield (
+            f"{FOLDER}/{target}",
+            {"title": title, "body": f"<h1>{title.replace('/', '/<wbr>')}</h1>{body}"},
+            "page.html",
+        )
 
 
 def list_of(folder: Path, entries: list[Path]) -> str:

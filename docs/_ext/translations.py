@@ -19,8 +19,12 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from docutils import nodes
+
 DOCS = Path(__file__).parents[1]
 HEAD = re.compile(r"^<!-- translation of (\S+\.md) at ([0-9a-f]{12}) -->\n")
+CHINESE, MARK = r"[\u3400-\u9fff]", r"[\u2018-\u201d\u3000-\u303f\uff00-\uffef]"
+NEEDLESS_SPACE = re.compile(rf"(?<={CHINESE})\n(?={CHINESE})|(?<={MARK})\n|\n(?={MARK})")
 STALE = """:::{{warning}}
 [英文原文]({original})在本页翻译之后有更新，内容可能已经过时。
 :::
@@ -61,8 +65,35 @@ def tell_readers(app: Any, docname: str, source: list[str]) -> None:
             source[0] = HEAD.sub(lambda head: head[0] + STALE.format(original=original), source[0])
 
 
+def join_lines(app: Any, doctree: Any) -> None:
+    """A line's end in the source is a space to browsers, and Chinese has none: between two Chinese characters, and
+    beside a full-width mark, which brings its own room, lines are joined."""
+    if not app.env.docname.startswith("zh/"):
+        return
+    for element in doctree.findall(nodes.TextElement):
+        if isinstance(element, nodes.FixedTextElement | nodes.literal):
+            continue
+        parts = element.children
+        for at, text in enumerate(parts):
+            if isinstance(text, nodes.Text) and "\n" in text:  # it may be a line's end alone
+                before = parts[at - 1].astext()[-1:] if at else ""
+                after = parts[at + 1].astext()[:1] if at + 1 < len(parts) else ""
+                joined = NEEDLESS_SPACE.sub("", f"{before}{text}{after}")
+                element[at] = nodes.Text(joined[len(before) : len(joined) - len(after)])
+
+
+def tell_language(
+    app: Any, page: str, template: str, context: dict[str, Any], doctree: Any
+) -> None:
+    """So that browsers take Chinese forms of the characters, and not the Japanese ones."""
+    if page.startswith("zh/"):
+        context["language"] = "zh-CN"
+
+
 def setup(app: Any) -> dict[str, Any]:
     app.connect("source-read", tell_readers)
+    app.connect("doctree-read", join_lines)
+    app.connect("html-page-context", tell_language)
     return {"parallel_read_safe": True, "parallel_write_safe": True, "version": "1"}
 
 

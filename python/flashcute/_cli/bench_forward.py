@@ -24,6 +24,7 @@ from .presets import PRESETS
 from .problem import (
     Case,
     Errors,
+    Given,
     Result,
     Window,
     complaint,
@@ -346,11 +347,11 @@ class Verifier:
         small = self.small(case)
         key = one.name, small
         if key not in self.verdicts:
-            inputs = small.random_inputs(self.kit)
-            given = self.kit, *inputs, small.causal, small.window, small.random_sink(self.kit)
-            ref = fp64_reference(*given)
-            naive = errors(naive_result(*given), ref)
-            found = errors(one.result(*given), ref)
+            inputs, sink = small.random_inputs(self.kit), small.random_sink(self.kit)
+            given = Given(*inputs, small.causal, small.window, sink)
+            ref = fp64_reference(self.kit, given)
+            naive = errors(naive_result(self.kit, given), ref)
+            found = errors(one.result(self.kit, given), ref)
             wrong = complaint(found, naive, ref, small.dtype)
             self.verdicts[key] = Verdict(wrong and f"{small.label}: {wrong}", found, naive)
         return self.verdicts[key]
@@ -370,7 +371,7 @@ class Verifier:
         import numpy as np
 
         q, k, v = inputs
-        out = one.output(self.kit, q, k, v, case.causal, case.window, sink)
+        out = one.output(self.kit, Given(q, k, v, case.causal, case.window, sink))
         random = np.random.default_rng()
         places = [(0, 0, 0), (case.batch - 1, case.seqlen_q - 1, case.heads - 1)]
         sizes = (case.batch, case.seqlen_q, case.heads)

@@ -26,6 +26,7 @@ from .recorded import (
     ratio_text,
 )
 from .table import format_bytes, geometric_mean
+from .traffic import flash_dram, lse_bytes, matrix_bytes, standard
 
 OURS = "flashcute"
 
@@ -273,7 +274,7 @@ def tflops(lines: Iterable[Line]) -> Chart:
 # ---- speed-up ----------------------------------------------------------------------------------
 
 
-def faster(ours: str) -> str:
+def meaning_of_ratio(ours: str) -> str:
     return f"their time / {label(ours)}'s: above 1, {label(ours)} is faster"
 
 
@@ -349,7 +350,7 @@ def speedup_by_length(found: Sequence[SpeedUp], lines: Sequence[Line], ours: str
         x="sequence length",
         y=f"their time / {label(ours)}'s",
         footer=f"above 1, {label(ours)} is faster; {provenance(kept)}",
-        table=f"{faster(ours)}\n\n{table}\n| geometric mean |  | {' | '.join(means)} |",
+        table=f"{meaning_of_ratio(ours)}\n\n{table}\n| geometric mean |  | {' | '.join(means)} |",
         shown=len(kept),
         rules=(Rule("y", 1.0),),
     )
@@ -409,10 +410,10 @@ def of_marks(
         title=described(f"Their time over {label(ours)}'s by case", names, lines),
         form="dots",
         panels=tuple(panels),
-        x=faster(ours),
+        x=meaning_of_ratio(ours),
         y="",
         footer=", ".join(filter(None, (provenance(lines), also))),
-        table=f"{faster(ours)}\n\n{markdown_table(header, rows, left=2)}",
+        table=f"{meaning_of_ratio(ours)}\n\n{markdown_table(header, rows, left=2)}",
         shown=len(lines),
         rules=(Rule("x", 1.0),),
     )
@@ -609,7 +610,6 @@ def published_ceilings(device: str, dtype: str) -> Ceilings | None:
     return Ceilings(tf32 if dtype == "float32" else half, bandwidth)
 
 
-LSE_BYTES = 4  # float32
 STORES_SCORES = ("naive", "sdpa_math")
 
 
@@ -624,13 +624,10 @@ def theoretical_bytes(line: Line) -> float | None:
     if line["dtype"] not in ITEM_BYTES:
         return None
     case, stores_scores = case_of(line), line["impl"] in STORES_SCORES
-    item = ITEM_BYTES[case.dtype]
-    rows = case.batch * (case.heads * case.seqlen_q + case.kv_heads * case.seqlen_k)
-    matrices = rows * (case.head_dim + case.value_dim) * item  # q, out; k, v
-    lse = case.batch * case.heads * case.seqlen_q * LSE_BYTES
     if pass_of(line) == "forward":
-        return float(matrices + (4 * case.score_count * item if stores_scores else lse))
-    return None if stores_scores else float(2 * matrices + lse)  # and the gradients of each
+        return float((standard if stores_scores else flash_dram)(case).total)
+    # And the gradients of each.
+    return None if stores_scores else float(2 * sum(matrix_bytes(case)) + lse_bytes(case))
 
 
 def measured_bytes(lines: Iterable[Line]) -> dict[tuple[Any, ...], float]:

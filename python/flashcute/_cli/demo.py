@@ -12,7 +12,16 @@ from .. import __version__, explain
 from .kits import Inputs, Kit, add_device_argument, choose_kit, in_layout
 from .options import DTYPES, Commands, UsageError, positive_int
 from .peers import Flashcute, Implementation, Naive, Sdpa
-from .problem import EPSILON, ITEM_BYTES, Case, complaint, errors, fp64_reference, naive_result
+from .problem import (
+    EPSILON,
+    ITEM_BYTES,
+    Case,
+    Given,
+    complaint,
+    errors,
+    fp64_reference,
+    naive_result,
+)
 from .provenance import device_name
 from .table import format_bytes, format_number, format_table
 from .timing import interleaved_ms
@@ -115,11 +124,12 @@ def measure(
 ) -> Measured:
     measured = Measured()
     mask = "causal" if case.causal else "full"
-    ref = fp64_reference(kit, *inputs, case.causal)
-    naive = errors(naive_result(kit, *inputs, case.causal), ref)
+    given = Given(*inputs, case.causal)
+    ref = fp64_reference(kit, given)
+    naive = errors(naive_result(kit, given), ref)
     medians: dict[str, float] = {}
     for one in implementations:
-        found = errors(one.result(kit, *inputs, case.causal), ref)
+        found = errors(one.result(kit, given), ref)
         if one.name == "flashcute":
             wrong = complaint(found, naive, ref, case.dtype)
             if wrong:

@@ -128,13 +128,14 @@ def style(name: str, names: Sequence[str]) -> tuple[str, str]:
     return OTHER_STYLES[unstyled.index(name) % len(OTHER_STYLES)]
 
 
-def plain(axis: Any, grid: str) -> None:
+def light_frame(axis: Any, grid: str) -> None:
+    """grid: along which axes there are lines."""
     axis.grid(axis=grid, color=LIGHT, linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def each(chart: Chart, axes: Any) -> Iterable[tuple[int, int, Panel, Any]]:
+def panels_and_axes(chart: Chart, axes: Any) -> Iterable[tuple[int, int, Panel, Any]]:
     for i, row in enumerate(chart.panels):
         for j, panel in enumerate(row):
             yield i, j, panel, axes[i][j]
@@ -145,7 +146,7 @@ def draw_lengths(chart: Chart) -> Any:
     size = (max(5.6, 0.8 + 4.2 * columns), 1.3 + 2.7 * rows)
     figure, axes = new_figure(rows, columns, size, sharex=True, sharey=True)
     names = names_of(chart)
-    for i, j, panel, axis in each(chart, axes):
+    for i, j, panel, axis in panels_and_axes(chart, axes):
         for curve in panel.curves:
             colour, marker = style(curve.name, names)
             ours = curve.name.startswith("flashcute")
@@ -161,7 +162,7 @@ def draw_lengths(chart: Chart) -> Any:
         for rule in chart.rules:
             axis.axhline(rule.value, color=GREY, linewidth=1)
         axis.set_title(panel.title, fontsize=10)
-        plain(axis, "y")
+        light_frame(axis, "y")
         if i == rows - 1:
             axis.set_xlabel(chart.x)
         if j == 0:
@@ -208,7 +209,7 @@ def draw_dots(chart: Chart) -> Any:
     size = (max(8.0, 2.2 + 2.8 * columns), 1.3 + 0.26 * sum(heights) + 0.5 * rows)
     figure, axes = new_figure(rows, columns, size, height_ratios=heights, sharex=True, sharey="row")
     names = names_of(chart)
-    for _, j, panel, axis in each(chart, axes):
+    for _, j, panel, axis in panels_and_axes(chart, axes):
         for curve in panel.curves:
             colour, marker = style(curve.name, names)
             x, y = zip(*curve.points, strict=True)
@@ -226,7 +227,7 @@ def draw_dots(chart: Chart) -> Any:
             text = rule.label or None
             axis.axvline(rule.value, color=GREY, linewidth=1, linestyle=dashed, label=text)
         axis.set_title(panel.title, fontsize=10, loc="left")
-        plain(axis, "both")
+        light_frame(axis, "both")
         if j == 0:
             axis.set_yticks(range(len(panel.rows)), panel.rows)
             axis.set_ylim(len(panel.rows) - 0.5, -0.5)  # the first on top
@@ -247,13 +248,13 @@ def draw_scatter(chart: Chart) -> Any:
     ridges = [top / slope for top in tops for slope in slopes]
     left, right = min([x for x, _ in points] + ridges) / 1.7, max(x for x, _ in points) * 1.7
     low, high = min(y for _, y in points) / 1.4, max([y for _, y in points] + tops) * 1.5
-    for _, j, panel, axis in each(chart, axes):
+    for _, j, panel, axis in panels_and_axes(chart, axes):
         for rule in chart.rules:
             ceiling(axis, rule, ridges, (left, right), low)
         for curve in panel.curves:
             scattered(axis, curve, style(curve.name, names))
         axis.set_title(panel.title, fontsize=10)
-        plain(axis, "both")
+        light_frame(axis, "both")
         axis.set_xlabel(chart.x)
         if j == 0:
             axis.set_ylabel(chart.y)

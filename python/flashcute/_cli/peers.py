@@ -22,7 +22,7 @@ from .. import (
 from .._call import checked_options
 from .kits import Array, Call, Inputs, Kit, in_layout
 from .options import UsageError, changed_backward_config, changed_config, changes_text
-from .problem import ITEM_BYTES, Case, Result, Window
+from .problem import ITEM_BYTES, Case, Given, Result, Window
 
 SDPA_BACKENDS = {
     "sdpa_flash": "FLASH_ATTENTION",
@@ -61,31 +61,14 @@ class Implementation:
         """What it needs for matrices of seqlen_q x seqlen_k, roughly."""
         return 0
 
-    def result(
-        self,
-        kit: Kit,
-        q: Array,
-        k: Array,
-        v: Array,
-        causal: bool,
-        window: Window = None,
-        sink: Array | None = None,
-    ) -> Result:
+    def result(self, kit: Kit, given: Given) -> Result:
         """The output for bshd inputs, to be checked; as bshd too."""
-        return Result(kit.to_numpy(self.output(kit, q, k, v, causal, window, sink)), None)
+        return Result(kit.to_numpy(self.output(kit, given)), None)
 
-    def output(
-        self,
-        kit: Kit,
-        q: Array,
-        k: Array,
-        v: Array,
-        causal: bool,
-        window: Window = None,
-        sink: Array | None = None,
-    ) -> Array:
+    def output(self, kit: Kit, given: Given) -> Array:
         """The same, where it was computed."""
-        out = self.call(*in_layout(kit, (q, k, v), self.layout), causal, window=window, sink=sink)
+        inputs = in_layout(kit, given.inputs, self.layout)
+        out = self.call(*inputs, given.causal, window=given.window, sink=given.sink)
         return out if self.layout == "bshd" else kit.swap_heads(out)
 
 
@@ -108,32 +91,20 @@ class Flashcute(Implementation):
         told = explain(q, k, v, case.causal, window=case.window, sink=sink)
         return str(told.config.name) if told.config else None
 
-    def result(
-        self,
-        kit: Kit,
-        q: Array,
-        k: Array,
-        v: Array,
-        causal: bool,
-        window: Window = None,
-        sink: Array | None = None,
-    ) -> Result:
-        to = poisoned_output(kit, q, v)
-        out, lse = self._run(q, k, v, causal, window=window, sink=sink, out=to, return_lse=True)
+    def result(self, kit: Kit, given: Given) -> Result:
+        out, lse = self._poisoned_run(kit, given, return_lse=True)
         return Result(kit.to_numpy(out), kit.to_numpy(lse))
 
-    def output(
-        self,
-        kit: Kit,
-        q: Array,
-        k: Array,
-        v: Array,
-        causal: bool,
-        window: Window = None,
-        sink: Array | None = None,
-    ) -> Array:
-        to = poisoned_output(kit, q, v)
-        return self._run(q, k, v, causal, window=window, sink=sink, out=to)
+    def output(self, kit: Kit, given: Given) -> Array:
+        return self._poisoned_run(kit, given)
+
+    def _poisoned_run(self, kit: Kit, given: Given, **more: Any) -> Any:
+        """Into an output full of NaN."""
+        shape = (*given.q.shape[:3], given.v.shape[-1])
+        to = kit.poisoned(shape, dtype_name(given.q))
+        return self._run(
+            *given.inputs, given.causal, window=given.window, sink=given.sink, out=to, **more
+        )
 
     def _run(
         self,
@@ -157,10 +128,6 @@ def empty_arrays(kit: Kit, case: Case) -> tuple[Array, ...]:
     """q, k, v and the sink, to ask which kernel they would have."""
     q, k, v = (kit.empty(shape, case.dtype) for shape in case.shapes())
     return q, k, v, kit.empty((case.heads,), case.dtype) if case.sink else None
-
-
-def poisoned_output(kit: Kit, q: Array, v: Array) -> Array:
-    return kit.poisoned((*q.shape[:3], v.shape[-1]), dtype_name(q))
 
 
 def dtype_name(array: Array) -> str:

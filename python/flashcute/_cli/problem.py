@@ -122,6 +122,21 @@ class Case(NamedTuple):
         return kit.normal((self.heads,), self.dtype) if self.sink else None
 
 
+class Given(NamedTuple):
+    """What an implementation is given: arrays as bshd, and what hides keys."""
+
+    q: Array
+    k: Array
+    v: Array
+    causal: bool
+    window: Window = None
+    sink: Array | None = None
+
+    @property
+    def inputs(self) -> Inputs:
+        return self.q, self.k, self.v
+
+
 class Result(NamedTuple):
     """Float64 NumPy arrays."""
 
@@ -137,35 +152,22 @@ class Errors(NamedTuple):
     lse_error: float | None  # max |lse - ref|
 
 
-def fp64_reference(
-    kit: Kit,
-    q: Array,
-    k: Array,
-    v: Array,
-    causal: bool,
-    window: Window = None,
-    sink: Array | None = None,
-) -> Result:
+def fp64_reference(kit: Kit, given: Given) -> Result:
     """In float64 on the kit's device, in O(seqlen) memory."""
-    q, k, v = (kit.double(x) for x in (q, k, v))
-    sink = None if sink is None else kit.double(sink)
+    q, k, v = (kit.double(x) for x in given.inputs)
     out, lse = reference.chunked(
-        q, k, v, causal, window=window, sink=sink, block_m=512, block_n=512, return_lse=True
-    )
+        q, k, v, given.causal, window=given.window,
+        sink=None if given.sink is None else kit.double(given.sink),
+        block_m=512, block_n=512, return_lse=True,
+    )  # fmt: skip
     return Result(kit.to_numpy(out), kit.to_numpy(lse))
 
 
-def naive_result(
-    kit: Kit,
-    q: Array,
-    k: Array,
-    v: Array,
-    causal: bool,
-    window: Window = None,
-    sink: Array | None = None,
-) -> Result:
+def naive_result(kit: Kit, given: Given) -> Result:
     """The naive computation in the inputs' dtype, whose error bounds that of others."""
-    out, lse = reference.naive(q, k, v, causal, window=window, sink=sink, return_lse=True)
+    out, lse = reference.naive(
+        *given.inputs, given.causal, window=given.window, sink=given.sink, return_lse=True
+    )
     return Result(kit.to_numpy(out), kit.to_numpy(lse))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import backward, default_backward_config, default_config, forward, reference
 from .kits import Kit
-from .problem import Case, Result, complaint, errors, fp64_reference, naive_result
+from .problem import Case, Given, Result, complaint, errors, fp64_reference, naive_result
 
 
 def self_test(kit: Kit, dtype: str) -> str:
@@ -15,8 +15,9 @@ def self_test(kit: Kit, dtype: str) -> str:
     out, lse = forward(
         default_config(case.head_dim, dtype, kit.arch), q, k, v, causal=True, return_lse=True
     )
-    ref = fp64_reference(kit, q, k, v, causal=True)
-    naive = errors(naive_result(kit, q, k, v, causal=True), ref)
+    given = Given(q, k, v, causal=True)
+    ref = fp64_reference(kit, given)
+    naive = errors(naive_result(kit, given), ref)
     found = errors(Result(kit.to_numpy(kit.double(out)), kit.to_numpy(lse)), ref)
     wrong = {"attention": complaint(found, naive, ref, dtype)}
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import io
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,6 +25,7 @@ from flashcute._cli.presets import PRESETS
 from flashcute._cli.problem import (
     Case,
     Errors,
+    Given,
     Result,
     complaint,
     errors,
@@ -38,6 +42,15 @@ TINY = [*BENCH, "--batch", "1", "--seqlens", "64", "--head-dims", "16", "--heads
 CHEAPEST = [*TINY, "--causal", "1", "--impls", "flashcute"]
 
 
+@pytest.fixture(autouse=True)
+def frozen_objects() -> Iterator[None]:
+    """The benchmark collects garbage before it measures memory. Among all objects of torch and pytest that would take
+    most of the time of a test."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -52,10 +65,10 @@ def judged(result: Result, ref: Result, naive: Errors) -> str | None:
 def test_complaint() -> None:
     """Wrong results that pass: one bad element, NaN (never smaller than a bound), a wrong LSE."""
     kit = NumPyKit(seed=1)
-    inputs = CASE.random_inputs(kit)
-    ref = fp64_reference(kit, *inputs, CASE.causal)
-    naive = errors(naive_result(kit, *inputs, CASE.causal), ref)
-    right = peers.Flashcute(kit).result(kit, *inputs, CASE.causal)
+    given = Given(*CASE.random_inputs(kit), CASE.causal)
+    ref = fp64_reference(kit, given)
+    naive = errors(naive_result(kit, given), ref)
+    right = peers.Flashcute(kit).result(kit, given)
     assert judged(right, ref, naive) is None
     for value in (np.nan, np.inf, 0.0):
         out = right.out.copy()
@@ -74,6 +87,16 @@ def test_complaint_about_empty_rows() -> None:
     assert judged(ref, ref, naive) is None
     assert judged(Result(ref.out, np.array([[[-1e30, 1.0]]])), ref, naive) is not None
     assert judged(Result(ref.out, np.array([[[-np.inf, -np.inf]]])), ref, naive) is not None
+
+
+def test_visible_pairs() -> None:
+    """FLOP of pairs that a mask hides, where a window slides over an end of the keys or queries see none."""
+    windows = [None, *itertools.product((-1, 0, 1, 4, 50), (-1, 0, 2, 50))]
+    for queries, keys, causal, window in itertools.product(
+        (1, 3, 8, 20), (1, 5, 8, 30), (False, True), windows
+    ):
+        case = Case(1, 1, 1, queries, keys, 8, causal, "float32", window)
+        assert case.visible_pairs == sum(len(case.keys_of(i)) for i in range(queries)), case
 
 
 # ---- bench -------------------------------------------------------------------------------------
@@ -264,21 +287,47 @@ def test_bench_grid_file_with_a_window(tmp_path: Path) -> None:
     case = {"batch": 1, "heads": 2, "seqlen_q": 20, "seqlen_k": 50, "head_dim": 16, "causal": False}
     grid, out = tmp_path / "grid.jsonl", tmp_path / "lines.jsonl"
     grid.write_text(json.dumps({**case, "window": [3, -1]}) + "\n")
-    command = [*BENCH, "--grid", str(grid), "--impls", "flashcute,naive"]
-    assert main([*command, "--out", str(out)]) == 0
+    command = [*BENCH, "--grid", str(grid), "--impls", "flashcute,naive", "--out", str(out)]
+    assert main(command) == 0
     whole, _, windowed, _ = lines = read_lines(out)
     assert all(x["status"] == "ok" for x in lines)
     assert (whole["window"], windowed["window"]) == (None, [3, -1])
     assert windowed["visible"] == pytest.approx(sum(4 + 19 - i for i in range(20)) / 1000)
-    for wrong in ([3], [3, -2], [3, 0.5], "3,0"):
-        grid.write_text(json.dumps({**case, "window": wrong}) + "\n")
-        assert main(command) == 2
 
 
 def test_bench_deadline(capsys: pytest.CaptureFixture[str]) -> None:
     """A deadline that is ignored, or that is silent about what it left out."""
     assert main([*TINY, "--deadline-s", "1e-9"]) == 0
     assert "2 of 2 cases were not started" in capsys.readouterr().out
+
+
+def test_bench_without_room(capsys: pytest.CaptureFixture[str]) -> None:
+    """A case whose inputs cannot be made, and that takes the others with it."""
+    assert main([*CHEAPEST, "--seqlens", "64,1000000000000"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "b1 s64 h2 d16 causal: flashcute 0" in text
+    assert "flashcute, skipped: its inputs do not fit into memory (b1 s1000000000000 h2" in text
+
+
+def test_bench_interrupted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after an hour: tables that are lost, or an exit code as if all had been measured."""
+    run_case, cases = bench_forward.run_case, []
+
+    def interrupted(kit: Any, variants: list[Case], *more: Any) -> Any:
+        cases.append(variants)
+        if len(cases) == 2:
+            raise KeyboardInterrupt
+        return run_case(kit, variants, *more)
+
+    monkeypatch.setattr(bench_forward, "run_case", interrupted)
+    out = tmp_path / "lines.jsonl"
+    assert main([*TINY, "--impls", "flashcute", "--out", str(out)]) == 130
+    assert len(read_lines(out)) == 1
+    text = capsys.readouterr().out
+    assert "/naive" in text
+    assert "interrupted: 1 of 2 cases were not measured" in text
 
 
 def test_bench_overhead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -405,16 +454,47 @@ def test_bench_sinks_and_other_values(
     assert "b1 s20/30 h4/2 d24/16 full sink" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", [{"sink": 1}, {"head_dim_v": 0}, {"head_dim_v": "16"}], ids=str)
-def test_bench_grid_file_with_wrong_fields(
-    wrong: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"sink": 1}, "line 2: expected true or false as causal and sink, got {"),
+        ({"causal": None}, "expected true or false"),
+        ({"head_dim_v": 0}, "expected sizes that are positive integers, got {"),
+        ({"head_dim_v": "16"}, "expected sizes that are positive integers"),
+        ({"kv_heads": 3}, "expected kv_heads that divide heads"),
+        (
+            {"dtype": "int8"},
+            "expected a dtype among float16, bfloat16, float32, float64, got 'int8'",
+        ),
+        ({"window": [3]}, "expected two integers >= -1 as window, got [3]"),
+        ({"window": [3, -2]}, "expected two integers >= -1 as window, got [3, -2]"),
+        ({"window": [3, 0.5]}, "expected two integers >= -1 as window"),
+        ({"window": "3,0"}, "expected two integers >= -1 as window"),
+        ({"seqlen": 5}, "expected fields among batch, heads, kv_heads, "),
+        ("[1]", "line 2: expected an object, got [1]"),
+        ('{"heads": 2}', "line 2: expected batch, got {'heads': 2}"),
+        ("{", "line 2: expected JSON: "),
+        ("", "expected JSON lines, got an empty file"),
+    ],
+    ids=str,
+)
+def test_bench_wrong_grid_file(
+    row: dict[str, Any] | str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A value that is taken for something else."""
+    """A value that is taken for something else; a run of no case that ends well."""
     grid = tmp_path / "grid.jsonl"
-    case = {"batch": 1, "heads": 2, "seqlen_q": 20, "head_dim": 16, "causal": False, **wrong}
-    grid.write_text(json.dumps(case) + "\n")
+    case = {"batch": 1, "heads": 2, "seqlen_q": 20, "head_dim": 16, "causal": False}
+    grid.write_text("\n" + (row if isinstance(row, str) else json.dumps(case | row)) + "\n")
     assert main([*BENCH, "--grid", str(grid)]) == 2
-    assert "expected" in capsys.readouterr().err
+    assert f"--grid {grid}" in (error := capsys.readouterr().err)
+    assert message in error
+
+
+def test_bench_grid_file_has_the_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A size that is given and silently not taken."""
+    for option in ("--batch", "--tokens", "--seqlens", "--head-dims", "--heads", "--kv-ratio"):
+        assert main([*BENCH, "--grid", str(tmp_path / "grid.jsonl"), option, "1"]) == 2
+        assert f"--grid FILE says what {option} would" in capsys.readouterr().err
 
 
 def test_bench_sink_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,15 +529,21 @@ def test_preset_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--preset", "llama3-8b", "--kv-ratio", "2"], "--kv-ratio"),
         (["--preset", "llama3-8b", "--overhead"], "--overhead"),
         (["--grid", "studies"], "expected quick, peers, study, or a file"),
+        (["--kv-ratio", "3", "--heads", "2"], "--kv-ratio: expected a divisor of 2 heads, got 3"),
+        (["--budget-ms", "inf"], "--budget-ms: expected a number above 0, got 'inf'"),
+        (["--rounds", "x"], "--rounds: expected an integer, at least 1, got 'x'"),
+        (["--seqlens", "64,"], "--seqlens: expected an integer, at least 1, got ''"),
+        (["--seed", "-1"], "--seed: expected an integer, at least 0, got '-1'"),
+        (["--seed", str(2**63)], "--seed: expected an integer below 2**63"),
         (["--impls", "fa3"], "none of these is here: left out: fa3 needs the package fa3-fwd"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
 )
 @needs_torch
-def test_options_that_contradict(
+def test_wrong_options(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One of two that is silently ignored; a message that does not say what there is."""
+    """One of two that is silently ignored; a message that does not say what came and what is allowed."""
     try:
         code = main(["bench", "--device", "cpu", *arguments])
     except SystemExit as stopped:  # argparse

@@ -101,14 +101,20 @@ def test_tables_are_introduced_by_the_tools_that_write_them(
         ),
     ):
         introduction = text.format(whose=whose, device=device, shapes=20, seed=0)
-        assert (ROOT / "docs" / "performance" / page).read_text().startswith(introduction + "| dtype")
+        assert (
+            (ROOT / "docs" / "performance" / page).read_text().startswith(introduction + "| dtype")
+        )
 
     kernels = importlib.import_module("option_table").KERNELS
     pages = {"sm80": "options_sm80.md", "sm90": "options_sm90.md"}
     assert kernels.keys() == pages.keys()
     for kernel, page in pages.items():
         introduction = kernels[kernel].introduction.format(arch="sm_90", times="Speed in TFLOP/s.")
-        assert (ROOT / "docs" / "reference" / page).read_text().startswith(introduction + "\n## Head dimension")
+        assert (
+            (ROOT / "docs" / "reference" / page)
+            .read_text()
+            .startswith(introduction + "\n## Head dimension")
+        )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fake_ncu import FakeNcu, make_fake, read_lines, value_after
 from flashcute.__main__ import main
-from flashcute._cli import io_, ncu
+from flashcute._cli import ncu, traffic
 from flashcute._cli.problem import Case
 from optional_torch import needs_torch
 
@@ -38,7 +38,7 @@ def test_visited_blocks_are_those_that_kernels_count(
     q, k = (np.zeros((1, n, 1, 8), "float32") for n in (sq, sk))
     variant = fc.Variant(causal=causal, window=window)
     counted = fc.count_blocks(TILES, q, k, k, variant=variant)[0, 0].sum(axis=0)
-    assert tuple(io_.blocks_of(case, TILES)) == tuple(int(n) for n in counted)
+    assert tuple(traffic.blocks_of(case, TILES)) == tuple(int(n) for n in counted)
 
 
 @needs_torch
@@ -53,28 +53,28 @@ def test_hoppers_tiles_are_cut_from_the_end(sq: int, sk: int, causal: bool, clus
     cfg = fc.default_config(64, "bfloat16", "sm_90").replace(cluster=cluster)
     case = Case(1, 1, 1, sq, sk, 64, causal, "bfloat16")
     expected = expected_block_counts(cfg, sq, sk, causal).sum(dim=0).tolist()
-    assert list(io_.blocks_of(case, cfg)) == expected
+    assert list(traffic.blocks_of(case, cfg)) == expected
 
 
 def test_bytes_by_hand() -> None:
     """A factor that is forgotten: batch, heads, the two matrices K and V, the size of an element."""
     queries, keys = 2 * 4 * 256 * 64 * 2, 2 * 2 * 256 * 64 * 2  # bytes of Q, of K
     scores, lse = 2 * 4 * 256 * 256 * 2, 2 * 4 * 256 * 4
-    assert io_.standard(CASE) == (
+    assert traffic.standard(CASE) == (
         queries + keys + scores + scores + keys,
         scores + scores + queries,
     )
-    assert io_.flash_dram(CASE) == (queries + 2 * keys, queries + lse)
+    assert traffic.flash_dram(CASE) == (queries + 2 * keys, queries + lse)
     cfg = fc.ForwardConfig(head_dim=64, block_m=64, block_n=64)
     # four tiles; each query head reads K and V for itself, so twice what is stored
-    assert io_.flash_l2(CASE, cfg) == (queries + 4 * 2 * 2 * keys, queries + lse)
+    assert traffic.flash_l2(CASE, cfg) == (queries + 4 * 2 * 2 * keys, queries + lse)
 
 
 def test_a_causal_mask_halves_what_tiles_read() -> None:
     """Full blocks counted where the mask skips them: 10 of 16 blocks are visited at four tiles of 64."""
     cfg = fc.ForwardConfig(head_dim=64, block_m=64, block_n=64)
     queries = 2 * 4 * 256 * 64 * 2
-    full, causal = (io_.flash_l2(CASE._replace(causal=c), cfg) for c in (False, True))
+    full, causal = (traffic.flash_l2(CASE._replace(causal=c), cfg) for c in (False, True))
     assert (causal.read - queries) / (full.read - queries) == 10 / 16
 
 
@@ -82,26 +82,26 @@ def test_keys_that_no_query_sees_are_not_read() -> None:
     """A window over the last keys: whole of K and V counted at DRAM."""
     case = Case(1, 1, 1, 10, 1000, 64, True, "bfloat16", (29, 0))
     row = 64 * 2
-    assert io_.flash_dram(case).read == 10 * row + 2 * (10 + 29) * row
+    assert traffic.flash_dram(case).read == 10 * row + 2 * (10 + 29) * row
 
 
 def test_the_last_block_has_only_keys_that_exist() -> None:
     """Blocks counted whole at the end of a sequence that they do not divide."""
     cfg = fc.ForwardConfig(head_dim=64, block_m=64, block_n=64)
     case = Case(1, 1, 1, 64, 100, 64, False, "bfloat16")
-    assert io_.flash_l2(case, cfg).read == (64 + 2 * 100) * 64 * 2
+    assert traffic.flash_l2(case, cfg).read == (64 + 2 * 100) * 64 * 2
 
 
 @pytest.mark.parametrize("ratio", [10.0, 50.0, 206.0])
 def test_the_length_from_which_computing_bounds(ratio: float) -> None:
     """A search that returns a neighbour: the length before brings fewer FLOP for each byte."""
     cfg = fc.default_config(64, "bfloat16", "sm_90")
-    found = io_.bound_by_computing_from("flash, DRAM", CASE, cfg, ratio)
+    found = traffic.bound_by_computing_from("flash, DRAM", CASE, cfg, ratio)
     assert found is not None
 
     def brings(length: int) -> float:
         case = CASE._replace(seqlen_q=length, seqlen_k=length)
-        return io_.intensity(case, io_.flash_dram(case))
+        return traffic.intensity(case, traffic.flash_dram(case))
 
     assert brings(found) >= ratio > brings(found - 1)
 
@@ -109,8 +109,8 @@ def test_the_length_from_which_computing_bounds(ratio: float) -> None:
 def test_the_standard_algorithm_is_never_bound_by_computing() -> None:
     """Its FLOP for each byte approach head_dim / element size, 32 here: a number for "never"."""
     cfg = fc.default_config(64, "bfloat16", "sm_90")
-    assert io_.bound_by_computing_from("standard, DRAM", CASE, cfg, 32.1) is None
-    assert io_.bound_by_computing_from("standard, DRAM", CASE, cfg, 31.9) is not None
+    assert traffic.bound_by_computing_from("standard, DRAM", CASE, cfg, 32.1) is None
+    assert traffic.bound_by_computing_from("standard, DRAM", CASE, cfg, 31.9) is not None
 
 
 # ---- the command -------------------------------------------------------------------------------
@@ -133,8 +133,8 @@ def test_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         case = CASE._replace(seqlen_q=line["seqlen_q"], seqlen_k=line["seqlen_q"], causal=True)
         assert line["kind"] == "io"
         assert {"commit", "date", "device", "config", "arch"} <= set(line)
-        assert line["theory"]["flash_l2"] == io_.flash_l2(case, cfg)._asdict()
-        assert line["blocks"] == io_.blocks_of(case, cfg)._asdict()
+        assert line["theory"]["flash_l2"] == traffic.flash_l2(case, cfg)._asdict()
+        assert line["blocks"] == traffic.blocks_of(case, cfg)._asdict()
         assert line["measured"] is None
 
 
@@ -145,13 +145,37 @@ def test_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["--arch", "sm_90", "--config", "block_m=48"], "block_m"),
         (["--arch", "volta"], "volta"),
         (["--config", "column_warps=2"], "column_warps"),
-        (["--out", "/nonexistent/io.jsonl"], "--out: "),
+        (["--out", "/nonexistent/io.jsonl"], "--out /nonexistent/io.jsonl: No such file"),
+        (["--out", ""], "--out : No such file"),
+        (["--config", "head_dim_v=64"], "--config: expected no head_dim_v"),
+        (["--seqlen", "99999999999"], "expected at most 16,777,216, got 99,999,999,999"),
+        (["--seqlen-k", "99999999999"], "expected at most 16,777,216, got 99,999,999,999"),
     ],
 )
 def test_bad_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
-    """A traceback, or bytes of a configuration that no kernel has."""
+    """A traceback, bytes of a configuration that no kernel has, or half of a table before the message."""
     assert main(["io", *arguments]) == 2
-    assert says in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert says in said.err
+    assert said.out == ""
+
+
+def test_a_window_without_limits_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """Other FLOP for the same computation: half of all pairs count under a causal mask, and those that are visible with
+    a window."""
+    said = []
+    for more in ([], ["--window=-1,-1"]):
+        assert main(["io", "--causal", *more]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+def test_what_cannot_be_recorded_is_not_measured(
+    fake: FakeNcu, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error after the profiler has run."""
+    assert main(["io", "--ncu", "--out", "/nonexistent/io.jsonl"]) == 2
+    assert fake.asked == []
 
 
 def test_ncu_needs_a_gpu(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from flashcute.__main__ import main
-from flashcute._cli import charts, io_, recorded
+from flashcute._cli import charts, drawing, recorded, traffic
 from flashcute._cli.charts import Ceilings, Chart
 from flashcute._cli.options import UsageError
 
@@ -179,6 +179,25 @@ def test_memory_is_for_each_head_of_each_sequence() -> None:
     assert "| 64 full | 2048 | 1.0 MiB |" in chart.table
 
 
+def test_nothing_to_divide_by_and_no_logarithm() -> None:
+    """A traceback for one key, whose output is exact, or for memory that the meter of the CPU does not notice."""
+    lines = [line(peak_bytes=0, rel_l2=0.0), line("naive", peak_bytes=8 * 2**10, rel_l2=0.0)]
+    assert {name for _, name, _ in values_of(charts.memory(lines))} == {"naive"}
+    with pytest.raises(UsageError, match="no line holds peak_bytes above 0"):
+        charts.memory(lines[:1])
+    assert values_of(charts.error(lines, relative_to="naive")) == {}
+    assert "| output | head dim 64, full | - |" in charts.error(lines, relative_to="naive").table
+
+
+def test_what_is_not_known() -> None:
+    """A KeyError for a dtype or a device that came later than the plot."""
+    unknown = line(dtype="float8", rel_l2=0.1)
+    assert charts.error([unknown]).rules == ()
+    with pytest.raises(UsageError, match="no line whose FLOP per byte is known"):
+        charts.roofline([unknown])
+    assert charts.roofline([line(device=None)]).rules == ()
+
+
 def test_error() -> None:
     """A gradient's error under another one's name; a ratio to the implementation itself, or upside down."""
     errors = {"dq_rel_l2": 1e-3, "dk_rel_l2": 2e-3, "dv_rel_l2": 4e-3}
@@ -211,8 +230,8 @@ def test_bytes_of_the_roofline() -> None:
     assert charts.theoretical_bytes(backward) == 4 * queries + 4 * keys + lse
     assert charts.theoretical_bytes(naive | {"kind": "backward"}) is None
     case = charts.case_of(forward)  # the same as of the command io
-    assert charts.theoretical_bytes(forward) == io_.flash_dram(case).total
-    assert charts.theoretical_bytes(naive) == io_.standard(case).total
+    assert charts.theoretical_bytes(forward) == traffic.flash_dram(case).total
+    assert charts.theoretical_bytes(naive) == traffic.standard(case).total
     wide = line(head_dim_v=128, **sizes)
     assert charts.theoretical_bytes(wide) == 1.5 * (2 * queries + 2 * keys) + lse
 
@@ -303,7 +322,8 @@ def test_picture_without_matplotlib(
         ([line(heads=8, kv_heads=8), line()], [], "for example --where heads=8"),
         ([line()], ["--device", "A100"], "no measurement matches"),
         ([line()], ["--impls", "fa3"], "no measurement matches"),
-        ([line()], ["--where", "batch=3"], "no measurement matches"),
+        ([line()], ["--where", "batch=3"], "the selected lines: none"),
+        ([line(status="failed")], [], "the selected lines: 1 forward (failed)"),
         ([line()], ["--relative-to", "naive"], "--relative-to: expected with error, not tflops"),
         ([line()], ["--peak-tflops", "900"], "--peak-tflops: expected with roofline, not tflops"),
         (
@@ -330,7 +350,18 @@ def test_messages(
     [
         (None, "No such file"),
         ("", "an empty file"),
-        ('{"kind": "forward"}\n{"kind"', "line 2: expected JSON"),
+        ('{"kind": "a"}\n{"kind"', "line 2: expected JSON: "),
+        ('{"kind": "a", "x": NaN}', "line 1: expected JSON, which has no NaN"),
+        (
+            '{"kind": "forward", "impl": "a"}',
+            "line 1: expected batch, which lines of kind forward have",
+        ),
+        ('{"kind": "a", "ms_p50": 0}', "line 1: expected a positive number as ms_p50, got 0"),
+        ('{"kind": "a", "heads": true}', "line 1: expected a positive integer as heads, got True"),
+        ('{"kind": "a", "causal": 1}', "line 1: expected true or false as causal, got 1"),
+        ('{"kind": "a", "window": [1]}', "line 1: expected two integers as window, got [1]"),
+        ('{"kind": "a", "rel_l2": -1}', "line 1: expected a number >= 0 as rel_l2, got -1"),
+        ('{"kind": "a", "impl": 5}', "line 1: expected a name as impl, got 5"),
         ("[1]\n", 'line 1: expected an object with a "kind"'),
         ('{"a": 1}\n', 'line 1: expected an object with a "kind"'),
         ("\ud800", "bytes that are no text"),
@@ -370,6 +401,17 @@ def test_filters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 of 8 lines are shown" in text
 
 
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback after Ctrl-C, or an exit code that says that all went well."""
+
+    def interrupted(files: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recorded, "read", interrupted)
+    assert plot("tflops") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_names_with_commas() -> None:
     """A variant that is torn apart at the comma between its options."""
     parse = recorded.implementation_names
@@ -396,19 +438,20 @@ def test_pictures(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 @needs_matplotlib
-@pytest.mark.parametrize("suffix", [".svg", ".png", ".pdf"])
-def test_pictures_are_the_same_in_every_process(suffix: str, tmp_path: Path) -> None:
+def test_pictures_are_the_same_in_every_process(tmp_path: Path) -> None:
     """A date, random ids or the user's own style in the file."""
-    found = []
+    code = (
+        "import sys; from flashcute.__main__ import main\n"
+        "sys.exit(max(main(['plot', 'memory', sys.argv[1], '--out', x]) for x in sys.argv[2:]))"
+    )
+    found: list[list[bytes]] = []
     for i, style in enumerate(("", "font.size: 30\nfigure.facecolor: black\n")):
         (tmp_path / "matplotlibrc").write_text(style)
-        out = tmp_path / f"{i}{suffix}"
-        command = [sys.executable, "-m", "flashcute", "plot", "memory", RESULTS / "gpu_naive.jsonl"]
-        done = subprocess.run(
-            [*command, "--out", out], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
+        files = [tmp_path / f"{i}{suffix}" for suffix in drawing.FORMATS]
+        command = [sys.executable, "-c", code, RESULTS / "gpu_naive.jsonl", *files]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        found.append(out.read_bytes())
+        found.append([file.read_bytes() for file in files])
     assert found[0] == found[1]
 
 

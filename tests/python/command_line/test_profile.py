@@ -6,7 +6,6 @@ import argparse
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -141,22 +140,10 @@ def test_another_process_takes_the_same_case(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("more", [[], ["--backward"], ["--backward", "--causal"]])
-def test_only_launch(more: list[str]) -> None:
+def test_only_launch(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """What runs under the profiler fails, or prints what nobody reads. (Here on the CPU.)"""
-    line = [
-        sys.executable,
-        "-m",
-        "flashcute",
-        "profile",
-        "--only-launch",
-        *SMALL,
-        "--dtype",
-        "float32",
-        *more,
-    ]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
+    assert main(["profile", "--only-launch", *SMALL, "--dtype", "float32", *more]) == 0
+    assert capsys.readouterr() == ("", "")
 
 
 # ---- a report in words -------------------------------------------------------------------------
@@ -304,6 +291,9 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         (["--config", "block_m=40"], "block_m"),
         (["--backward", "--config", "column_warps=3"], "column_warps must be"),
         (["--out", "/nonexistent/report"], "--out: expected a file in a folder that exists"),
+        (["--out", ""], "--out: expected a file in a folder that exists, got ''"),
+        (["--out", "/"], "--out: expected a file in a folder that exists, got '/'"),
+        (["--json", "/nonexistent/lines"], "--json /nonexistent/lines: No such file"),
         (["--heads", "6", "--kv-heads", "4"], "--kv-heads: expected a divisor of 6 heads, got 4"),
     ],
 )

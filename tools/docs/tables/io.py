@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from flashcute._cli import io_, ncu, profile_
+from flashcute._cli import ncu, profile_
 from flashcute._cli.problem import ITEM_BYTES, Case
+from flashcute._cli.traffic import flash_dram, matrix_bytes, standard
 from lines import ROOT, Line, lines, link, one, rounded, table, where
 
 NAIVE = "gpu_naive"
@@ -35,7 +36,7 @@ def memory() -> str:
     for ours, naive in naive_pairs():
         case = case_of(naive)
         scores = case.score_count * ITEM_BYTES[case.dtype]
-        output = io_.matrix_bytes(case)[0]
+        output = matrix_bytes(case).out
         rows.append([
             f"{case.seqlen_q:,}", mask_of(case), mib(2 * scores + output), mib(naive["peak_bytes"]),
             mib(output), mib(ours["peak_bytes"]),
@@ -51,7 +52,7 @@ def rates() -> str:
     for ours, naive in naive_pairs():
         case = case_of(naive)
         row: list[object] = [f"{case.seqlen_q:,}", mask_of(case)]
-        for line, traffic in ((naive, io_.standard(case)), (ours, io_.flash_dram(case))):
+        for line, traffic in ((naive, standard(case)), (ours, flash_dram(case))):
             row += [
                 f"{traffic.total / 1e9:.2f}",
                 f"{line['ms_p50']:.2f}",
@@ -207,9 +208,10 @@ def metrics() -> str:
     """The twelve metrics of `profile`, as it tells them."""
     rows = []
     for metric in profile_.METRICS:
-        counters = "<br>".join(f"`{names[0]}`" for names in metric.counters)
-        rows.append([metric.title, metric.meaning, counters or f"section `{ncu.STALL_SECTION}`"])
-    return table(["metric", "what it says, and what to do", "counters of ncu"], rows)
+        counters = [f"`{names[0]}`" for names in metric.counters]
+        counters = counters or [f"section `{ncu.STALL_SECTION}`"]
+        rows.append([metric.title, "<br>".join([metric.meaning, *counters])])
+    return table(["metric", "what it says, and what to do; its counters in ncu"], rows)
 
 
 def stall_reasons() -> str:
