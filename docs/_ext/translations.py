@@ -2,7 +2,8 @@
 
     <!-- translation of start/install.md at 0123456789ab -->
 
-The number is a hash of the original's text. Where the original has changed since, the built page says so at its top.
+The number is a hash of the original's text, without what is generated in it. Where the original has changed since, the
+built page says so at its top.
 
 usage: python docs/_ext/translations.py [--fresh PAGE ...]
 
@@ -18,8 +19,6 @@ import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from docutils import nodes
 
 DOCS = Path(__file__).parents[1]
 HEAD = re.compile(r"^<!-- translation of (\S+\.md) at ([0-9a-f]{12}) -->\n")
@@ -42,8 +41,12 @@ class Translation(NamedTuple):
         return self.of != state(self.original)
 
 
+GENERATED = re.compile(r"(<!-- generated: .*? -->).*?<!-- end of generated -->", re.DOTALL)
+
+
 def state(page: Path) -> str:
-    return hashlib.sha256(page.read_bytes()).hexdigest()[:12]
+    text = GENERATED.sub(r"\1", page.read_text())
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def translation(page: Path, docs: Path = DOCS) -> Translation:
@@ -70,6 +73,8 @@ def join_lines(app: Any, doctree: Any) -> None:
     beside a full-width mark, which brings its own room, lines are joined."""
     if not app.env.docname.startswith("zh/"):
         return
+    from docutils import nodes  # what lists stale pages does without
+
     for element in doctree.findall(nodes.TextElement):
         if isinstance(element, nodes.FixedTextElement | nodes.literal):
             continue

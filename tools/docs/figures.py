@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import drawings
 import lines
 from flashcute._cli import charts, drawing
 from flashcute._cli.charts import Chart
@@ -83,6 +82,8 @@ def draw_all(only: str = "") -> None:
     for figure in FIGURES:
         if only in figure.name:
             drawing.draw(figure.chart(), figure.path)
+    import drawings  # needs matplotlib, which what follows from the lines does not
+
     drawings.draw_all(only)
 
 

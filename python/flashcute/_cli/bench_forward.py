@@ -34,7 +34,7 @@ from .problem import (
 )
 from .progress import Work, make_progress
 from .provenance import provenance
-from .recorded import append, parsed
+from .recorded import append_line, parsed
 from .table import format_bytes, format_digits, format_number, format_table, geometric_mean
 from .timing import interleaved_ms
 
@@ -119,7 +119,7 @@ def run_with(
                     line["note"] = options.note
                 lines.append(line)
                 if out is not None:
-                    append(out, line)
+                    append_line(out, line)
             progress.end_case()
             told = lines[-len(variants) * len(implementations) :]
             for variant in variants:
@@ -241,16 +241,12 @@ def case_from(row: Any, dtype: str) -> Case:
     """Raises ValueError with what was expected."""
     if not isinstance(row, dict):
         raise ValueError(f"an object, got {row!r}")
-    wrong = [name for name in row if name not in Case._fields]
-    missing = [
-        name for name in ("batch", "heads", "seqlen_q", "head_dim", "causal") if name not in row
-    ]
-    if wrong or missing:
-        raise ValueError(
-            f"fields among {', '.join(Case._fields)}, got {wrong[0]}"
-            if wrong
-            else f"{missing[0]}, got {row}"
-        )
+    for name in row:
+        if name not in Case._fields:
+            raise ValueError(f"fields among {', '.join(Case._fields)}, got {name}")
+    for name in ("batch", "heads", "seqlen_q", "head_dim", "causal"):
+        if name not in row:
+            raise ValueError(f"{name}, got {row}")
     case = Case(**{"kv_heads": row["heads"], "seqlen_k": row["seqlen_q"], "dtype": dtype, **row})
     sizes = (*case[: Case._fields.index("causal")], case.value_dim)
     if not all(type(size) is int and size > 0 for size in sizes):

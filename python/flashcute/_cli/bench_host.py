@@ -29,7 +29,7 @@ from .kits import Call, Kit, choose_kit, in_layout
 from .options import UsageError
 from .problem import Case
 from .provenance import provenance
-from .recorded import append
+from .recorded import append_line
 from .table import format_table
 
 CALLS_PER_BATCH = 100  # in a row without waiting: far fewer than a launch queue holds
@@ -174,4 +174,4 @@ def record(line: dict[str, Any], options: argparse.Namespace, out: TextIO | None
     if options.note is not None:
         line = {**line, "note": options.note}
     if out is not None:
-        append(out, line)
+        append_line(out, line)

@@ -205,8 +205,8 @@ def run(options: argparse.Namespace) -> int:
             f"no case is in both files: {options.a} begins with {first_label(a)}, {options.b} with {first_label(b)}"
         )
     report = Report(options.markdown)
-    report.text(f"A: {options.a}: {recorded.provenance([x.line for x in a.timed.values()])}")
-    report.text(f"B: {options.b}: {recorded.provenance([x.line for x in b.timed.values()])}")
+    report.text(f"A: {options.a}: {recorded.origin_text([x.line for x in a.timed.values()])}")
+    report.text(f"B: {options.b}: {recorded.origin_text([x.line for x in b.timed.values()])}")
     report.text(
         "ratio: A's time over B's; above 1, B is faster. noise: by how much times scatter; see --help"
     )
@@ -279,7 +279,7 @@ class Report:
             print(format_table(header, rows, left))
 
     def cases(self, rows: Sequence[Row], fail_below: float) -> None:
-        self.heading(f"{len(rows)} cases in both")
+        self.heading(f"cases in both: {len(rows)}")
         self.table(CASE_HEADER, [case_cells(row, fail_below) for row in rows], 2)
 
     def means(self, rows: Sequence[Row]) -> None:

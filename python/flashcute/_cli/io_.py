@@ -15,7 +15,7 @@ from .kits import choose_kit
 from .options import Commands, UsageError, positive_float
 from .problem import Case
 from .provenance import provenance
-from .recorded import append, opened_to_append
+from .recorded import append_line, opened_to_append
 from .table import format_bytes, format_number, format_table
 from .traffic import (
     LEVELS,
@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
             found = None if program is None else measured(program, case, options)
             print("\n" + told(case, cfg, arch, ratio, found), flush=True)
             if out is not None:
-                append(out, common | record(case, cfg, arch, found))
+                append_line(out, common | record(case, cfg, arch, found))
     return 0
 
 

@@ -50,9 +50,8 @@ class Profiled(NamedTuple):
     name: str  # of the kernel
     blocks: int  # of the grid
     threads: int  # of each block
-    metrics: dict[
-        str, float
-    ]  # by name, in bytes, seconds, per cent and counts; without what the chip lacks
+    metrics: dict[str, float]
+    """By name, in bytes, seconds, per cent and counts; without what the chip lacks."""
 
 
 # ---- finding it ------------------------------------------------------------------------------------
@@ -142,13 +141,12 @@ def first_names(job: Job) -> list[str]:
     return [names[0] for names in job.metrics]
 
 
-def profile(ncu: str, job: Job, report: str, *, tell: bool = True) -> list[Profiled]:
-    """Runs the program under ncu, and reads the report."""
+def profile(ncu: str, job: Job, report: str) -> list[Profiled]:
+    """Runs the program under ncu, and reads the report. Prints the command line, which a message may refer to."""
     wanted = {names: names[0] for names in job.metrics}
     while True:
         line = command_line(ncu, job, report, list(wanted.values()))
-        if tell:
-            print(shlex.join(line), flush=True)
+        print(shlex.join(line), flush=True)
         said, failed = output_of(line)
         unknown = {name.replace("\\", "").rstrip(".") for name in UNKNOWN.findall(said)}
         missing = [names for names, name in wanted.items() if is_among(name, unknown)]

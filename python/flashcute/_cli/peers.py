@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import (
     BackwardConfig,
+    ForwardConfig,
     Variant,
     __version__,
     _core,
@@ -80,7 +81,7 @@ class Flashcute(Implementation):
         self.arch = kit.arch
         super().__init__(changed_name(self.changes), __version__, self._run)
 
-    def config(self, head_dim: int, value_dim: int, dtype: str) -> Any:
+    def config(self, head_dim: int, value_dim: int, dtype: str) -> ForwardConfig:
         head_dim_v = None if value_dim == head_dim else value_dim
         return changed_config(head_dim, dtype, self.arch, self.changes, head_dim_v)
 

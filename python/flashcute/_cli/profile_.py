@@ -27,7 +27,7 @@ from .kits import Call, Kit, choose_kit
 from .options import Commands, UsageError
 from .problem import Case
 from .provenance import provenance
-from .recorded import append, opened_to_append
+from .recorded import append_line, opened_to_append
 from .table import format_bytes
 
 WARM_UP = 2  # calls before the one that is profiled: the first may compile and load the kernel
@@ -356,7 +356,7 @@ def run(options: argparse.Namespace) -> int:
         if out is not None:
             common = provenance(choose_kit("auto", prefer_numpy=True), options.commit)
             for one in launches:
-                append(out, record(case, one, common))
+                append_line(out, record(case, one, common))
     for one in launches:
         print("\n" + told(case, one, options))
     if report is not None:

@@ -34,11 +34,12 @@ COUNT = Field("a positive integer", lambda x: type(x) is int and x > 0)
 POSITIVE = Field("a positive number", lambda x: type(x) in (int, float) and 0 < x < math.inf)
 MAGNITUDE = Field("a number >= 0", lambda x: type(x) in (int, float) and 0 <= x < math.inf)
 
+SIZES = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "head_dim")
+PROBLEM = (*SIZES, "causal", "dtype")
 # What `checked` looks at: a value of another type would be a traceback, or a wrong picture, much later.
 FIELDS = {
     **dict.fromkeys(("impl", "dtype", "device", "status", "pass"), NAME),
-    **dict.fromkeys(("batch", "heads", "kv_heads", "seqlen", "seqlen_q", "seqlen_k"), COUNT),
-    **dict.fromkeys(("head_dim", "head_dim_v"), COUNT),
+    **dict.fromkeys((*SIZES, "seqlen", "head_dim_v"), COUNT),
     **dict.fromkeys(("causal", "sink"), Field("true or false", lambda x: isinstance(x, bool))),
     "window": Field(
         "two integers",
@@ -48,8 +49,6 @@ FIELDS = {
     **dict.fromkeys(("ms_p10", "ms_p50", "ms_p90", "ms_p99"), POSITIVE),
     **dict.fromkeys(("peak_bytes", "rel_l2", "dq_rel_l2", "dk_rel_l2", "dv_rel_l2"), MAGNITUDE),
 }
-SIZES = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "head_dim")
-PROBLEM = (*SIZES, "causal", "dtype")
 # What lines have without exception, by kind.
 NEEDED = {
     "forward": ("impl", *PROBLEM),
@@ -121,7 +120,7 @@ def opened_to_append(option: str, file: str) -> TextIO:
         raise UsageError(f"{option} {file}: {problem.strerror}") from None
 
 
-def append(out: TextIO, line: Line) -> None:
+def append_line(out: TextIO, line: Line) -> None:
     """At once: a run that is interrupted keeps the lines that it has."""
     out.write(json.dumps(line, allow_nan=False) + "\n")
     out.flush()
@@ -297,7 +296,7 @@ def medians(
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def provenance(lines: Sequence[Line]) -> str:
+def origin_text(lines: Sequence[Line]) -> str:
     """Where the numbers come from: every distinct value."""
 
     def values(field: str) -> list[str]:

@@ -208,7 +208,7 @@ def test_lines_of_an_older_bench(compare: Compare) -> None:
     new = line(schema=2, preset=None, window=None, head_dim_v=64, sink=False, seed=7)
     code, text = compare([line()], [new])
     assert code == 0
-    assert "1 cases in both" in text
+    assert "cases in both: 1" in text
     assert compare([line()], [new | {"sink": True}])[0] == 2
 
 
@@ -302,4 +302,4 @@ def test_filters(compare: Compare) -> None:
     filters = ["--device", "D", "--head-dims", "64", "--impls", "flashcute"]
     code, text = compare(lines, lines, *filters)
     assert code == 0
-    assert "1 cases in both" in text
+    assert "cases in both: 1" in text

@@ -9,7 +9,7 @@ from typing import Any
 import flashcute as fc
 import numpy as np
 import pytest
-from fake_ncu import FakeNcu, make_fake, read_lines, value_after
+from fake_ncu import FakeNcu, make_fake, raw_page, read_lines, value_after
 from flashcute.__main__ import main
 from flashcute._cli import ncu, traffic
 from flashcute._cli.problem import Case
@@ -238,9 +238,7 @@ def test_a_counter_that_the_chip_lacks_is_left_out(
 
 
 def page_without(*names: str) -> str:
-    import fake_ncu
-
-    page = fake_ncu.raw_page()
+    page = raw_page()
     for name in names:
         page = page.replace(f'"{name}"', f'"absent {name.replace("__", "_")}"')
     return page

@@ -35,6 +35,11 @@ def test_a_changed_original_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     assert not translations.translation(page, tmp_path).stale
     assert as_read() == page.read_text()
+    # What is generated may change: it is the same in the translation.
+    original.write_text("# A\n<!-- generated: a.b -->\n| 1 |\n<!-- end of generated -->\n")
+    page.write_text(f"<!-- translation of start/a.md at {translations.state(original)} -->\n# 甲\n")
+    original.write_text(original.read_text().replace("1", "2"))
+    assert not translations.translation(page, tmp_path).stale
     original.write_text("# A, and more\n")
     assert translations.translation(page, tmp_path).stale
     assert "[英文原文](../start/a.md)" in as_read()

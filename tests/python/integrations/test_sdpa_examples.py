@@ -60,7 +60,9 @@ def test_the_page_runs(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A snippet that fails, or that leaves an activation behind. All of them in order, as a reader tries them."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "start" / "sdpa.md").read_text(), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "start" / "sdpa.md").read_text(), re.DOTALL
+    )
     assert len(blocks) == 5
     names: dict[str, Any] = {}
     enabled = torch.backends.cuda.cudnn_sdp_enabled()

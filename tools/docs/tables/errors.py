@@ -88,7 +88,7 @@ def options() -> Iterator[Case]:
     yield Case('layout="sbhd"', lambda: attend(layout="sbhd"))
     yield Case('causal="yes"', lambda: attend(causal="yes"))
     yield Case('diagonal="middle"', lambda: attend(causal=True, diagonal="middle"))
-    yield Case('diagonal="start" without a mask', lambda: attend(diagonal="start"))
+    yield Case('`diagonal="start"` without a mask', lambda: attend(diagonal="start"))
     yield Case("window=(-2, 0)", lambda: attend(window=(-2, 0)))
     yield Case("prefix=3 without causal", lambda: attend(prefix=3))
     yield Case("seqlens_k of 3 for a batch of 2", lambda: attend(seqlens_k=numbers(1, 2, 3)))
@@ -169,7 +169,7 @@ def torch() -> Iterator[Case]:
     yield Case("a tensor on the meta device", lambda: flashcute.flash_attention(q.to("meta"), q, q))
     yield Case("a sparse tensor", lambda: flashcute.flash_attention(q.to_sparse(), q, q))
     yield Case(
-        "dropout_p=0.1, on_unsupported='error'",
+        "`dropout_p=0.1, on_unsupported='error'`",
         lambda: flashcute.flash_attention(q, q, q, dropout_p=0.1, on_unsupported="error"),
     )
     yield Case(
