@@ -50,7 +50,7 @@ def add_command(commands: Commands) -> None:
         description="Verifies every implementation against fp64 on fresh random inputs, then times "
         "all of them in interleaved rounds in one process: CUDA graph replays on a GPU, calls "
         "with equal numbers of threads on the CPU. Writes a JSON line for each case and "
-        "implementation, and prints a table. The exit code is 1 if a result of flashcute is wrong. "
+        "implementation, and prints a table. The exit code is 1 if a result of flashcute is wrong, or if it failed. "
         "Ctrl-C ends it with the tables of what was measured, and exit code 130.",
     )
     mode = parser.add_mutually_exclusive_group()

@@ -26,7 +26,14 @@ from .recorded import (
     ratio_text,
 )
 from .table import format_bytes, geometric_mean
-from .traffic import flash_dram, lse_bytes, matrix_bytes, standard
+from .traffic import (
+    Ceilings,
+    flash_dram,
+    lse_bytes,
+    matrix_bytes,
+    published_ceilings,
+    standard,
+)
 
 OURS = "flashcute"
 
@@ -579,35 +586,6 @@ def rounding_of(dtype: str) -> tuple[Rule, ...]:
 
 
 # ---- roofline ----------------------------------------------------------------------------------
-
-
-class Ceilings(NamedTuple):
-    tflops: float
-    bandwidth_gb: float  # 1e9 bytes a second
-
-    def at(self, intensity: float) -> float:
-        return min(self.tflops, intensity * self.bandwidth_gb / 1e3)
-
-
-# NVIDIA's data sheets of the H100 (SXM), H200 (SXM) and A100 (SXM): products of dense matrices on tensor cores, so half
-# of what they give with sparsity (H100 and H200: 1,979 for 16 bits, 989 for TF32; A100: 624 and 312); memory bandwidth
-# 3.35, 4.8, 2.039 (80 GB) and 1.555 TB/s (40 GB). The names are those that the driver gives; other boards with the same
-# chip, such as PCIe and NVL, have other clocks and are not these.
-PUBLISHED = {
-    "NVIDIA H100 80GB HBM3": (989.4, 494.7, 3350.0),
-    "NVIDIA H200": (989.4, 494.7, 4800.0),
-    "NVIDIA A100-SXM4-80GB": (312.0, 156.0, 2039.0),
-    "NVIDIA A100-SXM4-40GB": (312.0, 156.0, 1555.0),
-}
-
-
-def published_ceilings(device: str, dtype: str) -> Ceilings | None:
-    """Of a device as lines name it, like "NVIDIA H200, sm_90"; float32 runs on tensor cores as TF32."""
-    found = PUBLISHED.get(device.partition(",")[0])
-    if found is None or dtype not in ("float16", "bfloat16", "float32"):
-        return None
-    half, tf32, bandwidth = found
-    return Ceilings(tf32 if dtype == "float32" else half, bandwidth)
 
 
 STORES_SCORES = ("naive", "sdpa_math")

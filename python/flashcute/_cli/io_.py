@@ -20,6 +20,7 @@ from .table import format_bytes, format_number, format_table
 from .traffic import (
     LEVELS,
     LONGEST,
+    PUBLISHED,
     blocks_of,
     bound_by_computing_from,
     flash_dram,
@@ -29,8 +30,7 @@ from .traffic import (
     traffic_of,
 )
 
-# An H200 (SXM) by NVIDIA's data sheet: 1,979 TFLOP/s of bfloat16 with sparsity, which is half without; 4.8 TB/s.
-PEAK_TFLOPS, BANDWIDTH_TB = 989.0, 4.8
+PEAK_TFLOPS, _, BANDWIDTH_GB = PUBLISHED["NVIDIA H200"]
 COUNTERS = {
     "dram_read": ("dram__bytes_read.sum", "dram__bytes_op_read.sum"),
     "dram_written": ("dram__bytes_write.sum", "dram__bytes_op_write.sum"),
@@ -60,18 +60,20 @@ def add_command(commands: Commands) -> None:
         help="the GPU whose default configuration is taken (default: GPU 0, without one sm_90)",
     )
     parser.add_argument(
-        "--peak",
+        "--peak-tflops",
         type=positive_float,
         default=PEAK_TFLOPS,
-        metavar="TFLOP/S",
-        help=f"of the GPU for this dtype (default: {PEAK_TFLOPS:g}, an H200 in 16 bits by its data sheet)",
+        metavar="N",
+        help="what the GPU computes at most in this dtype (default: "
+        f"{PEAK_TFLOPS:g}, an H200 in 16 bits by its data sheet)",
     )
     parser.add_argument(
-        "--bandwidth",
+        "--bandwidth-gb",
         type=positive_float,
-        default=BANDWIDTH_TB,
-        metavar="TB/S",
-        help=f"of its memory (default: {BANDWIDTH_TB:g}, the same)",
+        default=BANDWIDTH_GB,
+        metavar="N",
+        help="what its memory moves at most, in 1e9 bytes a second (default: "
+        f"{BANDWIDTH_GB:g}, the same)",
     )
     parser.add_argument(
         "--ncu", action="store_true", help="measure with Nsight Compute; needs a GPU"
@@ -97,10 +99,11 @@ def run(options: argparse.Namespace) -> int:
     arch = options.arch or gpu_arch()
     configs = [forward_config(case, arch, options) for case in cases]
     common = provenance(choose_kit("auto", prefer_numpy=True), options.commit)
-    ratio = options.peak / options.bandwidth
+    ratio = 1e3 * options.peak_tflops / options.bandwidth_gb
     with nullcontext() if options.out is None else opened_to_append("--out", options.out) as out:
         print(
-            f"{options.peak:g} TFLOP/s and {options.bandwidth:g} TB/s: each byte of DRAM must bring {ratio:.0f} FLOP"
+            f"{options.peak_tflops:g} TFLOP/s and {options.bandwidth_gb:g} GB/s: "
+            f"each byte of DRAM must bring {ratio:.0f} FLOP"
         )
         for case, cfg in zip(cases, configs, strict=True):
             found = None if program is None else measured(program, case, options)

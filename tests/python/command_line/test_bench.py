@@ -19,7 +19,7 @@ import pytest
 from broken_flashcute import break_flashcute
 from flashcute import reference
 from flashcute.__main__ import command_parser, main
-from flashcute._cli import bench_forward, peers, progress
+from flashcute._cli import bench_forward, bench_host, peers, progress
 from flashcute._cli.kits import NumPyKit
 from flashcute._cli.presets import PRESETS
 from flashcute._cli.problem import (
@@ -330,8 +330,11 @@ def test_bench_interrupted(
     assert "interrupted: 1 of 2 cases were not measured" in text
 
 
-def test_bench_overhead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_overhead(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Host times that are not recorded, or not those of the two calls with a budget."""
+    monkeypatch.setattr(bench_host, "BATCHES", 3)
     out = tmp_path / "lines.jsonl"
     assert main(["bench", "--overhead", "--device", "cpu", "--out", str(out)]) == 0
     lines = read_lines(out)
@@ -602,6 +605,14 @@ def timed_by_xformers(
     command = [*BENCH, *arguments, "--grid", str(grid), "--impls", "xformers"]
     assert main([*command, "--out", str(out)]) == 0
     return read_lines(out)
+
+
+def test_a_failure_of_flashcute_is_told_by_the_exit_code(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run in which nothing of ours was timed, and which ends as if all were well."""
+    assert main([*CHEAPEST, "--head-dims", "300"]) == 1
+    assert "between 1 and 256" in capsys.readouterr().out
 
 
 @needs_torch

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from flashcute.__main__ import main
 from flashcute._cli import charts, drawing, recorded, traffic
-from flashcute._cli.charts import Ceilings, Chart
+from flashcute._cli.charts import Chart
 from flashcute._cli.options import UsageError
+from flashcute._cli.traffic import Ceilings
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 needs_matplotlib = pytest.mark.skipif(
