@@ -206,7 +206,7 @@ def all_points(chart: Chart) -> list[tuple[float, float]]:
 def draw_dots(chart: Chart) -> Any:
     rows, columns = len(chart.panels), len(chart.panels[0])
     heights = [len(row[0].rows) for row in chart.panels]
-    size = (max(8.0, 2.2 + 2.8 * columns), 1.3 + 0.26 * sum(heights) + 0.5 * rows)
+    size = (max(8.0, 2.0 + 2.2 * columns), 1.3 + 0.26 * sum(heights) + 0.5 * rows)
     figure, axes = new_figure(rows, columns, size, height_ratios=heights, sharex=True, sharey="row")
     names = names_of(chart)
     for _, j, panel, axis in panels_and_axes(chart, axes):
@@ -239,7 +239,7 @@ def draw_dots(chart: Chart) -> Any:
 
 def draw_scatter(chart: Chart) -> Any:
     columns = len(chart.panels[0])
-    size = (max(6.0, 1.0 + 3.2 * columns), 4.4)
+    size = (max(6.0, 0.9 + 2.6 * columns), 4.2)
     figure, axes = new_figure(1, columns, size, sharex=True, sharey=True)
     names = names_of(chart)
     points = all_points(chart)
