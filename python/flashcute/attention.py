@@ -111,7 +111,8 @@ def flash_attention(
     On a GPU every head dimension and alignment runs; addresses and strides that are multiples of 16 bytes are fastest.
     If the build has GPU kernels, such calls compile nothing. Exceptions are windows that hide keys before the diagonal,
     prefixes, lengths, sinks and masks by element of another dtype than bfloat16, gradients of float32, and
-    deterministic gradients: their kernels are compiled at the first call.
+    deterministic gradients, and gradients of head dimensions above 128 on compute capability 8.6, 8.9 and 12.0: their
+    kernels are compiled at the first call.
 
     allow_tf32: let a GPU round float32 inputs to TF32 (10 bits of fraction), once that kernel is compiled (`prebuild`,
         or FLASHCUTE_JIT=fastest). Without it, and always for gradients, three TF32 products take the place of one,
