@@ -37,8 +37,8 @@ constexpr bool may_be_read(char first_letter) {
 constexpr std::array table = {
     Variable{"FLASHCUTE_JIT", "on",
              "off: never compile at run time, nor take what was compiled before; on: compile where no image is at hand "
-             "that serves the call; fastest: also "
-             "where one is, but of a slower kernel; force: never use an ahead-of-time image"},
+             "that serves the call; fastest: also where one is, but of a slower kernel; force: never use an "
+             "ahead-of-time image"},
     Variable{"FLASHCUTE_JIT_JOBS", "one per available core and GiB of available memory",
              "how many kernels a process compiles at the same time"},
     Variable{"FLASHCUTE_CACHE_DIR", "$XDG_CACHE_HOME/flashcute, else ~/.cache/flashcute",
