@@ -21,13 +21,17 @@ struct ForwardTile {
 };
 
 inline constexpr ForwardTile forward_tiles[] = {
-    {Grid::large, {.head_dim = 64, .stages = 2, .q_in_registers = true}, "times on an H200: docs/kernels/sm80_forward.md"},
+    {Grid::large,
+     {.head_dim = 64, .stages = 2, .q_in_registers = true},
+     "times on an H200: docs/kernels/sm80_forward.md"},
     {Grid::small, {.head_dim = 64, .block_m = 64, .blocks_per_sm = 3}, "twice the blocks; not yet measured on a GPU"},
     {Grid::large, {.head_dim = 128, .stages = 2}, "times on an H200: docs/kernels/sm80_forward.md"},
     {Grid::small,
      {.head_dim = 128, .block_m = 32, .num_warps = 2, .blocks_per_sm = 4},
      "four times the blocks; not yet measured on a GPU"},
-    {Grid::large, {.head_dim = 256, .block_m = 64, .rescale_threshold = 0}, "times on an H200: docs/kernels/sm80_forward.md"},
+    {Grid::large,
+     {.head_dim = 256, .block_m = 64, .rescale_threshold = 0},
+     "times on an H200: docs/kernels/sm80_forward.md"},
     {Grid::large,
      {.head_dim = 64,
       .block_m = 192,
