@@ -23,8 +23,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-# The goals are 2.5 and 3.2; the tenth more is for what a shared machine adds.
-RATIO = {"sm80": 2.75, "sm90": 3.5}
+# The goals, and what a shared machine adds: it compiled one and the same kernel in 3.3 to 3.55 times the yardstick's time.
+GOAL = {"sm80": 2.5, "sm90": 3.2}
+MARGIN = 1.15
 MEGABYTES = {"sm80": 700, "sm90": 900}
 SECONDS = 8.0
 EMPTY = '#include <cute/tensor.hpp>\nextern "C" __global__ void empty() {}\n'
@@ -57,8 +58,9 @@ class Cost:
 
     def over(self) -> Iterator[str]:
         """The limits that it breaks."""
-        if self.ratio > RATIO[self.kernel]:
-            yield f"{self.what}: {self.ratio:.1f} times the empty kernel's time, {RATIO[self.kernel]} allowed"
+        allowed = MARGIN * GOAL[self.kernel]
+        if self.ratio > allowed:
+            yield f"{self.what}: {self.ratio:.2f} times the empty kernel's time, {allowed:.2f} allowed"
         if self.seconds > SECONDS:
             yield f"{self.what}: {self.seconds:.1f} s, {SECONDS:.0f} allowed"
         if self.megabytes > MEGABYTES[self.kernel]:
