@@ -332,22 +332,3 @@ def option_effect(change: str) -> str:
             )
     header = ["head dimension", "mask", "TFLOP/s, default", link(f"`{change}`", file)]
     return table([*header, "time over the default's"], rows, numbers=3)
-
-
-# ---- questions -----------------------------------------------------------------------------------
-
-
-def first_use() -> str:
-    """Seconds of a first call in a new process, by where its kernels come from; of the newest lines."""
-    file = "gpu_first_use"
-    roads = ("compiled", "disk cache", "ahead of time")
-    newest = lines(file)[-1]["commit"]
-    rows = []
-    for what in ("flash_attention", "flash_attention and its gradients"):
-        for head_dim in (64, 128):
-            cell = {"commit": newest, "what": f"{what}, 1024 tokens", "head_dim": head_dim}
-            seconds: list[float] = [one(file, road=road, **cell)["call_s"] for road in roads]
-            call = "`flash_attention`" + what.removeprefix("flash_attention")
-            rows.append([call, head_dim, *(f"{s:.3f}" if s < 1 else f"{s:.1f}" for s in seconds)])
-    header = ["first call, H100, seconds", "head dimension", link("compiled", file), *roads[1:]]
-    return table(header, rows, numbers=3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 
-from lines import Cell, Line, lines, link, one, rounded, speed_ups, table, where
+from lines import Cell, link, one, rounded, speed_ups, table, where
 
 HEAD_DIMS = (64, 128, 256)
 MIB = 1 << 20
@@ -56,34 +56,6 @@ def beside_cudnn() -> str:
         f"between {rounded(min(widest))} and {rounded(max(widest))}.\n"
         f"cuDNN's WGMMA kernels take {cudnn:.2f} of our time there."
     )
-
-
-def naive() -> str:
-    """Time and memory beside the computation that stores the scores."""
-    rows = []
-    for seqlen in sorted({x["seqlen_q"] for x in lines("gpu_naive")}):
-        for causal in (False, True):
-            ours, theirs = (
-                one("gpu_naive", impl=impl, seqlen_q=seqlen, causal=causal)
-                for impl in ("flashcute", "naive")
-            )
-            rows.append(
-                [
-                    f"{seqlen:,}",
-                    mask_of(ours),
-                    f"{ours['ms_p50']:.2f}",
-                    f"{theirs['ms_p50']:.2f}",
-                    rounded(theirs["ms_p50"] / ours["ms_p50"]),
-                    f"{ours['peak_bytes'] // MIB:,}",
-                    f"{theirs['peak_bytes'] // MIB:,}",
-                ]
-            )
-    header = ["length", "mask", "ours, ms", "naive, ms", "speed-up", "ours, MiB", "naive, MiB"]
-    return table(header, rows, numbers=5)
-
-
-def mask_of(line: Line) -> str:
-    return "causal" if line["causal"] else "full"
 
 
 def memory_of_gradients() -> str:

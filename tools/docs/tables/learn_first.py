@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from lines import one, path, rounded, table, where
 
-MIB = 2**20
 MASKS = {False: "none", True: "causal"}
 
 
@@ -14,25 +13,6 @@ def source(file: str) -> str:
     gpu = first["device"].removeprefix("NVIDIA ").partition(",")[0]
     name = path(file)
     return f"One {gpu}, {first['dtype']}; lines: [{name.rpartition('/')[2]}]({name})."
-
-
-def naive() -> str:
-    """Time and memory of the textbook computation beside the kernel."""
-    file, rows = "gpu_naive", []
-    for line in where(file, impl="naive"):
-        cell = {name: line[name] for name in ("seqlen_q", "causal")}
-        ours = one(file, impl="flashcute", **cell)
-        rows.append(
-            [f"{line['seqlen_q']:,}", MASKS[line["causal"]]]
-            + [f"{x['ms_p50']:.2f}" for x in (line, ours)]
-            + [f"{line['ms_p50'] / ours['ms_p50']:.1f}"]
-            + [f"{x['peak_bytes'] / MIB:,.0f}" for x in (line, ours)]
-        )
-    header = ["length", "mask", "naive, ms", "flashcute, ms", "naive / flashcute"]
-    header += ["naive, MiB", "flashcute, MiB"]
-    return (
-        f"{table(header, rows, numbers=5)}\n\n{source(file)} Batch 4, 16 heads, head dimension 64."
-    )
 
 
 # ---- one option of the sm80 kernel switched off -----------------------------------------------------

@@ -269,7 +269,8 @@ def first_call() -> str:
         "flash_attention and its gradients": "a training step",
         "flash_attention and its deterministic gradients": "a training step, deterministic",
     }
-    found = [x for x in lines("gpu_first_use") if x["commit"] == "c9a1715"]
+    newest = lines("gpu_first_use")[-1]["commit"]
+    found = where("gpu_first_use", commit=newest)
     rows: dict[tuple[int, str], dict[str, float]] = {}
     for x in found:
         call = calls[x["what"].partition(",")[0]]
@@ -304,9 +305,10 @@ def naive() -> str:
             f"{seqlen:,}",
             "causal" if causal else "full",
             *(f"{by_impl[impl]['ms_p50']:.2f}" for impl in ("flashcute", "naive")),
+            rounded(by_impl["naive"]["ms_p50"] / by_impl["flashcute"]["ms_p50"]),
             *(f"{by_impl[impl]['peak_bytes'] / 2**20:,.0f}" for impl in ("flashcute", "naive")),
         ]
         for (seqlen, causal), by_impl in sorted(cases.items())
     ]
-    header = ["length", "mask", "flashcute, ms", "naive, ms", "flashcute, MiB", "naive, MiB"]
-    return table(header, rows, numbers=4)
+    header = ["length", "mask", "flashcute, ms", "naive, ms", "speed-up"]
+    return table([*header, "flashcute, MiB", "naive, MiB"], rows, numbers=5)
