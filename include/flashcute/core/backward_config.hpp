@@ -15,16 +15,20 @@ struct BackwardConfig {
   int32_t block_m = 64;           // B_r: query rows per tile
   int32_t block_n = 64;           // B_c: keys per tile
   int32_t num_warps = 4;
-  Kernel kernel = Kernel::sm80;  // there is no Hopper kernel of the backward yet
-  int32_t column_warps = 1;      // warps along the columns of a score tile; 1: dK and dV take P and dS from registers
+  Kernel kernel = Kernel::sm80;  // for every GPU, or Hopper's own
+  int32_t column_warps = 1;      // sm80: warps along the columns of a score tile; 1: P and dS stay in registers
   int32_t blocks_per_sm = 2;
   Math math = Math::tensor_core;
-  int32_t stages = 2;  // blocks in shared memory; 2: one arrives while the other is multiplied
+  int32_t stages = 2;       // blocks in shared memory, of sm90 those of Q; 2: one arrives while the other is multiplied
+  int32_t dout_stages = 2;  // sm90: blocks of dO in shared memory
   int32_t copy_bytes = 16;
   bool async_copy = true;
   bool swizzled = true;
   int32_t k_tiles_per_load = 0;
   bool mma_double_buffer = true;
+  bool late_dq = true;         // sm90: a block's part of dQ is multiplied in the iteration after it
+  bool early_exp = true;       // sm90: all exponentials are computed before dP is waited for
+  bool open_end = false;       // sm90: the product for dK goes on while the next block begins
   bool deterministic = false;  // the same bits in every run, by two passes without atomics; on the CPU always so
 
   constexpr bool operator==(BackwardConfig const&) const = default;
@@ -45,11 +49,15 @@ struct BackwardConfig {
     visit(Option{"blocks_per_sm", sm80, "b"}, &C::blocks_per_sm);
     visit(Option{"math", all}, &C::math);
     visit(Option{"stages", all, "st"}, &C::stages);
+    visit(Option{"dout_stages", sm90, "dost"}, &C::dout_stages);
     visit(Option{"copy_bytes", sm80, "copy"}, &C::copy_bytes);
     visit(Option{"async_copy", sm80, "sync"}, &C::async_copy);
     visit(Option{"swizzled", sm80, "unswizzled"}, &C::swizzled);
     visit(Option{"k_tiles_per_load", sm80, "k"}, &C::k_tiles_per_load);
     visit(Option{"mma_double_buffer", sm80, "single"}, &C::mma_double_buffer);
+    visit(Option{"late_dq", sm90, "promptdq"}, &C::late_dq);
+    visit(Option{"early_exp", sm90, "lateexp"}, &C::early_exp);
+    visit(Option{"open_end", sm90, "openend"}, &C::open_end);
     visit(Option{"deterministic", all, "deterministic"}, &C::deterministic);
   }
 };
@@ -87,7 +95,13 @@ constexpr TileConfig tile_of(BackwardConfig const& c, BackwardPass pass) {
 
 // ---- resources and rules -------------------------------------------------------------------------
 
-constexpr int32_t num_threads(BackwardKernelId const& k) { return 32 * k.config.num_warps; }
+/// Warps that load, inspect and add beside those that compute, in Hopper's pass `gradients`.
+inline constexpr int32_t serving_warps = 4;
+
+constexpr int32_t num_threads(BackwardKernelId const& k) {
+  bool const serves = k.config.kernel == Kernel::sm90 && k.pass == BackwardPass::gradients;
+  return 32 * (k.config.num_warps + (serves ? serving_warps : 0));
+}
 
 /// Warps side by side along the columns of dQ = dS K in `gradients`: dQ has more columns than rows.
 constexpr int32_t dq_column_warps(BackwardConfig const& c) { return c.num_warps / 2; }
@@ -98,12 +112,22 @@ constexpr bool stores_ds(BackwardConfig const& c, BackwardPass pass) {
   return c.column_warps > 1 || pass == BackwardPass::gradients;
 }
 
+/// Of Hopper's pass `gradients`: K and V; blocks of Q and dO with LSE and delta of their rows; two places for dS; dQ of
+/// a block in fp32.
+constexpr int64_t sm90_smem_bytes(BackwardConfig const& c) {
+  int64_t const m = c.block_m, n = c.block_n, d = c.head_dim, d_v = c.head_dim_v, size = size_of(c.dtype);
+  int64_t const dq = m * d * int64_t{sizeof(float)}, statistics = m * int64_t{sizeof(float)};
+  return n * (d + d_v) * size + c.stages * (m * d * size + statistics) +
+         c.dout_stages * (m * d_v * size + statistics) + 2 * m * n * size + dq + control_bytes;
+}
+
 /// Dynamic shared memory of a kernel, in bytes: the tile's rows of K and V, or of Q and dO; `stages` blocks of the
 /// other two; LSE and delta of the queries among these rows; tiles of P and dS where more than one warp reads them.
 /// `finish` has only a tile of dQ.
 constexpr int64_t smem_bytes(BackwardKernelId const& k) {
   BackwardConfig const& c = k.config;
   int64_t const size = size_of(c.dtype);
+  if (c.kernel == Kernel::sm90) return k.pass == BackwardPass::gradients ? sm90_smem_bytes(c) : 0;
   if (k.pass == BackwardPass::prepare) return 0;
   if (k.pass == BackwardPass::sink) return c.num_warps * int64_t{sizeof(float)};
   if (k.pass == BackwardPass::finish) return c.block_m * c.head_dim * size;
@@ -116,8 +140,8 @@ constexpr int64_t smem_bytes(BackwardKernelId const& k) {
   return ceil_div<int64_t>(bytes, 128) * 128;
 }
 
-/// Floats of workspace: delta, then (unless deterministic) the sums that become dQ, which start at a multiple of 16
-/// bytes.
+/// Floats of workspace: delta, of the sm90 kernels after the LSE and both of whole tiles; then (unless deterministic)
+/// the sums that become dQ, which start at a multiple of 16 bytes.
 struct BackwardWorkspace {
   int64_t delta, dq_sums;
 
@@ -127,6 +151,7 @@ struct BackwardWorkspace {
 /// Of `heads` heads, each of `seqlen_q` rows in `blocks` tiles.
 constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads, int64_t seqlen_q, int64_t blocks) {
   int64_t const tiles = heads * blocks;
+  if (c.kernel == Kernel::sm90) return {2 * tiles * c.block_m, tiles * c.block_m * c.head_dim};
   return {ceil_div<int64_t>(heads * seqlen_q, 4) * 4, c.deterministic ? 0 : tiles * c.block_m * c.head_dim};
 }
 
@@ -139,7 +164,7 @@ constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads,
   RULE(head_dim, "head_dim and head_dim_v must be between 1 and 256")                                                \
   RULE(block_m, "block_m must be a positive multiple of 16, at most 256")                                            \
   RULE(block_n, "block_n must be a positive multiple of 16, at most 256")                                            \
-  RULE(kernel, "the backward has no other kernel than sm80 yet")                                                     \
+  RULE(other_kernel, "an option that only another kernel reads must have its default value")                         \
   RULE(arch_too_old, "the sm80 kernels need a GPU of compute capability 8.0 or later")                               \
   RULE(gpu_dtype, "dtype must be float16, bfloat16 or float32 on a GPU")                                             \
   RULE(gpu_head_dim, "head_dim and head_dim_v must be multiples of 16 between 16 and 256 on a GPU")                  \
@@ -156,6 +181,13 @@ constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads,
   RULE(copy_rows, "block_m and block_n must be multiples of the rows that all threads copy at once")                 \
   RULE(k_tiles_per_load,                                                                                             \
        "k_tiles_per_load must be 0, 1 or 2 (tf32x3: 0), and 2 needs widths that are multiples of 32")                \
+  RULE(sm90_arch, "kernel = sm90 needs a GPU of compute capability 9.0: it is Hopper's")                             \
+  RULE(sm90_dtype, "kernel = sm90 needs dtype float16 or bfloat16")                                                  \
+  RULE(sm90_tile, "kernel = sm90 needs block_n of 128, 8 warps, and a block_m of 128 with head_dim 64, 64 with 128") \
+  RULE(sm90_head_dim, "kernel = sm90 needs head_dim_v = head_dim")                                                   \
+  RULE(sm90_stages, "kernel = sm90 needs stages and dout_stages between 1 and 4")                                    \
+  RULE(sm90_deterministic, "kernel = sm90 adds dQ in any order: deterministic needs kernel = sm80")                  \
+  RULE(open_end, "open_end needs late_dq and early_exp, and head_dim 128: with 64 registers do not suffice")         \
   RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")
 
 enum class BackwardConfigError : uint8_t {
@@ -213,6 +245,21 @@ constexpr BackwardConfigError check_sm80(BackwardConfig const& c, Arch arch) {
   return none;
 }
 
+/// The first rule of Hopper's kernels that `c` breaks on `arch`.
+constexpr BackwardConfigError check_sm90(BackwardConfig const& c, Arch arch) {
+  using enum BackwardConfigError;
+  if (arch != 90) return sm90_arch;
+  if (c.dtype != DType::float16 && c.dtype != DType::bfloat16) return sm90_dtype;
+  if (c.math != Math::tensor_core) return math;
+  bool const fits = (c.head_dim == 64 && c.block_m == 128) || (c.head_dim == 128 && c.block_m == 64);
+  if (!fits || c.block_n != 128 || c.num_warps != 8) return sm90_tile;
+  if (c.head_dim_v != c.head_dim) return sm90_head_dim;
+  if (c.stages < 1 || c.stages > 4 || c.dout_stages < 1 || c.dout_stages > 4) return sm90_stages;
+  if (c.deterministic) return sm90_deterministic;
+  if (c.open_end && !(c.late_dq && c.early_exp && c.head_dim == 128)) return open_end;
+  return sm90_smem_bytes(c) > max_smem_bytes(arch) ? smem : none;
+}
+
 /// The first rule that `c` breaks on `arch`. Only the first three apply to the CPU.
 constexpr BackwardConfigError check(BackwardConfig const& c, Arch arch) {
   using enum BackwardConfigError;
@@ -223,7 +270,8 @@ constexpr BackwardConfigError check(BackwardConfig const& c, Arch arch) {
   if (c.block_m <= 0 || c.block_m > 256 || c.block_m % 16 != 0) return block_m;
   if (c.block_n <= 0 || c.block_n > 256 || c.block_n % 16 != 0) return block_n;
   if (arch == cpu_arch) return none;
-  return c.kernel == Kernel::sm80 ? check_sm80(c, arch) : kernel;
+  if (!has_only_own_options(c)) return other_kernel;
+  return c.kernel == Kernel::sm80 ? check_sm80(c, arch) : check_sm90(c, arch);
 }
 
 /// The configuration of the CPU backend: a tile and a block that fit the level 2 cache at every head dim.

@@ -93,6 +93,12 @@ struct PrefixMask {
     return {0, first / block_n, ceil_div(last, block_n)};
   }
 
+  /// The queries that see a key.
+  template <class S>
+  FLASHCUTE_HD static RowRange queries_of(int32_t k, S const& s) {
+    return k < s.keys() ? RowRange{Derived::first_query(k, s), s.rows()} : RowRange{0, 0};
+  }
+
   /// The blocks of query rows that see any of the tile's keys: from the first row that sees its first key.
   template <class S>
   FLASHCUTE_HD static QueryRange query_range(KeyTile<S> const& tile, ForwardParams const& p, int32_t block_m) {

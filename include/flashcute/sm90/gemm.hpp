@@ -5,14 +5,6 @@
 
 namespace flashcute::sm90 {
 
-/// The accumulator with the layout of the WGMMA atom.
-template <class Accumulator>
-FLASHCUTE_DEVICE auto as_warpgroup_accumulator(Accumulator& acc) {
-  using namespace cute;
-  constexpr int blocks = decltype(size<2>(acc.layout()))::value;
-  return make_tensor(acc.data(), Layout<Shape<Shape<_2, _2, Int<blocks>>>>{});
-}
-
 template <ForwardConfig C>
 struct Products {
   using L = ForwardLayout<C>;

@@ -238,6 +238,16 @@ FLASHCUTE_DEVICE void publish_to_products() { asm volatile("fence.proxy.async.sh
 /// thread that begins them still have to synchronise.
 FLASHCUTE_DEVICE void publish_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// ---- shared memory -------------------------------------------------------------------------------
+
+/// Stores four 8x8 tiles of 16-bit elements, each transposed, from the registers of a warp to shared memory: lane i
+/// passes the address of row i % 8 of tile i / 8. The reverse of ldmatrix.
+FLASHCUTE_DEVICE void stmatrix_transposed(void* row, uint32_t d0, uint32_t d1, uint32_t d2, uint32_t d3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+               "r"(d0), "r"(d1), "r"(d2), "r"(d3)
+               : "memory");
+}
+
 // ---- products of a warpgroup ---------------------------------------------------------------------
 // WGMMA are asynchronous and committed in batches (wgmma groups). Until a batch is done, its accumulators and its
 // operands in registers must not be touched, and its operands in shared memory must not change.
@@ -293,6 +303,29 @@ FLASHCUTE_DEVICE void prefetch_box(TensorMap const& map, int column, int row, in
                "r"(head), "r"(batch)
                : "memory");
 }
+
+/// Starts copying `bytes`, a multiple of 16, to shared memory. Both addresses are multiples of 16; the mbarrier counts
+/// the bytes.
+FLASHCUTE_DEVICE void copy_bulk(void const* from, void* to, int bytes, Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(&barrier))
+      : "memory");
+}
+
+/// Starts adding floats in shared memory to those at `to`, each atomically. Both addresses, and `bytes`, are multiples
+/// of 16.
+FLASHCUTE_DEVICE void add_bulk(float* to, float const* from, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;" ::"l"(to),
+      "r"(shared_address(from)), "r"(bytes)
+      : "memory");
+}
+
+/// Waits until all that this thread adds by add_bulk has been read from shared memory.
+FLASHCUTE_DEVICE void await_bulk_reads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 /// Starts copying the box at (column, row, head, batch) of a tensor to shared memory; what lies outside the tensor
 /// arrives as 0. The mbarrier counts its bytes, including those outside.

@@ -2,10 +2,9 @@
 // multiply tiles.
 #pragma once
 
-#include "flashcute/sm90/instructions.hpp"
-// Built on the instructions above.
-#include "flashcute/device/fragment.hpp"
 #include "flashcute/policy/mask.hpp"
+#include "flashcute/sm90/fragment.hpp"
+#include "flashcute/sm90/ring.hpp"
 #include "flashcute/sm90/tile_order.hpp"
 
 namespace flashcute::sm90 {
@@ -25,14 +24,6 @@ struct Inspection {
   int tile;   // the slot in `dropped` of its tile
 };
 
-/// A block in a ring of stages. The matrix descriptor of the first stage is made once; that of `place` is an offset
-/// from it.
-template <class Element>
-struct InRing {
-  Element* ring;
-  int place;
-};
-
 /// Registers per thread of the loading warpgroup and of the consumer warpgroups: together at most the 65536 of a
 /// multiprocessor.
 struct WarpgroupRegisters {
@@ -45,7 +36,7 @@ constexpr WarpgroupRegisters registers_of(ForwardConfig const& c) {
 
 /// The mask matters to shared memory alone.
 template <ForwardConfig C, class Mask = flashcute::Mask<MaskKind::full>>
-struct ForwardLayout {
+struct ForwardLayout : WarpgroupFragment {
   using Element = typename TensorCore<C.dtype>::Element;
   using BlockN = cute::Int<C.block_n>;
   using HeadDim = cute::Int<C.head_dim>;
@@ -68,8 +59,7 @@ struct ForwardLayout {
   // its Layout_K_SW128_Atom and Layout_MN_SW128_Atom, but that takes longer than to compile the rest of the kernel.
   // `Shape` and `Stride` describe one step, then the steps, then the stages of the ring.
   template <class Shape, class Stride>
-  using Operand =
-      cute::ComposedLayout<cute::Swizzle<3, 4, 3>, cute::smem_ptr_flag_bits<16>, cute::Layout<Shape, Stride>>;
+  using Operand = SwizzledOperand<Shape, Stride>;
   using Page = cute::Int<page>;
   using StepsOfPages = cute::Shape<cute::Int<page / 16>, cute::Int<C.head_dim / page>>;
   /// A warpgroup's rows of Q: (MMA, 1, MMA_D)
@@ -129,28 +119,6 @@ struct ForwardLayout {
   using MmaO = cute::MMA_Traits<
       decltype(cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<WarpgroupM, HeadDimV, cute::_16>,
                                           cute::GMMA::Major::K, cute::GMMA::Major::MN>())>;
-
-  static constexpr int rows_per_thread = 2;
-  static constexpr bool masks_by_bits = true;
-
-  /// This thread's part of a warpgroup's 64 x Columns accumulator, in the layout of mma.sync, so that code that reads
-  /// it by row and column serves both kernels.
-  template <class Columns>
-  FLASHCUTE_DEVICE static auto accumulator() {
-    using namespace cute;
-    return make_tensor<float>(Layout<Shape<Shape<_2, _2>, _1, Int<Columns::value / 8>>>{});  // (MMA, MMA_M, MMA_N)
-  }
-
-  /// The thread's i-th row, counted from the warpgroup's first.
-  FLASHCUTE_DEVICE static int row(int i) { return thread_of_warpgroup() / 32 * 16 + thread_index() % 32 / 4 + 8 * i; }
-  FLASHCUTE_DEVICE static int first_column() { return 2 * (thread_index() % 4); }
-  /// Columns from the thread's first to its j-th.
-  FLASHCUTE_DEVICE static constexpr int column_distance(int j) { return j % 2 + j / 2 * 8; }
-  /// How many of the thread's columns are less than `distance` from its first.
-  FLASHCUTE_DEVICE static int columns_before(int distance) {
-    int const d = max_of(distance, 0);
-    return d / 8 * 2 + min_of(d % 8, 2);
-  }
 };
 
 }  // namespace flashcute::sm90

@@ -1,12 +1,14 @@
-// The parameters of a launch of Hopper's forward kernel, passed by value as its only parameter.
+// The parameters of launches of Hopper's kernels, passed by value as their only parameter.
 #pragma once
 
+#include "flashcute/core/backward_params.hpp"
 #include "flashcute/sm90/rounds.hpp"
 #include "flashcute/sm90/tensor_map.hpp"
 
 namespace flashcute {
 
-/// The maps see tensors as (columns, rows, heads, batch).
+// The maps see tensors as (columns, rows, heads, batch).
+
 struct Sm90ForwardParams {
   TensorMap q, k, v;
   ForwardParams forward;
@@ -14,5 +16,12 @@ struct Sm90ForwardParams {
 };
 static_assert(sizeof(TileDeal) == 2308);
 static_assert(sizeof(Sm90ForwardParams) == 3200);
+
+/// Of the pass `gradients`.
+struct Sm90BackwardParams {
+  TensorMap q, k, v, dout;
+  BackwardParams backward;
+};
+static_assert(sizeof(Sm90BackwardParams) == 1152);
 
 }  // namespace flashcute

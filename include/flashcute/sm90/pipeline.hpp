@@ -3,28 +3,9 @@
 #pragma once
 
 #include "flashcute/sm90/layout.hpp"
+#include "flashcute/sm90/ring.hpp"
 
 namespace flashcute::sm90 {
-
-/// One side's position in a ring of `Stages` stages. A stage's mbarriers change phase once per round.
-template <int Stages>
-struct RingPosition {
-  int place = 0;
-  uint32_t parity = 0;
-
-  FLASHCUTE_DEVICE void advance() {
-    if (++place == Stages) {
-      place = 0;
-      parity ^= 1;
-    }
-  }
-
-  FLASHCUTE_DEVICE RingPosition after() const {
-    RingPosition position = *this;
-    position.advance();
-    return position;
-  }
-};
 
 /// A consumer warpgroup's side: waits for tiles, and releases their stages.
 template <ForwardConfig C, class Mask>

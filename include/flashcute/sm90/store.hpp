@@ -4,54 +4,16 @@
 #include "flashcute/device/apply.hpp"
 #include "flashcute/device/nonfinite.hpp"
 #include "flashcute/sm90/layout.hpp"
+#include "flashcute/sm90/store_rows.hpp"
 
 namespace flashcute::sm90 {
 
-/// Transposes a 4 x 4 matrix of words, one row in each lane of a quad.
-FLASHCUTE_DEVICE void transpose_in_quad(uint32_t (&word)[4]) {
-  int const lane = thread_index() % 4;
-  CUTE_UNROLL
-  for (int distance = 1; distance <= 2; distance *= 2) {
-    bool const upper = lane & distance;
-    CUTE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if (i & distance) continue;
-      // Of each pair of words the lane keeps one and exchanges the other with its partner.
-      uint32_t const given = upper ? word[i] : word[i + distance];
-      uint32_t const got = shuffle_xor_word(given, distance);
-      if (upper) {
-        word[i] = got;
-      } else {
-        word[i + distance] = got;
-      }
-    }
-  }
-}
-
-/// Rounds the output and writes 16 bytes per lane, without shared memory, so that the next tile's loads need not wait.
-/// `tile` holds the warpgroup's rows.
+/// Rounds the output and writes it; `tile` holds the warpgroup's rows.
 template <ForwardConfig C, class Output, class Tile>
 FLASHCUTE_DEVICE void store_output(Output const& output, ForwardParams const& p, Tile const& tile) {
-  using namespace cute;
-  using L = ForwardLayout<C>;
-  using Element = typename L::Element;
-  auto const o = by_row_and_column(output);  // (row, column)
-  int const lane = thread_index() % 4;
-  auto* const to = static_cast<Element*>(p.out) + tile.out_offset(p) + 8 * lane;
-  CUTE_UNROLL
-  for (int i = 0; i < L::rows_per_thread; ++i) {
-    bool const exists = L::row(i) < tile.rows;
-    auto* const row = to + L::row(i) * p.out_stride.row;
-    CUTE_UNROLL
-    for (int block = 0; block < C.head_dim_v; block += 32) {  // columns; a lane has 8 of them in 4 pairs
-      uint32_t word[4];
-      CUTE_UNROLL
-      for (int j = 0; j < 4; ++j) word[j] = round_pair<Element>(o(i, block / 4 + 2 * j), o(i, block / 4 + 2 * j + 1));
-      transpose_in_quad(word);
-      global_store_if(exists && block + 8 * lane < p.head_dim_v, row + block,
-                      uint4{word[0], word[1], word[2], word[3]});
-    }
-  }
+  using Element = typename ForwardLayout<C>::Element;
+  store_rows<C.head_dim_v>(output, static_cast<Element*>(p.out) + tile.out_offset(p), p.out_stride.row, tile.rows,
+                           p.head_dim_v);
 }
 
 /// Adds to the elements of the output that this thread has written the non-finite values that were replaced by 0, where

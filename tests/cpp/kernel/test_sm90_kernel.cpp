@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "flashcute/core/defaults.hpp"
-#include "kernel/kernel_problem.hpp"
+#include "kernel/emulated_map.hpp"
 #include "launch/tile_deal.hpp"
 
 namespace flashcute {
@@ -22,24 +22,6 @@ namespace {
 
 using emulation::Site;
 using emulation::Sm90Block;
-
-sm90::EmulatedMap map_of(Tensor& t, int rows, int heads, int batch, int columns, int box_rows) {
-  return {reinterpret_cast<char const*>(t.data()),
-          columns,
-          rows,
-          heads,
-          batch,
-          box_rows,
-          2 * t.stride().row,
-          2 * t.stride().head,
-          2 * t.stride().batch};
-}
-
-TensorMap opaque(sm90::EmulatedMap const& map) {
-  TensorMap result{};
-  std::memcpy(&result, &map, sizeof(map));
-  return result;
-}
 
 /// How a launch is run: `blocks` thread blocks, one after the other.
 struct Run {

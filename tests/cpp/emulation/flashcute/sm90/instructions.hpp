@@ -148,6 +148,29 @@ FLASHCUTE_DEVICE void named_arrive(int id, char const* file = __builtin_FILE(), 
 FLASHCUTE_DEVICE void publish_to_products() {}
 FLASHCUTE_DEVICE void publish_to_copies() {}
 
+// ---- shared memory -------------------------------------------------------------------------------
+
+/// Lane i % 4 of row i / 4 of each tile has two neighbours, which become neighbours in a column.
+FLASHCUTE_DEVICE void stmatrix_transposed(void* row, uint32_t d0, uint32_t d1, uint32_t d2, uint32_t d3) {
+  struct Lane {
+    void* row;
+    uint32_t registers[4];
+  };
+  Lane own{row, {d0, d1, d2, d3}};
+  emulation::warp_instruction("stmatrix.trans", &own, [](void* const* lanes) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      uint16_t element[8][8];
+      for (int lane = 0; lane < 32; ++lane) {
+        uint32_t const word = static_cast<Lane*>(lanes[lane])->registers[matrix];
+        int const i = lane / 4, j = 2 * (lane % 4);
+        element[j][i] = static_cast<uint16_t>(word);
+        element[j + 1][i] = static_cast<uint16_t>(word >> 16);
+      }
+      for (int i = 0; i < 8; ++i) std::memcpy(static_cast<Lane*>(lanes[8 * matrix + i])->row, element[i], 16);
+    }
+  });
+}
+
 // ---- products of a warpgroup ---------------------------------------------------------------------
 
 /// The operand itself, at the place where the layout says that it lies.
@@ -250,6 +273,25 @@ FLASHCUTE_DEVICE void copy_box(TensorMap const& map, int column, int row, int he
   };
   emulation::start_bulk_copy(copy, &barrier, static_cast<int>(bytes));
 }
+FLASHCUTE_DEVICE void copy_bulk(void const* from, void* to, int bytes, Barrier& barrier) {
+  auto const size = static_cast<size_t>(bytes);
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) {
+    throw emulation::Violation("a bulk copy that is not aligned");
+  }
+  std::memset(to, 0xff, size);
+  auto const copy = [=] {
+    for (size_t i = 0; i < size; i += 16) emulation::check_global_read(static_cast<char const*>(from) + i, 16);
+    std::memcpy(to, from, size);
+  };
+  emulation::start_bulk_copy(copy, &barrier, bytes);
+}
+
+/// At once: what is read too late is not found.
+FLASHCUTE_DEVICE void add_bulk(float* to, float const* from, int bytes) {
+  for (int i = 0; i < bytes / static_cast<int>(sizeof(float)); ++i) emulation::add_global(to + i, from[i]);
+}
+FLASHCUTE_DEVICE void await_bulk_reads() {}
+
 FLASHCUTE_DEVICE void copy_box_to_all(TensorMap const&, int, int, int, int, void*, Barrier&, L2Hint, int) {
   throw emulation::Violation("copy_box_to_all");
 }

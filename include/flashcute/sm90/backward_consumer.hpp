@@ -1,0 +1,258 @@
+// The warpgroups that compute Hopper's gradients: each owns 64 keys of the tile, whose dK and dV stay in its registers
+// while blocks of Q and dO pass by. For each block
+//
+//     S^T = K Q^T    dP^T = V dO^T    P = exp(S - LSE)    dS = P * (dP - delta)
+//     dV += P^T dO   dK += dS^T Q     dQ = dS K
+//
+// The products are asynchronous. `late_dq`: dQ of a block needs dS of both warpgroups. It is multiplied one iteration
+// later, when the other's dS has long been there: so the two never wait for each other, and one computes exponentials
+// while the other multiplies.
+#pragma once
+
+#include "flashcute/sm90/backward_gemm.hpp"
+#include "flashcute/sm90/store_rows.hpp"
+
+namespace flashcute::sm90 {
+
+template <BackwardKernelId Id>
+class GradientConsumer {
+  static constexpr BackwardConfig C = Id.config;
+  using Mask = flashcute::Mask<Id.features.mask>;
+  using Sequence = typename Mask::Sequence;
+  using Tile = KeyTile<Sequence>;
+  using L = BackwardLayout<C>;
+  using P = BackwardProducts<C>;
+  using Element = typename L::Element;
+  using Storage = typename L::SharedStorage;
+  using Scores = decltype(L::template accumulator<typename L::BlockM>());
+  using Sums = decltype(L::template accumulator<typename L::HeadDim>());
+  using Dq = decltype(L::template accumulator<typename L::DqColumns>());
+
+ public:
+  FLASHCUTE_DEVICE GradientConsumer(BackwardParams const& p, Storage& smem, Tile const& tile, int warpgroup)
+      : p_(p), smem_(smem), tile_(tile), warpgroup_(warpgroup) {
+    cute::clear(dk_);
+    cute::clear(dv_);
+  }
+
+  /// Of a tile that some query sees.
+  FLASHCUTE_DEVICE void run() {
+    barrier_wait(smem_.k_full, 0);
+    barrier_wait(smem_.v_full, 0);
+    bool last;
+    do {  // (of a loop that may end before its first iteration nvcc serialises all WGMMA)
+      last = add_block();
+    } while (!last);
+    if constexpr (C.late_dq) add_last_dq();
+    if constexpr (C.open_end) finish_products<0>(dk_);
+    store();
+  }
+
+ private:
+  /// The next block; returns whether it was the last.
+  FLASHCUTE_DEVICE bool add_block() {
+    Scores s, dp;
+    barrier_wait(smem_.q_full[q_.place], q_.parity);
+    P::template begin_scores<C.stages>(s, own(smem_.k), {smem_.q[0], q_.place});
+    barrier_wait(smem_.dout_full[dout_.place], dout_.parity);
+    P::template begin_scores<C.dout_stages>(dp, own(smem_.v), {smem_.dout[0], dout_.place});
+    if constexpr (C.open_end) {
+      finish_products<2>(dk_);
+      release_before();
+    }
+    AnnouncedQueries const& block = smem_.blocks[q_.place];
+    bool const partial = uniform(block.partial), last = uniform(block.last);
+    finish_products<1>(s);
+    to_probabilities(s);
+    if (partial) hide(s, block);
+    // The place for dS has long been free. Waiting for it here keeps the compiler from moving exponentials behind the
+    // wait for dP.
+    if constexpr (C.early_exp) barrier_wait(smem_.ds_empty[ds_.place], ds_.parity ^ 1);
+    finish_products<0>(dp);
+    to_score_gradients(dp, s);
+    if (partial) hide(dp, block);
+    // P is rounded after dS, which takes it in fp32: rounded before, both would be in registers at once.
+    auto ds = convert<Element>(dp);
+    auto probabilities = convert<Element>(s);
+    hold_at_one(probabilities);
+    if constexpr (!C.early_exp) barrier_wait(smem_.ds_empty[ds_.place], ds_.parity ^ 1);
+    store_ds(ds);
+    publish_to_products();
+    P::template begin_sums<C.dout_stages>(dv_, probabilities, {smem_.dout[0], dout_.place});
+    meet();  // the warpgroup's dS is in shared memory
+    arrive(smem_.ds_full[ds_.place]);
+
+    Dq dq;
+    if constexpr (C.late_dq) {
+      barrier_wait(smem_.ds_full[ds_before_.place], ds_before_.parity);
+      P::begin_dq(dq, ds_ring(ds_before_.place), key_columns());
+    } else {
+      barrier_wait(smem_.ds_full[ds_.place], ds_.parity);
+      P::begin_dq(dq, ds_ring(ds_.place), key_columns());
+    }
+    P::template begin_sums<C.stages>(dk_, ds, {smem_.q[0], q_.place});
+    finish_products<2>(dv_);
+    arrive(smem_.dout_empty[dout_.place]);
+    finish_products<1>(dq);
+    // Before the first block there is none: what was multiplied is nothing.
+    pass_on(dq, !C.late_dq || any_);
+    if constexpr (!C.open_end) {
+      finish_products<0>(dk_);
+      arrive(smem_.q_empty[q_.place]);
+    }
+    any_ = true;
+    q_before_ = q_.place;
+    q_.advance();
+    dout_.advance();
+    ds_.advance();
+    ds_before_.advance();
+    return last;
+  }
+
+  FLASHCUTE_DEVICE void add_last_dq() {
+    Dq dq;
+    barrier_wait(smem_.ds_full[ds_before_.place], ds_before_.parity);
+    P::begin_dq(dq, ds_ring(ds_before_.place), key_columns());
+    finish_products<0>(dq);
+    pass_on(dq, true);
+  }
+
+  /// The product dK of the block before is done, and with it all that reads its Q.
+  FLASHCUTE_DEVICE void release_before() {
+    if (thread_of_warpgroup() == 0 && any_) barrier_arrive(smem_.q_empty[q_before_]);
+  }
+
+  // ---- scores ----------------------------------------------------------------------------------------
+
+  /// S^T becomes P^T, in place.
+  FLASHCUTE_DEVICE void to_probabilities(Scores& scores) const {
+    auto s = by_row_and_column(scores);  // (key, query)
+    float const* const lse = smem_.lse[q_.place] + L::first_column();
+    CUTE_UNROLL
+    for (int j = 0; j < columns; ++j) {
+      float const of_query = shared_load<float>(lse + L::column_distance(j));
+      CUTE_UNROLL
+      for (int i = 0; i < L::rows_per_thread; ++i) {
+        s(i, j) = exp2_approx(s(i, j) * p_.forward.scale_log2 - of_query);
+      }
+    }
+  }
+
+  /// dP^T becomes dS^T, in place.
+  FLASHCUTE_DEVICE void to_score_gradients(Scores& gradients, Scores const& probabilities) const {
+    auto ds = by_row_and_column(gradients);           // (key, query)
+    auto const p = by_row_and_column(probabilities);  // (key, query)
+    float const* const delta = smem_.delta[dout_.place] + L::first_column();
+    CUTE_UNROLL
+    for (int j = 0; j < columns; ++j) {
+      float const of_query = shared_load<float>(delta + L::column_distance(j));
+      CUTE_UNROLL
+      for (int i = 0; i < L::rows_per_thread; ++i) ds(i, j) = p(i, j) * (ds(i, j) - of_query);
+    }
+  }
+
+  /// Sets what a query does not see to 0: by selection, because it may be NaN.
+  FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries const& block) const {
+    auto s = by_row_and_column(scores);  // (key, query)
+    Sequence const sequence = tile_.sequence(p_.forward, block.head);
+    int const query = block.row0 + L::first_column(), key = tile_.row0 + warpgroup_ * warpgroup_rows;
+    CUTE_UNROLL
+    for (int i = 0; i < L::rows_per_thread; ++i) {
+      RowRange const seeing = Mask::queries_of(key + L::row(i), sequence);
+      uint32_t const bits = SeenBetween{seeing.begin - query, seeing.end - query}.template bits<L>(0);
+      CUTE_UNROLL
+      for (int j = 0; j < columns; ++j) {
+        if (!(bits & 1u << j)) s(i, j) = 0.f;
+      }
+    }
+  }
+
+  /// Limits P to 1: where scores are large, their rounding errors can make it exceed 1.
+  template <class Probabilities>
+  FLASHCUTE_DEVICE static void hold_at_one(Probabilities& probabilities) {
+    auto words = words_of(probabilities);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(words); ++i) words(i) = at_most_one<Element>(words(i));
+  }
+
+  // ---- dS and dQ through shared memory ---------------------------------------------------------------
+
+  /// Writes dS to the warpgroup's page of its place: a row for each query, in the swizzle that WGMMA reads.
+  template <class Ds>
+  FLASHCUTE_DEVICE void store_ds(Ds const& ds) const {
+    auto const words = words_of(ds);
+    int const lane = thread_index() % 32, warp = thread_of_warpgroup() / 32;
+    int const query = lane % 8 + (lane & 16) / 2;  // of 16
+    int const piece = (2 * warp + lane / 8 % 2) ^ (query % 8);
+    Element* const row = smem_.ds[ds_.place] + warpgroup_ * (C.block_m * L::page) + query * L::page + piece * 8;
+    CUTE_UNROLL
+    for (int i = 0; i < C.block_m / 16; ++i) {
+      stmatrix_transposed(row + i * 16 * L::page, words(4 * i), words(4 * i + 1), words(4 * i + 2), words(4 * i + 3));
+    }
+  }
+
+  /// Passes the warpgroup's half of a block's dQ on to the warp that adds it, and the place of its dS.
+  FLASHCUTE_DEVICE void pass_on(Dq const& dq, bool exists) {
+    barrier_wait(smem_.dq_empty[warpgroup_], dq_parity_ ^ 1);
+    float* const to = smem_.dq[warpgroup_] + 4 * thread_of_warpgroup();
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(dq); i += 4) {
+      shared_store(to + i * warpgroup_size, float4{dq(i), dq(i + 1), dq(i + 2), dq(i + 3)});
+    }
+    publish_to_copies();
+    meet();  // the warpgroup's dQ is in shared memory
+    if (thread_of_warpgroup() == 0 && exists) barrier_arrive(smem_.dq_full[warpgroup_]);
+    dq_parity_ ^= exists;
+  }
+
+  // ---- results ---------------------------------------------------------------------------------------
+
+  FLASHCUTE_DEVICE void store() {
+    auto const scale = static_cast<float>(p_.forward.scale);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(dk_); ++i) dk_(i) *= scale;
+    store(dk_, p_.dk, p_.dk_stride, p_.forward.head_dim);
+    store(dv_, p_.dv, p_.dv_stride, p_.forward.head_dim_v);
+  }
+
+  FLASHCUTE_DEVICE void store(Sums const& sums, void* to, Strides const& stride, int columns) const {
+    int const first = warpgroup_ * warpgroup_rows;
+    auto const offset =
+        row_offset(stride, tile_.entry.batch, tile_.kv_head, tile_.entry.first_key + tile_.row0 + first);
+    store_rows<C.head_dim>(sums, static_cast<Element*>(to) + offset, stride.row, tile_.rows - first, columns);
+  }
+
+  // ---- shared memory ---------------------------------------------------------------------------------
+
+  /// The warpgroup's keys of K or V.
+  FLASHCUTE_DEVICE Element* own(Element* keys) const { return keys + warpgroup_ * (warpgroup_rows * L::page); }
+  /// dS as a left operand: its half of the queries, or all.
+  FLASHCUTE_DEVICE InRing<Element> ds_ring(int place) const {
+    return {smem_.ds[0] + (L::dq_by_rows ? warpgroup_ * (warpgroup_rows * L::page) : 0), place};
+  }
+  /// Its half of the columns of K, or all.
+  FLASHCUTE_DEVICE Element* key_columns() const {
+    return smem_.k + (L::dq_by_rows ? 0 : warpgroup_ * (C.block_n * L::dq_columns));
+  }
+
+  FLASHCUTE_DEVICE void meet() const { named_sync<warpgroup_size>(1 + warpgroup_); }
+  FLASHCUTE_DEVICE static void arrive(Barrier& barrier) {
+    if (thread_of_warpgroup() == 0) barrier_arrive(barrier);
+  }
+
+  static constexpr int columns = C.block_m / 4;  // queries of a thread
+
+  BackwardParams const& p_;
+  Storage& smem_;
+  Tile const& tile_;
+  int const warpgroup_;
+  RingPosition<C.stages> q_;
+  RingPosition<C.dout_stages> dout_;
+  RingPosition<L::ds_places> ds_, ds_before_{L::ds_places - 1, 1};  // of this block and of the one before
+  int q_before_ = 0;
+  uint32_t dq_parity_ = 0;
+  bool any_ = false;  // blocks before this one
+  Sums dk_, dv_;
+};
+
+}  // namespace flashcute::sm90

@@ -1,0 +1,79 @@
+// The passes before and after Hopper's gradients: what `gradients` needs of the rows of dO and O, and dQ from its sums.
+#pragma once
+
+#include "flashcute/core/constants.hpp"
+#include "flashcute/sm80/delta.hpp"
+#include "flashcute/sm90/backward.hpp"
+
+namespace flashcute::sm90 {
+
+/// The pass before: computes delta, converts the LSE to units of log 2, and clears the sums of dQ.
+template <BackwardKernelId Id>
+struct PrepareGradients {
+  static_assert(has_only<&Features::mask>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
+  static constexpr BackwardConfig C = Id.config;
+  static constexpr TileConfig T = tile_of(C, Id.pass);
+  using Tile = QueryTile<typename Mask<Id.features.mask>::Sequence>;
+  using Workspace = GradientWorkspace<C>;
+  static constexpr int threads = num_threads(Id);
+
+  FLASHCUTE_DEVICE static void run(BackwardParams const& p) {
+    auto const tile = Tile::at(p.forward, block_index(), C.block_m);
+    int64_t const number = Workspace::number(p.forward, tile.entry.batch, tile.head, tile.row0 / C.block_m);
+    float* const sums = Workspace::sums(p, number);
+    CUTE_UNROLL
+    for (int i = 0; i < Workspace::sums_of_block; i += 4 * threads) {
+      global_store(sums + i + 4 * thread_index(), float4{});
+    }
+    float *const lse = Workspace::lse(p, number), *const delta = Workspace::delta(p, number);
+    for (int row = thread_index(); row < C.block_m; row += threads) {
+      // Rows that do not exist: exp(S - infinity) is 0.
+      bool const exists = row < tile.rows;
+      float const x =
+          exists ? global_load<float>(static_cast<float const*>(p.forward.lse) + tile.lse_offset(p.forward) + row)
+                 : infinity;
+      global_store(lse + row, x * log2_e<float>);
+      if (!exists) global_store(delta + row, 0.f);
+    }
+    Delta<T, C.block_m>::compute(p, tile, [&](int row, float x) { global_store(delta + row, x); });
+  }
+};
+
+/// The pass after: turns the sums into dQ. A warpgroup converts what a warpgroup of `gradients` has computed.
+template <BackwardKernelId Id>
+struct FinishGradients {
+  static_assert(has_only<&Features::mask>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
+  static constexpr BackwardConfig C = Id.config;
+  using Tile = QueryTile<typename Mask<Id.features.mask>::Sequence>;
+  using L = BackwardLayout<C>;
+  using Workspace = GradientWorkspace<C>;
+
+  FLASHCUTE_DEVICE static void run(BackwardParams const& p) {
+    auto const tile = Tile::at(p.forward, block_index(), C.block_m);
+    int64_t const number = Workspace::number(p.forward, tile.entry.batch, tile.head, tile.row0 / C.block_m);
+    int const warpgroup = warpgroup_index();
+    float const* const from = Workspace::sums(p, number) + warpgroup * L::dq_floats + 4 * thread_of_warpgroup();
+    auto dq = L::template accumulator<typename L::DqColumns>();
+    auto const scale = static_cast<float>(p.forward.scale);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(dq); i += 4) {
+      auto const word = global_load<float4>(from + i * warpgroup_size);
+      dq(i) = word.x * scale, dq(i + 1) = word.y * scale, dq(i + 2) = word.z * scale, dq(i + 3) = word.w * scale;
+    }
+    int const row0 = L::dq_by_rows ? warpgroup * warpgroup_rows : 0;
+    int const column0 = L::dq_by_rows ? 0 : warpgroup * L::dq_columns;
+    auto const offset =
+        row_offset(p.dq_stride, tile.entry.batch, tile.head, tile.entry.first_query + tile.row0 + row0) + column0;
+    store_rows<L::dq_columns>(dq, static_cast<typename L::Element*>(p.dq) + offset, p.dq_stride.row, tile.rows - row0,
+                              p.forward.head_dim - column0);
+  }
+};
+
+template <BackwardKernelId Id>
+struct SmallPass : PrepareGradients<Id> {};
+
+template <BackwardKernelId Id>
+  requires(Id.pass == BackwardPass::finish)
+struct SmallPass<Id> : FinishGradients<Id> {};
+
+}  // namespace flashcute::sm90

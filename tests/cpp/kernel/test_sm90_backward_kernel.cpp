@@ -1,0 +1,135 @@
+// Hopper's gradients, run on the host by emulated thread blocks, under random schedules: all passes of a call, against
+// gradients in fp64.
+#include "flashcute/sm90/backward_passes.hpp"
+#include "kernel/backward_problem.hpp"
+#include "kernel/emulated_map.hpp"
+
+namespace flashcute {
+namespace {
+
+using emulation::Sm90Block;
+
+template <BackwardConfig B, MaskKind Kind>
+class Sm90BackwardProblem : public BackwardCall<B, Kind> {
+  using Call = BackwardCall<B, Kind>;
+  using Call::problem;
+  using Call::s_;
+
+ public:
+  using Call::Call;
+
+  /// The output and LSE of the inputs as they are, then all passes.
+  void run(uint64_t seed) {
+    Call::compute_forward();
+    Sm90BackwardParams const all{.q = opaque(map_of(problem.q, s_.sq, s_.heads, s_.batch, s_.d, B.block_m)),
+                                 .k = opaque(map_of(problem.k, s_.sk, s_.kv_heads, s_.batch, s_.d, B.block_n)),
+                                 .v = opaque(map_of(problem.v, s_.sk, s_.kv_heads, s_.batch, s_.d_v, B.block_n)),
+                                 .dout = opaque(map_of(Call::dout, s_.sq, s_.heads, s_.batch, s_.d_v, B.block_m)),
+                                 .backward = Call::params()};
+    run_pass<BackwardPass::prepare>(all, seed);
+    run_pass<BackwardPass::gradients>(all, seed + 1);
+    run_pass<BackwardPass::finish>(all, seed + 2);
+  }
+
+ private:
+  template <BackwardPass Pass>
+  void run_pass(Sm90BackwardParams const& all, uint64_t seed) {
+    constexpr BackwardKernelId id = kernel_of(B, Pass, {Kind});
+    BackwardParams const& p = all.backward;
+    int64_t const blocks = keys_stay(Pass) ? count_key_tiles(p.forward, B.block_n)
+                                           : count_query_tiles(p.forward, B.block_m);
+    for (uint32_t block = 0; block < blocks; ++block) {
+      GlobalMemory memory;
+      constexpr int threads = num_threads(id);
+      Sm90Block const hopper{block, static_cast<uint32_t>(blocks), threads, 0, seed + block};
+      if constexpr (Pass == BackwardPass::gradients) {
+        using Kernel = sm90::KeyGradients<id>;
+        using Storage = typename Kernel::Storage;
+        auto const tile = Call::Keys::at(p.forward, block, B.block_n);
+        Call::allow_keys(memory, tile);
+        allow_statistics(memory, tile);
+        Sm90Block with_memory = hopper;
+        with_memory.shared_bytes = sizeof(Storage);
+        with_memory.run(memory, [&](void* shared) { Kernel::run(all, *static_cast<Storage*>(shared)); });
+      } else {
+        auto const tile = Call::Queries::at(p.forward, block, B.block_m);
+        Call::allow_queries(memory, Pass, tile);
+        if (Pass == BackwardPass::prepare) {
+          allow_statistics(memory, tile);
+          Call::allow(memory, Call::lse, Call::row(tile.entry.batch, tile.head, tile.row0), tile.rows, Use::input);
+        }
+        hopper.run(memory, [&](void*) { sm90::SmallPass<id>::run(p); });
+      }
+      ASSERT_EQ(memory.count(Use::output), 0u) << "bytes of the results that were never stored";
+    }
+  }
+
+  /// LSE and delta of a block of queries, or of all blocks of the heads of a tile of keys.
+  void allow_statistics(GlobalMemory& memory, typename Call::Queries const& tile) {
+    allow_statistics(memory, tile.entry.batch, tile.head, tile.row0 / B.block_m, 1, Use::output);
+  }
+  void allow_statistics(GlobalMemory& memory, typename Call::Keys const& tile) {
+    int const group = s_.heads / s_.kv_heads;
+    for (int h = tile.kv_head * group; h < (tile.kv_head + 1) * group; ++h) {
+      allow_statistics(memory, tile.entry.batch, h, 0, s_.row_blocks(B.block_m), Use::input);
+    }
+  }
+  void allow_statistics(GlobalMemory& memory, int b, int h, int first, int count, Use use) {
+    auto const number = static_cast<size_t>((b * s_.heads + h) * s_.row_blocks(B.block_m) + first);
+    for (size_t start : {size_t{0}, Call::delta.size() / 2}) {
+      Call::allow(memory, Call::delta, start + number * B.block_m, count * B.block_m, use);
+    }
+  }
+};
+
+template <BackwardConfig B, MaskKind Kind>
+void check_gradients(Sm90BackwardProblem<B, Kind>& problem, int schedules = 1) {
+  if (testing::Test::HasFailure()) return;
+  try {
+    for (int seed = 1; seed <= schedules; ++seed) {
+      ASSERT_NO_FATAL_FAILURE(problem.run(static_cast<uint64_t>(seed) << 32));
+      problem.expect_right();
+    }
+  } catch (emulation::Violation const& e) {
+    FAIL() << name(B).text << ": " << e.what();
+  }
+}
+
+constexpr BackwardConfig narrow = {.dtype = bf16,
+                                   .head_dim = 64,
+                                   .head_dim_v = 64,
+                                   .block_m = 128,
+                                   .block_n = 128,
+                                   .num_warps = 8,
+                                   .kernel = Kernel::sm90,
+                                   .stages = 3};
+constexpr BackwardConfig wide = {.dtype = f16,
+                                 .head_dim = 128,
+                                 .head_dim_v = 128,
+                                 .block_m = 64,
+                                 .block_n = 128,
+                                 .num_warps = 8,
+                                 .kernel = Kernel::sm90,
+                                 .stages = 3};
+
+template <BackwardConfig B>
+void check_shapes() {
+  for (Shape const& s : {Shape{.sq = B.block_m + 5, .sk = B.block_n + 7, .d = B.head_dim, .d_v = B.head_dim},
+                         Shape{.sq = 2 * B.block_m, .sk = B.block_n, .d = B.head_dim - 8, .d_v = 8},
+                         Shape{.sq = 3, .sk = 20, .d = 8, .d_v = B.head_dim, .heads = 2, .order = Order::padded},
+                         Shape{.sq = 200, .sk = 41, .d = 16, .batch = 2, .heads = 4, .kv_heads = 2}}) {
+    Sm90BackwardProblem<B, MaskKind::causal> causal(s, true);
+    check_gradients(causal);
+    Sm90BackwardProblem<B, MaskKind::full> full(s);
+    check_gradients(full);
+  }
+}
+
+// Guards against gradients that are wrong at a tile's edge, on the diagonal, for narrow or grouped heads.
+TEST(Sm90BackwardKernel, Shapes) {
+  check_shapes<narrow>();
+  check_shapes<wide>();
+}
+
+}  // namespace
+}  // namespace flashcute
