@@ -45,21 +45,26 @@ struct Entry {
   char const* header;
   char const* id;
 };
-Entry entry_of(ForwardConfig const& config) {
-  switch (config.kernel) {
+Entry entry_of(ForwardKernelId const& kernel) {
+  switch (kernel.config.kernel) {
     case Kernel::sm80: return {"FLASHCUTE_SM80_FORWARD_ENTRY", "flashcute/sm80/entry.hpp", "ForwardKernelId"};
     case Kernel::sm90: return {"FLASHCUTE_SM90_FORWARD_ENTRY", "flashcute/sm90/entry.hpp", "ForwardKernelId"};
   }
   return {};
 }
-Entry entry_of(BackwardConfig const&) {
-  return {"FLASHCUTE_SM80_BACKWARD_ENTRY", "flashcute/sm80/entry.hpp", "BackwardKernelId"};
+Entry entry_of(BackwardKernelId const& kernel) {
+  if (kernel.config.kernel == Kernel::sm80) {
+    return {"FLASHCUTE_SM80_BACKWARD_ENTRY", "flashcute/sm80/entry.hpp", "BackwardKernelId"};
+  }
+  char const* const macro =
+      kernel.pass == BackwardPass::gradients ? "FLASHCUTE_SM90_GRADIENTS_ENTRY" : "FLASHCUTE_SM90_BACKWARD_ENTRY";
+  return {macro, "flashcute/sm90/backward_entry.hpp", "BackwardKernelId"};
 }
 
 /// The kernel as the C++ line that defines it.
 template <class Config>
 std::string definition(KernelId<Config> const& kernel) {
-  Entry const entry = entry_of(kernel.config);
+  Entry const entry = entry_of(kernel);
   bool const one_pass = EnumTable<typename Config::Pass>::count == 1;
   return std::string(entry.macro) + "(" + name(kernel).text + ",\n    flashcute::" + entry.id +
          "{.config = " + initializer(kernel.config) + (one_pass ? "" : ", .pass = " + literal(kernel.pass)) +
@@ -85,7 +90,7 @@ std::string source_of(std::span<KernelId const> kernels) {
     text += "#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED\n";
   }
   std::set<std::string> headers;
-  for (KernelId const& kernel : kernels) headers.insert(entry_of(kernel.config).header);
+  for (KernelId const& kernel : kernels) headers.insert(entry_of(kernel).header);
   for (std::string const& header : headers) text += "#include \"" + header + "\"\n";
   text += "\n";
   for (KernelId const& kernel : kernels) text += definition(kernel);

@@ -231,7 +231,15 @@ void launch(BackwardConfig const& config, Features const& features, BackwardPara
     if (blocks > 0) launches.push_back({kernel, blocks});
   }
   kernels<BackwardKernelId>().get(launches, device);
-  for (auto const& ready : launches) ready.run(params, device, stream);
+  for (auto const& ready : launches) {
+    if (config.kernel == flashcute::Kernel::sm90 && ready.kernel.pass == BackwardPass::gradients) {
+      Sm90BackwardParams all{.q = {}, .k = {}, .v = {}, .dout = {}, .backward = params};
+      set_tensor_maps(config, all);
+      ready.run(all, device, stream);
+    } else {
+      ready.run(params, device, stream);
+    }
+  }
 }
 
 void launch(BlockMapRules const& rules, int device, void* stream) {

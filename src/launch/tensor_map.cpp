@@ -54,4 +54,19 @@ void set_tensor_maps(ForwardConfig const& config, Sm90ForwardParams& params) {
       encode(dtype, {"v", p.v, p.v_stride, p.batch, p.seqlen_k, p.kv_heads, p.head_dim_v, keys_per_load(config)});
 }
 
+void set_tensor_maps(BackwardConfig const& config, Sm90BackwardParams& params) {
+  BackwardParams const& b = params.backward;
+  ForwardParams const& p = b.forward;
+  auto const queries = [&](char const* name, void const* data, Strides const& strides, int64_t columns) {
+    return encode(config.dtype, {name, data, strides, p.batch, p.seqlen_q, p.heads, columns, config.block_m});
+  };
+  auto const keys = [&](char const* name, void const* data, Strides const& strides, int64_t columns) {
+    return encode(config.dtype, {name, data, strides, p.batch, p.seqlen_k, p.kv_heads, columns, config.block_n});
+  };
+  params.q = queries("q", p.q, p.q_stride, p.head_dim);
+  params.k = keys("k", p.k, p.k_stride, p.head_dim);
+  params.v = keys("v", p.v, p.v_stride, p.head_dim_v);
+  params.dout = queries("dout", b.dout, b.dout_stride, p.head_dim_v);
+}
+
 }  // namespace flashcute

@@ -1,11 +1,13 @@
 #include "plan/explain_backward.hpp"
 
 #include <algorithm>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "cpu/forward.hpp"
+#include "flashcute/core/defaults.hpp"
 #include "image/image_store.hpp"
 #include "launch/launch.hpp"
 #include "plan/checks.hpp"
@@ -29,10 +31,31 @@ std::string why_not(BackwardConfig const& other, Call const& call) {
   });
 }
 
+/// Why Hopper's kernels are not taken on a Hopper GPU.
+std::string why_not_sm90(Call const& call, std::span<Operand const> copied) {
+  if (std::string const problem = sm90_backward_problem(call, copied); !problem.empty()) return problem;
+  BackwardTensors t{.dtype = call.dtype,
+                    .head_dim = call.params.head_dim,
+                    .head_dim_v = call.params.head_dim_v,
+                    .deterministic = call.options.deterministic,
+                    .allow_sm90 = true};
+  if (call.options.deterministic) return "its sums of dq differ in their last bits from run to run";
+  BackwardConfig const best = default_backward_config(t, call.arch);
+  if (best.kernel != Kernel::sm90) {
+    return "it computes gradients of float16 and bfloat16 with head dimensions up to 128";
+  }
+  std::string misaligned;
+  if (common_alignment(copied, &misaligned) < 16) return misaligned;
+  for (BackwardKernelId const& kernel : kernels_of(best, features_of(call), false)) {
+    if (std::string const problem = image_problem(kernel, call.arch); !problem.empty()) return problem;
+  }
+  return "a first call would wait for its compilation; FLASHCUTE_JIT=fastest takes it";
+}
+
 /// Adds what would be faster on a GPU and why it was not taken.
-void explain_wishes(BackwardConfig const& chosen, Call const& call, std::string const& misaligned,
-                    BackwardExplanation& e) {
-  if (call.arch == 90) e.rejected.emplace_back("sm90", "Hopper's kernel computes no gradients");
+void explain_wishes(BackwardConfig const& chosen, Call const& call, std::span<Operand const> copied,
+                    std::string const& misaligned, BackwardExplanation& e) {
+  if (call.arch == 90 && chosen.kernel == Kernel::sm80) e.rejected.emplace_back("sm90", why_not_sm90(call, copied));
   if (chosen.copy_bytes < 16) e.rejected.emplace_back("copy_bytes=16", misaligned);
   if (chosen.deterministic) {
     e.rejected.emplace_back("deterministic=False",
@@ -56,7 +79,7 @@ void explain_images(BackwardConfig const& chosen, Call const& call, BackwardExpl
 
 BackwardExplanation explain_backward(Call const& call, TensorView const* out) {
   bool const gpu = call.on_gpu();
-  char const* const here = gpu ? "sm80" : "cpu";
+  char const* here = gpu ? "sm80" : "cpu";
   BackwardExplanation e;
   e.rejected.emplace_back(gpu ? "cpu" : "sm80", where_tensors_are(call.device));
   std::optional<BackwardConfig> chosen;
@@ -67,7 +90,7 @@ BackwardExplanation explain_backward(Call const& call, TensorView const* out) {
     chosen = choose_backward_config(call, copied, &misaligned);
     if (gpu) {
       e.workspace_bytes = checked_workspace_of(*chosen, call).total() * static_cast<int64_t>(sizeof(float));
-      explain_wishes(*chosen, call, misaligned, e);
+      explain_wishes(*chosen, call, copied, misaligned, e);
       explain_images(*chosen, call, e);
     } else {
       e.kernels.emplace_back(cpu::isa(), "compiled into the library");
@@ -75,6 +98,7 @@ BackwardExplanation explain_backward(Call const& call, TensorView const* out) {
     e.same_bits = !gpu || chosen->deterministic;
     e.reasons = reasons_for(*chosen, call);
     e.config = chosen;
+    if (gpu) here = name_of(chosen->kernel);
     e.backend = here;
   } catch (Error const& error) {
     e.rejected.emplace_back(here, error.what());

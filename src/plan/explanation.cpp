@@ -62,10 +62,12 @@ std::string why_this_tile(ForwardConfig const& chosen, ForwardTensors const& ten
   return text + "." + padding_and_copies(chosen, max_of(tensors.head_dim, tensors.head_dim_v));
 }
 
-std::string why_these_passes(BackwardConfig const& chosen, Arch arch) {
-  std::string text = "The mma.sync kernels compute gradients on every GPU of compute capability 8.0 or later";
-  if (arch == 90) text += "; Hopper's kernel computes the output only";
-  text += ".";
+std::string why_these_passes(BackwardConfig const& chosen) {
+  if (chosen.kernel == Kernel::sm90) {
+    return "Hopper's kernels multiply on tensor cores with operands in shared memory (WGMMA) and copy by TMA. dq is "
+           "summed by atomic additions, so that its last bits differ from run to run.";
+  }
+  std::string text = "The mma.sync kernels compute gradients on every GPU of compute capability 8.0 or later.";
   if (chosen.math == Math::tf32x3) text += " They multiply float32 on tensor cores by three TF32 products for one.";
   return text + (chosen.deterministic
                      ? " Two passes, each of which recomputes the scores, give the same bits in every run."
@@ -77,6 +79,7 @@ std::string why_this_tile(BackwardConfig const& chosen, Call const& call) {
   BackwardTensors const with_room{
       .dtype = chosen.dtype, .head_dim = d, .head_dim_v = d, .deterministic = chosen.deterministic};
   std::string text = tile_text(chosen);
+  if (chosen.kernel == Kernel::sm90) return text + "." + padding_and_copies(chosen, d);
   // Compute capability 9.0: no GPU has more shared memory.
   if (BackwardConfig const larger = default_backward_config(with_room, 90);
       larger.block_m > chosen.block_m || larger.block_n > chosen.block_n) {
@@ -164,7 +167,7 @@ std::vector<std::string> reasons_for(ForwardConfig const& chosen, bool given, Fo
 
 std::vector<std::string> reasons_for(BackwardConfig const& chosen, Call const& call) {
   if (!call.on_gpu()) return {"The tensors are on the CPU."};
-  return {where(call.device, call.arch), why_these_passes(chosen, call.arch), why_this_tile(chosen, call)};
+  return {where(call.device, call.arch), why_these_passes(chosen), why_this_tile(chosen, call)};
 }
 
 std::string to_string(ForwardConfig const& config) { return "ForwardConfig(" + options_text(config) + ")"; }

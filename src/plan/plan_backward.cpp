@@ -8,9 +8,12 @@
 
 #include "flashcute/core/defaults.hpp"
 #include "flashcute/policy/query_tile.hpp"
+#include "image/image_store.hpp"
+#include "launch/launch.hpp"
 #include "plan/checks.hpp"
 #include "plan/plan_forward.hpp"
 #include "plan/text.hpp"
+#include "system/environment.hpp"
 
 namespace flashcute {
 namespace {
@@ -39,6 +42,14 @@ BackwardConfig default_config_of(BackwardTensors const& t, Arch arch, std::strin
   }
   check_config(config, arch);
   return config;
+}
+
+/// Whether the launches of a configuration find their images, at least in `source`.
+bool has_images(BackwardConfig const& config, Features const& features, Arch arch, ImageSource source) {
+  for (BackwardKernelId const& kernel : kernels_of(config, features, false)) {
+    if (image_source(kernel, arch) < source) return false;
+  }
+  return true;
 }
 
 /// The size of the workspace of a call on a GPU. Throws UnsupportedError if a launch cannot have all tiles of query
@@ -123,18 +134,36 @@ BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch,
   return default_config_of({.dtype = dtype,
                             .head_dim = static_cast<int32_t>(head_dim),
                             .head_dim_v = static_cast<int32_t>(d_v),
-                            .deterministic = deterministic},
+                            .deterministic = deterministic,
+                            .allow_sm90 = true},
                            arch, "");
+}
+
+std::string sm90_backward_problem(Call const& call, std::span<Operand const> copied) {
+  if (MaskKind const mask = call.mask(); mask != MaskKind::full && mask != MaskKind::causal) {
+    return "Hopper's kernels compute gradients of full and causal masks only";
+  }
+  return bulk_copy_problem(copied);
 }
 
 BackwardConfig choose_backward_config(Call const& call, std::span<Operand const> copied, std::string* misaligned) {
   require_kernel(call);
-  return default_config_of({.dtype = call.dtype,
-                            .head_dim = call.params.head_dim,
-                            .head_dim_v = call.params.head_dim_v,
-                            .alignment = call.on_gpu() ? common_alignment(copied, misaligned) : 16,
-                            .deterministic = call.options.deterministic},
-                           call.arch, "q: ");
+  BackwardTensors t{.dtype = call.dtype,
+                    .head_dim = call.params.head_dim,
+                    .head_dim_v = call.params.head_dim_v,
+                    .alignment = call.on_gpu() ? common_alignment(copied, misaligned) : 16,
+                    .deterministic = call.options.deterministic};
+  BackwardConfig const sm80 = default_config_of(t, call.arch, "q: ");
+  t.allow_sm90 = call.arch == 90 && sm90_backward_problem(call, copied).empty();
+  BackwardConfig const fastest = t.allow_sm90 ? default_config_of(t, call.arch, "q: ") : sm80;
+  if (fastest == sm80) return sm80;
+  // As the forward (choose.hpp): a first call does not wait for a compiler, if other kernels are there.
+  auto const found = [&](BackwardConfig const& config, ImageSource source) {
+    return has_images(config, features_of(call), call.arch, source);
+  };
+  if (found(fastest, ImageSource::disk_cache)) return fastest;
+  if (jit_mode() == JitMode::on && found(sm80, ImageSource::disk_cache)) return sm80;
+  return found(fastest, ImageSource::compiler) || !found(sm80, ImageSource::compiler) ? fastest : sm80;
 }
 
 BackwardWorkspace checked_workspace_of(BackwardConfig const& config, Call const& call) {
@@ -167,12 +196,19 @@ int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, Ten
   require_head_dim("v", nv.d);
   if (arch == cpu_arch) return 0;
   if (config) check_config(*config, arch);
-  // The alignment of k and of the gradients is not known here. It affects how a tile is copied, but not its size.
-  BackwardTensors const t{.dtype = dtype,
-                          .head_dim = static_cast<int32_t>(nq.d),
-                          .head_dim_v = static_cast<int32_t>(nv.d),
-                          .deterministic = options.deterministic};
-  return checked_workspace_of(config ? *config : default_config_of(t, arch, "q: "), nq, options).total();
+  if (config) return checked_workspace_of(*config, nq, options).total();
+  // The alignment and strides of k and of the gradients are not known here. They decide whether Hopper's kernels run,
+  // which keep more; otherwise they affect how a tile is copied, but not its size.
+  BackwardTensors t{.dtype = dtype,
+                    .head_dim = static_cast<int32_t>(nq.d),
+                    .head_dim_v = static_cast<int32_t>(nv.d),
+                    .deterministic = options.deterministic};
+  int64_t most = 0;
+  for (bool const allow_sm90 : {false, true}) {
+    t.allow_sm90 = allow_sm90 && !is_packed(options);
+    most = max_of(most, checked_workspace_of(default_config_of(t, arch, "q: "), nq, options).total());
+  }
+  return most;
 }
 
 BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call const& call, BackwardTensorViews const& t) {
@@ -236,6 +272,12 @@ BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call cons
   BackwardConfig const config = given ? *given : choose_backward_config(call, copied);
   if (call.on_gpu()) {
     for (Operand const& tensor : copied) require_aligned(tensor, config.copy_bytes);
+    if (config.kernel == Kernel::sm90) {
+      if (std::string const problem = sm90_backward_problem(call, copied); !problem.empty()) {
+        throw ConfigError("cfg: kernel sm90 does not fit the call: " + problem +
+                          ". Use kernel='sm80', or flash_attention, which chooses by itself");
+      }
+    }
     BackwardWorkspace const workspace = checked_workspace_of(config, call);
     float* const start = checked_workspace(t.workspace, workspace.total(), q.device, others);
     p.delta = start;

@@ -36,6 +36,9 @@ struct BackwardTensorViews {
 BackwardPlan plan_backward(std::optional<BackwardConfig> const& config, Call const& call,
                            BackwardTensorViews const& tensors);
 
+/// Why Hopper's kernels do not compute the gradients of a call with these tensors; empty if they do.
+std::string sm90_backward_problem(Call const& call, std::span<Operand const> copied);
+
 /// The configuration of a call that gives none. `copied`: q, k, v, and those of the other tensors that kernels copy
 /// (out, dout, dq, dk and dv) that are known. `misaligned` as in common_alignment.
 BackwardConfig choose_backward_config(Call const& call, std::span<Operand const> copied,

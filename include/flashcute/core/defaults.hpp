@@ -149,6 +149,10 @@ struct BackwardTile {
 };
 
 inline constexpr BackwardTile backward_tiles[] = {
+    {{.head_dim = 64, .block_m = 128, .block_n = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 3},
+     "times on an H200: docs/kernels/sm90_backward.md"},
+    {{.head_dim = 128, .block_n = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 3},
+     "times on an H200: docs/kernels/sm90_backward.md"},
     {{.head_dim = 64, .block_n = 128}, "times on an H200: docs/kernels/sm80_backward.md"},
     {{.head_dim = 128, .column_warps = 2, .k_tiles_per_load = 1}, "times on an H200: docs/kernels/sm80_backward.md"},
     {{.head_dim = 256, .num_warps = 8, .column_warps = 4, .blocks_per_sm = 1, .k_tiles_per_load = 1},
@@ -208,11 +212,17 @@ struct BackwardTensors {
   int32_t head_dim, head_dim_v;
   int32_t alignment = 16;  // in bytes, of addresses, strides and rows: 16, 8, 4 or 2
   bool deterministic = false;
+  bool allow_sm90 = false;  // Hopper's kernels may be chosen: TMA can follow the strides, the mask is full or causal
 };
+
+/// Whether Hopper's kernels may compute the gradients. (Whether they have a tile is another question.)
+constexpr bool sm90_serves(BackwardTensors const& t, Arch arch) {
+  return t.allow_sm90 && arch == 90 && size_of(t.dtype) == 2 && t.alignment == 16 && !t.deterministic;
+}
 
 /// How many thread blocks fit the shared memory of a multiprocessor, at most blocks_per_sm.
 constexpr int64_t blocks_that_fit(BackwardConfig const& c, Arch arch) {
-  int64_t blocks = c.blocks_per_sm;
+  int64_t blocks = c.kernel == Kernel::sm90 ? 1 : c.blocks_per_sm;
   for (BackwardPass const pass : passes_of(c)) {
     int64_t const bytes = smem_bytes(kernel_of(c, pass, {})) + reserved_smem_bytes;
     blocks = min_of<int64_t>(blocks, max_smem_bytes_per_sm(arch) / bytes);
@@ -222,6 +232,7 @@ constexpr int64_t blocks_that_fit(BackwardConfig const& c, Arch arch) {
 
 /// Falls back to one stage where two let fewer thread blocks share a multiprocessor.
 constexpr BackwardConfig with_stages_that_fit(BackwardConfig const& c, Arch arch) {
+  if (c.kernel == Kernel::sm90) return c;
   BackwardConfig one_stage = c;
   one_stage.stages = 1;
   return blocks_that_fit(one_stage, arch) > blocks_that_fit(c, arch) ? one_stage : c;
@@ -236,9 +247,11 @@ constexpr BackwardConfig default_backward_config(BackwardTensors const& t, Arch 
   for (auto const& tile : backward_tiles) {  // the buckets are in order
     BackwardConfig const& c = tile.config;
     if (size_of(c.dtype) != size_of(t.dtype) || c.deterministic != t.deterministic) continue;
+    if (c.kernel == Kernel::sm90 && !sm90_serves(t, arch)) continue;
     if (c.head_dim < max_of(t.head_dim, t.head_dim_v)) continue;
     config = with_stages_that_fit(c, arch);
     config.dtype = t.dtype;
+    if (c.kernel == Kernel::sm90) break;
     config.copy_bytes = t.alignment;
     config.async_copy = t.alignment >= 4;
     if (blocks_that_fit(config, arch) > 0) break;

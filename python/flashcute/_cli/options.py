@@ -188,7 +188,13 @@ def changed_backward_config(
 ) -> BackwardConfig:
     """The same of the backward; `deterministic` has a default configuration of its own."""
     deterministic = bool(changes.get("deterministic", False))
-    default = default_backward_config(
-        head_dim, dtype, arch, head_dim_v=head_dim_v, deterministic=deterministic
-    )
-    return default.replace(**changes)
+
+    def default(arch: str | int) -> BackwardConfig:
+        return default_backward_config(
+            head_dim, dtype, arch, head_dim_v=head_dim_v, deterministic=deterministic
+        )
+
+    base = default(arch)
+    if base.kernel == "sm90" and changes.get("kernel", "sm90") != "sm90":
+        base = default("sm_100")
+    return base.replace(**changes)
