@@ -536,7 +536,22 @@ def test_preset_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--preset", "llama3-8b", "--grid", "study"], "--grid"),
         (["--preset", "llama3-8b", "--causal", "0"], "--causal"),
         (["--preset", "llama3-8b", "--kv-ratio", "2"], "--kv-ratio"),
-        (["--preset", "llama3-8b", "--overhead"], "--overhead"),
+        (["--preset", "llama3-8b", "--overhead"], "--preset: expected nothing beside --overhead"),
+        (
+            ["--overhead", "--config", "block_m=64,stages=1"],
+            "got block_m=64,stages=1; it takes --device",
+        ),
+        (["--overhead", "--window=-1,0"], "--window: expected nothing beside --overhead, which"),
+        (
+            ["--first-use", "--impls", "flashcute,naive"],
+            "got flashcute,naive; it takes --head-dims",
+        ),
+        (["--first-use", "--causal", "0,1"], "--causal: expected nothing beside --first-use"),
+        (["--first-use", "--rounds", "2"], "--rounds: expected nothing beside --first-use"),
+        (
+            ["--first-use", "--head-dims", "64,128"],
+            "--head-dims: expected one beside --first-use, got 64,128",
+        ),
         (["--grid", "studies"], "expected quick, peers, study, or a file"),
         (["--kv-ratio", "3", "--heads", "2"], "--kv-ratio: expected a divisor of 2 heads, got 3"),
         (["--budget-ms", "inf"], "--budget-ms: expected a number above 0, got 'inf'"),
