@@ -76,38 +76,26 @@ def mib(count: float) -> str:
 BYTES, PROFILE = "gpu_io", "gpu_profile"
 
 
-def counted_bytes() -> str:
-    """What ncu counted at DRAM and at L2 over theory, by head dimension, mask and length."""
+def counted(level: str) -> str:
+    """What ncu counted at DRAM or at L2 over theory, by head dimension, mask and length."""
     rows = []
     for x in in_order(lines(BYTES)):
         case, found = case_of(x), x["measured"]
-        dram, l2 = x["theory"]["flash_dram"], x["theory"]["flash_l2"]
-        asked = l2["read"] + l2["written"]
-        rows.append(
-            [
-                case.head_dim,
-                mask_of(case),
-                f"{case.seqlen_q:,}",
-                mib(dram["read"]),
-                rounded(found["dram_read"] / dram["read"], 3),
-                mib(dram["written"]),
-                rounded(found["dram_written"] / dram["written"]),
-                mib(asked),
-                rounded(found["l2_of_sms"] / asked),
-                rounded(found["l2_of_sms"] / (asked + matrix_bytes(case).q)),
-            ]
-        )
-    header = [
-        "d",
-        "mask",
-        "length",
-        "DRAM, read",
-        "measured / theory",
-        "written",
-        "measured / theory",
-    ]
-    header += ["L2, of SMs", "measured / theory", "with the prefetch of Q"]
-    return table(header, rows, numbers=7)
+        row: list[object] = [case.head_dim, mask_of(case), f"{case.seqlen_q:,}"]
+        if level == "dram":
+            for name in ("read", "written"):
+                theory = x["theory"]["flash_dram"][name]
+                row += [mib(theory), rounded(found[f"dram_{name}"] / theory, 3)]
+        else:
+            theory = sum(x["theory"]["flash_l2"].values())
+            twice = theory + matrix_bytes(case).q
+            row += [mib(theory), *(rounded(found["l2_of_sms"] / y) for y in (theory, twice))]
+        rows.append(row)
+    columns = {
+        "dram": ["read, theory", "measured / theory", "written, theory", "measured / theory"],
+        "l2": ["L2, theory", "of SMs, measured / theory", "with the prefetch of Q"],
+    }[level]
+    return table(["d", "mask", "length", *columns], rows, numbers=len(columns))
 
 
 def in_order(found: Iterable[Line]) -> list[Line]:
@@ -258,73 +246,67 @@ def milliseconds(line: Line) -> float:
     return 1e3 * float(line["metrics"][profile_.DURATION[0]])
 
 
-def waits(line: Line, most: int = 2) -> str:
-    """Why most warps wait, as shares of all resident warps."""
+def waits(line: Line) -> list[str]:
+    """Why most warps wait, as shares of all resident warps; the most frequent reason first."""
     found = ncu.stalls_of(line["metrics"])
     every = sum(found.values())
-    told = [x for x in found if x not in profile_.NOT_WAITING][:most]
-    return ", ".join(f"`{x}` {100 * found[x] / every:.0f} %" for x in told)
+    return [
+        f"`{x}` {100 * n / every:.0f} %" for x, n in found.items() if x not in profile_.NOT_WAITING
+    ]
 
 
 def profiled_forward() -> str:
-    """Hopper's forward, by head dimension and mask."""
-    units = (
-        profile_.TENSOR, profile_.EXPONENTIALS, profile_.ISSUE, profile_.SHARED, profile_.L2, profile_.DRAM,
-    )  # fmt: skip
+    """Hopper's forward: a column for each head dimension and mask."""
+    found = in_order(x for x in lines(PROFILE) if "_fwd_" in x["kernel"])
+    units = {
+        "tensor cores": profile_.TENSOR,
+        "exponential unit": profile_.EXPONENTIALS,
+        "issue slots": profile_.ISSUE,
+        "shared memory": profile_.SHARED,
+        "L2": profile_.L2,
+        "DRAM": profile_.DRAM,
+    }
     rows = [
-        [
-            x["head_dim"],
-            mask_of(case_of(x)),
-            waits(x),
-            f"{milliseconds(x):.3f}",
-            f"{case_of(x).flops / milliseconds(x) / 1e9:.0f}",
-            *(percent_of(x, unit) for unit in units),
-        ]
-        for x in in_order(x for x in lines(PROFILE) if "_fwd_" in x["kernel"])
+        ["ms", *(f"{milliseconds(x):.3f}" for x in found)],
+        ["TFLOP/s", *(f"{case_of(x).flops / milliseconds(x) / 1e9:.0f}" for x in found)],
+        *([unit, *(percent_of(x, names) for x in found)] for unit, names in units.items()),
+        *(
+            ["most warps wait" if i == 0 else "then", *(waits(x)[i] for x in found)]
+            for i in range(2)
+        ),
     ]
-    header = [
-        "d",
-        "mask",
-        "warps wait",
-        "ms",
-        "TFLOP/s",
-        "tensor cores",
-        "exponential unit",
-        "issue slots",
-    ]
-    return table([*header, "shared memory", "L2", "DRAM"], rows, numbers=8)
+    cases = [case_of(x) for x in found]
+    header = ["", *(f"d = {x.head_dim}, {mask_of(x)}" for x in cases)]
+    return table(header, rows, numbers=len(cases))
 
 
 def profiled_gradients() -> str:
     """The three passes of the gradients, by head dimension."""
-    units = profile_.TENSOR, profile_.ISSUE, profile_.SHARED, profile_.L2, profile_.DRAM
-    found = [x for x in lines(PROFILE) if "_bwd_" in x["kernel"]]
+    units = profile_.TENSOR, profile_.SHARED, profile_.L2, profile_.DRAM
     rows = []
-    for x in found:
-        of_call = sum(milliseconds(y) for y in found if y["head_dim"] == x["head_dim"])
-        spilled = x["metrics"][profile_.LOCAL_LOADS[0]] + x["metrics"][profile_.LOCAL_STORES[0]]
-        rows.append(
-            [
-                x["head_dim"],
-                f"`{profile_.pass_of(x['kernel'])}`",
-                waits(x),
-                f"{milliseconds(x):.3f}",
-                f"{100 * milliseconds(x) / of_call:.1f} %",
-                *(percent_of(x, unit) for unit in units),
-                mib(spilled),
-            ]
-        )
-    header = [
-        "d",
-        "pass",
-        "warps wait",
-        "ms",
-        "of the call",
-        "tensor cores",
-        "issue slots",
-        "shared memory",
-    ]
-    return table([*header, "L2", "DRAM", "spills"], rows, numbers=8)
+    for x in lines(PROFILE):
+        if "_bwd_" in x["kernel"]:
+            spilled = x["metrics"][profile_.LOCAL_LOADS[0]] + x["metrics"][profile_.LOCAL_STORES[0]]
+            rows.append([
+                x["head_dim"], f"`{profile_.pass_of(x['kernel'])}`", waits(x)[0], f"{milliseconds(x):.3f}",
+                *(percent_of(x, unit) for unit in units), mib(spilled),
+            ])  # fmt: skip
+    header = ["d", "pass", "most warps wait", "ms", "tensor cores", "shared memory", "L2", "DRAM"]
+    return table([*header, "spills"], rows, numbers=6)
+
+
+def share_of_gradients() -> str:
+    """A sentence: how much of a call the pass that multiplies takes."""
+    found = [x for x in lines(PROFILE) if "_bwd_" in x["kernel"]]
+    shares = []
+    for head_dim in dict.fromkeys(x["head_dim"] for x in found):
+        times = {
+            profile_.pass_of(x["kernel"]): milliseconds(x)
+            for x in found
+            if x["head_dim"] == head_dim
+        }
+        shares.append(100 * times["gradients"] / sum(times.values()))
+    return f"The pass that multiplies, `gradients`, has {min(shares):.0f} to {max(shares):.0f} % of the time."
 
 
 ROWS_OF_WARPGROUP, WAVEFRONT_BYTES = 64, 128
