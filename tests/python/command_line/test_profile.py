@@ -348,7 +348,7 @@ def test_ncu_knows_the_metrics(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, more: list[str]
 ) -> None:
     """On a GPU: a metric that this version of ncu does not have, a section of another name, kernels that the filter
-    does not find. All of it is written against ncu's documentation alone until this has run."""
+    does not find."""
     if ncu.find_ncu() is None:
         pytest.skip("ncu is not here")
     out = tmp_path / "lines.jsonl"
