@@ -6,7 +6,7 @@
 # usage: benchmarks/gpu_evidence.sh OUTPUT_FOLDER COMMIT [STEP...]
 # steps: build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn forward_hopper
 #        forward_hopper_short forward_float32 naive options options_hopper tiles backward backward_gqa
-#        backward_float32 overhead first_use
+#        backward_float32 overhead first_use io profile presets
 # (default: all); package: in place of build, without the C++ tests and for compute capability 9.0 alone
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -16,7 +16,7 @@ shift 2
 steps=("$@")
 [ ${#steps[@]} -gt 0 ] || steps=(build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn
   forward_hopper forward_hopper_short forward_float32 naive options options_hopper tiles backward backward_gqa
-  backward_float32 overhead first_use)
+  backward_float32 overhead first_use io profile presets)
 export PYTHONPATH=$PWD/build/system/stage${PYTHONPATH:+:$PYTHONPATH}
 logs=$(mktemp -d)
 mkdir -p "$out"
@@ -117,6 +117,23 @@ for step in "${steps[@]}"; do
       done ;;
     overhead) bench overhead 60 --overhead ;;
     first_use) bench first_use 120 --first-use ;;
+    io) # Needs ncu, as the next one does.
+      for d in 64 128 256; do
+        for mask in '' --causal; do
+          run "io_$d$mask" 120 python3 -m flashcute io --ncu --head-dim $d --seqlen 1024,4096,16384 ${mask:+"$mask"} \
+            --commit "$commit" --out "$out/gpu_io.jsonl"
+        done
+      done ;;
+    profile)
+      for arguments in '--head-dim '{64,128,256}{,' --backward'} '--head-dim 128 --causal'; do
+        # shellcheck disable=SC2086 # one argument a word
+        run "profile_${arguments//[^0-9a-z]/}" 120 python3 -m flashcute profile $arguments --commit "$commit" \
+          --json "$out/gpu_profile.jsonl"
+      done ;;
+    presets)
+      for pass in '' --backward; do
+        bench presets 300 --preset gpt-oss-20b,deepseek-v3 ${pass:+"$pass"}
+      done ;;
     *) echo "unknown step $step" >&2; exit 2 ;;
   esac
 done

@@ -16,6 +16,7 @@ from .options import (
     UsageError,
     boolean,
     bounded_window,
+    changes_text,
     config_changes,
     list_of,
     positive_float,
@@ -65,7 +66,7 @@ def add_command(commands: Commands) -> None:
     mode.add_argument(
         "--first-use",
         action="store_true",
-        help="time a first call in new processes instead: compiling, then from the disk cache",
+        help="time a first call in new processes instead: compiling, then from the disk cache; --head-dims takes one",
     )
     add_device_argument(parser)
     cases = parser.add_argument_group(
@@ -163,17 +164,14 @@ def add_command(commands: Commands) -> None:
         help="what to record as the commit (default: that of the checkout which is the current "
         "folder, else the version)",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, defaults={name: parser.get_default(name) for name in UNHEARD})
 
 
 def run(options: argparse.Namespace) -> int:
     if "help" in (options.preset or ()):
         print(listing())
         return 0
-    if options.preset and (options.overhead or options.first_use):
-        raise UsageError(
-            "--preset: expected neither --overhead nor --first-use, which time one call"
-        )
+    refuse_unheard(options)
     if options.seed is None:
         options.seed = secrets.randbits(31)
     if options.out == "-":
@@ -184,6 +182,46 @@ def run(options: argparse.Namespace) -> int:
         return measure(options, None)
     with opened_to_append("--out", options.out) as file:
         return measure(options, file)
+
+
+# What --overhead and --first-use, which time calls of their own, would not hear of.
+UNHEARD = (
+    "preset", "grid", "head_dims", "seqlens", "causal", "window", "tokens", "hidden", "batch", "heads", "kv_ratio",
+    "impls", "config", "rounds", "budget_ms", "deadline_s", "table",
+)  # fmt: skip
+HEARD = "--device, --dtype, --seed, --out, --note and --commit"
+
+
+def refuse_unheard(options: argparse.Namespace) -> None:
+    """Raises UsageError for an option that would be ignored."""
+    if not (options.overhead or options.first_use):
+        return
+    mode, heard = (
+        ("--overhead", HEARD) if options.overhead else ("--first-use", f"--head-dims, {HEARD}")
+    )
+    for name in UNHEARD:
+        value = getattr(options, name)
+        if value == options.defaults[name]:
+            continue
+        option = "--" + name.replace("_", "-")
+        if name == "head_dims" and options.first_use:
+            if len(value) > 1:
+                told = ",".join(map(str, value))
+                raise UsageError(f"{option}: expected one beside {mode}, got {told}")
+            continue
+        raise UsageError(
+            f"{option}: expected nothing beside {mode}, which times calls of its own, got {in_words(name, value)}; "
+            f"it takes {heard}"
+        )
+
+
+def in_words(name: str, value: object) -> str:
+    """An option's value as it is written."""
+    if name == "config" and isinstance(value, list):
+        return " ".join(map(changes_text, value))
+    if isinstance(value, list | tuple):
+        return ",".join(str(int(x)) if isinstance(x, bool) else str(x) for x in value)
+    return str(value)
 
 
 def measure(options: argparse.Namespace, out: TextIO | None) -> int:

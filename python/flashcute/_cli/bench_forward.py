@@ -430,6 +430,8 @@ def run_case(
                     call = verifier.timed_call(one, inputs[one.layout], sink, case)
                     line["peak_bytes"] = kit.peak_bytes(call)
                     calls[name], line["timing"] = kit.repeatable(call)
+            except peers.Unsupported as problem:
+                line.update(status="skipped", reason=str(problem))
             except REFUSALS as problem:
                 # A peer that cannot do the case says so in many ways; the others go on.
                 text = str(problem).strip().partition("\n")[0]
@@ -523,12 +525,16 @@ def json_safe(line: Line) -> Line:
 
 
 def in_short(lines: Sequence[Line]) -> str:
-    return "; ".join(
+    """Times, what went wrong, and the names of what was skipped, whose reasons come at the end of all cases."""
+    told = [
         f"{x['impl']} {format_digits(x['ms_p50'])} ms"
         if x["status"] == "ok"
-        else f"{x['impl']}: {x['reason']}"
+        else f"{x['impl']} {x['status']}: {textwrap.shorten(x['reason'], 60, placeholder=' ...')}"
         for x in lines
-    )
+        if x["status"] != "skipped"
+    ]
+    skipped = [x["impl"] for x in lines if x["status"] == "skipped"]
+    return "; ".join([*told, f"skipped: {', '.join(skipped)}"] if skipped else told)
 
 
 def report(

@@ -36,6 +36,7 @@ of three pairs of rounds; or so is its geometric mean over all cases, whose nois
 of the squares of theirs, divided by their number; or flashcute was timed in A, and in B it failed or was
 wrong. Other implementations are shown, but cannot fail.
 
+A case that only one file holds is listed and counted; it cannot regress unless B says that it failed.
 Lines without a time are passed over and counted. Exit code: 0; 1 if there is a regression; 2 for files
 that cannot be compared.
 """
@@ -233,6 +234,10 @@ def run(options: argparse.Namespace) -> int:
         if key[1].startswith(OURS) and (status or "").startswith(("failed", "wrong"))
     ]
     report.verdict(len(slower), slower_means, len(broken), options.fail_below)
+    if missing:
+        report.text(
+            f"not compared: {len(missing)} of {len(a.timed)} of A, which B lacks (only in A)"
+        )
     return 1 if slower or slower_means or broken else 0
 
 
@@ -308,7 +313,7 @@ class Report:
 
     def alone(self, heading: str, found: Sequence[tuple[Line, str | None]]) -> None:
         if found:
-            self.heading(heading)
+            self.heading(f"{heading}: {len(found)}")
             table = [[case_label(line), line["impl"], status or "-"] for line, status in found]
             self.table(["case", "implementation", "in the other"], table, 3)
 

@@ -35,11 +35,15 @@ NAMES = ("flashcute", "sdpa", *SDPA_BACKENDS, "fa3", "xformers", "naive")
 DETERMINISTIC = "flashcute_deterministic"  # gradients only
 
 
+class Unsupported(Exception):
+    """What an implementation lacks, as what its name can be put before: "has no sinks"."""
+
+
 class Implementation:
     """Attention as somebody computes it.
 
     `call` takes q, k, v in `layout`, whether the mask is causal (aligned to the bottom right), `window=` and `sink=`,
-    and returns the output in the same layout. What cannot do a window or a sink raises.
+    and returns the output in the same layout. What cannot do a window or a sink raises Unsupported.
     """
 
     def __init__(
@@ -253,7 +257,7 @@ class Sdpa(Implementation):
         window: Window = None,
         sink: Array | None = None,
     ) -> Array:
-        require_no_sink(self.name, sink)
+        require_no_sink(sink)
         if self.backend is None:
             return self._attend(q, k, v, causal, window)
         with self.choose_backend(self.backend):
@@ -274,9 +278,9 @@ class Sdpa(Implementation):
         return self.torch.nn.functional.scaled_dot_product_attention(q, k, v, **more)
 
 
-def require_no_sink(name: str, sink: Array | None) -> None:
+def require_no_sink(sink: Array | None) -> None:
     if sink is not None:
-        raise ValueError(f"{name} has no sinks")
+        raise Unsupported("has no sinks")
 
 
 def flash_attention_3() -> Implementation:
@@ -292,7 +296,7 @@ def flash_attention_3() -> Implementation:
         window: Window = None,
         sink: Array | None = None,
     ) -> Array:
-        require_no_sink("fa3", sink)
+        require_no_sink(sink)
         result = function(q, k, v, causal=causal, window_size=window or (-1, -1))
         return result[0] if isinstance(result, tuple) else result
 
@@ -326,7 +330,7 @@ def xformers_attention() -> Implementation:
         window: Window = None,
         sink: Array | None = None,
     ) -> Array:
-        require_no_sink("xformers", sink)
+        require_no_sink(sink)
         bias = bias_of(q.shape[1], k.shape[1], causal, window)
         heads, kv_heads = q.shape[2], k.shape[2]
         if heads == kv_heads:

@@ -8,7 +8,7 @@ import shlex
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,7 +116,8 @@ def told_conflicts(values: Values) -> str:
 
 def told_occupancy(values: Values) -> str:
     registers, shared = values.get(REGISTERS[0]), values.get(SHARED_SIZE[0])
-    limits = [] if registers is None else [f"{registers:.0f} registers a thread"]
+    # Hopper's kernels give registers of the loading warps to those that compute, after the launch.
+    limits = [] if registers is None else [f"{registers:.0f} registers a thread at launch"]
     limits += [] if shared is None else [f"{format_bytes(shared)} of shared memory a block"]
     return percent(OCCUPANCY)(values) + (f" ({', '.join(limits)})" if limits else "")
 
@@ -151,8 +152,9 @@ METRICS = (
     ),
     Metric(
         "sm", "SM throughput", (SM,), percent(SM),
-        "The busiest part of the multiprocessors; above 80 % the kernel is bound by one of the units below, under 60 % "
-        "it waits: read the stall reason.",
+        "The busiest pipe of the multiprocessors, of all cycles (tensor cores to issue slots: of cycles with a warp, "
+        "so they may be above it); above 80 % the kernel is bound by one of these, under 60 % it waits, or memory is "
+        "the bound: shared memory, L2 or DRAM.",
     ),
     Metric(
         "tensor", "tensor cores", (TENSOR,), percent(TENSOR),
@@ -171,7 +173,7 @@ METRICS = (
     ),
     Metric(
         "shared", "shared memory", (SHARED,), percent(SHARED),
-        "Bandwidth that loads and stores of threads use (ldmatrix; not the operands that WGMMA reads itself); if it is "
+        "Bandwidth that loads and stores of threads (ldmatrix) and the operands of WGMMA use, but not TMA; if it is "
         "high, read less for each product: larger block_m, q_in_registers, column_warps.",
     ),
     Metric(
@@ -217,19 +219,23 @@ UNITS = {
     "DRAM": DRAM,
 }
 BUSY = 60.0
+LIMIT = 80.0  # from here on a unit is the bound
+ALIKE = 5.0  # per cent by which units are equally busy
 
 
 def verdict(values: Values) -> str:
-    """The busiest unit in a sentence."""
+    """The busiest unit in a sentence, with those that are about as busy."""
     busy = {unit: values[names[0]] for unit, names in UNITS.items() if names[0] in values}
     if not busy:
         return "No unit was counted."
     unit, share = max(busy.items(), key=lambda item: item[1])
     if share >= BUSY:
-        return f"Busiest: {unit}, {share:.0f} %."
+        alike = [f"{unit}, {x:.0f} %" for unit, x in busy.items() if x > share - ALIKE]
+        told = f"Busiest: {'; '.join(alike)}."
+        return told if share >= LIMIT else f"{told} None is at its limit: the kernel also waits."
     return (
-        f"No unit is busy (at most {unit}, {share:.0f} %): the kernel waits. The reason is in the last "
-        "line; if there are fewer thread blocks than multiprocessors, the problem is too small."
+        f"No unit is busy (at most {unit}, {share:.0f} %): the kernel waits, and `warps wait` says for what; if there "
+        "are fewer thread blocks than multiprocessors, the problem is too small."
     )
 
 
@@ -359,6 +365,8 @@ def run(options: argparse.Namespace) -> int:
                 append_line(out, record(case, one, common))
     for one in launches:
         print("\n" + told(case, one, options))
+    if len(launches) > 1:
+        print("\n" + shares_of_time(launches))
     if report is not None:
         print(f"\n{report}: the report; `{shlex.join(['ncu-ui', report])}` shows all of it")
     return 0
@@ -384,16 +392,45 @@ def told(case: Case, one: ncu.Profiled, options: argparse.Namespace) -> str:
         one.name,
         f"{case.label} {case.dtype}; {one.blocks:,} blocks of {one.threads:,} threads",
     ]
+    multiplies = pass_of(one.name) not in STREAMING
+    if not multiplies:
+        lines.append(STREAMED)
     width = max(len(metric.title) for metric in METRICS) + 2
     for metric in METRICS:
         value = metric.told(one.metrics)
         if metric.key == "duration" and not options.backward and DURATION[0] in one.metrics:
             value += f", {case.flops / one.metrics[DURATION[0]] / 1e12:.0f} TFLOP/s"
-        lines.append(f"\n  {metric.title.ljust(width)}{value}")
-        lines += textwrap.wrap(
-            metric.meaning, 96, initial_indent="      ", subsequent_indent="      "
-        )
+        gap = "\n" if multiplies or metric is METRICS[0] else ""
+        lines.append(f"{gap}  {metric.title.ljust(width)}{value}")
+        if multiplies:
+            lines += textwrap.wrap(
+                metric.meaning, 96, initial_indent="      ", subsequent_indent="      "
+            )
     return "\n".join([*lines, "", verdict(one.metrics)])
+
+
+# Passes of the gradients beside the one that multiplies; what the metrics mean is said of kernels that multiply.
+STREAMING = ("prepare", "finish")
+STREAMED = "This pass only reads and writes: L2 or DRAM should be busy, the tensor cores idle."
+
+
+def pass_of(kernel: str) -> str:
+    """Of the gradients, by the kernel's name, as in core/enums.hpp; "" of the forward."""
+    words = kernel.split("_")
+    return next((x for x in ("gradients", "queries", "keys", *STREAMING) if x in words), "")
+
+
+def shares_of_time(launches: Sequence[ncu.Profiled]) -> str:
+    """Of each kernel of a call."""
+    seconds = [one.metrics.get(DURATION[0], 0.0) for one in launches]
+    of_all = sum(seconds)
+    if not of_all:
+        return "Time of the kernels: not counted."
+    told = (
+        f"{pass_of(one.name) or one.name} {100 * time / of_all:.1f} %"
+        for one, time in zip(launches, seconds, strict=True)
+    )
+    return f"Of {1e3 * of_all:.4g} ms: {', '.join(told)}."
 
 
 def record(case: Case, one: ncu.Profiled, common: dict[str, Any]) -> dict[str, Any]:
@@ -405,5 +442,11 @@ def record(case: Case, one: ncu.Profiled, common: dict[str, Any]) -> dict[str, A
         "blocks": one.blocks,
         "threads": one.threads,
         "stall": top_stall(one.metrics),
-        "metrics": one.metrics,
+        "metrics": recorded(one.metrics),
     }
+
+
+def recorded(metrics: Values) -> dict[str, float]:
+    """What was asked for, and why warps wait. ncu also tells hundreds of attributes of device and launch."""
+    asked = {names[0] for names in ALL_METRICS}
+    return {name: x for name, x in metrics.items() if name in asked or ncu.STALLED.fullmatch(name)}

@@ -106,7 +106,8 @@ def flash_dram(case: Case) -> Traffic:
 
 def flash_l2(case: Case, cfg: ForwardConfig) -> Traffic:
     """What tiles ask of L2: each reads its rows of Q once, and K and V of every block that it visits. Query heads that
-    share K and V read them each for itself; thread blocks of a cluster read them together."""
+    share K and V read them each for itself; thread blocks of a cluster read them together. (Hopper's kernel prefetches
+    each Q into L2 before it loads it: one more request for these bytes, which moves none of them from L2.)"""
     matrices = matrix_bytes(case)
     loaded = sum(tile.keys(case, cfg.block_n) for tile in tiles_of(case, cfg))
     key_and_value = (case.head_dim + case.value_dim) * ITEM_BYTES[case.dtype]

@@ -162,11 +162,14 @@ def test_new_and_missing(compare: Compare) -> None:
     b = [line(), line(head_dim=16), line(None, head_dim=32, status="skipped", reason="no room")]
     code, text = compare(a, b)
     assert code == 0
-    before, after = text.split("only in A")[1].split("only in B")
+    before, after = text.split("\nonly in A: 1\n")[1].split("\nonly in B: 1\n")
     assert "d32" in before
     assert "skipped: no room" in before
     assert "d16" in after
-    assert "d32" not in after
+    assert "d32" not in after.partition("regressions")[0]
+    assert text.endswith(
+        "regressions: none\nnot compared: 1 of 2 of A, which B lacks (only in A)\n"
+    )
 
 
 @pytest.mark.parametrize(

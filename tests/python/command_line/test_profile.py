@@ -161,7 +161,7 @@ def test_twelve_metrics(fake: FakeNcu, capsys: pytest.CaptureFixture[str], tmp_p
         "exponential unit  47.3 %",
         "1,250 (2.5 % of 50,000 wavefronts)",
         "L2                41.8 %",
-        "n/a (168 registers a thread, 226.0 KiB of shared memory a block)",
+        "n/a (168 registers a thread at launch, 226.0 KiB of shared memory a block)",
         "0 B read, 0 B written",
         "gmma, 35 %: for WGMMA",
         "Busiest: the tensor cores, 94 %.",
@@ -174,6 +174,7 @@ def test_twelve_metrics(fake: FakeNcu, capsys: pytest.CaptureFixture[str], tmp_p
     assert line["kernel"] == FORWARD
     assert line["stall"] == "gmma"
     assert line["metrics"]["launch__shared_mem_per_block"] == 231_424
+    assert not [name for name in line["metrics"] if name.startswith("device__")]
 
 
 def test_rate(fake: FakeNcu, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,6 +192,37 @@ def test_every_metric_may_be_missing() -> None:
     """A KeyError on a chip that lacks a counter."""
     assert {metric.told({}) for metric in profile_.METRICS} == {profile_.ABSENT}
     assert "No unit was counted" in profile_.verdict({})
+
+
+def test_units_that_are_alike() -> None:
+    """Of two units that are equally busy only the one that is a tenth above; two thirds told as a limit."""
+    text = profile_.verdict(
+        {profile_.TENSOR[0]: 64.2, profile_.EXPONENTIALS[0]: 64.3, profile_.L2[0]: 24.6}
+    )
+    assert text.startswith("Busiest: the tensor cores, 64 %; the exponential unit, 64 %. None is")
+    assert profile_.verdict({profile_.TENSOR[0]: 94.8, profile_.SHARED[0]: 57.5}) == (
+        "Busiest: the tensor cores, 95 %."
+    )
+
+
+def test_passes_of_the_gradients(fake: FakeNcu, capsys: pytest.CaptureFixture[str]) -> None:
+    """Advice for kernels that multiply given to a pass that only reads and writes: larger tiles because L2 is busy."""
+    name = "flashcute_sm80_bwd_bf16_d64_m64_n128_w4_"
+    fake.says(raw_page((f"{name}prepare", f"{name}gradients_full", f"{name}finish")))
+    assert main(["profile", "--backward", "--head-dim", "64"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("This pass only reads and writes") == 2
+    assert said.count("Tiles read K and V through L2") == 1
+    assert said.count("tensor cores      94.4 %") == 3
+    assert "Of 2.4 ms: prepare 33.3 %, gradients 33.3 %, finish 33.3 %." in said
+
+
+def test_the_passes_are_those_of_the_images() -> None:
+    """A pass that has another name than the command expects."""
+    images = json.loads((Path(__file__).parents[2] / "images.json").read_text())
+    passes = {profile_.pass_of(name) for name in images if "_bwd_" in name}
+    assert {"prepare", "gradients", "finish"} <= passes
+    assert {profile_.pass_of(name) for name in images if "_fwd_" in name} == {""}
 
 
 def test_a_kernel_that_waits() -> None:
@@ -316,7 +348,7 @@ def test_ncu_knows_the_metrics(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, more: list[str]
 ) -> None:
     """On a GPU: a metric that this version of ncu does not have, a section of another name, kernels that the filter
-    does not find. All of it is written against ncu's documentation alone until this has run."""
+    does not find."""
     if ncu.find_ncu() is None:
         pytest.skip("ncu is not here")
     out = tmp_path / "lines.jsonl"

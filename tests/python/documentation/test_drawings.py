@@ -12,8 +12,10 @@ pytest.importorskip("matplotlib", reason="draws with matplotlib, of the extra `b
 
 import drawings
 import numpy as np
-from drawings import Bar, Panel
 from flashcute.block_mask import BlockMask
+from sketches import fragments, masks, sm80_pipeline, sm90_timeline, swizzle
+from sketches.masks import Panel
+from sketches.timeline import Bar
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
@@ -49,7 +51,7 @@ def test_the_script_draws_the_same_bytes_again(
     assert drawn[0].keys() == {"drawing_sm80_pipeline.svg"}
 
 
-PANELS = drawings.panels()
+PANELS = masks.panels()
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=[panel.title for panel in PANELS])
@@ -68,27 +70,27 @@ def test_blocks_of_masks_that_are_data_are_the_cells_of_a_block_mask(title: str)
     assert panel.counts() == BlockMask.from_dense(panel.shown[None, None]).counts()
 
 
-@pytest.mark.parametrize("unit", range(drawings.UNITS))
+@pytest.mark.parametrize("unit", range(swizzle.UNITS))
 def test_bank_conflicts(unit: int) -> None:
     """A swizzle that helps the unit of the drawing and not the others."""
     phase = [(row, unit) for row in range(8)]
-    assert set(drawings.rows_of_banks(phase, swizzled=True)) == {1}
-    assert sorted(drawings.rows_of_banks(phase, swizzled=False))[-5:] == [0, 8, 8, 8, 8]
+    assert set(swizzle.rows_of_banks(phase, swizzled=True)) == {1}
+    assert sorted(swizzle.rows_of_banks(phase, swizzled=False))[-5:] == [0, 8, 8, 8, 8]
 
 
 def test_a_swizzled_row_has_all_its_units() -> None:
     for row in range(16):
-        places = {drawings.place_of(row, unit, True) for unit in range(drawings.UNITS)}
-        assert places == set(range(drawings.UNITS))
+        places = {swizzle.place_of(row, unit, True) for unit in range(swizzle.UNITS)}
+        assert places == set(range(swizzle.UNITS))
 
 
 def test_fragments_cover_a_tile_once() -> None:
     """Two lanes that hold the same element, or an operand in other places than the accumulators."""
     held = np.zeros((16, 16), int)
     for lane, register in itertools.product(range(32), range(8)):
-        held[drawings.operand_place(lane, register)] += 1
-        row, column = drawings.accumulator_place(lane, register % 4)
-        assert drawings.operand_place(lane, register) == (row, column + 8 * (register // 4))
+        held[fragments.operand_place(lane, register)] += 1
+        row, column = fragments.accumulator_place(lane, register % 4)
+        assert fragments.operand_place(lane, register) == (row, column + 8 * (register // 4))
     assert (held == 1).all()
 
 
@@ -105,9 +107,9 @@ def bar_of(bars: list[Bar], lane: str, text: str) -> Bar:
 
 
 @pytest.mark.parametrize("bars", [
-    drawings.sm80_schedule(1, 4)[0],
-    drawings.sm80_schedule(2, 4)[0],
-    drawings.sm90_schedule(4, 2),
+    sm80_pipeline.schedule(1, 4)[0],
+    sm80_pipeline.schedule(2, 4)[0],
+    sm90_timeline.schedule(4, 2),
 ], ids=["one stage", "two stages", "Hopper"])  # fmt: skip
 def test_bars_of_a_lane_follow_each_other(bars: list[Bar]) -> None:
     """Two things at once on one unit."""
@@ -119,7 +121,7 @@ def test_bars_of_a_lane_follow_each_other(bars: list[Bar]) -> None:
 def test_barriers_and_copies_of_the_sm80_loop() -> None:
     """A copy into a place that is still read, or barriers that the loader does not have."""
     for stages, blocks in itertools.product((1, 2), (2, 5)):
-        bars, barriers = drawings.sm80_schedule(stages, blocks)
+        bars, barriers = sm80_pipeline.schedule(stages, blocks)
         assert len(barriers) == blocks * (3 - stages)
         for n in range(blocks - stages):
             copy, product = (
@@ -134,7 +136,7 @@ def test_barriers_and_copies_of_the_sm80_loop() -> None:
 def test_turns_and_places_of_hopper(stages: int) -> None:
     """Warpgroups that do not alternate, or a copy into a place from which a warpgroup still multiplies."""
     blocks = 5
-    bars = drawings.sm90_schedule(blocks, stages)
+    bars = sm90_timeline.schedule(blocks, stages)
     products = [bar.text for bar in lanes_of(bars)["tensor cores"]]
     scores = [text for text in products if ": S" in text]
     assert [text[0] for text in scores] == ["1", "2"] * (blocks + 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lines
 import pytest
-from tables import kernels, steps
+from tables import kernels, options, steps
 
 
 @pytest.fixture
@@ -42,7 +42,9 @@ def test_a_run_or_an_option_without_lines_is_an_error() -> None:
     with pytest.raises(ValueError, match="no line of run 999 has tflops"):
         steps.table("999")
     with pytest.raises(ValueError, match="no line with swizzle=0"):
-        kernels.without("swizzle=0")
+        options.effect("head_dim,rates", "swizzle=0")
+    with pytest.raises(ValueError, match="with several changes also change, got head_dim,rate"):
+        options.effect("head_dim,rate", "swizzled=0")
 
 
 def test_speed_up_over_the_faster_of_two(recorded: Path) -> None:

@@ -315,20 +315,3 @@ def gpu_backward_tiles(dtype: str) -> str:
 
 
 # ---- options -------------------------------------------------------------------------------------
-
-
-def option_effect(change: str) -> str:
-    """One option of the mma.sync forward beside the default, which was timed in the same run."""
-    file, rows = "gpu_options", []
-    for head_dim in (64, 128):
-        for causal in (False, True):
-            cell = {"head_dim": head_dim, "causal": causal, "seqlen_q": 4096}
-            default = one(file, impl="flashcute", **cell)
-            changed = one(file, impl=f"flashcute[{change}]", **cell)
-            rows.append(
-                [head_dim, "causal" if causal else "none"]
-                + [f"{x['tflops']:.0f}" for x in (default, changed)]
-                + [rounded(changed["ms_p50"] / default["ms_p50"])]
-            )
-    header = ["head dimension", "mask", "TFLOP/s, default", link(f"`{change}`", file)]
-    return table([*header, "time over the default's"], rows, numbers=3)

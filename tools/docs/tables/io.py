@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from flashcute._cli import ncu, profile_
 from flashcute._cli.problem import ITEM_BYTES, Case
 from flashcute._cli.traffic import flash_dram, matrix_bytes, standard
-from lines import ROOT, Line, lines, link, one, rounded, table, where
+from lines import Line, lines, one, rounded, table, where
 
 NAIVE = "gpu_naive"
 MEBI = 2**20
-KINDS_WITH_BYTES = ("io", "ncu_profile")
 
 
 # ---- bytes and memory ------------------------------------------------------------------------------
@@ -73,26 +73,60 @@ def mib(count: float) -> str:
     return f"{count / MEBI:,.0f} MiB"
 
 
-def recorded_bytes() -> str:
-    """Whether any line holds bytes that ncu counted: the sentence must not outlive the first of them."""
-    found = [
-        file.stem
-        for file in sorted((ROOT / "benchmarks/results").glob("*.jsonl"))
-        if any(holds_bytes(json.loads(x)) for x in file.read_text().splitlines() if x)
+BYTES, PROFILE = "gpu_io", "gpu_profile"
+
+
+def counted(level: str) -> str:
+    """What ncu counted at DRAM or at L2 over theory, by head dimension, mask and length."""
+    rows = []
+    for x in in_order(lines(BYTES)):
+        case, found = case_of(x), x["measured"]
+        row: list[object] = [case.head_dim, mask_of(case), f"{case.seqlen_q:,}"]
+        if level == "dram":
+            for name in ("read", "written"):
+                theory = x["theory"]["flash_dram"][name]
+                row += [mib(theory), rounded(found[f"dram_{name}"] / theory, 3)]
+        else:
+            theory = sum(x["theory"]["flash_l2"].values())
+            twice = theory + matrix_bytes(case).q
+            row += [mib(theory), *(rounded(found["l2_of_sms"] / y) for y in (theory, twice))]
+        rows.append(row)
+    columns = {
+        "dram": ["read, theory", "measured / theory", "written, theory", "measured / theory"],
+        "l2": ["L2, theory", "of SMs, measured / theory", "with the prefetch of Q"],
+    }[level]
+    return table(["d", "mask", "length", *columns], rows, numbers=len(columns))
+
+
+def in_order(found: Iterable[Line]) -> list[Line]:
+    return sorted(found, key=lambda x: (x["head_dim"], x["causal"], x["seqlen_q"]))
+
+
+def counted_dram() -> str:
+    """A sentence: how much more DRAM is read than theory says."""
+    ratios: dict[tuple[int, int], list[float]] = {}
+    for x in in_order(lines(BYTES)):
+        ratio = x["measured"]["dram_read"] / x["theory"]["flash_dram"]["read"]
+        ratios.setdefault((x["head_dim"], x["seqlen_q"]), []).append(ratio)
+    most = max(ratios, key=lambda cell: max(ratios[cell]))
+    others = [ratio for cell, found in ratios.items() if cell != most for ratio in found]
+    full, causal = ratios[most]
+    return (
+        f"DRAM is read {rounded(min(others), 3)} to {rounded(max(others))} times as much as theory says; only at head\n"
+        f"dimension {most[0]} and {most[1]:,} tokens it is {rounded(full)} times without a mask and {rounded(causal)} "
+        "times under the causal one."
+    )
+
+
+def counted_further() -> str:
+    """A sentence: what L2 counts beside the requests of the multiprocessors."""
+    ratios = [
+        (x["l2"] - x["l2_of_sms"]) / (x["dram_read"] + x["dram_written"])
+        for x in (line["measured"] for line in lines(BYTES))
     ]
-    if not found:
-        return (
-            "**No bytes have been recorded yet.** The folder [benchmarks/results](benchmarks/results) has no line in\n"
-            "which Nsight Compute counted bytes of DRAM or L2. So all bytes on this page are theory; only memory and\n"
-            "times were measured."
-        )
-    return "Recorded so far: " + ", ".join(link(file, file) for file in found) + "."
-
-
-def holds_bytes(line: Line) -> bool:
-    found = line.get("measured") or line.get("metrics") or {}
-    return line.get("kind") in KINDS_WITH_BYTES and any(
-        name.startswith(("dram", "l2", "lts__t_bytes")) for name in found
+    return (
+        "The bytes of all requests to L2 exceed those of the multiprocessors by "
+        f"{rounded(min(ratios))} to {rounded(max(ratios))} times the bytes that\nDRAM reads and writes."
     )
 
 
@@ -199,6 +233,110 @@ def ablation_shares() -> str:
             row.append(rounded(without / base))
         rows.append(row)
     return table(["rate / rate with all parts", *(f"d = {d}" for d in columns)], rows, numbers=3)
+
+
+# ---- what `profile` says of the kernels as they are ---------------------------------------------------
+
+
+def percent_of(line: Line, names: ncu.Names) -> str:
+    return f"{line['metrics'][names[0]]:.0f} %"
+
+
+def milliseconds(line: Line) -> float:
+    return 1e3 * float(line["metrics"][profile_.DURATION[0]])
+
+
+def waits(line: Line) -> list[str]:
+    """Why most warps wait, as shares of all resident warps; the most frequent reason first."""
+    found = ncu.stalls_of(line["metrics"])
+    every = sum(found.values())
+    return [
+        f"`{x}` {100 * n / every:.0f} %" for x, n in found.items() if x not in profile_.NOT_WAITING
+    ]
+
+
+def profiled_forward() -> str:
+    """Hopper's forward: a column for each head dimension and mask."""
+    found = in_order(x for x in lines(PROFILE) if "_fwd_" in x["kernel"])
+    units = {
+        "tensor cores": profile_.TENSOR,
+        "exponential unit": profile_.EXPONENTIALS,
+        "issue slots": profile_.ISSUE,
+        "shared memory": profile_.SHARED,
+        "L2": profile_.L2,
+        "DRAM": profile_.DRAM,
+    }
+    rows = [
+        ["ms", *(f"{milliseconds(x):.3f}" for x in found)],
+        ["TFLOP/s", *(f"{case_of(x).flops / milliseconds(x) / 1e9:.0f}" for x in found)],
+        *([unit, *(percent_of(x, names) for x in found)] for unit, names in units.items()),
+        *(
+            ["most warps wait" if i == 0 else "then", *(waits(x)[i] for x in found)]
+            for i in range(2)
+        ),
+    ]
+    cases = [case_of(x) for x in found]
+    header = ["", *(f"d = {x.head_dim}, {mask_of(x)}" for x in cases)]
+    return table(header, rows, numbers=len(cases))
+
+
+def profiled_gradients() -> str:
+    """The three passes of the gradients, by head dimension."""
+    units = profile_.TENSOR, profile_.SHARED, profile_.L2, profile_.DRAM
+    rows = []
+    for x in lines(PROFILE):
+        if "_bwd_" in x["kernel"]:
+            spilled = x["metrics"][profile_.LOCAL_LOADS[0]] + x["metrics"][profile_.LOCAL_STORES[0]]
+            rows.append([
+                x["head_dim"], f"`{profile_.pass_of(x['kernel'])}`", waits(x)[0], f"{milliseconds(x):.3f}",
+                *(percent_of(x, unit) for unit in units), mib(spilled),
+            ])  # fmt: skip
+    header = ["d", "pass", "most warps wait", "ms", "tensor cores", "shared memory", "L2", "DRAM"]
+    return table([*header, "spills"], rows, numbers=6)
+
+
+def share_of_gradients() -> str:
+    """A sentence: how much of a call the pass that multiplies takes."""
+    found = [x for x in lines(PROFILE) if "_bwd_" in x["kernel"]]
+    shares = []
+    for head_dim in dict.fromkeys(x["head_dim"] for x in found):
+        times = {
+            profile_.pass_of(x["kernel"]): milliseconds(x)
+            for x in found
+            if x["head_dim"] == head_dim
+        }
+        shares.append(100 * times["gradients"] / sum(times.values()))
+    return f"The pass that multiplies, `gradients`, has {min(shares):.0f} to {max(shares):.0f} % of the time."
+
+
+ROWS_OF_WARPGROUP, WAVEFRONT_BYTES = 64, 128
+
+
+def wgmma_operands() -> str:
+    """Wavefronts of shared memory that the operands of WGMMA need, beside those that were counted."""
+    rows = []
+    for x in in_order(x for x in lines(PROFILE) if "_fwd_" in x["kernel"] and not x["causal"]):
+        case, (block_n,) = case_of(x), map(int, re.findall(r"_n(\d+)_", x["kernel"]))
+        turns = (
+            case.batch * case.heads * case.seqlen_q // ROWS_OF_WARPGROUP * case.seqlen_k // block_n
+        )
+        read = 2 * case.head_dim * (ROWS_OF_WARPGROUP + 2 * block_n)
+        expected = turns * read / WAVEFRONT_BYTES
+        counted = x["metrics"][profile_.WAVEFRONTS[0]]
+        rows.append([
+            case.head_dim, block_n, f"{read / 1024:.0f} KiB", f"{turns:,}",
+            f"{expected / 1e6:.1f}", f"{counted / 1e6:.1f}", rounded(counted / expected, 3),
+        ])  # fmt: skip
+    header = [
+        "d",
+        "block_n",
+        "operands of a turn",
+        "turns",
+        "million wavefronts",
+        "counted",
+        "counted / operands",
+    ]
+    return table(header, rows, numbers=6)
 
 
 # ---- what the command says ---------------------------------------------------------------------------

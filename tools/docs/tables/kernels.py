@@ -294,18 +294,3 @@ def float32_gradient_tiles() -> str:
         for v, (d, tile) in FLOAT32_TILES.items()
     ]
     return table(["head dim", "tile", "speed-up"], rows, numbers=1)
-
-
-def without(option: str) -> str:
-    """The forward with one option changed, at 4,096 tokens without a mask. option: as `bench --config` takes it."""
-    file = "gpu_options"
-    rows = []
-    for line in where(file, impl=f"flashcute[{option}]", seqlen_q=4096, causal=False, status="ok"):
-        head_dim = line["head_dim"]
-        (default,) = where(file, impl="flashcute", seqlen_q=4096, causal=False, head_dim=head_dim)
-        speeds = [default["tflops"], line["tflops"]]
-        rows.append([head_dim, *(f"{x:.0f}" for x in speeds), rounded(speeds[0] / speeds[1])])
-    if not rows:
-        raise ValueError(f"{file}: no line with {option}")
-    columns = ("the default, TFLOP/s", link(f"{option}, TFLOP/s", file), "speed-up of the default")
-    return table(["head dim", *columns], sorted(rows), numbers=3)

@@ -9,42 +9,6 @@ MASKS = {"full": False, "causal": True}
 LENGTH = 4096
 
 
-def options_sm80(*options: str) -> str:
-    """TFLOP/s of the mma.sync forward with each of these options, as `bench --config` takes them; "" is the default."""
-    return _options("gpu_options", (64, 128), options)
-
-
-def options_sm90(*options: str) -> str:
-    """The same of Hopper's forward. Options that a head dimension was not timed with leave its cells empty."""
-    return _options("gpu_hopper_options", HEAD_DIMS, options)
-
-
-def _options(file: str, head_dims: tuple[int, ...], options: tuple[str, ...]) -> str:
-    rows = []
-    for words in options:
-        row = [f"`{words.replace(',', ', ')}`" if words else "default"]
-        for head_dim in head_dims:
-            # Hopper's kernel: an option may need others changed, which depend on the head dimension.
-            for causal in MASKS.values():
-                found = [
-                    x["tflops"]
-                    for x in where(file, head_dim=head_dim, causal=causal, seqlen_q=LENGTH)
-                    if _is(x, words)
-                ]
-                row.append(f"{found[0]:.0f}" if found else "-")
-        rows.append(row)
-    columns = [f"{head_dim} {mask}" for head_dim in head_dims for mask in MASKS]
-    return table(["configuration", *columns], rows, numbers=len(columns))
-
-
-def _is(line: Line, words: str) -> bool:
-    """Whether a line is of our kernel with these options, and with others only where these need them."""
-    name, _, told = line["impl"].rstrip("]").partition("[")
-    implied = {"stale_max=0", "scores_ahead=0"}
-    asked, given = (set(filter(None, x.split(","))) for x in (words, told))
-    return name == "flashcute" and asked - implied == given - implied and asked <= given
-
-
 def tensor_cores() -> str:
     """Products by tensor cores and by CUDA cores: speed and error of the forward without a mask."""
     rows = []

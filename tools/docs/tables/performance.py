@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from lines import Cell, Line, lines, link, rounded, speed_ups, table, where
 
+from tables.cases import IMPLEMENTATIONS
+
 HEAD_DIMS = (64, 128, 256)
 
 
@@ -115,6 +117,51 @@ def summary(found: dict[Cell, float]) -> list[str]:
         by_dim.setdefault(head_dim, []).append(ratio)
     means = [statistics.geometric_mean(by_dim[d]) if d in by_dim else None for d in HEAD_DIMS]
     return [rounded(x) for x in (*means, min(found.values()), max(found.values()))]
+
+
+PRESETS = "gpu_presets"
+
+
+def presets() -> str:
+    """The attention of models, forward and gradients, beside the fastest of the others."""
+    rows = []
+    for x in where(PRESETS, impl="flashcute", status="ok"):
+        peers = [y for y in lines(PRESETS) if y["impl"] != "flashcute" and same_call(x, y)]
+        peer = min(
+            (y for y in peers if y["status"] == "ok"), key=lambda y: y["ms_p50"], default=None
+        )
+        told = ["none"] if peer is None else [IMPLEMENTATIONS[peer["impl"]]]
+        theirs = None if peer is None else peer["ms_p50"]
+        rows.append(
+            [x["preset"], f"{x['batch']} x {x['seqlen_q']:,}", layer_of(x), pass_of(x), *told]
+            + [f"{x['ms_p50']:.2f}", f"{x['tflops']:.0f}"]
+            + (["-", "-"] if theirs is None else [f"{theirs:.2f}", rounded(theirs / x["ms_p50"])])
+        )
+    header = [
+        "model",
+        "batch x length",
+        "layer",
+        "pass",
+        "fastest of the others",
+        "ms",
+        "TFLOP/s",
+        "theirs, ms",
+    ]
+    return table([*header, "speed-up"], rows, numbers=4)
+
+
+def same_call(one: Line, other: Line) -> bool:
+    fields = ("preset", "batch", "seqlen_q", "window")
+    return pass_of(one) == pass_of(other) and all(one[name] == other[name] for name in fields)
+
+
+def pass_of(line: Line) -> str:
+    found = line.get("pass", line["kind"])
+    return "gradients" if found == "backward" else str(found)
+
+
+def layer_of(line: Line) -> str:
+    return "causal" if line["window"] is None else f"window of {line['window'][0] + 1} keys"
 
 
 def over_flex(file: str, made: bool) -> dict[Cell, float]:

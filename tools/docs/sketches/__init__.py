@@ -1,0 +1,1 @@
+"""The drawings of docs/images, one file for each."""
