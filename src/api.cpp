@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <functional>
 #include <span>
+#include <utility>
 #include <variant>
 
 #include "cpu/backward.hpp"
@@ -39,8 +40,10 @@ std::vector<Config> configs_among(Family<Config> const (&families)[n]) {
 
 /// Adds the faster configurations that have no image yet, and how much faster they are.
 void explain_given_up(std::vector<GivenUp> const& given_up, ForwardConfig const& chosen, Explanation& e) {
+  bool told_of_sm90 = false;
   for (GivenUp const& g : given_up) {
-    bool const sm90 = g.config.kernel == Kernel::sm90;
+    bool const sm90 = g.config.kernel == Kernel::sm90 && chosen.kernel != Kernel::sm90;
+    if (sm90 && std::exchange(told_of_sm90, true)) continue;  // once for all its tiles
     e.rejected.emplace_back(sm90 ? "sm90" : name(g.config).text,
                             g.can_be_compiled ? "its kernel is not compiled yet (" + g.why + "), and another is at hand"
                                               : "there is no image of its kernel: " + g.why);
@@ -54,6 +57,8 @@ void explain_given_up(std::vector<GivenUp> const& given_up, ForwardConfig const&
                              : " Its image comes with a build that has 90 in FLASHCUTE_ARCHS, or from the run-time "
                                "compiler: " +
                                    install_command()));
+    } else if (g.config.kernel == Kernel::sm90) {
+      e.notes.push_back("a tile of these head dimensions would be faster: " + to_string(g.config) + "." + how);
     } else if (g.config.math != chosen.math) {
       e.notes.push_back("float32 takes three products of TF32, although allow_tf32 allows one, which would be faster." +
                         how);

@@ -25,6 +25,7 @@ struct FamilyFeatures {
 
   constexpr std::span<Features const> of(DType dtype) const { return dtype == DType::bfloat16 ? bfloat16 : others; }
 };
+inline constexpr FamilyFeatures plain_bfloat16{full_and_causal, {}};
 inline constexpr FamilyFeatures plain{full_and_causal, full_and_causal};
 inline constexpr FamilyFeatures with_all_masks{every_mask, full_and_causal};
 
@@ -56,12 +57,12 @@ inline constexpr BlockMapFamily block_map_families[] = {
 
 inline std::vector<BlockMapKernelId> kernels_of(BlockMapFamily const&) { return {BlockMapKernelId{}}; }
 
-/// The family's configurations: one for each dtype.
+/// The family's configurations: one for each dtype that it has kernels for.
 template <class Config>
 std::vector<Config> configs_of(Family<Config> const& family) {
   std::vector<Config> all;
   for (DType dtype : {DType::float16, DType::bfloat16, DType::float32}) {
-    if (size_of(dtype) != size_of(family.config.dtype)) continue;
+    if (size_of(dtype) != size_of(family.config.dtype) || family.features.of(dtype).empty()) continue;
     all.push_back(family.config);
     all.back().dtype = dtype;
   }

@@ -15,9 +15,11 @@ struct Wishes {
   int32_t multiprocessors;
 };
 
-/// What can be given up, one after the other, within what the call allows: Hopper's kernel, for the sm80 one; one
-/// product of TF32, which is allowed and not demanded, for three; a tile for small grids, for the usual one.
+/// What can be given up, one after the other, within what the call allows: on Hopper a tile of the tensors' own width,
+/// for a wider one; Hopper's kernel, for the sm80 one; one product of TF32, which is allowed and not demanded, for
+/// three; a tile for small grids, for the usual one.
 constexpr void (*concessions[])(Wishes&) = {
+    [](Wishes& wishes) { wishes.tensors.any_width = false; },
     [](Wishes& wishes) { wishes.tensors.allow_sm90 = false; },
     [](Wishes& wishes) { wishes.tensors.allow_tf32 = false; },
     [](Wishes& wishes) { wishes.multiprocessors = 0; },

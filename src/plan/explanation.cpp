@@ -37,29 +37,33 @@ std::string tile_text(Config const& chosen) {
          " keys are the default for head dimensions up to " + std::to_string(chosen.head_dim);
 }
 
-/// How tensors with head dimension d are padded and copied.
+/// How tensors with head dimension d are padded.
+std::string padding(char const* what, int32_t d, int32_t compiled) {
+  if (d >= compiled) return "";
+  return std::string(" ") + what + " of " + std::to_string(d) + " is padded with zeros and computed as one of " +
+         std::to_string(compiled) + ".";
+}
+
 template <class Config>
-std::string padding_and_copies(Config const& chosen, int32_t d) {
-  std::string text;
-  if (d < chosen.head_dim) {
-    text += " A head dimension of " + std::to_string(d) + " is padded with zeros and computed as one of " +
-            std::to_string(chosen.head_dim) + ".";
-  }
-  if (chosen.copy_bytes < 16) {
-    text += " It copies " + std::to_string(chosen.copy_bytes) + " bytes at a time, since the tensors allow no more.";
-  }
-  return text;
+std::string copies(Config const& chosen) {
+  if (chosen.copy_bytes >= 16) return "";
+  return " It copies " + std::to_string(chosen.copy_bytes) + " bytes at a time, since the tensors allow no more.";
 }
 
 std::string why_this_tile(ForwardConfig const& chosen, ForwardTensors const& tensors, Arch arch) {
   std::string text = tile_text(chosen);
+  if (chosen.head_dim_v != chosen.head_dim) text += ", of v up to " + std::to_string(chosen.head_dim_v) + ",";
   ForwardTensors of_a_large_grid = tensors;
   of_a_large_grid.heads = 0;
   ForwardConfig const larger = default_forward_config(of_a_large_grid, arch);
   if (larger.kernel == chosen.kernel && larger.math == chosen.math && larger.block_m > chosen.block_m) {
     text += " where tiles of " + std::to_string(larger.block_m) + " rows would leave multiprocessors without work";
   }
-  return text + "." + padding_and_copies(chosen, max_of(tensors.head_dim, tensors.head_dim_v));
+  text += "." + padding("A head dimension", tensors.head_dim, chosen.head_dim);
+  if (tensors.head_dim_v != tensors.head_dim) {
+    text += padding("A head dimension of v", tensors.head_dim_v, chosen.head_dim_v);
+  }
+  return text + copies(chosen);
 }
 
 std::string why_these_passes(BackwardConfig const& chosen) {
@@ -79,14 +83,14 @@ std::string why_this_tile(BackwardConfig const& chosen, Call const& call) {
   BackwardTensors const with_room{
       .dtype = chosen.dtype, .head_dim = d, .head_dim_v = d, .deterministic = chosen.deterministic};
   std::string text = tile_text(chosen);
-  if (chosen.kernel == Kernel::sm90) return text + "." + padding_and_copies(chosen, d);
+  if (chosen.kernel == Kernel::sm90) return text + "." + padding("A head dimension", d, chosen.head_dim);
   // Compute capability 9.0: no GPU has more shared memory.
   if (BackwardConfig const larger = default_backward_config(with_room, 90);
       larger.block_m > chosen.block_m || larger.block_n > chosen.block_n) {
     text += " where a thread block has no more than " + std::to_string(max_smem_bytes(call.arch)) +
             " bytes of shared memory";
   }
-  return text + "." + padding_and_copies(chosen, d);
+  return text + "." + padding("A head dimension", d, chosen.head_dim) + copies(chosen);
 }
 
 /// The alternatives that were not taken for one reason.

@@ -22,17 +22,18 @@ def random_problem(
     dtype: str,
     *,
     head_dims: tuple[int, ...] = (1, 3, 8, 16, 40, 64),
+    head_dims_v: tuple[int, ...] | None = None,
     elements: bool = True,
 ) -> oracle_backward.BackwardProblem:
-    """Each argument is there or not, whatever the others are, as far as a call allows it. elements: also masks by
-    element, which do not go with packed sequences."""
+    """Each argument is there or not, whatever the others are, as far as a call allows it. head_dims_v: of v, if not
+    head_dims. elements: also masks by element, which do not go with packed sequences."""
 
     def maybe(x: Any, otherwise: Any = None) -> Any:
         return x if rng.random() < 0.5 else otherwise
 
     batch, group, kv_heads = (int(rng.integers(1, 4)) for _ in range(3))
     sq, sk = (int(rng.choice(LENGTHS)) for _ in range(2))
-    d, d_v = (int(rng.choice(head_dims)) for _ in range(2))
+    d, d_v = (int(rng.choice(dims)) for dims in (head_dims, head_dims_v or head_dims))
     heads = group * kv_heads
     p = oracle_backward.make_problem(
         rng, dtype, batch=batch, seqlen_q=sq, seqlen_k=sk, heads=heads, kv_heads=kv_heads, d=d, d_v=d_v, with_dlse=True,

@@ -8,12 +8,12 @@ namespace flashcute {
 /// Whether there are blocks enough for every multiprocessor of the GPU.
 enum class Grid : uint8_t { large, small };
 
-/// A default configuration. Its head_dim is the upper end of a range of head dimensions (a bucket); it serves all of
-/// them, every type of the same size, and smaller alignments. block_n, math, optimized_softmax and rescale_threshold
-/// change the bits of a result, the other options do not (docs/decisions/0003-tiles.md, also about NaN and infinity);
-/// so these four are the same for large and small grids, and a row's result does not depend on the batch size. All but
-/// those of Hopper's kernel need less than the 99 KB of shared memory that compute capabilities 8.6, 8.9 and 12.0
-/// allow.
+/// A default configuration. Its head_dim and head_dim_v are the upper ends of ranges of head dimensions (a bucket); it
+/// serves all of them, every type of the same size, and smaller alignments. block_n, math, optimized_softmax and
+/// rescale_threshold change the bits of a result, the other options do not (docs/decisions/0003-tiles.md, also about
+/// NaN and infinity); so these four are the same for large and small grids, and a row's result does not depend on the
+/// batch size. All but those of Hopper's kernel need less than the 99 KB of shared memory that compute
+/// capabilities 8.6, 8.9 and 12.0 allow.
 struct ForwardTile {
   Grid grid;
   ForwardConfig config;
@@ -42,8 +42,17 @@ inline constexpr ForwardTile forward_tiles[] = {
       .scores_ahead = true},
      "times on an H200: docs/kernels/sm90_forward.md"},
     {Grid::large,
+     {.head_dim = 96, .block_n = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 4},
+     "registers; not yet measured on a GPU"},
+    {Grid::large,
      {.head_dim = 128, .block_n = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 3},
      "times on an H200: docs/kernels/sm90_forward.md"},
+    {Grid::large,
+     {.head_dim = 192, .head_dim_v = 128, .block_n = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 2},
+     "registers and shared memory; not yet measured on a GPU"},
+    {Grid::large,
+     {.head_dim = 192, .block_n = 96, .num_warps = 8, .kernel = Kernel::sm90, .stages = 2},
+     "registers and shared memory; not yet measured on a GPU"},
     {Grid::large,
      {.head_dim = 256, .num_warps = 8, .kernel = Kernel::sm90, .stages = 2, .pingpong = false},
      "times on an H200: docs/kernels/sm90_forward.md"},
@@ -65,20 +74,6 @@ inline constexpr ForwardTile forward_tiles[] = {
      "shared memory; not yet measured on a GPU"},
 };
 
-/// The entry for tensors whose wider head dimension is `d`, at most 256. Not every bucket has one for small grids.
-constexpr ForwardTile const& forward_tile(DType dtype, Kernel kernel, Math math, int32_t d, Grid grid) {
-  ForwardTile const* chosen = &forward_tiles[0];  // stays only for types without a kernel, which `check` will refuse
-  int32_t width = 0;
-  for (auto const& tile : forward_tiles) {
-    ForwardConfig const& c = tile.config;
-    if (size_of(c.dtype) != size_of(dtype) || c.kernel != kernel || c.math != math || c.head_dim < d) continue;
-    if (width != 0 && c.head_dim != width) break;  // the buckets are in order
-    width = c.head_dim;
-    if (tile.grid == Grid::large || tile.grid == grid) chosen = &tile;
-  }
-  return *chosen;
-}
-
 /// What a default configuration depends on.
 struct ForwardTensors {
   DType dtype;
@@ -89,6 +84,7 @@ struct ForwardTensors {
   int32_t seqlen_q = 0;
   bool bulk_copies = true;  // TMA can follow the strides
   bool allow_sm90 = true;   // Hopper's kernel may be chosen
+  bool any_width = true;    // and its tiles for head dimensions that are no power of two, or not those of V
 };
 
 /// Which kernel. Tensors whose rows are not multiples of 16 bytes, or whose strides TMA cannot follow, take the sm80
@@ -103,6 +99,24 @@ constexpr Math math_for(ForwardTensors const& t) {
   return size_of(t.dtype) == 2 || t.allow_tf32 ? Math::tensor_core : Math::tf32x3;
 }
 
+constexpr bool same_head_dims(ForwardConfig const& a, ForwardConfig const& b) {
+  return a.head_dim == b.head_dim && a.head_dim_v == b.head_dim_v;
+}
+
+/// The entry of a kernel for tensors with head dimensions of at most 256. Not every bucket has one for small grids.
+constexpr ForwardTile const& forward_tile(ForwardTensors const& t, Kernel kernel, Grid grid) {
+  ForwardTile const* chosen = nullptr;
+  for (auto const& tile : forward_tiles) {
+    ForwardConfig const& c = tile.config;
+    if (size_of(c.dtype) != size_of(t.dtype) || c.kernel != kernel || c.math != math_for(t)) continue;
+    if (c.head_dim < t.head_dim || c.head_dim_v < t.head_dim_v) continue;
+    if (!t.any_width && (c.head_dim != c.head_dim_v || (c.head_dim & (c.head_dim - 1)) != 0)) continue;
+    if (chosen != nullptr && !same_head_dims(chosen->config, c)) break;  // the buckets are in order
+    if (tile.grid == Grid::large || tile.grid == grid) chosen = &tile;
+  }
+  return chosen != nullptr ? *chosen : forward_tiles[0];  // of types without a kernel: `check` will refuse it
+}
+
 constexpr Grid grid_of(ForwardTensors const& t, ForwardTile const& tile, int32_t multiprocessors) {
   bool const small = t.heads > 0 && t.heads * ceil_div(t.seqlen_q, tile.config.block_m) < multiprocessors;
   return small ? Grid::small : Grid::large;
@@ -114,10 +128,7 @@ constexpr ForwardConfig default_forward_config(ForwardTensors const& t, Arch arc
     return {.dtype = t.dtype, .head_dim = t.head_dim, .head_dim_v = t.head_dim_v, .block_m = 64, .block_n = 128};
   }
   Kernel const kernel = kernel_for(t, arch);
-  int32_t const d = max_of(t.head_dim, t.head_dim_v);
-  auto const tile_for = [&](Grid grid) -> ForwardTile const& {
-    return forward_tile(t.dtype, kernel, math_for(t), d, grid);
-  };
+  auto const tile_for = [&](Grid grid) -> ForwardTile const& { return forward_tile(t, kernel, grid); };
   ForwardConfig config = tile_for(grid_of(t, tile_for(Grid::large), multiprocessors)).config;
   config.dtype = t.dtype;
   if (kernel == Kernel::sm90) return config;

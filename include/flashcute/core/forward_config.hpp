@@ -137,7 +137,7 @@ constexpr int64_t smem_bytes(ForwardConfig const& c) {
   RULE(sm90_arch, "kernel = sm90 needs a GPU of compute capability 9.0: it is Hopper's")                               \
   RULE(sm90_dtype, "kernel = sm90 needs dtype float16 or bfloat16")                                                    \
   RULE(sm90_math, "kernel = sm90 needs math = tensor_core")                                                            \
-  RULE(sm90_head_dim, "kernel = sm90 needs head_dim and head_dim_v to be 64, 128, 192 or 256")                         \
+  RULE(sm90_head_dim, "kernel = sm90 needs head_dim and head_dim_v to be multiples of 32 between 64 and 256")          \
   RULE(sm90_block_m, "kernel = sm90 needs block_m of 64, 128 or 192 and num_warps = block_m / 16")                     \
   RULE(sm90_stages, "kernel = sm90 needs stages between 2 and 8")                                                      \
   RULE(cluster, "cluster must be 1 or 2")                                                                              \
@@ -208,7 +208,7 @@ constexpr ForwardConfigError check_sm90(ForwardConfig const& c, Arch arch) {
   if (c.math != Math::tensor_core) return sm90_math;
   int32_t const widths[] = {c.head_dim, c.head_dim_v};
   for (int32_t const d : widths) {
-    if (d < 64 || d > 256 || d % 64 != 0) return sm90_head_dim;
+    if (d < 64 || d > 256 || d % 32 != 0) return sm90_head_dim;
   }
   if (c.block_m < 64 || c.block_m > 192 || c.block_m % 64 != 0 || c.num_warps != c.block_m / 16) return sm90_block_m;
   if (c.stages < 2 || c.stages > 8) return sm90_stages;

@@ -23,6 +23,7 @@ struct KeyGradients {
   using L = BackwardLayout<C>;
   using Storage = typename L::SharedStorage;
   static constexpr int threads = num_threads(Id);
+  static constexpr GradientRegisters registers = registers_of(C);
 
   FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem_symbol) {
     Storage& smem = hidden(smem_symbol);
@@ -33,7 +34,7 @@ struct KeyGradients {
 
     int const warpgroup = warpgroup_index();
     if (warpgroup == 0) {
-      release_registers<backward_serving_registers>();
+      release_registers<registers.serving>();
       int const warp = warp_of_warpgroup();
       if (warp == 0) {
         if (elected_lane()) GradientLoader<Id>::run(p, smem, tile);
@@ -43,7 +44,7 @@ struct KeyGradients {
         GradientInspector<Id>::run(p.backward, smem, tile);
       }
     } else {
-      claim_registers<backward_computing_registers>();
+      claim_registers<registers.computing>();
       GradientConsumer<Id>{p.backward, smem, tile, warpgroup - 1}.run();
     }
   }

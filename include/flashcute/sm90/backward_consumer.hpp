@@ -9,6 +9,7 @@
 // while the other multiplies.
 #pragma once
 
+#include "flashcute/device/nonfinite.hpp"
 #include "flashcute/sm90/backward_gemm.hpp"
 #include "flashcute/sm90/store_rows.hpp"
 
@@ -65,9 +66,6 @@ class GradientConsumer {
     finish_products<1>(s);
     to_probabilities(s);
     if (partial) hide(s, block);
-    // The place for dS has long been free. Waiting for it here keeps the compiler from moving exponentials behind the
-    // wait for dP.
-    if constexpr (C.early_exp) barrier_wait(smem_.ds_empty[ds_.place], ds_.parity ^ 1);
     finish_products<0>(dp);
     to_score_gradients(dp, s);
     if (partial) hide(dp, block);
@@ -75,7 +73,7 @@ class GradientConsumer {
     auto ds = convert<Element>(dp);
     auto probabilities = convert<Element>(s);
     hold_at_one(probabilities);
-    if constexpr (!C.early_exp) barrier_wait(smem_.ds_empty[ds_.place], ds_.parity ^ 1);
+    barrier_wait(smem_.ds_empty[ds_.place], ds_.parity ^ 1);
     store_ds(ds);
     publish_to_products();
     P::template begin_sums<C.dout_stages>(dv_, probabilities, {smem_.dout[0], dout_.place});
@@ -213,6 +211,10 @@ class GradientConsumer {
     for (int i = 0; i < cute::size(dk_); ++i) dk_(i) *= scale;
     store(dk_, p_.dk, p_.dk_stride, p_.forward.head_dim);
     store(dv_, p_.dv, p_.dv_stride, p_.forward.head_dim_v);
+    if (Mask::rows_differ && smem_.dropped) {
+      add_dropped(p_.dk, p_.dk_stride, p_.forward.q, p_.forward.q_stride, p_.forward.head_dim);
+      add_dropped(p_.dv, p_.dv_stride, p_.dout, p_.dout_stride, p_.forward.head_dim_v);
+    }
   }
 
   FLASHCUTE_DEVICE void store(Sums const& sums, void* to, Strides const& stride, int columns) const {
@@ -220,6 +222,41 @@ class GradientConsumer {
     auto const offset =
         row_offset(stride, tile_.entry.batch, tile_.kv_head, tile_.entry.first_key + tile_.row0 + first);
     store_rows<C.head_dim>(sums, static_cast<Element*>(to) + offset, stride.row, tile_.rows - first, columns);
+  }
+
+  /// Adds to the elements of a gradient that this thread has stored the non-finite values of Q or dO that were replaced
+  /// by 0, where their queries see the key. Slow, but rare.
+  FLASHCUTE_DEVICE void add_dropped(void* gradient, Strides const& stride, void const* queries, Strides const& from,
+                                    int columns) const {
+    ForwardParams const& f = p_.forward;
+    int const group = f.heads / f.kv_heads, batch = tile_.entry.batch;
+    RowRange const rows = Mask::query_range(tile_, f, C.block_m).rows(true, C.block_m, tile_.sequence(f));
+    auto const* const all = static_cast<Element const*>(queries);
+#pragma unroll 1
+    for (int i = 0; i < L::rows_per_thread; ++i) {
+      int const key = warpgroup_ * warpgroup_rows + L::row(i);
+      if (key >= tile_.rows) continue;
+      auto* const to =
+          static_cast<Element*>(gradient) + row_offset(stride, batch, tile_.kv_head, tile_.entry.first_key + tile_.row0 + key);
+#pragma unroll 1
+      for (int block = 8 * (thread_index() % 4); block < columns; block += 32) {
+#pragma unroll 1
+        for (int column = block; column < block + 8; ++column) {
+          float sum = 0;
+#pragma unroll 1
+          for (int head = tile_.kv_head * group; head < (tile_.kv_head + 1) * group; ++head) {
+#pragma unroll 1
+            for (int query = rows.begin; query < rows.end; ++query) {
+              auto const x = static_cast<float>(global_load<Element>(
+                  all + row_offset(from, batch, head, tile_.entry.first_query + query) + column));
+              if (!is_finite(x) && Mask::visible(query, tile_.row0 + key, tile_.sequence(f, head))) sum += x;
+            }
+          }
+          if (sum == 0) continue;
+          global_store(to + column, static_cast<Element>(static_cast<float>(global_load<Element>(to + column)) + sum));
+        }
+      }
+    }
   }
 
   // ---- shared memory ---------------------------------------------------------------------------------

@@ -12,8 +12,13 @@
 
 namespace flashcute::sm90 {
 
-/// Registers per thread of the warpgroup that serves, and of those that compute.
-inline constexpr int backward_serving_registers = 24, backward_computing_registers = 240;
+/// Registers per thread of the warpgroup that serves, and of those that compute, as registers_of(ForwardConfig).
+struct GradientRegisters {
+  int32_t serving, computing;
+};
+constexpr GradientRegisters registers_of(BackwardConfig const& c) {
+  return c.open_end ? GradientRegisters{24, 240} : GradientRegisters{40, 232};
+}
 
 /// What the loading warp announces of the block in a place of Q's ring.
 struct AnnouncedQueries {
@@ -33,7 +38,8 @@ struct BackwardLayout : WarpgroupFragment {
 
   static constexpr int warpgroups = C.num_warps / 4;
   static_assert(warpgroups * warpgroup_rows == C.block_n);
-  static constexpr int page = box_row_bytes / sizeof(Element);  // columns
+  static constexpr int page = 64;  // columns: 128 bytes
+  static_assert(page_bytes(C.head_dim * sizeof(Element)) == page * sizeof(Element));
   static constexpr int q_elements = C.block_m * C.head_dim;
   static constexpr int k_elements = C.block_n * C.head_dim;
   static constexpr int ds_elements = C.block_m * C.block_n;
@@ -48,6 +54,8 @@ struct BackwardLayout : WarpgroupFragment {
 
   // ---- operands of products, 16 of what is summed over in each step, as in ForwardLayout ----
   // Of each: one step, then the steps, then the places of the ring.
+  template <class Shape, class Stride>
+  using Operand = SwizzledOperand<page * sizeof(Element), Shape, Stride>;
   using Page = cute::Int<page>;
   template <int Rows>
   using StrideOfPages = cute::Int<Rows * page>;
@@ -55,31 +63,31 @@ struct BackwardLayout : WarpgroupFragment {
 
   /// 64 keys of K or V: (MMA, 1, MMA_D)
   using OperandKeys =
-      SwizzledOperand<cute::Shape<cute::Shape<Keys, cute::_16>, cute::_1, StepsOfPages>,
+      Operand<cute::Shape<cute::Shape<Keys, cute::_16>, cute::_1, StepsOfPages>,
                       cute::Stride<cute::Stride<Page, cute::_1>, cute::_0,
                                    cute::Stride<cute::_16, StrideOfPages<C.block_n>>>>;
   /// The ring of Q or dO as rows: (MMA, 1, MMA_D, PLACE)
   template <int Places>
   using OperandQueries =
-      SwizzledOperand<cute::Shape<cute::Shape<BlockM, cute::_16>, cute::_1, StepsOfPages, cute::Int<Places>>,
+      Operand<cute::Shape<cute::Shape<BlockM, cute::_16>, cute::_1, StepsOfPages, cute::Int<Places>>,
                       cute::Stride<cute::Stride<Page, cute::_1>, cute::_0,
                                    cute::Stride<cute::_16, StrideOfPages<C.block_m>>, cute::Int<q_elements>>>;
   /// The same as columns, whose rows are summed over: (MMA, 1, MMA_M, PLACE)
   template <int Places>
   using OperandQueryColumns =
-      SwizzledOperand<cute::Shape<cute::Shape<cute::Shape<Page, cute::Int<C.head_dim / page>>, cute::_16>, cute::_1,
+      Operand<cute::Shape<cute::Shape<cute::Shape<Page, cute::Int<C.head_dim / page>>, cute::_16>, cute::_1,
                                   cute::Int<C.block_m / 16>, cute::Int<Places>>,
                       cute::Stride<cute::Stride<cute::Stride<cute::_1, StrideOfPages<C.block_m>>, Page>, cute::_0,
                                    cute::Int<16 * page>, cute::Int<q_elements>>>;
   /// 64 queries of dS, a page for the keys of each warpgroup: (MMA, 1, MMA_N, PLACE)
   using OperandDs =
-      SwizzledOperand<cute::Shape<cute::Shape<Keys, cute::_16>, cute::_1,
+      Operand<cute::Shape<cute::Shape<Keys, cute::_16>, cute::_1,
                                   cute::Shape<cute::Int<page / 16>, cute::Int<warpgroups>>, cute::Int<ds_places>>,
                       cute::Stride<cute::Stride<Page, cute::_1>, cute::_0,
                                    cute::Stride<cute::_16, StrideOfPages<C.block_m>>, cute::Int<ds_elements>>>;
   /// The columns of K that a warpgroup's half of dQ has: (MMA, 1, MMA_N)
   using OperandKeyColumns =
-      SwizzledOperand<cute::Shape<cute::Shape<cute::Shape<Page, cute::Int<dq_columns / page>>, cute::_16>, cute::_1,
+      Operand<cute::Shape<cute::Shape<cute::Shape<Page, cute::Int<dq_columns / page>>, cute::_16>, cute::_1,
                                   cute::Int<C.block_n / 16>>,
                       cute::Stride<cute::Stride<cute::Stride<cute::_1, StrideOfPages<C.block_n>>, Page>, cute::_0,
                                    cute::Int<16 * page>>>;

@@ -46,9 +46,9 @@ FLASHCUTE_DEVICE void finish_products(Accumulators&... done) {
   (keep_in_place(done), ...);
 }
 
-/// An operand of WGMMA in shared memory, in pages whose rows are 128 bytes, in the 128-byte swizzle.
-template <class Shape, class Stride>
-using SwizzledOperand =
-    cute::ComposedLayout<cute::Swizzle<3, 4, 3>, cute::smem_ptr_flag_bits<16>, cute::Layout<Shape, Stride>>;
+/// An operand of WGMMA in shared memory, in pages whose rows are 128 or 64 bytes, in the swizzle of that width.
+template <int PageBytes, class Shape, class Stride>
+using SwizzledOperand = cute::ComposedLayout<cute::Swizzle<PageBytes == 128 ? 3 : 2, 4, 3>,
+                                             cute::smem_ptr_flag_bits<16>, cute::Layout<Shape, Stride>>;
 
 }  // namespace flashcute::sm90

@@ -48,33 +48,39 @@ struct ForwardLayout : WarpgroupFragment {
   static constexpr int keys_per_load = flashcute::keys_per_load(C);
 
   // ---- shared memory ----
-  // A tile is cut into pages whose rows are 128 bytes. TMA copies a page as one box (in a cluster as one box per thread
-  // block), in the 128-byte swizzle that WGMMA reads.
-  static constexpr int page = box_row_bytes / sizeof(Element);    // columns
+  // Tiles are cut into pages (sm90/tensor_map.hpp). In a cluster each thread block loads a part of a page's rows.
   static constexpr int q_elements = warpgroup_rows * C.head_dim;  // of one warpgroup
   static constexpr int k_elements = C.block_n * C.head_dim;
   static constexpr int v_elements = C.block_n * C.head_dim_v;
 
+  /// Columns of a page of a tile that has `Columns`.
+  template <int Columns>
+  static constexpr int page = page_bytes(Columns * sizeof(Element)) / sizeof(Element);
+
   // The operands of WGMMA, 16 of the columns that are summed over in each step. CuTe would derive the same layouts from
-  // its Layout_K_SW128_Atom and Layout_MN_SW128_Atom, but that takes longer than to compile the rest of the kernel.
+  // its atoms (Layout_K_SW128_Atom and the like), but that takes longer than to compile the rest of the kernel.
   // `Shape` and `Stride` describe one step, then the steps, then the stages of the ring.
-  template <class Shape, class Stride>
-  using Operand = SwizzledOperand<Shape, Stride>;
-  using Page = cute::Int<page>;
-  using StepsOfPages = cute::Shape<cute::Int<page / 16>, cute::Int<C.head_dim / page>>;
+  template <int Page, class Shape, class Stride>
+  using Operand = SwizzledOperand<Page * sizeof(Element), Shape, Stride>;
+  static constexpr int page_qk = page<C.head_dim>, page_v = page<C.head_dim_v>;
+  using PageQK = cute::Int<page_qk>;
+  using PageV = cute::Int<page_v>;
+  using StepsOfPages = cute::Shape<cute::Int<page_qk / 16>, cute::Int<C.head_dim / page_qk>>;
   /// A warpgroup's rows of Q: (MMA, 1, MMA_D)
-  using OperandQ = Operand<
-      cute::Shape<cute::Shape<WarpgroupM, cute::_16>, cute::_1, StepsOfPages>,
-      cute::Stride<cute::Stride<Page, cute::_1>, cute::_0, cute::Stride<cute::_16, cute::Int<warpgroup_rows * page>>>>;
+  using OperandQ = Operand<page_qk, cute::Shape<cute::Shape<WarpgroupM, cute::_16>, cute::_1, StepsOfPages>,
+                           cute::Stride<cute::Stride<PageQK, cute::_1>, cute::_0,
+                                        cute::Stride<cute::_16, cute::Int<warpgroup_rows * page_qk>>>>;
   /// The ring of K: (MMA, 1, MMA_D, STAGE)
-  using OperandK = Operand<cute::Shape<cute::Shape<BlockN, cute::_16>, cute::_1, StepsOfPages, cute::Int<C.stages>>,
-                           cute::Stride<cute::Stride<Page, cute::_1>, cute::_0,
-                                        cute::Stride<cute::_16, cute::Int<C.block_n * page>>, cute::Int<k_elements>>>;
+  using OperandK =
+      Operand<page_qk, cute::Shape<cute::Shape<BlockN, cute::_16>, cute::_1, StepsOfPages, cute::Int<C.stages>>,
+              cute::Stride<cute::Stride<PageQK, cute::_1>, cute::_0,
+                           cute::Stride<cute::_16, cute::Int<C.block_n * page_qk>>, cute::Int<k_elements>>>;
   /// The ring of V, whose rows are summed over: (MMA, 1, MMA_N, STAGE)
-  using OperandV = Operand<cute::Shape<cute::Shape<cute::Shape<Page, cute::Int<C.head_dim_v / page>>, cute::_16>,
+  using OperandV = Operand<page_v,
+                           cute::Shape<cute::Shape<cute::Shape<PageV, cute::Int<C.head_dim_v / page_v>>, cute::_16>,
                                        cute::_1, cute::Int<C.block_n / 16>, cute::Int<C.stages>>,
-                           cute::Stride<cute::Stride<cute::Stride<cute::_1, cute::Int<C.block_n * page>>, Page>,
-                                        cute::_0, cute::Int<16 * page>, cute::Int<v_elements>>>;
+                           cute::Stride<cute::Stride<cute::Stride<cute::_1, cute::Int<C.block_n * page_v>>, PageV>,
+                                        cute::_0, cute::Int<16 * page_v>, cute::Int<v_elements>>>;
 
   // Named barriers: 0 is __syncthreads; then one per warpgroup for taking turns, and one per warpgroup for its own
   // warps.

@@ -183,7 +183,7 @@ class Loader {
     expect_tile<C.block_n, Columns>(full);
     int const first = rank_ * L::keys_per_load;
     for_each_page<Columns>([&](int column) {
-      auto* const to = place + C.block_n * column + first * L::page;
+      auto* const to = place + C.block_n * column + first * L::template page<Columns>;
       int const key = tile.entry.first_key + n * C.block_n + first;
       if constexpr (C.cluster > 1) {
         copy_box_to_all(map, column, key, tile.kv_head, tile.entry.batch, to, full, L2Hint::evict_last, C.cluster);
@@ -201,7 +201,7 @@ class Loader {
   template <int Columns, class F>
   FLASHCUTE_DEVICE static void for_each_page(F const& f) {
     CUTE_UNROLL
-    for (int column = 0; column < Columns; column += L::page) f(column);
+    for (int column = 0; column < Columns; column += L::template page<Columns>) f(column);
   }
 
   Sm90ForwardParams const& p_;

@@ -11,7 +11,9 @@ struct alignas(128) TensorMap {
 };
 static_assert(sizeof(TensorMap) == 128);
 
-/// Bytes of a row of a box: the widest that TMA can swizzle.
-inline constexpr int32_t box_row_bytes = 128;
+/// A tile lies in shared memory in pages, each of which holds some columns of all rows. TMA copies a page as one box,
+/// and exchanges its pieces of 16 bytes (swizzle) as WGMMA expects it. Bytes of a page's rows, where `row_bytes` are
+/// those of the tile's: the most that can be swizzled, or half of it where that would leave a rest.
+constexpr int32_t page_bytes(int32_t row_bytes) { return row_bytes % 128 == 0 ? 128 : 64; }
 
 }  // namespace flashcute

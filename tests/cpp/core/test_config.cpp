@@ -278,7 +278,9 @@ TEST(Config, EachRuleFires) {
   EXPECT_EQ(broken_sm90([](auto&) {}, cpu_arch), none);
   EXPECT_EQ(broken_sm90([](auto& c) { c.dtype = DType::float32; }), sm90_dtype);
   EXPECT_EQ(broken_sm90([](auto& c) { c.math = Math::cuda_core; }), sm90_math);
-  EXPECT_EQ(broken_sm90([](auto& c) { c.head_dim_v = 96; }), sm90_head_dim);
+  EXPECT_EQ(broken_sm90([](auto& c) { c.head_dim_v = 80; }), sm90_head_dim);
+  EXPECT_EQ(broken_sm90([](auto& c) { c.head_dim = 32; }), sm90_head_dim);
+  EXPECT_EQ(broken_sm90([](auto& c) { c.head_dim_v = 96; }), none);
   EXPECT_EQ(broken_sm90([](auto& c) { c.num_warps = 4; }), sm90_block_m);
   EXPECT_EQ(broken_sm90([](auto& c) { c.block_m = 256, c.num_warps = 16; }), sm90_block_m);
   EXPECT_EQ(broken_sm90([](auto& c) { c.block_n = 72; }), block_n);
@@ -336,18 +338,52 @@ TEST(Config, DefaultsAreCompiledAheadOfTime) {
   for (DType dtype : {DType::float16, DType::bfloat16, DType::float32}) {
     for (int32_t d : {8, 64, 72, 128, 136, 256}) {
       for (Arch arch : {80, 90, 100}) {
-        EXPECT_NE(std::find(built.begin(), built.end(), default_forward_config(dtype, d, arch)), built.end());
-        EXPECT_NE(std::find(built.begin(), built.end(), small_grid_forward_config(dtype, d, arch)), built.end());
+        // float16 has no images of the widths between 64, 128 and 256.
+        ForwardTensors const tensors{
+            .dtype = dtype, .head_dim = d, .head_dim_v = d, .heads = 1, .seqlen_q = 1, .any_width = false};
+        for (int32_t const multiprocessors : {0, 2}) {
+          ForwardConfig const config = default_forward_config(tensors, arch, multiprocessors);
+          EXPECT_NE(std::find(built.begin(), built.end(), config), built.end());
+        }
       }
     }
   }
 }
 
+// Guards against head dimensions that are computed as wider ones than those of the narrowest tile that holds them.
+TEST(Config, HopperHasTilesForTheWidthsOfModels) {
+  auto const tile = [](int32_t d, int32_t d_v) {
+    ForwardConfig const c = default_forward_config({DType::bfloat16, d, d_v}, 90);
+    return std::pair(c.head_dim, c.head_dim_v);
+  };
+  for (auto const& [d, width] : {std::pair{64, 64},
+                                 {72, 96},
+                                 {80, 96},
+                                 {96, 96},
+                                 {112, 128},
+                                 {136, 192},
+                                 {160, 192},
+                                 {192, 192},
+                                 {200, 256},
+                                 {256, 256}}) {
+    EXPECT_EQ(tile(d, d), std::pair(width, width));
+  }
+  EXPECT_EQ(tile(192, 128), std::pair(192, 128));
+  EXPECT_EQ(tile(160, 96), std::pair(192, 128));
+  EXPECT_EQ(tile(128, 160), std::pair(192, 192));
+  EXPECT_EQ(tile(64, 96), std::pair(96, 96));
+  EXPECT_EQ(tile(200, 128), std::pair(256, 256));
+}
+
 // Guards against a row whose bits depend on how many others there are.
 TEST(Config, TheTilesOfABucketHaveTheSameBits) {
   for (auto const& [grid, tile, reason] : forward_tiles) {
-    auto const& large = forward_tile(tile.dtype, tile.kernel, tile.math, tile.head_dim, Grid::large).config;
-    EXPECT_EQ(large.head_dim, tile.head_dim);
+    ForwardTensors const tensors{.dtype = tile.dtype,
+                                 .head_dim = tile.head_dim,
+                                 .head_dim_v = tile.head_dim_v,
+                                 .allow_tf32 = tile.math == Math::tensor_core};
+    auto const& large = forward_tile(tensors, tile.kernel, Grid::large).config;
+    EXPECT_TRUE(same_head_dims(large, tile));
     EXPECT_EQ(large.block_n, tile.block_n);
     EXPECT_EQ(large.rescale_threshold, tile.rescale_threshold);
     EXPECT_EQ(large.optimized_softmax, tile.optimized_softmax);

@@ -106,9 +106,10 @@ int cuLaunchKernelEx(LaunchConfig const* c, void* function, void** parameters, v
 }
 
 int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address, std::uint64_t const* sizes,
-                           std::uint64_t const* strides, unsigned const* box, unsigned const*, int, int, int, int) {
+                           std::uint64_t const* strides, unsigned const* box, unsigned const*, int, int swizzle, int,
+                           int) {
   std::lock_guard const lock(state.mutex);
-  FakeTensorMap made{type, address, {sizes, sizes + rank}, {strides, strides + rank - 1}, {box, box + rank}};
+  FakeTensorMap made{type, address, {sizes, sizes + rank}, {strides, strides + rank - 1}, {box, box + rank}, swizzle};
   state.tensor_maps.push_back(made);
   std::memset(map, 0, 128);
   return state.tensor_map_result;

@@ -35,6 +35,7 @@ struct FakeTensorMap {
   void* address;
   std::vector<std::uint64_t> sizes, strides;
   std::vector<unsigned> box;
+  int swizzle;
 };
 
 struct FakeDriver {

@@ -21,10 +21,10 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
   /// The output and LSE of the inputs as they are, then all passes.
   void run(uint64_t seed) {
     Call::compute_forward();
-    Sm90BackwardParams const all{.q = opaque(map_of(problem.q, s_.sq, s_.heads, s_.batch, s_.d, B.block_m)),
-                                 .k = opaque(map_of(problem.k, s_.sk, s_.kv_heads, s_.batch, s_.d, B.block_n)),
-                                 .v = opaque(map_of(problem.v, s_.sk, s_.kv_heads, s_.batch, s_.d_v, B.block_n)),
-                                 .dout = opaque(map_of(Call::dout, s_.sq, s_.heads, s_.batch, s_.d_v, B.block_m)),
+    Sm90BackwardParams const all{.q = opaque(map_of(problem.q, s_.sq, s_.heads, s_.batch, s_.d, B.head_dim, B.block_m)),
+                                 .k = opaque(map_of(problem.k, s_.sk, s_.kv_heads, s_.batch, s_.d, B.head_dim, B.block_n)),
+                                 .v = opaque(map_of(problem.v, s_.sk, s_.kv_heads, s_.batch, s_.d_v, B.head_dim, B.block_n)),
+                                 .dout = opaque(map_of(Call::dout, s_.sq, s_.heads, s_.batch, s_.d_v, B.head_dim, B.block_m)),
                                  .backward = Call::params()};
     run_pass<BackwardPass::prepare>(all, seed);
     run_pass<BackwardPass::gradients>(all, seed + 1);
@@ -112,6 +112,12 @@ constexpr BackwardConfig wide = {.dtype = f16,
                                  .kernel = Kernel::sm90,
                                  .stages = 3};
 
+template <class Change>
+constexpr BackwardConfig with(BackwardConfig c, Change const& change) {
+  change(c);
+  return c;
+}
+
 template <BackwardConfig B>
 void check_shapes() {
   for (Shape const& s : {Shape{.sq = B.block_m + 5, .sk = B.block_n + 7, .d = B.head_dim, .d_v = B.head_dim},
@@ -129,6 +135,55 @@ void check_shapes() {
 TEST(Sm90BackwardKernel, Shapes) {
   check_shapes<narrow>();
   check_shapes<wide>();
+}
+
+template <BackwardConfig B>
+void check_options() {
+  Sm90BackwardProblem<B, MaskKind::causal> problem({.sq = 330, .sk = 300, .d = B.head_dim, .d_v = B.head_dim});
+  check_gradients(problem, 2);
+}
+
+// Guards against a ring of places that is entered before it is empty, or read before it is full: rings shorter and
+// longer than the default's, and every order of the products.
+TEST(Sm90BackwardKernel, Options) {
+  check_options<with(wide, [](BackwardConfig& c) { c.stages = 1, c.dout_stages = 1; })>();
+  check_options<with(wide, [](BackwardConfig& c) { c.stages = 2, c.dout_stages = 3; })>();
+  check_options<with(wide, [](BackwardConfig& c) { c.open_end = true; })>();
+  check_options<with(wide, [](BackwardConfig& c) { c.late_dq = false; })>();
+  check_options<with(narrow, [](BackwardConfig& c) { c.late_dq = false, c.stages = 2; })>();
+}
+
+// Guards against gradients of keys that no query sees, and of queries that see no key, which the loop leaves out.
+TEST(Sm90BackwardKernel, NothingToSee) {
+  for (int offset : {-300, -130, -40}) {
+    Sm90BackwardProblem<narrow, MaskKind::causal> problem({.sq = 200, .sk = 270, .d = 64, .causal_offset = offset});
+    check_gradients(problem);
+  }
+}
+
+// Guards against NaN and infinity of a row that reach rows which do not see it, by products with 0; and against any
+// that is lost where it is seen.
+template <BackwardConfig B>
+void check_poison() {
+  for (double poison : {nan, inf}) {
+    for (char const* where : {"q", "k", "v", "dout"}) {
+      Sm90BackwardProblem<B, MaskKind::causal> problem(
+          {.sq = 200, .sk = 200, .d = B.head_dim, .d_v = B.head_dim, .heads = 2, .kv_heads = 1});
+      for (int row : {3, 70, 131, 199}) {
+        if (*where == 'q') problem.problem.q.set_row(0, row, 1, poison);
+        if (*where == 'k') problem.problem.k.set_row(0, row, 0, poison);
+        if (*where == 'v') problem.problem.v.set_row(0, row, 0, poison);
+        if (*where == 'd') problem.dout.set_row(0, row, 1, poison);
+      }
+      SCOPED_TRACE(std::string(where) + (poison == inf ? ", infinity" : ", NaN"));
+      check_gradients(problem);
+    }
+  }
+}
+
+TEST(Sm90BackwardKernel, PoisonReachesWhatSeesIt) {
+  check_poison<narrow>();
+  check_poison<wide>();
 }
 
 }  // namespace

@@ -37,11 +37,13 @@ void run(Problem& problem, Run const& how) {
   using Storage = typename Pass::L::SharedStorage;
   Shape const& s = problem.s_;
   ForwardParams const p = problem.prepare();
-  Sm90ForwardParams all{.q = opaque(map_of(problem.q, s.sq, s.heads, s.batch, s.d, warpgroup_rows)),
-                        .k = opaque(map_of(problem.k, s.sk, s.kv_heads, s.batch, s.d, keys_per_load(Id.config))),
-                        .v = opaque(map_of(problem.v, s.sk, s.kv_heads, s.batch, s.d_v, keys_per_load(Id.config))),
-                        .forward = p,
-                        .deal = deal_tiles(Id, p, how.blocks)};
+  ForwardConfig const& c = Id.config;
+  Sm90ForwardParams all{
+      .q = opaque(map_of(problem.q, s.sq, s.heads, s.batch, s.d, c.head_dim, warpgroup_rows)),
+      .k = opaque(map_of(problem.k, s.sk, s.kv_heads, s.batch, s.d, c.head_dim, keys_per_load(c))),
+      .v = opaque(map_of(problem.v, s.sk, s.kv_heads, s.batch, s.d_v, c.head_dim_v, keys_per_load(c))),
+      .forward = p,
+      .deal = deal_tiles(Id, p, how.blocks)};
   GlobalMemory memory;
   for (int b = 0; b < s.batch; ++b) {
     for (int h = 0; h < s.heads; ++h) {
@@ -130,6 +132,23 @@ constexpr ForwardConfig serial = [] {
 }();
 constexpr ForwardConfig single = hopper(
     {.dtype = bf16, .head_dim = 64, .block_m = 64, .block_n = 32, .num_warps = 4, .stages = 2, .pingpong = false});
+
+// Widths that are no power of two: pages of half the width; three pages; and V of another width than Q and K.
+constexpr ForwardConfig d96 =
+    hopper({.dtype = f16, .head_dim = 96, .block_m = 128, .block_n = 64, .num_warps = 8, .stages = 3});
+constexpr ForwardConfig d192 =
+    hopper({.dtype = bf16, .head_dim = 192, .block_m = 128, .block_n = 48, .num_warps = 8, .stages = 2});
+constexpr ForwardConfig d192_128 = [] {
+  ForwardConfig c = d192;
+  c.head_dim_v = 128, c.block_n = 64;
+  return c;
+}();
+// Pages of Q and K, and those of V, of different widths.
+constexpr ForwardConfig d64_96 = [] {
+  ForwardConfig c = narrow;
+  c.head_dim_v = 96, c.scores_ahead = true;
+  return c;
+}();
 
 // Lengths beside the tiles' boundaries, and several tiles a block, of which some have nothing to do.
 TEST(Sm90Kernel, Lengths) {
@@ -265,6 +284,7 @@ void check_short_sequences() {
     Shape const s{.sq = 300,
                   .sk = 200,
                   .d = C.head_dim,
+                  .d_v = C.head_dim_v,
                   .batch = 7,
                   .heads = 2,
                   .kv_heads = 1,
@@ -285,8 +305,8 @@ void check_short_sequences() {
 template <ForwardConfig C>
 void check_packed_sequences() {
   for (int blocks : {1, 3}) {
-    Shape s{.sq = 610, .sk = 600, .d = C.head_dim, .heads = 2, .kv_heads = 1, .causal_offset = -10};
-    s.window_offset = blocks == 1 ? -80 : -500;
+    Shape s{.sq = 610, .sk = 600, .d = C.head_dim, .d_v = C.head_dim_v, .heads = 2, .kv_heads = 1};
+    s.causal_offset = -10, s.window_offset = blocks == 1 ? -80 : -500;
     s.from_end = true;
     s.cu_seqlens_q = {3, 273, 273, 274, 406, 470, 470, 470, 600};
     s.cu_seqlens_k = {2, 280, 285, 285, 408, 412, 530, 535, 598};
@@ -544,6 +564,43 @@ TEST(Sm90Kernel, PrefixesAndSinks) {
                 .sink = {0, 100, -100, -inf32, 3, -3, 88, -88}};
   check_sm90<band(narrow)>(s, 1);
   check_sm90<band(ahead)>(s, 1);
+}
+
+// Guards against pages of a width that is not that of the boxes or of the operands, steps of a product that skip a
+// page, and columns of the output that nobody writes; under every mask, in tensors as wide as the tile and narrower.
+template <ForwardConfig C>
+void check_width() {
+  std::mt19937 random(C.head_dim);
+  auto const up_to = [&](uint32_t most) { return static_cast<int>(1 + random() % most); };
+  for (int i = 0; i < 4; ++i) {
+    Shape s{.sq = up_to(300), .sk = up_to(400), .d = C.head_dim, .d_v = C.head_dim_v, .heads = 2, .kv_heads = 1};
+    if (i % 2 == 1) s.d -= 8 * up_to(3), s.d_v -= 8 * up_to(3);
+    s.order = i < 2 ? Order::bshd : Order::padded;
+    check_sm90<full(C)>(s, 1);
+    check_sm90<causal(C)>(s, 1);
+    s.causal_offset = up_to(400), s.window_offset = *s.causal_offset - up_to(200);
+    check_sm90<band(C)>(s, 1);
+    s.map = MapProblem::random(1, 1, s.sq, s.sk, static_cast<uint64_t>(i));
+    check_sm90<mapped(C)>(s, 1);
+  }
+  Problem poisoned(causal(C), {.sq = 150, .sk = 170, .d = C.head_dim, .d_v = C.head_dim_v});
+  for (int c = 0; c < C.head_dim_v; c += 31) {
+    poisoned.v.set(0, 40 + c / 2, 0, c, c % 2 == 0 ? nan : inf);
+    poisoned.v.set(0, 168 - c / 8, 0, C.head_dim_v - 1 - c, -inf);
+  }
+  check_sm90<causal(C)>(poisoned);
+}
+
+TEST(Sm90Widths, D96) { check_width<d96>(); }
+TEST(Sm90Widths, D192) { check_width<d192>(); }
+TEST(Sm90Widths, D192AndV128) { check_width<d192_128>(); }
+TEST(Sm90Widths, D64AndV96) { check_width<d64_96>(); }
+
+TEST(Sm90Widths, SequencesOfOtherLengthsThanTheTensors) {
+  check_short_sequences<d96>();
+  check_short_sequences<d192_128>();
+  check_packed_sequences<d96>();
+  check_packed_sequences<d192_128>();
 }
 
 // Guards against 0 * NaN: a value that a row does not see must not reach it, and one that it sees must.

@@ -99,6 +99,25 @@ TEST_F(Launch, HopperTilesAreDealtToAsManyBlocksAsRun) {
   }
 }
 
+// Guards against boxes that are not the pages of the kernel's tiles, or in another swizzle.
+TEST_F(Launch, HopperBoxesAreThePagesOfATile) {
+  auto const maps_of = [&](int64_t d, int64_t d_v) {
+    driver_->tensor_maps.clear();
+    TensorView const q = tensor({1, 64, 1, d}, hopper), v = tensor({1, 64, 1, d_v}, hopper);
+    forward(config_for(q, q, v, nullptr), q, q, v, output({1, 64, 1, d_v}, hopper), nullptr);
+    std::vector<std::pair<unsigned, int>> boxes;  // columns, swizzle
+    for (FakeTensorMap const& map : driver_->tensor_maps) boxes.emplace_back(map.box[0], map.swizzle);
+    return boxes;
+  };
+  constexpr int bytes_64 = 2, bytes_128 = 3;
+  std::pair const whole{64u, bytes_128}, half{32u, bytes_64};
+  EXPECT_EQ(maps_of(128, 128), (std::vector{whole, whole, whole}));
+  EXPECT_EQ(maps_of(96, 96), (std::vector{half, half, half}));
+  EXPECT_EQ(maps_of(80, 72), (std::vector{half, half, half})) << "the tile's pages, not the tensors'";
+  EXPECT_EQ(maps_of(192, 128), (std::vector{whole, whole, whole}));
+  EXPECT_EQ(maps_of(192, 192), (std::vector{whole, whole, whole}));
+}
+
 /// An int32 array at an address that is never read.
 TensorView words_view(int64_t size, std::uintptr_t address, Device device = {DeviceType::cuda, 1}) {
   TensorView t;

@@ -204,6 +204,43 @@ TEST_F(Choice, OtherWishesAreGivenUpToo) {
   EXPECT_TRUE(contains(explain(std::nullopt, few, few, few).rejected.at(1).second, "no image of its kernel"));
 }
 
+// Guards against a first call that waits for the tile of a width, or leaves Hopper's kernel, where a wider tile's image
+// is at hand.
+TEST_F(Choice, AWiderTileIsTakenWhereTheExactOneHasNoImage) {
+  fake_images() = {};
+  auto const of = [](int64_t d, int64_t d_v, ElementType dtype = ElementType::bfloat16, CallOptions options = {}) {
+    TensorView q = tensor({2, 2048, 8, d}, hopper), v = tensor({2, 2048, 8, d_v}, hopper);
+    q.dtype = v.dtype = dtype;
+    return std::pair(config_for(q, q, v, nullptr, options), explain(std::nullopt, q, q, v, options));
+  };
+  for (auto const& [d, d_v] : {std::pair{96, 96}, {192, 192}, {192, 128}}) {
+    auto const [config, e] = of(d, d_v);
+    EXPECT_EQ(config, default_forward_config({DType::bfloat16, d, d_v}, 90));
+    EXPECT_EQ(e.image, "ahead of time");
+    EXPECT_TRUE(e.notes.empty());
+  }
+  CallOptions window;
+  window.window_left = window.window_right = 100;
+  for (auto const& [dtype, options] :
+       {std::pair{ElementType::float16, CallOptions{}}, {ElementType::bfloat16, window}}) {
+    auto const [config, e] = of(80, 80, dtype, options);
+    EXPECT_EQ(config.kernel, Kernel::sm90);
+    EXPECT_EQ(config.head_dim, 128);
+    EXPECT_EQ(e.image, "ahead of time");
+    ASSERT_EQ(e.notes.size(), 1u);
+    EXPECT_TRUE(contains(e.notes[0], "a tile of these head dimensions would be faster: ForwardConfig(dtype='"));
+    EXPECT_TRUE(contains(e.notes[0], "head_dim=96"));
+    EXPECT_TRUE(contains(e.notes[0], "flashcute.prebuild"));
+    ScopedVariable const fastest("FLASHCUTE_JIT", "fastest");
+    EXPECT_EQ(of(80, 80, dtype, options).first.head_dim, 96);
+  }
+  fake_images().without = "_sm90_";
+  ScopedVariable const off("FLASHCUTE_JIT", "off");
+  auto const [config, e] = of(96, 96);
+  EXPECT_EQ(config.kernel, Kernel::sm80);
+  EXPECT_EQ(e.notes.size(), 1u) << "one note about Hopper's kernel, not one for each of its tiles";
+}
+
 // Guards against another configuration, and its error, where none has an image.
 TEST_F(Choice, WhereNothingCanRunTheDefaultSaysWhatIsMissing) {
   ScopedVariable const off("FLASHCUTE_JIT", "off");

@@ -25,11 +25,12 @@ packed_too = pytest.mark.parametrize("packed", [False, True], ids=["batch", "pac
 
 def check_many(dtype: str, where: str, first: int, packed: bool, **how: object) -> None:
     """packed: the entries of the batch as packed sequences."""
-    head_dims = how.pop("head_dims", (1, 3, 8, 16, 40, 64))
+    dims = {"head_dims": how.pop("head_dims", (1, 3, 8, 16, 40, 64))}
+    dims["head_dims_v"] = how.pop("head_dims_v", None)
     check = variants.check_packed if packed else variants.check
     for number in range(first, first + PROBLEMS):
         rng = np.random.default_rng([SEED, number])
-        p = variants.random_problem(rng, dtype, head_dims=head_dims, elements=not packed)  # type: ignore[arg-type]
+        p = variants.random_problem(rng, dtype, **dims, elements=not packed)  # type: ignore[arg-type]
         try:
             check(rng, p, where, **how)  # type: ignore[arg-type]
         except Exception as error:
@@ -92,4 +93,27 @@ def test_kernels_on_a_gpu(dtype: str, kernel: str, packed: bool) -> None:
         backward_cfg=backward,
         align=8,
         head_dims=(8, 16, 40, 64),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@packed_too
+@pytest.mark.parametrize(("d", "d_v"), [(96, 96), (192, 192), (192, 128), (96, 64)])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_widths_of_hopper(dtype: str, d: int, d_v: int, packed: bool) -> None:
+    """The same of the tiles whose pages, or whose numbers of pages, are others than at head dimension 64."""
+    if fc._core.driver_info().gpus[0].arch != 90:
+        pytest.skip("no such kernel here")
+    cfg = fc.default_config(d, dtype, "sm_90", head_dim_v=d_v).replace(head_dim_v=d_v)
+    check_many(
+        dtype,
+        "cuda",
+        4000,
+        packed,
+        cfg=cfg,
+        backward_cfg=fc.default_backward_config(d, dtype, "sm_90", head_dim_v=d_v),
+        align=8,
+        head_dims=(d - 24, d - 8, d),
+        head_dims_v=(d_v - 24, d_v - 8, d_v),
     )

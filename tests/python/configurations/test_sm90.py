@@ -23,6 +23,18 @@ def is_hopper() -> bool:
 on_hopper = pytest.mark.skipif(not is_hopper(), reason="needs a GPU of compute capability 9.0")
 
 
+def defaults(dtype: str) -> list[fc.ForwardConfig]:
+    """The default configuration of each bucket of head dims."""
+    buckets = [(d, d) for d in (64, 96, 128, 192, 256)] + [(192, 128)]
+    return [fc.default_config(d, dtype, "sm_90", head_dim_v=d_v) for d, d_v in buckets]
+
+
+def random_inputs(cfg: fc.ForwardConfig, batch: int, rows: int, keys: int, heads: int) -> Any:
+    """q, k, v as wide as the configuration."""
+    sizes = [(rows, cfg.head_dim), (keys, cfg.head_dim), (keys, cfg.head_dim_v)]
+    return [torch.randn(batch, n, heads, d, device="cuda", dtype=torch.bfloat16) for n, d in sizes]
+
+
 def variants() -> list[fc.ForwardConfig]:
     """Every option at another value than the default's, alone and with those that it needs; every head dim."""
     changes: dict[int, list[dict[str, Any]]] = {
@@ -38,6 +50,13 @@ def variants() -> list[fc.ForwardConfig]:
             {"scores_ahead": False, "block_m": 128, "num_warps": 8, "block_n": 160},
             {"scores_ahead": False, "stale_max": False, "block_n": 128},
         ],
+        96: [
+            {"block_m": 192, "num_warps": 12, "block_n": 64, "pingpong": False},
+            {"block_n": 96, "stages": 2, "scores_ahead": True},
+            {"head_dim_v": 64},
+            {"head_dim": 64},
+            {"cluster": 2, "stages": 3},
+        ],
         128: [
             {"pingpong": False},
             {"stale_max": False},
@@ -51,10 +70,16 @@ def variants() -> list[fc.ForwardConfig]:
             {"cluster": 2},
             {"cluster": 2, "stale_max": False, "overlap": False, "block_n": 16},
         ],
+        192: [
+            {"head_dim_v": 128},
+            {"head_dim_v": 96, "block_n": 64, "stages": 3},
+            {"stale_max": False, "block_n": 112},
+            {"cluster": 2},
+        ],
         256: [
             {"pingpong": True},
             {"stale_max": False, "block_n": 80},
-            {"head_dim": 192, "block_n": 96},
+            {"head_dim": 160, "head_dim_v": 224},
             {"cluster": 2},
         ],
     }
@@ -94,7 +119,7 @@ def test_against_fp64(rng: np.random.Generator, compiled: fc.ForwardConfig) -> N
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_rising_maxima(rng: np.random.Generator, d: int, dtype: str, causal: bool) -> None:
     """Blocks are visited from the last to the first. Scores that rise by hundreds on the way make stale maxima
@@ -116,7 +141,7 @@ def test_rising_maxima(rng: np.random.Generator, d: int, dtype: str, causal: boo
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
 def test_very_negative_scores(rng: np.random.Generator, d: int, causal: bool) -> None:
     """A row's first maximum is far below 0: exponentials relative to 0 would all be 0."""
     p = oracle.make_problem(
@@ -128,9 +153,9 @@ def test_very_negative_scores(rng: np.random.Generator, d: int, causal: bool) ->
 
 def alone_and_paired() -> list[Any]:
     """The default configurations, and the same for clusters, which nobody compiles ahead of time."""
-    defaults = [fc.default_config(d, "bfloat16", "sm_90") for d in (64, 128, 256)]
-    clusters = [cfg.replace(cluster=2) for cfg in defaults]
-    return defaults + [pytest.param(cfg, marks=pytest.mark.slow) for cfg in clusters]
+    alone = defaults("bfloat16")
+    clusters = [cfg.replace(cluster=2) for cfg in alone]
+    return alone + [pytest.param(cfg, marks=pytest.mark.slow) for cfg in clusters]
 
 
 @pytest.mark.gpu
@@ -140,8 +165,7 @@ def test_more_tiles_than_blocks(compiled: fc.ForwardConfig) -> None:
     """A thread block computes one tile after another, and the softmax of a tile begins while the output of the one
     before is added to: every tile against the same one computed alone, many times."""
     torch.manual_seed(0)
-    d = compiled.head_dim
-    q, k, v = (torch.randn(24, 777, 8, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = random_inputs(compiled, 24, 777, 777, 8)
     for causal in (False, True):
         alone = torch.cat(
             [
@@ -151,7 +175,7 @@ def test_more_tiles_than_blocks(compiled: fc.ForwardConfig) -> None:
         )
         for _ in range(20):
             together = fc.forward(
-                compiled, q, k, v, causal=causal, out=torch.full_like(q, float("nan"))
+                compiled, q, k, v, causal=causal, out=torch.full_like(v, float("nan"))
             )
             assert torch.equal(together, alone)
 
@@ -174,7 +198,8 @@ def test_warpgroups_with_less_to_do(rng: np.random.Generator, compiled: fc.Forwa
     ]:
         for shift in (0, 17, 100):
             p = oracle.make_problem(
-                rng, "bfloat16", seqlen_q=sq, seqlen_k=sk + shift, heads=2, d=compiled.head_dim, causal=True
+                rng, "bfloat16", seqlen_q=sq, seqlen_k=sk + shift, heads=2, causal=True,
+                d=compiled.head_dim, d_v=compiled.head_dim_v,
             )  # fmt: skip
             run_and_check(p, "cuda", cfg=compiled)
 
@@ -187,22 +212,23 @@ def test_every_count_of_blocks(rng: np.random.Generator, compiled: fc.ForwardCon
     early or too late loses a block, or takes one of the next tile. Few rows against fp64, and tiles one after the
     other against the same computed alone."""
     torch.manual_seed(0)
-    shape = (72, 200, 2, compiled.head_dim)  # more tiles than a GPU has multiprocessors, twice
-    q = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     for sk in [blocks * compiled.block_n + more for blocks in range(1, 11) for more in (0, 1)]:
-        k, v = (torch.randn(72, sk, 2, shape[3], device="cuda", dtype=q.dtype) for _ in range(2))
+        # More tiles than a GPU has multiprocessors, twice.
+        q, k, v = random_inputs(compiled, 72, 200, sk, 2)
         for causal in (False, True):
             p = oracle.make_problem(
-                rng, "bfloat16", seqlen_q=70, seqlen_k=sk, heads=2, d=shape[3], causal=causal
-            )
+                rng, "bfloat16", seqlen_q=70, seqlen_k=sk, heads=2, causal=causal,
+                d=compiled.head_dim, d_v=compiled.head_dim_v,
+            )  # fmt: skip
             run_and_check(p, "cuda", cfg=compiled)
             alone = [
                 fc.forward(compiled, *(x[i : i + 1] for x in (q, k, v)), causal=causal)
                 for i in range(72)
             ]
-            together = fc.forward(
-                compiled, q, k, v, causal=causal, out=torch.full_like(q, float("nan"))
+            out = torch.full(
+                (*q.shape[:3], compiled.head_dim_v), float("nan"), device="cuda", dtype=q.dtype
             )
+            together = fc.forward(compiled, q, k, v, causal=causal, out=out)
             assert torch.equal(together, torch.cat(alone))
 
 
@@ -231,8 +257,7 @@ def test_nan_in_a_value(compiled: fc.ForwardConfig) -> None:
     """Rows that see it have it, the others do not, whichever warpgroup's they are: other warps look at V before it is
     multiplied."""
     torch.manual_seed(0)
-    shape = (2, 600, 4, compiled.head_dim)
-    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = random_inputs(compiled, 2, 600, 600, 4)
     for key in (599, 575, 448, 301, 64, 0):
         bad = v.clone()
         bad[:, key, :, 5] = float("nan")

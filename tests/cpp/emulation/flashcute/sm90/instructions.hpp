@@ -234,10 +234,11 @@ FLASHCUTE_DEVICE void keep_in_place(Registers&) {}
 
 enum class L2Hint : uint64_t { evict_first, evict_last };
 
-/// What the test writes into a TensorMap: 16-bit elements (columns, rows, heads, batch) and the rows of a box.
+/// What the test writes into a TensorMap: 16-bit elements (columns, rows, heads, batch), the rows of a box, and their
+/// bytes.
 struct EmulatedMap {
   char const* base;
-  int32_t columns, rows, heads, batch, box_rows;
+  int32_t columns, rows, heads, batch, box_rows, box_row_bytes;
   int64_t row_stride, head_stride, batch_stride;  // bytes
 
   static EmulatedMap of(TensorMap const& map) {
@@ -251,17 +252,20 @@ static_assert(sizeof(EmulatedMap) <= sizeof(TensorMap));
 FLASHCUTE_DEVICE void prefetch(TensorMap const&) {}
 FLASHCUTE_DEVICE void prefetch_box(TensorMap const&, int, int, int, int) {}
 
-/// The engine swizzles as the tensor cores expect it: 16 bytes each change places by the number of their row.
+/// The engine swizzles as the tensor cores expect it: the pieces of 16 bytes of a row change places by the number of
+/// the 128 bytes, among those of shared memory, in which it lies.
 FLASHCUTE_DEVICE void copy_box(TensorMap const& map, int column, int row, int head, int batch, void* to,
                                Barrier& barrier, L2Hint) {
   EmulatedMap const t = EmulatedMap::of(map);
-  size_t const bytes = static_cast<size_t>(t.box_rows) * box_row_bytes;
+  size_t const bytes = static_cast<size_t>(t.box_rows) * static_cast<size_t>(t.box_row_bytes);
   if (reinterpret_cast<uintptr_t>(to) % 1024 != 0) throw emulation::Violation("a box that is not aligned");
   std::memset(to, 0xff, bytes);  // whoever reads it before it has arrived, or still, gets NaN
   auto const copy = [=] {
     for (int r = 0; r < t.box_rows; ++r) {
-      for (int piece = 0; piece < box_row_bytes / 16; ++piece) {
-        auto* const place = static_cast<char*>(to) + r * box_row_bytes + (piece ^ r % 8) * 16;
+      int const pieces = t.box_row_bytes / 16;
+      for (int piece = 0; piece < pieces; ++piece) {
+        auto* const place =
+            static_cast<char*>(to) + r * t.box_row_bytes + (piece ^ r * t.box_row_bytes / 128 % pieces) * 16;
         std::memset(place, 0, 16);
         if (row + r >= t.rows || column + 8 * piece >= t.columns) continue;
         char const* const from = t.base + batch * t.batch_stride + head * t.head_stride + (row + r) * t.row_stride +
