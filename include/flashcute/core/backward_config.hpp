@@ -27,7 +27,6 @@ struct BackwardConfig {
   int32_t k_tiles_per_load = 0;
   bool mma_double_buffer = true;
   bool late_dq = true;         // sm90: a block's part of dQ is multiplied in the iteration after it
-  bool open_end = false;       // sm90: the product for dK goes on while the next block begins
   bool deterministic = false;  // the same bits in every run, by two passes without atomics; on the CPU always so
 
   constexpr bool operator==(BackwardConfig const&) const = default;
@@ -55,7 +54,6 @@ struct BackwardConfig {
     visit(Option{"k_tiles_per_load", sm80, "k"}, &C::k_tiles_per_load);
     visit(Option{"mma_double_buffer", sm80, "single"}, &C::mma_double_buffer);
     visit(Option{"late_dq", sm90, "promptdq"}, &C::late_dq);
-    visit(Option{"open_end", sm90, "openend"}, &C::open_end);
     visit(Option{"deterministic", all, "deterministic"}, &C::deterministic);
   }
 };
@@ -185,7 +183,6 @@ constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads,
   RULE(sm90_head_dim, "kernel = sm90 needs head_dim_v = head_dim")                                                   \
   RULE(sm90_stages, "kernel = sm90 needs stages and dout_stages between 1 and 4")                                    \
   RULE(sm90_deterministic, "kernel = sm90 adds dQ in any order: deterministic needs kernel = sm80")                  \
-  RULE(open_end, "open_end needs late_dq, and head_dim 128: with 64 there are not enough registers")                 \
   RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")
 
 enum class BackwardConfigError : uint8_t {
@@ -254,7 +251,6 @@ constexpr BackwardConfigError check_sm90(BackwardConfig const& c, Arch arch) {
   if (c.head_dim_v != c.head_dim) return sm90_head_dim;
   if (c.stages < 1 || c.stages > 4 || c.dout_stages < 1 || c.dout_stages > 4) return sm90_stages;
   if (c.deterministic) return sm90_deterministic;
-  if (c.open_end && !(c.late_dq && c.head_dim == 128)) return open_end;
   return sm90_smem_bytes(c) > max_smem_bytes(arch) ? smem : none;
 }
 

@@ -23,7 +23,6 @@ struct KeyGradients {
   using L = BackwardLayout<C>;
   using Storage = typename L::SharedStorage;
   static constexpr int threads = num_threads(Id);
-  static constexpr GradientRegisters registers = registers_of(C);
 
   FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem_symbol) {
     Storage& smem = hidden(smem_symbol);
@@ -34,7 +33,7 @@ struct KeyGradients {
 
     int const warpgroup = warpgroup_index();
     if (warpgroup == 0) {
-      release_registers<registers.serving>();
+      release_registers<serving_registers>();
       int const warp = warp_of_warpgroup();
       if (warp == 0) {
         if (elected_lane()) GradientLoader<Id>::run(p, smem, tile);
@@ -44,7 +43,7 @@ struct KeyGradients {
         GradientInspector<Id>::run(p.backward, smem, tile);
       }
     } else {
-      claim_registers<registers.computing>();
+      claim_registers<computing_registers>();
       GradientConsumer<Id>{p.backward, smem, tile, warpgroup - 1}.run();
     }
   }

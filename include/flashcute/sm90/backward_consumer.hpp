@@ -45,7 +45,6 @@ class GradientConsumer {
       last = add_block();
     } while (!last);
     if constexpr (C.late_dq) add_last_dq();
-    if constexpr (C.open_end) finish_products<0>(dk_);
     store();
   }
 
@@ -57,10 +56,6 @@ class GradientConsumer {
     P::template begin_scores<C.stages>(s, own(smem_.k), {smem_.q[0], q_.place});
     barrier_wait(smem_.dout_full[dout_.place], dout_.parity);
     P::template begin_scores<C.dout_stages>(dp, own(smem_.v), {smem_.dout[0], dout_.place});
-    if constexpr (C.open_end) {
-      finish_products<2>(dk_);
-      release_before();
-    }
     AnnouncedQueries const& block = smem_.blocks[q_.place];
     bool const partial = uniform(block.partial), last = uniform(block.last);
     finish_products<1>(s);
@@ -94,12 +89,9 @@ class GradientConsumer {
     finish_products<1>(dq);
     // Before the first block there is none: what was multiplied is nothing.
     pass_on(dq, !C.late_dq || any_);
-    if constexpr (!C.open_end) {
-      finish_products<0>(dk_);
-      arrive(smem_.q_empty[q_.place]);
-    }
+    finish_products<0>(dk_);
+    arrive(smem_.q_empty[q_.place]);
     any_ = true;
-    q_before_ = q_.place;
     q_.advance();
     dout_.advance();
     ds_.advance();
@@ -113,11 +105,6 @@ class GradientConsumer {
     P::begin_dq(dq, ds_ring(ds_before_.place), key_columns());
     finish_products<0>(dq);
     pass_on(dq, true);
-  }
-
-  /// The product dK of the block before is done, and with it all that reads its Q.
-  FLASHCUTE_DEVICE void release_before() {
-    if (thread_of_warpgroup() == 0 && any_) barrier_arrive(smem_.q_empty[q_before_]);
   }
 
   // ---- scores ----------------------------------------------------------------------------------------
@@ -286,7 +273,6 @@ class GradientConsumer {
   RingPosition<C.stages> q_;
   RingPosition<C.dout_stages> dout_;
   RingPosition<L::ds_places> ds_, ds_before_{L::ds_places - 1, 1};  // of this block and of the one before
-  int q_before_ = 0;
   uint32_t dq_parity_ = 0;
   bool any_ = false;  // blocks before this one
   Sums dk_, dv_;

@@ -12,13 +12,8 @@
 
 namespace flashcute::sm90 {
 
-/// Registers per thread of the warpgroup that serves, and of those that compute, as registers_of(ForwardConfig).
-struct GradientRegisters {
-  int32_t serving, computing;
-};
-constexpr GradientRegisters registers_of(BackwardConfig const& c) {
-  return c.open_end ? GradientRegisters{24, 240} : GradientRegisters{40, 232};
-}
+/// Registers per thread of the warpgroup that serves, and of those that compute.
+inline constexpr int serving_registers = 40, computing_registers = 232;
 
 /// What the loading warp announces of the block in a place of Q's ring.
 struct AnnouncedQueries {

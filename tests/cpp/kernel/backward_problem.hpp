@@ -185,8 +185,10 @@ class BackwardCall {
     int const key = tile.entry.first_key + tile.row0, last = key + tile.rows;
     problem.k.allow(memory, batch, tile.kv_head, key, last, Use::input);
     problem.v.allow(memory, batch, tile.kv_head, key, last, Use::input);
-    dk.allow(memory, batch, tile.kv_head, key, last, Use::output);
-    dv.allow(memory, batch, tile.kv_head, key, last, Use::output);
+    // Hopper's kernel adds to what it has stored.
+    Use const use = B.kernel == Kernel::sm90 ? Use::result : Use::output;
+    dk.allow(memory, batch, tile.kv_head, key, last, use);
+    dv.allow(memory, batch, tile.kv_head, key, last, use);
   }
 
   void allow_queries(GlobalMemory& memory, BackwardPass pass, Queries const& tile) {
