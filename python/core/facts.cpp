@@ -88,7 +88,8 @@ void bind_explanations(nb::module_& m) {
   bind_members(
       backward, "BackwardExplanation",
       Member{"backend", &BackwardExplanation::backend,
-             "'sm80' (the mma.sync kernels of every GPU), 'cpu', or '' if nothing computes the gradients."},
+             "'sm90' (Hopper's kernels), 'sm80' (the mma.sync kernels of every GPU), 'cpu', or '' if nothing computes "
+             "the gradients."},
       Member{"config", &BackwardExplanation::config, "The configuration, or None."},
       Member{"kernels", &BackwardExplanation::kernels,
              "(kernel, image) pairs in the order of launches: its entry point, or the CPU's instruction set, and where "

@@ -140,9 +140,7 @@ BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch,
 }
 
 std::string sm90_backward_problem(Call const& call, std::span<Operand const> copied) {
-  if (MaskKind const mask = call.mask(); mask != MaskKind::full && mask != MaskKind::causal) {
-    return "Hopper's kernels compute gradients of full and causal masks only";
-  }
+  if (!serves(BackwardConfig{.kernel = Kernel::sm90}, call.mask())) return gradients_of_sm90;
   return bulk_copy_problem(copied);
 }
 

@@ -649,6 +649,7 @@ def test_configuration_of_the_wrong_type(cfg: object) -> None:
 
 
 GPU = fc.BackwardConfig()
+HOPPER = fc.default_backward_config(64, arch="sm_90")
 RULES = {
     "compute capability 8.0": [(GPU, "sm_75")],
     "^cfg: dtype must be float16, bfloat16 or float32 on a GPU": [
@@ -662,7 +663,21 @@ RULES = {
         (fc.BackwardConfig(head_dim_v=0), "cpu"),
     ],
     "num_warps must be": [(GPU.replace(num_warps=n), "sm_80") for n in (0, 3)],
-    "no other kernel than sm80": [(GPU.replace(kernel="sm90"), "sm_90")],
+    "another kernel reads must have its default": [
+        (GPU.replace(dout_stages=3), "sm_90"), (GPU.replace(late_dq=False), "sm_80"),
+        (HOPPER.replace(column_warps=2), "sm_90"), (HOPPER.replace(copy_bytes=8), "sm_90"),
+    ],
+    "kernel = sm90 needs a GPU of compute capability 9.0": [(HOPPER, "sm_80"), (HOPPER, "sm_100")],
+    "kernel = sm90 needs dtype": [(HOPPER.replace(dtype="float32"), "sm_90")],
+    "kernel = sm90 needs block_n of 128": [
+        (HOPPER.replace(**change), "sm_90")
+        for change in ({"block_n": 64}, {"num_warps": 4}, {"block_m": 64}, {"head_dim": 128})
+    ],
+    "kernel = sm90 needs head_dim_v = head_dim": [(HOPPER.replace(head_dim_v=32), "sm_90")],
+    "kernel = sm90 needs stages and dout_stages": [
+        (HOPPER.replace(stages=0), "sm_90"), (HOPPER.replace(dout_stages=5), "sm_90"),
+    ],
+    "deterministic needs kernel = sm80": [(HOPPER.replace(deterministic=True), "sm_90")],
     "block_m must be": [
         *((fc.BackwardConfig(block_m=m), arch) for m in (0, -64, 24, 512) for arch in ("cpu", "sm_80")),
     ],
@@ -693,7 +708,9 @@ RULES = {
         (GPU.replace(k_tiles_per_load=2, head_dim=80), "sm_80"),
         (GPU.replace(dtype="float32", math="tf32x3", k_tiles_per_load=1), "sm_80"),
     ],
-    "need more shared memory": [(GPU.replace(head_dim=256, block_n=256), "sm_80")],
+    "need more shared memory": [
+        (GPU.replace(head_dim=256, block_n=256), "sm_80"), (HOPPER.replace(stages=4), "sm_90"),
+    ],
 }  # fmt: skip
 
 
