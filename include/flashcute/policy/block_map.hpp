@@ -64,9 +64,11 @@ class CellMap {
   /// Whether a row sees any of some columns.
   FLASHCUTE_HD bool sees_any(int32_t row, RowRange const& columns) const {
     for (int32_t column = columns.begin; column < columns.end;) {
-      int32_t const cell = column / cell_size;
-      if (some(row / cell_size, cell / cells_of_word) == 0) {  // 32 cells at once
-        column = (cell / cells_of_word + 1) * cells_of_word * cell_size;
+      int32_t cell = column / cell_size;
+      uint32_t const rest = some(row / cell_size, cell / cells_of_word) >> cell % cells_of_word;
+      if (!(rest & 1)) {  // to the next cell of the word that any row of cells sees, or to the next word
+        cell += rest == 0 ? cells_of_word - cell % cells_of_word : lowest_bit(rest);
+        column = cell * cell_size;
         continue;
       }
       int32_t const end = min_of(columns.end, (cell + 1) * cell_size);
