@@ -197,12 +197,11 @@ class BackwardTile {
           ds[r * ld + c] = seen ? ds[r * ld + c] : 0;
         }
       }
-      for_each_hidden<T>(hidden.map, hidden.row0, rows, hidden.lane0, columns_,
-                         [&](int r, int c, LaneMask<T> seen) {
-                           int64_t const at = r * ld + c;
-                           store(p + at, seen ? load(p + at) : Vector<T>{});
-                           store(ds + at, seen ? load(ds + at) : Vector<T>{});
-                         });
+      for_each_hidden<T>(hidden.map, hidden.row0, rows, hidden.lane0, columns_, [&](int r, int c, LaneMask<T> seen) {
+        int64_t const at = r * ld + c;
+        store(p + at, seen ? load(p + at) : Vector<T>{});
+        store(ds + at, seen ? load(ds + at) : Vector<T>{});
+      });
     }
   }
 

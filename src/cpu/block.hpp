@@ -116,9 +116,9 @@ class ScoreFactor {
   double const factor_, significand_;  // factor = significand * 2^exponent, significand in [1/2, 1)
 };
 
-/// Calls select(r, c, seen) for each vector of a block, in row r and from column c on, of which a map hides some element;
-/// `seen` are the lanes that it shows. Rows of the block are rows of the map from `row0` on, lanes its columns from
-/// `lane0` on: a word of the map lies along a vector.
+/// Calls select(r, c, seen) for each vector of a block, in row r and from column c on, of which a map hides some
+/// element; `seen` are the lanes that it shows. Rows of the block are rows of the map from `row0` on, lanes its columns
+/// from `lane0` on: a word of the map lies along a vector.
 template <class T, class Select>
 [[gnu::always_inline]] inline void for_each_hidden(CellMap const& map, int row0, int rows, int lane0, int columns,
                                                    Select select) {
