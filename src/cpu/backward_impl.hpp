@@ -108,12 +108,12 @@ class BackwardTile {
 
     RowRange* const visible_keys = this->visible_keys();
     mask_.keys_of_queries(tile.row0, tile.rows, tile.sequence(f_), visible_keys);
-    CellMap const map = tile.sequence(f_).by_query();
+    CellMap const map = tile.sequence(f_).by_key();
     mask_.kv_range(tile, f_, block_n_).for_each_backward([&](int n, auto partial) {
       int const key0 = n * block_n_;
       int const keys = min_of(block_n_, tile.sequence(f_).keys() - key0);  // nothing beyond the sequence is touched
       auto const visible = [=](int r, int c) { return visible_keys[c].has(key0 + r); };
-      Hidden const hidden{map, tile.row0, key0};
+      Hidden const hidden{map, key0, tile.row0};
       RowMajor<T> const k = load_block(at(f_.k, f_.k_stride, batch, tile.kv_head, first_key + key0), f_.k_stride.row,
                                        keys, f_.head_dim, memory_ + layout_.block_x);
       RowMajor<T> const v = load_block(at(f_.v, f_.v_stride, batch, tile.kv_head, first_key + key0), f_.v_stride.row,
@@ -141,13 +141,13 @@ class BackwardTile {
     int blocks = 0;
     auto range = mask_.query_range(tile, f_, block_m_);
     for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
-      CellMap const map = tile.sequence(f_, head).by_key();
+      CellMap const map = tile.sequence(f_, head).by_query();
       range.for_each([&](int m, auto partial) {
         int const row0 = m * block_m_;
         int const rows = min_of(block_m_, tile.sequence(f_).rows() - row0);
         if constexpr (partial.value) mask_.keys_of_queries(row0, rows, tile.sequence(f_, head), visible_keys);
         auto const visible = [=, key0 = tile.row0](int r, int c) { return visible_keys[r].has(key0 + c); };
-        Hidden const hidden{map, tile.row0, row0};
+        Hidden const hidden{map, row0, tile.row0};
         RowMajor<T> const q = load_block(at(f_.q, f_.q_stride, batch, head, first_query + row0), f_.q_stride.row, rows,
                                          f_.head_dim, memory_ + layout_.block_x);
         RowMajor<T> const dout = load_block(at(p_.dout, p_.dout_stride, batch, head, first_query + row0),
@@ -172,10 +172,10 @@ class BackwardTile {
 
   // ---- the mathematics of a block --------------------------------------------------------------------
 
-  /// What a map hides of a block: its rows, from `lane0` on, are in lanes, its columns begin with `row0`.
+  /// What a map hides of a block: the map's rows from `row0` on, its columns from `lane0` on.
   struct Hidden {
     CellMap map;
-    int lane0, row0;
+    int row0, lane0;
   };
 
   /// P and dS of a block. Hidden elements become 0 by selection: they may be NaN.
@@ -197,8 +197,11 @@ class BackwardTile {
           ds[r * ld + c] = seen ? ds[r * ld + c] : 0;
         }
       }
-      for_each_hidden(hidden.map, hidden.lane0, lanes_in_use_, hidden.row0, rows,
-                      [&](int r, int c) { p[r * ld + c] = ds[r * ld + c] = 0; });
+      for_each_hidden<T>(hidden.map, hidden.row0, rows, hidden.lane0, columns_, [&](int r, int c, LaneMask<T> seen) {
+        int64_t const at = r * ld + c;
+        store(p + at, seen ? load(p + at) : Vector<T>{});
+        store(ds + at, seen ? load(ds + at) : Vector<T>{});
+      });
     }
   }
 
@@ -211,7 +214,7 @@ class BackwardTile {
     if constexpr (Partial::value) {
       if (seen.data == block.data) return;
       add_not_finite(block, rows, width, memory_ + weights, memory_ + sum, layout_.ld, lanes_in_use_,
-                     [&](int r, int c) { return visible(r, c) && hidden.map.sees(hidden.lane0 + c, hidden.row0 + r); });
+                     [&](int r, int c) { return visible(r, c) && hidden.map.sees(hidden.row0 + r, hidden.lane0 + c); });
     }
   }
 

@@ -60,6 +60,10 @@ template <class Element, class T>
 template <class Element, class T, class Factor>
 [[gnu::always_inline]] inline void load_transposed(Element const* from, int64_t stride, int rows, int width,
                                                    Factor factor, T* to, int64_t ld, int columns) {
+  constexpr int elements_per_line = 64 / static_cast<int>(sizeof(Element));  // of the cache
+  for (int r = 0; r < rows; ++r) {  // each row is used once, so all of them come from afar: ask for them together
+    for (int i = 0; i < width; i += elements_per_line) __builtin_prefetch(from + r * stride + i);
+  }
   for (int r = 0; r < rows; ++r) {
     T const times = factor(r);
     for (int i = 0; i < width; ++i) to[i * ld + r] = times * to_float(from[r * stride + i]);
@@ -112,18 +116,19 @@ class ScoreFactor {
   double const factor_, significand_;  // factor = significand * 2^exponent, significand in [1/2, 1)
 };
 
-/// Calls hide(r, c) for each element that a map hides of `lanes` of its rows, which are the columns of the block, and
-/// `rows` of its columns.
-template <class Hide>
-[[gnu::always_inline]] inline void for_each_hidden(CellMap const& map, int lane0, int lanes, int row0, int rows,
-                                                   Hide hide) {
+/// Calls select(r, c, seen) for each vector of a block, in row r and from column c on, of which a map hides some
+/// element; `seen` are the lanes that it shows. Rows of the block are rows of the map from `row0` on, lanes its columns
+/// from `lane0` on: a word of the map lies along a vector.
+template <class T, class Select>
+[[gnu::always_inline]] inline void for_each_hidden(CellMap const& map, int row0, int rows, int lane0, int columns,
+                                                   Select select) {
   if (!map.exists()) return;
-  for (int c = 0; c < lanes; ++c) {
-    for (int first = 0; first < rows; first += cell_size) {
-      uint64_t const seen = map.columns_from(lane0 + c, row0 + first, false);
+  for (int r = 0; r < rows; ++r) {
+    for (int first = 0; first < columns; first += cell_size) {
+      uint64_t const seen = map.columns_from(row0 + r, lane0 + first, false);
       if (seen == ~uint64_t{0}) continue;
-      for (int r = first; r < min_of(first + cell_size, rows); ++r) {
-        if (!(seen >> (r - first) & 1)) hide(r, c);
+      for (int c = first; c < min_of(first + cell_size, columns); c += lanes<T>) {
+        select(r, c, lanes_of_bits<T>(seen >> (c - first)));
       }
     }
   }

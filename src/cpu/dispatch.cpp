@@ -116,13 +116,6 @@ MaskFunctions mask_functions(Features const& features) {
 
 size_t accumulator_bytes(DType dtype) { return dtype == DType::float64 ? sizeof(double) : sizeof(float); }
 
-/// One thread for small calls, otherwise all.
-int useful_threads(ForwardParams const& p, int threads) {
-  double const work = static_cast<double>(p.batch) * p.heads * p.seqlen_q * static_cast<double>(p.seqlen_k) *
-                      (p.head_dim + p.head_dim_v) / 2;
-  return work < min_parallel_work ? 1 : threads;
-}
-
 Isa current_isa() { return choose_isa(cpu_isa()); }
 
 }  // namespace
@@ -162,6 +155,17 @@ Isa choose_isa(std::string const& requested) {
   if (requested == "auto") return best;
   throw ArgumentError("environment variable FLASHCUTE_CPU_ISA",
                       std::string("what this CPU and this build have, at best ") + name_of(best), requested);
+}
+
+int useful_threads(ForwardParams const& p, int threads) {
+  double const enough = min_parallel_work / (static_cast<double>(p.heads) * (p.head_dim + p.head_dim_v) / 2);
+  bool const packed = AnySequence::is_packed(p);
+  double pairs = 0;
+  for (int i = 0; i < (packed ? p.sequences.count : p.batch) && pairs < enough; ++i) {
+    auto const entry = packed ? AnySequence::Entry::of_packed(p, i + 1) : AnySequence::Entry::of(p, i);
+    pairs += static_cast<double>(entry.queries) * entry.keys;
+  }
+  return pairs < enough ? 1 : threads;
 }
 
 char const* isa() { return name_of(current_isa()); }

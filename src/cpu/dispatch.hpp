@@ -20,6 +20,10 @@ bool is_available(Isa isa);
 /// What FLASHCUTE_CPU_ISA = `requested` chooses: the named one, or the best for "auto". Throws ArgumentError.
 Isa choose_isa(std::string const& requested);
 
+/// How many of `threads` threads a call uses: one if it is small, otherwise all. The pairs of a query and a key of its
+/// sequences count, whatever the mask hides; packed sequences have far fewer than their tensors.
+int useful_threads(ForwardParams const& params, int threads);
+
 void forward_with(Isa isa, int threads, ForwardConfig const& config, Features const& features,
                   ForwardParams const& params);
 

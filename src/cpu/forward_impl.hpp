@@ -205,8 +205,11 @@ class ForwardTile {
         s[n * layout_.ld + m] = visible[m].has(key0 + n) ? score : -infinity<T>;
       }
     }
-    for_each_hidden(tile_.sequence(p_).by_query(), tile_.row0, tile_.existing(p_), key0, keys,
-                    [&](int n, int m) { s[n * layout_.ld + m] = -infinity<T>; });
+    for_each_hidden<T>(tile_.sequence(p_).by_key(), key0, keys, tile_.row0, columns_,
+                       [&](int n, int m, LaneMask<T> seen) {
+                         T* const at = s + n * layout_.ld + m;
+                         store(at, seen ? load(at) : broadcast(-infinity<T>));
+                       });
   }
 
   /// In base 2.

@@ -83,6 +83,20 @@ template <class T>
   *reinterpret_cast<Vector<T>*>(p) = x;
 }
 
+/// Some of a vector's lanes: all bits of their elements are set, none of the others. `mask ? x : y` selects by it.
+template <class T>
+using LaneMask = Vector<typename FloatTraits<T>::Int>;
+
+/// Those of which a bit is set: lane i has bit i.
+template <class T>
+[[gnu::always_inline]] inline LaneMask<T> lanes_of_bits(uint64_t bits) {
+  using Int = typename FloatTraits<T>::Int;
+  LaneMask<T> bit_of_lane;
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes<T>; ++i) bit_of_lane[i] = Int{1} << i;  // constants
+  return (bit_of_lane & static_cast<Int>(bits)) != 0;
+}
+
 /// 2^x with a relative error of about one rounding. 2^-inf = 0, NaN stays NaN, and results below the
 /// smallest normal number are 0. Meant for x <= 0: for a large x the result is meaningless, not inf.
 template <class T>

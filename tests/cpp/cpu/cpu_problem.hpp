@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/dispatch.hpp"
+#include "support/map_problem.hpp"
 #include "support/mask_definition.hpp"
 
 namespace flashcute::testing {
@@ -107,6 +108,7 @@ struct Shape {
   double scale = 0.25;
   int block_m = 64, block_n = 64;
   int causal_offset = 0, window_offset = -40;
+  MapProblem const* map = nullptr;  // of mask `mapped`; none shows everything
 
   /// Bottom-right alignment, as attention uses it.
   Shape& bottom_right() {
@@ -121,7 +123,7 @@ inline std::string describe(Shape const& s) {
          std::to_string(s.heads) + "/" + std::to_string(s.kv_heads) + " q" + std::to_string(s.seqlen_q) + " k" +
          std::to_string(s.seqlen_k) + " " + name_of(s.mask) + " offset " + std::to_string(s.causal_offset) +
          " window " + std::to_string(s.window_offset) + " m" + std::to_string(s.block_m) + " n" +
-         std::to_string(s.block_n);
+         std::to_string(s.block_n) + (s.map != nullptr ? " with a map" : "");
 }
 
 enum class Order { bshd, bhsd };
@@ -255,6 +257,7 @@ inline ForwardParams params_of(Problem& problem) {
   p.head_dim_v = s.head_dim_v;
   p.causal_offset = s.causal_offset;
   p.window_offset = s.window_offset;
+  if (s.map != nullptr) p.map = s.map->described();
   return p;
 }
 
@@ -289,11 +292,13 @@ inline std::vector<double> rows_of(Tensor const& t, int b, int h, int rows, int 
   return all;
 }
 
-/// The keys that query i sees.
-inline std::vector<int> keys_of(Shape const& s, int i) {
+/// The keys that query i of a head sees.
+inline std::vector<int> keys_of(Shape const& s, int b, int h, int i) {
   std::vector<int> keys;
+  definition::MaskProblem mask{s.seqlen_k, s.causal_offset, s.window_offset};
   for (int j = 0; j < s.seqlen_k; ++j) {
-    if (definition::sees(s.mask, i, j, {s.seqlen_k, s.causal_offset, s.window_offset})) keys.push_back(j);
+    mask.map_shows = s.map == nullptr || s.map->shows(b, h, i, j);
+    if (definition::sees(s.mask, i, j, mask)) keys.push_back(j);
   }
   return keys;
 }
@@ -311,7 +316,7 @@ inline Reference reference(Problem const& problem) {
       std::vector<double> const k = rows_of(problem.k, b, kv, s.seqlen_k, s.head_dim),
                                 v = rows_of(problem.v, b, kv, s.seqlen_k, s.head_dim_v);
       for (int i = 0; i < s.seqlen_q; ++i) {
-        std::vector<int> const keys = keys_of(s, i);
+        std::vector<int> const keys = keys_of(s, b, h, i);
         if (keys.empty()) continue;
         for (int e = 0; e < s.head_dim; ++e) q[e] = problem.q.at(b, i, h, e);
         long double top = -inf;

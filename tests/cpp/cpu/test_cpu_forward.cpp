@@ -133,6 +133,35 @@ TEST(CpuForward, Windows) {
   }
 }
 
+// Masks by element: the bits of other rows or columns, in tiles that begin or end within a cell, on vectors of every
+// width; a head that sees another's map; NaN in a key that only some queries see, or in a query. Queries and keys
+// without anybody are among them.
+TEST(CpuForward, Maps) {
+  for (int const heads : {1, 2}) {
+    MapProblem const map = MapProblem::random(1, heads, 203, 330, 7);
+    for (DType const dtype : {DType::float32, DType::float64, DType::bfloat16}) {
+      for (auto const [block_m, block_n] : {std::pair{64, 128}, {64, 64}, {48, 80}, {112, 16}, {144, 256}}) {
+        for (int const last : {60, 1000}) {
+          Problem problem{Shape{.dtype = dtype,
+                                .head_dim = 8,
+                                .heads = 2,
+                                .kv_heads = 1,
+                                .seqlen_q = 203,
+                                .seqlen_k = 330,
+                                .mask = MaskKind::mapped,
+                                .block_m = block_m,
+                                .block_n = block_n,
+                                .causal_offset = last,
+                                .window_offset = last - 1100,
+                                .map = &map}};
+          problem.k.put(0, 100, 0, 5, nan), problem.v.put(0, 130, 0, 7, inf), problem.q.put(0, 70, 1, 0, nan);
+          ASSERT_NO_FATAL_FAILURE(check(problem));
+        }
+      }
+    }
+  }
+}
+
 // ---- memory ------------------------------------------------------------------------------------------
 
 // Strides other than those of a packed tensor, bases aligned to one element only: wrong or faulting

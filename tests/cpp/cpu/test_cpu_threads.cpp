@@ -13,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -121,6 +122,36 @@ TEST(CpuForward, SameBitsForACausalRowAlone) {
       ASSERT_EQ(alone.lse.at(0, 0, 0, 0), all.lse.at(0, row, 0, 0));
     }
   }
+}
+
+// Threads that are woken for next to nothing: packed sequences counted as if every query met every key of the tensor,
+// sequences as if they were as long as the tensor. And large calls on one thread.
+TEST(CpuForward, ThreadsForThePairsThatThereAre) {
+  auto const threads = [](Shape const& shape, SequenceParams const& sequences) {
+    Problem problem{shape};
+    ForwardParams p = params_of(problem);
+    p.sequences = sequences;
+    return cpu::useful_threads(p, 8);
+  };
+  Shape const shape{.head_dim = 32, .heads = 1, .kv_heads = 1, .seqlen_q = 1000, .seqlen_k = 1000};
+  EXPECT_EQ(threads(shape, {}), 8);
+
+  std::vector<int32_t> of_one(1001), of_ten{0, 990, 1000, 1000};
+  std::iota(of_one.begin(), of_one.end(), 0);
+  SequenceParams packed;
+  packed.cu_seqlens_q = packed.cu_seqlens_k = of_one.data();
+  packed.count = 1000;
+  EXPECT_EQ(threads(shape, packed), 1);
+  packed.cu_seqlens_q = packed.cu_seqlens_k = of_ten.data();
+  packed.count = 3;
+  EXPECT_EQ(threads(shape, packed), 8);
+
+  std::vector<int32_t> const short_ones{7, 0};
+  Shape two = shape;
+  two.batch = 2;
+  SequenceParams padded;
+  padded.seqlens_k = short_ones.data();
+  EXPECT_EQ(threads(two, padded), 1);
 }
 
 // Callers on several threads at once: shared scratch, a pool that serves two jobs as one, a deadlock.
