@@ -204,6 +204,7 @@ void launch(ForwardKernelId const& kernel, ForwardParams const& params, int devi
   if (tiles == 0) return;
   kernels<ForwardKernelId>().get({&ready, 1}, device, needed_next);
   if (sm90) {
+    ContextGuard const guard(device_facts(device).primary_context);  // for the maps: the thread may have none
     Sm90ForwardParams all{.q = {}, .k = {}, .v = {}, .forward = params, .deal = deal_tiles(kernel, params, clusters)};
     set_tensor_maps(c, all);
     ready.run(all, device, stream);
@@ -233,6 +234,7 @@ void launch(BackwardConfig const& config, Features const& features, BackwardPara
   kernels<BackwardKernelId>().get(launches, device);
   for (auto const& ready : launches) {
     if (config.kernel == flashcute::Kernel::sm90 && ready.kernel.pass == BackwardPass::gradients) {
+      ContextGuard const guard(device_facts(device).primary_context);  // for the maps: autograd's threads have none
       Sm90BackwardParams all{.q = {}, .k = {}, .v = {}, .dout = {}, .backward = params};
       set_tensor_maps(config, all);
       ready.run(all, device, stream);

@@ -63,10 +63,12 @@ void set_tensor_maps(BackwardConfig const& config, Sm90BackwardParams& params) {
   BackwardParams const& b = params.backward;
   ForwardParams const& p = b.forward;
   auto const queries = [&](char const* name, void const* data, Strides const& strides, int64_t columns) {
-    return encode(config.dtype, {name, data, strides, p.batch, p.seqlen_q, p.heads, columns, config.head_dim, config.block_m});
+    return encode(config.dtype,
+                  {name, data, strides, p.batch, p.seqlen_q, p.heads, columns, config.head_dim, config.block_m});
   };
   auto const keys = [&](char const* name, void const* data, Strides const& strides, int64_t columns) {
-    return encode(config.dtype, {name, data, strides, p.batch, p.seqlen_k, p.kv_heads, columns, config.head_dim, config.block_n});
+    return encode(config.dtype,
+                  {name, data, strides, p.batch, p.seqlen_k, p.kv_heads, columns, config.head_dim, config.block_n});
   };
   params.q = queries("q", p.q, p.q_stride, p.head_dim);
   params.k = keys("k", p.k, p.k_stride, p.head_dim);

@@ -1,8 +1,7 @@
-// The gradients on Hopper: one launch between two small ones. A thread block owns 128 keys of one head. One of its warps
-// loads blocks of Q and dO by TMA, two warpgroups compute with WGMMA, and two warps add dQ of each block to sums in
-// fp32, by bulk reductions.
-// Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, section B.1; the order of products is ours
-// (docs/kernels/sm90_backward.md).
+// The gradients on Hopper: one launch between two small ones. A thread block owns 128 keys of one head. One of its
+// warps loads blocks of Q and dO by TMA, two warpgroups compute with WGMMA, and two warps add dQ of each block to sums
+// in fp32, by bulk reductions. Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, section B.1; the order of
+// products is ours (docs/kernels/sm90_backward.md).
 #pragma once
 
 #include "flashcute/sm90/backward_consumer.hpp"

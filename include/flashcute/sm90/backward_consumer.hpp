@@ -223,8 +223,8 @@ class GradientConsumer {
     for (int i = 0; i < L::rows_per_thread; ++i) {
       int const key = warpgroup_ * warpgroup_rows + L::row(i);
       if (key >= tile_.rows) continue;
-      auto* const to =
-          static_cast<Element*>(gradient) + row_offset(stride, batch, tile_.kv_head, tile_.entry.first_key + tile_.row0 + key);
+      auto* const to = static_cast<Element*>(gradient) +
+                       row_offset(stride, batch, tile_.kv_head, tile_.entry.first_key + tile_.row0 + key);
 #pragma unroll 1
       for (int block = 8 * (thread_index() % 4); block < columns; block += 32) {
 #pragma unroll 1
@@ -234,8 +234,8 @@ class GradientConsumer {
           for (int head = tile_.kv_head * group; head < (tile_.kv_head + 1) * group; ++head) {
 #pragma unroll 1
             for (int query = rows.begin; query < rows.end; ++query) {
-              auto const x = static_cast<float>(global_load<Element>(
-                  all + row_offset(from, batch, head, tile_.entry.first_query + query) + column));
+              auto const x = static_cast<float>(
+                  global_load<Element>(all + row_offset(from, batch, head, tile_.entry.first_query + query) + column));
               if (!is_finite(x) && Mask::visible(query, tile_.row0 + key, tile_.sequence(f, head))) sum += x;
             }
           }

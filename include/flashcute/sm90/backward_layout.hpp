@@ -59,33 +59,30 @@ struct BackwardLayout : WarpgroupFragment {
   /// 64 keys of K or V: (MMA, 1, MMA_D)
   using OperandKeys =
       Operand<cute::Shape<cute::Shape<Keys, cute::_16>, cute::_1, StepsOfPages>,
-                      cute::Stride<cute::Stride<Page, cute::_1>, cute::_0,
-                                   cute::Stride<cute::_16, StrideOfPages<C.block_n>>>>;
+              cute::Stride<cute::Stride<Page, cute::_1>, cute::_0, cute::Stride<cute::_16, StrideOfPages<C.block_n>>>>;
   /// The ring of Q or dO as rows: (MMA, 1, MMA_D, PLACE)
   template <int Places>
   using OperandQueries =
       Operand<cute::Shape<cute::Shape<BlockM, cute::_16>, cute::_1, StepsOfPages, cute::Int<Places>>,
-                      cute::Stride<cute::Stride<Page, cute::_1>, cute::_0,
-                                   cute::Stride<cute::_16, StrideOfPages<C.block_m>>, cute::Int<q_elements>>>;
+              cute::Stride<cute::Stride<Page, cute::_1>, cute::_0, cute::Stride<cute::_16, StrideOfPages<C.block_m>>,
+                           cute::Int<q_elements>>>;
   /// The same as columns, whose rows are summed over: (MMA, 1, MMA_M, PLACE)
   template <int Places>
   using OperandQueryColumns =
       Operand<cute::Shape<cute::Shape<cute::Shape<Page, cute::Int<C.head_dim / page>>, cute::_16>, cute::_1,
-                                  cute::Int<C.block_m / 16>, cute::Int<Places>>,
-                      cute::Stride<cute::Stride<cute::Stride<cute::_1, StrideOfPages<C.block_m>>, Page>, cute::_0,
-                                   cute::Int<16 * page>, cute::Int<q_elements>>>;
+                          cute::Int<C.block_m / 16>, cute::Int<Places>>,
+              cute::Stride<cute::Stride<cute::Stride<cute::_1, StrideOfPages<C.block_m>>, Page>, cute::_0,
+                           cute::Int<16 * page>, cute::Int<q_elements>>>;
   /// 64 queries of dS, a page for the keys of each warpgroup: (MMA, 1, MMA_N, PLACE)
-  using OperandDs =
-      Operand<cute::Shape<cute::Shape<Keys, cute::_16>, cute::_1,
-                                  cute::Shape<cute::Int<page / 16>, cute::Int<warpgroups>>, cute::Int<ds_places>>,
-                      cute::Stride<cute::Stride<Page, cute::_1>, cute::_0,
-                                   cute::Stride<cute::_16, StrideOfPages<C.block_m>>, cute::Int<ds_elements>>>;
+  using OperandDs = Operand<cute::Shape<cute::Shape<Keys, cute::_16>, cute::_1,
+                                        cute::Shape<cute::Int<page / 16>, cute::Int<warpgroups>>, cute::Int<ds_places>>,
+                            cute::Stride<cute::Stride<Page, cute::_1>, cute::_0,
+                                         cute::Stride<cute::_16, StrideOfPages<C.block_m>>, cute::Int<ds_elements>>>;
   /// The columns of K that a warpgroup's half of dQ has: (MMA, 1, MMA_N)
-  using OperandKeyColumns =
-      Operand<cute::Shape<cute::Shape<cute::Shape<Page, cute::Int<dq_columns / page>>, cute::_16>, cute::_1,
-                                  cute::Int<C.block_n / 16>>,
-                      cute::Stride<cute::Stride<cute::Stride<cute::_1, StrideOfPages<C.block_n>>, Page>, cute::_0,
-                                   cute::Int<16 * page>>>;
+  using OperandKeyColumns = Operand<cute::Shape<cute::Shape<cute::Shape<Page, cute::Int<dq_columns / page>>, cute::_16>,
+                                                cute::_1, cute::Int<C.block_n / 16>>,
+                                    cute::Stride<cute::Stride<cute::Stride<cute::_1, StrideOfPages<C.block_n>>, Page>,
+                                                 cute::_0, cute::Int<16 * page>>>;
 
   // ---- products ----
   /// S^T = K Q^T and dP^T = V dO^T

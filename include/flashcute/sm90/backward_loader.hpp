@@ -1,5 +1,5 @@
-// The warps that serve Hopper's gradients: one loads by TMA, one for each computing warpgroup adds its half of dQ to the
-// sums, and one looks for NaN and infinity in partial blocks.
+// The warps that serve Hopper's gradients: one loads by TMA, one for each computing warpgroup adds its half of dQ to
+// the sums, and one looks for NaN and infinity in partial blocks.
 #pragma once
 
 #include "flashcute/device/nonfinite.hpp"
@@ -145,9 +145,8 @@ class DqAdder {
     int place = 0;  // of dS
     for (PassingBlocks at = Blocks::of(p, tile); at.left > 0; at = at.after(), parity ^= 1) {
       barrier_wait(smem.dq_full[warpgroup], parity);
-      float* const sums =
-          Workspace::sums(p, Workspace::number(p.forward, tile.entry.batch, at.head, at.block)) +
-          warpgroup * L::dq_floats;
+      float* const sums = Workspace::sums(p, Workspace::number(p.forward, tile.entry.batch, at.head, at.block)) +
+                          warpgroup * L::dq_floats;
       bool whole = true;
       if (Blocks::inspected(at)) {
         barrier_wait(smem.k_inspected, 0);
@@ -196,8 +195,8 @@ class DqAdder {
   /// Of a tile of `rows` rows in swizzled pages.
   FLASHCUTE_DEVICE static float element(Element const* tile, int rows, int row, int column) {
     int const piece = column % L::page / 8 ^ row % 8;
-    return static_cast<float>(shared_load<Element>(tile + (column / L::page * rows + row) * L::page + piece * 8 +
-                                                   column % 8));
+    return static_cast<float>(
+        shared_load<Element>(tile + (column / L::page * rows + row) * L::page + piece * 8 + column % 8));
   }
 };
 

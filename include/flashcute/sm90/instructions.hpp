@@ -313,11 +313,10 @@ FLASHCUTE_DEVICE void prefetch_box(TensorMap const& map, int column, int row, in
 /// Starts copying `bytes`, a multiple of 16, to shared memory. Both addresses are multiples of 16; the mbarrier counts
 /// the bytes.
 FLASHCUTE_DEVICE void copy_bulk(void const* from, void* to, int bytes, Barrier& barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(&barrier))
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(&barrier))
+               : "memory");
 }
 
 /// Starts adding floats in shared memory to those at `to`, each atomically. Both addresses, and `bytes`, are multiples

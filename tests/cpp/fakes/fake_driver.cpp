@@ -94,7 +94,9 @@ int cuLaunchKernelEx(LaunchConfig const* c, void* function, void** parameters, v
   if (kernel == "flashcute_make_block_map") {
     launch.map = *static_cast<flashcute::BlockMapRules const*>(parameters[0]);
   } else if (kernel.find("_bwd_") != std::string::npos) {
-    launch.backward = *static_cast<flashcute::BackwardParams const*>(parameters[0]);
+    bool const with_maps = kernel.find("_sm90_") != std::string::npos && kernel.find("_gradients") != std::string::npos;
+    launch.backward = with_maps ? static_cast<flashcute::Sm90BackwardParams const*>(parameters[0])->backward
+                                : *static_cast<flashcute::BackwardParams const*>(parameters[0]);
     launch.params = launch.backward->forward;
   } else if (kernel.find("_sm90_") != std::string::npos) {
     launch.params = static_cast<flashcute::Sm90ForwardParams const*>(parameters[0])->forward;
@@ -110,6 +112,7 @@ int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address, st
                            int) {
   std::lock_guard const lock(state.mutex);
   FakeTensorMap made{type, address, {sizes, sizes + rank}, {strides, strides + rank - 1}, {box, box + rank}, swizzle};
+  if (current_context == nullptr) return 201;  // CUDA_ERROR_INVALID_CONTEXT, as the driver
   state.tensor_maps.push_back(made);
   std::memset(map, 0, 128);
   return state.tensor_map_result;

@@ -21,11 +21,12 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
   /// The output and LSE of the inputs as they are, then all passes.
   void run(uint64_t seed) {
     Call::compute_forward();
-    Sm90BackwardParams const all{.q = opaque(map_of(problem.q, s_.sq, s_.heads, s_.batch, s_.d, B.head_dim, B.block_m)),
-                                 .k = opaque(map_of(problem.k, s_.sk, s_.kv_heads, s_.batch, s_.d, B.head_dim, B.block_n)),
-                                 .v = opaque(map_of(problem.v, s_.sk, s_.kv_heads, s_.batch, s_.d_v, B.head_dim, B.block_n)),
-                                 .dout = opaque(map_of(Call::dout, s_.sq, s_.heads, s_.batch, s_.d_v, B.head_dim, B.block_m)),
-                                 .backward = Call::params()};
+    Sm90BackwardParams const all{
+        .q = opaque(map_of(problem.q, s_.sq, s_.heads, s_.batch, s_.d, B.head_dim, B.block_m)),
+        .k = opaque(map_of(problem.k, s_.sk, s_.kv_heads, s_.batch, s_.d, B.head_dim, B.block_n)),
+        .v = opaque(map_of(problem.v, s_.sk, s_.kv_heads, s_.batch, s_.d_v, B.head_dim, B.block_n)),
+        .dout = opaque(map_of(Call::dout, s_.sq, s_.heads, s_.batch, s_.d_v, B.head_dim, B.block_m)),
+        .backward = Call::params()};
     run_pass<BackwardPass::prepare>(all, seed);
     run_pass<BackwardPass::gradients>(all, seed + 1);
     run_pass<BackwardPass::finish>(all, seed + 2);
@@ -36,8 +37,8 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
   void run_pass(Sm90BackwardParams const& all, uint64_t seed) {
     constexpr BackwardKernelId id = kernel_of(B, Pass, {Kind});
     BackwardParams const& p = all.backward;
-    int64_t const blocks = keys_stay(Pass) ? count_key_tiles(p.forward, B.block_n)
-                                           : count_query_tiles(p.forward, B.block_m);
+    int64_t const blocks =
+        keys_stay(Pass) ? count_key_tiles(p.forward, B.block_n) : count_query_tiles(p.forward, B.block_m);
     for (uint32_t block = 0; block < blocks; ++block) {
       GlobalMemory memory;
       constexpr int threads = num_threads(id);
@@ -60,7 +61,8 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
         }
         hopper.run(memory, [&](void*) { sm90::SmallPass<id>::run(p); });
       }
-      ASSERT_EQ(memory.count(Use::output) + memory.count(Use::result), 0u) << "bytes of the results that were never stored";
+      ASSERT_EQ(memory.count(Use::output) + memory.count(Use::result), 0u)
+          << "bytes of the results that were never stored";
     }
   }
 

@@ -464,7 +464,7 @@ TEST_F(ExplainCall, TellsOfTheGradientsThatRun) {
     options.deterministic = deterministic;
     BackwardExplanation const e = gradients_of(t, options);
     BackwardConfig const config = backward_config_for(t, t, t, {}, options);
-    EXPECT_EQ(e.backend, "sm80");
+    EXPECT_EQ(e.backend, deterministic ? "sm80" : "sm90");
     EXPECT_EQ(e.config, config);
     EXPECT_EQ(e.same_bits, deterministic);
     EXPECT_EQ(e.workspace_bytes, 4 * backward_workspace_size({}, t, t, options));
@@ -476,7 +476,7 @@ TEST_F(ExplainCall, TellsOfTheGradientsThatRun) {
       EXPECT_TRUE(contains(image, deterministic ? "run-time compilation, once" : "ahead of time")) << image;
     }
     EXPECT_EQ(e.notes.size(), deterministic ? 1u : 0u) << "a first call that waits for a compiler";
-    EXPECT_TRUE(is_rejected(e, "sm90", "computes no gradients"));
+    EXPECT_EQ(is_rejected(e, "sm90", "last bits"), deterministic);
     EXPECT_EQ(is_rejected(e, "deterministic=False", "faster"), deterministic);
   }
   EXPECT_TRUE(contains(gradients_of(t, options).notes.at(0), "2 of 2 kernels"));
@@ -683,6 +683,46 @@ TEST_F(LaunchBackward, AddsInThreePasses) {
   }
   EXPECT_EQ(driver_->pushes, driver_->pops);
   EXPECT_EQ(backward_workspace_size({}, call.q, call.v), workspace_of(config, 12, 1000).total());
+}
+
+// Guards against Hopper's gradients launched without their maps, by a thread that has no context (autograd's), with the
+// grid or the workspace of other kernels.
+TEST_F(LaunchBackward, HoppersGradients) {
+  BackwardCall call({3, 1000, 4, 120}, {3, 700, 2, 120}, DType::bfloat16, 2);
+  call.run();
+  BackwardConfig const config = default_backward_config(DType::bfloat16, 120, 90);
+  ASSERT_EQ(config.kernel, Kernel::sm90);
+  using enum BackwardPass;
+  EXPECT_EQ(launched(), names(config, {prepare, gradients, finish}));
+  ASSERT_EQ(driver_->tensor_maps.size(), 4u);
+  std::vector<void*> const copied{call.q.data, call.k.data, call.v.data, call.dout.data};
+  for (std::size_t i = 0; i < 4; ++i) {
+    bool const keys = i == 1 || i == 2;
+    FakeTensorMap const& map = driver_->tensor_maps[i];
+    EXPECT_EQ(map.address, copied[i]);
+    EXPECT_EQ(map.sizes, (std::vector<std::uint64_t>{120, keys ? 700u : 1000u, keys ? 2u : 4u, 3}));
+    EXPECT_EQ(map.box, (std::vector<unsigned>{64, keys ? 128u : 64u, 1, 1}));
+  }
+  std::vector<unsigned> grids, threads;
+  for (FakeLaunch const& launch : driver_->launches) {
+    grids.push_back(launch.grid_x);
+    threads.push_back(launch.block_x);
+    EXPECT_EQ(launch.backward->delta, call.workspace.data);
+    EXPECT_EQ(launch.backward->dq_sums, static_cast<float*>(call.workspace.data) + 2 * 12 * 1024);
+  }
+  EXPECT_EQ(grids, (std::vector<unsigned>{12 * 16, 6 * 6, 12 * 16}));
+  EXPECT_EQ(threads, (std::vector<unsigned>{256, 384, 256}));
+  EXPECT_EQ(driver_->pushes, driver_->pops);
+  EXPECT_GE(backward_workspace_size({}, call.q, call.v), workspace_of(config, 12, 1000).total());
+}
+
+// Guards against a call that Hopper's kernels do not serve, and that they get.
+TEST_F(LaunchBackward, HoppersGradientsServeNoWindows) {
+  BackwardCall call({1, 256, 2, 64}, {1, 256, 2, 64}, DType::bfloat16, 2);
+  call.options.window_left = call.options.window_right = 8;
+  call.run();
+  EXPECT_EQ(driver_->tensor_maps.size(), 0u);
+  EXPECT_THROW(call.run(default_backward_config(DType::bfloat16, 64, 90)), ConfigError);
 }
 
 TEST_F(LaunchBackward, IsDeterministicInTwoPasses) {
