@@ -216,8 +216,8 @@ int64_t block_mask_size(BlockMask const& mask, std::optional<int64_t> partial_ce
 /// `stream` and the call returns.
 void build_block_mask(BlockMask const& mask, BlockMaskRules const& rules, void* stream = nullptr);
 
-/// The default configuration of the backward for a head dimension (of v: head_dim_v), where addresses and strides are
-/// multiples of 16 bytes. Throws UnsupportedError if there is none.
+/// The default configuration of the backward for a head dimension (of v: head_dim_v) and full or causal masks, where
+/// addresses and strides are multiples of 16 bytes. Throws UnsupportedError if there is none.
 BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v = {},
                                        bool deterministic = false);
 

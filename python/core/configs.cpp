@@ -238,11 +238,10 @@ void bind_classes(nb::module_& m) {
   static constexpr char backward_signature[] =
       "def __init__(self, *, dtype: object = 'bfloat16', head_dim: int = 128, head_dim_v: int = ..., "
       "block_m: int = 64, block_n: int = 64, num_warps: int = 4, kernel: str = 'sm80', column_warps: int = 1, "
-      "blocks_per_sm: int = 2, math: str = 'tensor_core', stages: int = 2, copy_bytes: int = 16, async_copy: bool = "
-      "True, "
-      "swizzled: bool = True, k_tiles_per_load: int = 0, mma_double_buffer: bool = True, deterministic: bool = False) "
-      "-> None";
-  bind_config<BackwardConfig>(
+      "blocks_per_sm: int = 2, math: str = 'tensor_core', stages: int = 2, dout_stages: int = 2, copy_bytes: int = 16, "
+      "async_copy: bool = True, swizzled: bool = True, k_tiles_per_load: int = 0, mma_double_buffer: bool = True, "
+      "late_dq: bool = True, deterministic: bool = False) -> None";
+  auto backward = bind_config<BackwardConfig>(
       m, backward_signature,
       "The static configuration of the backward: immutable, hashable. See default_backward_config.\n\n"
       "dtype: 'float16', 'bfloat16', 'float32', on the CPU also 'float64', or any library's dtype object.\n"
@@ -252,21 +251,33 @@ void bind_classes(nb::module_& m) {
       "block_m: query rows per tile (B_r).  block_n: keys per tile (B_c).\n\n"
       "The CPU ignores the other options; it gives the same bits in every run anyway:\n\n"
       "num_warps: warps per thread block.\n"
-      "kernel: 'sm80' (cp.async, mma.sync); there is no other yet.\n"
-      "column_warps: how many of the warps share the columns of a tile of scores, while num_warps / column_warps share "
+      "kernel: 'sm80' (cp.async, mma.sync), or 'sm90', Hopper's (TMA, WGMMA): float16 and bfloat16, head dimensions up "
+      "to 128, full and causal masks. sm90 ignores the options marked sm80, which must have their defaults, and the "
+      "reverse.\n"
+      "column_warps (sm80): how many of the warps share the columns of a tile of scores, while num_warps / "
+      "column_warps share "
       "its rows; with 1, P and dS stay in registers.\n"
-      "blocks_per_sm: thread blocks that must fit a multiprocessor at once, which limits their registers.\n"
+      "blocks_per_sm (sm80): thread blocks that must fit a multiprocessor at once, which limits their registers.\n"
       "math: 'tensor_core', for float32 'tf32x3' (three TF32 products for one).\n"
-      "stages: blocks of the other side that shared memory holds; with 2 one arrives while the other is multiplied.\n"
-      "copy_bytes: 16, 8, 4 or 2: how many bytes a thread copies between global and shared memory at once; addresses "
+      "stages: blocks of the other side that shared memory holds, of sm90 those of Q; with 2 one arrives while the "
+      "other is multiplied.\n"
+      "dout_stages (sm90): the same of dO.\n"
+      "copy_bytes (sm80): 16, 8, 4 or 2: how many bytes a thread copies between global and shared memory at once; "
+      "addresses "
       "and strides of all tensors must be multiples of it.\n"
-      "async_copy: copy to shared memory by cp.async; False: through registers.\n"
-      "swizzled: swizzle shared memory by XOR, which avoids bank conflicts.\n"
-      "k_tiles_per_load: how many K-steps of a product each fetch brings from shared memory into registers (1 or 2); "
+      "async_copy (sm80): copy to shared memory by cp.async; False: through registers.\n"
+      "swizzled (sm80): swizzle shared memory by XOR, which avoids bank conflicts.\n"
+      "k_tiles_per_load (sm80): how many K-steps of a product each fetch brings from shared memory into registers (1 "
+      "or 2); "
       "0: pieces of 16 columns of one step.\n"
-      "mma_double_buffer: fetch the next fragments while the tensor cores work on these.\n"
+      "mma_double_buffer (sm80): fetch the next fragments while the tensor cores work on these.\n"
+      "late_dq (sm90): multiply a block's part of dq an iteration later, so that the warpgroups never wait for each "
+      "other's dS.\n"
       "deterministic: the same bits in every run, by two passes without atomics, each of which recomputes the scores; "
       "False: one pass that sums dq by atomics.");
+  backward.def_prop_ro(
+      "smem_bytes", [](BackwardConfig const& c) { return most_smem_bytes(c); },
+      "Shared memory of a thread block of the pass that needs the most, in bytes (GPU only).");
 }
 
 std::vector<std::pair<std::string, std::string>> call_prebuild(std::vector<ForwardConfig> const& forward,

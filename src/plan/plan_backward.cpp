@@ -107,11 +107,7 @@ void check_config(BackwardConfig const& config, Arch arch) {
   if (error == BackwardConfigError::none) return;
   std::string details;
   if (error == BackwardConfigError::smem) {
-    int64_t bytes = 0;
-    for (BackwardPass const pass : passes_of(config)) {
-      bytes = max_of(bytes, smem_bytes(kernel_of(config, pass, {})));
-    }
-    details = std::to_string(bytes) + " of " + std::to_string(max_smem_bytes(arch)) + " bytes";
+    details = std::to_string(most_smem_bytes(config)) + " of " + std::to_string(max_smem_bytes(arch)) + " bytes";
   }
   if (error == BackwardConfigError::shares) {
     details = std::to_string(config.column_warps) + " of " + std::to_string(config.num_warps) + " warps share columns";

@@ -41,6 +41,7 @@ WHOLE_PAGES = {
     f"--times {RESULTS}/gpu_options.jsonl",
     "docs/reference/options_sm90.md": "tools/option_table.py --kernel sm90 --head-dims 64,128,256 "
     f"--times {RESULTS}/gpu_hopper_options.jsonl",
+    "docs/reference/options_sm90_gradients.md": "tools/option_table.py --kernel sm90_gradients",
     "docs/performance/gradient_error.md": "tools/gradient_error.py --out {page}",
 }
 

@@ -141,6 +141,13 @@ constexpr int64_t smem_bytes(BackwardKernelId const& k) {
   return ceil_div<int64_t>(bytes, 128) * 128;
 }
 
+/// Of the pass that needs the most.
+constexpr int64_t most_smem_bytes(BackwardConfig const& c) {
+  int64_t most = 0;
+  for (BackwardPass const pass : passes_of(c)) most = max_of(most, smem_bytes(kernel_of(c, pass, {})));
+  return most;
+}
+
 /// Floats of workspace: delta, of the sm90 kernels after the LSE and both of whole tiles; then (unless deterministic)
 /// the sums that become dQ, which start at a multiple of 16 bytes.
 struct BackwardWorkspace {

@@ -106,7 +106,7 @@ def test_tables_are_introduced_by_the_tools_that_write_them(
         )
 
     kernels = importlib.import_module("option_table").KERNELS
-    pages = {"sm80": "options_sm80.md", "sm90": "options_sm90.md"}
+    pages = {name: f"options_{name}.md" for name in ("sm80", "sm90", "sm90_gradients")}
     assert kernels.keys() == pages.keys()
     for kernel, page in pages.items():
         introduction = kernels[kernel].introduction.format(arch="sm_90", times="Speed in TFLOP/s.")
