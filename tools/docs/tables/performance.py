@@ -49,6 +49,16 @@ ROWS = {
         Row("forward, float32", "torch, memory-efficient", "sdpa_efficient", "gpu_forward_float32"),
         Row("forward, float32", "torch, math", "sdpa_math", "gpu_forward_float32"),
     ],
+    "gradients_hopper": [
+        Row("gradients, Hopper's kernels", "cuDNN", "sdpa_cudnn", "gpu_sm90_backward"),
+        Row("gradients, Hopper's kernels", "FlashAttention-2", "sdpa_flash", "gpu_sm90_backward"),
+        Row(
+            "gradients, Hopper's kernels",
+            "our mma.sync kernels",
+            "flashcute[kernel=sm80]",
+            "gpu_sm90_backward",
+        ),
+    ],
     "gradients": [
         Row("gradients, mma.sync kernel", "FlashAttention-2", "sdpa_flash", "gpu_backward"),
     ],

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import flashcute
 from flashcute import BackwardConfig, ForwardConfig, _core
 from flashcute.__main__ import command_parser
 from lines import table
 
-# The default tile of each serves those below it, too.
-BUCKETS = {64: "1 to 64", 128: "65 to 128", 256: "129 to 256"}
-HEAD_DIMS = tuple(BUCKETS)
+HEAD_DIMS = range(1, 257)
 TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100")
 # Options that have a column of their own, or that a row is about.
 COLUMNS = (
@@ -38,40 +39,61 @@ def other_options(cfg: Config) -> str:
 
 def forward_defaults(dtype: str) -> str:
     """The default configurations of a dtype by head dimension and target; equal ones in one row."""
-    rows: dict[tuple[int, ForwardConfig], list[str]] = {}
-    for head_dim in HEAD_DIMS:
-        for target in TARGETS:
-            cfg = flashcute.default_config(head_dim, dtype, target)
-            rows.setdefault((head_dim, cfg), []).append(target)
+    found = buckets(lambda d, target: [flashcute.default_config(d, dtype, target)])
     told = [
-        [*row(d, cfg, targets), f"{cfg.smem_bytes / 1024:g}", f"`{cfg.kernel}`", other_options(cfg)]
-        for (d, cfg), targets in rows.items()
+        [*row(x), f"{x.cfg.smem_bytes / 1024:g}", f"`{x.cfg.kernel}`", other_options(x.cfg)]
+        for x in found
     ]
     return table([*HEADER, "KiB", "kernel", "other options"], told)
 
 
 def backward_defaults(dtype: str) -> str:
     """The same of gradients, with and without the same bits in every run."""
-    rows: dict[tuple[int, BackwardConfig], list[str]] = {}
-    for head_dim in HEAD_DIMS:
-        for deterministic in (False, True):
-            for target in TARGETS:
-                cfg = flashcute.default_backward_config(
-                    head_dim, dtype, target, deterministic=deterministic
-                )
-                rows.setdefault((head_dim, cfg), []).append(target)
-    told = [[*row(d, cfg, targets), other_options(cfg)] for (d, cfg), targets in rows.items()]
-    return table([*HEADER, "other options"], told)
+    found = buckets(
+        lambda d, target: [
+            flashcute.default_backward_config(d, dtype, target, deterministic=deterministic)
+            for deterministic in (False, True)
+        ]
+    )
+    told = [[*row(x), f"`{x.cfg.kernel}`", other_options(x.cfg)] for x in found]
+    return table([*HEADER, "kernel", "other options"], told)
+
+
+class Bucket(NamedTuple):
+    """Head dimensions and targets that have one default configuration."""
+
+    first: int
+    last: int
+    targets: tuple[str, ...]
+    cfg: Config
+
+
+def buckets(defaults: Callable[[int, str], list[Config]]) -> list[Bucket]:
+    """Of all head dimensions and targets, in their order. `defaults`: those of one, each of another kind."""
+    ranges: dict[tuple[str, int, Config], list[int]] = {}
+    for target in TARGETS:
+        for head_dim in HEAD_DIMS:
+            for kind, cfg in enumerate(defaults(head_dim, target)):
+                ranges.setdefault((target, kind, cfg), []).append(head_dim)
+    targets: dict[tuple[int, int, int, Config], list[str]] = {}
+    for (target, kind, cfg), dims in ranges.items():
+        targets.setdefault((dims[0], dims[-1], kind, cfg), []).append(target)
+    found = [
+        (first, kind, TARGETS.index(of[0]), Bucket(first, last, tuple(of), cfg))
+        for (first, last, kind, cfg), of in targets.items()
+    ]
+    return [x[-1] for x in sorted(found, key=lambda x: x[:-1])]
 
 
 HEADER = ("head dimension", "GPUs", "tile", "warps", "stages")
 
 
-def row(head_dim: int, cfg: Config, targets: list[str]) -> list[object]:
+def row(bucket: Bucket) -> list[object]:
     """The columns that both tables have."""
-    capabilities = ", ".join(f"{int(x[3:]) / 10:.1f}" for x in targets)
-    tile = f"{cfg.block_m}×{cfg.block_n}"
-    return [BUCKETS[head_dim], capabilities, tile, cfg.num_warps, cfg.stages]
+    capabilities = ", ".join(f"{int(x[3:]) / 10:.1f}" for x in bucket.targets)
+    cfg = bucket.cfg
+    dims = f"{bucket.first} to {bucket.last}"
+    return [dims, capabilities, f"{cfg.block_m}×{cfg.block_n}", cfg.num_warps, cfg.stages]
 
 
 def commands() -> str:
