@@ -49,15 +49,18 @@ class Figure(NamedTuple):
 
 
 HOPPER = Source("gpu_forward_hopper")
+BACKWARD_HOPPER = Source("gpu_sm90_backward", impls=("flashcute", "sdpa_cudnn", "sdpa_flash"))
 NAIVE = Source("gpu_naive", impls=("naive",))
 
 FIGURES = (
     Figure("gpu_forward_hopper", charts.tflops, (HOPPER,)),
     Figure("gpu_forward", charts.tflops, (Source("gpu_forward"),)),
     Figure("gpu_backward", charts.tflops, (Source("gpu_backward"),)),
+    Figure("gpu_backward_hopper", charts.tflops, (BACKWARD_HOPPER,)),
     Figure("cpu_forward", charts.tflops, (Source("cpu_forward_float32"),)),
     Figure("gpu_masks", charts.masks, (Source("gpu_packed"), Source("gpu_block_masks"))),
     Figure("gpu_speedup_hopper", charts.speedup, (HOPPER,)),
+    Figure("gpu_speedup_backward_hopper", charts.speedup, (BACKWARD_HOPPER,)),
     Figure("gpu_speedup_backward", charts.speedup, (Source("gpu_backward"),)),
     Figure(
         "gpu_speedup_short",

@@ -27,6 +27,7 @@ def every(file: str) -> str:
     found.sort(
         key=lambda x: (
             x["head_dim"],
+            x.get("head_dim_v") or 0,
             x["causal"],
             x["seqlen_q"],
             x["kv_heads"],
@@ -65,7 +66,8 @@ def case_of(line: Line) -> str:
     if line["kv_heads"] != line["heads"]:
         heads += f"/{line['kv_heads']}"
     mask = "causal" if line["causal"] else "full"
-    return f"d {line['head_dim']}, {mask}, {line['batch']} x {heads} x {line['seqlen_q']:,}"
+    dims = " / ".join(str(line[n]) for n in ("head_dim", "head_dim_v") if line.get(n) is not None)
+    return f"d {dims}, {mask}, {line['batch']} x {heads} x {line['seqlen_q']:,}"
 
 
 def relative_error(line: Line) -> float:

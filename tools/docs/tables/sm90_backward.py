@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 
-from lines import Cell, Line, one, rounded, speed_ups, table, where
+from lines import Cell, Line, link, one, rounded, speed_ups, table, where
 
 from tables.kernels import span as from_to
 
@@ -200,6 +200,36 @@ def profile() -> str:
             ms = 1e3 * x["metrics"]["gpu__time_duration.sum"]
             rows.append([head_dim, f"`{launch.partition('_')[0]}`", f"{ms:.3g}", *told])
     return table(["head dim", "launch", "ms", *METRICS], rows, numbers=1 + len(METRICS))
+
+
+def share() -> str:
+    """Of `prepare` and `finish` in the three launches."""
+    shares = []
+    for head_dim in HEAD_DIMS:
+        ms = {
+            x["variant"]: x["metrics"]["gpu__time_duration.sum"]
+            for x in where(STEPS, step="profile", head_dim=head_dim)
+        }
+        shares.append(100 * (ms["prepare"] + ms["finish"]) / sum(ms.values()))
+    return (
+        f"The first and the last only read and write. They take {from_to(shares, '.1f')} % of the time of 16k tokens\n"
+        f"without a mask; the rest of this page is about `gradients`."
+    )
+
+
+def late_dq_first() -> str:
+    """Its effect in the first run at head dimension 128 without a mask, in percent."""
+    of = {"step": "options", "head_dim": 128, "causal": False}
+    found = [
+        100 * (one(STEPS, variant="as it is", seqlen=n, **of)["tflops"] / prompt["tflops"] - 1)
+        for prompt in where(STEPS, variant="prompt_dq", **of)
+        for n in [prompt["seqlen"]]
+    ]
+    return (
+        f"One H200 ({link('lines', FILE)}), one run.\n"
+        "At head dimension 128 without a mask it brings nothing in this run; in another it brought "
+        f"{from_to(found, '.0f')} %\nthere ([the notebook](docs/kernels/sm90_backward_notebook.md))."
+    )
 
 
 def cold() -> str:
