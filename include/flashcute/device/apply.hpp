@@ -87,76 +87,29 @@ struct VisibleElements {
   }
 };
 
-/// What a thread keeps of a block that the loop of the backward visits next, so that `VisibleElements` wait for no
-/// memory: nothing.
-template <class L, class Mask, bool KeysStay, int WarpsN, int Rows>
-struct BlockBits {
-  FLASHCUTE_DEVICE void load(int /*row*/, int /*block*/, typename Mask::Sequence const& /*sequence*/) {}
-};
-
-/// Under a map: words along the rows. Four lanes share each row, and keep a part of its words each.
-template <class L, bool KeysStay, int WarpsN, int Rows>
-struct BlockBits<L, Mask<MaskKind::mapped>, KeysStay, WarpsN, Rows> {
-  static constexpr int lanes = 4;
-  static constexpr int columns = L::BlockN::value;
-  static constexpr int words = ceil_div(columns, cell_size);  // of a row
-  static constexpr bool aligned = cell_size % columns == 0 || columns % cell_size == 0;
-
-  uint64_t own[ceil_div(Rows * words, lanes)];
-
-  /// `row`: the thread's first; `block`: the block's first column.
-  FLASHCUTE_DEVICE void load(int row, int block, MappedSequence const& sequence) {
-    CellMap const map = KeysStay ? sequence.by_key() : sequence.by_query();
-    int const end = KeysStay ? sequence.keys() : sequence.rows();
-    CUTE_UNROLL
-    for (int k = 0; k < ceil_div(Rows * words, lanes); ++k) {
-      int const n = min_of(k * lanes + thread_index() % lanes, Rows * words - 1);
-      int const at = row + L::template row_distance<WarpsN>(n / words);
-      own[k] = at < end ? map.columns_from(at, block + n % words * cell_size, aligned) : 0;
-    }
-  }
-
-  /// Word `w` of the thread's i-th row. All lanes of a warp ask for the same one.
-  FLASHCUTE_DEVICE uint64_t word(int i, int w) const {
-    if (w >= words) return 0;
-    int const n = i * words + w;
-    auto const part = [&](int shift) {
-      auto const half = static_cast<uint32_t>(own[n / lanes] >> shift);
-      float const got = shuffle<lanes>(__builtin_bit_cast(float, half), n % lanes);
-      return uint64_t{__builtin_bit_cast(uint32_t, got)} << shift;
-    };
-    return part(0) | part(32);
-  }
-};
-
-/// Under a map: which columns each of the thread's rows sees, from the thread's first on.
+/// Under a map: its words along each of the thread's rows.
 template <class L, bool KeysStay, int WarpsN, int Rows>
 struct VisibleElements<L, Mask<MaskKind::mapped>, KeysStay, WarpsN, Rows> {
-  using Band = Mask<MaskKind::mapped>::Band;
-  using Bits = BlockBits<L, Mask<MaskKind::mapped>, KeysStay, WarpsN, Rows>;
+  using Mask = flashcute::Mask<MaskKind::mapped>;
   static constexpr bool is_loaded = true;
+  static constexpr int columns = L::BlockN::value;
+  static constexpr int spread = WarpsN == 1 ? 8 : 16 * WarpsN;
 
-  uint64_t seen[Rows][Bits::words];
+  SeenBits<columns, spread> seen[Rows];
 
-  FLASHCUTE_DEVICE VisibleElements(int row, int column, MappedSequence const& sequence, int block, Bits const& bits) {
+  FLASHCUTE_DEVICE VisibleElements(int row, int column, MappedSequence const& sequence) {
     CUTE_UNROLL
     for (int i = 0; i < Rows; ++i) {
-      int const at = row + L::template row_distance<WarpsN>(i), before = column - block;
-      RowRange const shown = KeysStay ? Band::queries_of(at, sequence) : Band::keys_of(at, sequence);
-      CUTE_UNROLL
-      for (int w = 0; w < Bits::words; ++w) {
-        int const first = column + w * cell_size;
-        uint64_t const in_range = low_bits64(shown.end - first) & ~low_bits64(shown.begin - first);
-        uint64_t const after = bits.word(i, w + 1) << 1 << (cell_size - 1 - before);
-        seen[i][w] = in_range & (bits.word(i, w) >> before | after);
+      int const at = row + L::template row_distance<WarpsN>(i);
+      if constexpr (KeysStay) {
+        seen[i] = Mask::queries_seeing<columns, spread>(at, column, sequence);
+      } else {
+        seen[i] = Mask::seen<columns, spread>(at, column, sequence);
       }
     }
   }
 
-  FLASHCUTE_DEVICE bool at(int i, int j) const {
-    int const distance = L::template column_distance<WarpsN>(j);
-    return seen[i][distance / cell_size] >> distance % cell_size & 1;
-  }
+  FLASHCUTE_DEVICE bool at(int i, int j) const { return seen[i].at(L::template column_distance<WarpsN>(j)); }
 };
 
 }  // namespace flashcute

@@ -232,41 +232,29 @@ class MapPages {
     return cells;
   }
 
-  /// Of the blocks of a page. Written as one loop over the words of its cells: `cells_of` is inlined once.
+  /// Of the blocks of a page.
   FLASHCUTE_HD Cells cells_of_page(int32_t page) const {
-    int32_t const first = page * blocks_of_page;
-    int32_t const from = first * block_ / cell_size, to = ((first + blocks_of_page) * block_ - 1) / cell_size;
+    static_assert(blocks_of_page == cells_of_word);
+    if (block_ == cell_size) return cells_of(page);
+    if (block_ == 2 * cell_size) {
+      Cells const low = cells_of(2 * page), high = cells_of(2 * page + 1);
+      auto const pairs = [](uint32_t a, uint32_t b) { return every_other(a) | every_other(b) << 16; };
+      return {pairs(low.some | low.some >> 1, high.some | high.some >> 1),
+              pairs(low.whole & low.whole >> 1, high.whole & high.whole >> 1)};
+    }
+    // Blocks of other sizes, one by one.
     Cells blocks{0, ~0u};
-#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
-#pragma unroll 1
-#endif
-    for (int32_t w = from / cells_of_word; w <= to / cells_of_word; ++w) {
-      Cells const cells = cells_of(w);
-      if (block_ == cell_size) {
-        static_assert(blocks_of_page == cells_of_word);
-        blocks = cells;
-      } else if (block_ == 2 * cell_size) {
-        int32_t const shift = w % 2 * (blocks_of_page / 2);
-        blocks.some |= every_other(cells.some | cells.some >> 1) << shift;
-        blocks.whole &= ~(every_other(~(cells.whole & cells.whole >> 1)) << shift);
-      } else {
-        add_cells(cells, w, first, blocks);
+    for (int32_t b = 0; b < blocks_of_page; ++b) {
+      int32_t const n = page * blocks_of_page + b;
+      int32_t const from = n * block_ / cell_size, to = ((n + 1) * block_ - 1) / cell_size;
+      for (int32_t w = from / cells_of_word; w <= to / cells_of_word; ++w) {
+        Cells const cells = cells_of(w);
+        uint32_t const own = low_bits(to + 1 - w * cells_of_word) & ~low_bits(from - w * cells_of_word);
+        if ((cells.some & own) != 0) blocks.some |= 1u << b;
+        if ((cells.whole & own) != own) blocks.whole &= ~(1u << b);
       }
     }
     return blocks;
-  }
-
-  /// Adds the cells of word `w` to the blocks from `first` on whose size is neither that of a cell nor of two.
-  FLASHCUTE_HD void add_cells(Cells const& cells, int32_t w, int32_t first, Cells& blocks) const {
-#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
-#pragma unroll 1
-#endif
-    for (int32_t b = 0; b < blocks_of_page; ++b) {
-      int32_t const from = (first + b) * block_ / cell_size, to = ((first + b + 1) * block_ - 1) / cell_size;
-      uint32_t const own = low_bits(to + 1 - w * cells_of_word) & ~low_bits(from - w * cells_of_word);
-      if ((cells.some & own) != 0) blocks.some |= 1u << b;
-      if ((cells.whole & own) != own) blocks.whole &= ~(1u << b);
-    }
   }
 
   /// Bits 0, 2, 4, ... side by side.
@@ -419,13 +407,13 @@ class PassingCells {
 
   /// Blocks of keys of one K/V head.
   FLASHCUTE_HD static PassingCells of(MapBlocks const& blocks, int32_t kv_head) {
-    return PassingCells(blocks.pages(), kv_head, kv_head).after();
+    return PassingCells(blocks.pages(), kv_head, kv_head).after().after();
   }
 
   /// Blocks of queries of `heads` heads; `blocks` is what the first of them visits.
   FLASHCUTE_HD static PassingCells of(MapQueryBlocks const& blocks, int32_t /*complete*/, int32_t first_head,
                                       int32_t heads) {
-    return PassingCells(blocks.pages(), first_head, first_head + heads - 1).after();
+    return PassingCells(blocks.pages(), first_head, first_head + heads - 1).after().after();
   }
 
   FLASHCUTE_HD bool partial() const { return partial_; }
@@ -436,24 +424,19 @@ class PassingCells {
 
   /// The iterator at the block ahead, which becomes the current one.
   FLASHCUTE_HD PassingCells after() const {
-    PassingCells at = ahead();
-    at.any_ = at.find();
-    if (at.left > 0 && at.any_) at.left = 2;
-    return at;
-  }
-  /// The same, but it does not know the block after.
-  FLASHCUTE_HD PassingCells ahead() const {
     PassingCells at = *this;
     at.head = ahead_head_;
     at.block = ahead_.number;
     at.partial_ = ahead_.partial;
     at.left = any_ ? 1 : 0;
     at.index_ = index_ + (any_ ? 1 : 0);
+    at.any_ = at.find();
+    if (at.left > 0 && at.any_) at.left = 2;
     return at;
   }
 
  private:
-  /// Before the first block, which is ahead.
+  /// Before the first block, with none ahead.
   FLASHCUTE_HD PassingCells(MapPages const& pages, int32_t first_head, int32_t last_head)
       : head(first_head),
         block(0),
@@ -461,9 +444,7 @@ class PassingCells {
         pages_(pages),
         walk_(pages),
         ahead_head_(first_head),
-        last_head_(last_head) {
-    any_ = find();
-  }
+        last_head_(last_head) {}
 
   /// Sets the block ahead: the next of its head, or the first of the next head that has any.
   FLASHCUTE_HD bool find() {

@@ -185,8 +185,6 @@ struct PassingBlocks {
     if (next.block == end) next.block = begin, next.head = head + 1;
     return next;
   }
-  /// The same to who asks for nothing after it.
-  FLASHCUTE_HD PassingBlocks ahead() const { return after(); }
 };
 
 }  // namespace flashcute

@@ -153,7 +153,6 @@ struct TileGradients {
     if (blocks.left > 0) load_block(blocks);
     for (bool first = true; blocks.left > 0; blocks = blocks.after(), first = false) {
       bool const finite = arrive_and_sync(stage_of(blocks), first);
-      bits_ = next_bits_;
       if constexpr (C.stages > 1 && !loads_late) load_next(blocks);
       if (blocks.partial()) {
         add_block(blocks, finite, std_::true_type{});
@@ -178,7 +177,7 @@ struct TileGradients {
   }
 
   FLASHCUTE_DEVICE void load_next(Passing const& blocks) {
-    if (blocks.left > 1) load_block(blocks.ahead());
+    if (blocks.left > 1) load_block(blocks.after());
   }
 
   /// Starts loading the rows of a block that exist; the others become zeros, which add nothing. Called for the blocks
@@ -206,7 +205,6 @@ struct TileGradients {
       copy(std_::false_type{});
     }
     if constexpr (keys_stay) load_statistics(at.head, row0, rows, smem_.queries[stage]);
-    if (at.partial()) next_bits_.load(tile_.row0 + cute::get<0>(score_coordinates()(0, 0)), row0, sequence(at.head));
     next_x_ += C.block_n * x_stride;
     next_y_ += C.block_n * y_stride;
   }
@@ -331,9 +329,6 @@ struct TileGradients {
     });
   }
 
-  static constexpr int rows_of_thread = C.block_m / (L::threads / column_warps / 4);
-  using Bits = BlockBits<L, Mask, keys_stay, column_warps, rows_of_thread>;
-
   /// (row, column) of every score that this thread holds, by row and column.
   FLASHCUTE_DEVICE static auto score_coordinates() {
     return by_row_and_column(
@@ -345,12 +340,7 @@ struct TileGradients {
   FLASHCUTE_DEVICE auto visible_elements(Coordinates const& c, int block_row0, int head) const {
     constexpr int rows = decltype(cute::size<0>(c))::value;
     int const row = tile_.row0 + cute::get<0>(c(0, 0)), column = block_row0 + cute::get<1>(c(0, 0));
-    using Visible = VisibleElements<L, Mask, keys_stay, column_warps, rows>;
-    if constexpr (Visible::is_loaded) {
-      return Visible{row, column, sequence(head), block_row0, bits_};
-    } else {
-      return Visible{row, column, sequence(head)};
-    }
+    return VisibleElements<L, Mask, keys_stay, column_warps, rows>{row, column, sequence(head)};
   }
 
   /// For a block's elements: f(visible), where visible(i, j) says it of one. What has to be loaded for that is loaded
@@ -536,7 +526,6 @@ struct TileGradients {
       L::template accumulator<typename L::BlockM, typename L::HeadDim, column_warps>();  // (MMA, MMA_M, MMA_D)
   AccumulatorY dy_ =
       L::template accumulator<typename L::BlockM, typename L::HeadDimV, column_warps>();  // only if keys stay
-  Bits bits_, next_bits_;    // of the current block, and of the one to come
   bool dropped_ = false;     // whether anything was replaced by 0; the same in all threads of the block
   bool tile_finite_ = true;  // whether what this thread copied of X and Y is finite
 };
