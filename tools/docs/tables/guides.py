@@ -299,19 +299,22 @@ def gpu_backward_tiles(dtype: str) -> str:
             try:
                 cfg = flashcute.default_backward_config(head_dim, dtype, arch, deterministic=False)
             except flashcute.UnsupportedError:
-                rows.append([head_dim, gpu, "none fits", "-", "-", "-"])
+                rows.append([head_dim, gpu, "-", "none fits", "-", "-", "-"])
                 continue
             rows.append(
                 [
                     head_dim,
                     gpu,
+                    cfg.kernel,
                     f"{cfg.block_m}×{cfg.block_n}",
                     cfg.num_warps,
                     cfg.stages,
-                    cfg.blocks_per_sm,
+                    cfg.blocks_per_sm if cfg.kernel == "sm80" else 1,
                 ]
             )
-    return table(["head dimension", "GPU", "tile", "warps", "stages", "`blocks_per_sm`"], rows)
+    return table(
+        ["head dimension", "GPU", "kernel", "tile", "warps", "stages", "`blocks_per_sm`"], rows
+    )
 
 
 # ---- options -------------------------------------------------------------------------------------
