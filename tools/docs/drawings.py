@@ -28,6 +28,7 @@ from sketches import (
     fragments,
     masks,
     sm80_pipeline,
+    sm90_gradients,
     sm90_roles,
     sm90_timeline,
     swizzle,
@@ -48,6 +49,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "sm90_timeline": sm90_timeline.draw,
     "fragments": fragments.draw,
     "sm90_roles": sm90_roles.draw,
+    "sm90_gradients": sm90_gradients.draw,
     "backward": backward.draw,
     "cpu": cpu.draw,
 }
