@@ -111,7 +111,11 @@ def kernels_of(unit: Path) -> list[str]:
 
 
 def products_meant(kernel: str) -> list[str]:
-    """Of a Hopper kernel: the instructions of S = Q K^T and O += P V, each with its whole width."""
+    """Of a Hopper kernel: the instructions of S = Q K^T and O += P V, or of S^T = K Q^T and dV += P^T dO, each with its
+    whole width."""
+    if match := re.search(r"_sm90_bwd_[a-z0-9]+_d(\d+)_m(\d+)_.*_gradients", kernel):
+        d, m = match.groups()
+        return [f"HGMMA.64x{m}x16", f"HGMMA.64x{d}x16"]
     match = re.search(r"_sm90_fwd_[a-z0-9]+_d(\d+)(?:_dv(\d+))?_m\d+_n(\d+)_", kernel)
     if not match:
         return []
