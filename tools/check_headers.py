@@ -28,7 +28,7 @@ MAY_INCLUDE = {
 # Plain C++20, of which the host code includes no other. Those of sm90/ describe a launch.
 PLAIN_FOLDERS = ("", "core", "policy")
 PLAIN_OF_SM90 = ("sm90/params", "sm90/rounds", "sm90/tensor_map")
-NEEDS_CUDA = ("sm80/entry", "sm90/entry")  # a CUDA compiler
+NEEDS_CUDA = ("sm80/entry", "sm90/entry", "sm90/backward_entry")  # a CUDA compiler
 INCLUDE = re.compile(r'#include [<"](?:flashcute/([\w/]+)\.hpp|([^>"]+))[>"]')
 
 

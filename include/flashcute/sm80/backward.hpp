@@ -19,7 +19,7 @@
 
 #include "flashcute/core/constants.hpp"
 #include "flashcute/device/apply.hpp"
-#include "flashcute/sm80/delta.hpp"
+#include "flashcute/device/delta.hpp"
 #include "flashcute/sm80/dq_sums.hpp"
 
 namespace flashcute {
@@ -424,7 +424,7 @@ struct TileGradients {
                    exists ? global_load<float>(static_cast<float const*>(p.forward.lse) + first + i) : 0.f);
       if (!exists) shared_store(&queries.delta[i], 0.f);
     }
-    Delta<C, C.block_m>::compute(p, tile, [&](int row, float delta) {
+    Delta<Element, C.block_m, C.head_dim_v, C.copy_bytes, L::threads>::compute(p, tile, [&](int row, float delta) {
       if (!Sequence::fills_tensors && row >= existing) delta = 0;  // for the pass `sink`
       global_store(static_cast<float*>(p.delta) + first + row, delta);
       if (Sequence::fills_tensors || row < existing) shared_store(&queries.delta[row], delta);

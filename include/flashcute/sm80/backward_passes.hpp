@@ -19,7 +19,9 @@ struct PrepareGradients {
     auto const tile = Tile::at(p.forward, block_index(), C.block_n);
     QueryGradientSums<Id.config>::of(p, tile).clear();
     int const existing = tile.existing(p.forward);
-    Delta<C, C.block_n>::compute(p, tile, [&](int row, float delta) {
+    using Element = typename TileLayout<C>::Element;
+    constexpr int threads = TileLayout<C>::threads;
+    Delta<Element, C.block_n, C.head_dim_v, C.copy_bytes, threads>::compute(p, tile, [&](int row, float delta) {
       if (!Tile::Sequence::fills_tensors && row >= existing) delta = 0;  // for the pass `sink`
       global_store(static_cast<float*>(p.delta) + tile.lse_offset(p.forward) + row, delta);
     });

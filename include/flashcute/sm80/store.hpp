@@ -2,6 +2,7 @@
 // 0.
 #pragma once
 
+#include "flashcute/device/rows.hpp"
 #include "flashcute/policy/mask.hpp"
 #include "flashcute/sm80/copy.hpp"
 
@@ -43,20 +44,6 @@ FLASHCUTE_DEVICE void clear_rows(typename Smem::Element* tile, int first, int ro
     shared_store(&staged(i / columns, i % columns), typename Smem::Element{0});
   }
 }
-
-/// Rows of one head of a tensor.
-template <class Element>
-struct Rows {
-  Element const* first;
-  int64_t stride;
-
-  /// From row `first` on.
-  FLASHCUTE_DEVICE static Rows of(void const* base, Strides const& stride, int batch, int head, int first) {
-    return {static_cast<Element const*>(base) + row_offset(stride, batch, head, first), stride.row};
-  }
-
-  FLASHCUTE_DEVICE Element at(int row, int column) const { return global_load<Element>(first + row * stride + column); }
-};
 
 /// Adds to each element of a staged tile the non-finite values that its row sees among the rows `others` of a tensor,
 /// and that were replaced by 0 before the product. Slow, but rare.

@@ -206,10 +206,9 @@ class GradientConsumer {
 
   FLASHCUTE_DEVICE void store(Sums const& sums, void* to, Strides const& stride, int columns) const {
     int const first = warpgroup_ * warpgroup_rows;
-    int64_t const row_stride = stride.row;
     auto const offset =
         row_offset(stride, tile_.entry.batch, tile_.kv_head, tile_.entry.first_key + tile_.row0 + first);
-    store_rows<C.head_dim>(sums, static_cast<Element*>(to) + offset, row_stride, tile_.rows - first, columns);
+    store_rows<C.head_dim>(sums, static_cast<Element*>(to) + offset, stride.row, tile_.rows - first, columns);
   }
 
   /// Adds to the elements of a gradient that this thread has stored the non-finite values of Q or dO that were replaced

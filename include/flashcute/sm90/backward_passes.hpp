@@ -2,7 +2,7 @@
 #pragma once
 
 #include "flashcute/core/constants.hpp"
-#include "flashcute/sm80/delta.hpp"
+#include "flashcute/device/delta.hpp"
 #include "flashcute/sm90/backward.hpp"
 
 namespace flashcute::sm90 {
@@ -12,7 +12,7 @@ template <BackwardKernelId Id>
 struct PrepareGradients {
   static_assert(has_only<&Features::mask>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
   static constexpr BackwardConfig C = Id.config;
-  static constexpr TileConfig T = tile_of(C, Id.pass);
+  using Element = typename TensorCore<C.dtype>::Element;
   using Tile = QueryTile<typename Mask<Id.features.mask>::Sequence>;
   using Workspace = GradientWorkspace<C>;
   static constexpr int threads = num_threads(Id);
@@ -35,7 +35,8 @@ struct PrepareGradients {
       global_store(lse + row, x * log2_e<float>);
       if (!exists) global_store(delta + row, 0.f);
     }
-    Delta<T, C.block_m>::compute(p, tile, [&](int row, float x) { global_store(delta + row, x); });
+    Delta<Element, C.block_m, C.head_dim_v, 16, threads>::compute(
+        p, tile, [&](int row, float x) { global_store(delta + row, x); });
   }
 };
 

@@ -379,13 +379,13 @@ std::string lines_with(std::string const& word, Explanation const& e) {
 
 // Guards against an explanation that tells what runs on an H100 and not why, or tells it of another GPU's kernel.
 TEST_F(ExplainCall, SaysWhyHoppersKernelWasChosen) {
-  TensorView const t = tensor({2, 4096, 16, 96}, hopper);
+  TensorView const t = tensor({2, 4096, 16, 88}, hopper);
   Explanation const e = explain(std::nullopt, t, t, t);
   EXPECT_EQ(e.reasons.size(), 3u);
   EXPECT_EQ(lines_with("why", e), "  why     The tensors are on cuda:2, a GPU of compute capability 9.0.\n");
   EXPECT_NE(lines_with("Hopper's kernel (copies by TMA", e), "");
-  EXPECT_NE(lines_with("Tiles of 128 query rows and blocks of 128 keys are the default for head dimensions up to 128. "
-                       "A head dimension of 96 is padded with zeros and computed as one of 128.",
+  EXPECT_NE(lines_with("Tiles of 128 query rows and blocks of 128 keys are the default for head dimensions up to 96. "
+                       "A head dimension of 88 is padded with zeros and computed as one of 96.",
                        e),
             "");
 
@@ -857,8 +857,9 @@ TEST_F(PlanBackwardOnGpu, AWorkspaceWithoutASizeIsRefused) {
   call.refused<ArgumentError>({"workspace: expected a contiguous float32 tensor", "strides that leave gaps"});
 }
 
-// Guards against a workspace whose size is that of another configuration than the one that runs: the size is asked for
-// with q and v alone, and the configuration depends on the alignment of all tensors.
+// Guards against a workspace that is too small for the configuration that runs: the size is asked for with q and v
+// alone, and the configuration depends on the alignment of all tensors. On Hopper that decides which kernels run, and
+// the size is that of those which need more.
 TEST_F(PlanBackwardOnGpu, TheWorkspaceIsThatOfTheConfigurationThatRuns) {
   for (int64_t const head_dim : {8, 60, 64, 100, 128, 130, 192, 256}) {
     for (DType const dtype : {DType::bfloat16, DType::float32}) {
@@ -869,8 +870,10 @@ TEST_F(PlanBackwardOnGpu, TheWorkspaceIsThatOfTheConfigurationThatRuns) {
             call.options.deterministic = deterministic;
             call.dk.data = static_cast<char*>(call.dk.data) + shift;
             auto const config = backward_config_for(call.q, call.k, call.v, {{"dk", &call.dk}}, call.options);
-            EXPECT_EQ(backward_workspace_size({}, call.q, call.v, call.options), workspace_of(config, 4, 100).total())
-                << name(config).text;
+            int64_t const size = backward_workspace_size({}, call.q, call.v, call.options);
+            int64_t const used = workspace_of(config, 4, 100).total();
+            bool const two_choices = device == hopper && head_dim <= 128 && dtype == DType::bfloat16 && !deterministic;
+            EXPECT_TRUE(size == used || (two_choices && size > used)) << name(config).text << ": " << size;
           }
         }
       }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "flashcute/core/backward_params.hpp"
-#include "flashcute/sm80/store.hpp"
+#include "flashcute/device/rows.hpp"
 
 namespace flashcute {
 
@@ -13,15 +13,14 @@ constexpr int lanes_of_row(int columns, int columns_of_lane) {
   return count;
 }
 
-/// delta of tiles of TileRows query rows.
-template <TileConfig C, int TileRows>
+/// delta of tiles of TileRows query rows, by `Threads` threads that read `CopyBytes` at once of rows of at most
+/// `Columns` columns.
+template <class Element, int TileRows, int Columns, int CopyBytes, int Threads>
 class Delta {
-  using L = TileLayout<C>;
-  using Element = typename L::Element;
-  static constexpr int vector = C.copy_bytes / sizeof(Element);
-  using Word = cute::uint_bit_t<8 * C.copy_bytes>;
-  static constexpr int lanes = lanes_of_row(C.head_dim_v, vector);
-  static constexpr int rows_per_pass = L::threads / lanes;
+  static constexpr int vector = CopyBytes / sizeof(Element);
+  using Word = cute::uint_bit_t<8 * CopyBytes>;
+  static constexpr int lanes = lanes_of_row(Columns, vector);
+  static constexpr int rows_per_pass = Threads / lanes;
 
  public:
   /// Calls result(row, delta) for each row of the tile that exists, once, in one thread of the block.
