@@ -6,7 +6,7 @@
 # usage: benchmarks/gpu_evidence.sh OUTPUT_FOLDER COMMIT [STEP...]
 # steps: build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn forward_hopper
 #        forward_hopper_short forward_float32 naive options options_hopper tiles backward backward_gqa
-#        backward_float32 overhead first_use io profile presets
+#        sm90_backward backward_float32 overhead first_use io profile presets
 # (default: all); package: in place of build, without the C++ tests and for compute capability 9.0 alone
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -16,7 +16,7 @@ shift 2
 steps=("$@")
 [ ${#steps[@]} -gt 0 ] || steps=(build cpp python memcheck synccheck initcheck racecheck o1 forward forward_cudnn
   forward_hopper forward_hopper_short forward_float32 naive options options_hopper tiles backward backward_gqa
-  backward_float32 overhead first_use io profile presets)
+  sm90_backward backward_float32 overhead first_use io profile presets)
 export PYTHONPATH=$PWD/build/system/stage${PYTHONPATH:+:$PYTHONPATH}
 logs=$(mktemp -d)
 mkdir -p "$out"
@@ -87,10 +87,12 @@ for step in "${steps[@]}"; do
         --rounds 15 ;;
     forward_float32) bench forward_float32 200 --grid peers --dtype float32 --head-dims 64,128,256 --seqlens 1024,4096 \
       --impls flashcute,sdpa_efficient,sdpa_math ;;
-    backward) bench backward 300 --backward --grid peers --head-dims 64,128,256 --rounds 8 \
+    backward) bench backward 300 --backward --grid peers --head-dims 64,128,256 --rounds 8 --config kernel=sm80 \
       --impls flashcute,sdpa_flash,flashcute_deterministic ;;
-    backward_gqa) bench backward_gqa 300 --backward --grid peers --head-dims 64,128,256 --kv-ratio 8 \
+    backward_gqa) bench backward_gqa 300 --backward --grid peers --head-dims 64,128,256 --kv-ratio 8 --config kernel=sm80 \
       --impls flashcute,sdpa_flash,flashcute_deterministic ;;
+    sm90_backward) bench sm90_backward 300 --backward --grid peers --head-dims 64,128 --rounds 5 \
+      --impls flashcute,sdpa_cudnn,sdpa_flash --config kernel=sm80 --config late_dq=0 ;;
     backward_float32) bench backward_float32 300 --backward --grid peers --dtype float32 --head-dims 64,128,256 \
       --seqlens 1024,4096,16384 --impls flashcute,sdpa_efficient,flashcute_deterministic ;;
     naive) bench naive 60 --batch 4 --heads 16 --head-dims 64 --seqlens 2048,4096,8192 --impls flashcute,naive ;;
