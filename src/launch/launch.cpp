@@ -232,12 +232,15 @@ void launch(BackwardConfig const& config, Features const& features, BackwardPara
     if (blocks > 0) launches.push_back({kernel, blocks});
   }
   kernels<BackwardKernelId>().get(launches, device);
+  Sm90BackwardParams with_maps{.q = {}, .k = {}, .v = {}, .dout = {}, .backward = params};
+  if (config.kernel == flashcute::Kernel::sm90 && query_tiles > 0 && key_tiles > 0) {
+    // Before anything is launched, so that an error leaves nothing half done. Autograd's threads have no context.
+    ContextGuard const guard(device_facts(device).primary_context);
+    set_tensor_maps(config, with_maps);
+  }
   for (auto const& ready : launches) {
     if (config.kernel == flashcute::Kernel::sm90 && ready.kernel.pass == BackwardPass::gradients) {
-      ContextGuard const guard(device_facts(device).primary_context);  // for the maps: autograd's threads have none
-      Sm90BackwardParams all{.q = {}, .k = {}, .v = {}, .dout = {}, .backward = params};
-      set_tensor_maps(config, all);
-      ready.run(all, device, stream);
+      ready.run(with_maps, device, stream);
     } else {
       ready.run(params, device, stream);
     }

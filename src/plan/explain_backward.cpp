@@ -19,10 +19,13 @@ namespace flashcute {
 namespace {
 
 /// Why `other` is not the default configuration.
-std::string why_not(BackwardConfig const& other, Call const& call) {
+std::string why_not(BackwardConfig const& other, Call const& call, std::span<Operand const> copied) {
   return why_not(other, call, [&]() -> std::string {
     require_fits(other, call);
     if (!call.on_gpu()) return "not the default on the CPU";
+    if (other.kernel == Kernel::sm90) {
+      if (std::string const problem = sm90_backward_problem(call, copied); !problem.empty()) return problem;
+    }
     for (Operand const* tensor : {&call.q, &call.k, &call.v}) require_aligned(*tensor, other.copy_bytes);
     if (call.options.deterministic && !other.deterministic) {
       return "it does not give the same bits in every run, as the call asks";
@@ -83,8 +86,8 @@ BackwardExplanation explain_backward(Call const& call, TensorView const* out) {
   BackwardExplanation e;
   e.rejected.emplace_back(gpu ? "cpu" : "sm80", where_tensors_are(call.device));
   std::optional<BackwardConfig> chosen;
+  std::vector<Operand> copied{call.q, call.k, call.v};
   try {
-    std::vector<Operand> copied{call.q, call.k, call.v};
     if (out != nullptr) copied.push_back(operand("out", *out, call.options));
     std::string misaligned;
     chosen = choose_backward_config(call, copied, &misaligned);
@@ -104,7 +107,7 @@ BackwardExplanation explain_backward(Call const& call, TensorView const* out) {
     e.rejected.emplace_back(here, error.what());
   }
   for (BackwardConfig const& other : backward_configs()) {
-    if (chosen != other) e.rejected.emplace_back(name(other).text, why_not(other, call));
+    if (chosen != other) e.rejected.emplace_back(name(other).text, why_not(other, call, copied));
   }
   return e;
 }

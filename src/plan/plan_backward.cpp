@@ -265,9 +265,12 @@ BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call cons
 
   BackwardConfig const config = given ? *given : choose_backward_config(call, copied);
   if (call.on_gpu()) {
-    for (Operand const& tensor : copied) require_aligned(tensor, config.copy_bytes);
-    if (config.kernel == Kernel::sm90) {
-      if (std::string const problem = sm90_backward_problem(call, copied); !problem.empty()) {
+    if (config.kernel == Kernel::sm80) {
+      for (Operand const& tensor : copied) require_aligned(tensor, config.copy_bytes);
+    } else {
+      std::string problem = sm90_backward_problem(call, copied);
+      if (problem.empty() && common_alignment(copied, &problem) == 16) problem.clear();
+      if (!problem.empty()) {
         throw ConfigError("cfg: kernel sm90 does not fit the call: " + problem +
                           ". Use kernel='sm80', or flash_attention, which chooses by itself");
       }

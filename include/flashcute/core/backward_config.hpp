@@ -148,8 +148,8 @@ constexpr int64_t most_smem_bytes(BackwardConfig const& c) {
   return most;
 }
 
-/// Floats of workspace: delta, of the sm90 kernels after the LSE and both of whole tiles; then (unless deterministic)
-/// the sums that become dQ, which start at a multiple of 16 bytes.
+/// Floats of workspace: delta (of the sm90 kernels a base-2 LSE and delta for every row of all tiles); then, unless
+/// deterministic, the sums that become dQ, which start at a multiple of 16 bytes.
 struct BackwardWorkspace {
   int64_t delta, dq_sums;
 

@@ -13,7 +13,8 @@ struct BackwardParams {
   void* dq;          // (batch, seqlen_q, heads,    head_dim)
   void* dk;          // (batch, seqlen_k, kv_heads, head_dim): sums over the query heads of a group
   void* dv;          // (batch, seqlen_k, kv_heads, head_dim_v): the same
-  void* delta;       // (batch, heads, seqlen_q), contiguous, of lse's type: rowsum(dO * O) - dLSE, a workspace
+  void* delta;       // (batch, heads, seqlen_q), contiguous, of lse's type: rowsum(dO * O) - dLSE, a workspace; of
+                     // Hopper's kernels the base-2 LSE and then delta, with whole tiles of block_m queries
   void* dq_sums;     // fp32: dq / scale in tiles of block_m x head_dim (of the configuration), whose element order only
                      // `gradients` and `finish` know; a workspace; null if deterministic, and on the CPU
   void* dsink;       // (heads,), of the sink's type; null: not wanted

@@ -39,7 +39,6 @@ class GradientConsumer {
   /// Of a tile that some query sees.
   FLASHCUTE_DEVICE void run() {
     barrier_wait(smem_.k_full, 0);
-    barrier_wait(smem_.v_full, 0);
     bool last;
     do {  // (of a loop that may end before its first iteration nvcc serialises all WGMMA)
       last = add_block();
@@ -54,6 +53,7 @@ class GradientConsumer {
     Scores s, dp;
     barrier_wait(smem_.q_full[q_.place], q_.parity);
     P::template begin_scores<C.stages>(s, own(smem_.k), {smem_.q[0], q_.place});
+    barrier_wait(smem_.v_full, 0);  // of the first block; later it passes at once
     barrier_wait(smem_.dout_full[dout_.place], dout_.parity);
     P::template begin_scores<C.dout_stages>(dp, own(smem_.v), {smem_.dout[0], dout_.place});
     AnnouncedQueries const& block = smem_.blocks[q_.place];

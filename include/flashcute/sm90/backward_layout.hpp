@@ -105,7 +105,7 @@ struct BackwardLayout : WarpgroupFragment {
     alignas(1024) Element dout[C.dout_stages][q_elements];
     alignas(1024) Element ds[ds_places][ds_elements];
     alignas(128) float dq[warpgroups][dq_floats];  // in the order in which threads hold it
-    alignas(16) float lse[C.stages][C.block_m];    // in units of log 2
+    alignas(16) float lse[C.stages][C.block_m];    // to base 2
     alignas(16) float delta[C.dout_stages][C.block_m];
     AnnouncedQueries blocks[C.stages];
     Barrier k_full, v_full;

@@ -18,7 +18,7 @@ struct GradientWorkspace {
     return (static_cast<int64_t>(batch) * p.heads + head) * blocks(p) + block;
   }
 
-  /// Of block `number`: LSE (in units of log 2) and delta of its queries, and the sums of dQ / scale.
+  /// Of block `number`: the base-2 LSE and delta of its queries, and the sums of dQ / scale.
   FLASHCUTE_HD static float* lse(BackwardParams const& p, int64_t number) {
     return static_cast<float*>(p.delta) + number * C.block_m;
   }
@@ -202,8 +202,8 @@ class DqAdder {
 
 /// Run by one warp, where queries see different keys: it looks for NaN and infinity in K, and in blocks of Q and dO of
 /// which not every row sees all keys. There it replaces them by 0: a row that does not see a key would multiply it by
-/// 0, and 0 * NaN is NaN. (LSE and delta of a row with such a value are not finite either, so what the row sees still
-/// becomes NaN.)
+/// 0, and 0 * NaN is NaN. (What the row sees still becomes NaN: its LSE is not finite, of which `prepare` makes NaN, or
+/// its delta is not.)
 template <BackwardKernelId Id>
 class GradientInspector {
   static constexpr BackwardConfig C = Id.config;

@@ -7,7 +7,7 @@
 
 namespace flashcute::sm90 {
 
-/// The pass before: computes delta, converts the LSE to units of log 2, and clears the sums of dQ.
+/// The pass before: computes delta, converts the LSE to base 2, and clears the sums of dQ.
 template <BackwardKernelId Id>
 struct PrepareGradients {
   static_assert(has_only<&Features::mask>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
@@ -27,13 +27,15 @@ struct PrepareGradients {
     }
     float *const lse = Workspace::lse(p, number), *const delta = Workspace::delta(p, number);
     for (int row = thread_index(); row < C.block_m; row += threads) {
-      // Rows that do not exist: exp(S - infinity) is 0.
-      bool const exists = row < tile.rows;
-      float const x =
-          exists ? global_load<float>(static_cast<float const*>(p.forward.lse) + tile.lse_offset(p.forward) + row)
-                 : infinity;
-      global_store(lse + row, x * log2_e<float>);
-      if (!exists) global_store(delta + row, 0.f);
+      if (row >= tile.rows) {  // exp(S - infinity) is 0
+        global_store(lse + row, infinity);
+        global_store(delta + row, 0.f);
+        continue;
+      }
+      // Of infinity NaN: the row sees keys whose scores are all -infinity, or NaN, and its P is NaN, also where Q was
+      // replaced by 0 and the scores are finite. (A row that sees no key is hidden from every block.)
+      float const x = global_load<float>(static_cast<float const*>(p.forward.lse) + tile.lse_offset(p.forward) + row);
+      global_store(lse + row, is_finite(x) ? x * log2_e<float> : infinity - infinity);
     }
     Delta<Element, C.block_m, C.head_dim_v, 16, threads>::compute(
         p, tile, [&](int row, float x) { global_store(delta + row, x); });

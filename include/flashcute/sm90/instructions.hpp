@@ -240,8 +240,8 @@ FLASHCUTE_DEVICE void named_arrive(int id) {
 /// Proxy fence: makes what this thread wrote to shared memory visible to WGMMA that begin later.
 FLASHCUTE_DEVICE void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-/// Proxy fence: bulk copies to shared memory that begin later come after what this thread wrote there. It and the
-/// thread that begins them still have to synchronise.
+/// Proxy fence: bulk copies to shared memory that begin later come after what this thread wrote there, and those from
+/// shared memory see it. It and the thread that begins them still have to synchronise.
 FLASHCUTE_DEVICE void publish_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- shared memory -------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ namespace {
 template <BackwardConfig B, MaskKind Kind>
 class BackwardProblem : public BackwardCall<B, Kind> {
   using Call = BackwardCall<B, Kind>;
-  using Call::s_;
 
  public:
   using Call::Call;
+  using Call::s_;
 
   /// The output and LSE of the inputs as they are, then all passes.
   void run(uint64_t seed) {

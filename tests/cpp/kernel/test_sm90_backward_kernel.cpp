@@ -12,11 +12,11 @@ using emulation::Sm90Block;
 template <BackwardConfig B, MaskKind Kind>
 class Sm90BackwardProblem : public BackwardCall<B, Kind> {
   using Call = BackwardCall<B, Kind>;
-  using Call::s_;
 
  public:
   using Call::Call;
   using Call::problem;
+  using Call::s_;
 
   /// The output and LSE of the inputs as they are, then all passes.
   void run(uint64_t seed) {
@@ -186,6 +186,18 @@ void check_poison() {
 TEST(Sm90BackwardKernel, PoisonReachesWhatSeesIt) {
   check_poison<narrow>();
   check_poison<wide>();
+}
+
+// Guards against infinity in one element of a query, all of whose scores are -infinity: its LSE is -infinity, as if it
+// saw no key, and its P would be finite once the element is replaced by 0.
+TEST(Sm90BackwardKernel, ScoresThatAreAllMinusInfinity) {
+  for (int row : {0, 70, 199}) {
+    Sm90BackwardProblem<wide, MaskKind::causal> problem({.sq = 200, .sk = 200, .d = 128, .d_v = 128});
+    for (int key = 0; key < 200; ++key) problem.problem.k.set(0, key, 0, 5, -0.5 - key * 0x1p-10);
+    problem.problem.q.set(0, row, 0, 5, inf);
+    SCOPED_TRACE(row);
+    check_gradients(problem);
+  }
 }
 
 }  // namespace
