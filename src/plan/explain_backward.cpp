@@ -19,14 +19,17 @@ namespace flashcute {
 namespace {
 
 /// Why `other` is not the default configuration.
-std::string why_not(BackwardConfig const& other, Call const& call, std::span<Operand const> copied) {
+std::string why_not_default(BackwardConfig const& other, Call const& call, std::span<Operand const> copied) {
   return why_not(other, call, [&]() -> std::string {
     require_fits(other, call);
     if (!call.on_gpu()) return "not the default on the CPU";
     if (other.kernel == Kernel::sm90) {
-      if (std::string const problem = sm90_backward_problem(call, copied); !problem.empty()) return problem;
+      std::string problem = sm90_backward_problem(call, copied);
+      if (problem.empty()) common_alignment(copied, &problem);
+      if (!problem.empty()) return problem;
+    } else {
+      for (Operand const* tensor : {&call.q, &call.k, &call.v}) require_aligned(*tensor, other.copy_bytes);
     }
-    for (Operand const* tensor : {&call.q, &call.k, &call.v}) require_aligned(*tensor, other.copy_bytes);
     if (call.options.deterministic && !other.deterministic) {
       return "it does not give the same bits in every run, as the call asks";
     }
@@ -107,7 +110,7 @@ BackwardExplanation explain_backward(Call const& call, TensorView const* out) {
     e.rejected.emplace_back(here, error.what());
   }
   for (BackwardConfig const& other : backward_configs()) {
-    if (chosen != other) e.rejected.emplace_back(name(other).text, why_not(other, call, copied));
+    if (chosen != other) e.rejected.emplace_back(name(other).text, why_not_default(other, call, copied));
   }
   return e;
 }
