@@ -28,7 +28,7 @@ struct PrepareGradients {
     float *const lse = Workspace::lse(p, number), *const delta = Workspace::delta(p, number);
     for (int row = thread_index(); row < C.block_m; row += threads) {
       if (row >= tile.rows) {  // exp(S - infinity) is 0
-        global_store(lse + row, infinity);
+        global_store(lse + row, float{infinity});
         global_store(delta + row, 0.f);
         continue;
       }
