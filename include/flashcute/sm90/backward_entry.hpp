@@ -1,6 +1,9 @@
 // The __global__ functions of Hopper's gradients, as entry.hpp of its forward.
 #pragma once
 
+// First, so that nothing else is said of another target.
+#include "flashcute/sm90/target.hpp"
+// The kernels.
 #include "flashcute/sm90/backward_passes.hpp"
 
 /// Defines the kernel NAME for the BackwardKernelId that follows, of the pass `gradients`.

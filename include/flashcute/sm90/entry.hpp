@@ -1,6 +1,9 @@
 // The __global__ functions of the sm90 kernels, as flashcute/sm80/entry.hpp.
 #pragma once
 
+// First, so that nothing else is said of another target.
+#include "flashcute/sm90/target.hpp"
+// The kernels.
 #include "flashcute/sm90/forward.hpp"
 
 /// Defines the kernel NAME for the ForwardKernelId that follows.

@@ -3,12 +3,6 @@
 // that a host cannot execute is here: tests/cpp/emulation has a header of the same name that stands in for it.
 #pragma once
 
-// For plain sm_90 CuTe compiles WGMMA to a trap that shows only when the kernel runs, hence this check. The host, whose
-// compiler defines no __CUDA_ARCH__, may include these headers.
-#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#error "Hopper's kernels must be compiled for sm_90a: plain sm_90 lacks their instructions (WGMMA, setmaxnreg)"
-#endif
-
 // CuTe has WGMMA for 8, 16, 32, 64, 96, 128, 192 and 256 columns. For others a translation unit defines
 // CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED first (src/image/source.cpp does where a configuration asks for it).
 #include "flashcute/device/instructions.hpp"
