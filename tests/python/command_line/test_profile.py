@@ -319,7 +319,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     [
         (["--seqlen", "64,128"], "--seqlen: expected one length, got 2"),
         (["--config", "block_m=40"], "block_m"),
-        (["--backward", "--config", "column_warps=3"], "column_warps must be"),
+        (["--backward", "--config", "kernel=sm80,column_warps=3"], "column_warps must be"),
         (["--out", "/nonexistent/report"], "--out: expected a file in a folder that exists"),
         (["--out", ""], "--out: expected a file in a folder that exists, got ''"),
         (["--out", "/"], "--out: expected a file in a folder that exists, got '/'"),
