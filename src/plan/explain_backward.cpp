@@ -24,9 +24,7 @@ std::string why_not_default(BackwardConfig const& other, Call const& call, std::
     require_fits(other, call);
     if (!call.on_gpu()) return "not the default on the CPU";
     if (other.kernel == Kernel::sm90) {
-      std::string problem = sm90_backward_problem(call, copied);
-      if (problem.empty()) common_alignment(copied, &problem);
-      if (!problem.empty()) return problem;
+      if (std::string const problem = sm90_backward_problem(call, copied); !problem.empty()) return problem;
     } else {
       for (Operand const* tensor : {&call.q, &call.k, &call.v}) require_aligned(*tensor, other.copy_bytes);
     }
@@ -39,19 +37,14 @@ std::string why_not_default(BackwardConfig const& other, Call const& call, std::
 
 /// Why Hopper's kernels are not taken on a Hopper GPU.
 std::string why_not_sm90(Call const& call, std::span<Operand const> copied) {
-  if (std::string const problem = sm90_backward_problem(call, copied); !problem.empty()) return problem;
-  BackwardTensors t{.dtype = call.dtype,
-                    .head_dim = call.params.head_dim,
-                    .head_dim_v = call.params.head_dim_v,
-                    .deterministic = call.options.deterministic,
-                    .allow_sm90 = true};
   if (call.options.deterministic) return "its sums of dq differ in their last bits from run to run";
-  BackwardConfig const best = default_backward_config(t, call.arch);
+  if (std::string const problem = sm90_backward_problem(call, copied); !problem.empty()) return problem;
+  BackwardConfig const best = default_backward_config(
+      {.dtype = call.dtype, .head_dim = call.params.head_dim, .head_dim_v = call.params.head_dim_v, .allow_sm90 = true},
+      call.arch);
   if (best.kernel != Kernel::sm90) {
     return "it computes gradients of float16 and bfloat16 with head dimensions up to 128";
   }
-  std::string misaligned;
-  if (common_alignment(copied, &misaligned) < 16) return misaligned;
   for (BackwardKernelId const& kernel : kernels_of(best, features_of(call), false)) {
     if (std::string const problem = image_problem(kernel, call.arch); !problem.empty()) return problem;
   }

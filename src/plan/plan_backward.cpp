@@ -137,7 +137,9 @@ BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch,
 
 std::string sm90_backward_problem(Call const& call, std::span<Operand const> copied) {
   if (!serves(BackwardConfig{.kernel = Kernel::sm90}, call.mask())) return gradients_of_sm90;
-  return bulk_copy_problem(copied);
+  std::string problem = bulk_copy_problem(copied);
+  if (problem.empty()) common_alignment(copied, &problem);
+  return problem;
 }
 
 BackwardConfig choose_backward_config(Call const& call, std::span<Operand const> copied, std::string* misaligned) {
@@ -267,10 +269,8 @@ BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call cons
   if (call.on_gpu()) {
     if (config.kernel == Kernel::sm80) {
       for (Operand const& tensor : copied) require_aligned(tensor, config.copy_bytes);
-    } else {
-      std::string problem = sm90_backward_problem(call, copied);
-      if (problem.empty() && common_alignment(copied, &problem) == 16) problem.clear();
-      if (!problem.empty()) {
+    } else if (given) {
+      if (std::string const problem = sm90_backward_problem(call, copied); !problem.empty()) {
         throw ConfigError("cfg: kernel sm90 does not fit the call: " + problem +
                           ". Use kernel='sm80', or flash_attention, which chooses by itself");
       }
