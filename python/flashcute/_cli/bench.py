@@ -23,7 +23,7 @@ from .options import (
     positive_int,
     seed,
 )
-from .peers import DETERMINISTIC, NAMES
+from .peers import DETERMINISTIC, NAMES, PACKAGES
 from .presets import PRESETS, listing
 from .recorded import opened_to_append
 
@@ -112,7 +112,7 @@ def add_command(commands: Commands) -> None:
         type=list_of(implementation_name),
         metavar="NAME,...",
         help=f"among {', '.join(NAMES)}, with --backward {DETERMINISTIC}; default: all but sdpa, "
-        f"fa3, xformers and {DETERMINISTIC}, on the CPU flashcute, sdpa, naive",
+        f"{', '.join(PACKAGES)} and {DETERMINISTIC}, on the CPU flashcute, sdpa, naive",
     )
     compared.add_argument(
         "--config",

@@ -31,7 +31,8 @@ SDPA_BACKENDS = {
     "sdpa_cudnn": "CUDNN_ATTENTION",
     "sdpa_math": "MATH",
 }
-NAMES = ("flashcute", "sdpa", *SDPA_BACKENDS, "fa3", "xformers", "naive")
+PACKAGES = ("fa3", "fa4", "xformers")  # of other projects; timed where they are named
+NAMES = ("flashcute", "sdpa", *SDPA_BACKENDS, *PACKAGES, "naive")
 DETERMINISTIC = "flashcute_deterministic"  # gradients only
 
 
@@ -304,6 +305,34 @@ def flash_attention_3() -> Implementation:
     return Implementation("fa3", metadata.version("fa3-fwd"), call)
 
 
+def flash_attention_4() -> Implementation:
+    """flash-attention's kernels in CuTe DSL, of the package flash-attn-4. (Its sinks are bfloat16: they are converted
+    in each call.)"""
+    try:
+        function = import_module("flash_attn.cute.interface").flash_attn_func
+        version = import_module("importlib.metadata").version("flash-attn-4")
+    except (ImportError, OSError) as problem:
+        raise UsageError(f"fa4 needs the package flash-attn-4: {problem}") from None
+
+    def call(
+        q: Array,
+        k: Array,
+        v: Array,
+        causal: bool,
+        *,
+        window: Window = None,
+        sink: Array | None = None,
+    ) -> Array:
+        sides = tuple(None if side < 0 else side for side in window or (-1, -1))
+        learnable_sink = None if sink is None else sink.bfloat16()
+        result = function(
+            q, k, v, causal=causal, window_size=sides, learnable_sink=learnable_sink
+        )
+        return result[0] if isinstance(result, tuple) else result
+
+    return Implementation("fa4", version, call)
+
+
 def xformers_attention() -> Implementation:
     """memory_efficient_attention of xFormers, by the operator that it chooses."""
     try:
@@ -358,6 +387,8 @@ def make(name: str, kit: Kit) -> Implementation:
         if find_spec("fa3_fwd_interface") is None:
             raise UsageError("fa3 needs the package fa3-fwd")
         return flash_attention_3()
+    if name == "fa4":
+        return flash_attention_4()
     if name == "xformers":
         return xformers_attention()
     return Sdpa(kit, name)
