@@ -8,6 +8,7 @@ add_custom_command(
   COMMAND ${Python_EXECUTABLE} ${PROJECT_SOURCE_DIR}/cmake/collect_headers.py
           --output ${flashcute_device_headers_dir} --depfile ${stamp}.d
           --start flashcute/sm80/entry.hpp flashcute/sm90/entry.hpp flashcute/sm90/backward_entry.hpp
+                  flashcute/device/make_block_map.hpp
           --root ${PROJECT_SOURCE_DIR}/include ${flashcute_cutlass_dir} cccl=${flashcute_cccl_dir}
   DEPENDS ${PROJECT_SOURCE_DIR}/cmake/collect_headers.py
   DEPFILE ${stamp}.d
