@@ -209,10 +209,12 @@ void require_shape(char const* argument, TensorView const& t, ElementType dtype,
   if (t.device != device) {
     throw ArgumentError(argument, "device " + to_string(device) + " as in q", to_string(t.device));
   }
+  // The strides of an empty tensor mean nothing: NumPy 2.5 gives 0 for all of them.
+  bool const strides_matter = contiguous && std::find(shape.begin(), shape.end(), 0) == shape.end();
   int64_t expected_stride = 1;
   for (std::size_t i = shape.size(); i-- > 0;) {
-    bool const wrong_stride = shape[i] > 1 && expected_stride > 0 && t.strides[i] != expected_stride;
-    if (t.shape[i] != shape[i] || (contiguous && wrong_stride)) {
+    bool const wrong_stride = shape[i] > 1 && t.strides[i] != expected_stride;
+    if (t.shape[i] != shape[i] || (strides_matter && wrong_stride)) {
       std::string sizes;
       for (int64_t const size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
       throw ArgumentError(

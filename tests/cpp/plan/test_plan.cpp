@@ -68,6 +68,19 @@ TEST(Plan, GoodInputRuns) {
   EXPECT_EQ(p.output[64], -7.f) << "written past the end";
 }
 
+// Guards against empty arrays that are refused: libraries differ in the strides that they give these.
+TEST(Plan, StridesOfAnEmptyTensorMeanNothing) {
+  Problem p;
+  TensorView lse = Problem::view(p.output, {0, 2, 4, 1});
+  lse.rank = 3;
+  for (TensorView* t : {&p.q, &p.k, &p.v, &p.out, &lse}) {
+    t->shape[0] = 0;
+    t->strides = {};
+  }
+  forward(p.config, p.q, p.k, p.v, p.out, &lse, p.options, nullptr);
+  EXPECT_EQ(p.output[0], -7.f);
+}
+
 // Guards against a diagonal that is taken for another, or wraps: with equal scores a row is the mean of what it sees.
 TEST(Plan, TheDiagonalSaysWhatARowSees) {
   constexpr int64_t least = std::numeric_limits<int64_t>::min(), most = std::numeric_limits<int64_t>::max();

@@ -293,7 +293,8 @@ def test_libraries(rng: np.random.Generator, library: str) -> None:
         arrays = [torch.from_numpy(x) for x in arrays]
     if library == "jax":
         jax = pytest.importorskip("jax")
-        arrays = [jax.numpy.asarray(x) for x in arrays]
+        cpu = jax.devices("cpu")[0]
+        arrays = [jax.device_put(x, cpu) for x in arrays]
     q, k, v, dout = arrays
     out, lse = fc.flash_attention(q, k, v, return_lse=True)
     cfg = fc.default_backward_config(16, "float32", "cpu")

@@ -3,6 +3,7 @@ random problems.)"""
 
 from __future__ import annotations
 
+import inspect
 import re
 import time
 from collections.abc import Callable
@@ -280,10 +281,14 @@ def rules() -> dict[str, Callable[..., Any]]:
 @pytest.mark.parametrize("separate", [True, False])
 def test_flex(sq: int, sk: int, blocks: Any, separate: bool) -> None:
     """A list that is read beyond its end; a rule of all elements where lengths are no multiples of blocks."""
+    create = flex().create_block_mask
+    more = {"separate_full_blocks": separate}
+    if "separate_full_blocks" not in inspect.signature(create).parameters:  # torch before 2.12
+        if not separate:
+            pytest.skip("this torch always keeps lists of full blocks")
+        more = {}
     for name, rule in rules().items():
-        made = flex().create_block_mask(
-            rule, 2, 3, sq, sk, "cpu", BLOCK_SIZE=blocks, separate_full_blocks=separate
-        )
+        made = create(rule, 2, 3, sq, sk, "cpu", BLOCK_SIZE=blocks, **more)
         for numbers, indices in (
             (made.kv_num_blocks, made.kv_indices),
             (made.full_kv_num_blocks, made.full_kv_indices),
