@@ -1,0 +1,133 @@
+"""Tables of Hopper's gradients beside FlashAttention-4: rates, what a profiler counts, sustained runs; orders of the
+loop that were tried; the first run at head dimension 256."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+from lines import Line, link, one, rounded, speed_ups, table, where
+
+FA4, STUDY = "gpu_sm90_backward_fa4", "gpu_sm90_backward_study"
+HEAD_DIMS = (64, 128)
+MASKS = {"full": False, "causal": True}
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+
+
+def rates() -> str:
+    """TFLOP/s beside cuDNN and FlashAttention-4, and their times over ours."""
+    by_peer = {peer: speed_ups(FA4, peer) for peer in ("sdpa_cudnn", "fa4")}
+    rows = []
+    for head_dim in HEAD_DIMS:
+        for mask, causal in MASKS.items():
+            for length in LENGTHS:
+                of = {"head_dim": head_dim, "causal": causal, "seqlen_q": length}
+                told = [
+                    f"{one(FA4, impl=impl, **of)['tflops']:.0f}" for impl in ("flashcute", *by_peer)
+                ]
+                ratios = [
+                    rounded(
+                        next(
+                            x for cell, x in found.items() if cell[3:] == (length, head_dim, causal)
+                        )
+                    )
+                    for found in by_peer.values()
+                ]
+                rows.append([f"{head_dim} {mask}", f"{length // 1024}k", *told, *ratios])
+    header = ["head dim, mask", "length", "ours", "cuDNN", "FlashAttention-4"]
+    return table([*header, "speed-up over cuDNN", "over FlashAttention-4"], rows, numbers=5)
+
+
+def summary() -> str:
+    found = speed_ups(FA4, "fa4")
+    cudnn = speed_ups(FA4, "sdpa_cudnn")
+    version = one(FA4, impl="fa4", head_dim=64, causal=True, seqlen_q=1024)["impl_version"]
+    means = [
+        rounded(statistics.geometric_mean(x for cell, x in found.items() if cell[4] == head_dim))
+        for head_dim in HEAD_DIMS
+    ]
+    return (
+        f"Geometric means: {rounded(statistics.geometric_mean(cudnn.values()))} over cuDNN, and against\n"
+        f"FlashAttention-4 ({version}) {means[0]} at head dimension 64 and {means[1]} at 128: there it is faster\n"
+        f"in every case ({link('lines', FA4)}, one H200, one process)."
+    )
+
+
+COUNTED: dict[str, Callable[[Line], str]] = {
+    "ms": lambda x: f"{x['ms']:.2f}",
+    "million clocks": lambda x: f"{x['sm_cycles'] / 1e6:.2f}",
+    "tensor cores": lambda x: f"{x['tensor_percent']:.0f} %",
+    "instructions, 10⁹": lambda x: f"{x['warp_instructions'] / 1e9:.2f}",
+    "shared memory, 10⁹ wavefronts": lambda x: f"{x['shared_wavefronts'] / 1e9:.2f}",
+    "L2, 10⁹ sectors": lambda x: f"{x['l2_sectors'] / 1e9:.2f}",
+    "DRAM, GB": lambda x: f"{x['dram_bytes'] / 1e9:.2f}",
+}
+NAMES = {
+    "flashcute": "ours",
+    "fa4": "FlashAttention-4",
+    "flashcute[late_dq=0]": "ours, `late_dq=False`",
+    "sdpa_cudnn": "cuDNN",
+}
+
+
+def counters() -> str:
+    """What Nsight Compute counts in one launch of the main pass, 16k tokens, head dimension 128."""
+    rows = []
+    for mask, causal in MASKS.items():
+        for impl in ("flashcute", "fa4"):
+            x = one(STUDY, kind="gradient_counters", impl=impl, causal=causal)
+            rows.append([f"{NAMES[impl]}, {mask}", *(told(x) for told in COUNTED.values())])
+    return table(["kernel", *COUNTED], rows, numbers=len(COUNTED))
+
+
+def sustained() -> str:
+    """Calls for 1.6 s without a pause: medians of all, and of the second half of clocks and watts."""
+    rows = []
+    for mask, causal in MASKS.items():
+        for impl, name in NAMES.items():
+            found = where(STUDY, kind="gradient_sustained", impl=impl, causal=causal)
+            told = [
+                f"{statistics.mean(x[key] for x in found):.0f}"
+                for key in ("tflops", "clock_mhz", "watts")
+            ]
+            rows.append([f"{name}, {mask}", *told])
+    return table(["kernels", "TFLOP/s", "MHz", "W"], rows, numbers=3)
+
+
+def orders() -> str:
+    """TFLOP/s of other orders of the loop, and their change in percent."""
+    cells = {
+        "128 full 16k": (128, False, 16384),
+        "128 causal 16k": (128, True, 16384),
+        "128 causal 4k": (128, True, 4096),
+        "128 causal 1k": (128, True, 1024),
+        "64 full 16k": (64, False, 16384),
+        "64 causal 4k": (64, True, 4096),
+    }
+    found: dict[str, dict[tuple[int, bool, int], float]] = {}
+    for x in where(STUDY, kind="gradient_order"):
+        found.setdefault(x["step"], {})[x["head_dim"], x["causal"], x["seqlen"]] = x["tflops"]
+    base = found["as it is"]
+    rows = []
+    for step, rates_of in found.items():
+        told = [
+            f"{rates_of[cell]:.0f}"
+            + ("" if step == "as it is" else f" ({100 * (rates_of[cell] / base[cell] - 1):+.0f} %)")
+            for cell in cells.values()
+        ]
+        rows.append([step.replace("late_dq=False", "`late_dq=False`"), *told])
+    return table(["TFLOP/s", *cells], rows, numbers=len(cells))
+
+
+def wide() -> str:
+    """The first run at head dimension 256: TFLOP/s, and what each launch takes."""
+    rows = []
+    for x in where(STUDY, kind="gradient_passes"):
+        ratio = rounded(x["tflops"] / x["tflops_cudnn"])
+        mask = "causal" if x["causal"] else "full"
+        told = [f"{x[key]:.0f}" for key in ("tflops", "tflops_cudnn")]
+        times = [f"{x[key] / 1000:.2f}" for key in ("us_queries", "us_keys")]
+        rows.append([mask, f"{x['seqlen'] // 1024}k", *told, ratio, *times])
+    rows.sort(key=lambda row: row[0] != "full")
+    header = ["mask", "length", "ours", "cuDNN", "speed-up", "`queries`, ms", "`keys`, ms"]
+    return table(header, rows, numbers=5)
