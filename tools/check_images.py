@@ -2,9 +2,10 @@
 
 For every kernel of every family and every target architecture: it is there; its main loops, or all
 of it where it multiplies nothing, hold no memory spill (LDL, STL), or no more than what was measured
-to pay; the instructions meant are present (of Hopper's products with their width); registers, stack
-and shared memory are no worse than in the checked table tests/images.json, which also holds the number
-of instructions and a hash of the sequence of opcodes.
+to pay; the instructions meant are present (of Hopper's products with their width); Hopper's gradients
+keep the order of their loop (gradient_schedule.py); registers, stack and shared memory are no worse
+than in the checked table tests/images.json, which also holds the number of instructions and a hash of
+the sequence of opcodes.
 ``--same`` asks for the same opcodes too: for a change that is to change no kernel. ``--update`` rewrites
 the table.
 
@@ -21,6 +22,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from gradient_schedule import problems_of as problems_of_schedule
 from sass import Function, disassemble, find_tool, product_opcode
 
 TABLE = Path(__file__).parent.parent / "tests" / "images.json"
@@ -148,6 +150,7 @@ def check_family(unit: Path, archs: list[str]) -> tuple[list[str], dict[str, dic
                 problems += [
                     f"{where}: no {op} in it" for op in products_meant(kernel) if op not in text
                 ]
+                problems += [f"{where}: {x}" for x in problems_of_schedule(kernel, function)]
                 loops = function.loops(product)
                 if not loops:
                     problems.append(f"{where}: no loop with {product} was found")

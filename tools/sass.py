@@ -75,6 +75,16 @@ class Function:
 
     def loops(self, opcode: str, at_least: int = 8) -> list[Loop]:
         """Outermost loops that hold at least that many instructions of an opcode: the main loops."""
+        found = self.branches_back(opcode, at_least)
+        return [
+            a
+            for a in found
+            if not any(b is not a and b.first <= a.first and a.last <= b.last for b in found)
+        ]
+
+    def branches_back(self, opcode: str, at_least: int) -> list[Loop]:
+        """Whatever a backward branch encloses with that many instructions of an opcode: also what is no loop, as code
+        behind one that spins until a barrier has passed, and then goes back into it."""
         index = {address: i for i, (address, _) in enumerate(self.instructions)}
         found: list[Loop] = []
         for i, (address, text) in enumerate(self.instructions):
@@ -87,11 +97,7 @@ class Function:
             loop = Loop(index[target], i, self.counts(index[target], i))
             if loop.counts[opcode] >= at_least:
                 found.append(loop)
-        return [
-            a
-            for a in found
-            if not any(b is not a and b.first <= a.first and a.last <= b.last for b in found)
-        ]
+        return found
 
 
 def disassemble(image: Path, arch: str | None = None) -> list[Function]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.metadata
 import io
 import itertools
 import json
@@ -695,6 +696,65 @@ def test_without_xformers(
     before, _, after = capsys.readouterr().out.partition("\nNot measured:\n")
     assert "left out: xformers needs the package xformers" in before
     assert "left out: xformers needs the package xformers" in after
+
+
+# ---- FlashAttention-4 --------------------------------------------------------------------------
+
+
+class FakeFlashAttention4:
+    """What the benchmark uses of flash-attn-4. It computes with the reference, and notes what it was given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[bool, tuple[int | None, int | None], object]] = []
+        for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        vars(sys.modules["flash_attn.cute.interface"])["flash_attn_func"] = self.flash_attn_func
+        real = importlib.metadata.version
+        monkeypatch.setattr(
+            importlib.metadata, "version", lambda x: "4.0.0b99" if x == "flash-attn-4" else real(x)
+        )
+
+    def flash_attn_func(
+        self, q: Any, k: Any, v: Any, *, causal: bool, window_size: Any, learnable_sink: Any
+    ) -> Any:
+        self.calls.append((causal, window_size, learnable_sink))
+        window = tuple(-1 if side is None else side for side in window_size)
+        sink = None if learnable_sink is None else learnable_sink.double()
+        return reference.naive(q, k, v, causal, window=window, sink=sink), None
+
+
+@needs_torch
+def test_flash_attention_4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A side without a limit that is handed over as a number; gradients that do not pass through its tuple."""
+    fake = FakeFlashAttention4(monkeypatch)
+    grid, out = tmp_path / "grid.jsonl", tmp_path / "lines.jsonl"
+    same = {"batch": 1, "heads": 4, "seqlen_q": 20, "head_dim": 16, "causal": True}
+    grid.write_text(json.dumps(same) + "\n" + json.dumps({**same, "window": [5, -1]}))
+    command = [*BENCH, "--grid", str(grid), "--impls", "fa4"]
+    for more in ([], ["--backward"]):
+        assert main([*command, *more, "--out", str(out)]) == 0
+    lines = read_lines(out)
+    assert {(x["status"], x["impl_version"]) for x in lines} == {("ok", "4.0.0b99")}
+    assert {x[:2] for x in fake.calls} == {(True, (None, None)), (True, (5, None))}
+
+
+@needs_torch
+def test_flash_attention_4_has_sinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with sinks that is timed without them."""
+    fake = FakeFlashAttention4(monkeypatch)
+    command = [*BENCH, "--preset", "gpt-oss-20b", "--seqlens", "16", "--impls", "fa4"]
+    assert main([*command, "--out", str(tmp_path / "lines.jsonl")]) == 0
+    assert {str(sink.dtype) for _, _, sink in fake.calls} == {"torch.bfloat16"}
+
+
+@needs_torch
+def test_without_flash_attention_4(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package that is not there and ends the whole run."""
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", None)
+    assert main([*CHEAPEST, "--impls", "flashcute,fa4"]) == 0
+    assert "left out: fa4 needs the package flash-attn-4" in capsys.readouterr().out
 
 
 # ---- what it says ------------------------------------------------------------------------------
