@@ -42,7 +42,7 @@ STYLES = {
     "flashcute": ("flashcute", "#D55E00", "o"),
     "flashcute_deterministic": ("flashcute, deterministic", "#E69F00", "P"),
     "fa3": ("FlashAttention-3", "#CC79A7", "v"),
-    "fa4": ("FlashAttention-4", "#56B4E9", "D"),
+    "fa4": ("FlashAttention-4", "#882255", "<"),
     "sdpa_flash": ("torch, FlashAttention-2", "#0072B2", "s"),
     "sdpa_cudnn": ("torch, cuDNN", "#009E73", "^"),
     "sdpa_efficient": ("torch, memory-efficient", "#56B4E9", "D"),
