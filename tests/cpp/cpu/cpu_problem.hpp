@@ -405,4 +405,38 @@ inline bool same_bits(Result const& a, Result const& b) {
   return a.out.bytes() == b.out.bytes() && a.lse.bytes() == b.lse.bytes();
 }
 
+/// Calls f(shape) with masks by element: tiles that fill words of a map, and that do not; a mask of all heads, and one
+/// of each. A query sees no more than 1,101 keys, up to `last` after its own number.
+template <class F>
+void for_each_mapped_shape(std::initializer_list<int> lasts, F const& f) {
+  for (int const heads : {1, 2}) {
+    MapProblem const map = MapProblem::random(1, heads, 203, 330, 7);
+    for (DType const dtype : {DType::float32, DType::float64, DType::bfloat16}) {
+      for (auto const& [block_m, block_n] : {std::pair{64, 128}, {64, 64}, {48, 80}, {112, 16}, {144, 256}}) {
+        for (int const last : lasts) {
+          f(Shape{.dtype = dtype,
+                  .head_dim = 8,
+                  .heads = 2,
+                  .kv_heads = 1,
+                  .seqlen_q = 203,
+                  .seqlen_k = 330,
+                  .mask = MaskKind::mapped,
+                  .block_m = block_m,
+                  .block_n = block_n,
+                  .causal_offset = last,
+                  .window_offset = last - 1100,
+                  .map = &map});
+        }
+      }
+    }
+  }
+}
+
+/// Values that are no numbers, which some rows of these shapes see.
+inline void put_special_values(Problem& problem) {
+  problem.k.put(0, 100, 0, 5, nan);
+  problem.v.put(0, 130, 0, 7, inf);
+  problem.q.put(0, 70, 1, 0, nan);
+}
+
 }  // namespace flashcute::testing

@@ -137,29 +137,11 @@ TEST(CpuForward, Windows) {
 // width; a head that sees another's map; NaN in a key that only some queries see, or in a query. Queries and keys
 // without anybody are among them.
 TEST(CpuForward, Maps) {
-  for (int const heads : {1, 2}) {
-    MapProblem const map = MapProblem::random(1, heads, 203, 330, 7);
-    for (DType const dtype : {DType::float32, DType::float64, DType::bfloat16}) {
-      for (auto const [block_m, block_n] : {std::pair{64, 128}, {64, 64}, {48, 80}, {112, 16}, {144, 256}}) {
-        for (int const last : {60, 1000}) {
-          Problem problem{Shape{.dtype = dtype,
-                                .head_dim = 8,
-                                .heads = 2,
-                                .kv_heads = 1,
-                                .seqlen_q = 203,
-                                .seqlen_k = 330,
-                                .mask = MaskKind::mapped,
-                                .block_m = block_m,
-                                .block_n = block_n,
-                                .causal_offset = last,
-                                .window_offset = last - 1100,
-                                .map = &map}};
-          problem.k.put(0, 100, 0, 5, nan), problem.v.put(0, 130, 0, 7, inf), problem.q.put(0, 70, 1, 0, nan);
-          ASSERT_NO_FATAL_FAILURE(check(problem));
-        }
-      }
-    }
-  }
+  for_each_mapped_shape({60, 1000}, [](Shape const& shape) {
+    Problem problem{shape};
+    put_special_values(problem);
+    ASSERT_NO_FATAL_FAILURE(check(problem));
+  });
 }
 
 // ---- memory ------------------------------------------------------------------------------------------
