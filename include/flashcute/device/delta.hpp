@@ -23,17 +23,19 @@ class Delta {
   static constexpr int rows_per_pass = Threads / lanes;
 
  public:
-  /// Calls result(row, delta) for each row of the tile that exists, once, in one thread of the block.
+  /// Calls result(row, delta) for each row of the tile that exists, once, in one of the threads. `thread`: its number
+  /// among them.
   template <class Tile, class Result>
-  FLASHCUTE_DEVICE static void compute(BackwardParams const& p, Tile const& tile, Result const& result) {
+  FLASHCUTE_DEVICE static void compute(BackwardParams const& p, Tile const& tile, Result const& result,
+                                       int thread = thread_index()) {
     ForwardParams const& f = p.forward;
-    int const lane = thread_index() % lanes;
+    int const lane = thread % lanes;
     auto const& entry = tile.entry;
     auto const out = Rows<Element>::of(f.out, f.out_stride, entry.batch, tile.head, entry.first_query);
     auto const dout = Rows<Element>::of(p.dout, p.dout_stride, entry.batch, tile.head, entry.first_query);
     CUTE_UNROLL
     for (int pass = 0; pass < ceil_div(TileRows, rows_per_pass); ++pass) {
-      int const row = pass * rows_per_pass + thread_index() / lanes;
+      int const row = pass * rows_per_pass + thread / lanes;
       float sum = 0;
       if (row < tile.rows) {
         for (int c = lane * vector; c < f.head_dim_v; c += lanes * vector) {

@@ -51,4 +51,13 @@ FLASHCUTE_DEVICE void store_rows(Accumulator const& accumulator, Element* to, in
   }
 }
 
+/// Writes zeros instead. All `Threads` threads of the block call it.
+template <int Threads, class Element>
+FLASHCUTE_DEVICE void clear_rows(Element* to, int64_t row_stride, int rows, int columns) {
+  int const vectors = columns / 8;  // 16 bytes each
+  for (int i = thread_index(); i < rows * vectors; i += Threads) {
+    global_store(to + i / vectors * row_stride + i % vectors * 8, uint4{});
+  }
+}
+
 }  // namespace flashcute::sm90
