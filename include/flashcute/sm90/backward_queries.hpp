@@ -167,7 +167,7 @@ class QueriesConsumer {
     finish_products<1>(s);
     to_probabilities(s);
     // Passes at once: it keeps the compiler from moving exponentials behind the wait for dP.
-    barrier_wait(smem_.v_full[v_.place], v_.parity);
+    barrier_wait(smem_.dout_full, 0);
     finish_products<0>(dp);
     arrive(smem_.v_empty[v_.place]);
     to_score_gradients(dp, s);
