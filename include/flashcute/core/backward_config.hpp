@@ -219,12 +219,15 @@ constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads,
        "k_tiles_per_load must be 0, 1 or 2 (tf32x3: 0), and 2 needs widths that are multiples of 32")                \
   RULE(sm90_arch, "kernel = sm90 needs a GPU of compute capability 9.0: it is Hopper's")                             \
   RULE(sm90_dtype, "kernel = sm90 needs dtype float16 or bfloat16")                                                  \
-  RULE(sm90_tile, "kernel = sm90 needs 8 warps, and block_m x block_n of 128 x 128 with head_dim 64, 64 x 128 with "  \
+  RULE(sm90_tile,                                                                                                    \
+       "kernel = sm90 needs 8 warps, and block_m x block_n of 128 x 128 with head_dim 64, 64 x 128 with "            \
        "128, 128 x 64 with 192 and 256")                                                                             \
   RULE(sm90_head_dim, "kernel = sm90 needs head_dim_v = head_dim, or 128 with head_dim 192")                         \
-  RULE(sm90_stages, "kernel = sm90 needs stages and dout_stages between 1 and 4, stages above 1 with head_dim above " \
+  RULE(sm90_stages,                                                                                                  \
+       "kernel = sm90 needs stages and dout_stages between 1 and 4, stages above 1 with head_dim above "             \
        "128")                                                                                                        \
-  RULE(sm90_deterministic, "kernel = sm90 adds dQ in any order with head_dim up to 128, where deterministic must be " \
+  RULE(sm90_deterministic,                                                                                           \
+       "kernel = sm90 adds dQ in any order with head_dim up to 128, where deterministic must be "                    \
        "false, and never above, where it must be true")                                                              \
   RULE(sm90_late_dq, "kernel = sm90 reads late_dq with head_dim up to 128 only: it must have its default value")     \
   RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")

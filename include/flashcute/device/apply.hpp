@@ -8,8 +8,8 @@
 namespace flashcute {
 
 /// Sets the scores of keys that a query does not see to -inf, or `hidden`: by selection, not by adding -inf, because a
-/// hidden score may be NaN. `query(i)` is the query of the thread's i-th row, `key` the key of its first column. L is the kernel's
-/// layout, which knows the distances between a thread's columns.
+/// hidden score may be NaN. `query(i)` is the query of the thread's i-th row, `key` the key of its first column. L is
+/// the kernel's layout, which knows the distances between a thread's columns.
 template <class L, class Mask, class Scores, class Query>
 FLASHCUTE_DEVICE void apply_mask(Scores& scores, Query const& query, int key, typename Mask::Sequence const& sequence,
                                  float hidden = -infinity) {

@@ -28,7 +28,7 @@ struct KeyGradients {
     if (thread_index() == 0) L::init(smem);
     auto const tile = Tile::at(p.backward.forward, block_index(), C.block_n);
     if (Mask::query_range(tile, p.backward.forward, C.block_m).empty()) {
-      return clear_key_rows<typename L::Element, threads>(p.backward, tile);
+      return store_nothing<threads, typename L::Element>(p.backward, tile);
     }
     block_sync();  // the mbarriers are initialised
 

@@ -157,13 +157,12 @@ class GradientConsumer {
   }
 
   FLASHCUTE_DEVICE void store(Sums const& sums, void* to, Strides const& stride, int columns) const {
-    store_key_rows<C.head_dim, Element>(sums, tile_, warpgroup_ * warpgroup_rows, to, stride, columns);
+    store_key_rows<C.head_dim, Element>(sums, tile_, warpgroup_, to, stride, columns);
   }
 
   FLASHCUTE_DEVICE void add_dropped(void* gradient, Strides const& stride, void const* queries, Strides const& from,
                                     int columns) const {
-    sm90::add_dropped<L, Mask>(p_.forward, tile_, warpgroup_ * warpgroup_rows, gradient, stride, queries, from,
-                               columns);
+    sm90::add_dropped<L, Mask>(p_.forward, tile_, warpgroup_, gradient, stride, queries, from, columns);
   }
 
   // ---- shared memory ---------------------------------------------------------------------------------

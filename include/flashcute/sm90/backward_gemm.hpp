@@ -16,9 +16,10 @@ struct BackwardProducts {
   template <int Places, class Scores>
   FLASHCUTE_DEVICE static void begin_scores(Scores& scores, Element* own, InRing<Element> other) {
     using Mma = typename L::MmaScores;
-    begin_product<Mma>(scores, cute::GMMA::ScaleOut::Zero, described<typename Mma::FrgTypeA, typename L::OperandKeys>(own),
-               in_place(described<typename Mma::FrgTypeB, typename L::template OperandQueries<Places>>(other.ring),
-                        other.place));
+    begin_product<Mma>(
+        scores, cute::GMMA::ScaleOut::Zero, described<typename Mma::FrgTypeA, typename L::OperandKeys>(own),
+        in_place(described<typename Mma::FrgTypeB, typename L::template OperandQueries<Places>>(other.ring),
+                 other.place));
   }
 
   /// Begins sums += weights other: dV += P^T dO, or dK += dS^T Q. The weights are in registers, which must not change
@@ -27,9 +28,10 @@ struct BackwardProducts {
   FLASHCUTE_DEVICE static void begin_sums(Sums& sums, Weights& weights, InRing<Element> other) {
     using Mma = typename L::MmaKeys;
     keep_in_place(weights);
-    begin_product<Mma>(sums, cute::GMMA::ScaleOut::One, as_operand_a<Element>(weights),
-               in_place(described<typename Mma::FrgTypeB, typename L::template OperandQueryColumns<Places>>(other.ring),
-                        other.place));
+    begin_product<Mma>(
+        sums, cute::GMMA::ScaleOut::One, as_operand_a<Element>(weights),
+        in_place(described<typename Mma::FrgTypeB, typename L::template OperandQueryColumns<Places>>(other.ring),
+                 other.place));
   }
 
   /// Begins dQ = dS K, the warpgroup's half. `ds`: its first query; `k`: its first column.
@@ -37,8 +39,8 @@ struct BackwardProducts {
   FLASHCUTE_DEVICE static void begin_dq(Sums& sums, InRing<Element> ds, Element* k) {
     using Mma = typename L::MmaQueries;
     begin_product<Mma>(sums, cute::GMMA::ScaleOut::Zero,
-               in_place(described<typename Mma::FrgTypeA, typename L::OperandDs>(ds.ring), ds.place),
-               described<typename Mma::FrgTypeB, typename L::OperandKeyColumns>(k));
+                       in_place(described<typename Mma::FrgTypeA, typename L::OperandDs>(ds.ring), ds.place),
+                       described<typename Mma::FrgTypeB, typename L::OperandKeyColumns>(k));
   }
 };
 

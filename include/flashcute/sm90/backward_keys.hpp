@@ -98,8 +98,8 @@ class KeysConsumer {
   }
 
   template <int Columns, class Sums>
-  FLASHCUTE_DEVICE void store(Sums const& sums, void* gradient, Strides const& stride, int columns,
-                              void const* queries, Strides const& from) const {
+  FLASHCUTE_DEVICE void store(Sums const& sums, void* gradient, Strides const& stride, int columns, void const* queries,
+                              Strides const& from) const {
     store_key_rows<Columns, Element>(sums, tile_, 0, gradient, stride, columns);
     if (Mask::rows_differ && smem_.dropped) {
       add_dropped<L, Mask>(p_.forward, tile_, 0, gradient, stride, queries, from, columns);
@@ -122,7 +122,8 @@ class ValueGradients : KeysConsumer<Id> {
   using typename Base::L, typename Base::P, typename Base::Element, typename Base::Scores;
 
  public:
-  FLASHCUTE_DEVICE ValueGradients(BackwardParams const& p, typename Base::Storage& smem, typename Base::Tile const& tile)
+  FLASHCUTE_DEVICE ValueGradients(BackwardParams const& p, typename Base::Storage& smem,
+                                  typename Base::Tile const& tile)
       : Base(p, smem, tile) {
     cute::clear(weights_);
     cute::clear(dv_);
@@ -269,8 +270,7 @@ struct KeysPass {
     if (thread_index() == 0) L::init(smem);
     auto const tile = Tile::at(p.backward.forward, block_index(), C.block_n);
     if (Mask::query_range(tile, p.backward.forward, L::queries).empty()) {
-      clear_key_rows<Element, threads>(p.backward, tile);
-      return;
+      return store_nothing<threads, typename L::Element>(p.backward, tile);
     }
     block_sync();  // the mbarriers are initialised
 
@@ -292,9 +292,6 @@ struct KeysPass {
       }
     }
   }
-
- private:
-  using Element = typename L::Element;
 };
 
 }  // namespace flashcute::sm90

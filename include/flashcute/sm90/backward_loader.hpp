@@ -46,13 +46,14 @@ class GradientLoader {
     barrier_wait(smem_.q_empty[q_.place], q_.parity ^ 1);
     smem_.blocks[q_.place] = {at.block * L::queries, at.head, Blocks::partial(at, tile_), at.left == 1};
     load_queries<C.head_dim>(p_.q, at, smem_.q[q_.place], Workspace::lse(p_.backward, number), smem_.lse[q_.place],
-                 Blocks::inspected(at) ? smem_.q_landed[q_landed_.place] : smem_.q_full[q_.place]);
+                             Blocks::inspected(at) ? smem_.q_landed[q_landed_.place] : smem_.q_full[q_.place]);
     // K and the first Q are enough to begin.
     if (first_) load_keys<C.head_dim_v>(p_.v, smem_.v, smem_.v_full);
     first_ = false;
     barrier_wait(smem_.dout_empty[dout_.place], dout_.parity ^ 1);
-    load_queries<C.head_dim_v>(p_.dout, at, smem_.dout[dout_.place], Workspace::delta(p_.backward, number), smem_.delta[dout_.place],
-                 Blocks::inspected(at) ? smem_.dout_landed[dout_landed_.place] : smem_.dout_full[dout_.place]);
+    load_queries<C.head_dim_v>(
+        p_.dout, at, smem_.dout[dout_.place], Workspace::delta(p_.backward, number), smem_.delta[dout_.place],
+        Blocks::inspected(at) ? smem_.dout_landed[dout_landed_.place] : smem_.dout_full[dout_.place]);
     q_.advance();
     dout_.advance();
     if (Blocks::inspected(at)) {

@@ -29,8 +29,12 @@ struct PrepareGradients {
     }
     float *const lse = Workspace::lse(p, number), *const delta = Workspace::delta(p, number);
     for (int row = thread_index(); row < C.block_m; row += threads) {
+      if (row >= tile.rows) {
+        global_store(lse + row, float{missing_lse});
+        global_store(delta + row, 0.f);
+        continue;
+      }
       global_store(lse + row, base_2_lse(p.forward, tile, row));
-      if (row >= tile.rows) global_store(delta + row, 0.f);
     }
     Delta<Element, C.block_m, C.head_dim_v, 16, threads>::compute(
         p, tile, [&](int row, float x) { global_store(delta + row, x); });

@@ -235,14 +235,14 @@ class QueriesConsumer {
     CUTE_UNROLL
     for (int i = 0; i < cute::size(dq_); ++i) dq_(i) *= scale;
     int const first = warpgroup_ * warpgroup_rows;
-    auto* const to = static_cast<Element*>(p_.dq) +
-                     row_offset(p_.dq_stride, tile_.entry.batch, tile_.head, tile_.entry.first_query + tile_.row0 + first);
+    auto* const to = static_cast<Element*>(p_.dq) + row_offset(p_.dq_stride, tile_.entry.batch, tile_.head,
+                                                               tile_.entry.first_query + tile_.row0 + first);
     store_rows<C.head_dim>(dq_, to, p_.dq_stride.row, tile_.rows - first, p_.forward.head_dim);
     if (Mask::rows_differ && smem_.dropped) spoil(to, tile_.rows - first);
   }
 
-  /// What is not finite in K and was replaced by 0 makes NaN of dQ in its column, where the query sees the key: P is NaN
-  /// there, or 0. Slow, but rare.
+  /// What is not finite in K and was replaced by 0 makes NaN of dQ in its column, where the query sees the key: P is
+  /// NaN there, or 0. Slow, but rare.
   FLASHCUTE_DEVICE void spoil(Element* to, int rows) const {
     ForwardParams const& f = p_.forward;
     auto const sequence = tile_.sequence(f);
@@ -321,10 +321,8 @@ struct QueriesPass {
  private:
   /// Of queries that see no key. (No tile of keys asks for their statistics.)
   FLASHCUTE_DEVICE static void store_nothing(BackwardParams const& p, Tile const& tile) {
-    auto const offset =
-        row_offset(p.dq_stride, tile.entry.batch, tile.head, tile.entry.first_query + tile.row0);
-    clear_rows<num_threads(Id)>(static_cast<typename L::Element*>(p.dq) + offset, p.dq_stride.row, tile.rows,
-                                p.forward.head_dim);
+    auto const offset = row_offset(p.dq_stride, tile.entry.batch, tile.head, tile.entry.first_query + tile.row0);
+    clear_rows<num_threads(Id), typename L::Element>(tile, p.dq, offset, p.dq_stride, p.forward.head_dim);
   }
 };
 

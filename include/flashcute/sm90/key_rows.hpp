@@ -7,29 +7,28 @@
 
 namespace flashcute::sm90 {
 
-/// Rounds and writes the rows of `gradient` from key `first` of the tile on.
+/// Rounds and writes the warpgroup's rows of `gradient`.
 template <int Columns, class Element, class Sums, class Tile>
-FLASHCUTE_DEVICE void store_key_rows(Sums const& sums, Tile const& tile, int first, void* gradient,
+FLASHCUTE_DEVICE void store_key_rows(Sums const& sums, Tile const& tile, int const& warpgroup, void* gradient,
                                      Strides const& stride, int columns) {
+  int const first = warpgroup * warpgroup_rows;
   auto const offset = row_offset(stride, tile.entry.batch, tile.kv_head, tile.entry.first_key + tile.row0 + first);
   store_rows<Columns>(sums, static_cast<Element*>(gradient) + offset, stride.row, tile.rows - first, columns);
 }
 
 /// dK and dV of keys that no query sees.
-template <class Element, int Threads, class Tile>
-FLASHCUTE_DEVICE void clear_key_rows(BackwardParams const& p, Tile const& tile) {
-  auto const clear = [&](void* gradient, Strides const& stride, int columns) {
-    auto const offset = row_offset(stride, tile.entry.batch, tile.kv_head, tile.entry.first_key + tile.row0);
-    clear_rows<Threads>(static_cast<Element*>(gradient) + offset, stride.row, tile.rows, columns);
-  };
-  clear(p.dk, p.dk_stride, p.forward.head_dim);
-  clear(p.dv, p.dv_stride, p.forward.head_dim_v);
+template <int Threads, class Element, class Tile>
+FLASHCUTE_DEVICE void store_nothing(BackwardParams const& p, Tile const& tile) {
+  int const batch = tile.entry.batch, head = tile.kv_head, key = tile.entry.first_key + tile.row0;
+  clear_rows<Threads, Element>(tile, p.dk, row_offset(p.dk_stride, batch, head, key), p.dk_stride, p.forward.head_dim);
+  clear_rows<Threads, Element>(tile, p.dv, row_offset(p.dv_stride, batch, head, key), p.dv_stride,
+                               p.forward.head_dim_v);
 }
 
 /// Adds to the elements of `gradient` that this thread has stored the non-finite values of Q or dO that were replaced
 /// by 0, where their queries see the key. Slow, but rare.
 template <class L, class Mask, class Tile>
-FLASHCUTE_DEVICE void add_dropped(ForwardParams const& f, Tile const& tile, int first, void* gradient,
+FLASHCUTE_DEVICE void add_dropped(ForwardParams const& f, Tile const& tile, int const& warpgroup, void* gradient,
                                   Strides const& stride, void const* queries, Strides const& from, int columns) {
   using Element = typename L::Element;
   int const group = f.heads / f.kv_heads, batch = tile.entry.batch;
@@ -37,7 +36,7 @@ FLASHCUTE_DEVICE void add_dropped(ForwardParams const& f, Tile const& tile, int 
   auto const* const all = static_cast<Element const*>(queries);
 #pragma unroll 1
   for (int i = 0; i < L::rows_per_thread; ++i) {
-    int const key = first + L::row(i);
+    int const key = warpgroup * warpgroup_rows + L::row(i);
     if (key >= tile.rows) continue;
     auto* const to = static_cast<Element*>(gradient) +
                      row_offset(stride, batch, tile.kv_head, tile.entry.first_key + tile.row0 + key);

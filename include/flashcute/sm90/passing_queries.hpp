@@ -2,8 +2,8 @@
 // and delta lie in the workspace.
 #pragma once
 
-#include "flashcute/core/backward_params.hpp"
 #include "flashcute/core/backward_config.hpp"
+#include "flashcute/core/backward_params.hpp"
 #include "flashcute/policy/mask.hpp"
 #include "flashcute/sm90/fragment.hpp"
 #include "flashcute/sm90/ring.hpp"

@@ -8,15 +8,17 @@
 
 namespace flashcute::sm90 {
 
-/// The LSE of a row of the tile to base 2; infinity of a row that does not exist: exp(S - infinity) is 0. Of infinity
-/// NaN: the row sees keys whose scores are all -infinity, or NaN, and its P is NaN, also where Q was replaced by 0 and
-/// the scores are finite. (A row that sees no key is hidden from every block.)
+/// The LSE of a row of the tile that exists, to base 2. Of infinity NaN: the row sees keys whose scores are all
+/// -infinity, or NaN, and its P is NaN, also where Q was replaced by 0 and the scores are finite. (A row that sees no
+/// key is hidden from every block.)
 template <class Tile>
 FLASHCUTE_DEVICE float base_2_lse(ForwardParams const& p, Tile const& tile, int row) {
-  if (row >= tile.rows) return infinity;
   float const x = global_load<float>(static_cast<float const*>(p.lse) + tile.lse_offset(p) + row);
   return is_finite(x) ? x * log2_e<float> : infinity - infinity;
 }
+
+/// Of a row that does not exist: exp(S - infinity) is 0.
+inline constexpr float missing_lse = infinity;
 
 /// Computes both for a tile of `block_m` queries, and writes them to the workspace and to shared memory.
 template <BackwardKernelId Id>
@@ -37,7 +39,7 @@ struct RowStatistics {
       global_store(all_delta + row, x);
     };
     if (thread < C.block_m) {
-      float const x = base_2_lse(p.forward, tile, thread);
+      float const x = thread < tile.rows ? base_2_lse(p.forward, tile, thread) : missing_lse;
       shared_store(lse + thread, x);
       global_store(all_lse + thread, x);
       if (thread >= tile.rows) store_delta(thread, 0.f);

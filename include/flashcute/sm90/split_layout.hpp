@@ -32,11 +32,10 @@ struct SplitLayout : WarpgroupFragment {
                            cute::Int<tile_elements<Columns>>>>;
   /// Columns, whose rows are summed over: (MMA, 1, MMA_ROWS, PLACE)
   template <int Columns, int Places>
-  using OperandColumns =
-      Operand<cute::Shape<cute::Shape<cute::Shape<Page, cute::Int<Columns / page>>, cute::_16>, cute::_1,
-                          cute::Int<tile_rows / 16>, cute::Int<Places>>,
-              cute::Stride<cute::Stride<cute::Stride<cute::_1, StrideOfPages>, Page>, cute::_0, cute::Int<16 * page>,
-                           cute::Int<tile_elements<Columns>>>>;
+  using OperandColumns = Operand<cute::Shape<cute::Shape<cute::Shape<Page, cute::Int<Columns / page>>, cute::_16>,
+                                             cute::_1, cute::Int<tile_rows / 16>, cute::Int<Places>>,
+                                 cute::Stride<cute::Stride<cute::Stride<cute::_1, StrideOfPages>, Page>, cute::_0,
+                                              cute::Int<16 * page>, cute::Int<tile_elements<Columns>>>>;
 
   // ---- products ----
   using MmaScores = cute::MMA_Traits<

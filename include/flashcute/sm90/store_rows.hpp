@@ -51,12 +51,13 @@ FLASHCUTE_DEVICE void store_rows(Accumulator const& accumulator, Element* to, in
   }
 }
 
-/// Writes zeros instead. All `Threads` threads of the block call it.
-template <int Threads, class Element>
-FLASHCUTE_DEVICE void clear_rows(Element* to, int64_t row_stride, int rows, int columns) {
+/// Writes zeros to the rows of a tile, which begin `offset` elements after `tensor`. All threads of the block call it.
+template <int Threads, class Element, class Tile>
+FLASHCUTE_DEVICE void clear_rows(Tile const& tile, void* tensor, int64_t offset, Strides const& stride, int columns) {
+  auto* const first = static_cast<Element*>(tensor) + offset;
   int const vectors = columns / 8;  // 16 bytes each
-  for (int i = thread_index(); i < rows * vectors; i += Threads) {
-    global_store(to + i / vectors * row_stride + i % vectors * 8, uint4{});
+  for (int i = thread_index(); i < tile.rows * vectors; i += Threads) {
+    global_store(first + i / vectors * stride.row + i % vectors * 8, uint4{});
   }
 }
 

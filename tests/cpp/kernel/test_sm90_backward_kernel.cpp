@@ -55,10 +55,9 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
         if constexpr (Pass == BackwardPass::queries) {
           auto const tile = Call::Queries::at(p.forward, block, B.block_m);
           Call::allow_queries(memory, Pass, tile);
-          bool const empty =
-              sm90::QueriesPass<id>::Mask::kv_range(sm90::QueriesPass<id>::Tile::at(p.forward, block, B.block_m),
-                                                    p.forward, B.block_n)
-                  .empty();
+          bool const empty = sm90::QueriesPass<id>::Mask::kv_range(
+                                 sm90::QueriesPass<id>::Tile::at(p.forward, block, B.block_m), p.forward, B.block_n)
+                                 .empty();
           if (!empty) allow_statistics(memory, tile);
         } else {
           auto const tile = Call::Keys::at(p.forward, block, B.block_n);
