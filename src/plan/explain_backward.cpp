@@ -37,13 +37,16 @@ std::string why_not_default(BackwardConfig const& other, Call const& call, std::
 
 /// Why Hopper's kernels are not taken on a Hopper GPU.
 std::string why_not_sm90(Call const& call, std::span<Operand const> copied) {
-  if (call.options.deterministic) return "its sums of dq differ in their last bits from run to run";
   if (std::string const problem = sm90_backward_problem(call, copied); !problem.empty()) return problem;
-  BackwardConfig const best = default_backward_config(
-      {.dtype = call.dtype, .head_dim = call.params.head_dim, .head_dim_v = call.params.head_dim_v, .allow_sm90 = true},
-      call.arch);
+  BackwardTensors t{
+      .dtype = call.dtype, .head_dim = call.params.head_dim, .head_dim_v = call.params.head_dim_v, .allow_sm90 = true};
+  if (default_backward_config(t, call.arch).kernel != Kernel::sm90) {
+    return "it computes gradients of float16 and bfloat16";
+  }
+  t.deterministic = call.options.deterministic;
+  BackwardConfig const best = default_backward_config(t, call.arch);
   if (best.kernel != Kernel::sm90) {
-    return "it computes gradients of float16 and bfloat16 with head dimensions up to 128";
+    return "up to head dimension 128 its sums of dq differ in their last bits from run to run";
   }
   for (BackwardKernelId const& kernel : kernels_of(best, features_of(call), false)) {
     if (std::string const problem = image_problem(kernel, call.arch); !problem.empty()) return problem;
@@ -56,7 +59,7 @@ void explain_wishes(BackwardConfig const& chosen, Call const& call, std::span<Op
                     std::string const& misaligned, BackwardExplanation& e) {
   if (call.arch == 90 && chosen.kernel == Kernel::sm80) e.rejected.emplace_back("sm90", why_not_sm90(call, copied));
   if (chosen.copy_bytes < 16) e.rejected.emplace_back("copy_bytes=16", misaligned);
-  if (chosen.deterministic) {
+  if (chosen.deterministic && chosen.kernel == Kernel::sm80) {  // Hopper's kernels that are have no faster ones
     e.rejected.emplace_back("deterministic=False",
                             "it would be faster, but not give the same bits in every run, as the call asks");
   }
