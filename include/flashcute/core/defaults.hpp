@@ -243,6 +243,7 @@ struct BackwardTensors {
   int32_t alignment = 16;  // in bytes, of addresses, strides and rows: 16, 8, 4 or 2
   bool deterministic = false;
   bool allow_sm90 = false;  // Hopper's kernels may be chosen: TMA can follow the strides, the mask is full or causal
+  bool any_width = true;    // and their tiles for head dimensions that are no power of two
 };
 
 /// Whether Hopper's kernels may compute the gradients. (Whether they have a tile is another question.)
@@ -256,6 +257,7 @@ constexpr bool may_serve(BackwardConfig const& c, BackwardTensors const& t, Arch
   if (c.kernel == Kernel::sm80) return c.deterministic == t.deterministic;
   // Narrow heads in a wide tile would take longer than in the sm80 kernels' own. Wide ones are always deterministic.
   bool const wide = max_of(t.head_dim, t.head_dim_v) > 128;
+  if (!t.any_width && (c.head_dim & (c.head_dim - 1)) != 0) return false;
   return sm90_serves(t, arch) && splits_dq(c) == wide && (c.deterministic || !t.deterministic);
 }
 
