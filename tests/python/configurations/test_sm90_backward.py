@@ -86,7 +86,7 @@ def variants() -> list[fc.BackwardConfig]:
         default(256),
         default(256).replace(dout_stages=1),
         default(192),
-        default(192).replace(stages=2, dout_stages=4),
+        default(192).replace(stages=2, dout_stages=3),
         default(192, head_dim_v=128),
     ]
 
