@@ -187,7 +187,8 @@ class ValueGradients : KeysConsumer<Id> {
   typename L::template Sums<C.head_dim_v> dv_;
 };
 
-/// The second warpgroup. Its product for dK is in flight when the next block begins.
+/// The second warpgroup. It waits for dK of a block before it begins the next one, although the dO of that may have
+/// arrived: a place of Q that is released late arrives late, and no product hides that.
 template <BackwardKernelId Id>
 class KeyGradientsOfScores : KeysConsumer<Id> {
   using Base = KeysConsumer<Id>;
@@ -208,7 +209,6 @@ class KeyGradientsOfScores : KeysConsumer<Id> {
     do {
       last = add_block();
     } while (!last);
-    finish_products<0>(dk_);
     auto const scale = static_cast<float>(p_.forward.scale);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(dk_); ++i) dk_(i) *= scale;
@@ -220,22 +220,20 @@ class KeyGradientsOfScores : KeysConsumer<Id> {
     Scores dp, p;
     barrier_wait(smem_.dout_full[dout_.place], dout_.parity);
     P::template begin_scores<C.head_dim_v, C.dout_stages>(dp, smem_.v, {smem_.dout[0], dout_.place});
-    finish_products<1>(dk_);
-    if (any_) Base::arrive(smem_.q_empty[before_.place]);
     barrier_wait(smem_.q_full[q_.place], q_.parity);
     AnnouncedQueries const& block = smem_.blocks[q_.place];
     bool const partial = uniform(block.partial), last = uniform(block.last);
     barrier_wait(smem_.p_full[passed_.place], passed_.parity);
-    finish_products<0>(dp);
     take(p);
-    to_score_gradients<L>(dp, p, smem_.delta[dout_.place]);
     Base::arrive(smem_.p_empty[passed_.place]);
+    finish_products<0>(dp);
+    to_score_gradients<L>(dp, p, smem_.delta[dout_.place]);
     Base::arrive(smem_.dout_empty[dout_.place]);
     if (partial) Base::hide(dp, block);
     weights_ = convert<Element>(dp);
     P::template begin_sums<C.head_dim, C.stages>(dk_, weights_, {smem_.q[0], q_.place});
-    any_ = true;
-    before_ = q_;
+    finish_products<0>(dk_);
+    Base::arrive(smem_.q_empty[q_.place]);
     q_.advance();
     dout_.advance();
     passed_.advance();
@@ -250,8 +248,6 @@ class KeyGradientsOfScores : KeysConsumer<Id> {
     }
   }
 
-  RingPosition<C.stages> before_;
-  bool any_ = false;  // blocks before this one
   typename L::Weights weights_;
   typename L::template Sums<C.head_dim> dk_;
 };

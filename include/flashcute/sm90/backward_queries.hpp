@@ -158,12 +158,12 @@ class QueriesConsumer {
     Scores s, dp;
     barrier_wait(smem_.k_full[k_.place], k_.parity);
     P::template begin_scores<C.head_dim, C.stages>(s, smem_.q[warpgroup_], {smem_.k[0], k_.place});
+    // dQ of the block before has been in flight until now. Its K is released before V is waited for.
+    finish_products<1>(dq_);
+    if (any_) arrive(smem_.k_empty[before_.place]);
     barrier_wait(smem_.dout_full, 0);  // for the first block; later it passes at once
     barrier_wait(smem_.v_full[v_.place], v_.parity);
     P::template begin_scores<C.head_dim_v, L::v_places>(dp, smem_.dout[warpgroup_], {smem_.v[0], v_.place});
-    // dQ of the block before has been in flight until now.
-    finish_products<2>(dq_);
-    if (any_) arrive(smem_.k_empty[before_.place]);
     finish_products<1>(s);
     to_probabilities(s);
     // Passes at once: it keeps the compiler from moving exponentials behind the wait for dP.
