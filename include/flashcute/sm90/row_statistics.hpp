@@ -44,7 +44,7 @@ struct RowStatistics {
       global_store(all_lse + thread, x);
       if (thread >= tile.rows) store_delta(thread, 0.f);
     }
-    Delta<Element, C.block_m, C.head_dim_v, 16, threads>::compute(p, tile, store_delta, thread);
+    Delta<Element, C.block_m, C.head_dim_v, 16, threads>::compute_at_once(p, tile, store_delta, thread);
   }
 };
 
