@@ -261,10 +261,16 @@ struct KeysPass {
   using Storage = typename L::SharedStorage;
   static constexpr int threads = num_threads(Id);
 
+  /// The tile of a thread block.
+  template <class AnyTile>
+  FLASHCUTE_HD static AnyTile tile_of(ForwardParams const& p, uint32_t block) {
+    return AnyTile::at(p, block, C.block_n, sizeof(typename L::Element));
+  }
+
   FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem_symbol) {
     Storage& smem = hidden(smem_symbol);
     if (thread_index() == 0) L::init(smem);
-    auto const tile = Tile::at(p.backward.forward, block_index(), C.block_n);
+    auto const tile = tile_of<Tile>(p.backward.forward, block_index());
     if (Mask::query_range(tile, p.backward.forward, L::queries).empty()) {
       return store_nothing<threads, typename L::Element>(p.backward, tile);
     }

@@ -301,10 +301,17 @@ struct QueriesPass {
   using L = QueriesLayout<C>;
   using Storage = typename L::SharedStorage;
 
+  /// The tile of a thread block. (A template for the tests, which have tiles of another sequence type.)
+  template <class AnyTile>
+  FLASHCUTE_HD static AnyTile tile_of(ForwardParams const& p, uint32_t block) {
+    if constexpr (Mask::rows_differ) return AnyTile::in_turn(p, block, C.block_m, sizeof(typename L::Element));
+    return AnyTile::at(p, block, C.block_m);
+  }
+
   FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem_symbol) {
     Storage& smem = hidden(smem_symbol);
     if (thread_index() == 0) L::init(smem);
-    auto const tile = Tile::at(p.backward.forward, block_index(), C.block_m);
+    auto const tile = tile_of<Tile>(p.backward.forward, block_index());
     if (Mask::kv_range(tile, p.backward.forward, C.block_n).empty()) return store_nothing(p.backward, tile);
     block_sync();  // the mbarriers are initialised
 

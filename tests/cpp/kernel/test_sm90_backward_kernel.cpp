@@ -53,16 +53,15 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
         using Kernel = sm90::GradientPass<id>;
         using Storage = typename Kernel::Storage;
         if constexpr (Pass == BackwardPass::queries) {
-          auto const tile = Call::Queries::at(p.forward, block, B.block_m);
+          auto const tile = Kernel::template tile_of<typename Call::Queries>(p.forward, block);
           Call::allow_queries(memory, Pass, tile);
-          bool const empty = sm90::QueriesPass<id>::Mask::kv_range(
-                                 sm90::QueriesPass<id>::Tile::at(p.forward, block, B.block_m), p.forward, B.block_n)
-                                 .empty();
+          auto const same = Kernel::template tile_of<typename Kernel::Tile>(p.forward, block);
+          bool const empty = Kernel::Mask::kv_range(same, p.forward, B.block_n).empty();
           if (!empty) allow_statistics(memory, tile);
+        } else if constexpr (Pass == BackwardPass::keys) {
+          allow_key_tile(memory, Kernel::template tile_of<typename Call::Keys>(p.forward, block));
         } else {
-          auto const tile = Call::Keys::at(p.forward, block, B.block_n);
-          Call::allow_keys(memory, tile);
-          allow_statistics(memory, tile);
+          allow_key_tile(memory, Call::Keys::at(p.forward, block, B.block_n));
         }
         Sm90Block with_memory = hopper;
         with_memory.shared_bytes = sizeof(Storage);
@@ -79,6 +78,11 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
       ASSERT_EQ(memory.count(Use::output) + memory.count(Use::result), 0u)
           << "bytes of the results that were never stored";
     }
+  }
+
+  void allow_key_tile(GlobalMemory& memory, typename Call::Keys const& tile) {
+    Call::allow_keys(memory, tile);
+    allow_statistics(memory, tile);
   }
 
   /// LSE and delta of a block of queries, or of all blocks of the heads of a tile of keys.
@@ -199,6 +203,9 @@ TEST(Sm90BackwardKernel, NothingToSee) {
   for (int offset : {-300, -130, -40}) {
     Sm90BackwardProblem<narrow, MaskKind::causal> problem({.sq = 200, .sk = 270, .d = 64, .causal_offset = offset});
     check_gradients(problem);
+    Sm90BackwardProblem<widest, MaskKind::causal> wide_problem(
+        {.sq = 200, .sk = 270, .d = 200, .d_v = 136, .heads = 2, .causal_offset = offset});
+    check_gradients(wide_problem);
   }
 }
 
