@@ -130,8 +130,10 @@ def run(
 
 
 def assert_close(found: list[torch.Tensor], want: tuple[torch.Tensor, ...]) -> None:
+    """Elements below 1e-3 count as that. Beside one key dq and dk are 0, and what is computed is how the rounding of
+    two fp32 sums, of dP and of delta, differs: 1e-6 of terms that are added up to head_dim times."""
     for name, x, exact in zip(("dq", "dk", "dv"), found, want, strict=True):
-        error = (x.double() - exact).norm() / exact.norm().clamp_min(1e-2)
+        error = (x.double() - exact).norm() / exact.norm().clamp_min(1e-3 * exact.numel() ** 0.5)
         assert error < 5e-3, f"{name}: relative error {error:.1e}"
 
 
