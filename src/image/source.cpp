@@ -57,7 +57,7 @@ Entry entry_of(BackwardKernelId const& kernel) {
     return {"FLASHCUTE_SM80_BACKWARD_ENTRY", "flashcute/sm80/entry.hpp", "BackwardKernelId"};
   }
   char const* const macro =
-      kernel.pass == BackwardPass::gradients ? "FLASHCUTE_SM90_GRADIENTS_ENTRY" : "FLASHCUTE_SM90_BACKWARD_ENTRY";
+      multiplies(kernel.pass) ? "FLASHCUTE_SM90_GRADIENTS_ENTRY" : "FLASHCUTE_SM90_BACKWARD_ENTRY";
   return {macro, "flashcute/sm90/backward_entry.hpp", "BackwardKernelId"};
 }
 

@@ -239,7 +239,7 @@ void launch(BackwardConfig const& config, Features const& features, BackwardPara
     set_tensor_maps(config, with_maps);
   }
   for (auto const& ready : launches) {
-    if (config.kernel == flashcute::Kernel::sm90 && ready.kernel.pass == BackwardPass::gradients) {
+    if (config.kernel == flashcute::Kernel::sm90 && multiplies(ready.kernel.pass)) {
       ready.run(with_maps, device, stream);
     } else {
       ready.run(params, device, stream);

@@ -62,9 +62,9 @@ void set_tensor_maps(ForwardConfig const& config, Sm90ForwardParams& params) {
 void set_tensor_maps(BackwardConfig const& config, Sm90BackwardParams& params) {
   BackwardParams const& b = params.backward;
   ForwardParams const& p = b.forward;
+  int32_t const rows = splits_dq(config) ? warpgroup_rows : config.block_m;
   auto const queries = [&](char const* name, void const* data, Strides const& strides, int64_t columns) {
-    return encode(config.dtype,
-                  {name, data, strides, p.batch, p.seqlen_q, p.heads, columns, config.head_dim, config.block_m});
+    return encode(config.dtype, {name, data, strides, p.batch, p.seqlen_q, p.heads, columns, config.head_dim, rows});
   };
   auto const keys = [&](char const* name, void const* data, Strides const& strides, int64_t columns) {
     return encode(config.dtype,

@@ -35,28 +35,47 @@ std::string why_not_default(BackwardConfig const& other, Call const& call, std::
   });
 }
 
-/// Why Hopper's kernels are not taken on a Hopper GPU.
-std::string why_not_sm90(Call const& call, std::span<Operand const> copied) {
-  if (call.options.deterministic) return "its sums of dq differ in their last bits from run to run";
-  if (std::string const problem = sm90_backward_problem(call, copied); !problem.empty()) return problem;
-  BackwardConfig const best = default_backward_config(
-      {.dtype = call.dtype, .head_dim = call.params.head_dim, .head_dim_v = call.params.head_dim_v, .allow_sm90 = true},
-      call.arch);
-  if (best.kernel != Kernel::sm90) {
-    return "it computes gradients of float16 and bfloat16 with head dimensions up to 128";
-  }
-  for (BackwardKernelId const& kernel : kernels_of(best, features_of(call), false)) {
+/// Why a configuration that serves the call is not taken for want of images.
+std::string why_no_images(BackwardConfig const& config, Call const& call) {
+  for (BackwardKernelId const& kernel : kernels_of(config, features_of(call), false)) {
     if (std::string const problem = image_problem(kernel, call.arch); !problem.empty()) return problem;
   }
   return "a first call would wait for its compilation; FLASHCUTE_JIT=fastest takes it";
+}
+
+/// Why Hopper's kernels are not taken on a Hopper GPU.
+std::string why_not_sm90(Call const& call, std::span<Operand const> copied) {
+  if (std::string const problem = sm90_backward_problem(call, copied); !problem.empty()) return problem;
+  BackwardTensors t{
+      .dtype = call.dtype, .head_dim = call.params.head_dim, .head_dim_v = call.params.head_dim_v, .allow_sm90 = true};
+  if (default_backward_config(t, call.arch).kernel != Kernel::sm90) {
+    return "it computes gradients of float16 and bfloat16";
+  }
+  t.deterministic = call.options.deterministic;
+  BackwardConfig const best = default_backward_config(t, call.arch);
+  if (best.kernel != Kernel::sm90) {
+    return "up to head dimension 128 its sums of dq differ in their last bits from run to run";
+  }
+  return why_no_images(best, call);
 }
 
 /// Adds what would be faster on a GPU and why it was not taken.
 void explain_wishes(BackwardConfig const& chosen, Call const& call, std::span<Operand const> copied,
                     std::string const& misaligned, BackwardExplanation& e) {
   if (call.arch == 90 && chosen.kernel == Kernel::sm80) e.rejected.emplace_back("sm90", why_not_sm90(call, copied));
+  if (chosen.kernel == Kernel::sm90) {
+    BackwardConfig const narrower = default_backward_config({.dtype = call.dtype,
+                                                             .head_dim = call.params.head_dim,
+                                                             .head_dim_v = call.params.head_dim_v,
+                                                             .deterministic = call.options.deterministic,
+                                                             .allow_sm90 = true},
+                                                            call.arch);
+    if (narrower != chosen) {
+      e.rejected.emplace_back("head_dim=" + std::to_string(narrower.head_dim), why_no_images(narrower, call));
+    }
+  }
   if (chosen.copy_bytes < 16) e.rejected.emplace_back("copy_bytes=16", misaligned);
-  if (chosen.deterministic) {
+  if (chosen.deterministic && chosen.kernel == Kernel::sm80) {  // Hopper's kernels that are have no faster ones
     e.rejected.emplace_back("deterministic=False",
                             "it would be faster, but not give the same bits in every run, as the call asks");
   }

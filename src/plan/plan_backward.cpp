@@ -1,5 +1,6 @@
 #include "plan/plan_backward.hpp"
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <tuple>
@@ -148,18 +149,30 @@ BackwardConfig choose_backward_config(Call const& call, std::span<Operand const>
                     .head_dim = call.params.head_dim,
                     .head_dim_v = call.params.head_dim_v,
                     .alignment = call.on_gpu() ? common_alignment(copied, misaligned) : 16,
-                    .deterministic = call.options.deterministic};
-  BackwardConfig const sm80 = default_config_of(t, call.arch, "q: ");
-  t.allow_sm90 = call.arch == 90 && sm90_backward_problem(call, copied).empty();
-  BackwardConfig const fastest = t.allow_sm90 ? default_config_of(t, call.arch, "q: ") : sm80;
-  if (fastest == sm80) return sm80;
-  // As the forward (choose.hpp): a first call does not wait for a compiler, if other kernels are there.
-  auto const found = [&](BackwardConfig const& config, ImageSource source) {
-    return has_images(config, features_of(call), call.arch, source);
+                    .deterministic = call.options.deterministic,
+                    .allow_sm90 = call.arch == 90 && sm90_backward_problem(call, copied).empty()};
+  std::vector<BackwardConfig> candidates;  // the fastest first
+  auto const add = [&] {
+    BackwardConfig const config = default_config_of(t, call.arch, "q: ");
+    if (candidates.empty() || config != candidates.back()) candidates.push_back(config);
   };
-  if (found(fastest, ImageSource::disk_cache)) return fastest;
-  if (jit_mode() == JitMode::on && found(sm80, ImageSource::disk_cache)) return sm80;
-  return found(fastest, ImageSource::compiler) || !found(sm80, ImageSource::compiler) ? fastest : sm80;
+  add();
+  t.any_width = false;
+  add();
+  t.allow_sm90 = false;
+  add();
+  BackwardConfig const& fastest = candidates.front();
+  if (candidates.size() == 1) return fastest;
+  // As the forward (choose.hpp): a first call does not wait for a compiler, if other kernels are there.
+  auto const first_from = [&](ImageSource source) {
+    return std::find_if(candidates.begin(), candidates.end(), [&](BackwardConfig const& config) {
+      return has_images(config, features_of(call), call.arch, source);
+    });
+  };
+  if (has_images(fastest, features_of(call), call.arch, ImageSource::disk_cache)) return fastest;
+  auto chosen = jit_mode() == JitMode::on ? first_from(ImageSource::disk_cache) : candidates.end();
+  if (chosen == candidates.end()) chosen = first_from(ImageSource::compiler);
+  return chosen == candidates.end() ? fastest : *chosen;
 }
 
 BackwardWorkspace checked_workspace_of(BackwardConfig const& config, Call const& call) {

@@ -74,9 +74,15 @@ struct BackwardPasses {
   constexpr BackwardPass const* end() const { return pass + count; }
 };
 
+/// Whether dQ has a pass of its own, and no sums to which many thread blocks add. Hopper's kernels for wide heads: the
+/// accumulators of dK and dV leave no registers for a third.
+constexpr bool splits_dq(BackwardConfig const& c) {
+  return c.kernel == Kernel::sm80 ? c.deterministic : c.head_dim > 128;
+}
+
 constexpr BackwardPasses passes_of(BackwardConfig const& c) {
   using enum BackwardPass;
-  if (c.deterministic) return {2, {queries, keys}};
+  if (splits_dq(c)) return {2, {queries, keys}};
   return {3, {prepare, gradients, finish}};
 }
 
@@ -96,11 +102,14 @@ constexpr bool serves(BackwardConfig const& c, MaskKind mask) {
 
 // ---- resources and rules -------------------------------------------------------------------------
 
-/// Warps that load, inspect and add beside those that compute, in Hopper's pass `gradients`.
+/// Warps that load, inspect and add beside those that compute, in Hopper's passes that multiply.
 inline constexpr int32_t serving_warps = 4;
 
+/// Whether the pass multiplies; if it is Hopper's, it also loads by tensor maps.
+constexpr bool multiplies(BackwardPass pass) { return pass == BackwardPass::queries || keys_stay(pass); }
+
 constexpr int32_t num_threads(BackwardKernelId const& k) {
-  bool const serves = k.config.kernel == Kernel::sm90 && k.pass == BackwardPass::gradients;
+  bool const serves = k.config.kernel == Kernel::sm90 && multiplies(k.pass);
   return 32 * (k.config.num_warps + (serves ? serving_warps : 0));
 }
 
@@ -122,13 +131,31 @@ constexpr int64_t sm90_smem_bytes(BackwardConfig const& c) {
          2 * m * n * size + dq + control_bytes;
 }
 
+/// Of Hopper's pass `queries`: Q and dO, blocks of K, one of V, LSE and delta of the queries.
+constexpr int64_t sm90_queries_smem_bytes(BackwardConfig const& c) {
+  int64_t const m = c.block_m, n = c.block_n, d = c.head_dim, d_v = c.head_dim_v;
+  return (m * (d + d_v) + n * (c.stages * d + d_v)) * size_of(c.dtype) + 2 * m * int64_t{sizeof(float)} + control_bytes;
+}
+
+/// Of Hopper's pass `keys`: K and V, blocks of Q and dO with LSE and delta of their rows, two places for P in fp32.
+constexpr int64_t sm90_keys_smem_bytes(BackwardConfig const& c) {
+  int64_t const m = warpgroup_rows, n = c.block_n, d = c.head_dim, d_v = c.head_dim_v, size = size_of(c.dtype);
+  int64_t const statistics = m * int64_t{sizeof(float)};
+  return n * (d + d_v) * size + c.stages * (m * d * size + statistics) + c.dout_stages * (m * d_v * size + statistics) +
+         2 * m * n * int64_t{sizeof(float)} + control_bytes;
+}
+
 /// Dynamic shared memory of a kernel, in bytes: the tile's rows of K and V, or of Q and dO; `stages` blocks of the
 /// other two; LSE and delta of the queries among these rows; tiles of P and dS where more than one warp reads them.
 /// `finish` has only a tile of dQ.
 constexpr int64_t smem_bytes(BackwardKernelId const& k) {
   BackwardConfig const& c = k.config;
   int64_t const size = size_of(c.dtype);
-  if (c.kernel == Kernel::sm90) return k.pass == BackwardPass::gradients ? sm90_smem_bytes(c) : 0;
+  if (c.kernel == Kernel::sm90) {
+    if (k.pass == BackwardPass::queries) return sm90_queries_smem_bytes(c);
+    if (k.pass == BackwardPass::keys) return sm90_keys_smem_bytes(c);
+    return k.pass == BackwardPass::gradients ? sm90_smem_bytes(c) : 0;
+  }
   if (k.pass == BackwardPass::prepare) return 0;
   if (k.pass == BackwardPass::sink) return c.num_warps * int64_t{sizeof(float)};
   if (k.pass == BackwardPass::finish) return c.block_m * c.head_dim * size;
@@ -148,8 +175,8 @@ constexpr int64_t most_smem_bytes(BackwardConfig const& c) {
   return most;
 }
 
-/// Floats of workspace: delta (of the sm90 kernels a base-2 LSE and delta for every row of all tiles); then, unless
-/// deterministic, the sums that become dQ, which start at a multiple of 16 bytes.
+/// Floats of workspace: delta (of the sm90 kernels a base-2 LSE and delta for every row of all tiles); then, unless dQ
+/// has a pass of its own, the sums that become dQ, which start at a multiple of 16 bytes.
 struct BackwardWorkspace {
   int64_t delta, dq_sums;
 
@@ -159,8 +186,9 @@ struct BackwardWorkspace {
 /// Of `heads` heads, each of `seqlen_q` rows in `blocks` tiles.
 constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads, int64_t seqlen_q, int64_t blocks) {
   int64_t const tiles = heads * blocks;
-  if (c.kernel == Kernel::sm90) return {2 * tiles * c.block_m, tiles * c.block_m * c.head_dim};
-  return {ceil_div<int64_t>(heads * seqlen_q, 4) * 4, c.deterministic ? 0 : tiles * c.block_m * c.head_dim};
+  int64_t const sums = splits_dq(c) ? 0 : tiles * c.block_m * c.head_dim;
+  if (c.kernel == Kernel::sm90) return {2 * tiles * c.block_m, sums};
+  return {ceil_div<int64_t>(heads * seqlen_q, 4) * 4, sums};
 }
 
 constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads, int64_t seqlen_q) {
@@ -191,10 +219,17 @@ constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads,
        "k_tiles_per_load must be 0, 1 or 2 (tf32x3: 0), and 2 needs widths that are multiples of 32")                \
   RULE(sm90_arch, "kernel = sm90 needs a GPU of compute capability 9.0: it is Hopper's")                             \
   RULE(sm90_dtype, "kernel = sm90 needs dtype float16 or bfloat16")                                                  \
-  RULE(sm90_tile, "kernel = sm90 needs block_n of 128, 8 warps, and a block_m of 128 with head_dim 64, 64 with 128") \
-  RULE(sm90_head_dim, "kernel = sm90 needs head_dim_v = head_dim")                                                   \
-  RULE(sm90_stages, "kernel = sm90 needs stages and dout_stages between 1 and 4")                                    \
-  RULE(sm90_deterministic, "kernel = sm90 adds dQ in any order: deterministic needs kernel = sm80")                  \
+  RULE(sm90_tile,                                                                                                    \
+       "kernel = sm90 needs 8 warps, and block_m x block_n of 128 x 128 with head_dim 64, 64 x 128 with "            \
+       "128, 128 x 64 with 192 and 256")                                                                             \
+  RULE(sm90_head_dim, "kernel = sm90 needs head_dim_v = head_dim, or 128 with head_dim 192")                         \
+  RULE(sm90_stages,                                                                                                  \
+       "kernel = sm90 needs stages and dout_stages between 1 and 4, stages above 1 with head_dim above "             \
+       "128")                                                                                                        \
+  RULE(sm90_deterministic,                                                                                           \
+       "kernel = sm90 adds dQ in any order with head_dim up to 128, where deterministic must be "                    \
+       "false, and never above, where it must be true")                                                              \
+  RULE(sm90_late_dq, "kernel = sm90 reads late_dq with head_dim up to 128 only: it must have its default value")     \
   RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")
 
 enum class BackwardConfigError : uint8_t {
@@ -258,12 +293,14 @@ constexpr BackwardConfigError check_sm90(BackwardConfig const& c, Arch arch) {
   if (arch != 90) return sm90_arch;
   if (c.dtype != DType::float16 && c.dtype != DType::bfloat16) return sm90_dtype;
   if (c.math != Math::tensor_core) return math;
-  bool const fits = (c.head_dim == 64 && c.block_m == 128) || (c.head_dim == 128 && c.block_m == 64);
-  if (!fits || c.block_n != 128 || c.num_warps != 8) return sm90_tile;
-  if (c.head_dim_v != c.head_dim) return sm90_head_dim;
-  if (c.stages < 1 || c.stages > 4 || c.dout_stages < 1 || c.dout_stages > 4) return sm90_stages;
-  if (c.deterministic) return sm90_deterministic;
-  return sm90_smem_bytes(c) > max_smem_bytes(arch) ? smem : none;
+  bool const wide = splits_dq(c), known = wide ? c.head_dim == 192 || c.head_dim == 256 : c.head_dim % 64 == 0;
+  int32_t const rows = c.head_dim == 128 ? 64 : 128;
+  if (!known || c.block_m != rows || c.block_n != (wide ? 64 : 128) || c.num_warps != 8) return sm90_tile;
+  if (c.head_dim_v != c.head_dim && (c.head_dim != 192 || c.head_dim_v != 128)) return sm90_head_dim;
+  if (c.stages < (wide ? 2 : 1) || c.stages > 4 || c.dout_stages < 1 || c.dout_stages > 4) return sm90_stages;
+  if (c.deterministic != wide) return sm90_deterministic;
+  if (wide && !c.late_dq) return sm90_late_dq;
+  return most_smem_bytes(c) > max_smem_bytes(arch) ? smem : none;
 }
 
 /// The first rule that `c` breaks on `arch`. Only the first three apply to the CPU.

@@ -164,6 +164,19 @@ inline constexpr BackwardTile backward_tiles[] = {
      "times on an H200: docs/kernels/sm90_backward.md"},
     {{.head_dim = 128, .block_n = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 3},
      "times on an H200: docs/kernels/sm90_backward.md"},
+    {{.head_dim = 192,
+      .head_dim_v = 128,
+      .block_m = 128,
+      .num_warps = 8,
+      .kernel = Kernel::sm90,
+      .stages = 3,
+      .dout_stages = 3,
+      .deterministic = true},
+     "shared memory; not yet measured on a GPU"},
+    {{.head_dim = 192, .block_m = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 3, .deterministic = true},
+     "shared memory; not yet measured on a GPU"},
+    {{.head_dim = 256, .block_m = 128, .num_warps = 8, .kernel = Kernel::sm90, .deterministic = true},
+     "registers and shared memory; not yet measured on a GPU"},
     {{.head_dim = 64, .block_n = 128}, "times on an H200: docs/kernels/sm80_backward.md"},
     {{.head_dim = 128, .column_warps = 2, .k_tiles_per_load = 1}, "times on an H200: docs/kernels/sm80_backward.md"},
     {{.head_dim = 256, .num_warps = 8, .column_warps = 4, .blocks_per_sm = 1, .k_tiles_per_load = 1},
@@ -224,11 +237,22 @@ struct BackwardTensors {
   int32_t alignment = 16;  // in bytes, of addresses, strides and rows: 16, 8, 4 or 2
   bool deterministic = false;
   bool allow_sm90 = false;  // Hopper's kernels may be chosen: TMA can follow the strides, the mask is full or causal
+  bool any_width = true;    // and their tiles for head dimensions that are no power of two
 };
 
 /// Whether Hopper's kernels may compute the gradients. (Whether they have a tile is another question.)
 constexpr bool sm90_serves(BackwardTensors const& t, Arch arch) {
-  return t.allow_sm90 && arch == 90 && size_of(t.dtype) == 2 && t.alignment == 16 && !t.deterministic;
+  return t.allow_sm90 && arch == 90 && size_of(t.dtype) == 2 && t.alignment == 16;
+}
+
+/// Whether an entry may serve the tensors.
+constexpr bool may_serve(BackwardConfig const& c, BackwardTensors const& t, Arch arch) {
+  if (size_of(c.dtype) != size_of(t.dtype) || c.head_dim < t.head_dim || c.head_dim_v < t.head_dim_v) return false;
+  if (c.kernel == Kernel::sm80) return c.deterministic == t.deterministic;
+  // Narrow heads in a wide tile would take longer than in the sm80 kernels' own. Wide ones are always deterministic.
+  bool const wide = max_of(t.head_dim, t.head_dim_v) > 128;
+  if (!t.any_width && (c.head_dim & (c.head_dim - 1)) != 0) return false;
+  return sm90_serves(t, arch) && splits_dq(c) == wide && (c.deterministic || !t.deterministic);
 }
 
 /// How many thread blocks fit the shared memory of a multiprocessor, at most blocks_per_sm.
@@ -257,9 +281,7 @@ constexpr BackwardConfig default_backward_config(BackwardTensors const& t, Arch 
   if (arch == cpu_arch) return config;
   for (auto const& tile : backward_tiles) {  // the buckets are in order
     BackwardConfig const& c = tile.config;
-    if (size_of(c.dtype) != size_of(t.dtype) || c.deterministic != t.deterministic) continue;
-    if (c.kernel == Kernel::sm90 && !sm90_serves(t, arch)) continue;
-    if (c.head_dim < max_of(t.head_dim, t.head_dim_v)) continue;
+    if (!may_serve(c, t, arch)) continue;
     config = with_stages_that_fit(c, arch);
     config.dtype = t.dtype;
     if (c.kernel == Kernel::sm90) break;

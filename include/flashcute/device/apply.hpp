@@ -7,11 +7,12 @@
 
 namespace flashcute {
 
-/// Sets the scores of keys that a query does not see to -inf: by selection, not by adding -inf, because a hidden score
-/// may be NaN. `query(i)` is the query of the thread's i-th row, `key` the key of its first column. L is the kernel's
-/// layout, which knows the distances between a thread's columns.
+/// Sets the scores of keys that a query does not see to -inf, or `hidden`: by selection, not by adding -inf, because a
+/// hidden score may be NaN. `query(i)` is the query of the thread's i-th row, `key` the key of its first column. L is
+/// the kernel's layout, which knows the distances between a thread's columns.
 template <class L, class Mask, class Scores, class Query>
-FLASHCUTE_DEVICE void apply_mask(Scores& scores, Query const& query, int key, typename Mask::Sequence const& sequence) {
+FLASHCUTE_DEVICE void apply_mask(Scores& scores, Query const& query, int key, typename Mask::Sequence const& sequence,
+                                 float hidden = -infinity) {
   auto s = by_row_and_column(scores);  // (row, column)
   constexpr int columns = decltype(cute::size<1>(s))::value;
   CUTE_UNROLL
@@ -23,13 +24,13 @@ FLASHCUTE_DEVICE void apply_mask(Scores& scores, Query const& query, int key, ty
         uint32_t const bits = seen.template bits<L>(first);  // one instruction (R2P) turns several bits into predicates
         CUTE_UNROLL
         for (int j = first; j < min_of(first + 32, columns); ++j) {
-          if (!(bits & 1u << (j - first))) s(i, j) = -infinity;
+          if (!(bits & 1u << (j - first))) s(i, j) = hidden;
         }
       }
     } else {
       CUTE_UNROLL
       for (int j = 0; j < columns; ++j) {
-        if (!seen.at(L::column_distance(j))) s(i, j) = -infinity;
+        if (!seen.at(L::column_distance(j))) s(i, j) = hidden;
       }
     }
   }

@@ -51,9 +51,48 @@ class Delta {
     }
   }
 
+  /// The same by threads that have no others to hide the latency of memory, with all loads in flight together.
+  /// `thread`: the number of this one. Instead of what does not exist something else is loaded: a branch would wait for
+  /// the loads before.
+  template <class Tile, class Result>
+  FLASHCUTE_DEVICE static void compute_at_once(BackwardParams const& p, Tile const& tile, Result const& result,
+                                               int thread) {
+    constexpr int passes = TileRows / rows_per_pass;
+    static_assert(TileRows % rows_per_pass == 0 && lanes * vector >= Columns);
+    ForwardParams const& f = p.forward;
+    int const lane = thread % lanes, column = min_of(lane * vector, f.head_dim_v - vector);
+    auto const& entry = tile.entry;
+    auto const out = Rows<Element>::of(f.out, f.out_stride, entry.batch, tile.head, entry.first_query);
+    auto const dout = Rows<Element>::of(p.dout, p.dout_stride, entry.batch, tile.head, entry.first_query);
+    Word a[passes], b[passes];
+    CUTE_UNROLL
+    for (int pass = 0; pass < passes; ++pass) {
+      int64_t const row = tile.row0 + min_of(pass * rows_per_pass + thread / lanes, tile.rows - 1);
+      a[pass] = global_load<Word>(out.first + row * out.stride + column);
+      b[pass] = global_load<Word>(dout.first + row * dout.stride + column);
+    }
+    CUTE_UNROLL
+    for (int pass = 0; pass < passes; ++pass) {
+      int const row = pass * rows_per_pass + thread / lanes;
+      float sum = lane * vector < f.head_dim_v ? dot(a[pass], b[pass]) : 0.f;
+      CUTE_UNROLL
+      for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+      if (lane != 0 || row >= tile.rows) continue;
+      if (p.dlse != nullptr) {
+        sum -= global_load<float>(static_cast<float const*>(p.dlse) + row_offset(p.dlse_stride, entry.batch, tile.head,
+                                                                                 entry.first_query + tile.row0 + row));
+      }
+      result(row, sum);
+    }
+  }
+
  private:
   FLASHCUTE_DEVICE static float dot(Element const* a, Element const* b) {
-    auto const words = cute::make_tuple(global_load<Word>(a), global_load<Word>(b));
+    return dot(global_load<Word>(a), global_load<Word>(b));
+  }
+
+  FLASHCUTE_DEVICE static float dot(Word const& a, Word const& b) {
+    auto const words = cute::make_tuple(a, b);
     auto const* x = reinterpret_cast<Element const*>(&cute::get<0>(words));
     auto const* y = reinterpret_cast<Element const*>(&cute::get<1>(words));
     float sum = 0;

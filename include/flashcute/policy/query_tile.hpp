@@ -16,6 +16,27 @@ FLASHCUTE_HD int64_t count_key_tiles(ForwardParams const& p, int32_t block_keys)
   return static_cast<int64_t>(p.batch) * p.kv_heads * key_blocks(p, block_keys);
 }
 
+/// An order of the tiles of many heads in which the longest tiles start early, where they are the first of each head:
+/// the first tiles of several heads come before the second tiles of these heads. The number of heads is limited so that
+/// what their tiles read and write, `bytes_of_head` for each, fits in the level 2 cache.
+template <class Index>
+struct HeadsInTurn {
+  Index first, width;  // the heads that take turns
+  Index place;         // among their tiles
+
+  FLASHCUTE_HD Index head() const { return first + place % width; }
+  FLASHCUTE_HD int32_t tile() const { return static_cast<int32_t>(place / width); }
+
+  static constexpr int64_t cache_bytes = 32 << 20;
+
+  FLASHCUTE_HD static HeadsInTurn at(Index index, Index heads, Index tiles_of_head, int64_t bytes_of_head) {
+    auto const heads_at_once = static_cast<Index>(min_of<int64_t>(heads, 1 + cache_bytes / (bytes_of_head + 1)));
+    Index const first = index / (heads_at_once * tiles_of_head) * heads_at_once;
+    Index const width = min_of(heads_at_once, heads - first);
+    return {first, width, index - first * tiles_of_head};
+  }
+};
+
 /// Query rows [row0, row0 + rows) of one head and one sequence, of which `existing` exist: results of the others are
 /// written too. Rows and keys count from the first of the sequence.
 template <class S>
@@ -45,6 +66,17 @@ struct QueryTile {
   FLASHCUTE_HD static QueryTile at(ForwardParams const& p, Index index, int32_t block_m) {
     auto const row_blocks = static_cast<Index>(blocks_of_head(p, block_m));
     return of(p, index / row_blocks, static_cast<int32_t>(row_blocks - 1 - index % row_blocks), block_m);
+  }
+
+  /// The same with the tiles of several heads in turn, of tensors whose elements have `bytes`. Not for packed
+  /// sequences.
+  template <class Index>
+  FLASHCUTE_HD static QueryTile in_turn(ForwardParams const& p, Index index, int32_t block_m, int32_t bytes) {
+    auto const tiles = static_cast<Index>(ceil_div(p.seqlen_q, block_m));
+    auto const heads = static_cast<Index>(p.batch) * static_cast<Index>(p.heads);
+    int64_t const keys_of_head = static_cast<int64_t>(p.seqlen_k) * (p.head_dim + p.head_dim_v) * bytes;
+    auto const turn = HeadsInTurn<Index>::at(index, heads, tiles, keys_of_head / (p.heads / p.kv_heads));
+    return of(p, turn.head(), static_cast<int32_t>(tiles) - 1 - turn.tile(), block_m);
   }
 
   /// Tile `block` of the `head_index`-th head of all batches.
@@ -158,28 +190,22 @@ struct KeyTile {
     return max_of(min_of(rows, sequence(p).keys() - row0), 0);
   }
 
-  static constexpr int64_t cache_bytes = 32 << 20;
-
   /// Tile `index` of `count_key_tiles(p, block_keys)`. Under a causal mask the first keys are seen by the most queries,
-  /// and long tiles should start early: the first tiles of several heads come before the second tiles of these heads.
-  /// The number of heads is limited so that what their tiles read and write of the queries (Q, dO and the sums of dQ)
-  /// fits in the level 2 cache.
+  /// and long tiles should start early. `bytes`: what they read and write for each element of Q and dO; by default
+  /// these and the sums of dQ.
   template <class Index>
-  FLASHCUTE_HD static KeyTile at(ForwardParams const& p, Index index, int32_t block_keys) {
+  FLASHCUTE_HD static KeyTile at(ForwardParams const& p, Index index, int32_t block_keys, int32_t bytes = 4) {
     auto const blocks =
         static_cast<Index>(Sequence::is_packed(p) ? key_blocks(p, block_keys) : ceil_div(p.seqlen_k, block_keys));
     auto const heads = static_cast<Index>(p.batch) * static_cast<Index>(p.kv_heads);
-    int64_t const bytes_of_head = static_cast<int64_t>(p.seqlen_q) * (p.head_dim + p.head_dim_v) * 4;
-    auto const heads_at_once = static_cast<Index>(min_of<int64_t>(heads, 1 + cache_bytes / (bytes_of_head + 1)));
-    Index const first = index / (heads_at_once * blocks) * heads_at_once;
-    Index const width = min_of(heads_at_once, heads - first);
-    Index const place = index - first * blocks;
-    Index const head_index = first + place % width;
-    if (Sequence::is_packed(p)) return of_slot(p, head_index, static_cast<int32_t>(place / width), block_keys);
+    int64_t const bytes_of_head = static_cast<int64_t>(p.seqlen_q) * (p.head_dim + p.head_dim_v) * bytes;
+    auto const turn = HeadsInTurn<Index>::at(index, heads, blocks, bytes_of_head);
+    Index const head_index = turn.head();
+    if (Sequence::is_packed(p)) return of_slot(p, head_index, turn.tile(), block_keys);
     KeyTile t;
     t.entry = Sequence::Entry::of(p, static_cast<int32_t>(head_index / p.kv_heads));
     t.kv_head = static_cast<int32_t>(head_index % p.kv_heads);
-    t.row0 = static_cast<int32_t>(place / width) * block_keys;
+    t.row0 = turn.tile() * block_keys;
     t.rows = min_of(block_keys, p.seqlen_k - t.row0);
     return t;
   }

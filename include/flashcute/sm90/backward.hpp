@@ -27,7 +27,9 @@ struct KeyGradients {
     Storage& smem = hidden(smem_symbol);
     if (thread_index() == 0) L::init(smem);
     auto const tile = Tile::at(p.backward.forward, block_index(), C.block_n);
-    if (Mask::query_range(tile, p.backward.forward, C.block_m).empty()) return store_nothing(p.backward, tile);
+    if (Mask::query_range(tile, p.backward.forward, C.block_m).empty()) {
+      return store_nothing<threads, typename L::Element>(p.backward, tile);
+    }
     block_sync();  // the mbarriers are initialised
 
     int const warpgroup = warpgroup_index();
@@ -44,23 +46,6 @@ struct KeyGradients {
     } else {
       claim_registers<computing_registers>();
       GradientConsumer<Id>{p.backward, smem, tile, warpgroup - 1}.run();
-    }
-  }
-
- private:
-  /// Of keys that no query sees.
-  FLASHCUTE_DEVICE static void store_nothing(BackwardParams const& p, Tile const& tile) {
-    clear(tile, p.dk, p.dk_stride, p.forward.head_dim);
-    clear(tile, p.dv, p.dv_stride, p.forward.head_dim_v);
-  }
-
-  FLASHCUTE_DEVICE static void clear(Tile const& tile, void* gradient, Strides const& stride, int columns) {
-    using Element = typename L::Element;
-    auto* const first = static_cast<Element*>(gradient) +
-                        row_offset(stride, tile.entry.batch, tile.kv_head, tile.entry.first_key + tile.row0);
-    int const vectors = columns / 8;  // 16 bytes each
-    for (int i = thread_index(); i < tile.rows * vectors; i += threads) {
-      global_store(first + i / vectors * stride.row + i % vectors * 8, uint4{});
     }
   }
 };

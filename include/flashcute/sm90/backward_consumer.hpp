@@ -9,9 +9,9 @@
 // while the other multiplies.
 #pragma once
 
-#include "flashcute/device/nonfinite.hpp"
 #include "flashcute/sm90/backward_gemm.hpp"
-#include "flashcute/sm90/store_rows.hpp"
+#include "flashcute/sm90/key_rows.hpp"
+#include "flashcute/sm90/transposed_scores.hpp"
 
 namespace flashcute::sm90 {
 
@@ -59,15 +59,15 @@ class GradientConsumer {
     AnnouncedQueries const& block = smem_.blocks[q_.place];
     bool const partial = uniform(block.partial), last = uniform(block.last);
     finish_products<1>(s);
-    to_probabilities(s);
+    to_probabilities<L>(s, smem_.lse[q_.place], p_.forward.scale_log2);
     if (partial) hide(s, block);
     finish_products<0>(dp);
-    to_score_gradients(dp, s);
+    to_score_gradients<L>(dp, s, smem_.delta[dout_.place]);
     if (partial) hide(dp, block);
     // P is rounded after dS, which takes it in fp32: rounded before, both would be in registers at once.
     auto ds = convert<Element>(dp);
     auto probabilities = convert<Element>(s);
-    hold_at_one(probabilities);
+    hold_at_one<Element>(probabilities);
     barrier_wait(smem_.ds_empty[ds_.place], ds_.parity ^ 1);
     store_ds(ds);
     publish_to_products();
@@ -107,57 +107,9 @@ class GradientConsumer {
     pass_on(dq, true);
   }
 
-  // ---- scores ----------------------------------------------------------------------------------------
-
-  /// S^T becomes P^T, in place.
-  FLASHCUTE_DEVICE void to_probabilities(Scores& scores) const {
-    auto s = by_row_and_column(scores);  // (key, query)
-    float const* const lse = smem_.lse[q_.place] + L::first_column();
-    CUTE_UNROLL
-    for (int j = 0; j < columns; ++j) {
-      float const of_query = shared_load<float>(lse + L::column_distance(j));
-      CUTE_UNROLL
-      for (int i = 0; i < L::rows_per_thread; ++i) {
-        s(i, j) = exp2_approx(s(i, j) * p_.forward.scale_log2 - of_query);
-      }
-    }
-  }
-
-  /// dP^T becomes dS^T, in place.
-  FLASHCUTE_DEVICE void to_score_gradients(Scores& gradients, Scores const& probabilities) const {
-    auto ds = by_row_and_column(gradients);           // (key, query)
-    auto const p = by_row_and_column(probabilities);  // (key, query)
-    float const* const delta = smem_.delta[dout_.place] + L::first_column();
-    CUTE_UNROLL
-    for (int j = 0; j < columns; ++j) {
-      float const of_query = shared_load<float>(delta + L::column_distance(j));
-      CUTE_UNROLL
-      for (int i = 0; i < L::rows_per_thread; ++i) ds(i, j) = p(i, j) * (ds(i, j) - of_query);
-    }
-  }
-
-  /// Sets what a query does not see to 0: by selection, because it may be NaN.
   FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries const& block) const {
-    auto s = by_row_and_column(scores);  // (key, query)
-    Sequence const sequence = tile_.sequence(p_.forward, block.head);
-    int const query = block.row0 + L::first_column(), key = tile_.row0 + warpgroup_ * warpgroup_rows;
-    CUTE_UNROLL
-    for (int i = 0; i < L::rows_per_thread; ++i) {
-      RowRange const seeing = Mask::queries_of(key + L::row(i), sequence);
-      uint32_t const bits = SeenBetween{seeing.begin - query, seeing.end - query}.template bits<L>(0);
-      CUTE_UNROLL
-      for (int j = 0; j < columns; ++j) {
-        if (!(bits & 1u << j)) s(i, j) = 0.f;
-      }
-    }
-  }
-
-  /// Limits P to 1: where scores are large, their rounding errors can make it exceed 1.
-  template <class Probabilities>
-  FLASHCUTE_DEVICE static void hold_at_one(Probabilities& probabilities) {
-    auto words = words_of(probabilities);
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(words); ++i) words(i) = at_most_one<Element>(words(i));
+    hide_unseen<L, Mask>(scores, block, tile_.row0 + warpgroup_ * warpgroup_rows,
+                         tile_.sequence(p_.forward, block.head));
   }
 
   // ---- dS and dQ through shared memory ---------------------------------------------------------------
@@ -205,45 +157,12 @@ class GradientConsumer {
   }
 
   FLASHCUTE_DEVICE void store(Sums const& sums, void* to, Strides const& stride, int columns) const {
-    int const first = warpgroup_ * warpgroup_rows;
-    auto const offset =
-        row_offset(stride, tile_.entry.batch, tile_.kv_head, tile_.entry.first_key + tile_.row0 + first);
-    store_rows<C.head_dim>(sums, static_cast<Element*>(to) + offset, stride.row, tile_.rows - first, columns);
+    store_key_rows<C.head_dim, Element>(sums, tile_, warpgroup_, to, stride, columns);
   }
 
-  /// Adds to the elements of a gradient that this thread has stored the non-finite values of Q or dO that were replaced
-  /// by 0, where their queries see the key. Slow, but rare.
   FLASHCUTE_DEVICE void add_dropped(void* gradient, Strides const& stride, void const* queries, Strides const& from,
                                     int columns) const {
-    ForwardParams const& f = p_.forward;
-    int const group = f.heads / f.kv_heads, batch = tile_.entry.batch;
-    RowRange const rows = Mask::query_range(tile_, f, C.block_m).rows(true, C.block_m, tile_.sequence(f));
-    auto const* const all = static_cast<Element const*>(queries);
-#pragma unroll 1
-    for (int i = 0; i < L::rows_per_thread; ++i) {
-      int const key = warpgroup_ * warpgroup_rows + L::row(i);
-      if (key >= tile_.rows) continue;
-      auto* const to = static_cast<Element*>(gradient) +
-                       row_offset(stride, batch, tile_.kv_head, tile_.entry.first_key + tile_.row0 + key);
-#pragma unroll 1
-      for (int block = 8 * (thread_index() % 4); block < columns; block += 32) {
-#pragma unroll 1
-        for (int column = block; column < block + 8; ++column) {
-          float sum = 0;
-#pragma unroll 1
-          for (int head = tile_.kv_head * group; head < (tile_.kv_head + 1) * group; ++head) {
-#pragma unroll 1
-            for (int query = rows.begin; query < rows.end; ++query) {
-              auto const x = static_cast<float>(
-                  global_load<Element>(all + row_offset(from, batch, head, tile_.entry.first_query + query) + column));
-              if (!is_finite(x) && Mask::visible(query, tile_.row0 + key, tile_.sequence(f, head))) sum += x;
-            }
-          }
-          if (sum == 0) continue;
-          global_store(to + column, static_cast<Element>(static_cast<float>(global_load<Element>(to + column)) + sum));
-        }
-      }
-    }
+    sm90::add_dropped<L, Mask>(p_.forward, tile_, warpgroup_, gradient, stride, queries, from, columns);
   }
 
   // ---- shared memory ---------------------------------------------------------------------------------
@@ -263,8 +182,6 @@ class GradientConsumer {
   FLASHCUTE_DEVICE static void arrive(Barrier& barrier) {
     if (thread_of_warpgroup() == 0) barrier_arrive(barrier);
   }
-
-  static constexpr int columns = C.block_m / 4;  // queries of a thread
 
   BackwardParams const& p_;
   Storage& smem_;

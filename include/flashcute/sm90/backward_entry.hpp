@@ -6,11 +6,11 @@
 // The kernels.
 #include "flashcute/sm90/backward_passes.hpp"
 
-/// Defines the kernel NAME for the BackwardKernelId that follows, of the pass `gradients`.
+/// Defines the kernel NAME for the BackwardKernelId that follows, of a pass that multiplies.
 #define FLASHCUTE_SM90_GRADIENTS_ENTRY(NAME, ...)                                      \
   extern "C" __global__ void __launch_bounds__(flashcute::num_threads(__VA_ARGS__), 1) \
       NAME(__grid_constant__ flashcute::Sm90BackwardParams const params) {             \
-    using Pass = flashcute::sm90::KeyGradients<(__VA_ARGS__)>;                         \
+    using Pass = flashcute::sm90::GradientPass<(__VA_ARGS__)>;                         \
     extern __shared__ __align__(1024) unsigned char smem[];                            \
     Pass::run(params, *reinterpret_cast<typename Pass::Storage*>(smem));               \
   }

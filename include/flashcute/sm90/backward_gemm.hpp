@@ -2,6 +2,7 @@
 #pragma once
 
 #include "flashcute/sm90/backward_layout.hpp"
+#include "flashcute/sm90/product.hpp"
 
 namespace flashcute::sm90 {
 
@@ -15,9 +16,10 @@ struct BackwardProducts {
   template <int Places, class Scores>
   FLASHCUTE_DEVICE static void begin_scores(Scores& scores, Element* own, InRing<Element> other) {
     using Mma = typename L::MmaScores;
-    begin<Mma>(scores, cute::GMMA::ScaleOut::Zero, described<typename Mma::FrgTypeA, typename L::OperandKeys>(own),
-               in_place(described<typename Mma::FrgTypeB, typename L::template OperandQueries<Places>>(other.ring),
-                        other.place));
+    begin_product<Mma>(
+        scores, cute::GMMA::ScaleOut::Zero, described<typename Mma::FrgTypeA, typename L::OperandKeys>(own),
+        in_place(described<typename Mma::FrgTypeB, typename L::template OperandQueries<Places>>(other.ring),
+                 other.place));
   }
 
   /// Begins sums += weights other: dV += P^T dO, or dK += dS^T Q. The weights are in registers, which must not change
@@ -26,43 +28,19 @@ struct BackwardProducts {
   FLASHCUTE_DEVICE static void begin_sums(Sums& sums, Weights& weights, InRing<Element> other) {
     using Mma = typename L::MmaKeys;
     keep_in_place(weights);
-    begin<Mma>(sums, cute::GMMA::ScaleOut::One, as_operand_a<Element>(weights),
-               in_place(described<typename Mma::FrgTypeB, typename L::template OperandQueryColumns<Places>>(other.ring),
-                        other.place));
+    begin_product<Mma>(
+        sums, cute::GMMA::ScaleOut::One, as_operand_a<Element>(weights),
+        in_place(described<typename Mma::FrgTypeB, typename L::template OperandQueryColumns<Places>>(other.ring),
+                 other.place));
   }
 
   /// Begins dQ = dS K, the warpgroup's half. `ds`: its first query; `k`: its first column.
   template <class Sums>
   FLASHCUTE_DEVICE static void begin_dq(Sums& sums, InRing<Element> ds, Element* k) {
     using Mma = typename L::MmaQueries;
-    begin<Mma>(sums, cute::GMMA::ScaleOut::Zero,
-               in_place(described<typename Mma::FrgTypeA, typename L::OperandDs>(ds.ring), ds.place),
-               described<typename Mma::FrgTypeB, typename L::OperandKeyColumns>(k));
-  }
-
- private:
-  template <class Operand>
-  FLASHCUTE_DEVICE static auto in_place(Operand const& ring, int place) {
-    using namespace cute;
-    return ring(_, _, _, place);
-  }
-
-  /// sums = a b or sums += a b, step by step.
-  template <class Mma, class Sums, class A, class B>
-  FLASHCUTE_DEVICE static void begin(Sums& sums, cute::GMMA::ScaleOut first, A const& a, B const& b) {
-    using namespace cute;
-    Mma mma;
-    mma.accumulate_ = first;
-    auto c = as_warpgroup_accumulator(sums);
-    keep_in_place(c);
-    begin_products();
-    CUTE_UNROLL
-    for (int i = 0; i < size<2>(b); ++i) {
-      multiply(mma, c, a(_, 0, i), b(_, 0, i));
-      mma.accumulate_ = GMMA::ScaleOut::One;
-    }
-    commit_products();
-    keep_in_place(c);
+    begin_product<Mma>(sums, cute::GMMA::ScaleOut::Zero,
+                       in_place(described<typename Mma::FrgTypeA, typename L::OperandDs>(ds.ring), ds.place),
+                       described<typename Mma::FrgTypeB, typename L::OperandKeyColumns>(k));
   }
 };
 

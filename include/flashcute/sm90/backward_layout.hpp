@@ -5,23 +5,9 @@
 // shared memory, for dQ = dS K: that is summed over the keys of both warpgroups, and each computes a half of it.
 #pragma once
 
-#include "flashcute/core/backward_config.hpp"
-#include "flashcute/policy/mask.hpp"
-#include "flashcute/sm90/fragment.hpp"
-#include "flashcute/sm90/ring.hpp"
+#include "flashcute/sm90/passing_queries.hpp"
 
 namespace flashcute::sm90 {
-
-/// Registers per thread of the warpgroup that serves, and of those that compute.
-inline constexpr int serving_registers = 40, computing_registers = 232;
-
-/// What the loading warp announces of the block in a place of Q's ring.
-struct AnnouncedQueries {
-  int row0;      // its first query
-  int head;      // of the batch entry
-  bool partial;  // elements have to be tested
-  bool last;     // of the tile
-};
 
 template <BackwardConfig C>
 struct BackwardLayout : WarpgroupFragment {
@@ -35,8 +21,10 @@ struct BackwardLayout : WarpgroupFragment {
   static_assert(warpgroups * warpgroup_rows == C.block_n);
   static constexpr int page = 64;  // columns: 128 bytes
   static_assert(page_bytes(C.head_dim * sizeof(Element)) == page * sizeof(Element));
-  static constexpr int q_elements = C.block_m * C.head_dim;
-  static constexpr int k_elements = C.block_n * C.head_dim;
+  static constexpr int queries = C.block_m, keys = C.block_n;  // of a block that passes, and of the tile
+  static constexpr int q_elements = queries * C.head_dim, dout_elements = q_elements;
+  static constexpr int k_elements = keys * C.head_dim, v_elements = k_elements;
+  static constexpr bool inspects_keys = true;
   static constexpr int ds_elements = C.block_m * C.block_n;
   static constexpr int ds_places = 2;
 

@@ -7,66 +7,19 @@
 
 namespace flashcute::sm90 {
 
-/// A tile's statistics and sums in the workspace: every head has whole blocks of `block_m` queries.
-template <BackwardConfig C>
-struct GradientWorkspace {
-  static constexpr int sums_of_block = C.block_m * C.head_dim;
-
-  FLASHCUTE_HD static int64_t blocks(ForwardParams const& p) { return ceil_div(p.seqlen_q, C.block_m); }
-  /// The number of a block among those of all heads.
-  FLASHCUTE_HD static int64_t number(ForwardParams const& p, int batch, int head, int block) {
-    return (static_cast<int64_t>(batch) * p.heads + head) * blocks(p) + block;
-  }
-
-  /// Of block `number`: the base-2 LSE and delta of its queries, and the sums of dQ / scale.
-  FLASHCUTE_HD static float* lse(BackwardParams const& p, int64_t number) {
-    return static_cast<float*>(p.delta) + number * C.block_m;
-  }
-  FLASHCUTE_HD static float* delta(BackwardParams const& p, int64_t number) {
-    ForwardParams const& f = p.forward;
-    return lse(p, static_cast<int64_t>(f.batch) * f.heads * blocks(f) + number);
-  }
-  FLASHCUTE_HD static float* sums(BackwardParams const& p, int64_t number) {
-    return static_cast<float*>(p.dq_sums) + number * sums_of_block;
-  }
-};
-
-/// The blocks of queries that pass a tile of keys.
-template <BackwardKernelId Id>
-struct PassingQueries {
-  static constexpr BackwardConfig C = Id.config;
-  using Mask = flashcute::Mask<Id.features.mask>;
-  using Tile = KeyTile<typename Mask::Sequence>;
-
-  FLASHCUTE_DEVICE static PassingBlocks of(BackwardParams const& p, Tile const& tile) {
-    ForwardParams const& f = p.forward;
-    int const group = f.heads / f.kv_heads;
-    auto const range = Mask::query_range(tile, f, C.block_m);
-    return PassingBlocks::of(range, tile.sequence(f).rows() / C.block_m, tile.kv_head * group, group);
-  }
-
-  /// Whether elements of the block have to be tested: also where keys are missing.
-  FLASHCUTE_DEVICE static bool partial(PassingBlocks const& at, Tile const& tile) {
-    return at.partial() || tile.rows < C.block_n;
-  }
-  /// Whether some of its rows see other keys of the tile than others do, so that its values are inspected.
-  FLASHCUTE_DEVICE static bool inspected(PassingBlocks const& at) { return Mask::rows_differ && at.before_full(); }
-};
-
-/// Run by one lane of the loading warp.
-template <BackwardKernelId Id>
+/// Run by one lane of the loading warp. L: the layout of a tile of keys.
+template <BackwardKernelId Id, class L = BackwardLayout<Id.config>>
 class GradientLoader {
   static constexpr BackwardConfig C = Id.config;
-  using Blocks = PassingQueries<Id>;
+  using Blocks = PassingQueries<Id, L::queries>;
   using Tile = typename Blocks::Tile;
-  using L = BackwardLayout<C>;
   using Storage = typename L::SharedStorage;
-  using Workspace = GradientWorkspace<C>;
+  using Workspace = GradientWorkspace<C, L::queries>;
 
  public:
   FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem, Tile const& tile) {
     GradientLoader loader{p, smem, tile};
-    loader.load_keys(p.k, smem.k, smem.k_full);
+    loader.template load_keys<C.head_dim>(p.k, smem.k, smem.k_full);
     for (PassingBlocks at = Blocks::of(p.backward, tile); at.left > 0; at = at.after()) loader.load(at);
   }
 
@@ -79,10 +32,11 @@ class GradientLoader {
     prefetch(p.dout);
   }
 
+  template <int Columns>
   FLASHCUTE_DEVICE void load_keys(TensorMap const& map, typename L::Element* to, Barrier& full) {
-    barrier_arrive_expecting(full, L::k_elements * sizeof(typename L::Element));
-    for (int column = 0; column < C.head_dim; column += L::page) {
-      copy_box(map, column, tile_.row0, tile_.kv_head, tile_.entry.batch, to + C.block_n * column, full,
+    barrier_arrive_expecting(full, L::keys * Columns * sizeof(typename L::Element));
+    for (int column = 0; column < Columns; column += L::page) {
+      copy_box(map, column, tile_.row0, tile_.kv_head, tile_.entry.batch, to + L::keys * column, full,
                L2Hint::evict_first);
     }
   }
@@ -90,15 +44,16 @@ class GradientLoader {
   FLASHCUTE_DEVICE void load(PassingBlocks const& at) {
     int64_t const number = Workspace::number(p_.backward.forward, tile_.entry.batch, at.head, at.block);
     barrier_wait(smem_.q_empty[q_.place], q_.parity ^ 1);
-    smem_.blocks[q_.place] = {at.block * C.block_m, at.head, Blocks::partial(at, tile_), at.left == 1};
-    load_queries(p_.q, at, smem_.q[q_.place], Workspace::lse(p_.backward, number), smem_.lse[q_.place],
-                 Blocks::inspected(at) ? smem_.q_landed[q_landed_.place] : smem_.q_full[q_.place]);
+    smem_.blocks[q_.place] = {at.block * L::queries, at.head, Blocks::partial(at, tile_), at.left == 1};
+    load_queries<C.head_dim>(p_.q, at, smem_.q[q_.place], Workspace::lse(p_.backward, number), smem_.lse[q_.place],
+                             Blocks::inspected(at) ? smem_.q_landed[q_landed_.place] : smem_.q_full[q_.place]);
     // K and the first Q are enough to begin.
-    if (first_) load_keys(p_.v, smem_.v, smem_.v_full);
+    if (first_) load_keys<C.head_dim_v>(p_.v, smem_.v, smem_.v_full);
     first_ = false;
     barrier_wait(smem_.dout_empty[dout_.place], dout_.parity ^ 1);
-    load_queries(p_.dout, at, smem_.dout[dout_.place], Workspace::delta(p_.backward, number), smem_.delta[dout_.place],
-                 Blocks::inspected(at) ? smem_.dout_landed[dout_landed_.place] : smem_.dout_full[dout_.place]);
+    load_queries<C.head_dim_v>(
+        p_.dout, at, smem_.dout[dout_.place], Workspace::delta(p_.backward, number), smem_.delta[dout_.place],
+        Blocks::inspected(at) ? smem_.dout_landed[dout_landed_.place] : smem_.dout_full[dout_.place]);
     q_.advance();
     dout_.advance();
     if (Blocks::inspected(at)) {
@@ -108,12 +63,13 @@ class GradientLoader {
   }
 
   /// A block of Q or dO, and a number for each of its rows.
+  template <int Columns>
   FLASHCUTE_DEVICE void load_queries(TensorMap const& map, PassingBlocks const& at, typename L::Element* to,
                                      float const* numbers, float* numbers_to, Barrier& full) {
-    constexpr int bytes_of_numbers = C.block_m * sizeof(float);
-    barrier_arrive_expecting(full, L::q_elements * sizeof(typename L::Element) + bytes_of_numbers);
-    for (int column = 0; column < C.head_dim; column += L::page) {
-      copy_box(map, column, at.block * C.block_m, at.head, tile_.entry.batch, to + C.block_m * column, full,
+    constexpr int bytes_of_numbers = L::queries * sizeof(float);
+    barrier_arrive_expecting(full, L::queries * Columns * sizeof(typename L::Element) + bytes_of_numbers);
+    for (int column = 0; column < Columns; column += L::page) {
+      copy_box(map, column, at.block * L::queries, at.head, tile_.entry.batch, to + L::queries * column, full,
                L2Hint::evict_last);
     }
     copy_bulk(numbers, numbers_to, bytes_of_numbers, full);
@@ -204,12 +160,11 @@ class DqAdder {
 /// which not every row sees all keys. There it replaces them by 0: a row that does not see a key would multiply it by
 /// 0, and 0 * NaN is NaN. (What the row sees still becomes NaN: its LSE is not finite, of which `prepare` makes NaN, or
 /// its delta is not.)
-template <BackwardKernelId Id>
+template <BackwardKernelId Id, class L = BackwardLayout<Id.config>>
 class GradientInspector {
   static constexpr BackwardConfig C = Id.config;
-  using Blocks = PassingQueries<Id>;
+  using Blocks = PassingQueries<Id, L::queries>;
   using Tile = typename Blocks::Tile;
-  using L = BackwardLayout<C>;
   using Element = typename L::Element;
   using Storage = typename L::SharedStorage;
 
@@ -223,7 +178,9 @@ class GradientInspector {
         continue;
       }
       inspector.inspect_block();
-      if (!any) inspector.inspect_keys();
+      if constexpr (L::inspects_keys) {
+        if (!any) inspector.inspect_keys();
+      }
       any = true;
     }
   }
@@ -237,19 +194,21 @@ class GradientInspector {
   }
 
   FLASHCUTE_DEVICE void inspect_block() {
-    inspect(smem_.q[q_.place], smem_.q_landed[q_landed_.place], q_landed_.parity, smem_.q_full[q_.place]);
-    inspect(smem_.dout[dout_.place], smem_.dout_landed[dout_landed_.place], dout_landed_.parity,
-            smem_.dout_full[dout_.place]);
+    inspect<L::q_elements>(smem_.q[q_.place], smem_.q_landed[q_landed_.place], q_landed_.parity,
+                           smem_.q_full[q_.place]);
+    inspect<L::dout_elements>(smem_.dout[dout_.place], smem_.dout_landed[dout_landed_.place], dout_landed_.parity,
+                              smem_.dout_full[dout_.place]);
     pass_over();
     q_landed_.advance();
     dout_landed_.advance();
   }
 
+  template <int Elements>
   FLASHCUTE_DEVICE void inspect(Element* block, Barrier& landed, uint32_t parity, Barrier& full) {
     barrier_wait(landed, parity);
-    if (!finite(block, L::q_elements)) {
+    if (!finite(block, Elements)) {
       smem_.dropped = true;
-      for_each_part(block, L::q_elements, [](Element* words) { zero_nonfinite(words); });
+      for_each_part(block, Elements, [](Element* words) { zero_nonfinite(words); });
       publish_to_products();
     }
     reconverge();  // one lane arrives for the warp: all its lanes have read and written the block

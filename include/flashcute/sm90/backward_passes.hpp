@@ -1,9 +1,11 @@
-// The passes before and after Hopper's gradients: what `gradients` needs of the rows of dO and O, and dQ from its sums.
+// Hopper's gradients as kernels: the passes that multiply, and those before and after `gradients`: what it needs of the
+// rows of dO and O, and dQ from its sums.
 #pragma once
 
-#include "flashcute/core/constants.hpp"
-#include "flashcute/device/delta.hpp"
 #include "flashcute/sm90/backward.hpp"
+#include "flashcute/sm90/backward_keys.hpp"
+#include "flashcute/sm90/backward_queries.hpp"
+#include "flashcute/sm90/row_statistics.hpp"
 
 namespace flashcute::sm90 {
 
@@ -27,15 +29,12 @@ struct PrepareGradients {
     }
     float *const lse = Workspace::lse(p, number), *const delta = Workspace::delta(p, number);
     for (int row = thread_index(); row < C.block_m; row += threads) {
-      if (row >= tile.rows) {  // exp(S - infinity) is 0
-        global_store(lse + row, float{infinity});
+      if (row >= tile.rows) {
+        global_store(lse + row, float{missing_lse});
         global_store(delta + row, 0.f);
         continue;
       }
-      // Of infinity NaN: the row sees keys whose scores are all -infinity, or NaN, and its P is NaN, also where Q was
-      // replaced by 0 and the scores are finite. (A row that sees no key is hidden from every block.)
-      float const x = global_load<float>(static_cast<float const*>(p.forward.lse) + tile.lse_offset(p.forward) + row);
-      global_store(lse + row, is_finite(x) ? x * log2_e<float> : infinity - infinity);
+      global_store(lse + row, base_2_lse(p.forward, tile, row));
     }
     Delta<Element, C.block_m, C.head_dim_v, 16, threads>::compute(
         p, tile, [&](int row, float x) { global_store(delta + row, x); });
@@ -71,6 +70,18 @@ struct FinishGradients {
                               p.forward.head_dim - column0);
   }
 };
+
+/// A pass that multiplies.
+template <BackwardKernelId Id>
+struct GradientPass : KeyGradients<Id> {};
+
+template <BackwardKernelId Id>
+  requires(Id.pass == BackwardPass::queries)
+struct GradientPass<Id> : QueriesPass<Id> {};
+
+template <BackwardKernelId Id>
+  requires(Id.pass == BackwardPass::keys)
+struct GradientPass<Id> : KeysPass<Id> {};
 
 template <BackwardKernelId Id>
 struct SmallPass : PrepareGradients<Id> {};

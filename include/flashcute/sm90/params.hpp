@@ -17,7 +17,7 @@ struct Sm90ForwardParams {
 static_assert(sizeof(TileDeal) == 2308);
 static_assert(sizeof(Sm90ForwardParams) == 3200);
 
-/// Of the pass `gradients`.
+/// Of the passes that multiply.
 struct Sm90BackwardParams {
   TensorMap q, k, v, dout;
   BackwardParams backward;

@@ -94,7 +94,8 @@ int cuLaunchKernelEx(LaunchConfig const* c, void* function, void** parameters, v
   if (kernel == "flashcute_make_block_map") {
     launch.map = *static_cast<flashcute::BlockMapRules const*>(parameters[0]);
   } else if (kernel.find("_bwd_") != std::string::npos) {
-    bool const with_maps = kernel.find("_sm90_") != std::string::npos && kernel.find("_gradients") != std::string::npos;
+    auto const has = [&](char const* word) { return kernel.find(word) != std::string::npos; };
+    bool const with_maps = has("_sm90_") && !has("_prepare") && !has("_finish");
     launch.backward = with_maps ? static_cast<flashcute::Sm90BackwardParams const*>(parameters[0])->backward
                                 : *static_cast<flashcute::BackwardParams const*>(parameters[0]);
     launch.params = launch.backward->forward;

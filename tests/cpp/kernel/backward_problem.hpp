@@ -212,7 +212,9 @@ class BackwardCall {
       int const block = entry.first_query_block(B.block_m) + tile.row0 / B.block_m;
       allow_sums(memory, entry.batch, tile.head, block, block + 1, is_finish ? Use::input : Use::output);
     }
-    if (pass != BackwardPass::prepare) dq.allow(memory, entry.batch, tile.head, first, last, Use::output);
+    // Hopper's kernel replaces what it has stored where K is not finite.
+    Use const use = B.kernel == Kernel::sm90 && pass == BackwardPass::queries ? Use::result : Use::output;
+    if (pass != BackwardPass::prepare) dq.allow(memory, entry.batch, tile.head, first, last, use);
   }
 
   void allow_sink(GlobalMemory& memory, int head) {

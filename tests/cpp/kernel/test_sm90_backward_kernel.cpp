@@ -21,15 +21,21 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
   /// The output and LSE of the inputs as they are, then all passes.
   void run(uint64_t seed) {
     Call::compute_forward();
+    constexpr int rows = splits_dq(B) ? warpgroup_rows : B.block_m;
     Sm90BackwardParams const all{
-        .q = opaque(map_of(problem.q, s_.sq, s_.heads, s_.batch, s_.d, B.head_dim, B.block_m)),
+        .q = opaque(map_of(problem.q, s_.sq, s_.heads, s_.batch, s_.d, B.head_dim, rows)),
         .k = opaque(map_of(problem.k, s_.sk, s_.kv_heads, s_.batch, s_.d, B.head_dim, B.block_n)),
         .v = opaque(map_of(problem.v, s_.sk, s_.kv_heads, s_.batch, s_.d_v, B.head_dim, B.block_n)),
-        .dout = opaque(map_of(Call::dout, s_.sq, s_.heads, s_.batch, s_.d_v, B.head_dim, B.block_m)),
+        .dout = opaque(map_of(Call::dout, s_.sq, s_.heads, s_.batch, s_.d_v, B.head_dim, rows)),
         .backward = Call::params()};
-    run_pass<BackwardPass::prepare>(all, seed);
-    run_pass<BackwardPass::gradients>(all, seed + 1);
-    run_pass<BackwardPass::finish>(all, seed + 2);
+    if constexpr (splits_dq(B)) {
+      run_pass<BackwardPass::queries>(all, seed);
+      run_pass<BackwardPass::keys>(all, seed + 1);
+    } else {
+      run_pass<BackwardPass::prepare>(all, seed);
+      run_pass<BackwardPass::gradients>(all, seed + 1);
+      run_pass<BackwardPass::finish>(all, seed + 2);
+    }
   }
 
  private:
@@ -43,12 +49,20 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
       GlobalMemory memory;
       constexpr int threads = num_threads(id);
       Sm90Block const hopper{block, static_cast<uint32_t>(blocks), threads, 0, seed + block};
-      if constexpr (Pass == BackwardPass::gradients) {
-        using Kernel = sm90::KeyGradients<id>;
+      if constexpr (multiplies(Pass)) {
+        using Kernel = sm90::GradientPass<id>;
         using Storage = typename Kernel::Storage;
-        auto const tile = Call::Keys::at(p.forward, block, B.block_n);
-        Call::allow_keys(memory, tile);
-        allow_statistics(memory, tile);
+        if constexpr (Pass == BackwardPass::queries) {
+          auto const tile = Kernel::template tile_of<typename Call::Queries>(p.forward, block);
+          Call::allow_queries(memory, Pass, tile);
+          auto const same = Kernel::template tile_of<typename Kernel::Tile>(p.forward, block);
+          bool const empty = Kernel::Mask::kv_range(same, p.forward, B.block_n).empty();
+          if (!empty) allow_statistics(memory, tile);
+        } else if constexpr (Pass == BackwardPass::keys) {
+          allow_key_tile(memory, Kernel::template tile_of<typename Call::Keys>(p.forward, block));
+        } else {
+          allow_key_tile(memory, Call::Keys::at(p.forward, block, B.block_n));
+        }
         Sm90Block with_memory = hopper;
         with_memory.shared_bytes = sizeof(Storage);
         with_memory.run(memory, [&](void* shared) { Kernel::run(all, *static_cast<Storage*>(shared)); });
@@ -64,6 +78,11 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
       ASSERT_EQ(memory.count(Use::output) + memory.count(Use::result), 0u)
           << "bytes of the results that were never stored";
     }
+  }
+
+  void allow_key_tile(GlobalMemory& memory, typename Call::Keys const& tile) {
+    Call::allow_keys(memory, tile);
+    allow_statistics(memory, tile);
   }
 
   /// LSE and delta of a block of queries, or of all blocks of the heads of a tile of keys.
@@ -114,6 +133,25 @@ constexpr BackwardConfig wide = {.dtype = f16,
                                  .kernel = Kernel::sm90,
                                  .stages = 3};
 
+constexpr BackwardConfig widest = {.dtype = bf16,
+                                   .head_dim = 256,
+                                   .head_dim_v = 256,
+                                   .block_m = 128,
+                                   .block_n = 64,
+                                   .num_warps = 8,
+                                   .kernel = Kernel::sm90,
+                                   .deterministic = true};
+constexpr BackwardConfig unequal = {.dtype = f16,
+                                    .head_dim = 192,
+                                    .head_dim_v = 128,
+                                    .block_m = 128,
+                                    .block_n = 64,
+                                    .num_warps = 8,
+                                    .kernel = Kernel::sm90,
+                                    .stages = 3,
+                                    .dout_stages = 3,
+                                    .deterministic = true};
+
 template <class Change>
 constexpr BackwardConfig with(BackwardConfig c, Change const& change) {
   change(c);
@@ -122,9 +160,9 @@ constexpr BackwardConfig with(BackwardConfig c, Change const& change) {
 
 template <BackwardConfig B>
 void check_shapes() {
-  for (Shape const& s : {Shape{.sq = B.block_m + 5, .sk = B.block_n + 7, .d = B.head_dim, .d_v = B.head_dim},
+  for (Shape const& s : {Shape{.sq = B.block_m + 5, .sk = B.block_n + 7, .d = B.head_dim, .d_v = B.head_dim_v},
                          Shape{.sq = 2 * B.block_m, .sk = B.block_n, .d = B.head_dim - 8, .d_v = 8},
-                         Shape{.sq = 3, .sk = 20, .d = 8, .d_v = B.head_dim, .heads = 2, .order = Order::padded},
+                         Shape{.sq = 3, .sk = 20, .d = 8, .d_v = B.head_dim_v, .heads = 2, .order = Order::padded},
                          Shape{.sq = 200, .sk = 41, .d = 16, .batch = 2, .heads = 4, .kv_heads = 2}}) {
     Sm90BackwardProblem<B, MaskKind::causal> causal(s, true);
     check_gradients(causal);
@@ -137,12 +175,14 @@ void check_shapes() {
 TEST(Sm90BackwardKernel, Shapes) {
   check_shapes<narrow>();
   check_shapes<wide>();
+  check_shapes<widest>();
+  check_shapes<unequal>();
 }
 
 template <BackwardConfig B>
 void check_options() {
   SCOPED_TRACE(name(B).text);
-  Sm90BackwardProblem<B, MaskKind::causal> problem({.sq = 330, .sk = 300, .d = B.head_dim, .d_v = B.head_dim});
+  Sm90BackwardProblem<B, MaskKind::causal> problem({.sq = 330, .sk = 300, .d = B.head_dim, .d_v = B.head_dim_v});
   check_gradients(problem, 2);
 }
 
@@ -153,6 +193,9 @@ TEST(Sm90BackwardKernel, Options) {
   check_options<with(wide, [](BackwardConfig& c) { c.stages = 2, c.dout_stages = 3; })>();
   check_options<with(wide, [](BackwardConfig& c) { c.late_dq = false; })>();
   check_options<with(narrow, [](BackwardConfig& c) { c.late_dq = false, c.stages = 2; })>();
+  check_options<widest>();
+  check_options<with(widest, [](BackwardConfig& c) { c.dout_stages = 1; })>();
+  check_options<with(unequal, [](BackwardConfig& c) { c.stages = 2, c.dout_stages = 4; })>();
 }
 
 // Guards against gradients of keys that no query sees, and of queries that see no key, which the loop leaves out.
@@ -160,6 +203,9 @@ TEST(Sm90BackwardKernel, NothingToSee) {
   for (int offset : {-300, -130, -40}) {
     Sm90BackwardProblem<narrow, MaskKind::causal> problem({.sq = 200, .sk = 270, .d = 64, .causal_offset = offset});
     check_gradients(problem);
+    Sm90BackwardProblem<widest, MaskKind::causal> wide_problem(
+        {.sq = 200, .sk = 270, .d = 200, .d_v = 136, .heads = 2, .causal_offset = offset});
+    check_gradients(wide_problem);
   }
 }
 
@@ -170,7 +216,7 @@ void check_poison() {
   for (double poison : {nan, inf}) {
     for (char const* where : {"q", "k", "v", "dout"}) {
       Sm90BackwardProblem<B, MaskKind::causal> problem(
-          {.sq = 200, .sk = 200, .d = B.head_dim, .d_v = B.head_dim, .heads = 2, .kv_heads = 1});
+          {.sq = 200, .sk = 200, .d = B.head_dim, .d_v = B.head_dim_v, .heads = 2, .kv_heads = 1});
       for (int row : {3, 70, 131, 199}) {
         if (*where == 'q') problem.problem.q.set_row(0, row, 1, poison);
         if (*where == 'k') problem.problem.k.set_row(0, row, 0, poison);
@@ -186,6 +232,7 @@ void check_poison() {
 TEST(Sm90BackwardKernel, PoisonReachesWhatSeesIt) {
   check_poison<narrow>();
   check_poison<wide>();
+  check_poison<widest>();
 }
 
 // Guards against infinity in one element of a query, all of whose scores are -infinity: its LSE is -infinity, as if it

@@ -426,6 +426,33 @@ TEST(QueryTile, TilesCoverEveryRowOnce) {
   }
 }
 
+// The same with the tiles of heads in turn; and against long tiles, those with the last rows, that start after shorter
+// ones of heads which fit the cache together.
+TEST(QueryTile, TilesOfHeadsInTurnCoverEveryRowOnce) {
+  for (int32_t head_dim : {64, 1 << 20}) {  // all heads at once, or three
+    for (int32_t sq : {1, 16, 33, 80}) {
+      ForwardParams p = problem(sq, 8, 0);
+      p.batch = 3;
+      p.heads = 6;
+      p.kv_heads = 2;
+      p.head_dim = p.head_dim_v = head_dim;
+      int32_t const at_once = head_dim == 64 ? 18 : 4, tiles = ceil_div(sq, 16);
+      std::set<std::tuple<int32_t, int32_t, int32_t>> rows;
+      for (uint32_t i = 0; i < count_query_tiles(p, 16); ++i) {
+        auto const tile = QueryTile<UniformSequence>::in_turn(p, i, 16, 2);
+        EXPECT_EQ(tile.kv_head, tile.head / 3);
+        int32_t const head = tile.entry.batch * p.heads + tile.head, turn = head / at_once;
+        EXPECT_EQ(turn, static_cast<int32_t>(i) / (at_once * tiles));
+        int32_t const width = min_of(at_once, 18 - turn * at_once);
+        EXPECT_EQ(tile.row0 / 16, tiles - 1 - (static_cast<int32_t>(i) - turn * at_once * tiles) / width);
+        for (int32_t r = 0; r < tile.rows; ++r)
+          EXPECT_TRUE(rows.emplace(tile.entry.batch, tile.head, tile.row0 + r).second);
+      }
+      EXPECT_EQ(rows.size(), static_cast<size_t>(p.batch) * p.heads * sq);
+    }
+  }
+}
+
 // Guards against 32-bit overflow in any offset. Every term alone exceeds 2^31 elements.
 TEST(QueryTile, OffsetsAre64Bit) {
   ForwardParams p{};
