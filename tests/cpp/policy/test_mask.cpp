@@ -436,7 +436,7 @@ TEST(QueryTile, TilesOfHeadsInTurnCoverEveryRowOnce) {
       p.heads = 6;
       p.kv_heads = 2;
       p.head_dim = p.head_dim_v = head_dim;
-      int32_t const at_once = head_dim == 64 ? 18 : 4, tiles = ceil_div(sq, 16);
+      int32_t const at_once = head_dim == 64 ? 18 : 3, tiles = ceil_div(sq, 16);
       std::set<std::tuple<int32_t, int32_t, int32_t>> rows;
       for (uint32_t i = 0; i < count_query_tiles(p, 16); ++i) {
         auto const tile = QueryTile<UniformSequence>::in_turn(p, i, 16, 2);
