@@ -27,7 +27,8 @@ struct BackwardConfig {
   int32_t k_tiles_per_load = 0;
   bool mma_double_buffer = true;
   bool late_dq = true;         // sm90: a block's part of dQ is multiplied in the iteration after it
-  bool deterministic = false;  // the same bits in every run, by two passes without atomics; on the CPU always so
+  bool deterministic = false;  // the same bits in every run: sm80 by two passes without atomics, sm90 by additions in
+                               // a fixed order; on the CPU always so
 
   constexpr bool operator==(BackwardConfig const&) const = default;
 
@@ -76,7 +77,7 @@ struct BackwardPasses {
 
 constexpr BackwardPasses passes_of(BackwardConfig const& c) {
   using enum BackwardPass;
-  if (c.deterministic) return {2, {queries, keys}};
+  if (c.deterministic && c.kernel == Kernel::sm80) return {2, {queries, keys}};
   return {3, {prepare, gradients, finish}};
 }
 
@@ -149,17 +150,22 @@ constexpr int64_t most_smem_bytes(BackwardConfig const& c) {
 }
 
 /// Floats of workspace: delta (of the sm90 kernels a base-2 LSE and delta for every row of all tiles); then, unless
-/// deterministic, the sums that become dQ, which start at a multiple of 16 bytes.
+/// deterministic, the sums that become dQ, which start at a multiple of 16 bytes. Deterministic sm90 kernels have these
+/// sums too, and counters (uint32_t) of the tiles that have added to each warpgroup's half of a block, and of those
+/// that were started.
 struct BackwardWorkspace {
-  int64_t delta, dq_sums;
+  int64_t delta, dq_sums, counters = 0;
 
-  constexpr int64_t total() const { return delta + dq_sums; }
+  constexpr int64_t total() const { return delta + dq_sums + counters; }
 };
 
 /// Of `heads` heads, each of `seqlen_q` rows in `blocks` tiles.
 constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads, int64_t seqlen_q, int64_t blocks) {
   int64_t const tiles = heads * blocks;
-  if (c.kernel == Kernel::sm90) return {2 * tiles * c.block_m, tiles * c.block_m * c.head_dim};
+  if (c.kernel == Kernel::sm90) {
+    int64_t const counters = c.deterministic && tiles > 0 ? tiles * (c.num_warps / 4) + 1 : 0;
+    return {2 * tiles * c.block_m, tiles * c.block_m * c.head_dim, counters};
+  }
   return {ceil_div<int64_t>(heads * seqlen_q, 4) * 4, c.deterministic ? 0 : tiles * c.block_m * c.head_dim};
 }
 
@@ -194,7 +200,6 @@ constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads,
   RULE(sm90_tile, "kernel = sm90 needs block_n of 128, 8 warps, and a block_m of 128 with head_dim 64, 64 with 128") \
   RULE(sm90_head_dim, "kernel = sm90 needs head_dim_v = head_dim")                                                   \
   RULE(sm90_stages, "kernel = sm90 needs stages and dout_stages between 1 and 4")                                    \
-  RULE(sm90_deterministic, "kernel = sm90 adds dQ in any order: deterministic needs kernel = sm80")                  \
   RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")
 
 enum class BackwardConfigError : uint8_t {
@@ -262,7 +267,6 @@ constexpr BackwardConfigError check_sm90(BackwardConfig const& c, Arch arch) {
   if (!fits || c.block_n != 128 || c.num_warps != 8) return sm90_tile;
   if (c.head_dim_v != c.head_dim) return sm90_head_dim;
   if (c.stages < 1 || c.stages > 4 || c.dout_stages < 1 || c.dout_stages > 4) return sm90_stages;
-  if (c.deterministic) return sm90_deterministic;
   return sm90_smem_bytes(c) > max_smem_bytes(arch) ? smem : none;
 }
 

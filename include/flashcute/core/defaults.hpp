@@ -164,6 +164,16 @@ inline constexpr BackwardTile backward_tiles[] = {
      "times on an H200: docs/kernels/sm90_backward.md"},
     {{.head_dim = 128, .block_n = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 3},
      "times on an H200: docs/kernels/sm90_backward.md"},
+    {{.head_dim = 64,
+      .block_m = 128,
+      .block_n = 128,
+      .num_warps = 8,
+      .kernel = Kernel::sm90,
+      .stages = 3,
+      .deterministic = true},
+     "times on an H200: docs/kernels/sm90_backward.md"},
+    {{.head_dim = 128, .block_n = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 3, .deterministic = true},
+     "times on an H200: docs/kernels/sm90_backward.md"},
     {{.head_dim = 64, .block_n = 128}, "times on an H200: docs/kernels/sm80_backward.md"},
     {{.head_dim = 128, .column_warps = 2, .k_tiles_per_load = 1}, "times on an H200: docs/kernels/sm80_backward.md"},
     {{.head_dim = 256, .num_warps = 8, .column_warps = 4, .blocks_per_sm = 1, .k_tiles_per_load = 1},
@@ -228,7 +238,7 @@ struct BackwardTensors {
 
 /// Whether Hopper's kernels may compute the gradients. (Whether they have a tile is another question.)
 constexpr bool sm90_serves(BackwardTensors const& t, Arch arch) {
-  return t.allow_sm90 && arch == 90 && size_of(t.dtype) == 2 && t.alignment == 16 && !t.deterministic;
+  return t.allow_sm90 && arch == 90 && size_of(t.dtype) == 2 && t.alignment == 16;
 }
 
 /// How many thread blocks fit the shared memory of a multiprocessor, at most blocks_per_sm.
