@@ -37,11 +37,13 @@ std::string why_not_default(BackwardConfig const& other, Call const& call, std::
 
 /// Why Hopper's kernels are not taken on a Hopper GPU.
 std::string why_not_sm90(Call const& call, std::span<Operand const> copied) {
-  if (call.options.deterministic) return "its sums of dq differ in their last bits from run to run";
   if (std::string const problem = sm90_backward_problem(call, copied); !problem.empty()) return problem;
-  BackwardConfig const best = default_backward_config(
-      {.dtype = call.dtype, .head_dim = call.params.head_dim, .head_dim_v = call.params.head_dim_v, .allow_sm90 = true},
-      call.arch);
+  BackwardConfig const best = default_backward_config({.dtype = call.dtype,
+                                                       .head_dim = call.params.head_dim,
+                                                       .head_dim_v = call.params.head_dim_v,
+                                                       .deterministic = call.options.deterministic,
+                                                       .allow_sm90 = true},
+                                                      call.arch);
   if (best.kernel != Kernel::sm90) {
     return "it computes gradients of float16 and bfloat16 with head dimensions up to 128";
   }

@@ -68,8 +68,10 @@ std::string why_this_tile(ForwardConfig const& chosen, ForwardTensors const& ten
 
 std::string why_these_passes(BackwardConfig const& chosen) {
   if (chosen.kernel == Kernel::sm90) {
-    return "Hopper's kernels multiply on tensor cores with operands in shared memory (WGMMA) and copy by TMA. dq is "
-           "summed by atomic additions, so that its last bits differ from run to run.";
+    return std::string(
+               "Hopper's kernels multiply on tensor cores with operands in shared memory (WGMMA) and copy by TMA.") +
+           (chosen.deterministic ? " Parts of dq are added in a fixed order, which gives the same bits in every run."
+                                 : " dq is summed by atomic additions, so that its last bits differ from run to run.");
   }
   std::string text = "The mma.sync kernels compute gradients on every GPU of compute capability 8.0 or later.";
   if (chosen.math == Math::tf32x3) text += " They multiply float32 on tensor cores by three TF32 products for one.";

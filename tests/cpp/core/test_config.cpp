@@ -567,7 +567,7 @@ TEST(BackwardConfig, TheExceptionCarriesTheRulesSentenceAndTheValues) {
 }
 
 // Guards against a default that its own device refuses, or that has to be compiled at run time: only deterministic ones
-// are, and those of wide heads where a thread block has but 99 KB of shared memory.
+// are, but Hopper's of bfloat16, and those of wide heads where a thread block has but 99 KB of shared memory.
 TEST(BackwardConfig, DefaultsAreValidEverywhereAndCompiledAheadOfTime) {
   auto const built = backward_configs();
   for (Arch arch : {80, 86, 87, 89, 90, 100, 120}) {
@@ -584,7 +584,8 @@ TEST(BackwardConfig, DefaultsAreValidEverywhereAndCompiledAheadOfTime) {
             EXPECT_EQ(c.copy_bytes, alignment);
           }
           BackwardConfig const aligned = default_backward_config(dtype, d, arch, d, deterministic);
-          bool const ahead = !deterministic && (d <= 128 || max_smem_bytes(arch) > 99 * 1024);
+          bool const ahead = deterministic ? arch == 90 && d <= 128 && dtype == DType::bfloat16
+                                           : d <= 128 || max_smem_bytes(arch) > 99 * 1024;
           EXPECT_EQ(std::find(built.begin(), built.end(), aligned) != built.end(), ahead)
               << name(aligned).text << " on " << arch;
         }
@@ -635,6 +636,15 @@ TEST(BackwardConfig, TheWorkspace) {
   EXPECT_EQ(w.dq_sums, 3 * 2 * 64 * 64);
   EXPECT_EQ(w.total(), w.delta + w.dq_sums);
   EXPECT_EQ(workspace_of({.head_dim = 64, .deterministic = true}, 3, 65).total(), 196);
+  // Hopper's, deterministic: a counter for each warpgroup's half of each block, and one more.
+  BackwardConfig hopper = default_backward_config(DType::bfloat16, 64, 90);
+  BackwardWorkspace const adding = workspace_of(hopper, 3, 129);
+  EXPECT_EQ(adding.delta, 2 * 3 * 2 * 128);
+  EXPECT_EQ(adding.dq_sums, 3 * 2 * 128 * 64);
+  EXPECT_EQ(adding.counters, 0);
+  hopper.deterministic = true;
+  EXPECT_EQ(workspace_of(hopper, 3, 129).total(), adding.total() + 3 * 2 * 2 + 1);
+  EXPECT_EQ(workspace_of(hopper, 3, 0).total(), 0);
 }
 
 // Guards against a generated unit that compiles another kernel than its name says.

@@ -27,10 +27,10 @@ def default(d: int, dtype: str = "bfloat16", **other: Any) -> fc.BackwardConfig:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(("d", "kernel"), [(8, "sm90"), (72, "sm90"), (128, "sm90"), (136, "sm80")])
 def test_default(dtype: str, d: int, kernel: str) -> None:
-    """Head dims up to 128 take Hopper's kernels, wider ones and deterministic gradients those of other GPUs."""
+    """Head dims up to 128 take Hopper's kernels, wider ones those of other GPUs; deterministic gradients too."""
     assert default(d, dtype).kernel == kernel
     assert default(8, dtype, head_dim_v=d).kernel == kernel
-    assert fc.default_backward_config(d, dtype, "sm_90", deterministic=True).kernel == "sm80"
+    assert fc.default_backward_config(d, dtype, "sm_90", deterministic=True).kernel == kernel
     assert fc.default_backward_config(d, dtype, "sm_100", deterministic=False).kernel == "sm80"
 
 
@@ -46,6 +46,7 @@ def variants() -> list[fc.BackwardConfig]:
         {"late_dq": False},
         {"stages": 1, "dout_stages": 1},
         {"stages": 2, "late_dq": False},
+        {"deterministic": True},
     ]
     return [default(d).replace(**change) for d in HEAD_DIMS for change in changes] + [
         default(128).replace(stages=2, dout_stages=3)
