@@ -89,7 +89,16 @@ class LastKeysFirst {
     // Another warp than the one that initialises the mbarriers meanwhile.
     if (thread_index() == 32) shared_store(&smem.tiles_before, count_up(Workspace::started(p), 1));
     block_sync();
-    return block_count() - 1 - shared_load<uint32_t>(&smem.tiles_before);
+    return tile_number(shared_load<uint32_t>(&smem.tiles_before), block_count());
+  }
+  /// The same, of `tiles` tiles of which `started` have been taken.
+  FLASHCUTE_HD static uint32_t tile_number(uint32_t started, uint32_t tiles) { return tiles - 1 - started; }
+
+  /// How many tiles add to a block before this one, which is one of them: those from the first key on do.
+  FLASHCUTE_HD static int32_t tiles_before(Keys const& tile, int32_t head, int32_t block, ForwardParams const& p) {
+    int32_t const row0 = block * C.block_m;
+    Queries const queries{tile.entry, head, tile.kv_head, row0, min_of(C.block_m, p.seqlen_q - row0)};
+    return Mask::kv_range(queries, p, C.block_n).end - 1 - tile.row0 / C.block_n;
   }
 
   FLASHCUTE_DEVICE LastKeysFirst(BackwardParams const& p, Keys const& tile, int warpgroup)
@@ -97,9 +106,7 @@ class LastKeysFirst {
 
   FLASHCUTE_DEVICE void look_at(PassingBlocks const& at) {
     ForwardParams const& f = p_.forward;
-    int const row0 = at.block * C.block_m;
-    Queries const block{tile_.entry, at.head, tile_.kv_head, row0, min_of(C.block_m, f.seqlen_q - row0)};
-    before_ = static_cast<uint32_t>(count(block, f) - 1 - tile_.row0 / C.block_n);
+    before_ = static_cast<uint32_t>(tiles_before(tile_, at.head, at.block, f));
     added_ = Workspace::added(p_, Workspace::number(f, tile_.entry.batch, at.head, at.block), warpgroup_);
     has_turn_ = acquire_count(added_) == before_;  // mostly so: then the answer has come before the block's dQ
   }
@@ -144,11 +151,6 @@ class LastKeysFirst {
   }
 
  private:
-  /// How many tiles of keys add to a block: those from the first key on.
-  FLASHCUTE_DEVICE static int count(Queries const& block, ForwardParams const& p) {
-    return Mask::kv_range(block, p, C.block_n).end;
-  }
-
   FLASHCUTE_DEVICE void give_turn() const {
     if (given_next_ != nullptr) release_count(given_next_);
   }

@@ -223,6 +223,44 @@ TEST(Sm90BackwardKernel, NothingToSee) {
   }
 }
 
+// Guards against a deadlock, and bits that depend on who comes first: the tiles that add to a block of queries have the
+// turns 0, 1, 2, ..., each once, and whoever waits has been started after all that it waits for.
+template <BackwardConfig B, MaskKind Kind>
+void check_turns(int sq, int sk, int offset) {
+  constexpr BackwardKernelId id = kernel_of(B, BackwardPass::gradients, {Kind});
+  using Order = sm90::LastKeysFirst<id>;
+  using Tile = KeyTile<typename Mask<Kind>::Sequence>;
+  ForwardParams p{};
+  p.batch = 2, p.heads = 4, p.kv_heads = 2, p.head_dim = p.head_dim_v = B.head_dim;
+  p.seqlen_q = sq, p.seqlen_k = sk, p.causal_offset = offset;
+  auto const blocks = static_cast<std::size_t>(ceil_div(sq, B.block_m));
+  std::vector<int> turns(blocks * 8);
+  auto const tiles = static_cast<uint32_t>(count_key_tiles(p, B.block_n));
+  for (uint32_t started = 0; started < tiles; ++started) {
+    auto const tile = Tile::at(p, Order::tile_number(started, tiles), B.block_n);
+    for (auto at = sm90::PassingQueries<id>::of({.forward = p}, tile); at.left > 0; at = at.after()) {
+      int& turn =
+          turns[static_cast<std::size_t>(tile.entry.batch * 4 + at.head) * blocks + static_cast<std::size_t>(at.block)];
+      EXPECT_EQ(turn++, Order::tiles_before(tile, at.head, at.block, p)) << sq << " x " << sk << " at " << offset;
+    }
+  }
+}
+
+TEST(Sm90BackwardKernel, NobodyWaitsForATileThatIsStartedLater) {
+  for (int sq : {1, 63, 64, 65, 128, 129, 300, 1000}) {
+    for (int sk : {1, 127, 128, 129, 500, 1111}) {
+      check_turns<deterministic<narrow>, MaskKind::full>(sq, sk, 0);
+      check_turns<deterministic<wide>, MaskKind::full>(sq, sk, 0);
+      for (int offset : {sk - sq, 0, -sq - 200, -70, -1, 1, 130, sk}) {
+        check_turns<deterministic<narrow>, MaskKind::causal>(sq, sk, offset);
+        check_turns<deterministic<wide>, MaskKind::causal>(sq, sk, offset);
+      }
+    }
+  }
+  // More heads' tiles than a cache holds: the heads are taken in groups.
+  check_turns<deterministic<wide>, MaskKind::causal>(30000, 30000, 0);
+}
+
 // Guards against additions to dQ in an order that depends on which thread blocks come first, and a workspace that is
 // not cleared: the second run has the counters of the first. (The emulator refuses a wait for a tile that is started
 // later, whatever the order in which thread blocks are.)
