@@ -273,8 +273,8 @@ void bind_classes(nb::module_& m) {
       "mma_double_buffer (sm80): fetch the next fragments while the tensor cores work on these.\n"
       "late_dq (sm90): multiply a block's part of dq an iteration later, so that the warpgroups never wait for each "
       "other's dS.\n"
-      "deterministic: the same bits in every run, by two passes without atomics, each of which recomputes the scores; "
-      "False: one pass that sums dq by atomics.");
+      "deterministic: the same bits in every run: sm80 takes two passes without atomics, each of which recomputes the "
+      "scores, sm90 adds the parts of dq in a fixed order; False: one pass that sums dq by atomics, in any order.");
   backward.def_prop_ro(
       "smem_bytes", [](BackwardConfig const& c) { return most_smem_bytes(c); },
       "Shared memory of a thread block of the pass that needs the most, in bytes (GPU only).");

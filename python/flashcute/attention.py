@@ -122,8 +122,9 @@ def flash_attention(
         which is causal=True with the diagonal "start" or "end". Or, for torch, a float that is added to the scaled
         scores, which no kernel has; see below.
     deterministic: whether the gradients have the same bits in every run. On a GPU atomic additions sum the gradient of
-        q, so its last bits differ from run to run; True takes two passes instead. The CPU always gives the same bits,
-        and so does the output everywhere. None: as torch.use_deterministic_algorithms says when they are computed.
+        q, so its last bits differ from run to run; True takes two passes instead, or fixes the order of additions. The
+        CPU always gives the same bits, and so does the output everywhere. None: as torch.use_deterministic_algorithms
+        says when they are computed.
 
     Gradients: torch tensors, q, k, v and sink, are differentiated once, not twice, through the output and, if it is
     returned, the log-sum-exp. Under torch.autocast tensors are cast as for torch's own attention.

@@ -43,19 +43,21 @@ std::string why_no_images(BackwardConfig const& config, Call const& call) {
   return "a first call would wait for its compilation; FLASHCUTE_JIT=fastest takes it";
 }
 
+/// The default where Hopper's kernels may be taken.
+BackwardConfig default_with_sm90(Call const& call) {
+  return default_backward_config({.dtype = call.dtype,
+                                  .head_dim = call.params.head_dim,
+                                  .head_dim_v = call.params.head_dim_v,
+                                  .deterministic = call.options.deterministic,
+                                  .allow_sm90 = true},
+                                 call.arch);
+}
+
 /// Why Hopper's kernels are not taken on a Hopper GPU.
 std::string why_not_sm90(Call const& call, std::span<Operand const> copied) {
   if (std::string const problem = sm90_backward_problem(call, copied); !problem.empty()) return problem;
-  BackwardTensors t{
-      .dtype = call.dtype, .head_dim = call.params.head_dim, .head_dim_v = call.params.head_dim_v, .allow_sm90 = true};
-  if (default_backward_config(t, call.arch).kernel != Kernel::sm90) {
-    return "it computes gradients of float16 and bfloat16";
-  }
-  t.deterministic = call.options.deterministic;
-  BackwardConfig const best = default_backward_config(t, call.arch);
-  if (best.kernel != Kernel::sm90) {
-    return "up to head dimension 128 its sums of dq differ in their last bits from run to run";
-  }
+  BackwardConfig const best = default_with_sm90(call);
+  if (best.kernel != Kernel::sm90) return "it computes gradients of float16 and bfloat16";
   return why_no_images(best, call);
 }
 
@@ -64,18 +66,13 @@ void explain_wishes(BackwardConfig const& chosen, Call const& call, std::span<Op
                     std::string const& misaligned, BackwardExplanation& e) {
   if (call.arch == 90 && chosen.kernel == Kernel::sm80) e.rejected.emplace_back("sm90", why_not_sm90(call, copied));
   if (chosen.kernel == Kernel::sm90) {
-    BackwardConfig const narrower = default_backward_config({.dtype = call.dtype,
-                                                             .head_dim = call.params.head_dim,
-                                                             .head_dim_v = call.params.head_dim_v,
-                                                             .deterministic = call.options.deterministic,
-                                                             .allow_sm90 = true},
-                                                            call.arch);
+    BackwardConfig const narrower = default_with_sm90(call);
     if (narrower != chosen) {
       e.rejected.emplace_back("head_dim=" + std::to_string(narrower.head_dim), why_no_images(narrower, call));
     }
   }
   if (chosen.copy_bytes < 16) e.rejected.emplace_back("copy_bytes=16", misaligned);
-  if (chosen.deterministic && chosen.kernel == Kernel::sm80) {  // Hopper's kernels that are have no faster ones
+  if (chosen.deterministic && !(chosen.kernel == Kernel::sm90 && splits_dq(chosen))) {  // which has no faster form
     e.rejected.emplace_back("deterministic=False",
                             "it would be faster, but not give the same bits in every run, as the call asks");
   }

@@ -73,7 +73,8 @@ std::string why_these_passes(BackwardConfig const& chosen) {
            (splits_dq(chosen)
                 ? "Two passes, each of which recomputes the scores, give the same bits in every run: dk and "
                   "dv of wide heads leave no registers for dq."
-                : "dq is summed by atomic additions, so that its last bits differ from run to run.");
+            : chosen.deterministic ? "Parts of dq are added in a fixed order, which gives the same bits in every run."
+                                   : "dq is summed by atomic additions, so that its last bits differ from run to run.");
   }
   std::string text = "The mma.sync kernels compute gradients on every GPU of compute capability 8.0 or later.";
   if (chosen.math == Math::tf32x3) text += " They multiply float32 on tensor cores by three TF32 products for one.";

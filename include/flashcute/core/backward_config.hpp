@@ -27,7 +27,8 @@ struct BackwardConfig {
   int32_t k_tiles_per_load = 0;
   bool mma_double_buffer = true;
   bool late_dq = true;         // sm90: a block's part of dQ is multiplied in the iteration after it
-  bool deterministic = false;  // the same bits in every run, by two passes without atomics; on the CPU always so
+  bool deterministic = false;  // the same bits in every run: sm80 by two passes without atomics, sm90 by additions in
+                               // a fixed order; on the CPU always so
 
   constexpr bool operator==(BackwardConfig const&) const = default;
 
@@ -176,18 +177,23 @@ constexpr int64_t most_smem_bytes(BackwardConfig const& c) {
 }
 
 /// Floats of workspace: delta (of the sm90 kernels a base-2 LSE and delta for every row of all tiles); then, unless dQ
-/// has a pass of its own, the sums that become dQ, which start at a multiple of 16 bytes.
+/// has a pass of its own, the sums that become dQ, which start at a multiple of 16 bytes. Deterministic sm90 kernels
+/// that have these sums also have counters (uint32_t) of the tiles that have added to each warpgroup's half of a block,
+/// and of those that were started.
 struct BackwardWorkspace {
-  int64_t delta, dq_sums;
+  int64_t delta, dq_sums, counters = 0;
 
-  constexpr int64_t total() const { return delta + dq_sums; }
+  constexpr int64_t total() const { return delta + dq_sums + counters; }
 };
 
 /// Of `heads` heads, each of `seqlen_q` rows in `blocks` tiles.
 constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads, int64_t seqlen_q, int64_t blocks) {
   int64_t const tiles = heads * blocks;
   int64_t const sums = splits_dq(c) ? 0 : tiles * c.block_m * c.head_dim;
-  if (c.kernel == Kernel::sm90) return {2 * tiles * c.block_m, sums};
+  if (c.kernel == Kernel::sm90) {
+    bool const counts = c.deterministic && sums > 0;
+    return {2 * tiles * c.block_m, sums, counts ? tiles * (c.num_warps / 4) + 1 : 0};
+  }
   return {ceil_div<int64_t>(heads * seqlen_q, 4) * 4, sums};
 }
 
@@ -226,9 +232,7 @@ constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads,
   RULE(sm90_stages,                                                                                                  \
        "kernel = sm90 needs stages and dout_stages between 1 and 4, stages above 1 with head_dim above "             \
        "128")                                                                                                        \
-  RULE(sm90_deterministic,                                                                                           \
-       "kernel = sm90 adds dQ in any order with head_dim up to 128, where deterministic must be "                    \
-       "false, and never above, where it must be true")                                                              \
+  RULE(sm90_deterministic, "kernel = sm90 is always deterministic with head_dim above 128: it must be true")         \
   RULE(sm90_late_dq, "kernel = sm90 reads late_dq with head_dim up to 128 only: it must have its default value")     \
   RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")
 
@@ -298,7 +302,7 @@ constexpr BackwardConfigError check_sm90(BackwardConfig const& c, Arch arch) {
   if (!known || c.block_m != rows || c.block_n != (wide ? 64 : 128) || c.num_warps != 8) return sm90_tile;
   if (c.head_dim_v != c.head_dim && (c.head_dim != 192 || c.head_dim_v != 128)) return sm90_head_dim;
   if (c.stages < (wide ? 2 : 1) || c.stages > 4 || c.dout_stages < 1 || c.dout_stages > 4) return sm90_stages;
-  if (c.deterministic != wide) return sm90_deterministic;
+  if (wide && !c.deterministic) return sm90_deterministic;
   if (wide && !c.late_dq) return sm90_late_dq;
   return most_smem_bytes(c) > max_smem_bytes(arch) ? smem : none;
 }

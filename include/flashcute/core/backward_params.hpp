@@ -16,7 +16,8 @@ struct BackwardParams {
   void* delta;       // (batch, heads, seqlen_q), contiguous, of lse's type: rowsum(dO * O) - dLSE, a workspace; of
                      // Hopper's kernels the base-2 LSE and then delta, with whole tiles of block_m queries
   void* dq_sums;     // fp32: dq / scale in tiles of block_m x head_dim (of the configuration), whose element order only
-                     // `gradients` and `finish` know; a workspace; null if deterministic, and on the CPU
+                     // `gradients` and `finish` know; a workspace; null if deterministic (but of Hopper's kernels
+                     // followed by counters), and on the CPU
   void* dsink;       // (heads,), of the sink's type; null: not wanted
 
   Strides dout_stride, dlse_stride, dq_stride, dk_stride, dv_stride;

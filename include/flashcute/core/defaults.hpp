@@ -164,6 +164,16 @@ inline constexpr BackwardTile backward_tiles[] = {
      "times on an H200: docs/kernels/sm90_backward.md"},
     {{.head_dim = 128, .block_n = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 3},
      "times on an H200: docs/kernels/sm90_backward.md"},
+    {{.head_dim = 64,
+      .block_m = 128,
+      .block_n = 128,
+      .num_warps = 8,
+      .kernel = Kernel::sm90,
+      .stages = 3,
+      .deterministic = true},
+     "the tile without it; not yet timed on a GPU"},
+    {{.head_dim = 128, .block_n = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 3, .deterministic = true},
+     "the tile without it; not yet timed on a GPU"},
     {{.head_dim = 192,
       .head_dim_v = 128,
       .block_m = 128,
@@ -176,7 +186,7 @@ inline constexpr BackwardTile backward_tiles[] = {
     {{.head_dim = 192, .block_m = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 3, .deterministic = true},
      "shared memory; not yet measured on a GPU"},
     {{.head_dim = 256, .block_m = 128, .num_warps = 8, .kernel = Kernel::sm90, .deterministic = true},
-     "registers and shared memory; not yet measured on a GPU"},
+     "times on an H200: docs/kernels/sm90_backward.md"},
     {{.head_dim = 64, .block_n = 128}, "times on an H200: docs/kernels/sm80_backward.md"},
     {{.head_dim = 128, .column_warps = 2, .k_tiles_per_load = 1}, "times on an H200: docs/kernels/sm80_backward.md"},
     {{.head_dim = 256, .num_warps = 8, .column_warps = 4, .blocks_per_sm = 1, .k_tiles_per_load = 1},
@@ -252,7 +262,7 @@ constexpr bool may_serve(BackwardConfig const& c, BackwardTensors const& t, Arch
   // Narrow heads in a wide tile would take longer than in the sm80 kernels' own. Wide ones are always deterministic.
   bool const wide = max_of(t.head_dim, t.head_dim_v) > 128;
   if (!t.any_width && (c.head_dim & (c.head_dim - 1)) != 0) return false;
-  return sm90_serves(t, arch) && splits_dq(c) == wide && (c.deterministic || !t.deterministic);
+  return sm90_serves(t, arch) && splits_dq(c) == wide && (wide || c.deterministic == t.deterministic);
 }
 
 /// How many thread blocks fit the shared memory of a multiprocessor, at most blocks_per_sm.

@@ -26,7 +26,7 @@ struct KeyGradients {
   FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem_symbol) {
     Storage& smem = hidden(smem_symbol);
     if (thread_index() == 0) L::init(smem);
-    auto const tile = Tile::at(p.backward.forward, block_index(), C.block_n);
+    auto const tile = Tile::at(p.backward.forward, DqOrder<Id>::tile_number(p.backward, smem), C.block_n);
     if (Mask::query_range(tile, p.backward.forward, C.block_m).empty()) {
       return store_nothing<threads, typename L::Element>(p.backward, tile);
     }

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "flashcute/device/nonfinite.hpp"
-#include "flashcute/sm90/backward_layout.hpp"
+#include "flashcute/sm90/dq_order.hpp"
 
 namespace flashcute::sm90 {
 
@@ -99,7 +99,9 @@ class DqAdder {
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, Storage& smem, Tile const& tile, int warpgroup) {
     uint32_t parity = 0;
     int place = 0;  // of dS
+    DqOrder<Id> order(p, tile, warpgroup);
     for (PassingBlocks at = Blocks::of(p, tile); at.left > 0; at = at.after(), parity ^= 1) {
+      order.look_at(at);
       barrier_wait(smem.dq_full[warpgroup], parity);
       float* const sums = Workspace::sums(p, Workspace::number(p.forward, tile.entry.batch, at.head, at.block)) +
                           warpgroup * L::dq_floats;
@@ -108,25 +110,30 @@ class DqAdder {
         barrier_wait(smem.k_inspected, 0);
         whole = smem.keys_finite;
       }
-      if (!whole) add_visible(p, smem, tile, at, place, warpgroup, sums);
+      if (!whole) add_visible(p, smem, tile, at, place, warpgroup, sums, order);
       reconverge();
       if (elected_lane()) {
         barrier_arrive(smem.ds_empty[place]);
         if (whole) {
-          add_bulk(sums, smem.dq[warpgroup], L::dq_floats * sizeof(float));
+          order.await_turn();
+          order.add(sums, smem.dq[warpgroup], L::dq_floats * sizeof(float));
           await_bulk_reads();
         }
         barrier_arrive(smem.dq_empty[warpgroup]);
+        order.pass_on(whole);
       }
       if (++place == L::ds_places) place = 0;
     }
+    order.finish();
   }
 
  private:
   /// dS K element by element, without what a query does not see: slow, but rare. A lane takes the elements that its
   /// number stands for in each warp of the warpgroup.
   FLASHCUTE_DEVICE static void add_visible(BackwardParams const& p, Storage& smem, Tile const& tile,
-                                           PassingBlocks const& at, int place, int warpgroup, float* sums) {
+                                           PassingBlocks const& at, int place, int warpgroup, float* sums,
+                                           DqOrder<Id> const& order) {
+    order.await_turn();
     auto const sequence = tile.sequence(p.forward, at.head);
 #pragma unroll 1
     for (int i = thread_index() % 32; i < L::dq_floats; i += 32) {
@@ -144,7 +151,7 @@ class DqAdder {
         if (!Mask::visible(at.block * C.block_m + query, tile.row0 + key, sequence)) continue;
         sum += element(smem.ds[place], C.block_m, query, key) * element(smem.k, C.block_n, key, column);
       }
-      reduce_add<1>(sums + i, &sum);
+      order.add(sums + i, sum);
     }
   }
 

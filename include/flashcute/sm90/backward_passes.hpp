@@ -9,7 +9,7 @@
 
 namespace flashcute::sm90 {
 
-/// The pass before: computes delta, converts the LSE to base 2, and clears the sums of dQ.
+/// The pass before: computes delta, converts the LSE to base 2, and prepares the sums of dQ.
 template <BackwardKernelId Id>
 struct PrepareGradients {
   static_assert(has_only<&Features::mask>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
@@ -22,11 +22,7 @@ struct PrepareGradients {
   FLASHCUTE_DEVICE static void run(BackwardParams const& p) {
     auto const tile = Tile::at(p.forward, block_index(), C.block_m);
     int64_t const number = Workspace::number(p.forward, tile.entry.batch, tile.head, tile.row0 / C.block_m);
-    float* const sums = Workspace::sums(p, number);
-    CUTE_UNROLL
-    for (int i = 0; i < Workspace::sums_of_block; i += 4 * threads) {
-      global_store(sums + i + 4 * thread_index(), float4{});
-    }
+    DqOrder<Id>::prepare(p, number);
     float *const lse = Workspace::lse(p, number), *const delta = Workspace::delta(p, number);
     for (int row = thread_index(); row < C.block_m; row += threads) {
       if (row >= tile.rows) {
@@ -57,9 +53,11 @@ struct FinishGradients {
     float const* const from = Workspace::sums(p, number) + warpgroup * L::dq_floats + 4 * thread_of_warpgroup();
     auto dq = L::template accumulator<typename L::DqColumns>();
     auto const scale = static_cast<float>(p.forward.scale);
+    bool const has_sums = DqOrder<Id>::has_sums(p, number, warpgroup);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(dq); i += 4) {
-      auto const word = global_load<float4>(from + i * warpgroup_size);
+      auto word = global_load<float4>(from + i * warpgroup_size);
+      if (!has_sums) word = {};
       dq(i) = word.x * scale, dq(i + 1) = word.y * scale, dq(i + 2) = word.z * scale, dq(i + 3) = word.w * scale;
     }
     int const row0 = L::dq_by_rows ? warpgroup * warpgroup_rows : 0;

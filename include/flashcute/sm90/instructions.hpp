@@ -323,8 +323,48 @@ FLASHCUTE_DEVICE void add_bulk(float* to, float const* from, int bytes) {
       : "memory");
 }
 
-/// Waits until all that this thread adds by add_bulk has been read from shared memory.
+/// Starts storing floats in shared memory to those at `to`, as add_bulk.
+FLASHCUTE_DEVICE void store_bulk(float* to, float const* from, int bytes) {
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;" ::"l"(to),
+      "r"(shared_address(from)), "r"(bytes)
+      : "memory");
+}
+
+/// Waits until all that this thread adds by add_bulk, or stores, has been read from shared memory.
 FLASHCUTE_DEVICE void await_bulk_reads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+/// Waits until all but the last `Pending` of these are done, so that release_count publishes them.
+template <int Pending>
+FLASHCUTE_DEVICE void await_bulk() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+/// Proxy fence: bulk copies and additions that this thread starts later come after what it has acquired.
+FLASHCUTE_DEVICE void keep_bulk_behind() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// ---- counts by which thread blocks wait for each other --------------------------------------------
+
+/// Counts up by one: who acquires it sees what this thread has done, and seen, before.
+FLASHCUTE_DEVICE void release_count(uint32_t* number) {
+  asm volatile(
+      "fence.proxy.async.global;\n"
+      "red.release.gpu.global.add.u32 [%0], 1;" ::"l"(number)
+      : "memory");
+}
+
+FLASHCUTE_DEVICE uint32_t acquire_count(uint32_t const* number) {
+  uint32_t count;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(number) : "memory");
+  return count;
+}
+
+/// Waits until the number is `count`.
+FLASHCUTE_DEVICE void await_count(uint32_t const* number, uint32_t count) {
+  while (acquire_count(number) != count) {
+  }
+}
 
 /// Starts copying the box at (column, row, head, batch) of a tensor to shared memory; what lies outside the tensor
 /// arrives as 0. The mbarrier counts its bytes, including those outside.

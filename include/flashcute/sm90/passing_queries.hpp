@@ -1,5 +1,4 @@
-// Blocks of queries that pass a tile of keys: which they are, what the loading warp tells of them, and where their LSE
-// and delta lie in the workspace.
+// Blocks of queries that pass a tile of keys: which they are, and what the loading warp tells of them.
 #pragma once
 
 #include "flashcute/core/backward_config.hpp"
@@ -19,32 +18,6 @@ struct AnnouncedQueries {
   int head;      // of the batch entry
   bool partial;  // elements have to be tested
   bool last;     // of the tile
-};
-
-/// Statistics and sums in the workspace, in blocks of `Queries` queries: every head has whole tiles of `block_m`.
-template <BackwardConfig C, int Queries = C.block_m>
-struct GradientWorkspace {
-  static constexpr int sums_of_block = Queries * C.head_dim;
-
-  FLASHCUTE_HD static int64_t blocks(ForwardParams const& p) {
-    return ceil_div(p.seqlen_q, C.block_m) * (C.block_m / Queries);
-  }
-  /// The number of a block among those of all heads.
-  FLASHCUTE_HD static int64_t number(ForwardParams const& p, int batch, int head, int block) {
-    return (static_cast<int64_t>(batch) * p.heads + head) * blocks(p) + block;
-  }
-
-  /// Of block `number`: the base-2 LSE and delta of its queries, and the sums of dQ / scale.
-  FLASHCUTE_HD static float* lse(BackwardParams const& p, int64_t number) {
-    return static_cast<float*>(p.delta) + number * Queries;
-  }
-  FLASHCUTE_HD static float* delta(BackwardParams const& p, int64_t number) {
-    ForwardParams const& f = p.forward;
-    return lse(p, static_cast<int64_t>(f.batch) * f.heads * blocks(f) + number);
-  }
-  FLASHCUTE_HD static float* sums(BackwardParams const& p, int64_t number) {
-    return static_cast<float*>(p.dq_sums) + number * sums_of_block;
-  }
 };
 
 /// The blocks of `Queries` queries that pass a tile of keys.

@@ -4,6 +4,7 @@
 #include "flashcute/core/constants.hpp"
 #include "flashcute/device/delta.hpp"
 #include "flashcute/device/nonfinite.hpp"
+#include "flashcute/sm90/backward_workspace.hpp"
 #include "flashcute/sm90/passing_queries.hpp"
 
 namespace flashcute::sm90 {

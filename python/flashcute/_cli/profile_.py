@@ -251,7 +251,8 @@ def launches_of_call(case: Case, options: argparse.Namespace) -> int:
     """Kernels of one call: the forward has one; gradients three, or two (core/backward_config.hpp, passes_of)."""
     if not options.backward:
         return 1
-    return 2 if backward_config(case, gpu_arch(), options).deterministic else 3
+    cfg = backward_config(case, gpu_arch(), options)
+    return 2 if cfg.deterministic and cfg.kernel == "sm80" else 3
 
 
 def job_of(

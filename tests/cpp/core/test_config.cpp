@@ -567,7 +567,7 @@ TEST(BackwardConfig, TheExceptionCarriesTheRulesSentenceAndTheValues) {
 }
 
 // Guards against a default that its own device refuses, or that has to be compiled at run time: only deterministic ones
-// are, and those of wide heads where a thread block has but 99 KB of shared memory.
+// are, but Hopper's of bfloat16, and those of wide heads where a thread block has but 99 KB of shared memory.
 TEST(BackwardConfig, DefaultsAreValidEverywhereAndCompiledAheadOfTime) {
   auto const built = backward_configs();
   for (Arch arch : {80, 86, 87, 89, 90, 100, 120}) {
@@ -584,10 +584,12 @@ TEST(BackwardConfig, DefaultsAreValidEverywhereAndCompiledAheadOfTime) {
             EXPECT_EQ(c.copy_bytes, alignment);
           }
           BackwardConfig const aligned = default_backward_config(dtype, d, arch, d, deterministic);
-          // On Hopper wide heads are always deterministic; float16 has no images of 192 columns.
-          bool const wide_on_hopper = arch == 90 && d > 128;
-          bool const ahead = wide_on_hopper ? d > 192 || dtype == DType::bfloat16
-                                            : !deterministic && (d <= 128 || max_smem_bytes(arch) > 99 * 1024);
+          // On Hopper wide heads are always deterministic; float16 has images of powers of two alone, and none of
+          // additions to dQ in a fixed order.
+          bool const bfloat16 = dtype == DType::bfloat16;
+          bool const hopper_ahead = d > 128 ? d > 192 || bfloat16 : bfloat16 || !deterministic;
+          bool const ahead =
+              arch == 90 ? hopper_ahead : !deterministic && (d <= 128 || max_smem_bytes(arch) > 99 * 1024);
           EXPECT_EQ(std::find(built.begin(), built.end(), aligned) != built.end(), ahead)
               << name(aligned).text << " on " << arch;
         }
@@ -640,6 +642,15 @@ TEST(BackwardConfig, TheWorkspace) {
   EXPECT_EQ(workspace_of({.head_dim = 64, .deterministic = true}, 3, 65).total(), 196);
   // LSE and delta in whole tiles.
   EXPECT_EQ(workspace_of(default_backward_config(DType::bfloat16, 256, 90), 3, 129).total(), 2 * 3 * 256);
+  // Hopper's, deterministic: a counter for each warpgroup's half of each block, and one more.
+  BackwardConfig hopper = default_backward_config(DType::bfloat16, 64, 90);
+  BackwardWorkspace const adding = workspace_of(hopper, 3, 129);
+  EXPECT_EQ(adding.delta, 2 * 3 * 2 * 128);
+  EXPECT_EQ(adding.dq_sums, 3 * 2 * 128 * 64);
+  EXPECT_EQ(adding.counters, 0);
+  hopper.deterministic = true;
+  EXPECT_EQ(workspace_of(hopper, 3, 129).total(), adding.total() + 3 * 2 * 2 + 1);
+  EXPECT_EQ(workspace_of(hopper, 3, 0).total(), 0);
 }
 
 // Guards against a generated unit that compiles another kernel than its name says.

@@ -30,8 +30,10 @@ class BackwardCall {
         lse(static_cast<size_t>(s.batch * s.heads * s.sq)),
         delta(static_cast<size_t>(workspace_of(B, s.batch * s.heads, s.sq, s.row_blocks(B.block_m)).delta),
               std::numeric_limits<float>::quiet_NaN()),
-        dq_sums(static_cast<size_t>(workspace_of(B, s.batch * s.heads, s.sq, s.row_blocks(B.block_m)).dq_sums),
-                std::numeric_limits<float>::quiet_NaN()),
+        counters(static_cast<size_t>(workspace_of(B, s.batch * s.heads, s.sq, s.row_blocks(B.block_m)).counters)),
+        dq_sums(
+            static_cast<size_t>(workspace_of(B, s.batch * s.heads, s.sq, s.row_blocks(B.block_m)).dq_sums) + counters,
+            std::numeric_limits<float>::quiet_NaN()),
         dlse(with_dlse ? lse.size() : 0) {
     std::mt19937_64 random(7);
     dout.fill(random);
@@ -42,7 +44,10 @@ class BackwardCall {
   Shape s_;
   Problem problem;  // q, k, v; its output too
   Tensor dout, dq, dk, dv;
-  std::vector<float> lse, delta, dq_sums, dlse, dsink;
+  std::vector<float> lse, delta;
+  size_t counters;             // at the end of dq_sums
+  std::vector<float> dq_sums;  // of Hopper's kernels that are deterministic with counters
+  std::vector<float> dlse, dsink;
 
   /// Compares with the definition, element by element.
   void expect_right() {

@@ -1,6 +1,11 @@
 // Hopper's gradients, run on the host by emulated thread blocks, under random schedules: all passes of a call, against
 // gradients in fp64.
 #include "flashcute/sm90/backward_passes.hpp"
+
+#include <algorithm>
+#include <numeric>
+#include <random>
+
 #include "kernel/backward_problem.hpp"
 #include "kernel/emulated_map.hpp"
 
@@ -38,17 +43,33 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
     }
   }
 
+  std::vector<double> all_of_dq() const {
+    std::vector<double> all;
+    for (int b = 0; b < s_.batch; ++b) {
+      for (int row = 0; row < s_.sq; ++row) {
+        for (int h = 0; h < s_.heads; ++h) {
+          for (int column = 0; column < s_.d; ++column) all.push_back(Call::dq.at(b, row, h, column));
+        }
+      }
+    }
+    return all;
+  }
+
  private:
   template <BackwardPass Pass>
   void run_pass(Sm90BackwardParams const& all, uint64_t seed) {
     constexpr BackwardKernelId id = kernel_of(B, Pass, {Kind});
     BackwardParams const& p = all.backward;
-    int64_t const blocks =
-        keys_stay(Pass) ? count_key_tiles(p.forward, B.block_n) : count_query_tiles(p.forward, B.block_m);
-    for (uint32_t block = 0; block < blocks; ++block) {
+    auto const blocks = static_cast<uint32_t>(keys_stay(Pass) ? count_key_tiles(p.forward, B.block_n)
+                                                              : count_query_tiles(p.forward, B.block_m));
+    std::vector<uint32_t> order(blocks);  // of a GPU any
+    std::iota(order.begin(), order.end(), 0u);
+    if (B.deterministic) std::shuffle(order.begin(), order.end(), std::mt19937_64(seed));
+    for (uint32_t i = 0; i < blocks; ++i) {
+      uint32_t const block = order[i];
       GlobalMemory memory;
       constexpr int threads = num_threads(id);
-      Sm90Block const hopper{block, static_cast<uint32_t>(blocks), threads, 0, seed + block};
+      Sm90Block const hopper{block, blocks, threads, 0, seed + block};
       if constexpr (multiplies(Pass)) {
         using Kernel = sm90::GradientPass<id>;
         using Storage = typename Kernel::Storage;
@@ -61,7 +82,9 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
         } else if constexpr (Pass == BackwardPass::keys) {
           allow_key_tile(memory, Kernel::template tile_of<typename Call::Keys>(p.forward, block));
         } else {
-          allow_key_tile(memory, Call::Keys::at(p.forward, block, B.block_n));
+          auto const tile = Call::Keys::at(p.forward, B.deterministic ? blocks - 1 - i : block, B.block_n);
+          allow_key_tile(memory, tile);
+          if (B.deterministic) allow_first_sums(memory, tile);
         }
         Sm90Block with_memory = hopper;
         with_memory.shared_bytes = sizeof(Storage);
@@ -70,9 +93,11 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
         auto const tile = Call::Queries::at(p.forward, block, B.block_m);
         Call::allow_queries(memory, Pass, tile);
         if (Pass == BackwardPass::prepare) {
+          if (B.deterministic) allow_counters(memory, tile, Use::output);
           allow_statistics(memory, tile);
           Call::allow(memory, Call::lse, Call::row(tile.entry.batch, tile.head, tile.row0), tile.rows, Use::input);
         }
+        if (Pass == BackwardPass::finish && B.deterministic) allow_counters(memory, tile, Use::input);
         hopper.run(memory, [&](void*) { sm90::SmallPass<id>::run(p); });
       }
       ASSERT_EQ(memory.count(Use::output) + memory.count(Use::result), 0u)
@@ -83,6 +108,34 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
   void allow_key_tile(GlobalMemory& memory, typename Call::Keys const& tile) {
     Call::allow_keys(memory, tile);
     allow_statistics(memory, tile);
+  }
+
+  /// The counters of a block and, in the first block, that of all tiles. `prepare` clears them, and no sums.
+  void allow_counters(GlobalMemory& memory, typename Call::Queries const& tile, Use use) {
+    int const block = tile.row0 / B.block_m, head = tile.entry.batch * s_.heads + tile.head;
+    int const blocks = s_.row_blocks(B.block_m), number = head * blocks + block, warpgroups = B.num_warps / 4;
+    if (use == Use::output) Call::allow_sums(memory, tile.entry.batch, tile.head, block, block + 1, Use::none);
+    size_t const counters = Call::dq_sums.size() - Call::counters;
+    Call::allow(memory, Call::dq_sums, counters + static_cast<size_t>(number * warpgroups), warpgroups, use);
+    if (number == 0) Call::allow(memory, Call::dq_sums, Call::dq_sums.size() - 1, 1, use);
+  }
+
+  /// Of blocks that see no later keys than the tile's: it stores their sums, once, and adds to nothing.
+  void allow_first_sums(GlobalMemory& memory, typename Call::Keys const& tile) {
+    int const group = s_.heads / s_.kv_heads, b = tile.entry.batch;
+    for (int h = tile.kv_head * group; h < (tile.kv_head + 1) * group; ++h) {
+      for (int block = 0; block < s_.row_blocks(B.block_m); ++block) {
+        int last = -1;
+        for (int row = block * B.block_m; row < std::min((block + 1) * B.block_m, s_.sq); ++row) {
+          for (int key = last + 1; key < s_.sk; ++key) {
+            if (problem.visible(b, h, row, key)) last = key;
+          }
+        }
+        if (last >= tile.row0 && last < tile.row0 + B.block_n) {
+          Call::allow_sums(memory, b, h, block, block + 1, Use::output);
+        }
+      }
+    }
   }
 
   /// LSE and delta of a block of queries, or of all blocks of the heads of a tile of keys.
@@ -159,6 +212,9 @@ constexpr BackwardConfig with(BackwardConfig c, Change const& change) {
 }
 
 template <BackwardConfig B>
+constexpr BackwardConfig deterministic = with(B, [](BackwardConfig& c) { c.deterministic = true; });
+
+template <BackwardConfig B>
 void check_shapes() {
   for (Shape const& s : {Shape{.sq = B.block_m + 5, .sk = B.block_n + 7, .d = B.head_dim, .d_v = B.head_dim_v},
                          Shape{.sq = 2 * B.block_m, .sk = B.block_n, .d = B.head_dim - 8, .d_v = 8},
@@ -177,6 +233,8 @@ TEST(Sm90BackwardKernel, Shapes) {
   check_shapes<wide>();
   check_shapes<widest>();
   check_shapes<unequal>();
+  check_shapes<deterministic<narrow>>();
+  check_shapes<deterministic<wide>>();
 }
 
 template <BackwardConfig B>
@@ -206,7 +264,70 @@ TEST(Sm90BackwardKernel, NothingToSee) {
     Sm90BackwardProblem<widest, MaskKind::causal> wide_problem(
         {.sq = 200, .sk = 270, .d = 200, .d_v = 136, .heads = 2, .causal_offset = offset});
     check_gradients(wide_problem);
+    Sm90BackwardProblem<deterministic<narrow>, MaskKind::causal> same_bits(
+        {.sq = 200, .sk = 270, .d = 64, .causal_offset = offset});
+    check_gradients(same_bits);
   }
+}
+
+// Guards against a deadlock, and bits that depend on who comes first: the tiles that add to a block of queries have the
+// turns 0, 1, 2, ..., each once, and whoever waits has been started after all that it waits for.
+template <BackwardConfig B, MaskKind Kind>
+void check_turns(int sq, int sk, int offset) {
+  constexpr BackwardKernelId id = kernel_of(B, BackwardPass::gradients, {Kind});
+  using Order = sm90::LastKeysFirst<id>;
+  using Tile = KeyTile<typename Mask<Kind>::Sequence>;
+  ForwardParams p{};
+  p.batch = 2, p.heads = 4, p.kv_heads = 2, p.head_dim = p.head_dim_v = B.head_dim;
+  p.seqlen_q = sq, p.seqlen_k = sk, p.causal_offset = offset;
+  auto const blocks = static_cast<std::size_t>(ceil_div(sq, B.block_m));
+  std::vector<int> turns(blocks * 8);
+  auto const tiles = static_cast<uint32_t>(count_key_tiles(p, B.block_n));
+  for (uint32_t started = 0; started < tiles; ++started) {
+    auto const tile = Tile::at(p, Order::tile_number(started, tiles), B.block_n);
+    for (auto at = sm90::PassingQueries<id>::of({.forward = p}, tile); at.left > 0; at = at.after()) {
+      int& turn =
+          turns[static_cast<std::size_t>(tile.entry.batch * 4 + at.head) * blocks + static_cast<std::size_t>(at.block)];
+      EXPECT_EQ(turn++, Order::tiles_before(tile, at.head, at.block, p)) << sq << " x " << sk << " at " << offset;
+    }
+  }
+}
+
+TEST(Sm90BackwardKernel, NobodyWaitsForATileThatIsStartedLater) {
+  for (int sq : {1, 63, 64, 65, 128, 129, 300, 1000}) {
+    for (int sk : {1, 127, 128, 129, 500, 1111}) {
+      check_turns<deterministic<narrow>, MaskKind::full>(sq, sk, 0);
+      check_turns<deterministic<wide>, MaskKind::full>(sq, sk, 0);
+      for (int offset : {sk - sq, 0, -sq - 200, -70, -1, 1, 130, sk}) {
+        check_turns<deterministic<narrow>, MaskKind::causal>(sq, sk, offset);
+        check_turns<deterministic<wide>, MaskKind::causal>(sq, sk, offset);
+      }
+    }
+  }
+  // More heads' tiles than a cache holds: the heads are taken in groups.
+  check_turns<deterministic<wide>, MaskKind::causal>(30000, 30000, 0);
+}
+
+// Guards against additions to dQ in an order that depends on which thread blocks come first, and a workspace that is
+// not cleared: the second run has the counters of the first. (The emulator refuses a wait for a tile that is started
+// later, whatever the order in which thread blocks are.)
+template <BackwardConfig B, MaskKind Kind>
+void check_same_bits(Shape const& s) {
+  Sm90BackwardProblem<B, Kind> problem(s);
+  check_gradients(problem);
+  std::vector<double> const first = problem.all_of_dq();
+  for (uint64_t seed : {100, 200}) {
+    problem.run(seed);
+    EXPECT_EQ(problem.all_of_dq(), first);
+  }
+}
+
+TEST(Sm90BackwardKernel, SameBits) {
+  Shape const many_keys{.sq = 150, .sk = 700, .d = 64, .d_v = 64, .batch = 2, .heads = 2, .kv_heads = 1};
+  check_same_bits<deterministic<narrow>, MaskKind::full>(many_keys);
+  check_same_bits<deterministic<narrow>, MaskKind::causal>({.sq = 500, .sk = 520, .d = 64, .d_v = 64, .heads = 2});
+  check_same_bits<deterministic<wide>, MaskKind::full>({.sq = 70, .sk = 500, .d = 128, .d_v = 128});
+  check_same_bits<deterministic<wide>, MaskKind::causal>({.sq = 330, .sk = 300, .d = 128, .d_v = 128});
 }
 
 // Guards against NaN and infinity of a row that reach rows which do not see it, by products with 0; and against any
@@ -233,6 +354,8 @@ TEST(Sm90BackwardKernel, PoisonReachesWhatSeesIt) {
   check_poison<narrow>();
   check_poison<wide>();
   check_poison<widest>();
+  check_poison<deterministic<narrow>>();
+  check_poison<deterministic<wide>>();
 }
 
 // Guards against infinity in one element of a query, all of whose scores are -infinity: its LSE is -infinity, as if it

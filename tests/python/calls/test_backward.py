@@ -678,7 +678,6 @@ RULES = {
     "kernel = sm90 needs stages and dout_stages": [
         (HOPPER.replace(stages=0), "sm_90"), (HOPPER.replace(dout_stages=5), "sm_90"),
     ],
-    "deterministic needs kernel = sm80": [(HOPPER.replace(deterministic=True), "sm_90")],
     "block_m must be": [
         *((fc.BackwardConfig(block_m=m), arch) for m in (0, -64, 24, 512) for arch in ("cpu", "sm_80")),
     ],

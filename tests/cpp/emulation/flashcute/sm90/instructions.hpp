@@ -294,7 +294,20 @@ FLASHCUTE_DEVICE void copy_bulk(void const* from, void* to, int bytes, Barrier& 
 FLASHCUTE_DEVICE void add_bulk(float* to, float const* from, int bytes) {
   for (int i = 0; i < bytes / static_cast<int>(sizeof(float)); ++i) emulation::add_global(to + i, from[i]);
 }
+FLASHCUTE_DEVICE void store_bulk(float* to, float const* from, int bytes) {
+  for (int i = 0; i < bytes / static_cast<int>(sizeof(float)); ++i) global_store(to + i, from[i]);
+}
 FLASHCUTE_DEVICE void await_bulk_reads() {}
+template <int Pending>
+FLASHCUTE_DEVICE void await_bulk() {}
+FLASHCUTE_DEVICE void keep_bulk_behind() {}
+
+FLASHCUTE_DEVICE void release_count(uint32_t* number) { ++*number; }
+FLASHCUTE_DEVICE uint32_t acquire_count(uint32_t const* number) { return *number; }
+/// Of a block that runs alone, after those that started before it: who waits would wait for one that starts later.
+FLASHCUTE_DEVICE void await_count(uint32_t const* number, uint32_t count) {
+  if (*number != count) throw emulation::Violation("a wait for a thread block that has not been started");
+}
 
 FLASHCUTE_DEVICE void copy_box_to_all(TensorMap const&, int, int, int, int, void*, Barrier&, L2Hint, int) {
   throw emulation::Violation("copy_box_to_all");
