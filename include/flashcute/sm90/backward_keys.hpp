@@ -116,14 +116,13 @@ class KeysConsumer {
 
 /// The first warpgroup. It multiplies dV of a block during the exponentials of the next one.
 template <BackwardKernelId Id>
-class ValueGradients : KeysConsumer<Id> {
+class DvConsumer : KeysConsumer<Id> {
   using Base = KeysConsumer<Id>;
   using Base::C, Base::p_, Base::smem_, Base::q_, Base::dout_, Base::passed_;
   using typename Base::L, typename Base::P, typename Base::Element, typename Base::Scores;
 
  public:
-  FLASHCUTE_DEVICE ValueGradients(BackwardParams const& p, typename Base::Storage& smem,
-                                  typename Base::Tile const& tile)
+  FLASHCUTE_DEVICE DvConsumer(BackwardParams const& p, typename Base::Storage& smem, typename Base::Tile const& tile)
       : Base(p, smem, tile) {
     cute::clear(weights_);
     cute::clear(dv_);
@@ -190,14 +189,13 @@ class ValueGradients : KeysConsumer<Id> {
 /// The second warpgroup. It waits for dK of a block before it begins the next one, although the dO of that may have
 /// arrived: a place of Q that is released late arrives late, and no product hides that.
 template <BackwardKernelId Id>
-class KeyGradientsOfScores : KeysConsumer<Id> {
+class DkConsumer : KeysConsumer<Id> {
   using Base = KeysConsumer<Id>;
   using Base::C, Base::p_, Base::smem_, Base::q_, Base::dout_, Base::passed_;
   using typename Base::L, typename Base::P, typename Base::Element, typename Base::Scores;
 
  public:
-  FLASHCUTE_DEVICE KeyGradientsOfScores(BackwardParams const& p, typename Base::Storage& smem,
-                                        typename Base::Tile const& tile)
+  FLASHCUTE_DEVICE DkConsumer(BackwardParams const& p, typename Base::Storage& smem, typename Base::Tile const& tile)
       : Base(p, smem, tile) {
     cute::clear(weights_);
     cute::clear(dk_);
@@ -288,9 +286,9 @@ struct KeysPass {
     } else {
       claim_registers<computing_registers>();
       if (warpgroup == 1) {
-        ValueGradients<Id>{p.backward, smem, tile}.run();
+        DvConsumer<Id>{p.backward, smem, tile}.run();
       } else {
-        KeyGradientsOfScores<Id>{p.backward, smem, tile}.run();
+        DkConsumer<Id>{p.backward, smem, tile}.run();
       }
     }
   }

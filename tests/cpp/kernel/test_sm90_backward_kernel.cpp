@@ -251,6 +251,10 @@ TEST(Sm90BackwardKernel, Options) {
   check_options<with(wide, [](BackwardConfig& c) { c.stages = 2, c.dout_stages = 3; })>();
   check_options<with(wide, [](BackwardConfig& c) { c.late_dq = false; })>();
   check_options<with(narrow, [](BackwardConfig& c) { c.late_dq = false, c.stages = 2; })>();
+}
+
+// The same of wide heads.
+TEST(Sm90BackwardKernel, OptionsOfWideHeads) {
   check_options<widest>();
   check_options<with(widest, [](BackwardConfig& c) { c.dout_stages = 1; })>();
   check_options<with(unequal, [](BackwardConfig& c) { c.stages = 2, c.dout_stages = 4; })>();
@@ -353,10 +357,11 @@ void check_poison() {
 TEST(Sm90BackwardKernel, PoisonReachesWhatSeesIt) {
   check_poison<narrow>();
   check_poison<wide>();
-  check_poison<widest>();
   check_poison<deterministic<narrow>>();
   check_poison<deterministic<wide>>();
 }
+
+TEST(Sm90BackwardKernel, PoisonOfWideHeadsReachesWhatSeesIt) { check_poison<widest>(); }
 
 // Guards against infinity in one element of a query, all of whose scores are -infinity: its LSE is -infinity, as if it
 // saw no key, and its P would be finite once the element is replaced by 0.
