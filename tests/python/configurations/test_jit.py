@@ -511,7 +511,7 @@ def test_every_family_compiles_at_run_time(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_nvrtc
 def test_the_backward_compiles_at_run_time(tmp_path: Path) -> None:
-    """The same of the backward: its deterministic kernels are compiled in no other way."""
+    """The same of the backward, whose passes are kernels of their own."""
     code = PREBUILD.replace("import ForwardConfig", "import BackwardConfig")
     cfgs = [
         fc.default_backward_config(head_dim, arch="sm_90", deterministic=deterministic)
