@@ -12,6 +12,7 @@ namespace flashcute::sm90 {
 template <BackwardKernelId Id>
 class AnyOrder {
   static constexpr BackwardConfig C = Id.config;
+  static constexpr int threads = num_threads(Id);
   using Sequence = typename Mask<Id.features.mask>::Sequence;
   using Workspace = GradientWorkspace<C>;
   using Storage = typename BackwardLayout<C>::SharedStorage;
@@ -21,7 +22,6 @@ class AnyOrder {
 
   /// Prepares the sums of a block of queries: all threads.
   FLASHCUTE_DEVICE static void prepare(BackwardParams const& p, int64_t number) {
-    constexpr int threads = num_threads(Id);
     float* const sums = Workspace::sums(p, number);
     CUTE_UNROLL
     for (int i = 0; i < Workspace::sums_of_block; i += 4 * threads) {
