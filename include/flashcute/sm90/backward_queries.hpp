@@ -300,6 +300,7 @@ struct QueriesPass {
   using Tile = QueryTile<typename Mask::Sequence>;
   using L = QueriesLayout<C>;
   using Storage = typename L::SharedStorage;
+  static constexpr int threads = num_threads(Id);
 
   /// The tile of a thread block. (A template for the tests, which have tiles of another sequence type.)
   template <class AnyTile>
@@ -329,7 +330,7 @@ struct QueriesPass {
   /// Of queries that see no key. (No tile of keys asks for their statistics.)
   FLASHCUTE_DEVICE static void store_nothing(BackwardParams const& p, Tile const& tile) {
     auto const offset = row_offset(p.dq_stride, tile.entry.batch, tile.head, tile.entry.first_query + tile.row0);
-    clear_rows<num_threads(Id), typename L::Element>(tile, p.dq, offset, p.dq_stride, p.forward.head_dim);
+    clear_rows<threads, typename L::Element>(tile, p.dq, offset, p.dq_stride, p.forward.head_dim);
   }
 };
 
