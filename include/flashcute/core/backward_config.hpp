@@ -128,9 +128,9 @@ constexpr int64_t sm90_smem_bytes(BackwardConfig const& c) {
 constexpr int64_t smem_bytes(BackwardKernelId const& k) {
   BackwardConfig const& c = k.config;
   int64_t const size = size_of(c.dtype);
+  if (k.pass == BackwardPass::sink) return c.num_warps * int64_t{sizeof(float)};
   if (c.kernel == Kernel::sm90) return k.pass == BackwardPass::gradients ? sm90_smem_bytes(c) : 0;
   if (k.pass == BackwardPass::prepare) return 0;
-  if (k.pass == BackwardPass::sink) return c.num_warps * int64_t{sizeof(float)};
   if (k.pass == BackwardPass::finish) return c.block_m * c.head_dim * size;
   TileConfig const t = tile_of(c, k.pass);
   int64_t const stay = t.block_m, pass_by = int64_t{t.stages} * t.block_n;

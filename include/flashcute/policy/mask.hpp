@@ -29,6 +29,10 @@ struct Seen {
 struct SeenBetween {
   int32_t first, end;
 
+  FLASHCUTE_HD static SeenBetween of(RowRange const& seen, int32_t from) {
+    return {seen.begin - from, seen.end - from};
+  }
+
   FLASHCUTE_HD bool at(int32_t distance) const { return (first <= distance) & (distance < end); }
 
   template <class Columns>
@@ -78,6 +82,12 @@ struct PrefixMask {
   template <int32_t count = 0, class S>
   FLASHCUTE_HD static Seen seen(int32_t q, int32_t key0, S const& s) {
     return {Derived::visible_keys(q, s) - key0};
+  }
+
+  /// Which of the queries from `query0` on see key `k`; `count` as of `seen`.
+  template <int32_t count = 0, class S>
+  FLASHCUTE_HD static SeenBetween queries_seeing(int32_t k, int32_t query0, S const& s) {
+    return SeenBetween::of(Derived::queries_of(k, s), query0);
   }
 
   template <class S>
@@ -187,6 +197,11 @@ struct Mask<MaskKind::band> {
   FLASHCUTE_HD static SeenBetween seen(int32_t q, int32_t key0, BatchSequence const& s) {
     int32_t const query = min_of(q, s.rows() - 1);
     return {query + s.first_diagonal() - key0, end_of(query, s) - key0};
+  }
+
+  template <int32_t count = 0>
+  FLASHCUTE_HD static SeenBetween queries_seeing(int32_t k, int32_t query0, BatchSequence const& s) {
+    return SeenBetween::of(queries_of(k, s), query0);
   }
 
   FLASHCUTE_HD static SeenBy<Mask, BatchSequence> seen_by(int32_t key0, int32_t query0, BatchSequence const& s) {

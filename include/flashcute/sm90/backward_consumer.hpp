@@ -11,6 +11,7 @@
 
 #include "flashcute/device/nonfinite.hpp"
 #include "flashcute/sm90/backward_gemm.hpp"
+#include "flashcute/sm90/backward_loader.hpp"
 #include "flashcute/sm90/store_rows.hpp"
 
 namespace flashcute::sm90 {
@@ -39,6 +40,7 @@ class GradientConsumer {
   /// Of a tile that some query sees.
   FLASHCUTE_DEVICE void run() {
     barrier_wait(smem_.k_full, 0);
+    if (PassingQueries<Id>::has_foreign_keys(p_, tile_)) barrier_wait(smem_.k_inspected, 0);
     bool last;
     do {  // (of a loop that may end before its first iteration nvcc serialises all WGMMA)
       last = add_block();
@@ -143,8 +145,8 @@ class GradientConsumer {
     int const query = block.row0 + L::first_column(), key = tile_.row0 + warpgroup_ * warpgroup_rows;
     CUTE_UNROLL
     for (int i = 0; i < L::rows_per_thread; ++i) {
-      RowRange const seeing = Mask::queries_of(key + L::row(i), sequence);
-      uint32_t const bits = SeenBetween{seeing.begin - query, seeing.end - query}.template bits<L>(0);
+      auto const seeing = Mask::template queries_seeing<C.block_m>(key + L::row(i), query, sequence);
+      uint32_t const bits = seeing.template bits<L>(0);
       CUTE_UNROLL
       for (int j = 0; j < columns; ++j) {
         if (!(bits & 1u << j)) s(i, j) = 0.f;
@@ -196,11 +198,27 @@ class GradientConsumer {
     auto const scale = static_cast<float>(p_.forward.scale);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(dk_); ++i) dk_(i) *= scale;
+    if constexpr (!Sequence::fills_tensors) {
+      clear_absent(dk_);
+      clear_absent(dv_);
+    }
     store(dk_, p_.dk, p_.dk_stride, p_.forward.head_dim);
     store(dv_, p_.dv, p_.dv_stride, p_.forward.head_dim_v);
     if (Mask::rows_differ && smem_.dropped) {
       add_dropped(p_.dk, p_.dk_stride, p_.forward.q, p_.forward.q_stride, p_.forward.head_dim);
       add_dropped(p_.dv, p_.dv_stride, p_.dout, p_.dout_stride, p_.forward.head_dim_v);
+    }
+  }
+
+  /// Gradients of keys that do not exist are 0.
+  FLASHCUTE_DEVICE void clear_absent(Sums& sums) const {
+    auto x = by_row_and_column(sums);  // (key, column)
+    int const existing = tile_.existing(p_.forward) - warpgroup_ * warpgroup_rows;
+    CUTE_UNROLL
+    for (int i = 0; i < L::rows_per_thread; ++i) {
+      bool const exists = L::row(i) < existing;
+      CUTE_UNROLL
+      for (int j = 0; j < cute::size<1>(x); ++j) x(i, j) = exists ? x(i, j) : 0.f;
     }
   }
 

@@ -7,15 +7,24 @@
 
 namespace flashcute::sm90 {
 
-/// A tile's statistics and sums in the workspace: every head has whole blocks of `block_m` queries.
-template <BackwardConfig C>
+/// A tile's statistics and sums in the workspace: every head, and each of packed sequences, has whole blocks of
+/// `block_m` queries.
+template <BackwardConfig C, class Sequence>
 struct GradientWorkspace {
   static constexpr int sums_of_block = C.block_m * C.head_dim;
 
-  FLASHCUTE_HD static int64_t blocks(ForwardParams const& p) { return ceil_div(p.seqlen_q, C.block_m); }
-  /// The number of a block among those of all heads.
-  FLASHCUTE_HD static int64_t number(ForwardParams const& p, int batch, int head, int block) {
-    return (static_cast<int64_t>(batch) * p.heads + head) * blocks(p) + block;
+  /// Of a head.
+  FLASHCUTE_HD static int64_t blocks(ForwardParams const& p) {
+    return QueryTile<Sequence>::blocks_of_head(p, C.block_m);
+  }
+  /// The number of a head's first block among those of all heads.
+  FLASHCUTE_HD static int64_t first_of_head(ForwardParams const& p, int batch, int head) {
+    return (static_cast<int64_t>(batch) * p.heads + head) * blocks(p);
+  }
+  /// The number of a sequence's block.
+  FLASHCUTE_HD static int64_t number(ForwardParams const& p, typename Sequence::Entry const& entry, int head,
+                                     int block) {
+    return first_of_head(p, entry.batch, head) + (entry.first_query_block(C.block_m) + block);
   }
 
   /// Of block `number`: the base-2 LSE and delta of its queries, and the sums of dQ / scale.
@@ -36,21 +45,39 @@ template <BackwardKernelId Id>
 struct PassingQueries {
   static constexpr BackwardConfig C = Id.config;
   using Mask = flashcute::Mask<Id.features.mask>;
-  using Tile = KeyTile<typename Mask::Sequence>;
+  using Sequence = typename Mask::Sequence;
+  using Tile = KeyTile<Sequence>;
+  using Passing = typename Mask::Passing;
+  using Workspace = GradientWorkspace<C, Sequence>;
 
-  FLASHCUTE_DEVICE static PassingBlocks of(BackwardParams const& p, Tile const& tile) {
+  FLASHCUTE_DEVICE static Passing of(BackwardParams const& p, Tile const& tile) {
     ForwardParams const& f = p.forward;
     int const group = f.heads / f.kv_heads;
     auto const range = Mask::query_range(tile, f, C.block_m);
-    return PassingBlocks::of(range, tile.sequence(f).rows() / C.block_m, tile.kv_head * group, group);
+    return Passing::of(range, tile.sequence(f).rows() / C.block_m, tile.kv_head * group, group);
+  }
+  /// Whether there is none.
+  FLASHCUTE_DEVICE static bool none(BackwardParams const& p, Tile const& tile) {
+    if constexpr (Mask::Range::contiguous) {
+      return Mask::query_range(tile, p.forward, C.block_m).empty();
+    } else {
+      return of(p, tile).left == 0;
+    }
   }
 
   /// Whether elements of the block have to be tested: also where keys are missing.
-  FLASHCUTE_DEVICE static bool partial(PassingBlocks const& at, Tile const& tile) {
-    return at.partial() || tile.rows < C.block_n;
+  FLASHCUTE_DEVICE static bool partial(BackwardParams const& p, Passing const& at, Tile const& tile) {
+    return at.partial() || tile.existing(p.forward) < C.block_n;
   }
-  /// Whether some of its rows see other keys of the tile than others do, so that its values are inspected.
-  FLASHCUTE_DEVICE static bool inspected(PassingBlocks const& at) { return Mask::rows_differ && at.before_full(); }
+  /// Whether some of its rows see other keys of the tile than others do, so that its values are inspected. (Where
+  /// queries are hidden on both sides, rows that do not exist may be another reason for a partial block.)
+  FLASHCUTE_DEVICE static bool inspected(Passing const& at) {
+    return Mask::rows_differ && (Mask::two_edges ? at.partial() : at.before_full());
+  }
+  /// Whether rows of the tile in shared memory hold what is not of its sequence: they are cleared.
+  FLASHCUTE_DEVICE static bool has_foreign_keys(BackwardParams const& p, Tile const& tile) {
+    return !Sequence::fills_tensors && tile.existing(p.forward) < C.block_n;
+  }
 };
 
 /// Run by one lane of the loading warp.
@@ -58,16 +85,17 @@ template <BackwardKernelId Id>
 class GradientLoader {
   static constexpr BackwardConfig C = Id.config;
   using Blocks = PassingQueries<Id>;
+  using Passing = typename Blocks::Passing;
   using Tile = typename Blocks::Tile;
   using L = BackwardLayout<C>;
   using Storage = typename L::SharedStorage;
-  using Workspace = GradientWorkspace<C>;
+  using Workspace = typename Blocks::Workspace;
 
  public:
   FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem, Tile const& tile) {
     GradientLoader loader{p, smem, tile};
     loader.load_keys(p.k, smem.k, smem.k_full);
-    for (PassingBlocks at = Blocks::of(p.backward, tile); at.left > 0; at = at.after()) loader.load(at);
+    for (Passing at = Blocks::of(p.backward, tile); at.left > 0; at = at.after()) loader.load(at);
   }
 
  private:
@@ -82,15 +110,15 @@ class GradientLoader {
   FLASHCUTE_DEVICE void load_keys(TensorMap const& map, typename L::Element* to, Barrier& full) {
     barrier_arrive_expecting(full, L::k_elements * sizeof(typename L::Element));
     for (int column = 0; column < C.head_dim; column += L::page) {
-      copy_box(map, column, tile_.row0, tile_.kv_head, tile_.entry.batch, to + C.block_n * column, full,
-               L2Hint::evict_first);
+      copy_box(map, column, tile_.entry.first_key + tile_.row0, tile_.kv_head, tile_.entry.batch,
+               to + C.block_n * column, full, L2Hint::evict_first);
     }
   }
 
-  FLASHCUTE_DEVICE void load(PassingBlocks const& at) {
-    int64_t const number = Workspace::number(p_.backward.forward, tile_.entry.batch, at.head, at.block);
+  FLASHCUTE_DEVICE void load(Passing const& at) {
+    int64_t const number = Workspace::number(p_.backward.forward, tile_.entry, at.head, at.block);
     barrier_wait(smem_.q_empty[q_.place], q_.parity ^ 1);
-    smem_.blocks[q_.place] = {at.block * C.block_m, at.head, Blocks::partial(at, tile_), at.left == 1};
+    smem_.blocks[q_.place] = {at.block * C.block_m, at.head, Blocks::partial(p_.backward, at, tile_), at.left == 1};
     load_queries(p_.q, at, smem_.q[q_.place], Workspace::lse(p_.backward, number), smem_.lse[q_.place],
                  Blocks::inspected(at) ? smem_.q_landed[q_landed_.place] : smem_.q_full[q_.place]);
     // K and the first Q are enough to begin.
@@ -108,13 +136,13 @@ class GradientLoader {
   }
 
   /// A block of Q or dO, and a number for each of its rows.
-  FLASHCUTE_DEVICE void load_queries(TensorMap const& map, PassingBlocks const& at, typename L::Element* to,
+  FLASHCUTE_DEVICE void load_queries(TensorMap const& map, Passing const& at, typename L::Element* to,
                                      float const* numbers, float* numbers_to, Barrier& full) {
     constexpr int bytes_of_numbers = C.block_m * sizeof(float);
     barrier_arrive_expecting(full, L::q_elements * sizeof(typename L::Element) + bytes_of_numbers);
     for (int column = 0; column < C.head_dim; column += L::page) {
-      copy_box(map, column, at.block * C.block_m, at.head, tile_.entry.batch, to + C.block_m * column, full,
-               L2Hint::evict_last);
+      copy_box(map, column, tile_.entry.first_query + at.block * C.block_m, at.head, tile_.entry.batch,
+               to + C.block_m * column, full, L2Hint::evict_last);
     }
     copy_bulk(numbers, numbers_to, bytes_of_numbers, full);
   }
@@ -133,20 +161,21 @@ class DqAdder {
   static constexpr BackwardConfig C = Id.config;
   using Blocks = PassingQueries<Id>;
   using Mask = typename Blocks::Mask;
+  using Passing = typename Blocks::Passing;
   using Tile = typename Blocks::Tile;
   using L = BackwardLayout<C>;
   using Element = typename L::Element;
   using Storage = typename L::SharedStorage;
-  using Workspace = GradientWorkspace<C>;
+  using Workspace = typename Blocks::Workspace;
 
  public:
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, Storage& smem, Tile const& tile, int warpgroup) {
     uint32_t parity = 0;
     int place = 0;  // of dS
-    for (PassingBlocks at = Blocks::of(p, tile); at.left > 0; at = at.after(), parity ^= 1) {
+    for (Passing at = Blocks::of(p, tile); at.left > 0; at = at.after(), parity ^= 1) {
       barrier_wait(smem.dq_full[warpgroup], parity);
-      float* const sums = Workspace::sums(p, Workspace::number(p.forward, tile.entry.batch, at.head, at.block)) +
-                          warpgroup * L::dq_floats;
+      float* const sums =
+          Workspace::sums(p, Workspace::number(p.forward, tile.entry, at.head, at.block)) + warpgroup * L::dq_floats;
       bool whole = true;
       if (Blocks::inspected(at)) {
         barrier_wait(smem.k_inspected, 0);
@@ -169,8 +198,8 @@ class DqAdder {
  private:
   /// dS K element by element, without what a query does not see: slow, but rare. A lane takes the elements that its
   /// number stands for in each warp of the warpgroup.
-  FLASHCUTE_DEVICE static void add_visible(BackwardParams const& p, Storage& smem, Tile const& tile,
-                                           PassingBlocks const& at, int place, int warpgroup, float* sums) {
+  FLASHCUTE_DEVICE static void add_visible(BackwardParams const& p, Storage& smem, Tile const& tile, Passing const& at,
+                                           int place, int warpgroup, float* sums) {
     auto const sequence = tile.sequence(p.forward, at.head);
 #pragma unroll 1
     for (int i = thread_index() % 32; i < L::dq_floats; i += 32) {
@@ -203,11 +232,12 @@ class DqAdder {
 /// Run by one warp, where queries see different keys: it looks for NaN and infinity in K, and in blocks of Q and dO of
 /// which not every row sees all keys. There it replaces them by 0: a row that does not see a key would multiply it by
 /// 0, and 0 * NaN is NaN. (What the row sees still becomes NaN: its LSE is not finite, of which `prepare` makes NaN, or
-/// its delta is not.)
+/// its delta is not.) Rows past the end of a sequence, which may be those of another, become 0 too.
 template <BackwardKernelId Id>
 class GradientInspector {
   static constexpr BackwardConfig C = Id.config;
   using Blocks = PassingQueries<Id>;
+  using Passing = typename Blocks::Passing;
   using Tile = typename Blocks::Tile;
   using L = BackwardLayout<C>;
   using Element = typename L::Element;
@@ -215,38 +245,46 @@ class GradientInspector {
 
  public:
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, Storage& smem, Tile const& tile) {
-    GradientInspector inspector{smem};
+    GradientInspector inspector{p, smem, tile};
     bool any = false;  // inspected blocks
-    for (PassingBlocks at = Blocks::of(p, tile); at.left > 0; at = at.after()) {
+    if (Blocks::has_foreign_keys(p, tile)) {
+      inspector.inspect_keys();
+      any = true;
+    }
+    for (Passing at = Blocks::of(p, tile); at.left > 0; at = at.after()) {
       if (!Blocks::inspected(at)) {
         inspector.pass_over();
         continue;
       }
-      inspector.inspect_block();
+      inspector.inspect_block(at);
       if (!any) inspector.inspect_keys();
       any = true;
     }
   }
 
  private:
-  FLASHCUTE_DEVICE explicit GradientInspector(Storage& smem) : smem_(smem) {}
+  FLASHCUTE_DEVICE GradientInspector(BackwardParams const& p, Storage& smem, Tile const& tile)
+      : p_(p), smem_(smem), tile_(tile) {}
 
   FLASHCUTE_DEVICE void pass_over() {
     q_.advance();
     dout_.advance();
   }
 
-  FLASHCUTE_DEVICE void inspect_block() {
-    inspect(smem_.q[q_.place], smem_.q_landed[q_landed_.place], q_landed_.parity, smem_.q_full[q_.place]);
-    inspect(smem_.dout[dout_.place], smem_.dout_landed[dout_landed_.place], dout_landed_.parity,
+  FLASHCUTE_DEVICE void inspect_block(Passing const& at) {
+    inspect(smem_.q[q_.place], at, smem_.q_landed[q_landed_.place], q_landed_.parity, smem_.q_full[q_.place]);
+    inspect(smem_.dout[dout_.place], at, smem_.dout_landed[dout_landed_.place], dout_landed_.parity,
             smem_.dout_full[dout_.place]);
     pass_over();
     q_landed_.advance();
     dout_landed_.advance();
   }
 
-  FLASHCUTE_DEVICE void inspect(Element* block, Barrier& landed, uint32_t parity, Barrier& full) {
+  FLASHCUTE_DEVICE void inspect(Element* block, Passing const& at, Barrier& landed, uint32_t parity, Barrier& full) {
     barrier_wait(landed, parity);
+    if constexpr (!Blocks::Sequence::fills_tensors) {
+      clear_from(tile_.sequence(p_.forward).rows() - at.block * C.block_m, block, C.block_m);
+    }
     if (!finite(block, L::q_elements)) {
       smem_.dropped = true;
       for_each_part(block, L::q_elements, [](Element* words) { zero_nonfinite(words); });
@@ -258,9 +296,20 @@ class GradientInspector {
 
   FLASHCUTE_DEVICE void inspect_keys() {
     barrier_wait(smem_.k_full, 0);
+    if (Blocks::has_foreign_keys(p_, tile_)) clear_from(tile_.existing(p_.forward), smem_.k, C.block_n);
     if (!finite(smem_.k, L::k_elements)) smem_.keys_finite = false;
     reconverge();
     if (thread_index() % 32 == 0) barrier_arrive(smem_.k_inspected);
+  }
+
+  /// Clears the rows from `first` on of a tile of `rows` rows in pages.
+  FLASHCUTE_DEVICE static void clear_from(int first, Element* tile, int rows) {
+    if (first >= rows) return;
+    for_each_part(tile, rows * C.head_dim, [&](Element* words) {
+      int const row = static_cast<int>(words - tile) / L::page % rows;
+      if (row >= first) shared_store(words, uint4{});
+    });
+    publish_to_products();
   }
 
   FLASHCUTE_DEVICE static bool finite(Element* elements, int count) {
@@ -277,7 +326,9 @@ class GradientInspector {
     for (int i = vector * (thread_index() % 32); i < count; i += vector * 32) f(elements + i);
   }
 
+  BackwardParams const& p_;
   Storage& smem_;
+  Tile const& tile_;
   RingPosition<C.stages> q_, q_landed_;
   RingPosition<C.dout_stages> dout_, dout_landed_;
 };

@@ -1,8 +1,10 @@
-// The passes before and after Hopper's gradients: what `gradients` needs of the rows of dO and O, and dQ from its sums.
+// The passes before and after Hopper's gradients: what `gradients` needs of the rows of dO and O, dQ from its sums, and
+// the gradient of a sink.
 #pragma once
 
 #include "flashcute/core/constants.hpp"
 #include "flashcute/device/delta.hpp"
+#include "flashcute/device/sink_gradient.hpp"
 #include "flashcute/sm90/backward.hpp"
 
 namespace flashcute::sm90 {
@@ -13,13 +15,17 @@ struct PrepareGradients {
   static_assert(has_only<&Features::mask>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
   static constexpr BackwardConfig C = Id.config;
   using Element = typename TensorCore<C.dtype>::Element;
-  using Tile = QueryTile<typename Mask<Id.features.mask>::Sequence>;
-  using Workspace = GradientWorkspace<C>;
+  using Sequence = typename Mask<Id.features.mask>::Sequence;
+  using Tile = QueryTile<Sequence>;
+  using Workspace = GradientWorkspace<C, Sequence>;
   static constexpr int threads = num_threads(Id);
 
-  FLASHCUTE_DEVICE static void run(BackwardParams const& p) {
+  struct SharedStorage {};
+
+  FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& /*smem*/) {
     auto const tile = Tile::at(p.forward, block_index(), C.block_m);
-    int64_t const number = Workspace::number(p.forward, tile.entry.batch, tile.head, tile.row0 / C.block_m);
+    int64_t const number = Workspace::number(p.forward, tile.entry, tile.head, tile.row0 / C.block_m);
+    int const existing = tile.existing(p.forward);
     float* const sums = Workspace::sums(p, number);
     CUTE_UNROLL
     for (int i = 0; i < Workspace::sums_of_block; i += 4 * threads) {
@@ -27,7 +33,7 @@ struct PrepareGradients {
     }
     float *const lse = Workspace::lse(p, number), *const delta = Workspace::delta(p, number);
     for (int row = thread_index(); row < C.block_m; row += threads) {
-      if (row >= tile.rows) {  // exp(S - infinity) is 0
+      if (row >= existing) {  // exp(S - infinity) is 0
         global_store(lse + row, float{infinity});
         global_store(delta + row, 0.f);
         continue;
@@ -37,8 +43,9 @@ struct PrepareGradients {
       float const x = global_load<float>(static_cast<float const*>(p.forward.lse) + tile.lse_offset(p.forward) + row);
       global_store(lse + row, is_finite(x) ? x * log2_e<float> : infinity - infinity);
     }
-    Delta<Element, C.block_m, C.head_dim_v, 16, threads>::compute(
-        p, tile, [&](int row, float x) { global_store(delta + row, x); });
+    Delta<Element, C.block_m, C.head_dim_v, 16, threads>::compute(p, tile, [&](int row, float x) {
+      if (Sequence::fills_tensors || row < existing) global_store(delta + row, x);
+    });
   }
 };
 
@@ -47,13 +54,16 @@ template <BackwardKernelId Id>
 struct FinishGradients {
   static_assert(has_only<&Features::mask>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
   static constexpr BackwardConfig C = Id.config;
-  using Tile = QueryTile<typename Mask<Id.features.mask>::Sequence>;
+  using Sequence = typename Mask<Id.features.mask>::Sequence;
+  using Tile = QueryTile<Sequence>;
   using L = BackwardLayout<C>;
-  using Workspace = GradientWorkspace<C>;
+  using Workspace = GradientWorkspace<C, Sequence>;
 
-  FLASHCUTE_DEVICE static void run(BackwardParams const& p) {
+  struct SharedStorage {};
+
+  FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& /*smem*/) {
     auto const tile = Tile::at(p.forward, block_index(), C.block_m);
-    int64_t const number = Workspace::number(p.forward, tile.entry.batch, tile.head, tile.row0 / C.block_m);
+    int64_t const number = Workspace::number(p.forward, tile.entry, tile.head, tile.row0 / C.block_m);
     int const warpgroup = warpgroup_index();
     float const* const from = Workspace::sums(p, number) + warpgroup * L::dq_floats + 4 * thread_of_warpgroup();
     auto dq = L::template accumulator<typename L::DqColumns>();
@@ -72,8 +82,39 @@ struct FinishGradients {
   }
 };
 
+/// What the pass `sink` reads of a query head: the rows of all its blocks. Of those that do not exist P is 0.
+template <BackwardKernelId Id>
+class BlockStatistics {
+  static constexpr BackwardConfig C = Id.config;
+  using Sequence = typename Mask<Id.features.mask>::Sequence;
+  using Workspace = GradientWorkspace<C, Sequence>;
+
+ public:
+  FLASHCUTE_DEVICE BlockStatistics(BackwardParams const& p, int batch, int head)
+      : p_(p), first_(Workspace::first_of_head(p.forward, batch, head)) {}
+
+  FLASHCUTE_DEVICE int count() const { return static_cast<int>(Workspace::blocks(p_.forward)) * C.block_m; }
+  FLASHCUTE_DEVICE float lse(int row) const { return global_load<float>(Workspace::lse(p_, first_) + row); }
+  FLASHCUTE_DEVICE float delta(int row) const { return global_load<float>(Workspace::delta(p_, first_) + row); }
+  FLASHCUTE_DEVICE static float probability(float sink, float lse) { return exp2f(sink * log2_e<float> - lse); }
+
+  FLASHCUTE_DEVICE static QueryPlace<Sequence> place(BackwardParams const& p, int batch, int head, int row) {
+    int const head_index = batch * p.forward.heads + head;
+    auto const tile = QueryTile<Sequence>::of(p.forward, head_index, row / C.block_m, C.block_m);
+    return {tile.entry, tile.row0 + row % C.block_m};
+  }
+
+ private:
+  BackwardParams const& p_;
+  int64_t first_;
+};
+
 template <BackwardKernelId Id>
 struct SmallPass : PrepareGradients<Id> {};
+
+template <BackwardKernelId Id>
+  requires(Id.pass == BackwardPass::sink)
+struct SmallPass<Id> : SinkGradient<Id, BlockStatistics<Id>> {};
 
 template <BackwardKernelId Id>
   requires(Id.pass == BackwardPass::finish)
