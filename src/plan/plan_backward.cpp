@@ -135,8 +135,7 @@ BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch,
                            arch, "");
 }
 
-std::string sm90_backward_problem(Call const& call, std::span<Operand const> copied) {
-  if (!serves(BackwardConfig{.kernel = Kernel::sm90}, call.mask())) return gradients_of_sm90;
+std::string sm90_backward_problem(std::span<Operand const> copied) {
   std::string problem = bulk_copy_problem(copied);
   if (problem.empty()) common_alignment(copied, &problem);
   return problem;
@@ -150,7 +149,7 @@ BackwardConfig choose_backward_config(Call const& call, std::span<Operand const>
                     .alignment = call.on_gpu() ? common_alignment(copied, misaligned) : 16,
                     .deterministic = call.options.deterministic};
   BackwardConfig const sm80 = default_config_of(t, call.arch, "q: ");
-  t.allow_sm90 = call.arch == 90 && sm90_backward_problem(call, copied).empty();
+  t.allow_sm90 = call.arch == 90 && sm90_backward_problem(copied).empty();
   BackwardConfig const fastest = t.allow_sm90 ? default_config_of(t, call.arch, "q: ") : sm80;
   if (fastest == sm80) return sm80;
   // As the forward (choose.hpp): a first call does not wait for a compiler, if other kernels are there.
@@ -201,7 +200,7 @@ int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, Ten
                     .deterministic = options.deterministic};
   int64_t most = 0;
   for (bool const allow_sm90 : {false, true}) {
-    t.allow_sm90 = allow_sm90 && !is_packed(options);
+    t.allow_sm90 = allow_sm90;
     most = max_of(most, checked_workspace_of(default_config_of(t, arch, "q: "), nq, options).total());
   }
   return most;
@@ -270,7 +269,7 @@ BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call cons
     if (config.kernel == Kernel::sm80) {
       for (Operand const& tensor : copied) require_aligned(tensor, config.copy_bytes);
     } else if (given) {
-      if (std::string const problem = sm90_backward_problem(call, copied); !problem.empty()) {
+      if (std::string const problem = sm90_backward_problem(copied); !problem.empty()) {
         throw ConfigError("cfg: kernel sm90 does not fit the call: " + problem +
                           ". Use kernel='sm80', or flash_attention, which chooses by itself");
       }

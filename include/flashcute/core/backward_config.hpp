@@ -89,11 +89,6 @@ constexpr TileConfig tile_of(BackwardConfig const& c, BackwardPass pass) {
   return tile_with_rows(c, of_queries ? c.block_m : c.block_n, of_queries ? c.block_n : c.block_m);
 }
 
-/// Whether a configuration's kernels compute gradients under a mask.
-constexpr bool serves(BackwardConfig const& c, MaskKind mask) {
-  return c.kernel == Kernel::sm80 || mask == MaskKind::full || mask == MaskKind::causal;
-}
-
 // ---- resources and rules -------------------------------------------------------------------------
 
 /// Warps that load, inspect and add beside those that compute, in Hopper's pass `gradients`.

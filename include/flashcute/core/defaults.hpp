@@ -223,7 +223,7 @@ struct BackwardTensors {
   int32_t head_dim, head_dim_v;
   int32_t alignment = 16;  // in bytes, of addresses, strides and rows: 16, 8, 4 or 2
   bool deterministic = false;
-  bool allow_sm90 = false;  // Hopper's kernels may be chosen: TMA can follow the strides, the mask is full or causal
+  bool allow_sm90 = false;  // Hopper's kernels may be chosen: TMA can follow the strides
 };
 
 /// Whether Hopper's kernels may compute the gradients. (Whether they have a tile is another question.)

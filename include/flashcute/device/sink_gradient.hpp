@@ -39,15 +39,15 @@ struct SinkGradient {
     float const sink = sink_of<Element>(f, head);
     float sum = 0;
     for (int batch = 0; batch < f.batch; ++batch) {
-      Statistics const of(p, batch, head);
-      int const rows = of.count();
+      auto const first = Statistics::first(f, batch, head);
+      int const rows = Statistics::count(f, batch, head);
       for (int row0 = thread_index(); row0 < rows; row0 += rows_at_once * threads) {
         float lse[rows_at_once], delta[rows_at_once];
         CUTE_UNROLL
         for (int i = 0; i < rows_at_once; ++i) {
-          int const row = min_of(row0 + i * threads, rows - 1);  // a branch would wait for the loads before
-          lse[i] = of.lse(row);
-          delta[i] = of.delta(row);
+          auto const row = first + min_of(row0 + i * threads, rows - 1);  // a branch would wait for the loads before
+          lse[i] = global_load<float>(Statistics::lse(p) + row);
+          delta[i] = global_load<float>(Statistics::delta(p) + row);
         }
         uint32_t not_numbers = 0;
         CUTE_UNROLL
@@ -86,19 +86,19 @@ struct SinkGradient {
   /// The term of a row, computed as NaN. Where a row does not exist, memory may hold anything; where it sees no key,
   /// delta is -dLSE, whatever dO is.
   FLASHCUTE_DEVICE static float corrected(float sink, BackwardParams const& p, int batch, int head, int row) {
-    auto const [entry, query] = Statistics::place(p, batch, head, row);
+    auto const [entry, query] = Statistics::place(p.forward, batch, head, row);
     Sequence const sequence(p.forward, entry, head);
     if (query >= sequence.rows()) return 0.f;
-    Statistics const of(p, batch, head);
+    auto const offset = Statistics::first(p.forward, batch, head) + row;
     float delta = 0;
     if (!Mask::empty_row(query, sequence)) {
-      delta = of.delta(row);
+      delta = global_load<float>(Statistics::delta(p) + offset);
     } else if (p.dlse != nullptr) {
       delta = -global_load<float>(static_cast<float const*>(p.dlse) +
                                   row_offset(p.dlse_stride, batch, head, entry.first_query + query));
     }
     // NaN where the sink makes it so
-    return Statistics::probability(sink, of.lse(row)) * delta;
+    return Statistics::probability(sink, global_load<float>(Statistics::lse(p) + offset)) * delta;
   }
 };
 

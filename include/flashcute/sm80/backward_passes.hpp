@@ -62,36 +62,25 @@ struct FinishGradients {
 
 /// What the pass `sink` reads of a query head's rows: LSE and delta as `prepare` leaves them, row by row.
 template <BackwardKernelId Id>
-class RowStatistics {
+struct RowStatistics {
   using Sequence = typename Mask<Id.features.mask>::Sequence;
 
- public:
-  FLASHCUTE_DEVICE RowStatistics(BackwardParams const& p, int batch, int head)
-      : p_(p), batch_(batch), head_(head), first_(lse_offset(p.forward, batch, head)) {}
-
-  FLASHCUTE_DEVICE int count() const {
-    ForwardParams const& f = p_.forward;
-    return f.sequences.packed() ? f.seqlen_q : Sequence(f, Sequence::Entry::of(f, batch_), head_).rows();
+  FLASHCUTE_DEVICE static float const* lse(BackwardParams const& p) { return static_cast<float const*>(p.forward.lse); }
+  FLASHCUTE_DEVICE static float const* delta(BackwardParams const& p) { return static_cast<float const*>(p.delta); }
+  /// Where those of a head begin, and how many there are.
+  FLASHCUTE_DEVICE static int64_t first(ForwardParams const& f, int batch, int head) {
+    return lse_offset(f, batch, head);
   }
-  FLASHCUTE_DEVICE float lse(int row) const {
-    return global_load<float>(static_cast<float const*>(p_.forward.lse) + (first_ + row));
-  }
-  FLASHCUTE_DEVICE float delta(int row) const {
-    return global_load<float>(static_cast<float const*>(p_.delta) + (first_ + row));
+  FLASHCUTE_DEVICE static int count(ForwardParams const& f, int batch, int head) {
+    return f.sequences.packed() ? f.seqlen_q : Sequence(f, Sequence::Entry::of(f, batch), head).rows();
   }
   /// Of the sink beside a row.
   FLASHCUTE_DEVICE static float probability(float sink, float lse) { return expf(sink - lse); }
 
-  /// The sequence of a row, and its number there.
-  FLASHCUTE_DEVICE static QueryPlace<Sequence> place(BackwardParams const& p, int batch, int /*head*/, int row) {
-    auto const entry = Sequence::Entry::of_row(p.forward, batch, row);
+  FLASHCUTE_DEVICE static QueryPlace<Sequence> place(ForwardParams const& f, int batch, int /*head*/, int row) {
+    auto const entry = Sequence::Entry::of_row(f, batch, row);
     return {entry, row - entry.first_query};
   }
-
- private:
-  BackwardParams const& p_;
-  int batch_, head_;
-  int64_t first_;
 };
 
 template <BackwardKernelId Id>

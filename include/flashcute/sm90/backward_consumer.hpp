@@ -60,12 +60,14 @@ class GradientConsumer {
     P::template begin_scores<C.dout_stages>(dp, own(smem_.v), {smem_.dout[0], dout_.place});
     AnnouncedQueries const& block = smem_.blocks[q_.place];
     bool const partial = uniform(block.partial), last = uniform(block.last);
+    SeeingQueries seeing;
+    if (is_loaded && partial) seeing = load_seeing(block);
     finish_products<1>(s);
     to_probabilities(s);
-    if (partial) hide(s, block);
+    if (partial) hide(s, block, seeing);
     finish_products<0>(dp);
     to_score_gradients(dp, s);
-    if (partial) hide(dp, block);
+    if (partial) hide(dp, block, seeing);
     // P is rounded after dS, which takes it in fp32: rounded before, both would be in registers at once.
     auto ds = convert<Element>(dp);
     auto probabilities = convert<Element>(s);
@@ -138,15 +140,34 @@ class GradientConsumer {
     }
   }
 
-  /// Sets what a query does not see to 0: by selection, because it may be NaN.
-  FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries const& block) const {
+  /// Which of the thread's queries of a block see each of its keys, as bits.
+  struct SeeingQueries {
+    uint32_t of_key[L::rows_per_thread];
+  };
+
+  /// The same if they lie in memory.
+  FLASHCUTE_DEVICE SeeingQueries load_seeing(AnnouncedQueries const& block) const {
+    SeeingQueries seeing;
+    Sequence const sequence = tile_.sequence(p_.forward, block.head);
+    int const query = block.row0 + L::first_column(), key = tile_.row0 + warpgroup_ * warpgroup_rows;
+    CUTE_UNROLL
+    for (int i = 0; i < L::rows_per_thread; ++i) seeing.of_key[i] = queries_seeing(key + L::row(i), query, sequence);
+    return seeing;
+  }
+
+  FLASHCUTE_DEVICE static uint32_t queries_seeing(int key, int query, Sequence const& sequence) {
+    return Mask::template queries_seeing<C.block_m>(key, query, sequence).template bits<L>(0);
+  }
+
+  /// Sets what a query does not see to 0: by selection, because it may be NaN. Bits that are not loaded are computed
+  /// here: kept in between they would be registers.
+  FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries const& block, SeeingQueries const& loaded) const {
     auto s = by_row_and_column(scores);  // (key, query)
     Sequence const sequence = tile_.sequence(p_.forward, block.head);
     int const query = block.row0 + L::first_column(), key = tile_.row0 + warpgroup_ * warpgroup_rows;
     CUTE_UNROLL
     for (int i = 0; i < L::rows_per_thread; ++i) {
-      auto const seeing = Mask::template queries_seeing<C.block_m>(key + L::row(i), query, sequence);
-      uint32_t const bits = seeing.template bits<L>(0);
+      uint32_t const bits = is_loaded ? loaded.of_key[i] : queries_seeing(key + L::row(i), query, sequence);
       CUTE_UNROLL
       for (int j = 0; j < columns; ++j) {
         if (!(bits & 1u << j)) s(i, j) = 0.f;
@@ -282,7 +303,8 @@ class GradientConsumer {
     if (thread_of_warpgroup() == 0) barrier_arrive(barrier);
   }
 
-  static constexpr int columns = C.block_m / 4;  // queries of a thread
+  static constexpr int columns = C.block_m / 4;                // queries of a thread
+  static constexpr bool is_loaded = !Mask::Range::contiguous;  // whether memory says who sees whom
 
   BackwardParams const& p_;
   Storage& smem_;

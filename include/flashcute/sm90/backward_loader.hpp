@@ -272,7 +272,8 @@ class GradientInspector {
   }
 
   FLASHCUTE_DEVICE void inspect_block(Passing const& at) {
-    inspect(smem_.q[q_.place], at, smem_.q_landed[q_landed_.place], q_landed_.parity, smem_.q_full[q_.place]);
+    inspect(smem_.q[q_.place], at, smem_.q_landed[q_landed_.place], q_landed_.parity, smem_.q_full[q_.place],
+            smem_.lse[q_.place]);
     inspect(smem_.dout[dout_.place], at, smem_.dout_landed[dout_landed_.place], dout_landed_.parity,
             smem_.dout_full[dout_.place]);
     pass_over();
@@ -280,18 +281,34 @@ class GradientInspector {
     dout_landed_.advance();
   }
 
-  FLASHCUTE_DEVICE void inspect(Element* block, Passing const& at, Barrier& landed, uint32_t parity, Barrier& full) {
+  /// `lse`: of the rows of Q.
+  FLASHCUTE_DEVICE void inspect(Element* block, Passing const& at, Barrier& landed, uint32_t parity, Barrier& full,
+                                float* lse = nullptr) {
     barrier_wait(landed, parity);
     if constexpr (!Blocks::Sequence::fills_tensors) {
       clear_from(tile_.sequence(p_.forward).rows() - at.block * C.block_m, block, C.block_m);
     }
     if (!finite(block, L::q_elements)) {
       smem_.dropped = true;
+      if constexpr (takes_sink(Id.features.mask)) {
+        if (lse != nullptr) drop_probabilities(block, lse);
+      }
       for_each_part(block, L::q_elements, [](Element* words) { zero_nonfinite(words); });
       publish_to_products();
     }
     reconverge();  // one lane arrives for the warp: all its lanes have read and written the block
     if (thread_index() % 32 == 0) barrier_arrive(full);
+  }
+
+  /// Beside a sink the LSE of a row is finite although all its scores are -infinity. Its P is 0, also where Q becomes 0
+  /// and the scores are finite.
+  FLASHCUTE_DEVICE static void drop_probabilities(Element* q, float* lse) {
+    for_each_part(q, L::q_elements, [&](Element* words) {
+      FiniteCheck<Element> check;
+      check.template look_at<16>(words);
+      float* const of_row = lse + static_cast<int>(words - q) / L::page % C.block_m;
+      if (!check.all_finite() && is_finite(shared_load<float>(of_row))) shared_store(of_row, float{infinity});
+    });
   }
 
   FLASHCUTE_DEVICE void inspect_keys() {

@@ -84,29 +84,25 @@ struct FinishGradients {
 
 /// What the pass `sink` reads of a query head: the rows of all its blocks. Of those that do not exist P is 0.
 template <BackwardKernelId Id>
-class BlockStatistics {
+struct BlockStatistics {
   static constexpr BackwardConfig C = Id.config;
   using Sequence = typename Mask<Id.features.mask>::Sequence;
   using Workspace = GradientWorkspace<C, Sequence>;
 
- public:
-  FLASHCUTE_DEVICE BlockStatistics(BackwardParams const& p, int batch, int head)
-      : p_(p), first_(Workspace::first_of_head(p.forward, batch, head)) {}
-
-  FLASHCUTE_DEVICE int count() const { return static_cast<int>(Workspace::blocks(p_.forward)) * C.block_m; }
-  FLASHCUTE_DEVICE float lse(int row) const { return global_load<float>(Workspace::lse(p_, first_) + row); }
-  FLASHCUTE_DEVICE float delta(int row) const { return global_load<float>(Workspace::delta(p_, first_) + row); }
+  FLASHCUTE_DEVICE static float const* lse(BackwardParams const& p) { return Workspace::lse(p, 0); }
+  FLASHCUTE_DEVICE static float const* delta(BackwardParams const& p) { return Workspace::delta(p, 0); }
+  FLASHCUTE_DEVICE static int64_t first(ForwardParams const& f, int batch, int head) {
+    return Workspace::first_of_head(f, batch, head) * C.block_m;
+  }
+  FLASHCUTE_DEVICE static int count(ForwardParams const& f, int /*batch*/, int /*head*/) {
+    return static_cast<int>(Workspace::blocks(f)) * C.block_m;
+  }
   FLASHCUTE_DEVICE static float probability(float sink, float lse) { return exp2f(sink * log2_e<float> - lse); }
 
-  FLASHCUTE_DEVICE static QueryPlace<Sequence> place(BackwardParams const& p, int batch, int head, int row) {
-    int const head_index = batch * p.forward.heads + head;
-    auto const tile = QueryTile<Sequence>::of(p.forward, head_index, row / C.block_m, C.block_m);
+  FLASHCUTE_DEVICE static QueryPlace<Sequence> place(ForwardParams const& f, int batch, int head, int row) {
+    auto const tile = QueryTile<Sequence>::of(f, batch * f.heads + head, row / C.block_m, C.block_m);
     return {tile.entry, tile.row0 + row % C.block_m};
   }
-
- private:
-  BackwardParams const& p_;
-  int64_t first_;
 };
 
 template <BackwardKernelId Id>
