@@ -328,6 +328,30 @@ TEST(Sm90BackwardKernel, NanOfAnotherSequence) {
   check_gradients(problem);
 }
 
+// Guards against the same beside a sink: there the LSE is finite, and P of the row, whose query becomes 0, has to be 0.
+TEST(Sm90BackwardKernel, ScoresThatAreAllMinusInfinityBesideASink) {
+  Shape const s{.sq = 200, .sk = 200, .d = 128, .causal_offset = 0, .window_offset = -100, .sink = {1}};
+  Sm90BackwardProblem<wide, MaskKind::band> problem(s);
+  for (int key = 0; key < s.sk; ++key) problem.problem.k.set(0, key, 0, 5, -0.5 - key * 0x1p-10);
+  int const row = 70;
+  problem.problem.q.set(0, row, 0, 5, inf);
+  ASSERT_NO_FATAL_FAILURE(problem.run(1));
+  // Of dv the sum of all other rows that see the key.
+  for (int key = 0; key <= row; ++key) {
+    double sum = 0;
+    for (int i = key; i < std::min(key + 101, s.sq); ++i) {
+      if (i == row) continue;
+      double score = 0;
+      for (int c = 0; c < s.d; ++c) score += problem.problem.q.at(0, i, 0, c) * problem.problem.k.at(0, key, 0, c);
+      sum +=
+          std::exp(problem.problem.scale * score - problem.lse[static_cast<size_t>(i)]) * problem.dout.at(0, i, 0, 3);
+    }
+    EXPECT_NEAR(problem.dv.at(0, key, 0, 3), sum, 2e-2) << key;
+    EXPECT_FALSE(std::isfinite(problem.dk.at(0, key, 0, 5))) << key;
+    EXPECT_TRUE(std::isfinite(problem.dk.at(0, key, 0, 6))) << key;
+  }
+}
+
 // Guards against a block of another head that is left out because one head does not see it, against bits of another
 // row or column, and against NaN in what a map hides.
 template <BackwardConfig B>

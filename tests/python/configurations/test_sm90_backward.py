@@ -34,12 +34,6 @@ def test_default(dtype: str, d: int, kernel: str) -> None:
     assert fc.default_backward_config(d, dtype, "sm_100", deterministic=False).kernel == "sm80"
 
 
-def test_prebuild_of_a_mask_that_they_do_not_serve() -> None:
-    """A list in which nothing serves the mask would build nothing, and say nothing."""
-    with pytest.raises(fc.ConfigError, match=r"^cfgs: BackwardConfig.* full and causal masks only"):
-        fc.prebuild(default(64), "sm_90", variant=fc.Variant(window=(8, 8)))
-
-
 def variants() -> list[fc.BackwardConfig]:
     """Every option at another value than the default's."""
     changes: list[dict[str, Any]] = [
