@@ -1,7 +1,7 @@
 // Masks: which keys a query sees. `kv_range` returns the blocks of keys that a tile of query rows must visit,
 // `query_range` the blocks of query rows that a tile of keys must visit, `visible` whether a query sees a key, `seen`
-// which of many keys a query sees, `seen_by` which of many queries see which keys, `empty_row` whether a query sees
-// none. `rows_differ` says whether queries may see different keys. A mask under which the keys of each query are
+// which of many keys a query sees, `queries_seeing` which of many queries see a key, `seen_by` which of them see which
+// keys, `empty_row` whether a query sees none. `rows_differ` says whether queries may see different keys. A mask under which the keys of each query are
 // contiguous also has `keys_of`, their range. GPU kernels, the CPU backend and the tests share these.
 #pragma once
 
@@ -199,6 +199,7 @@ struct Mask<MaskKind::band> {
     return {query + s.first_diagonal() - key0, end_of(query, s) - key0};
   }
 
+  /// Which of the queries from `query0` on see key `k`.
   template <int32_t count = 0>
   FLASHCUTE_HD static SeenBetween queries_seeing(int32_t k, int32_t query0, BatchSequence const& s) {
     return SeenBetween::of(queries_of(k, s), query0);
