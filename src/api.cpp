@@ -274,6 +274,9 @@ std::vector<std::pair<std::string, std::string>> prebuild(std::span<ForwardConfi
   };
   add(forward);
   add(backward);
+  if (kernels.empty() && !backward.empty()) {
+    throw ConfigError("cfgs: " + to_string(backward.front()) + ": " + gradients_of_sm90);
+  }
   std::vector<Image> const images = find_images(kernels, arch);
   std::vector<std::pair<std::string, std::string>> done;
   for (std::size_t i = 0; i < kernels.size(); ++i) {

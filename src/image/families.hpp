@@ -71,8 +71,10 @@ std::vector<Config> configs_of(Family<Config> const& family) {
 
 constexpr std::array<SinglePass, 1> passes_of(ForwardConfig const&) { return {}; }
 
-/// The kernels of a configuration for each of the features, of all passes; for gradients that of sinks too, where there
-/// may be any.
+constexpr bool serves(ForwardConfig const&, MaskKind) { return true; }
+
+/// The kernels of a configuration for each of the features that it serves, of all passes; for gradients that of sinks
+/// too, where there may be any.
 template <class Config>
 std::vector<KernelId<Config>> kernels_of(Config const& config, std::span<Features const> features) {
   std::vector<KernelId<Config>> kernels;
@@ -82,11 +84,13 @@ std::vector<KernelId<Config>> kernels_of(Config const& config, std::span<Feature
     if (std::find(kernels.begin(), kernels.end(), kernel) == kernels.end()) kernels.push_back(kernel);
   };
   for (auto const pass : passes_of(config)) {
-    for (Features const& each : features) add(pass, each);
+    for (Features const& each : features) {
+      if (serves(config, each.mask)) add(pass, each);
+    }
   }
   if constexpr (std::is_same_v<Config, BackwardConfig>) {
     for (Features const& each : features) {
-      if (takes_sink(each.mask)) add(BackwardPass::sink, each);
+      if (takes_sink(each.mask) && serves(config, each.mask)) add(BackwardPass::sink, each);
     }
   }
   return kernels;

@@ -24,7 +24,8 @@ std::string why_not_default(BackwardConfig const& other, Call const& call, std::
     require_fits(other, call);
     if (!call.on_gpu()) return "not the default on the CPU";
     if (other.kernel == Kernel::sm90) {
-      if (std::string const problem = sm90_backward_problem(copied); !problem.empty()) return problem;
+      if (std::string const problem = sm90_backward_problem(call, copied, other.deterministic); !problem.empty())
+        return problem;
     } else {
       for (Operand const* tensor : {&call.q, &call.k, &call.v}) require_aligned(*tensor, other.copy_bytes);
     }
@@ -38,7 +39,8 @@ std::string why_not_default(BackwardConfig const& other, Call const& call, std::
 /// Why Hopper's kernels are not taken on a Hopper GPU.
 std::string why_not_sm90(Call const& call, std::span<Operand const> copied) {
   if (call.options.deterministic) return "its sums of dq differ in their last bits from run to run";
-  if (std::string const problem = sm90_backward_problem(copied); !problem.empty()) return problem;
+  if (std::string const problem = sm90_backward_problem(call, copied, call.options.deterministic); !problem.empty())
+    return problem;
   BackwardConfig const best = default_backward_config(
       {.dtype = call.dtype, .head_dim = call.params.head_dim, .head_dim_v = call.params.head_dim_v, .allow_sm90 = true},
       call.arch);

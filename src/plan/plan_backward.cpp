@@ -135,7 +135,11 @@ BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch,
                            arch, "");
 }
 
-std::string sm90_backward_problem(std::span<Operand const> copied) {
+std::string sm90_backward_problem(Call const& call, std::span<Operand const> copied, bool deterministic) {
+  BackwardConfig const asked{.head_dim = max_of(call.params.head_dim, call.params.head_dim_v),
+                             .kernel = Kernel::sm90,
+                             .deterministic = deterministic};
+  if (!serves(asked, call.mask())) return gradients_of_sm90;
   std::string problem = bulk_copy_problem(copied);
   if (problem.empty()) common_alignment(copied, &problem);
   return problem;
@@ -149,7 +153,7 @@ BackwardConfig choose_backward_config(Call const& call, std::span<Operand const>
                     .alignment = call.on_gpu() ? common_alignment(copied, misaligned) : 16,
                     .deterministic = call.options.deterministic};
   BackwardConfig const sm80 = default_config_of(t, call.arch, "q: ");
-  t.allow_sm90 = call.arch == 90 && sm90_backward_problem(copied).empty();
+  t.allow_sm90 = call.arch == 90 && sm90_backward_problem(call, copied, t.deterministic).empty();
   BackwardConfig const fastest = t.allow_sm90 ? default_config_of(t, call.arch, "q: ") : sm80;
   if (fastest == sm80) return sm80;
   // As the forward (choose.hpp): a first call does not wait for a compiler, if other kernels are there.
@@ -269,7 +273,7 @@ BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call cons
     if (config.kernel == Kernel::sm80) {
       for (Operand const& tensor : copied) require_aligned(tensor, config.copy_bytes);
     } else if (given) {
-      if (std::string const problem = sm90_backward_problem(copied); !problem.empty()) {
+      if (std::string const problem = sm90_backward_problem(call, copied, config.deterministic); !problem.empty()) {
         throw ConfigError("cfg: kernel sm90 does not fit the call: " + problem +
                           ". Use kernel='sm80', or flash_attention, which chooses by itself");
       }

@@ -36,8 +36,14 @@ struct BackwardTensorViews {
 BackwardPlan plan_backward(std::optional<BackwardConfig> const& config, Call const& call,
                            BackwardTensorViews const& tensors);
 
-/// Why Hopper's kernels do not compute gradients of these tensors; empty if they do.
-std::string sm90_backward_problem(std::span<Operand const> copied);
+inline constexpr char const* gradients_of_sm90 =
+    "Hopper's kernels compute gradients that are deterministic, or of head dimensions above 128, of full and causal "
+    "masks "
+    "only";
+
+/// Why Hopper's kernels do not compute the gradients of a call with these tensors, deterministic or not; empty if they
+/// do.
+std::string sm90_backward_problem(Call const& call, std::span<Operand const> copied, bool deterministic);
 
 /// The configuration of a call that gives none. `copied`: q, k, v, and those of the other tensors that kernels copy
 /// (out, dout, dq, dk and dv) that are known. `misaligned` as in common_alignment.

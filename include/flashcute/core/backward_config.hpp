@@ -89,6 +89,13 @@ constexpr TileConfig tile_of(BackwardConfig const& c, BackwardPass pass) {
   return tile_with_rows(c, of_queries ? c.block_m : c.block_n, of_queries ? c.block_n : c.block_m);
 }
 
+/// Whether a configuration's kernels compute gradients under a mask. Of Hopper's those that add dQ in any order do; an
+/// order, and passes of their own for wide heads, are there for the first two masks alone.
+constexpr bool serves(BackwardConfig const& c, MaskKind mask) {
+  bool const any = c.kernel == Kernel::sm80 || (!c.deterministic && c.head_dim <= 128);
+  return any || mask == MaskKind::full || mask == MaskKind::causal;
+}
+
 // ---- resources and rules -------------------------------------------------------------------------
 
 /// Warps that load, inspect and add beside those that compute, in Hopper's pass `gradients`.
