@@ -47,8 +47,6 @@ SPILLS_ALLOWED = {
     "d128_m128_n128_w8_st3_mapped": 257,
     "d256_m128_n64_w8_st2_noturns_mapped": 562,
     "bwd_d64_m64_n128_w4_gradients_mapped": 481,
-    "bwd_d64_m128_n128_w8_st3_gradients_mapped": 81,
-    "bwd_d128_m64_n128_w8_st3_gradients_mapped": 60,
     "bwd_d128_m64_n64_w4_c2_k1_gradients_mapped": 88,
     "bwd_d128_m64_n64_w4_c2_st1_k1_gradients_mapped": 53,
     "bwd_d256_m64_n64_w8_c4_b1_k1_gradients_mapped": 23,

@@ -24,8 +24,9 @@ std::string why_not_default(BackwardConfig const& other, Call const& call, std::
     require_fits(other, call);
     if (!call.on_gpu()) return "not the default on the CPU";
     if (other.kernel == Kernel::sm90) {
-      if (std::string const problem = sm90_backward_problem(call, copied, other.deterministic); !problem.empty())
-        return problem;
+      std::string const problem = sm90_backward_problem(call, copied, other.deterministic);
+      if (!problem.empty()) return problem;
+      if (!sm90_is_default(call.mask())) return sm90_is_no_default;
     } else {
       for (Operand const* tensor : {&call.q, &call.k, &call.v}) require_aligned(*tensor, other.copy_bytes);
     }
@@ -39,14 +40,15 @@ std::string why_not_default(BackwardConfig const& other, Call const& call, std::
 /// Why Hopper's kernels are not taken on a Hopper GPU.
 std::string why_not_sm90(Call const& call, std::span<Operand const> copied) {
   if (call.options.deterministic) return "its sums of dq differ in their last bits from run to run";
-  if (std::string const problem = sm90_backward_problem(call, copied, call.options.deterministic); !problem.empty())
-    return problem;
+  std::string const problem = sm90_backward_problem(call, copied, call.options.deterministic);
+  if (!problem.empty()) return problem;
   BackwardConfig const best = default_backward_config(
       {.dtype = call.dtype, .head_dim = call.params.head_dim, .head_dim_v = call.params.head_dim_v, .allow_sm90 = true},
       call.arch);
   if (best.kernel != Kernel::sm90) {
     return "it computes gradients of float16 and bfloat16 with head dimensions up to 128";
   }
+  if (!sm90_is_default(call.mask())) return sm90_is_no_default;
   for (BackwardKernelId const& kernel : kernels_of(best, features_of(call), false)) {
     if (std::string const problem = image_problem(kernel, call.arch); !problem.empty()) return problem;
   }

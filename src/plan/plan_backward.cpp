@@ -153,7 +153,8 @@ BackwardConfig choose_backward_config(Call const& call, std::span<Operand const>
                     .alignment = call.on_gpu() ? common_alignment(copied, misaligned) : 16,
                     .deterministic = call.options.deterministic};
   BackwardConfig const sm80 = default_config_of(t, call.arch, "q: ");
-  t.allow_sm90 = call.arch == 90 && sm90_backward_problem(call, copied, t.deterministic).empty();
+  t.allow_sm90 =
+      call.arch == 90 && sm90_is_default(call.mask()) && sm90_backward_problem(call, copied, t.deterministic).empty();
   BackwardConfig const fastest = t.allow_sm90 ? default_config_of(t, call.arch, "q: ") : sm80;
   if (fastest == sm80) return sm80;
   // As the forward (choose.hpp): a first call does not wait for a compiler, if other kernels are there.
@@ -204,7 +205,7 @@ int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, Ten
                     .deterministic = options.deterministic};
   int64_t most = 0;
   for (bool const allow_sm90 : {false, true}) {
-    t.allow_sm90 = allow_sm90;
+    t.allow_sm90 = allow_sm90 && (!is_packed(options) || sm90_is_default(MaskKind::band));
     most = max_of(most, checked_workspace_of(default_config_of(t, arch, "q: "), nq, options).total());
   }
   return most;

@@ -716,14 +716,18 @@ TEST_F(LaunchBackward, HoppersGradients) {
   EXPECT_GE(backward_workspace_size({}, call.q, call.v), workspace_of(config, 12, 1000).total());
 }
 
-// Guards against masks that take kernels of another mask's.
+// Guards against Hopper's kernels under a mask for which they are not the default, and against those of another mask.
 TEST_F(LaunchBackward, HoppersGradientsOfAWindow) {
   BackwardCall call({1, 256, 2, 64}, {1, 256, 2, 64}, DType::bfloat16, 2);
   call.options.window_left = call.options.window_right = 8;
   call.run();
+  EXPECT_EQ(driver_->tensor_maps.size(), 0u);
+  driver_->launches.clear();
+  BackwardConfig const config = default_backward_config(DType::bfloat16, 64, 90);
+  ASSERT_EQ(config.kernel, Kernel::sm90);
+  call.run(config);
   using enum BackwardPass;
-  EXPECT_EQ(launched(),
-            names(default_backward_config(DType::bfloat16, 64, 90), {prepare, gradients, finish}, MaskKind::band));
+  EXPECT_EQ(launched(), names(config, {prepare, gradients, finish}, MaskKind::band));
   EXPECT_EQ(driver_->tensor_maps.size(), 4u);
 }
 

@@ -278,9 +278,10 @@ def test_backward_chooses() -> None:
         return fc.explain(*arrays, gradients=True, deterministic=False, **options).gradients
 
     assert told(q, k, v, causal=True).config.kernel == "sm90"
-    lengths = int32([200])
-    for masks in ({"window": (8, 8)}, {"seqlens_k": lengths}, {"documents": int32([0] * 256)}):
-        assert told(q, k, v, **masks).config.kernel == "sm90"
+    for masks in ({"window": (8, 8)}, {"seqlens_k": int32([200])}, {"documents": int32([0] * 256)}):
+        other = told(q, k, v, **masks)
+        assert other.config.kernel == "sm80"
+        assert any(what == "sm90" and "not yet timed" in why for what, why in other.rejected)
     odd = torch.randn(1, 256, 2, 132, device="cuda", dtype=torch.bfloat16)[..., :128]
     other = told(odd, k, v)
     assert other.config.kernel == "sm80"
