@@ -90,12 +90,13 @@ def test_print_runs_nothing(fake: FakeNcu, capsys: pytest.CaptureFixture[str]) -
     assert line[line.index("-m") - 1] == sys.executable
 
 
-@pytest.mark.parametrize(("deterministic", "kernels"), [(0, 3), (1, 2)])
+@pytest.mark.parametrize(("head_dim", "deterministic", "kernels"), [(64, 0, 3), (256, 1, 2)])
 def test_all_kernels_of_the_gradients(
-    capsys: pytest.CaptureFixture[str], deterministic: int, kernels: int
+    capsys: pytest.CaptureFixture[str], head_dim: int, deterministic: int, kernels: int
 ) -> None:
     """A count that ends before the last pass of a call, or begins within one."""
-    _, line = printed(capsys, *SMALL, "--backward", "--config", f"deterministic={deterministic}")
+    options = ["--head-dim", str(head_dim), "--config", f"deterministic={deterministic}"]
+    _, line = printed(capsys, *SMALL, "--backward", *options)
     assert value_after(line, "--launch-count") == str(kernels)
     assert value_after(line, "--launch-skip") == str(kernels * profile_.WARM_UP)
 

@@ -51,7 +51,7 @@ def test_widths() -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"deterministic": False}, "where it must be true"),
+        ({"deterministic": False}, "it must be true"),
         ({"late_dq": False}, "late_dq"),
         ({"stages": 1}, "stages above 1"),
         ({"stages": 3}, "shared memory"),
