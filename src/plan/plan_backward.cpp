@@ -136,8 +136,8 @@ BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch,
                            arch, "");
 }
 
-std::string sm90_backward_problem(Call const& call, std::span<Operand const> copied) {
-  if (!serves(BackwardConfig{.kernel = Kernel::sm90}, call.mask())) return gradients_of_sm90;
+std::string sm90_backward_problem(Call const& call, std::span<Operand const> copied, BackwardConfig const& config) {
+  if (!serves(config, call.mask())) return gradients_of_sm90;
   std::string problem = bulk_copy_problem(copied);
   if (problem.empty()) common_alignment(copied, &problem);
   return problem;
@@ -150,7 +150,10 @@ BackwardConfig choose_backward_config(Call const& call, std::span<Operand const>
                     .head_dim_v = call.params.head_dim_v,
                     .alignment = call.on_gpu() ? common_alignment(copied, misaligned) : 16,
                     .deterministic = call.options.deterministic,
-                    .allow_sm90 = call.arch == 90 && sm90_backward_problem(call, copied).empty()};
+                    .allow_sm90 = call.arch == 90 && sm90_is_default(call.mask())};
+  if (t.allow_sm90) {
+    t.allow_sm90 = sm90_backward_problem(call, copied, default_backward_config(t, call.arch)).empty();
+  }
   std::vector<BackwardConfig> candidates;  // the fastest first
   auto const add = [&] {
     BackwardConfig const config = default_config_of(t, call.arch, "q: ");
@@ -214,7 +217,7 @@ int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, Ten
                     .deterministic = options.deterministic};
   int64_t most = 0;
   for (bool const allow_sm90 : {false, true}) {
-    t.allow_sm90 = allow_sm90 && !is_packed(options);
+    t.allow_sm90 = allow_sm90 && (!is_packed(options) || sm90_is_default(MaskKind::band));
     most = max_of(most, checked_workspace_of(default_config_of(t, arch, "q: "), nq, options).total());
   }
   return most;
@@ -283,7 +286,7 @@ BackwardPlan plan_backward(std::optional<BackwardConfig> const& given, Call cons
     if (config.kernel == Kernel::sm80) {
       for (Operand const& tensor : copied) require_aligned(tensor, config.copy_bytes);
     } else if (given) {
-      if (std::string const problem = sm90_backward_problem(call, copied); !problem.empty()) {
+      if (std::string const problem = sm90_backward_problem(call, copied, config); !problem.empty()) {
         throw ConfigError("cfg: kernel sm90 does not fit the call: " + problem +
                           ". Use kernel='sm80', or flash_attention, which chooses by itself");
       }

@@ -96,9 +96,11 @@ constexpr TileConfig tile_of(BackwardConfig const& c, BackwardPass pass) {
   return tile_with_rows(c, of_queries ? c.block_m : c.block_n, of_queries ? c.block_n : c.block_m);
 }
 
-/// Whether a configuration's kernels compute gradients under a mask.
+/// Whether a configuration's kernels compute gradients under a mask. Of Hopper's those that add dQ in any order do; an
+/// order, and passes of their own for wide heads, are there for the first two masks alone.
 constexpr bool serves(BackwardConfig const& c, MaskKind mask) {
-  return c.kernel == Kernel::sm80 || mask == MaskKind::full || mask == MaskKind::causal;
+  bool const any = c.kernel == Kernel::sm80 || !(c.deterministic || splits_dq(c));
+  return any || mask == MaskKind::full || mask == MaskKind::causal;
 }
 
 // ---- resources and rules -------------------------------------------------------------------------
@@ -152,13 +154,13 @@ constexpr int64_t sm90_keys_smem_bytes(BackwardConfig const& c) {
 constexpr int64_t smem_bytes(BackwardKernelId const& k) {
   BackwardConfig const& c = k.config;
   int64_t const size = size_of(c.dtype);
+  if (k.pass == BackwardPass::sink) return c.num_warps * int64_t{sizeof(float)};
   if (c.kernel == Kernel::sm90) {
     if (k.pass == BackwardPass::queries) return sm90_queries_smem_bytes(c);
     if (k.pass == BackwardPass::keys) return sm90_keys_smem_bytes(c);
     return k.pass == BackwardPass::gradients ? sm90_smem_bytes(c) : 0;
   }
   if (k.pass == BackwardPass::prepare) return 0;
-  if (k.pass == BackwardPass::sink) return c.num_warps * int64_t{sizeof(float)};
   if (k.pass == BackwardPass::finish) return c.block_m * c.head_dim * size;
   TileConfig const t = tile_of(c, k.pass);
   int64_t const stay = t.block_m, pass_by = int64_t{t.stages} * t.block_n;

@@ -1,8 +1,9 @@
 // Masks: which keys a query sees. `kv_range` returns the blocks of keys that a tile of query rows must visit,
 // `query_range` the blocks of query rows that a tile of keys must visit, `visible` whether a query sees a key, `seen`
-// which of many keys a query sees, `seen_by` which of many queries see which keys, `empty_row` whether a query sees
-// none. `rows_differ` says whether queries may see different keys. A mask under which the keys of each query are
-// contiguous also has `keys_of`, their range. GPU kernels, the CPU backend and the tests share these.
+// which of many keys a query sees, `queries_seeing` which of many queries see a key, `seen_by` which of them see which
+// keys, `empty_row` whether a query sees none. `rows_differ` says whether queries may see different keys. A mask under
+// which the keys of each query are contiguous also has `keys_of`, their range. GPU kernels, the CPU backend and the
+// tests share these.
 #pragma once
 
 #include "flashcute/core/forward_config.hpp"
@@ -28,6 +29,10 @@ struct Seen {
 /// What one query sees of the keys from some key on if keys are hidden on both sides: those at distances [first, end).
 struct SeenBetween {
   int32_t first, end;
+
+  FLASHCUTE_HD static SeenBetween of(RowRange const& seen, int32_t from) {
+    return {seen.begin - from, seen.end - from};
+  }
 
   FLASHCUTE_HD bool at(int32_t distance) const { return (first <= distance) & (distance < end); }
 
@@ -78,6 +83,12 @@ struct PrefixMask {
   template <int32_t count = 0, class S>
   FLASHCUTE_HD static Seen seen(int32_t q, int32_t key0, S const& s) {
     return {Derived::visible_keys(q, s) - key0};
+  }
+
+  /// Which of the queries from `query0` on see key `k`; `count` as of `seen`.
+  template <int32_t count = 0, class S>
+  FLASHCUTE_HD static SeenBetween queries_seeing(int32_t k, int32_t query0, S const& s) {
+    return SeenBetween::of(Derived::queries_of(k, s), query0);
   }
 
   template <class S>
@@ -187,6 +198,12 @@ struct Mask<MaskKind::band> {
   FLASHCUTE_HD static SeenBetween seen(int32_t q, int32_t key0, BatchSequence const& s) {
     int32_t const query = min_of(q, s.rows() - 1);
     return {query + s.first_diagonal() - key0, end_of(query, s) - key0};
+  }
+
+  /// Which of the queries from `query0` on see key `k`.
+  template <int32_t count = 0>
+  FLASHCUTE_HD static SeenBetween queries_seeing(int32_t k, int32_t query0, BatchSequence const& s) {
+    return SeenBetween::of(queries_of(k, s), query0);
   }
 
   FLASHCUTE_HD static SeenBy<Mask, BatchSequence> seen_by(int32_t key0, int32_t query0, BatchSequence const& s) {

@@ -2,6 +2,7 @@
 // for a sink.
 #pragma once
 
+#include "flashcute/device/sink_gradient.hpp"
 #include "flashcute/sm80/backward.hpp"
 
 namespace flashcute {
@@ -59,89 +60,26 @@ struct FinishGradients {
   }
 };
 
-/// The gradient of a query head's sink: -sum(exp(sink - LSE) delta) over all its queries. One thread block computes it,
-/// so that the terms are added in the same order in every run.
+/// What the pass `sink` reads of a query head's rows: LSE and delta as `prepare` leaves them, row by row.
 template <BackwardKernelId Id>
-struct SinkGradient {
-  static_assert(has_only<&Features::mask>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
-  using Mask = flashcute::Mask<Id.features.mask>;
-  using Sequence = typename Mask::Sequence;
-  using Element = typename TileLayout<tile_of(Id.config, Id.pass)>::Element;
+struct RowStatistics {
+  using Sequence = typename Mask<Id.features.mask>::Sequence;
 
-  static constexpr int threads = num_threads(Id);
-  static constexpr int rows_at_once = 4;  // of a thread: their loads are in flight together
-
-  struct SharedStorage {
-    float sum[Id.config.num_warps];
-  };
-  static_assert(sizeof(SharedStorage) == smem_bytes(Id));
-
-  FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& smem) {
-    ForwardParams const& f = p.forward;
-    auto const head = static_cast<int>(block_index());
-    float const sink = sink_of<Element>(f, head);
-    float sum = 0;
-    for (int batch = 0; batch < f.batch; ++batch) {
-      auto const first = lse_offset(f, batch, head);
-      int const rows = f.sequences.packed() ? f.seqlen_q : Sequence(f, Sequence::Entry::of(f, batch), head).rows();
-      for (int row0 = thread_index(); row0 < rows; row0 += rows_at_once * threads) {
-        float lse[rows_at_once], delta[rows_at_once];
-        CUTE_UNROLL
-        for (int i = 0; i < rows_at_once; ++i) {
-          auto const row = first + min_of(row0 + i * threads, rows - 1);  // a branch would wait for the loads before
-          lse[i] = global_load<float>(static_cast<float const*>(f.lse) + row);
-          delta[i] = global_load<float>(static_cast<float const*>(p.delta) + row);
-        }
-        uint32_t not_numbers = 0;
-        CUTE_UNROLL
-        for (int i = 0; i < rows_at_once; ++i) {
-          // Below every number: the row does not exist, all scores that it sees are so, or the sink is none.
-          if (row0 + i * threads >= rows || lse[i] == -infinity || sink == -infinity) continue;
-          float const term = expf(sink - lse[i]) * delta[i];
-          if (term == term) {
-            sum -= term;
-          } else {
-            not_numbers |= 1u << i;
-          }
-        }
-        CUTE_NO_UNROLL
-        for (int row = row0; not_numbers != 0; not_numbers >>= 1, row += threads) {
-          if (not_numbers & 1) sum -= corrected(sink, p, batch, head, row);
-        }
-      }
-    }
-    CUTE_UNROLL
-    for (int lanes = 16; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
-    int const warp = thread_index() / 32;
-    if (thread_index() % 32 == 0) shared_store(&smem.sum[warp], sum);
-    block_sync();  // the sums of all warps are in shared memory
-    if (thread_index() != 0) return;
-    float total = 0;
-    for (int i = 0; i < Id.config.num_warps; ++i) total += shared_load<float>(&smem.sum[i]);
-    if (f.sink.float32) {
-      global_store(static_cast<float*>(p.dsink) + head, total);
-    } else {
-      global_store(static_cast<Element*>(p.dsink) + head, static_cast<Element>(total));
-    }
+  FLASHCUTE_DEVICE static float const* lse(BackwardParams const& p) { return static_cast<float const*>(p.forward.lse); }
+  FLASHCUTE_DEVICE static float const* delta(BackwardParams const& p) { return static_cast<float const*>(p.delta); }
+  /// Where those of a head begin, and how many there are.
+  FLASHCUTE_DEVICE static int64_t first(ForwardParams const& f, int batch, int head) {
+    return lse_offset(f, batch, head);
   }
+  FLASHCUTE_DEVICE static int count(ForwardParams const& f, int batch, int head) {
+    return f.sequences.packed() ? f.seqlen_q : Sequence(f, Sequence::Entry::of(f, batch), head).rows();
+  }
+  /// Of the sink beside a row.
+  FLASHCUTE_DEVICE static float probability(float sink, float lse) { return expf(sink - lse); }
 
- private:
-  /// The term of a row, computed as NaN. Where a row does not exist, memory may hold anything; where it sees no key,
-  /// delta is -dLSE, whatever dO is.
-  FLASHCUTE_DEVICE static float corrected(float sink, BackwardParams const& p, int batch, int head, int row) {
-    auto const entry = Sequence::Entry::of_row(p.forward, batch, row);
-    Sequence const sequence(p.forward, entry, head);
-    int const query = row - entry.first_query;
-    if (query >= sequence.rows()) return 0.f;
-    auto const offset = lse_offset(p.forward, batch, head) + row;
-    float delta = 0;
-    if (!Mask::empty_row(query, sequence)) {
-      delta = global_load<float>(static_cast<float const*>(p.delta) + offset);
-    } else if (p.dlse != nullptr) {
-      delta = -global_load<float>(static_cast<float const*>(p.dlse) + row_offset(p.dlse_stride, batch, head, row));
-    }
-    // NaN where the sink makes it so
-    return expf(sink - global_load<float>(static_cast<float const*>(p.forward.lse) + offset)) * delta;
+  FLASHCUTE_DEVICE static QueryPlace<Sequence> place(ForwardParams const& f, int batch, int /*head*/, int row) {
+    auto const entry = Sequence::Entry::of_row(f, batch, row);
+    return {entry, row - entry.first_query};
   }
 };
 
@@ -150,7 +88,7 @@ struct BackwardKernel : TileGradients<Id> {};
 
 template <BackwardKernelId Id>
   requires(Id.pass == BackwardPass::sink)
-struct BackwardKernel<Id> : SinkGradient<Id> {};
+struct BackwardKernel<Id> : SinkGradient<Id, RowStatistics<Id>> {};
 
 template <BackwardKernelId Id>
   requires(Id.pass == BackwardPass::prepare)

@@ -20,18 +20,33 @@ struct KeyGradients {
   using Mask = flashcute::Mask<Id.features.mask>;
   using Tile = KeyTile<typename Mask::Sequence>;
   using L = BackwardLayout<C>;
-  using Storage = typename L::SharedStorage;
+  using Blocks = PassingQueries<Id>;
+
+  /// A tile that has the place and the lengths of its sequence lies here: in registers throughout it would be spilled.
+  struct StorageWithTile : L::SharedStorage {
+    Tile tile;
+  };
+  using Storage = std_::conditional_t<Mask::Sequence::fills_tensors, typename L::SharedStorage, StorageWithTile>;
+  static_assert(sizeof(Storage) <= sm90_smem_bytes(C));
   static constexpr int threads = num_threads(Id);
 
   FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem_symbol) {
     Storage& smem = hidden(smem_symbol);
     if (thread_index() == 0) L::init(smem);
     auto const tile = Tile::at(p.backward.forward, DqOrder<Id>::tile_number(p.backward, smem), C.block_n);
-    if (Mask::query_range(tile, p.backward.forward, C.block_m).empty()) {
-      return store_nothing<threads, typename L::Element>(p.backward, tile);
+    if (Blocks::none(p.backward, tile)) return store_nothing<threads, typename L::Element>(p.backward, tile);
+    if constexpr (Mask::Sequence::fills_tensors) {
+      block_sync();  // the mbarriers are initialised
+      take_roles(p, smem, tile);
+    } else {
+      if (thread_index() == 0) smem.tile = tile;
+      block_sync();  // the mbarriers are initialised, and the tile is stored
+      take_roles(p, smem, smem.tile);
     }
-    block_sync();  // the mbarriers are initialised
+  }
 
+ private:
+  FLASHCUTE_DEVICE static void take_roles(Sm90BackwardParams const& p, Storage& smem, Tile const& tile) {
     int const warpgroup = warpgroup_index();
     if (warpgroup == 0) {
       release_registers<serving_registers>();

@@ -27,6 +27,7 @@ class GradientConsumer {
   using Storage = typename L::SharedStorage;
   using Scores = decltype(L::template accumulator<typename L::BlockM>());
   using Sums = decltype(L::template accumulator<typename L::HeadDim>());
+  using Seeing = SeeingQueries<L, Mask>;
   using Dq = decltype(L::template accumulator<typename L::DqColumns>());
 
  public:
@@ -39,6 +40,7 @@ class GradientConsumer {
   /// Of a tile that some query sees.
   FLASHCUTE_DEVICE void run() {
     barrier_wait(smem_.k_full, 0);
+    if (PassingQueries<Id>::has_foreign_keys(p_, tile_)) barrier_wait(smem_.k_inspected, 0);
     bool last;
     do {  // (of a loop that may end before its first iteration nvcc serialises all WGMMA)
       last = add_block();
@@ -58,12 +60,14 @@ class GradientConsumer {
     P::template begin_scores<C.dout_stages>(dp, own(smem_.v), {smem_.dout[0], dout_.place});
     AnnouncedQueries const& block = smem_.blocks[q_.place];
     bool const partial = uniform(block.partial), last = uniform(block.last);
+    Seeing seeing;
+    if (Seeing::in_memory && partial) seeing.load(block, first_key(), tile_.sequence(p_.forward, block.head));
     finish_products<1>(s);
     to_probabilities<L>(s, smem_.lse[q_.place], p_.forward.scale_log2);
-    if (partial) hide(s, block);
+    if (partial) hide(s, block, seeing);
     finish_products<0>(dp);
     to_score_gradients<L>(dp, s, smem_.delta[dout_.place]);
-    if (partial) hide(dp, block);
+    if (partial) hide(dp, block, seeing);
     // P is rounded after dS, which takes it in fp32: rounded before, both would be in registers at once.
     auto ds = convert<Element>(dp);
     auto probabilities = convert<Element>(s);
@@ -107,9 +111,8 @@ class GradientConsumer {
     pass_on(dq, true);
   }
 
-  FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries const& block) const {
-    hide_unseen<L, Mask>(scores, block, tile_.row0 + warpgroup_ * warpgroup_rows,
-                         tile_.sequence(p_.forward, block.head));
+  FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries const& block, Seeing const& seeing) const {
+    hide_unseen<L, Mask>(scores, block, first_key(), tile_.sequence(p_.forward, block.head), seeing);
   }
 
   // ---- dS and dQ through shared memory ---------------------------------------------------------------
@@ -148,6 +151,10 @@ class GradientConsumer {
     auto const scale = static_cast<float>(p_.forward.scale);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(dk_); ++i) dk_(i) *= scale;
+    if constexpr (!Sequence::fills_tensors) {
+      clear_absent<L>(dk_, p_.forward, tile_, warpgroup_);
+      clear_absent<L>(dv_, p_.forward, tile_, warpgroup_);
+    }
     store(dk_, p_.dk, p_.dk_stride, p_.forward.head_dim);
     store(dv_, p_.dv, p_.dv_stride, p_.forward.head_dim_v);
     if (Mask::rows_differ && smem_.dropped) {
@@ -164,6 +171,9 @@ class GradientConsumer {
                                     int columns) const {
     sm90::add_dropped<L, Mask>(p_.forward, tile_, warpgroup_, gradient, stride, queries, from, columns);
   }
+
+  /// The warpgroup's first key.
+  FLASHCUTE_DEVICE int first_key() const { return tile_.row0 + warpgroup_ * warpgroup_rows; }
 
   // ---- shared memory ---------------------------------------------------------------------------------
 

@@ -19,5 +19,7 @@
 #define FLASHCUTE_SM90_BACKWARD_ENTRY(NAME, ...)                                    \
   extern "C" __global__ void __launch_bounds__(flashcute::num_threads(__VA_ARGS__)) \
       NAME(__grid_constant__ flashcute::BackwardParams const params) {              \
-    flashcute::sm90::SmallPass<(__VA_ARGS__)>::run(params);                         \
+    using Pass = flashcute::sm90::SmallPass<(__VA_ARGS__)>;                         \
+    extern __shared__ __align__(16) unsigned char smem[];                           \
+    Pass::run(params, *reinterpret_cast<typename Pass::SharedStorage*>(smem));      \
   }

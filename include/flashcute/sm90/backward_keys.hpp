@@ -269,7 +269,7 @@ struct KeysPass {
     Storage& smem = hidden(smem_symbol);
     if (thread_index() == 0) L::init(smem);
     auto const tile = tile_of<Tile>(p.backward.forward, block_index());
-    if (Mask::query_range(tile, p.backward.forward, L::queries).empty()) {
+    if (PassingQueries<Id, L::queries>::none(p.backward, tile)) {
       return store_nothing<threads, typename L::Element>(p.backward, tile);
     }
     block_sync();  // the mbarriers are initialised

@@ -12,15 +12,16 @@ template <BackwardKernelId Id, class L = BackwardLayout<Id.config>>
 class GradientLoader {
   static constexpr BackwardConfig C = Id.config;
   using Blocks = PassingQueries<Id, L::queries>;
+  using Passing = typename Blocks::Passing;
   using Tile = typename Blocks::Tile;
   using Storage = typename L::SharedStorage;
-  using Workspace = GradientWorkspace<C, L::queries>;
+  using Workspace = typename Blocks::Workspace;
 
  public:
   FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem, Tile const& tile) {
     GradientLoader loader{p, smem, tile};
     loader.template load_keys<C.head_dim>(p.k, smem.k, smem.k_full);
-    for (PassingBlocks at = Blocks::of(p.backward, tile); at.left > 0; at = at.after()) loader.load(at);
+    for (Passing at = Blocks::of(p.backward, tile); at.left > 0; at = at.after()) loader.load(at);
   }
 
  private:
@@ -36,15 +37,15 @@ class GradientLoader {
   FLASHCUTE_DEVICE void load_keys(TensorMap const& map, typename L::Element* to, Barrier& full) {
     barrier_arrive_expecting(full, L::keys * Columns * sizeof(typename L::Element));
     for (int column = 0; column < Columns; column += L::page) {
-      copy_box(map, column, tile_.row0, tile_.kv_head, tile_.entry.batch, to + L::keys * column, full,
-               L2Hint::evict_first);
+      copy_box(map, column, tile_.entry.first_key + tile_.row0, tile_.kv_head, tile_.entry.batch, to + L::keys * column,
+               full, L2Hint::evict_first);
     }
   }
 
-  FLASHCUTE_DEVICE void load(PassingBlocks const& at) {
-    int64_t const number = Workspace::number(p_.backward.forward, tile_.entry.batch, at.head, at.block);
+  FLASHCUTE_DEVICE void load(Passing const& at) {
+    int64_t const number = Workspace::number(p_.backward.forward, tile_.entry, at.head, at.block);
     barrier_wait(smem_.q_empty[q_.place], q_.parity ^ 1);
-    smem_.blocks[q_.place] = {at.block * L::queries, at.head, Blocks::partial(at, tile_), at.left == 1};
+    smem_.blocks[q_.place] = {at.block * L::queries, at.head, Blocks::partial(p_.backward, at, tile_), at.left == 1};
     load_queries<C.head_dim>(p_.q, at, smem_.q[q_.place], Workspace::lse(p_.backward, number), smem_.lse[q_.place],
                              Blocks::inspected(at) ? smem_.q_landed[q_landed_.place] : smem_.q_full[q_.place]);
     // K and the first Q are enough to begin.
@@ -64,13 +65,13 @@ class GradientLoader {
 
   /// A block of Q or dO, and a number for each of its rows.
   template <int Columns>
-  FLASHCUTE_DEVICE void load_queries(TensorMap const& map, PassingBlocks const& at, typename L::Element* to,
+  FLASHCUTE_DEVICE void load_queries(TensorMap const& map, Passing const& at, typename L::Element* to,
                                      float const* numbers, float* numbers_to, Barrier& full) {
     constexpr int bytes_of_numbers = L::queries * sizeof(float);
     barrier_arrive_expecting(full, L::queries * Columns * sizeof(typename L::Element) + bytes_of_numbers);
     for (int column = 0; column < Columns; column += L::page) {
-      copy_box(map, column, at.block * L::queries, at.head, tile_.entry.batch, to + L::queries * column, full,
-               L2Hint::evict_last);
+      copy_box(map, column, tile_.entry.first_query + at.block * L::queries, at.head, tile_.entry.batch,
+               to + L::queries * column, full, L2Hint::evict_last);
     }
     copy_bulk(numbers, numbers_to, bytes_of_numbers, full);
   }
@@ -89,22 +90,23 @@ class DqAdder {
   static constexpr BackwardConfig C = Id.config;
   using Blocks = PassingQueries<Id>;
   using Mask = typename Blocks::Mask;
+  using Passing = typename Blocks::Passing;
   using Tile = typename Blocks::Tile;
   using L = BackwardLayout<C>;
   using Element = typename L::Element;
   using Storage = typename L::SharedStorage;
-  using Workspace = GradientWorkspace<C>;
+  using Workspace = typename Blocks::Workspace;
 
  public:
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, Storage& smem, Tile const& tile, int warpgroup) {
     uint32_t parity = 0;
     int place = 0;  // of dS
     DqOrder<Id> order(p, tile, warpgroup);
-    for (PassingBlocks at = Blocks::of(p, tile); at.left > 0; at = at.after(), parity ^= 1) {
+    for (Passing at = Blocks::of(p, tile); at.left > 0; at = at.after(), parity ^= 1) {
       order.look_at(at);
       barrier_wait(smem.dq_full[warpgroup], parity);
-      float* const sums = Workspace::sums(p, Workspace::number(p.forward, tile.entry.batch, at.head, at.block)) +
-                          warpgroup * L::dq_floats;
+      float* const sums =
+          Workspace::sums(p, Workspace::number(p.forward, tile.entry, at.head, at.block)) + warpgroup * L::dq_floats;
       bool whole = true;
       if (Blocks::inspected(at)) {
         barrier_wait(smem.k_inspected, 0);
@@ -130,9 +132,8 @@ class DqAdder {
  private:
   /// dS K element by element, without what a query does not see: slow, but rare. A lane takes the elements that its
   /// number stands for in each warp of the warpgroup.
-  FLASHCUTE_DEVICE static void add_visible(BackwardParams const& p, Storage& smem, Tile const& tile,
-                                           PassingBlocks const& at, int place, int warpgroup, float* sums,
-                                           DqOrder<Id> const& order) {
+  FLASHCUTE_DEVICE static void add_visible(BackwardParams const& p, Storage& smem, Tile const& tile, Passing const& at,
+                                           int place, int warpgroup, float* sums, DqOrder<Id> const& order) {
     order.await_turn();
     auto const sequence = tile.sequence(p.forward, at.head);
 #pragma unroll 1
@@ -166,55 +167,67 @@ class DqAdder {
 /// Run by one warp, where queries see different keys: it looks for NaN and infinity in K, and in blocks of Q and dO of
 /// which not every row sees all keys. There it replaces them by 0: a row that does not see a key would multiply it by
 /// 0, and 0 * NaN is NaN. (What the row sees still becomes NaN: its LSE is not finite, of which `prepare` makes NaN, or
-/// its delta is not.)
+/// its delta is not.) Rows past the end of a sequence, which may be those of another, become 0 too.
 template <BackwardKernelId Id, class L = BackwardLayout<Id.config>>
 class GradientInspector {
   static constexpr BackwardConfig C = Id.config;
   using Blocks = PassingQueries<Id, L::queries>;
+  using Passing = typename Blocks::Passing;
   using Tile = typename Blocks::Tile;
   using Element = typename L::Element;
   using Storage = typename L::SharedStorage;
 
  public:
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, Storage& smem, Tile const& tile) {
-    GradientInspector inspector{smem};
+    GradientInspector inspector{p, smem, tile};
     bool any = false;  // inspected blocks
-    for (PassingBlocks at = Blocks::of(p, tile); at.left > 0; at = at.after()) {
+    if (Blocks::has_foreign_keys(p, tile)) {
+      inspector.inspect_keys();
+      any = true;
+    }
+    for (Passing at = Blocks::of(p, tile); at.left > 0; at = at.after()) {
       if (!Blocks::inspected(at)) {
         inspector.pass_over();
         continue;
       }
-      inspector.inspect_block();
-      if constexpr (L::inspects_keys) {
-        if (!any) inspector.inspect_keys();
-      }
+      inspector.inspect_block(at);
+      if (!any) inspector.inspect_keys();
       any = true;
     }
   }
 
  private:
-  FLASHCUTE_DEVICE explicit GradientInspector(Storage& smem) : smem_(smem) {}
+  FLASHCUTE_DEVICE GradientInspector(BackwardParams const& p, Storage& smem, Tile const& tile)
+      : p_(p), smem_(smem), tile_(tile) {}
 
   FLASHCUTE_DEVICE void pass_over() {
     q_.advance();
     dout_.advance();
   }
 
-  FLASHCUTE_DEVICE void inspect_block() {
-    inspect<L::q_elements>(smem_.q[q_.place], smem_.q_landed[q_landed_.place], q_landed_.parity,
-                           smem_.q_full[q_.place]);
-    inspect<L::dout_elements>(smem_.dout[dout_.place], smem_.dout_landed[dout_landed_.place], dout_landed_.parity,
+  FLASHCUTE_DEVICE void inspect_block(Passing const& at) {
+    inspect<L::q_elements>(smem_.q[q_.place], at, smem_.q_landed[q_landed_.place], q_landed_.parity,
+                           smem_.q_full[q_.place], smem_.lse[q_.place]);
+    inspect<L::dout_elements>(smem_.dout[dout_.place], at, smem_.dout_landed[dout_landed_.place], dout_landed_.parity,
                               smem_.dout_full[dout_.place]);
     pass_over();
     q_landed_.advance();
     dout_landed_.advance();
   }
 
+  /// `lse`: of the rows of Q.
   template <int Elements>
-  FLASHCUTE_DEVICE void inspect(Element* block, Barrier& landed, uint32_t parity, Barrier& full) {
+  FLASHCUTE_DEVICE void inspect(Element* block, Passing const& at, Barrier& landed, uint32_t parity, Barrier& full,
+                                float* lse = nullptr) {
     barrier_wait(landed, parity);
+    if constexpr (!Blocks::Sequence::fills_tensors) {
+      clear_from<Elements, L::queries>(tile_.sequence(p_.forward).rows() - at.block * L::queries, block);
+    }
     if (!finite(block, Elements)) {
       smem_.dropped = true;
+      if constexpr (takes_sink(Id.features.mask)) {
+        if (lse != nullptr) drop_probabilities(block, lse);
+      }
       for_each_part(block, Elements, [](Element* words) { zero_nonfinite(words); });
       publish_to_products();
     }
@@ -222,11 +235,39 @@ class GradientInspector {
     if (thread_index() % 32 == 0) barrier_arrive(full);
   }
 
+  /// Beside a sink the LSE of a row is finite although all its scores are -infinity. Its P is 0, also where Q becomes 0
+  /// and the scores are finite.
+  FLASHCUTE_DEVICE static void drop_probabilities(Element* q, float* lse) {
+    for_each_part(q, L::q_elements, [&](Element* words) {
+      FiniteCheck<Element> check;
+      check.template look_at<16>(words);
+      float* const of_row = lse + static_cast<int>(words - q) / L::page % L::queries;
+      if (!check.all_finite() && is_finite(shared_load<float>(of_row))) shared_store(of_row, float{infinity});
+    });
+  }
+
+  /// If a product sums over keys.
   FLASHCUTE_DEVICE void inspect_keys() {
-    barrier_wait(smem_.k_full, 0);
-    if (!finite(smem_.k, L::k_elements)) smem_.keys_finite = false;
-    reconverge();
-    if (thread_index() % 32 == 0) barrier_arrive(smem_.k_inspected);
+    if constexpr (L::inspects_keys) {
+      barrier_wait(smem_.k_full, 0);
+      if (Blocks::has_foreign_keys(p_, tile_)) {
+        clear_from<L::k_elements, L::keys>(tile_.existing(p_.forward), smem_.k);
+      }
+      if (!finite(smem_.k, L::k_elements)) smem_.keys_finite = false;
+      reconverge();
+      if (thread_index() % 32 == 0) barrier_arrive(smem_.k_inspected);
+    }
+  }
+
+  /// Clears the rows from `first` on of a tile of `Rows` rows in pages.
+  template <int Elements, int Rows>
+  FLASHCUTE_DEVICE static void clear_from(int first, Element* tile) {
+    if (first >= Rows) return;
+    for_each_part(tile, Elements, [&](Element* words) {
+      int const row = static_cast<int>(words - tile) / L::page % Rows;
+      if (row >= first) shared_store(words, uint4{});
+    });
+    publish_to_products();
   }
 
   FLASHCUTE_DEVICE static bool finite(Element* elements, int count) {
@@ -243,7 +284,9 @@ class GradientInspector {
     for (int i = vector * (thread_index() % 32); i < count; i += vector * 32) f(elements + i);
   }
 
+  BackwardParams const& p_;
   Storage& smem_;
+  Tile const& tile_;
   RingPosition<C.stages> q_, q_landed_;
   RingPosition<C.dout_stages> dout_, dout_landed_;
 };

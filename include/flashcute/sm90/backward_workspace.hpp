@@ -3,20 +3,28 @@
 
 #include "flashcute/core/backward_config.hpp"
 #include "flashcute/core/backward_params.hpp"
+#include "flashcute/policy/query_tile.hpp"
 
 namespace flashcute::sm90 {
 
-/// Statistics and sums in the workspace, in blocks of `Queries` queries: every head has whole tiles of `block_m`.
-template <BackwardConfig C, int Queries = C.block_m>
+/// Statistics and sums in the workspace, in blocks of `Queries` queries: every head, and each of packed sequences, has
+/// whole tiles of `block_m`.
+template <BackwardConfig C, class Sequence, int Queries = C.block_m>
 struct GradientWorkspace {
   static constexpr int sums_of_block = Queries * C.head_dim;
 
+  /// Of a head.
   FLASHCUTE_HD static int64_t blocks(ForwardParams const& p) {
-    return ceil_div(p.seqlen_q, C.block_m) * (C.block_m / Queries);
+    return QueryTile<Sequence>::blocks_of_head(p, C.block_m) * blocks_of_tile;
   }
-  /// The number of a block among those of all heads.
-  FLASHCUTE_HD static int64_t number(ForwardParams const& p, int batch, int head, int block) {
-    return (static_cast<int64_t>(batch) * p.heads + head) * blocks(p) + block;
+  /// The number of a head's first block among those of all heads.
+  FLASHCUTE_HD static int64_t first_of_head(ForwardParams const& p, int batch, int head) {
+    return (static_cast<int64_t>(batch) * p.heads + head) * blocks(p);
+  }
+  /// The number of a sequence's block.
+  FLASHCUTE_HD static int64_t number(ForwardParams const& p, typename Sequence::Entry const& entry, int head,
+                                     int block) {
+    return first_of_head(p, entry.batch, head) + (entry.first_query_block(C.block_m) * blocks_of_tile + block);
   }
 
   /// Of block `number`: the base-2 LSE and delta of its queries, and the sums of dQ / scale.
@@ -36,7 +44,7 @@ struct GradientWorkspace {
   FLASHCUTE_HD static uint32_t* started(BackwardParams const& p) { return counters(p) + all_blocks(p) * warpgroups; }
 
  private:
-  static constexpr int warpgroups = C.num_warps / 4;
+  static constexpr int blocks_of_tile = C.block_m / Queries, warpgroups = C.num_warps / 4;
 
   FLASHCUTE_HD static int64_t all_blocks(BackwardParams const& p) {
     return static_cast<int64_t>(p.forward.batch) * p.forward.heads * blocks(p.forward);

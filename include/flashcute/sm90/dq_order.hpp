@@ -13,8 +13,9 @@ template <BackwardKernelId Id>
 class AnyOrder {
   static constexpr BackwardConfig C = Id.config;
   static constexpr int threads = num_threads(Id);
-  using Sequence = typename Mask<Id.features.mask>::Sequence;
-  using Workspace = GradientWorkspace<C>;
+  using Mask = flashcute::Mask<Id.features.mask>;
+  using Sequence = typename Mask::Sequence;
+  using Workspace = GradientWorkspace<C, Sequence>;
   using Storage = typename BackwardLayout<C>::SharedStorage;
 
  public:
@@ -40,7 +41,7 @@ class AnyOrder {
   FLASHCUTE_DEVICE AnyOrder(BackwardParams const&, KeyTile<Sequence> const&, int) {}
 
   /// The next block will be this one.
-  FLASHCUTE_DEVICE void look_at(PassingBlocks const&) {}
+  FLASHCUTE_DEVICE void look_at(typename Mask::Passing const&) {}
   /// Waits until the tile may add to the block.
   FLASHCUTE_DEVICE void await_turn() const {}
   /// Starts adding; of one element, adds.
@@ -68,7 +69,7 @@ class LastKeysFirst {
   using Queries = QueryTile<typename Mask::Sequence>;
   using Keys = KeyTile<typename Mask::Sequence>;
   using L = BackwardLayout<C>;
-  using Workspace = GradientWorkspace<C>;
+  using Workspace = GradientWorkspace<C, typename Mask::Sequence>;
   using Storage = typename L::SharedStorage;
 
  public:
@@ -105,10 +106,10 @@ class LastKeysFirst {
   FLASHCUTE_DEVICE LastKeysFirst(BackwardParams const& p, Keys const& tile, int warpgroup)
       : p_(p), tile_(tile), warpgroup_(warpgroup) {}
 
-  FLASHCUTE_DEVICE void look_at(PassingBlocks const& at) {
+  FLASHCUTE_DEVICE void look_at(typename Mask::Passing const& at) {
     ForwardParams const& f = p_.forward;
     before_ = static_cast<uint32_t>(tiles_before(tile_, at.head, at.block, f));
-    added_ = Workspace::added(p_, Workspace::number(f, tile_.entry.batch, at.head, at.block), warpgroup_);
+    added_ = Workspace::added(p_, Workspace::number(f, tile_.entry, at.head, at.block), warpgroup_);
     has_turn_ = acquire_count(added_) == before_;  // mostly so: then the answer has come before the block's dQ
   }
 

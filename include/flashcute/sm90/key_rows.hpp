@@ -4,6 +4,8 @@
 #include "flashcute/device/nonfinite.hpp"
 #include "flashcute/sm90/passing_queries.hpp"
 #include "flashcute/sm90/store_rows.hpp"
+// After the instructions that the headers above include.
+#include "flashcute/device/fragment.hpp"
 
 namespace flashcute::sm90 {
 
@@ -14,6 +16,19 @@ FLASHCUTE_DEVICE void store_key_rows(Sums const& sums, Tile const& tile, int con
   int const first = warpgroup * warpgroup_rows;
   auto const offset = row_offset(stride, tile.entry.batch, tile.kv_head, tile.entry.first_key + tile.row0 + first);
   store_rows<Columns>(sums, static_cast<Element*>(gradient) + offset, stride.row, tile.rows - first, columns);
+}
+
+/// Gradients of keys that do not exist are 0.
+template <class L, class Sums, class Tile>
+FLASHCUTE_DEVICE void clear_absent(Sums& sums, ForwardParams const& f, Tile const& tile, int const& warpgroup) {
+  auto x = by_row_and_column(sums);  // (key, column)
+  int const existing = tile.existing(f) - warpgroup * warpgroup_rows;
+  CUTE_UNROLL
+  for (int i = 0; i < L::rows_per_thread; ++i) {
+    bool const exists = L::row(i) < existing;
+    CUTE_UNROLL
+    for (int j = 0; j < cute::size<1>(x); ++j) x(i, j) = exists ? x(i, j) : 0.f;
+  }
 }
 
 /// dK and dV of keys that no query sees.

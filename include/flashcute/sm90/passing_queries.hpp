@@ -4,6 +4,7 @@
 #include "flashcute/core/backward_config.hpp"
 #include "flashcute/core/backward_params.hpp"
 #include "flashcute/policy/mask.hpp"
+#include "flashcute/sm90/backward_workspace.hpp"
 #include "flashcute/sm90/fragment.hpp"
 #include "flashcute/sm90/ring.hpp"
 
@@ -25,21 +26,40 @@ template <BackwardKernelId Id, int Queries = Id.config.block_m>
 struct PassingQueries {
   static constexpr BackwardConfig C = Id.config;
   using Mask = flashcute::Mask<Id.features.mask>;
-  using Tile = KeyTile<typename Mask::Sequence>;
+  using Sequence = typename Mask::Sequence;
+  using Tile = KeyTile<Sequence>;
+  using Passing = typename Mask::Passing;
+  using Workspace = GradientWorkspace<C, Sequence, Queries>;
 
-  FLASHCUTE_DEVICE static PassingBlocks of(BackwardParams const& p, Tile const& tile) {
+  FLASHCUTE_DEVICE static Passing of(BackwardParams const& p, Tile const& tile) {
     ForwardParams const& f = p.forward;
     int const group = f.heads / f.kv_heads;
     auto const range = Mask::query_range(tile, f, Queries);
-    return PassingBlocks::of(range, tile.sequence(f).rows() / Queries, tile.kv_head * group, group);
+    return Passing::of(range, tile.sequence(f).rows() / Queries, tile.kv_head * group, group);
+  }
+
+  /// Whether there is none.
+  FLASHCUTE_DEVICE static bool none(BackwardParams const& p, Tile const& tile) {
+    if constexpr (Mask::Range::contiguous) {
+      return Mask::query_range(tile, p.forward, Queries).empty();
+    } else {
+      return of(p, tile).left == 0;
+    }
   }
 
   /// Whether elements of the block have to be tested: also where keys are missing.
-  FLASHCUTE_DEVICE static bool partial(PassingBlocks const& at, Tile const& tile) {
-    return at.partial() || tile.rows < C.block_n;
+  FLASHCUTE_DEVICE static bool partial(BackwardParams const& p, Passing const& at, Tile const& tile) {
+    return at.partial() || tile.existing(p.forward) < C.block_n;
   }
-  /// Whether some of its rows see other keys of the tile than others do, so that its values are inspected.
-  FLASHCUTE_DEVICE static bool inspected(PassingBlocks const& at) { return Mask::rows_differ && at.before_full(); }
+  /// Whether some of its rows see other keys of the tile than others do, so that its values are inspected. (Where
+  /// queries are hidden on both sides, rows that do not exist may be another reason for a partial block.)
+  FLASHCUTE_DEVICE static bool inspected(Passing const& at) {
+    return Mask::rows_differ && (Mask::two_edges ? at.partial() : at.before_full());
+  }
+  /// Whether rows of the tile in shared memory hold what is not of its sequence: they are cleared.
+  FLASHCUTE_DEVICE static bool has_foreign_keys(BackwardParams const& p, Tile const& tile) {
+    return !Sequence::fills_tensors && tile.existing(p.forward) < C.block_n;
+  }
 };
 
 }  // namespace flashcute::sm90

@@ -26,14 +26,14 @@ template <BackwardKernelId Id>
 struct RowStatistics {
   static constexpr BackwardConfig C = Id.config;
   using Element = typename TensorCore<C.dtype>::Element;
-  using Workspace = GradientWorkspace<C>;
+  using Workspace = GradientWorkspace<C, typename Mask<Id.features.mask>::Sequence>;
   static constexpr int threads = 32 * C.num_warps;  // that call it
   static_assert(threads >= C.block_m);
 
   template <class Tile>
   FLASHCUTE_DEVICE static void compute(BackwardParams const& p, Tile const& tile, float* lse, float* delta,
                                        int thread) {
-    int64_t const number = Workspace::number(p.forward, tile.entry.batch, tile.head, tile.row0 / C.block_m);
+    int64_t const number = Workspace::number(p.forward, tile.entry, tile.head, tile.row0 / C.block_m);
     float *const all_lse = Workspace::lse(p, number), *const all_delta = Workspace::delta(p, number);
     auto const store_delta = [&](int row, float x) {
       shared_store(delta + row, x);

@@ -35,16 +35,38 @@ FLASHCUTE_DEVICE void to_score_gradients(Scores& gradients, Scores const& probab
   }
 }
 
-/// Sets what a query does not see to 0: by selection, because it may be NaN. `key`: the warpgroup's first.
+/// Which of the thread's queries of a block see each of its keys, as bits. Where memory says so they are loaded early;
+/// elsewhere they are computed when they are needed: kept until then they would be registers.
+template <class L, class Mask>
+struct SeeingQueries {
+  using Sequence = typename Mask::Sequence;
+  static constexpr bool in_memory = !Mask::Range::contiguous;
+
+  uint32_t of_key[L::rows_per_thread];
+
+  /// `key`: the warpgroup's first.
+  FLASHCUTE_DEVICE void load(AnnouncedQueries const& block, int key, Sequence const& sequence) {
+    int const query = block.row0 + L::first_column();
+    CUTE_UNROLL
+    for (int i = 0; i < L::rows_per_thread; ++i) of_key[i] = bits(key + L::row(i), query, sequence);
+  }
+
+  FLASHCUTE_DEVICE static uint32_t bits(int key, int query, Sequence const& sequence) {
+    return Mask::template queries_seeing<L::queries>(key, query, sequence).template bits<L>(0);
+  }
+};
+
+/// Sets what a query does not see to 0: by selection, because it may be NaN. `key`: the warpgroup's first. `loaded`:
+/// what memory says, if it does.
 template <class L, class Mask, class Scores>
 FLASHCUTE_DEVICE void hide_unseen(Scores& scores, AnnouncedQueries const& block, int key,
-                                  typename Mask::Sequence const& sequence) {
+                                  typename Mask::Sequence const& sequence, SeeingQueries<L, Mask> const& loaded = {}) {
+  using Seeing = SeeingQueries<L, Mask>;
   auto s = by_row_and_column(scores);  // (key, query)
   int const query = block.row0 + L::first_column();
   CUTE_UNROLL
   for (int i = 0; i < L::rows_per_thread; ++i) {
-    RowRange const seeing = Mask::queries_of(key + L::row(i), sequence);
-    uint32_t const bits = SeenBetween{seeing.begin - query, seeing.end - query}.template bits<L>(0);
+    uint32_t const bits = Seeing::in_memory ? loaded.of_key[i] : Seeing::bits(key + L::row(i), query, sequence);
     CUTE_UNROLL
     for (int j = 0; j < cute::size<1>(s); ++j) {
       if (!(bits & 1u << j)) s(i, j) = 0.f;

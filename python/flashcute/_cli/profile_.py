@@ -252,7 +252,8 @@ def launches_of_call(case: Case, options: argparse.Namespace) -> int:
     if not options.backward:
         return 1
     cfg = backward_config(case, gpu_arch(), options)
-    return 2 if cfg.deterministic and cfg.kernel == "sm80" else 3
+    splits_dq = cfg.deterministic if cfg.kernel == "sm80" else cfg.head_dim > 128
+    return 2 if splits_dq else 3
 
 
 def job_of(

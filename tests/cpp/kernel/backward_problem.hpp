@@ -226,8 +226,9 @@ class BackwardCall {
     problem.allow_sink(memory);
     for (int b = 0; b < s_.batch; ++b) {
       allow(memory, lse, row(b, head, 0), s_.sq, Use::input);
-      allow(memory, delta, row(b, head, 0), s_.sq, Use::input);
+      if (B.kernel == Kernel::sm80) allow(memory, delta, row(b, head, 0), s_.sq, Use::input);
     }
+    if (B.kernel == Kernel::sm90) allow(memory, delta, 0, static_cast<int>(delta.size()), Use::input);
     allow(memory, dsink, static_cast<size_t>(head), 1, Use::output);
   }
 

@@ -41,6 +41,9 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
       run_pass<BackwardPass::gradients>(all, seed + 1);
       run_pass<BackwardPass::finish>(all, seed + 2);
     }
+    if constexpr (takes_sink(Kind)) {
+      if (!s_.sink.empty()) run_pass<BackwardPass::sink>(all, seed + 3);
+    }
   }
 
   std::vector<double> all_of_dq() const {
@@ -60,8 +63,9 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
   void run_pass(Sm90BackwardParams const& all, uint64_t seed) {
     constexpr BackwardKernelId id = kernel_of(B, Pass, {Kind});
     BackwardParams const& p = all.backward;
-    auto const blocks = static_cast<uint32_t>(keys_stay(Pass) ? count_key_tiles(p.forward, B.block_n)
-                                                              : count_query_tiles(p.forward, B.block_m));
+    auto const blocks = static_cast<uint32_t>(Pass == BackwardPass::sink ? s_.heads
+                                              : keys_stay(Pass)          ? count_key_tiles(p.forward, B.block_n)
+                                                                         : count_query_tiles(p.forward, B.block_m));
     std::vector<uint32_t> order(blocks);  // of a GPU any
     std::iota(order.begin(), order.end(), 0u);
     if (B.deterministic) std::shuffle(order.begin(), order.end(), std::mt19937_64(seed));
@@ -69,7 +73,7 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
       uint32_t const block = order[i];
       GlobalMemory memory;
       constexpr int threads = num_threads(id);
-      Sm90Block const hopper{block, blocks, threads, 0, seed + block};
+      Sm90Block hopper{block, blocks, threads, 0, seed + block};
       if constexpr (multiplies(Pass)) {
         using Kernel = sm90::GradientPass<id>;
         using Storage = typename Kernel::Storage;
@@ -86,19 +90,25 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
           allow_key_tile(memory, tile);
           if (B.deterministic) allow_first_sums(memory, tile);
         }
-        Sm90Block with_memory = hopper;
-        with_memory.shared_bytes = sizeof(Storage);
-        with_memory.run(memory, [&](void* shared) { Kernel::run(all, *static_cast<Storage*>(shared)); });
+        hopper.shared_bytes = sizeof(Storage);
+        hopper.run(memory, [&](void* shared) { Kernel::run(all, *static_cast<Storage*>(shared)); });
       } else {
-        auto const tile = Call::Queries::at(p.forward, block, B.block_m);
-        Call::allow_queries(memory, Pass, tile);
-        if (Pass == BackwardPass::prepare) {
-          if (B.deterministic) allow_counters(memory, tile, Use::output);
-          allow_statistics(memory, tile);
-          Call::allow(memory, Call::lse, Call::row(tile.entry.batch, tile.head, tile.row0), tile.rows, Use::input);
+        using Kernel = sm90::SmallPass<id>;
+        using Storage = typename Kernel::SharedStorage;
+        if constexpr (Pass == BackwardPass::sink) {
+          Call::allow_sink(memory, static_cast<int>(block));
+        } else {
+          auto const tile = Call::Queries::at(p.forward, block, B.block_m);
+          Call::allow_queries(memory, Pass, tile);
+          if (B.deterministic) allow_counters(memory, tile, Pass == BackwardPass::prepare ? Use::output : Use::input);
+          if (Pass == BackwardPass::prepare) {
+            allow_statistics(memory, tile);
+            int const first = tile.entry.first_query + tile.row0;
+            Call::allow(memory, Call::lse, Call::row(tile.entry.batch, tile.head, first), tile.rows, Use::input);
+          }
         }
-        if (Pass == BackwardPass::finish && B.deterministic) allow_counters(memory, tile, Use::input);
-        hopper.run(memory, [&](void*) { sm90::SmallPass<id>::run(p); });
+        hopper.shared_bytes = sizeof(Storage);
+        hopper.run(memory, [&](void* shared) { Kernel::run(p, *static_cast<Storage*>(shared)); });
       }
       ASSERT_EQ(memory.count(Use::output) + memory.count(Use::result), 0u)
           << "bytes of the results that were never stored";
@@ -106,6 +116,7 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
   }
 
   void allow_key_tile(GlobalMemory& memory, typename Call::Keys const& tile) {
+    allow_boxes(memory, tile);
     Call::allow_keys(memory, tile);
     allow_statistics(memory, tile);
   }
@@ -138,18 +149,30 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
     }
   }
 
-  /// LSE and delta of a block of queries, or of all blocks of the heads of a tile of keys.
+  /// A box that TMA copies may hold rows of the next sequence.
+  void allow_boxes(GlobalMemory& memory, typename Call::Keys const& tile) {
+    int const group = s_.heads / s_.kv_heads, batch = tile.entry.batch;
+    for (int h = tile.kv_head * group; h < (tile.kv_head + 1) * group; ++h) {
+      problem.q.allow(memory, batch, h, 0, s_.sq, Use::input);
+      Call::dout.allow(memory, batch, h, 0, s_.sq, Use::input);
+    }
+    problem.k.allow(memory, batch, tile.kv_head, 0, s_.sk, Use::input);
+    problem.v.allow(memory, batch, tile.kv_head, 0, s_.sk, Use::input);
+  }
+
+  /// LSE and delta of a block of queries, or of all blocks of the sequence and the heads of a tile of keys.
   void allow_statistics(GlobalMemory& memory, typename Call::Queries const& tile) {
-    allow_statistics(memory, tile.entry.batch, tile.head, tile.row0 / B.block_m, 1, Use::output);
+    allow_statistics(memory, tile.entry, tile.head, tile.row0 / B.block_m, 1, Use::output);
   }
   void allow_statistics(GlobalMemory& memory, typename Call::Keys const& tile) {
-    int const group = s_.heads / s_.kv_heads;
+    int const group = s_.heads / s_.kv_heads, count = ceil_div(tile.entry.queries, B.block_m);
     for (int h = tile.kv_head * group; h < (tile.kv_head + 1) * group; ++h) {
-      allow_statistics(memory, tile.entry.batch, h, 0, s_.row_blocks(B.block_m), Use::input);
+      allow_statistics(memory, tile.entry, h, 0, count, Use::input);
     }
   }
-  void allow_statistics(GlobalMemory& memory, int b, int h, int first, int count, Use use) {
-    auto const number = static_cast<size_t>((b * s_.heads + h) * s_.row_blocks(B.block_m) + first);
+  void allow_statistics(GlobalMemory& memory, BatchSequence::Entry const& entry, int h, int first, int count, Use use) {
+    int const block = entry.first_query_block(B.block_m) + first;
+    auto const number = static_cast<size_t>((entry.batch * s_.heads + h) * s_.row_blocks(B.block_m) + block);
     for (size_t start : {size_t{0}, Call::delta.size() / 2}) {
       Call::allow(memory, Call::delta, start + number * B.block_m, count * B.block_m, use);
     }
@@ -242,6 +265,12 @@ void check_options() {
   SCOPED_TRACE(name(B).text);
   Sm90BackwardProblem<B, MaskKind::causal> problem({.sq = 330, .sk = 300, .d = B.head_dim, .d_v = B.head_dim_v});
   check_gradients(problem, 2);
+  // The inspecting warp takes the first blocks and the last, and passes over those between; and K before all.
+  if constexpr (serves(B, MaskKind::band)) {
+    Sm90BackwardProblem<B, MaskKind::band> band(
+        {.sq = 450, .sk = 300, .d = 32, .causal_offset = 20, .window_offset = -250, .seqlens_k = {290}});
+    check_gradients(band, 2);
+  }
 }
 
 // Guards against a ring of places that is entered before it is empty, or read before it is full: rings shorter and
@@ -370,6 +399,168 @@ TEST(Sm90BackwardKernel, ScoresThatAreAllMinusInfinity) {
     SCOPED_TRACE(row);
     check_gradients(problem);
   }
+}
+
+// Guards against windows that end at one or the other side of a tile's and a block's edges, queries without a key and
+// keys without a query, in blocks that are partial on both sides.
+template <BackwardConfig B>
+void check_windows() {
+  for (auto const& [first, size] : {std::pair(-140, 0), {-80, 33}, {-40, 190}, {0, 127}, {5, 260}, {120, 128}}) {
+    Sm90BackwardProblem<B, MaskKind::band> problem(
+        Shape{.sq = 300, .sk = 280, .d = 32, .causal_offset = first + size, .window_offset = first});
+    SCOPED_TRACE("keys from " + std::to_string(first) + " on, " + std::to_string(size));
+    check_gradients(problem);
+  }
+  Sm90BackwardProblem<B, MaskKind::band> grouped(Shape{
+      .sq = 190, .sk = 300, .d = 16, .batch = 2, .heads = 4, .kv_heads = 2, .causal_offset = 110, .window_offset = 30});
+  check_gradients(grouped);
+}
+
+TEST(Sm90BackwardKernel, Windows) {
+  check_windows<narrow>();
+  check_windows<wide>();
+}
+
+// NaN in all rows that do not exist, or belong to no sequence.
+template <BackwardConfig B>
+void poison_absent(Sm90BackwardProblem<B, MaskKind::band>& problem) {
+  problem.problem.poison_absent();
+  for (int b = 0; b < problem.s_.batch; ++b) {
+    for (int i = 0; i < problem.s_.sq; ++i) {
+      if (!problem.s_.row_exists(b, i)) problem.dout.set_rows(b, i, nan);
+    }
+  }
+}
+
+// Guards against NaN of rows past the end of a sequence, which products would multiply by 0, and against gradients of
+// these rows that are not 0.
+template <BackwardConfig B>
+void check_short_sequences() {
+  for (int first : {-500, -90}) {
+    Sm90BackwardProblem<B, MaskKind::band> problem(Shape{.sq = 270,
+                                                         .sk = 260,
+                                                         .d = 32,
+                                                         .d_v = 24,
+                                                         .batch = 6,
+                                                         .heads = 2,
+                                                         .kv_heads = 1,
+                                                         .causal_offset = -10,
+                                                         .window_offset = first,
+                                                         .seqlens_q = {270, 33, 1, 0, 128, 260},
+                                                         .seqlens_k = {260, 260, 40, 9, 0, 130},
+                                                         .from_end = true,
+                                                         .prefix = first > -100 ? std::optional(40) : std::nullopt,
+                                                         .prefix_offset = -60,
+                                                         .sink = {0.5f, 3}});
+    poison_absent(problem);
+    check_gradients(problem);
+  }
+}
+
+TEST(Sm90BackwardKernel, ShortSequences) {
+  check_short_sequences<narrow>();
+  check_short_sequences<wide>();
+}
+
+// Guards against the same of packed sequences, whose neighbours share boxes of TMA: all that belongs to none is NaN.
+// And against statistics and sums of a sequence that lie where those of another do.
+template <BackwardConfig B>
+void check_packed_sequences() {
+  for (bool gaps : {false, true}) {
+    Shape s{.sq = 470,
+            .sk = 440,
+            .d = 32,
+            .d_v = 24,
+            .heads = 2,
+            .kv_heads = 1,
+            .causal_offset = -30,
+            .window_offset = gaps ? -90 : -800,
+            .from_end = true,
+            .prefix = gaps ? std::optional(20) : std::nullopt,
+            .prefix_offset = -40,
+            .sink = {0.5f, 3}};
+    s.cu_seqlens_q = {3, 233, 233, 234, 266, 394, 460};
+    s.cu_seqlens_k = {2, 60, 75, 75, 208, 422, 435};
+    if (gaps) s.seqlens_q = {199, 3, 1, 20, 128, 0}, s.seqlens_k = {58, 15, 9, 107, 163, 13};
+    Sm90BackwardProblem<B, MaskKind::band> problem(s, gaps);
+    poison_absent(problem);
+    check_gradients(problem);
+  }
+}
+
+TEST(Sm90BackwardKernel, PackedSequences) {
+  check_packed_sequences<narrow>();
+  check_packed_sequences<wide>();
+}
+
+// Guards against NaN of one packed sequence in the gradients of the next, whose rows lie in the same boxes.
+TEST(Sm90BackwardKernel, NanOfAnotherSequence) {
+  Shape s{.sq = 200, .sk = 200, .d = 128, .causal_offset = 200, .window_offset = -200};
+  s.cu_seqlens_q = s.cu_seqlens_k = {0, 70, 140, 200};
+  Sm90BackwardProblem<wide, MaskKind::band> problem(s);
+  for (int i = 70; i < 140; ++i) {
+    for (Tensor* t : {&problem.problem.q, &problem.problem.k, &problem.problem.v, &problem.dout})
+      t->set_rows(0, i, nan);
+  }
+  check_gradients(problem);
+}
+
+// Guards against the same beside a sink: there the LSE is finite, and P of the row, whose query becomes 0, has to be 0.
+TEST(Sm90BackwardKernel, ScoresThatAreAllMinusInfinityBesideASink) {
+  Shape const s{.sq = 200, .sk = 200, .d = 128, .causal_offset = 0, .window_offset = -100, .sink = {1}};
+  Sm90BackwardProblem<wide, MaskKind::band> problem(s);
+  for (int key = 0; key < s.sk; ++key) problem.problem.k.set(0, key, 0, 5, -0.5 - key * 0x1p-10);
+  int const row = 70;
+  problem.problem.q.set(0, row, 0, 5, inf);
+  ASSERT_NO_FATAL_FAILURE(problem.run(1));
+  // Of dv the sum of all other rows that see the key.
+  for (int key = 0; key <= row; ++key) {
+    double sum = 0;
+    for (int i = key; i < std::min(key + 101, s.sq); ++i) {
+      if (i == row) continue;
+      double score = 0;
+      for (int c = 0; c < s.d; ++c) score += problem.problem.q.at(0, i, 0, c) * problem.problem.k.at(0, key, 0, c);
+      sum +=
+          std::exp(problem.problem.scale * score - problem.lse[static_cast<size_t>(i)]) * problem.dout.at(0, i, 0, 3);
+    }
+    EXPECT_NEAR(problem.dv.at(0, key, 0, 3), sum, 2e-2) << key;
+    EXPECT_FALSE(std::isfinite(problem.dk.at(0, key, 0, 5))) << key;
+    EXPECT_TRUE(std::isfinite(problem.dk.at(0, key, 0, 6))) << key;
+  }
+}
+
+// Guards against a block of another head that is left out because one head does not see it, against bits of another
+// row or column, and against NaN in what a map hides.
+template <BackwardConfig B>
+void check_block_maps() {
+  for (auto const& [batch, heads] : {std::pair{1, 1}, {2, 4}}) {
+    Shape s{.sq = 240, .sk = 300, .d = 40, .batch = 2, .heads = 4, .kv_heads = 2};
+    s.causal_offset = 300, s.window_offset = -240;
+    s.map = MapProblem::random(batch, heads, s.sq, s.sk, 11);
+    Sm90BackwardProblem<B, MaskKind::mapped> problem(s, true);
+    check_gradients(problem);
+  }
+  Shape s{.sq = 230, .sk = 250, .d = 64, .batch = 2, .heads = 2, .kv_heads = 1};
+  s.causal_offset = 30, s.window_offset = -90, s.from_end = true;
+  s.seqlens_q = {230, 70}, s.seqlens_k = {250, 100};
+  s.sink = {0.5f, -1};
+  s.map = MapProblem::random(1, 2, s.sq, s.sk, 12);
+  Sm90BackwardProblem<B, MaskKind::mapped> problem(s);
+  problem.problem.poison_absent();
+  check_gradients(problem);
+
+  Shape hiding{.sq = 200, .sk = 300, .d = 64, .causal_offset = 300, .window_offset = -200};
+  hiding.map = MapProblem::of(1, 1, hiding.sq, hiding.sk,
+                              [](int, int, int i, int j) { return i % 5 != 0 && j % 3 != 0 && (j < 64 || i > 70); });
+  Sm90BackwardProblem<B, MaskKind::mapped> hidden(hiding);
+  for (int j : {0, 3, 66, 150, 297}) hidden.problem.k.set_row(0, j, 0, nan), hidden.problem.v.set_row(0, j, 0, nan);
+  for (int i : {0, 5, 95, 195}) hidden.problem.q.set_row(0, i, 0, nan), hidden.dout.set_row(0, i, 0, nan);
+  check_gradients(hidden);
+}
+
+TEST(Sm90BackwardKernel, BlockMaps) {
+  check_block_maps<narrow>();
+  check_block_maps<wide>();
 }
 
 }  // namespace

@@ -742,13 +742,26 @@ TEST_F(LaunchBackward, HoppersGradientsOfWideHeads) {
   EXPECT_EQ(threads, (std::vector<unsigned>{384, 384}));
 }
 
-// Guards against a call that Hopper's kernels do not serve, and that they get.
-TEST_F(LaunchBackward, HoppersGradientsServeNoWindows) {
+// Guards against Hopper's kernels under a mask for which they are not the default, and against those of another mask.
+TEST_F(LaunchBackward, HoppersGradientsOfAWindow) {
   BackwardCall call({1, 256, 2, 64}, {1, 256, 2, 64}, DType::bfloat16, 2);
   call.options.window_left = call.options.window_right = 8;
   call.run();
   EXPECT_EQ(driver_->tensor_maps.size(), 0u);
-  EXPECT_THROW(call.run(default_backward_config(DType::bfloat16, 64, 90)), ConfigError);
+  driver_->launches.clear();
+  BackwardConfig const config = default_backward_config(DType::bfloat16, 64, 90);
+  ASSERT_EQ(config.kernel, Kernel::sm90);
+  call.run(config);
+  using enum BackwardPass;
+  EXPECT_EQ(launched(), names(config, {prepare, gradients, finish}, MaskKind::band));
+  EXPECT_EQ(driver_->tensor_maps.size(), 4u);
+  driver_->launches.clear();
+  for (BackwardConfig const& other : {default_backward_config(DType::bfloat16, 64, 90, {}, true),
+                                      default_backward_config(DType::bfloat16, 256, 90)}) {
+    ASSERT_EQ(other.kernel, Kernel::sm90);
+    EXPECT_THROW(call.run(other), ConfigError) << name(other).text;
+  }
+  EXPECT_TRUE(driver_->launches.empty());
 }
 
 TEST_F(LaunchBackward, IsDeterministicInTwoPasses) {

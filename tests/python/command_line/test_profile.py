@@ -91,14 +91,20 @@ def test_print_runs_nothing(fake: FakeNcu, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    ("config", "kernels"),
-    [("deterministic=0", 3), ("deterministic=1", 3), ("deterministic=1,kernel=sm80", 2)],
+    ("head_dim", "config", "kernels"),
+    [
+        (64, "deterministic=0", 3),
+        (64, "deterministic=1", 3),
+        (64, "deterministic=1,kernel=sm80", 2),
+        (256, "deterministic=1", 2),
+    ],
 )
 def test_all_kernels_of_the_gradients(
-    capsys: pytest.CaptureFixture[str], config: str, kernels: int
+    capsys: pytest.CaptureFixture[str], head_dim: int, config: str, kernels: int
 ) -> None:
     """A count that ends before the last pass of a call, or begins within one."""
-    _, line = printed(capsys, *SMALL, "--backward", "--config", config)
+    options = ["--head-dim", str(head_dim), "--config", config]
+    _, line = printed(capsys, *SMALL, "--backward", *options)
     assert value_after(line, "--launch-count") == str(kernels)
     assert value_after(line, "--launch-skip") == str(kernels * profile_.WARM_UP)
 

@@ -51,7 +51,7 @@ def test_widths() -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"deterministic": False}, "where it must be true"),
+        ({"deterministic": False}, "it must be true"),
         ({"late_dq": False}, "late_dq"),
         ({"stages": 1}, "stages above 1"),
         ({"stages": 3}, "shared memory"),
@@ -65,10 +65,11 @@ def test_rules_of_wide_heads(change: dict[str, Any], problem: str) -> None:
         default(256).replace(**change).check("sm_90")
 
 
-def test_prebuild_of_a_mask_that_they_do_not_serve() -> None:
+@pytest.mark.parametrize("cfg", [default(64).replace(deterministic=True), default(256)])
+def test_prebuild_of_a_mask_that_they_do_not_serve(cfg: fc.BackwardConfig) -> None:
     """A list in which nothing serves the mask would build nothing, and say nothing."""
     with pytest.raises(fc.ConfigError, match=r"^cfgs: BackwardConfig.* full and causal masks only"):
-        fc.prebuild(default(64), "sm_90", variant=fc.Variant(window=(8, 8)))
+        fc.prebuild(cfg, "sm_90", variant=fc.Variant(window=(8, 8)))
 
 
 def variants() -> list[fc.BackwardConfig]:
@@ -99,9 +100,14 @@ def test_every_variant_is_legal() -> None:
 
 
 def gradients(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, causal: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    causal: bool,
+    seen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """In fp64, by torch."""
+    """In fp64, by torch. `seen`: what the mask shows, broadcast to (batch, heads, rows, keys)."""
     q, k, v = (x.double().requires_grad_() for x in (q, k, v))
     group = q.shape[2] // k.shape[2]
     wide = (x.repeat_interleave(group, 2) for x in (k, v))
@@ -110,24 +116,27 @@ def gradients(
         rows, keys = s.shape[-2:]
         hidden = torch.ones(rows, keys, dtype=torch.bool, device=s.device).triu(keys - rows + 1)
         s = s.masked_fill(hidden, -torch.inf)
+    if seen is not None:
+        s = s.masked_fill(~seen, -torch.inf)
     p = torch.where(s.max(-1, keepdim=True).values == -torch.inf, 0.0, s.softmax(-1).nan_to_num())
     out = torch.einsum("bhqk,bkhd->bqhd", p, next(wide))
     return torch.autograd.grad(out, (q, k, v), dout.double())
 
 
 def run(
-    cfg: fc.BackwardConfig, q: Any, k: Any, v: Any, dout: Any, causal: bool
+    cfg: fc.BackwardConfig, q: Any, k: Any, v: Any, dout: Any, causal: bool, **masks: Any
 ) -> list[torch.Tensor]:
     """Into gradients and a workspace that hold NaN."""
-    out, lse = fc.flash_attention(q, k, v, causal, return_lse=True)
+    variant = fc.Variant(causal=causal, **masks)
+    out, lse = fc.flash_attention(q, k, v, causal, return_lse=True, **masks)
     found = [torch.full_like(x, torch.nan) for x in (q, k, v)]
-    size = fc.backward_workspace_size(cfg, q, v)
-    workspace = torch.full((size,), torch.nan, device="cuda")
+    size = fc.backward_workspace_size(cfg, q, v, variant=variant)
+    workspace = torch.full((size,), torch.nan, device=q.device)
     dq, dk, dv = found
-    fc.backward(
-        cfg, dout, q, k, v, out, lse, causal=causal, dq=dq, dk=dk, dv=dv, workspace=workspace
+    gradients = fc.backward(
+        cfg, dout, q, k, v, out, lse, variant=variant, dq=dq, dk=dk, dv=dv, workspace=workspace
     )
-    return found
+    return list(gradients)
 
 
 def assert_close(found: list[torch.Tensor], want: tuple[torch.Tensor, ...]) -> None:
@@ -184,6 +193,107 @@ def test_backward_poison(d: int, where: str, poison: float) -> None:
         assert not dq[:, row:].isfinite().any()
         torch.testing.assert_close(dq[:, :row], clean[0][:, :row], rtol=0.02, atol=1e-3)
         assert not dk[:, row].isfinite().any()
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def int32(numbers: list[int]) -> torch.Tensor:
+    return torch.tensor(numbers, device="cuda", dtype=torch.int32)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize(
+    ("left", "right", "offset"), [(7, 0, 0), (200, 7, -130), (5, 333, 40), (0, 127, 0), (900, 0, 1)]
+)
+def test_backward_window(d: int, left: int, right: int, offset: int) -> None:
+    """Blocks that are partial on both sides, at a diagonal that meets no edge of a tile; queries that see no key."""
+    rows, keys = 700, 800
+    q, dout = normal(2, rows, 4, d), normal(2, rows, 4, d)
+    k, v = normal(2, keys, 2, d), normal(2, keys, 2, d)
+    distance = torch.arange(keys, device="cuda") - torch.arange(rows, device="cuda")[:, None]
+    seen = (distance >= offset - left) & (distance <= offset + right)
+    found = run(default(d), q, k, v, dout, False, window=(left, right), diagonal=offset)
+    assert_close(found, gradients(q, k, v, dout, False, seen))
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_backward_lengths_and_sink(d: int, causal: bool) -> None:
+    """Rows that do not exist hold NaN: their gradients are 0, and no product brings NaN from them."""
+    queries, keys = int32([600, 33, 0, 128, 513]), int32([700, 600, 9, 0, 385])
+    q, dout = normal(5, 600, 4, d), normal(5, 600, 4, d)
+    k, v = normal(5, 700, 2, d), normal(5, 700, 2, d)
+    i, j = torch.arange(600, device="cuda"), torch.arange(700, device="cuda")
+    no_query, no_key = i >= queries[:, None], j >= keys[:, None]
+    seen = ~no_query[:, :, None] & ~no_key[:, None, :]
+    if causal:
+        seen &= j <= i[:, None] + (keys - queries)[:, None, None]
+    for x, absent in ((q, no_query), (dout, no_query), (k, no_key), (v, no_key)):
+        x[absent] = torch.nan
+    masks = {"seqlens_q": queries, "seqlens_k": keys}
+    found = run(default(d), q, k, v, dout, causal, **masks)
+    for x, absent in zip(found, (no_query, no_key, no_key), strict=True):
+        assert (x[absent] == 0).all()
+    clean_q, clean_k, clean_v, clean_dout = (x.nan_to_num() for x in (q, k, v, dout))
+    want = gradients(clean_q, clean_k, clean_v, clean_dout, False, seen[:, None])
+    assert_close(found, want)
+    # A sink far below all scores changes nothing, and has no gradient. The same sum of a sink that counts, by mma.sync.
+    sink = torch.full((4,), -1e4, device="cuda")
+    *with_sink, dsink = run(default(d), q, k, v, dout, causal, sink=sink, **masks)
+    assert_close(with_sink, want)
+    assert (dsink == 0).all()
+    sink = torch.randn(4, device="cuda")
+    found = run(default(d), q, k, v, dout, causal, sink=sink, **masks)
+    other = fc.default_backward_config(d, "bfloat16", "sm_100", deterministic=False)
+    same = run(other, q, k, v, dout, causal, sink=sink, **masks)
+    assert_close(found[:3], tuple(x.double() for x in same[:3]))
+    torch.testing.assert_close(found[3], same[3], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_backward_packed(d: int, causal: bool) -> None:
+    """Every other sequence, and all that belongs to none, is NaN: boxes of TMA hold rows of both."""
+    lengths = [0, 1, 127, 300, 128, 129, 700, 64, 65]
+    starts = [5 + sum(lengths[:n]) for n in range(len(lengths) + 1)]
+    q, k, v, dout = (normal(starts[-1] + 70, 4, d) for _ in range(4))
+    for x in (q, k, v, dout):
+        x[:5], x[starts[-1] :] = torch.nan, torch.nan
+        for n in range(1, len(lengths), 2):
+            x[starts[n] : starts[n + 1]] = torch.nan
+    found = run(default(d), q, k, v, dout, causal, cu_seqlens_q=int32(starts))
+    for n in range(2, len(lengths), 2):
+        rows = slice(starts[n], starts[n + 1])
+        alone = gradients(q[None, rows], k[None, rows], v[None, rows], dout[None, rows], causal)
+        assert_close([x[None, rows] for x in found], alone)
+    for x in found:
+        assert (x[:5] == 0).all()
+        assert (x[starts[-1] :] == 0).all()
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_backward_block_mask(d: int) -> None:
+    """Cells that are empty, whole and partial, of one map for each head, two of which share a tile of keys."""
+    q, dout = normal(2, 700, 4, d), normal(2, 700, 4, d)
+    k, v = normal(2, 800, 2, d), normal(2, 800, 2, d)
+    seen = torch.rand(2, 4, 700, 800, device="cuda") < 0.5
+    seen[:, :2, :300, 100:] = False
+    seen[:, 1:, 300:, 256:600] = True
+    mask = fc.BlockMask.from_dense(seen)
+    assert_close(
+        run(default(d), q, k, v, dout, False, block_mask=mask),
+        gradients(q, k, v, dout, False, seen),
+    )
 
 
 @pytest.mark.gpu
@@ -251,6 +361,11 @@ def test_backward_chooses() -> None:
 
     assert told(q, k, v, causal=True).config.kernel == "sm90"
     assert fc.explain(q, k, v, gradients=True, deterministic=True).gradients.config.kernel == "sm90"
-    other = told(q, k, v, window=(8, 8))
+    for masks in ({"window": (8, 8)}, {"seqlens_k": int32([200])}, {"documents": int32([0] * 256)}):
+        other = told(q, k, v, **masks)
+        assert other.config.kernel == "sm80"
+        assert any(what == "sm90" and "not yet timed" in why for what, why in other.rejected)
+    odd = torch.randn(1, 256, 2, 132, device="cuda", dtype=torch.bfloat16)[..., :128]
+    other = told(odd, k, v)
     assert other.config.kernel == "sm80"
-    assert any(what == "sm90" and "masks" in why for what, why in other.rejected)
+    assert any(what == "sm90" and "16" in why for what, why in other.rejected)
