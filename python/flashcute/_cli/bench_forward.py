@@ -38,9 +38,7 @@ from .recorded import append_line, parsed
 from .table import format_bytes, format_digits, format_number, format_table, geometric_mean
 from .timing import interleaved_ms
 
-GPU_IMPLEMENTATIONS = tuple(
-    name for name in peers.NAMES if name not in ("sdpa", *peers.PACKAGES)
-)
+GPU_IMPLEMENTATIONS = tuple(name for name in peers.NAMES if name not in ("sdpa", *peers.PACKAGES))
 CPU_IMPLEMENTATIONS = ("flashcute", "sdpa", "naive")
 SPOT_ROWS = 8
 # Of the lines. 2: also schema, preset, head_dim_v, sink and error_ratio.

@@ -325,9 +325,7 @@ def flash_attention_4() -> Implementation:
     ) -> Array:
         sides = tuple(None if side < 0 else side for side in window or (-1, -1))
         learnable_sink = None if sink is None else sink.bfloat16()
-        result = function(
-            q, k, v, causal=causal, window_size=sides, learnable_sink=learnable_sink
-        )
+        result = function(q, k, v, causal=causal, window_size=sides, learnable_sink=learnable_sink)
         return result[0] if isinstance(result, tuple) else result
 
     return Implementation("fa4", version, call)

@@ -58,6 +58,7 @@ ROWS = {
             "flashcute[kernel=sm80]",
             "gpu_sm90_backward",
         ),
+        Row("gradients, Hopper's kernels", "FlashAttention-4", "fa4", "gpu_sm90_backward_fa4"),
     ],
     "gradients": [
         Row("gradients, mma.sync kernel", "FlashAttention-2", "sdpa_flash", "gpu_backward"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,12 +50,12 @@ def forward_defaults(dtype: str) -> str:
 
 def backward_defaults(dtype: str) -> str:
     """The same of gradients, with and without the same bits in every run."""
-    found = buckets(
-        lambda d, target: [
-            flashcute.default_backward_config(d, dtype, target, deterministic=deterministic)
-            for deterministic in (False, True)
-        ]
-    )
+
+    def both(head_dim: int, target: str) -> list[Config]:
+        default = functools.partial(flashcute.default_backward_config, head_dim, dtype, target)
+        return list(dict.fromkeys(default(deterministic=x) for x in (False, True)))  # or one
+
+    found = buckets(both)
     told = [[*row(x), f"`{x.cfg.kernel}`", other_options(x.cfg)] for x in found]
     return table([*HEADER, "kernel", "other options"], told)
 
