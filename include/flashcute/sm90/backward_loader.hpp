@@ -176,6 +176,7 @@ class GradientInspector {
   using Tile = typename Blocks::Tile;
   using Element = typename L::Element;
   using Storage = typename L::SharedStorage;
+  static constexpr bool has_sink = takes_sink(Id.features.mask);
 
  public:
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, Storage& smem, Tile const& tile) {
@@ -225,7 +226,7 @@ class GradientInspector {
     }
     if (!finite(block, Elements)) {
       smem_.dropped = true;
-      if constexpr (takes_sink(Id.features.mask)) {
+      if constexpr (has_sink) {
         if (lse != nullptr) drop_probabilities(block, lse);
       }
       for_each_part(block, Elements, [](Element* words) { zero_nonfinite(words); });
