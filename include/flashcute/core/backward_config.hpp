@@ -26,7 +26,8 @@ struct BackwardConfig {
   bool swizzled = true;
   int32_t k_tiles_per_load = 0;
   bool mma_double_buffer = true;
-  bool late_dq = true;         // sm90: a block's part of dQ is multiplied in the iteration after it
+  bool late_dq = true;                    // sm90: a block's part of dQ is multiplied in the iteration after it
+  Launches launches = Launches::chained;  // sm90: whether a pass begins while the one before it ends
   bool deterministic = false;  // the same bits in every run: sm80 by two passes without atomics, sm90 by additions in
                                // a fixed order; on the CPU always so
 
@@ -55,6 +56,7 @@ struct BackwardConfig {
     visit(Option{"k_tiles_per_load", sm80, "k"}, &C::k_tiles_per_load);
     visit(Option{"mma_double_buffer", sm80, "single"}, &C::mma_double_buffer);
     visit(Option{"late_dq", sm90, "promptdq"}, &C::late_dq);
+    visit(Option{"launches", sm90, ""}, &C::launches);
     visit(Option{"deterministic", all, "deterministic"}, &C::deterministic);
   }
 };

@@ -24,6 +24,7 @@ struct KeyGradients {
   static constexpr int threads = num_threads(Id);
 
   FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem_symbol) {
+    PassesInTurn<C>::begin_next();
     Storage& smem = hidden(smem_symbol);
     if (thread_index() == 0) L::init(smem);
     auto const tile = Tile::at(p.backward.forward, DqOrder<Id>::tile_number(p.backward, smem), C.block_n);
@@ -50,6 +51,7 @@ struct KeyGradients {
  private:
   /// Of keys that no query sees.
   FLASHCUTE_DEVICE static void store_nothing(BackwardParams const& p, Tile const& tile) {
+    PassesInTurn<C>::await_before();
     clear(tile, p.dk, p.dk_stride, p.forward.head_dim);
     clear(tile, p.dv, p.dv_stride, p.forward.head_dim_v);
   }

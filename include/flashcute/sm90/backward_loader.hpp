@@ -67,14 +67,18 @@ class GradientLoader {
     int64_t const number = Workspace::number(p_.backward.forward, tile_.entry.batch, at.head, at.block);
     barrier_wait(smem_.q_empty[q_.place], q_.parity ^ 1);
     smem_.blocks[q_.place] = {at.block * C.block_m, at.head, Blocks::partial(at, tile_), at.left == 1};
-    load_queries(p_.q, at, smem_.q[q_.place], Workspace::lse(p_.backward, number), smem_.lse[q_.place],
-                 Blocks::inspected(at) ? smem_.q_landed[q_landed_.place] : smem_.q_full[q_.place]);
-    // K and the first Q are enough to begin.
-    if (first_) load_keys(p_.v, smem_.v, smem_.v_full);
+    Barrier& q_full = Blocks::inspected(at) ? smem_.q_landed[q_landed_.place] : smem_.q_full[q_.place];
+    load_queries(p_.q, at, smem_.q[q_.place], q_full);
+    if (first_) {  // K and the first Q are enough to begin
+      load_keys(p_.v, smem_.v, smem_.v_full);
+      PassesInTurn<C>::await_before();  // which wrote LSE and delta
+    }
     first_ = false;
+    load_numbers(Workspace::lse(p_.backward, number), smem_.lse[q_.place], q_full);
     barrier_wait(smem_.dout_empty[dout_.place], dout_.parity ^ 1);
-    load_queries(p_.dout, at, smem_.dout[dout_.place], Workspace::delta(p_.backward, number), smem_.delta[dout_.place],
-                 Blocks::inspected(at) ? smem_.dout_landed[dout_landed_.place] : smem_.dout_full[dout_.place]);
+    Barrier& dout_full = Blocks::inspected(at) ? smem_.dout_landed[dout_landed_.place] : smem_.dout_full[dout_.place];
+    load_queries(p_.dout, at, smem_.dout[dout_.place], dout_full);
+    load_numbers(Workspace::delta(p_.backward, number), smem_.delta[dout_.place], dout_full);
     q_.advance();
     dout_.advance();
     if (Blocks::inspected(at)) {
@@ -83,16 +87,20 @@ class GradientLoader {
     }
   }
 
-  /// A block of Q or dO, and a number for each of its rows.
+  /// A block of Q or dO. The barrier expects a number for each of its rows too.
   FLASHCUTE_DEVICE void load_queries(TensorMap const& map, PassingBlocks const& at, typename L::Element* to,
-                                     float const* numbers, float* numbers_to, Barrier& full) {
-    constexpr int bytes_of_numbers = C.block_m * sizeof(float);
+                                     Barrier& full) {
     barrier_arrive_expecting(full, L::q_elements * sizeof(typename L::Element) + bytes_of_numbers);
     for (int column = 0; column < C.head_dim; column += L::page) {
       copy_box(map, column, at.block * C.block_m, at.head, tile_.entry.batch, to + C.block_m * column, full,
                L2Hint::evict_last);
     }
-    copy_bulk(numbers, numbers_to, bytes_of_numbers, full);
+  }
+
+  static constexpr int bytes_of_numbers = C.block_m * sizeof(float);
+
+  FLASHCUTE_DEVICE void load_numbers(float const* numbers, float* to, Barrier& full) {
+    copy_bulk(numbers, to, bytes_of_numbers, full);
   }
 
   Sm90BackwardParams const& p_;
@@ -117,6 +125,7 @@ class DqAdder {
 
  public:
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, Storage& smem, Tile const& tile, int warpgroup) {
+    PassesInTurn<C>::await_before();  // which prepared the sums
     uint32_t parity = 0;
     int place = 0;  // of dS
     DqOrder<Id> order(p, tile, warpgroup);

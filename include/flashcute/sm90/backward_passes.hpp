@@ -18,6 +18,7 @@ struct PrepareGradients {
   static constexpr int threads = num_threads(Id);
 
   FLASHCUTE_DEVICE static void run(BackwardParams const& p) {
+    PassesInTurn<C>::begin_next();
     auto const tile = Tile::at(p.forward, block_index(), C.block_m);
     int64_t const number = Workspace::number(p.forward, tile.entry.batch, tile.head, tile.row0 / C.block_m);
     DqOrder<Id>::prepare(p, number);
@@ -54,6 +55,7 @@ struct FinishGradients {
     float const* const from = Workspace::sums(p, number) + warpgroup * L::dq_floats + 4 * thread_of_warpgroup();
     auto dq = L::template accumulator<typename L::DqColumns>();
     auto const scale = static_cast<float>(p.forward.scale);
+    PassesInTurn<C>::await_before();
     bool const has_sums = DqOrder<Id>::has_sums(p, number, warpgroup);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(dq); i += 4) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "flashcute/sm90/backward_layout.hpp"
+#include "flashcute/sm90/passes_in_turn.hpp"
 
 namespace flashcute::sm90 {
 
