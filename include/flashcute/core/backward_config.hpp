@@ -26,7 +26,8 @@ struct BackwardConfig {
   bool swizzled = true;
   int32_t k_tiles_per_load = 0;
   bool mma_double_buffer = true;
-  bool late_dq = true;                    // sm90: a block's part of dQ is multiplied in the iteration after it
+  bool late_dq = true;        // sm90: a block's part of dQ is multiplied in the iteration after it
+  bool first_stores = false;  // sm90: the first tile to add to a block of dQ stores instead, and nothing is cleared
   Launches launches = Launches::chained;  // sm90: whether a pass begins while the one before it ends
   bool deterministic = false;  // the same bits in every run: sm80 by two passes without atomics, sm90 by additions in
                                // a fixed order; on the CPU always so
@@ -56,6 +57,7 @@ struct BackwardConfig {
     visit(Option{"k_tiles_per_load", sm80, "k"}, &C::k_tiles_per_load);
     visit(Option{"mma_double_buffer", sm80, "single"}, &C::mma_double_buffer);
     visit(Option{"late_dq", sm90, "promptdq"}, &C::late_dq);
+    visit(Option{"first_stores", sm90, "firststores"}, &C::first_stores);
     visit(Option{"launches", sm90, ""}, &C::launches);
     visit(Option{"deterministic", all, "deterministic"}, &C::deterministic);
   }
@@ -165,7 +167,7 @@ struct BackwardWorkspace {
 constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads, int64_t seqlen_q, int64_t blocks) {
   int64_t const tiles = heads * blocks;
   if (c.kernel == Kernel::sm90) {
-    int64_t const counters = c.deterministic && tiles > 0 ? tiles * (c.num_warps / 4) + 1 : 0;
+    int64_t const counters = (c.deterministic || c.first_stores) && tiles > 0 ? tiles * (c.num_warps / 4) + 1 : 0;
     return {2 * tiles * c.block_m, tiles * c.block_m * c.head_dim, counters};
   }
   return {ceil_div<int64_t>(heads * seqlen_q, 4) * 4, c.deterministic ? 0 : tiles * c.block_m * c.head_dim};

@@ -51,7 +51,90 @@ class AnyOrder {
   FLASHCUTE_DEVICE void finish() {}
 };
 
-/// From the last keys that the queries see to the first. The first to come stores, so nothing has to be cleared.
+/// Of orders in which the first tile to add to a block stores instead, so that nothing has to be cleared: a word in
+/// memory for each warpgroup's half of a block, which is not 0 once it has been stored.
+template <BackwardKernelId Id>
+class FirstStores {
+  using Workspace = GradientWorkspace<Id.config>;
+
+ public:
+  FLASHCUTE_DEVICE static void prepare(BackwardParams const& p, int64_t number) {
+    constexpr int warpgroups = BackwardLayout<Id.config>::warpgroups;
+    if (thread_index() < warpgroups) global_store(Workspace::added(p, number, thread_index()), 0u);
+  }
+  FLASHCUTE_DEVICE static bool has_sums(BackwardParams const& p, int64_t number, int warpgroup) {
+    return global_load<uint32_t>(Workspace::added(p, number, warpgroup)) > 0;
+  }
+
+  FLASHCUTE_DEVICE void add(float* sums, float const* from, int bytes) const {
+    if (first_) {
+      store_bulk(sums, from, bytes);
+    } else {
+      add_bulk(sums, from, bytes);
+    }
+  }
+  FLASHCUTE_DEVICE void add(float* sum, float x) const {
+    if (first_) {
+      global_store(sum, x);
+    } else {
+      reduce_add<1>(sum, &x);
+    }
+  }
+
+ protected:
+  bool first_ = false;         // this tile is the first to add to the block
+  uint32_t* added_ = nullptr;  // the block's word
+};
+
+/// As they come, after the first. A tile claims a block when it comes to it. The first to claim it stores; the others
+/// wait until that is done, which it mostly is. Whoever waits has stored all that it has claimed before, so that no
+/// tiles wait for each other.
+template <BackwardKernelId Id>
+class FirstToComeStores : public FirstStores<Id> {
+  static constexpr BackwardConfig C = Id.config;
+  using Sequence = typename Mask<Id.features.mask>::Sequence;
+  using Workspace = GradientWorkspace<C>;
+  using FirstStores<Id>::first_;
+  using FirstStores<Id>::added_;
+
+ public:
+  FLASHCUTE_DEVICE static uint32_t tile_number(BackwardParams const&, typename BackwardLayout<C>::SharedStorage&) {
+    return block_index();
+  }
+
+  FLASHCUTE_DEVICE FirstToComeStores(BackwardParams const& p, KeyTile<Sequence> const& tile, int warpgroup)
+      : p_(p), batch_(tile.entry.batch), warpgroup_(warpgroup) {}
+
+  FLASHCUTE_DEVICE void look_at(PassingBlocks const& at) {
+    added_ = Workspace::added(p_, Workspace::number(p_.forward, batch_, at.head, at.block), warpgroup_);
+    uint32_t claimed = stored;
+    if (elected_lane()) claimed = acquire_and_count(added_);
+    first_ = warp_any(claimed == 0);
+    has_turn_ = !warp_any(claimed < stored);
+  }
+
+  FLASHCUTE_DEVICE void await_turn() const {
+    if (!has_turn_ && !first_) await_count(added_, stored);
+    keep_bulk_behind();
+  }
+
+  FLASHCUTE_DEVICE void pass_on(bool) const {
+    if (!first_) return;
+    await_bulk<0>();
+    release_count(added_, stored);
+  }
+
+  FLASHCUTE_DEVICE void finish() const {}
+
+ private:
+  static constexpr uint32_t stored = 1u << 31;  // beside the number of claims
+
+  BackwardParams const& p_;
+  int const batch_, warpgroup_;
+  bool has_turn_ = false;
+};
+
+/// From the last keys that the queries see to the first.
 ///
 /// A tile waits for the tiles of later keys. So that they have always been started, thread blocks do not take tiles by
 /// their own numbers, which start in any order: they count how many have come before them, and the tiles of each head
@@ -61,7 +144,7 @@ class AnyOrder {
 /// Under a causal mask the tiles of a head that start together do not wait for each other: each begins at its diagonal,
 /// which the tile of the keys before it reaches later.
 template <BackwardKernelId Id>
-class LastKeysFirst {
+class LastKeysFirst : public FirstStores<Id> {
   static constexpr BackwardConfig C = Id.config;
   using Mask = flashcute::Mask<Id.features.mask>;
   using Queries = QueryTile<typename Mask::Sequence>;
@@ -69,19 +152,14 @@ class LastKeysFirst {
   using L = BackwardLayout<C>;
   using Workspace = GradientWorkspace<C>;
   using Storage = typename L::SharedStorage;
+  using FirstStores<Id>::first_;
+  using FirstStores<Id>::added_;  // counts the tiles that have
 
  public:
-  // ---- of the passes before and after ----
-
   FLASHCUTE_DEVICE static void prepare(BackwardParams const& p, int64_t number) {
-    if (thread_index() < L::warpgroups) global_store(Workspace::added(p, number, thread_index()), 0u);
+    FirstStores<Id>::prepare(p, number);
     if (number == 0 && thread_index() == 0) global_store(Workspace::started(p), 0u);
   }
-  FLASHCUTE_DEVICE static bool has_sums(BackwardParams const& p, int64_t number, int warpgroup) {
-    return global_load<uint32_t>(Workspace::added(p, number, warpgroup)) > 0;
-  }
-
-  // ---- of the pass `gradients` ----
 
   FLASHCUTE_DEVICE static uint32_t tile_number(BackwardParams const& p, Storage& smem) {
     // Without queries `prepare` is not launched, and nothing waits.
@@ -111,27 +189,13 @@ class LastKeysFirst {
     ForwardParams const& f = p_.forward;
     before_ = static_cast<uint32_t>(tiles_before(tile_, at.head, at.block, f));
     added_ = Workspace::added(p_, Workspace::number(f, tile_.entry.batch, at.head, at.block), warpgroup_);
+    first_ = before_ == 0;
     has_turn_ = acquire_count(added_) == before_;  // mostly so: then the answer has come before the block's dQ
   }
 
   FLASHCUTE_DEVICE void await_turn() const {
     if (!has_turn_) await_count(added_, before_);
     keep_bulk_behind();
-  }
-
-  FLASHCUTE_DEVICE void add(float* sums, float const* from, int bytes) const {
-    if (before_ == 0) {
-      store_bulk(sums, from, bytes);
-    } else {
-      add_bulk(sums, from, bytes);
-    }
-  }
-  FLASHCUTE_DEVICE void add(float* sum, float x) const {
-    if (before_ == 0) {
-      global_store(sum, x);
-    } else {
-      reduce_add<1>(sum, &x);
-    }
   }
 
   /// Gives the turn of the block before to the next tile. That of this one follows a block later: meanwhile its
@@ -162,14 +226,19 @@ class LastKeysFirst {
   Keys const& tile_;
   int const warpgroup_;
   uint32_t before_ = 0;             // tiles that add to the block before this one
-  uint32_t* added_ = nullptr;       // those that have
-  uint32_t* given_next_ = nullptr;  // the same number of the block whose turn this tile still has
+  uint32_t* given_next_ = nullptr;  // the word of the block whose turn this tile still has
   bool has_turn_ = false;
 };
 
 template <BackwardKernelId Id>
 struct DqOrder : AnyOrder<Id> {
   using AnyOrder<Id>::AnyOrder;
+};
+
+template <BackwardKernelId Id>
+  requires(Id.config.first_stores && !Id.config.deterministic)
+struct DqOrder<Id> : FirstToComeStores<Id> {
+  using FirstToComeStores<Id>::FirstToComeStores;
 };
 
 template <BackwardKernelId Id>

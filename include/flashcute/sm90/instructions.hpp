@@ -355,11 +355,12 @@ FLASHCUTE_DEVICE void await_launch_before() { asm volatile("griddepcontrol.wait;
 
 // ---- counts by which thread blocks wait for each other --------------------------------------------
 
-/// Counts up by one: who acquires it sees what this thread has done, and seen, before.
-FLASHCUTE_DEVICE void release_count(uint32_t* number) {
+/// Counts up: who acquires it sees what this thread has done, and seen, before.
+FLASHCUTE_DEVICE void release_count(uint32_t* number, uint32_t by = 1) {
   asm volatile(
       "fence.proxy.async.global;\n"
-      "red.release.gpu.global.add.u32 [%0], 1;" ::"l"(number)
+      "red.release.gpu.global.add.u32 [%0], %1;" ::"l"(number),
+      "r"(by)
       : "memory");
 }
 
@@ -369,9 +370,16 @@ FLASHCUTE_DEVICE uint32_t acquire_count(uint32_t const* number) {
   return count;
 }
 
-/// Waits until the number is `count`.
+/// The same, and counts up by one.
+FLASHCUTE_DEVICE uint32_t acquire_and_count(uint32_t* number) {
+  uint32_t count;
+  asm volatile("atom.acquire.gpu.global.add.u32 %0, [%1], 1;" : "=r"(count) : "l"(number) : "memory");
+  return count;
+}
+
+/// Waits until the number is at least `count`.
 FLASHCUTE_DEVICE void await_count(uint32_t const* number, uint32_t count) {
-  while (acquire_count(number) != count) {
+  while (acquire_count(number) < count) {
   }
 }
 

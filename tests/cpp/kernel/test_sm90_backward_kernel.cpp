@@ -3,6 +3,7 @@
 #include "flashcute/sm90/backward_passes.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <numeric>
 #include <random>
 
@@ -19,6 +20,8 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
   using Call = BackwardCall<B, Kind>;
 
  public:
+  static constexpr bool counts = B.deterministic || B.first_stores;  // who has added to a block
+
   using Call::Call;
   using Call::problem;
   using Call::s_;
@@ -58,7 +61,7 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
                                                               : count_query_tiles(p.forward, B.block_m));
     std::vector<uint32_t> order(blocks);  // of a GPU any
     std::iota(order.begin(), order.end(), 0u);
-    if (B.deterministic) std::shuffle(order.begin(), order.end(), std::mt19937_64(seed));
+    if (counts) std::shuffle(order.begin(), order.end(), std::mt19937_64(seed));
     for (uint32_t i = 0; i < blocks; ++i) {
       uint32_t const block = order[i];
       GlobalMemory memory;
@@ -70,6 +73,7 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
         auto const tile = Call::Keys::at(p.forward, B.deterministic ? blocks - 1 - i : block, B.block_n);
         Call::allow_keys(memory, tile);
         if (B.deterministic) allow_first_sums(memory, tile);
+        if (B.first_stores) allow_sums_not_stored(memory, tile);
         allow_statistics(memory, tile);
         Sm90Block with_memory = hopper;
         with_memory.shared_bytes = sizeof(Storage);
@@ -78,11 +82,11 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
         auto const tile = Call::Queries::at(p.forward, block, B.block_m);
         Call::allow_queries(memory, Pass, tile);
         if (Pass == BackwardPass::prepare) {
-          if (B.deterministic) allow_counters(memory, tile, Use::output);
+          if (counts) allow_counters(memory, tile, Use::output);
           allow_statistics(memory, tile);
           Call::allow(memory, Call::lse, Call::row(tile.entry.batch, tile.head, tile.row0), tile.rows, Use::input);
         }
-        if (Pass == BackwardPass::finish && B.deterministic) allow_counters(memory, tile, Use::input);
+        if (Pass == BackwardPass::finish && counts) allow_counters(memory, tile, Use::input);
         hopper.run(memory, [&](void*) { sm90::SmallPass<id>::run(p); });
       }
       ASSERT_EQ(memory.count(Use::output) + memory.count(Use::result), 0u)
@@ -97,7 +101,7 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
     if (use == Use::output) Call::allow_sums(memory, tile.entry.batch, tile.head, block, block + 1, Use::none);
     size_t const counters = Call::dq_sums.size() - Call::counters;
     Call::allow(memory, Call::dq_sums, counters + static_cast<size_t>(number * warpgroups), warpgroups, use);
-    if (number == 0) Call::allow(memory, Call::dq_sums, Call::dq_sums.size() - 1, 1, use);
+    if (number == 0 && B.deterministic) Call::allow(memory, Call::dq_sums, Call::dq_sums.size() - 1, 1, use);
   }
 
   /// Of blocks that see no later keys than the tile's: it stores their sums, once, and adds to nothing.
@@ -114,6 +118,25 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
         if (last >= tile.row0 && last < tile.row0 + B.block_n) {
           Call::allow_sums(memory, b, h, block, block + 1, Use::output);
         }
+      }
+    }
+  }
+
+  /// Of blocks to which no tile has added yet.
+  void allow_sums_not_stored(GlobalMemory& memory, typename Call::Keys const& tile) {
+    int const group = s_.heads / s_.kv_heads, b = tile.entry.batch, blocks = s_.row_blocks(B.block_m);
+    for (int h = tile.kv_head * group; h < (tile.kv_head + 1) * group; ++h) {
+      for (int block = 0; block < blocks; ++block) {
+        auto const number = static_cast<size_t>((b * s_.heads + h) * blocks + block);
+        float const word = Call::dq_sums[Call::dq_sums.size() - Call::counters + number * (B.num_warps / 4)];
+        if (std::bit_cast<uint32_t>(word) != 0) continue;
+        int last = -1;
+        for (int row = block * B.block_m; row < std::min((block + 1) * B.block_m, s_.sq); ++row) {
+          for (int key = tile.row0; key < tile.row0 + tile.rows; ++key) {
+            if (problem.visible(b, h, row, key)) last = key;
+          }
+        }
+        if (last >= 0) Call::allow_sums(memory, b, h, block, block + 1, Use::output);
       }
     }
   }
@@ -176,6 +199,9 @@ template <BackwardConfig B>
 constexpr BackwardConfig deterministic = with(B, [](BackwardConfig& c) { c.deterministic = true; });
 
 template <BackwardConfig B>
+constexpr BackwardConfig storing = with(B, [](BackwardConfig& c) { c.first_stores = true; });
+
+template <BackwardConfig B>
 void check_shapes() {
   for (Shape const& s : {Shape{.sq = B.block_m + 5, .sk = B.block_n + 7, .d = B.head_dim, .d_v = B.head_dim},
                          Shape{.sq = 2 * B.block_m, .sk = B.block_n, .d = B.head_dim - 8, .d_v = 8},
@@ -194,6 +220,7 @@ TEST(Sm90BackwardKernel, Shapes) {
   check_shapes<wide>();
   check_shapes<deterministic<narrow>>();
   check_shapes<deterministic<wide>>();
+  check_shapes<storing<wide>>();
 }
 
 template <BackwardConfig B>
@@ -305,6 +332,7 @@ TEST(Sm90BackwardKernel, PoisonReachesWhatSeesIt) {
   check_poison<narrow>();
   check_poison<wide>();
   check_poison<deterministic<narrow>>();
+  check_poison<storing<narrow>>();
 }
 
 // Guards against infinity in one element of a query, all of whose scores are -infinity: its LSE is -infinity, as if it

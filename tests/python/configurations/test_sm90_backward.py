@@ -46,6 +46,7 @@ def variants() -> list[fc.BackwardConfig]:
         {"late_dq": False},
         {"stages": 1, "dout_stages": 1},
         {"stages": 2, "late_dq": False},
+        {"first_stores": True},
         {"launches": "separate"},
         {"deterministic": True},
         {"deterministic": True, "launches": "separate", "late_dq": False},

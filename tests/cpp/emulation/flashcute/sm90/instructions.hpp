@@ -306,11 +306,12 @@ FLASHCUTE_DEVICE void keep_bulk_behind() {}
 FLASHCUTE_DEVICE void allow_next_launch() {}
 FLASHCUTE_DEVICE void await_launch_before() {}
 
-FLASHCUTE_DEVICE void release_count(uint32_t* number) { ++*number; }
+FLASHCUTE_DEVICE void release_count(uint32_t* number, uint32_t by = 1) { *number += by; }
 FLASHCUTE_DEVICE uint32_t acquire_count(uint32_t const* number) { return *number; }
+FLASHCUTE_DEVICE uint32_t acquire_and_count(uint32_t* number) { return (*number)++; }
 /// Of a block that runs alone, after those that started before it: who waits would wait for one that starts later.
 FLASHCUTE_DEVICE void await_count(uint32_t const* number, uint32_t count) {
-  if (*number != count) throw emulation::Violation("a wait for a thread block that has not been started");
+  if (*number < count) throw emulation::Violation("a wait for a thread block that has not been started");
 }
 
 FLASHCUTE_DEVICE void copy_box_to_all(TensorMap const&, int, int, int, int, void*, Barrier&, L2Hint, int) {
