@@ -260,7 +260,15 @@ AHEAD_OF_TIME: dict[str, list[tuple[Any, str, fc.Variant | None]]] = {
         (forward("float32"), "sm_80", WINDOW),
     ],
     "gradients of float32": [(backward("float32"), "sm_80", None)],
-    "deterministic gradients": [(backward("bfloat16", deterministic=True), "sm_80", None)],
+    "deterministic gradients on Hopper: full and causal, bfloat16; float16 above head dimension 192": [
+        (backward(dtype, "sm_90", d, deterministic=True), "sm_90", None)
+        for dtype, dims in {"bfloat16": (64, 128, 160, 256), "float16": (256,)}.items()
+        for d in dims
+    ],
+    "deterministic gradients otherwise": [
+        (backward("bfloat16", deterministic=True), "sm_80", None),
+        (backward("float16", "sm_90", 128, deterministic=True), "sm_90", None),
+    ],
     "gradients above head dimension 128 on compute capability 8.6, 8.9 and 12.0": [
         (backward("bfloat16", arch, 256), arch, None) for arch in ("sm_86", "sm_89", "sm_120")
     ],
