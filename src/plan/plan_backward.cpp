@@ -154,6 +154,7 @@ BackwardConfig choose_backward_config(Call const& call, std::span<Operand const>
   if (t.allow_sm90) {
     t.allow_sm90 = sm90_backward_problem(call, copied, default_backward_config(t, call.arch)).empty();
   }
+  if (!t.allow_sm90) return default_config_of(t, call.arch, "q: ");
   std::vector<BackwardConfig> candidates;  // the fastest first
   auto const add = [&] {
     BackwardConfig const config = default_config_of(t, call.arch, "q: ");
