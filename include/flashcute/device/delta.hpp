@@ -40,14 +40,7 @@ class Delta {
           sum += dot(out.first + (tile.row0 + row) * out.stride + c, dout.first + (tile.row0 + row) * dout.stride + c);
         }
       }
-      CUTE_UNROLL
-      for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-      if (lane != 0 || row >= tile.rows) continue;
-      if (p.dlse != nullptr) {
-        sum -= global_load<float>(static_cast<float const*>(p.dlse) + row_offset(p.dlse_stride, entry.batch, tile.head,
-                                                                                 entry.first_query + tile.row0 + row));
-      }
-      result(row, sum);
+      finish(p, tile, row, lane, sum, result);
     }
   }
 
@@ -75,18 +68,26 @@ class Delta {
     for (int pass = 0; pass < passes; ++pass) {
       int const row = pass * rows_per_pass + thread / lanes;
       float sum = lane * vector < f.head_dim_v ? dot(a[pass], b[pass]) : 0.f;
-      CUTE_UNROLL
-      for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-      if (lane != 0 || row >= tile.rows) continue;
-      if (p.dlse != nullptr) {
-        sum -= global_load<float>(static_cast<float const*>(p.dlse) + row_offset(p.dlse_stride, entry.batch, tile.head,
-                                                                                 entry.first_query + tile.row0 + row));
-      }
-      result(row, sum);
+      finish(p, tile, row, lane, sum, result);
     }
   }
 
  private:
+  /// The sums of the lanes of a row become its delta.
+  template <class Tile, class Result>
+  FLASHCUTE_DEVICE static void finish(BackwardParams const& p, Tile const& tile, int row, int lane, float sum,
+                                      Result const& result) {
+    CUTE_UNROLL
+    for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (lane != 0 || row >= tile.rows) return;
+    if (p.dlse != nullptr) {
+      auto const offset =
+          row_offset(p.dlse_stride, tile.entry.batch, tile.head, tile.entry.first_query + tile.row0 + row);
+      sum -= global_load<float>(static_cast<float const*>(p.dlse) + offset);
+    }
+    result(row, sum);
+  }
+
   FLASHCUTE_DEVICE static float dot(Element const* a, Element const* b) {
     return dot(global_load<Word>(a), global_load<Word>(b));
   }
