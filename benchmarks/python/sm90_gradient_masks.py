@@ -291,6 +291,7 @@ def check_maps() -> Iterator[float]:
 
 
 def graph_of(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(2):
             call()
@@ -299,6 +300,7 @@ def graph_of(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         for _ in range(CALLS):
             call()
+    graph.call = call  # whose memory the graph reads and writes
     return graph
 
 
