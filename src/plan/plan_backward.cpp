@@ -150,7 +150,7 @@ BackwardConfig choose_backward_config(Call const& call, std::span<Operand const>
                     .head_dim_v = call.params.head_dim_v,
                     .alignment = call.on_gpu() ? common_alignment(copied, misaligned) : 16,
                     .deterministic = call.options.deterministic,
-                    .allow_sm90 = call.arch == 90 && sm90_is_default(call.mask())};
+                    .allow_sm90 = call.arch == 90};
   if (t.allow_sm90) {
     t.allow_sm90 = sm90_backward_problem(call, copied, default_backward_config(t, call.arch)).empty();
   }
@@ -218,8 +218,10 @@ int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, Ten
                     .deterministic = options.deterministic};
   int64_t most = 0;
   for (bool const allow_sm90 : {false, true}) {
-    t.allow_sm90 = allow_sm90 && (!is_packed(options) || sm90_is_default(MaskKind::band));
-    most = max_of(most, checked_workspace_of(default_config_of(t, arch, "q: "), nq, options).total());
+    t.allow_sm90 = allow_sm90;
+    BackwardConfig const possible = default_config_of(t, arch, "q: ");
+    if (is_packed(options) && !serves(possible, MaskKind::band)) continue;
+    most = max_of(most, checked_workspace_of(possible, nq, options).total());
   }
   return most;
 }
