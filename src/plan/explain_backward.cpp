@@ -38,8 +38,8 @@ std::string why_not_default(BackwardConfig const& other, Call const& call, std::
 
 /// Why a configuration that serves the call is not taken for want of images.
 std::string why_no_images(BackwardConfig const& config, Call const& call) {
-  for (BackwardKernelId const& kernel : kernels_of(config, features_of(call), false)) {
-    if (std::string const problem = image_problem(kernel, call.arch); !problem.empty()) return problem;
+  for (BackwardKernelId const& kernel : kernels_of(config, features_of(call), call.options.sink != nullptr)) {
+    if (image_source(kernel, call.arch) == ImageSource::none) return image_problem(kernel, call.arch);
   }
   return "a first call would wait for its compilation; FLASHCUTE_JIT=fastest takes it";
 }

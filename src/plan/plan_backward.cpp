@@ -46,9 +46,9 @@ BackwardConfig default_config_of(BackwardTensors const& t, Arch arch, std::strin
 }
 
 /// Whether the launches of a configuration find their images, at least in `source`.
-bool has_images(BackwardConfig const& config, Features const& features, Arch arch, ImageSource source) {
-  for (BackwardKernelId const& kernel : kernels_of(config, features, false)) {
-    if (image_source(kernel, arch) < source) return false;
+bool has_images(BackwardConfig const& config, Call const& call, ImageSource source) {
+  for (BackwardKernelId const& kernel : kernels_of(config, features_of(call), call.options.sink != nullptr)) {
+    if (image_source(kernel, call.arch) < source) return false;
   }
   return true;
 }
@@ -169,11 +169,10 @@ BackwardConfig choose_backward_config(Call const& call, std::span<Operand const>
   if (candidates.size() == 1) return fastest;
   // As the forward (choose.hpp): a first call does not wait for a compiler, if other kernels are there.
   auto const first_from = [&](ImageSource source) {
-    return std::find_if(candidates.begin(), candidates.end(), [&](BackwardConfig const& config) {
-      return has_images(config, features_of(call), call.arch, source);
-    });
+    return std::find_if(candidates.begin(), candidates.end(),
+                        [&](BackwardConfig const& config) { return has_images(config, call, source); });
   };
-  if (has_images(fastest, features_of(call), call.arch, ImageSource::disk_cache)) return fastest;
+  if (has_images(fastest, call, ImageSource::disk_cache)) return fastest;
   auto chosen = jit_mode() == JitMode::on ? first_from(ImageSource::disk_cache) : candidates.end();
   if (chosen == candidates.end()) chosen = first_from(ImageSource::compiler);
   return chosen == candidates.end() ? fastest : *chosen;
