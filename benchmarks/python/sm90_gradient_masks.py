@@ -5,12 +5,14 @@ that do not exist and in every other packed sequence. Then medians in millisecon
 calls taking turns in one process, as CUDA graphs. The table comes last; the exit code is 1 if anything was wrong.
 
 usage: python benchmarks/python/sm90_gradient_masks.py --prebuild     # compiles all kernels; needs no GPU
-       python benchmarks/python/sm90_gradient_masks.py [--no-maps] [--no-check | --no-times] [--out LINES.jsonl]
+       python benchmarks/python/sm90_gradient_masks.py [--no-maps] [--no-check | --no-times]
+           [--commit COMMIT --out LINES.jsonl]
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import statistics
 import sys
@@ -287,6 +289,14 @@ def check_maps() -> Iterator[float]:
             yield check_batch("random map", d, shape, variant, shown)
 
 
+CHECKS = {
+    "windows": check_windows,
+    "lengths and sinks": check_lengths,
+    "packed": check_packed,
+    "maps": check_maps,
+}
+
+
 # ---- times ---------------------------------------------------------------------------------------
 
 
@@ -365,51 +375,80 @@ def problems(d: int, maps: bool) -> Iterator[dict[str, torch.cuda.CUDAGraph]]:
     yield graphs
 
 
+def timed(maps: bool) -> Iterator[dict[str, Any]]:
+    """A line for each case, of what is timed together."""
+    for d in WIDTHS:
+        for group, graphs in enumerate(problems(d, maps)):
+            found = medians(graphs)
+            for name in (x.removesuffix(" sm90") for x in found if x.endswith(" sm90")):
+                milliseconds = {f"ms_{x}": round(found[f"{name} {x}"], 4) for x in ("sm90", "sm80")}
+                yield {"head_dim": d, "group": group, "case": name, **milliseconds}
+
+
+def print_table(times: list[dict[str, Any]]) -> None:
+    print(f"{'d':>4} {'case':40} {'sm90 ms':>9} {'sm80 ms':>9} {'over sm80':>9} {'of first':>9}")
+    first: dict[tuple[int, int], float] = {}
+    for x in times:
+        base = first.setdefault((x["head_dim"], x["group"]), x["ms_sm90"])
+        print(
+            f"{x['head_dim']:4} {x['case']:40} {x['ms_sm90']:9.3f} {x['ms_sm80']:9.3f} "
+            f"{x['ms_sm80'] / x['ms_sm90']:9.2f} {base / x['ms_sm90']:9.3f}"
+        )
+
+
+def origin(commit: str) -> dict[str, Any]:
+    major, minor = torch.cuda.get_device_capability()
+    return {
+        "schema": 2,
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+        "device": f"{torch.cuda.get_device_name()}, sm_{major}{minor}",
+        "cuda": torch.version.cuda,
+        "library": f"torch {torch.__version__}",
+        "dtype": "bfloat16",
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     parser.add_argument("--prebuild", action="store_true")
     parser.add_argument("--no-maps", action="store_true")
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--no-times", action="store_true")
+    parser.add_argument("--commit", help="of the library, for the lines")
     parser.add_argument("--out", type=Path, help="file to which JSON lines are added")
     arguments = parser.parse_args()
+    maps = not arguments.no_maps
     if arguments.prebuild:
-        return prebuild(not arguments.no_maps)
+        return prebuild(maps)
+    if arguments.out and not arguments.commit:
+        parser.error("--out needs --commit")
 
     start = time.time()
     torch.manual_seed(int(start))
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    checks = {"windows": check_windows, "lengths and sinks": check_lengths, "packed": check_packed}
-    if not arguments.no_maps:
-        checks["maps"] = check_maps
-    for name, check in checks.items() if not arguments.no_check else ():
-        worst = max(check())
+    lines: list[dict[str, Any]] = []
+    for name, check in CHECKS.items() if not arguments.no_check else ():
+        if name == "maps" and not maps:
+            continue
+        errors = list(check())
+        lines.append(
+            {"kind": "gradient_masks_error", "checks": name, "cases": len(errors), "rel_l2": max(errors)}
+        )  # fmt: skip
         print(
-            f"{name}: relative errors up to {worst:.1e}  [{time.time() - start:.0f} s]", flush=True
+            f"{name}: {len(errors)} cases, relative errors up to {max(errors):.1e}  "
+            f"[{time.time() - start:.0f} s]",
+            flush=True,
         )
-
-    table = []
-    for d in WIDTHS if not arguments.no_times else ():
-        for graphs in problems(d, not arguments.no_maps):
-            found = medians(graphs)
-            names = [name.removesuffix(" sm90") for name in found if name.endswith(" sm90")]
-            for name in names:
-                ours, other = found[f"{name} sm90"], found[f"{name} sm80"]
-                table.append(
-                    {"d": d, "case": name, "sm90_ms": ours, "sm80_ms": other, "over_sm80": other / ours,
-                     "of_first": found[f"{names[0]} sm90"] / ours}
-                )  # fmt: skip
+    times = list(timed(maps)) if not arguments.no_times else []
     print(f"\n{wrong} wrong  [{time.time() - start:.0f} s]")
-    print(f"{'d':>4} {'case':40} {'sm90 ms':>9} {'sm80 ms':>9} {'over sm80':>9} {'of first':>9}")
-    for row in table:
-        print(
-            f"{row['d']:4} {row['case']:40} {row['sm90_ms']:9.3f} {row['sm80_ms']:9.3f} "
-            f"{row['over_sm80']:9.2f} {row['of_first']:9.3f}"
-        )
+    print_table(times)
+    lines += [{"kind": "gradient_masks", "rounds": ROUNDS, "calls": CALLS, **x} for x in times]
     if arguments.out:
-        with arguments.out.open("a") as lines:
-            for row in table:
-                lines.write(json.dumps({"gpu": torch.cuda.get_device_name(), **row}) + "\n")
+        head = origin(arguments.commit)
+        with arguments.out.open("a") as out:
+            for line in lines:
+                out.write(json.dumps({"kind": line["kind"], **head, **line}) + "\n")
     sys.exit(wrong > 0)
 
 

@@ -110,7 +110,7 @@ inline bool has_prefix(CallOptions const& options) { return options.prefix || op
 
 /// How the gradients of a call are computed, and why.
 struct BackwardExplanation {
-  std::string backend;  // "sm80" or "cpu"; empty if no backend can compute them
+  std::string backend;  // "sm90", "sm80" or "cpu"; empty if no backend can compute them
   std::optional<BackwardConfig> config;
   // Each kernel (its entry point, or the CPU's instruction set) in the order of launches, and where it comes from.
   std::vector<std::pair<std::string, std::string>> kernels;

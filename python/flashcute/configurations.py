@@ -38,7 +38,8 @@ def default_backward_config(
     deterministic: bool | None = None,
 ) -> BackwardConfig:
     """The configuration that gradients of `flash_attention` take for a head dimension on `arch` ("cpu", "sm_90",
-    ...), under full and causal masks, if addresses and strides are multiples of 16 bytes.
+    ...), if addresses and strides are multiples of 16 bytes. On "sm_90" those that are deterministic, or of head
+    dimensions above 128, are so under full and causal masks alone.
 
     arch: default the architecture of GPU 0 or, where there is no GPU, "cpu".
     head_dim_v: the head dimension of v, if it differs.

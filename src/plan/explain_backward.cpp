@@ -26,7 +26,6 @@ std::string why_not_default(BackwardConfig const& other, Call const& call, std::
     if (other.kernel == Kernel::sm90) {
       std::string const problem = sm90_backward_problem(call, copied, other);
       if (!problem.empty()) return problem;
-      if (!sm90_is_default(call.mask())) return sm90_is_no_default;
     } else {
       for (Operand const* tensor : {&call.q, &call.k, &call.v}) require_aligned(*tensor, other.copy_bytes);
     }
@@ -39,8 +38,8 @@ std::string why_not_default(BackwardConfig const& other, Call const& call, std::
 
 /// Why a configuration that serves the call is not taken for want of images.
 std::string why_no_images(BackwardConfig const& config, Call const& call) {
-  for (BackwardKernelId const& kernel : kernels_of(config, features_of(call), false)) {
-    if (std::string const problem = image_problem(kernel, call.arch); !problem.empty()) return problem;
+  for (BackwardKernelId const& kernel : kernels_of(config, features_of(call), call.options.sink != nullptr)) {
+    if (image_source(kernel, call.arch) == ImageSource::none) return image_problem(kernel, call.arch);
   }
   return "a first call would wait for its compilation; FLASHCUTE_JIT=fastest takes it";
 }
@@ -60,7 +59,6 @@ std::string why_not_sm90(Call const& call, std::span<Operand const> copied) {
   BackwardConfig const best = default_with_sm90(call);
   if (std::string const problem = sm90_backward_problem(call, copied, best); !problem.empty()) return problem;
   if (best.kernel != Kernel::sm90) return "it computes gradients of float16 and bfloat16";
-  if (!sm90_is_default(call.mask())) return sm90_is_no_default;
   return why_no_images(best, call);
 }
 

@@ -46,9 +46,9 @@ BackwardConfig default_config_of(BackwardTensors const& t, Arch arch, std::strin
 }
 
 /// Whether the launches of a configuration find their images, at least in `source`.
-bool has_images(BackwardConfig const& config, Features const& features, Arch arch, ImageSource source) {
-  for (BackwardKernelId const& kernel : kernels_of(config, features, false)) {
-    if (image_source(kernel, arch) < source) return false;
+bool has_images(BackwardConfig const& config, Call const& call, ImageSource source) {
+  for (BackwardKernelId const& kernel : kernels_of(config, features_of(call), call.options.sink != nullptr)) {
+    if (image_source(kernel, call.arch) < source) return false;
   }
   return true;
 }
@@ -150,7 +150,7 @@ BackwardConfig choose_backward_config(Call const& call, std::span<Operand const>
                     .head_dim_v = call.params.head_dim_v,
                     .alignment = call.on_gpu() ? common_alignment(copied, misaligned) : 16,
                     .deterministic = call.options.deterministic,
-                    .allow_sm90 = call.arch == 90 && sm90_is_default(call.mask())};
+                    .allow_sm90 = call.arch == 90};
   if (t.allow_sm90) {
     t.allow_sm90 = sm90_backward_problem(call, copied, default_backward_config(t, call.arch)).empty();
   }
@@ -169,11 +169,10 @@ BackwardConfig choose_backward_config(Call const& call, std::span<Operand const>
   if (candidates.size() == 1) return fastest;
   // As the forward (choose.hpp): a first call does not wait for a compiler, if other kernels are there.
   auto const first_from = [&](ImageSource source) {
-    return std::find_if(candidates.begin(), candidates.end(), [&](BackwardConfig const& config) {
-      return has_images(config, features_of(call), call.arch, source);
-    });
+    return std::find_if(candidates.begin(), candidates.end(),
+                        [&](BackwardConfig const& config) { return has_images(config, call, source); });
   };
-  if (has_images(fastest, features_of(call), call.arch, ImageSource::disk_cache)) return fastest;
+  if (has_images(fastest, call, ImageSource::disk_cache)) return fastest;
   auto chosen = jit_mode() == JitMode::on ? first_from(ImageSource::disk_cache) : candidates.end();
   if (chosen == candidates.end()) chosen = first_from(ImageSource::compiler);
   return chosen == candidates.end() ? fastest : *chosen;
@@ -218,8 +217,10 @@ int64_t backward_workspace_size(std::optional<BackwardConfig> const& config, Ten
                     .deterministic = options.deterministic};
   int64_t most = 0;
   for (bool const allow_sm90 : {false, true}) {
-    t.allow_sm90 = allow_sm90 && (!is_packed(options) || sm90_is_default(MaskKind::band));
-    most = max_of(most, checked_workspace_of(default_config_of(t, arch, "q: "), nq, options).total());
+    t.allow_sm90 = allow_sm90;
+    BackwardConfig const possible = default_config_of(t, arch, "q: ");
+    if (is_packed(options) && !serves(possible, MaskKind::band)) continue;
+    most = max_of(most, checked_workspace_of(possible, nq, options).total());
   }
   return most;
 }

@@ -39,9 +39,6 @@ BackwardPlan plan_backward(std::optional<BackwardConfig> const& config, Call con
 inline constexpr char const* gradients_of_sm90 =
     "Hopper's kernels compute gradients that are deterministic, or of head dimensions above 128, of full and causal "
     "masks only";
-inline constexpr char const* sm90_is_no_default =
-    "it computes gradients under this mask, but is not the default there: it was not yet timed. A BackwardConfig with "
-    "kernel='sm90' takes it";
 
 /// Why Hopper's kernels of a configuration do not compute the gradients of a call with these tensors; empty if they do.
 std::string sm90_backward_problem(Call const& call, std::span<Operand const> copied, BackwardConfig const& config);

@@ -103,6 +103,13 @@ VARIANT = (
 )  # fmt: skip
 
 
+def same_bits_under_any_mask(head_dim: int, dtype: str, arch: str | int) -> fc.BackwardConfig:
+    """Of gradients with the same bits in every run. Hopper's own would be refused beside windows, lengths, sinks and
+    maps."""
+    other = "sm_100" if arch == 90 else arch
+    return fc.default_backward_config(head_dim, dtype, other, deterministic=True)
+
+
 def with_variant(**options: Any) -> dict[str, Any]:
     """The keywords of flash_attention as those of forward and backward, which take some of them as one value."""
     said = {name: options.pop(name) for name in VARIANT if name in options}

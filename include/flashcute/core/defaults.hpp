@@ -246,14 +246,10 @@ struct BackwardTensors {
   int32_t head_dim, head_dim_v;
   int32_t alignment = 16;  // in bytes, of addresses, strides and rows: 16, 8, 4 or 2
   bool deterministic = false;
-  // Hopper's kernels may be chosen: TMA can follow the strides, and they are the default under the mask.
+  // Hopper's kernels may be chosen: TMA can follow the strides, and they serve the mask.
   bool allow_sm90 = false;
   bool any_width = true;  // so may their tiles for head dimensions that are no power of two
 };
-
-/// Whether Hopper's gradients are the default under a mask. Those of other masks were not yet timed on a GPU: a
-/// configuration with kernel = sm90 takes them.
-constexpr bool sm90_is_default(MaskKind mask) { return mask == MaskKind::full || mask == MaskKind::causal; }
 
 /// Whether Hopper's kernels may compute the gradients. (Whether they have a tile is another question.)
 constexpr bool sm90_serves(BackwardTensors const& t, Arch arch) {

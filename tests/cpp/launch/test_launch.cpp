@@ -479,9 +479,10 @@ TEST_F(ExplainCall, TellsOfTheGradientsThatRun) {
     EXPECT_TRUE(contains(e.reasons[1], deterministic ? "in a fixed order" : "last bits differ from run to run"));
     EXPECT_EQ(is_rejected(e, "deterministic=False", "faster"), deterministic);
   }
-  options.window_left = 8;  // under which the mma.sync kernels run
+  options.window_left = 8;  // under which bits that are the same in every run are those of the mma.sync kernels
   BackwardExplanation const two_passes = gradients_of(t, options);
   EXPECT_EQ(two_passes.backend, "sm80");
+  EXPECT_TRUE(is_rejected(two_passes, "sm90", "of full and causal masks only"));
   EXPECT_TRUE(contains(two_passes.kernels.at(0).second, "run-time compilation, once"));
   EXPECT_TRUE(contains(two_passes.notes.at(0), "2 of 2 kernels")) << "a first call that waits for a compiler";
   EXPECT_EQ(driver_->loads, 0);
@@ -641,7 +642,7 @@ class LaunchBackward : public FakeGpuAndCompiler {
   }
 
   /// The names of a configuration's kernels for these passes.
-  static std::vector<std::string> names(BackwardConfig const& config, std::initializer_list<BackwardPass> passes,
+  static std::vector<std::string> names(BackwardConfig const& config, std::vector<BackwardPass> const& passes,
                                         MaskKind mask = MaskKind::full) {
     std::vector<std::string> all;
     for (BackwardPass const pass : passes) all.emplace_back(name(kernel_of(config, pass, {mask})).text);
@@ -742,26 +743,36 @@ TEST_F(LaunchBackward, HoppersGradientsOfWideHeads) {
   EXPECT_EQ(threads, (std::vector<unsigned>{384, 384}));
 }
 
-// Guards against Hopper's kernels under a mask for which they are not the default, and against those of another mask.
+// Guards against the slower kernels under a window, and against those of another mask.
 TEST_F(LaunchBackward, HoppersGradientsOfAWindow) {
   BackwardCall call({1, 256, 2, 64}, {1, 256, 2, 64}, DType::bfloat16, 2);
   call.options.window_left = call.options.window_right = 8;
   call.run();
-  EXPECT_EQ(driver_->tensor_maps.size(), 0u);
-  driver_->launches.clear();
   BackwardConfig const config = default_backward_config(DType::bfloat16, 64, 90);
   ASSERT_EQ(config.kernel, Kernel::sm90);
-  call.run(config);
   using enum BackwardPass;
   EXPECT_EQ(launched(), names(config, {prepare, gradients, finish}, MaskKind::band));
   EXPECT_EQ(driver_->tensor_maps.size(), 4u);
-  driver_->launches.clear();
-  for (BackwardConfig const& other : {default_backward_config(DType::bfloat16, 64, 90, {}, true),
-                                      default_backward_config(DType::bfloat16, 256, 90)}) {
-    ASSERT_EQ(other.kernel, Kernel::sm90);
-    EXPECT_THROW(call.run(other), ConfigError) << name(other).text;
+}
+
+// Guards against kernels that know no window, taken because they are the default without one.
+TEST_F(LaunchBackward, WhereHoppersGradientsServeNoWindowTheOthersRun) {
+  for (auto const& [head_dim, deterministic] : {std::pair{64, true}, {256, false}, {256, true}}) {
+    BackwardCall call({1, 256, 2, head_dim}, {1, 256, 2, head_dim}, DType::bfloat16, 2);
+    call.options.window_left = call.options.window_right = 8;
+    call.options.deterministic = deterministic;
+    BackwardConfig const hoppers = default_backward_config(DType::bfloat16, head_dim, 90, {}, deterministic);
+    ASSERT_EQ(hoppers.kernel, Kernel::sm90);
+    EXPECT_THROW(call.run(hoppers), ConfigError) << name(hoppers).text;
+    EXPECT_TRUE(driver_->launches.empty());
+    call.run();
+    BackwardConfig const config = default_backward_config(DType::bfloat16, head_dim, 100, {}, deterministic);
+    ASSERT_EQ(config.kernel, Kernel::sm80);
+    BackwardPasses const passes = passes_of(config);
+    EXPECT_EQ(launched(), names(config, {passes.begin(), passes.end()}, MaskKind::band));
+    driver_->launches.clear();
   }
-  EXPECT_TRUE(driver_->launches.empty());
+  EXPECT_TRUE(driver_->tensor_maps.empty());
 }
 
 TEST_F(LaunchBackward, IsDeterministicInTwoPasses) {
@@ -916,6 +927,32 @@ TEST_F(PlanBackwardOnGpu, TheWorkspaceIsThatOfTheConfigurationThatRuns) {
           }
         }
       }
+    }
+  }
+}
+
+// The same of packed sequences, whose sums lie in other places; and against the memory of kernels that cannot run.
+TEST_F(PlanBackwardOnGpu, TheWorkspaceOfPackedSequencesIsThatOfKernelsThatServeThem) {
+  for (int64_t const head_dim : {64, 128, 192, 256}) {
+    for (bool const deterministic : {false, true}) {
+      BackwardCall call({1, 1000, 4, head_dim}, {1, 1000, 2, head_dim}, DType::bfloat16, hopper);
+      TensorView starts = call.place(12, {1, 1, 1, 3}, DType::float32);
+      starts.dtype = ElementType::int32;
+      starts.rank = 1;
+      starts.shape = {3};
+      starts.strides = {1};
+      for (TensorView* t : {&call.q, &call.k, &call.v}) {
+        std::shift_left(t->shape.begin(), t->shape.end(), 1);
+        std::shift_left(t->strides.begin(), t->strides.end(), 1);
+        t->rank = 3;
+      }
+      call.options.cu_seqlens_q = &starts;
+      call.options.deterministic = deterministic;
+      BackwardConfig const config = backward_config_for(call.q, call.k, call.v, {}, call.options);
+      EXPECT_EQ(config.kernel, head_dim <= 128 && !deterministic ? Kernel::sm90 : Kernel::sm80);
+      EXPECT_EQ(backward_workspace_size({}, call.q, call.v, call.options),
+                workspace_of(config, 4, 1000, Packing::slots(1000, 2, config.block_m)).total())
+          << name(config).text;
     }
   }
 }

@@ -2,6 +2,7 @@
 // compiler.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <string>
 #include <string_view>
 
@@ -239,6 +240,35 @@ TEST_F(Choice, AWiderTileIsTakenWhereTheExactOneHasNoImage) {
   auto const [config, e] = of(96, 96);
   EXPECT_EQ(config.kernel, Kernel::sm80);
   EXPECT_EQ(e.notes.size(), 1u) << "one note about Hopper's kernel, not one for each of its tiles";
+}
+
+// Guards against gradients that fail, or wait, for the image of one more kernel, that of a sink's gradient.
+TEST_F(Choice, ASinkNeedsAnImageOfItsOwn) {
+  fake_images() = {"80 90", "_sm90_"};
+  TensorView const t = tensor({2, 64, 2, 64}, hopper);
+  BackwardConfig const hoppers = default_backward_config(DType::bfloat16, 64, 90);
+  ASSERT_EQ(hoppers.kernel, Kernel::sm90);
+  Features const band{.mask = MaskKind::band};
+  for (BackwardPass const pass : passes_of(hoppers)) jit_image(code_of(kernel_of(hoppers, pass, band), 90), 90);
+  CallOptions window, with_sink;
+  window.window_left = 8;
+  TensorView sink = tensor({1, 1, 1, 2}, hopper);
+  sink.rank = 1;
+  sink.shape = {2};
+  sink.strides = {1};
+  with_sink.sink = &sink;
+  with_sink.gradients_follow = true;
+  auto const kernel_of_call = [&](CallOptions const& options) {
+    return backward_config_for(t, t, t, {}, options).kernel;
+  };
+  EXPECT_EQ(kernel_of_call(window), Kernel::sm90);
+  EXPECT_EQ(kernel_of_call(with_sink), Kernel::sm80);
+  BackwardExplanation const e = explain(std::nullopt, t, t, t, with_sink).gradients.value();
+  EXPECT_TRUE(std::ranges::any_of(e.rejected, [](auto const& pair) {
+    return pair.first == "sm90" && contains(pair.second, "would wait for its compilation");
+  }));
+  prebuild(hoppers, 90, {&band, 1});
+  EXPECT_EQ(kernel_of_call(with_sink), Kernel::sm90);
 }
 
 // Guards against another configuration, and its error, where none has an image.

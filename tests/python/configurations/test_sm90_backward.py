@@ -205,7 +205,7 @@ def int32(numbers: list[int]) -> torch.Tensor:
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("d", NARROW)
 @pytest.mark.parametrize(
     ("left", "right", "offset"), [(7, 0, 0), (200, 7, -130), (5, 333, 40), (0, 127, 0), (900, 0, 1)]
 )
@@ -222,7 +222,7 @@ def test_backward_window(d: int, left: int, right: int, offset: int) -> None:
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("d", NARROW)
 @pytest.mark.parametrize("causal", [False, True])
 def test_backward_lengths_and_sink(d: int, causal: bool) -> None:
     """Rows that do not exist hold NaN: their gradients are 0, and no product brings NaN from them."""
@@ -258,7 +258,7 @@ def test_backward_lengths_and_sink(d: int, causal: bool) -> None:
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("d", NARROW)
 @pytest.mark.parametrize("causal", [False, True])
 def test_backward_packed(d: int, causal: bool) -> None:
     """Every other sequence, and all that belongs to none, is NaN: boxes of TMA hold rows of both."""
@@ -281,7 +281,7 @@ def test_backward_packed(d: int, causal: bool) -> None:
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("d", NARROW)
 def test_backward_block_mask(d: int) -> None:
     """Cells that are empty, whole and partial, of one map for each head, two of which share a tile of keys."""
     q, dout = normal(2, 700, 4, d), normal(2, 700, 4, d)
@@ -354,17 +354,27 @@ def test_backward_in_a_graph(deterministic: bool) -> None:
 @on_hopper
 def test_backward_chooses() -> None:
     """What Hopper's kernels do not serve takes the others, and explain says why."""
-    q, k, v = (torch.randn(1, 256, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = (normal(1, 256, 2, 128) for _ in range(3))
+    wide = normal(1, 256, 2, 256)
 
-    def told(*arrays: torch.Tensor, **options: Any) -> Any:
-        return fc.explain(*arrays, gradients=True, deterministic=False, **options).gradients
+    def told(*arrays: torch.Tensor, deterministic: bool = False, **options: Any) -> Any:
+        return fc.explain(*arrays, gradients=True, deterministic=deterministic, **options).gradients
 
-    assert told(q, k, v, causal=True).config.kernel == "sm90"
-    assert fc.explain(q, k, v, gradients=True, deterministic=True).gradients.config.kernel == "sm90"
-    for masks in ({"window": (8, 8)}, {"seqlens_k": int32([200])}, {"documents": int32([0] * 256)}):
-        other = told(q, k, v, **masks)
-        assert other.config.kernel == "sm80"
-        assert any(what == "sm90" and "not yet timed" in why for what, why in other.rejected)
+    for deterministic in (False, True):
+        assert told(q, k, v, causal=True, deterministic=deterministic).config.kernel == "sm90"
+    for masks in (
+        {"window": (8, 8)},
+        {"seqlens_k": int32([200])},
+        {"sink": torch.zeros(2, device="cuda")},
+        {"block_mask": fc.BlockMask.from_documents(int32([0] * 200 + [1] * 56)[None])},
+    ):
+        assert told(q, k, v, **masks).config.kernel == "sm90"
+        for other in (told(q, k, v, deterministic=True, **masks), told(wide, wide, wide, **masks)):
+            assert other.config.kernel == "sm80"
+            assert any(
+                what == "sm90" and "full and causal masks only" in why
+                for what, why in other.rejected
+            )
     odd = torch.randn(1, 256, 2, 132, device="cuda", dtype=torch.bfloat16)[..., :128]
     other = told(odd, k, v)
     assert other.config.kernel == "sm80"

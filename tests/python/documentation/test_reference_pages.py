@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import flashcute as fc
+import numpy as np
 import pytest
 from flashcute.__main__ import command_parser
 from optional_torch import needs_torch
@@ -237,6 +238,7 @@ def test_arguments_of_the_quick_reference_are_all_of_them() -> None:
 # ---- what is compiled ahead of time ----------------------------------------------------------------
 
 WINDOW = fc.Variant(window=(5, 0))
+MAP = fc.Variant(block_mask=fc.BlockMask.from_dense(np.ones((1, 1), bool)))
 
 
 def forward(dtype: str, head_dim: int = 128, **options: Any) -> fc.ForwardConfig:
@@ -253,11 +255,13 @@ AHEAD_OF_TIME: dict[str, list[tuple[Any, str, fc.Variant | None]]] = {
     ],
     "float32: full and causal, forward": [(forward("float32"), "sm_80", None)],
     "bfloat16: windows, prefixes, lengths, packed sequences, sinks, masks by element; forward and gradients": [
-        (make("bfloat16"), "sm_80", WINDOW) for make in (forward, backward)
+        *((make("bfloat16"), "sm_80", mask) for make in (forward, backward) for mask in (WINDOW, MAP)),
+        *((backward("bfloat16", "sm_90", d), "sm_90", mask) for d in (64, 128) for mask in (WINDOW, MAP)),
     ],
     "the same of float16 and float32": [
         (forward("float16"), "sm_80", WINDOW),
         (forward("float32"), "sm_80", WINDOW),
+        (backward("float16", "sm_90"), "sm_90", WINDOW),
     ],
     "gradients of float32": [(backward("float32"), "sm_80", None)],
     "deterministic gradients on Hopper: full and causal, bfloat16; float16 above head dimension 192": [
