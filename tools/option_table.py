@@ -117,6 +117,7 @@ def gradients_base(head_dim: int, _: str) -> BackwardConfig:
 def gradients_changes(_: BackwardConfig) -> list[dict[str, Any]]:
     return [
         {"late_dq": False},
+        {"early_reads": True},
         {"deterministic": True},
         *({"stages": n} for n in (1, 2)),
         *({"dout_stages": n} for n in (1, 3)),

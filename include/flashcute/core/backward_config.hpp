@@ -27,6 +27,7 @@ struct BackwardConfig {
   int32_t k_tiles_per_load = 0;
   bool mma_double_buffer = true;
   bool late_dq = true;         // sm90: a block's part of dQ is multiplied in the iteration after it
+  bool early_reads = false;    // sm90: LSE and delta are read into registers before the products they wait behind
   bool deterministic = false;  // the same bits in every run: sm80 by two passes without atomics, sm90 by additions in
                                // a fixed order; on the CPU always so
 
@@ -55,6 +56,7 @@ struct BackwardConfig {
     visit(Option{"k_tiles_per_load", sm80, "k"}, &C::k_tiles_per_load);
     visit(Option{"mma_double_buffer", sm80, "single"}, &C::mma_double_buffer);
     visit(Option{"late_dq", sm90, "promptdq"}, &C::late_dq);
+    visit(Option{"early_reads", sm90, "earlyreads"}, &C::early_reads);
     visit(Option{"deterministic", all, "deterministic"}, &C::deterministic);
   }
 };
@@ -236,6 +238,7 @@ constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads,
        "128")                                                                                                        \
   RULE(sm90_deterministic, "kernel = sm90 is always deterministic with head_dim above 128: it must be true")         \
   RULE(sm90_late_dq, "kernel = sm90 reads late_dq with head_dim up to 128 only: it must have its default value")     \
+  RULE(sm90_early_reads, "kernel = sm90 reads early_reads with head_dim 128 only: it must be false with others")     \
   RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")
 
 enum class BackwardConfigError : uint8_t {
@@ -306,6 +309,7 @@ constexpr BackwardConfigError check_sm90(BackwardConfig const& c, Arch arch) {
   if (c.stages < (wide ? 2 : 1) || c.stages > 4 || c.dout_stages < 1 || c.dout_stages > 4) return sm90_stages;
   if (wide && !c.deterministic) return sm90_deterministic;
   if (wide && !c.late_dq) return sm90_late_dq;
+  if (c.early_reads && c.head_dim != 128) return sm90_early_reads;
   return most_smem_bytes(c) > max_smem_bytes(arch) ? smem : none;
 }
 

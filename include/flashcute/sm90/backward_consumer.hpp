@@ -7,6 +7,9 @@
 // The products are asynchronous. `late_dq`: dQ of a block needs dS of both warpgroups. It is multiplied one iteration
 // later, when the other's dS has long been there: so the two never wait for each other, and one computes exponentials
 // while the other multiplies.
+//
+// `early_reads`: instructions that read shared memory and products pass through one queue of a scheduler, in order. What
+// is read once products were begun waits until the tensor cores have taken these, so it is read before.
 #pragma once
 
 #include "flashcute/sm90/backward_gemm.hpp"
@@ -28,6 +31,9 @@ class GradientConsumer {
   using Scores = decltype(L::template accumulator<typename L::BlockM>());
   using Sums = decltype(L::template accumulator<typename L::HeadDim>());
   using Seeing = SeeingQueries<L, Mask>;
+  /// Beside the bits of a map there are no registers for them.
+  static constexpr bool reads_statistics_early = C.early_reads && !Seeing::in_memory;
+  using Statistics = std_::conditional_t<reads_statistics_early, StatisticsInRegisters<L>, StatisticsInMemory<L>>;
   using Dq = decltype(L::template accumulator<typename L::DqColumns>());
 
  public:
@@ -54,19 +60,23 @@ class GradientConsumer {
   FLASHCUTE_DEVICE bool add_block() {
     Scores s, dp;
     barrier_wait(smem_.q_full[q_.place], q_.parity);
+    AnnouncedQueries const& block = smem_.blocks[q_.place];
+    bool const partial_early = C.early_reads && block.partial, last_early = C.early_reads && block.last;
+    Statistics const lse(smem_.lse[q_.place]);
     P::template begin_scores<C.stages>(s, own(smem_.k), {smem_.q[0], q_.place});
     barrier_wait(smem_.v_full, 0);  // of the first block; later it passes at once
     barrier_wait(smem_.dout_full[dout_.place], dout_.parity);
     P::template begin_scores<C.dout_stages>(dp, own(smem_.v), {smem_.dout[0], dout_.place});
-    AnnouncedQueries const& block = smem_.blocks[q_.place];
-    bool const partial = uniform(block.partial), last = uniform(block.last);
+    bool const partial = uniform(C.early_reads ? partial_early : block.partial);
+    bool const last = uniform(C.early_reads ? last_early : block.last);
     Seeing seeing;
     if (Seeing::in_memory && partial) seeing.load(block, first_key(), tile_.sequence(p_.forward, block.head));
     finish_products<1>(s);
-    to_probabilities<L>(s, smem_.lse[q_.place], p_.forward.scale_log2);
+    to_probabilities<L>(s, lse, p_.forward.scale_log2);
     if (partial) hide(s, block, seeing);
+    Statistics const delta(smem_.delta[dout_.place]);
     finish_products<0>(dp);
-    to_score_gradients<L>(dp, s, smem_.delta[dout_.place]);
+    to_score_gradients<L>(dp, s, delta);
     if (partial) hide(dp, block, seeing);
     // P is rounded after dS, which takes it in fp32: rounded before, both would be in registers at once.
     auto ds = convert<Element>(dp);

@@ -150,7 +150,7 @@ class DvConsumer : KeysConsumer<Id> {
     AnnouncedQueries const& block = smem_.blocks[q_.place];
     bool const partial = uniform(block.partial), last = uniform(block.last);
     finish_products<1>(s);
-    to_probabilities<L>(s, smem_.lse[q_.place], p_.forward.scale_log2);
+    to_probabilities<L>(s, StatisticsInMemory<L>(smem_.lse[q_.place]), p_.forward.scale_log2);
     if (partial) Base::hide(s, block);
     barrier_wait(smem_.p_empty[passed_.place], passed_.parity ^ 1);
     pass_on(s);
@@ -225,7 +225,7 @@ class DkConsumer : KeysConsumer<Id> {
     take(p);
     Base::arrive(smem_.p_empty[passed_.place]);
     finish_products<0>(dp);
-    to_score_gradients<L>(dp, p, smem_.delta[dout_.place]);
+    to_score_gradients<L>(dp, p, StatisticsInMemory<L>(smem_.delta[dout_.place]));
     Base::arrive(smem_.dout_empty[dout_.place]);
     if (partial) Base::hide(dp, block);
     weights_ = convert<Element>(dp);

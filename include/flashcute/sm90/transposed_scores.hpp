@@ -8,28 +8,58 @@
 
 namespace flashcute::sm90 {
 
-/// S^T becomes P^T, in place. `of_queries`: the base-2 LSE of the block's queries, in shared memory.
-template <class L, class Scores>
-FLASHCUTE_DEVICE void to_probabilities(Scores& scores, float const* of_queries, float const& scale_log2) {
+/// The LSE or delta of the thread's queries of a block, read from shared memory where they are used.
+template <class L>
+class StatisticsInMemory {
+ public:
+  /// `of_block`: of its first query.
+  FLASHCUTE_DEVICE explicit StatisticsInMemory(float const* of_block) : own_(of_block + L::first_column()) {}
+  FLASHCUTE_DEVICE float operator[](int j) const { return shared_load<float>(own_ + L::column_distance(j)); }
+
+ private:
+  float const* own_;
+};
+
+/// The same, read when they are made: a register for each column.
+template <class L>
+class StatisticsInRegisters {
+  static constexpr int columns = L::queries / 4;
+
+ public:
+  FLASHCUTE_DEVICE explicit StatisticsInRegisters(float const* of_block) {
+    float const* const own = of_block + L::first_column();
+    CUTE_UNROLL
+    for (int j = 0; j < columns; j += 2) {
+      auto const pair = shared_load<float2>(own + L::column_distance(j));
+      of_column_[j] = pair.x, of_column_[j + 1] = pair.y;
+    }
+  }
+  FLASHCUTE_DEVICE float operator[](int j) const { return of_column_[j]; }
+
+ private:
+  float of_column_[columns];
+};
+
+/// S^T becomes P^T, in place. `lse`: to base 2.
+template <class L, class Scores, class Statistics>
+FLASHCUTE_DEVICE void to_probabilities(Scores& scores, Statistics const& lse, float const& scale_log2) {
   auto s = by_row_and_column(scores);  // (key, query)
-  float const* const lse = of_queries + L::first_column();
   CUTE_UNROLL
   for (int j = 0; j < cute::size<1>(s); ++j) {
-    float const of_query = shared_load<float>(lse + L::column_distance(j));
+    float const of_query = lse[j];
     CUTE_UNROLL
     for (int i = 0; i < L::rows_per_thread; ++i) s(i, j) = exp2_approx(s(i, j) * scale_log2 - of_query);
   }
 }
 
-/// dP^T becomes dS^T, in place. `of_queries`: their delta.
-template <class L, class Scores>
-FLASHCUTE_DEVICE void to_score_gradients(Scores& gradients, Scores const& probabilities, float const* of_queries) {
+/// dP^T becomes dS^T, in place.
+template <class L, class Scores, class Statistics>
+FLASHCUTE_DEVICE void to_score_gradients(Scores& gradients, Scores const& probabilities, Statistics const& delta) {
   auto ds = by_row_and_column(gradients);           // (key, query)
   auto const p = by_row_and_column(probabilities);  // (key, query)
-  float const* const delta = of_queries + L::first_column();
   CUTE_UNROLL
   for (int j = 0; j < cute::size<1>(ds); ++j) {
-    float const of_query = shared_load<float>(delta + L::column_distance(j));
+    float const of_query = delta[j];
     CUTE_UNROLL
     for (int i = 0; i < L::rows_per_thread; ++i) ds(i, j) = p(i, j) * (ds(i, j) - of_query);
   }

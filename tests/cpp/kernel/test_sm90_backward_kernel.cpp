@@ -280,6 +280,7 @@ TEST(Sm90BackwardKernel, Options) {
   check_options<with(wide, [](BackwardConfig& c) { c.stages = 2, c.dout_stages = 3; })>();
   check_options<with(wide, [](BackwardConfig& c) { c.late_dq = false; })>();
   check_options<with(narrow, [](BackwardConfig& c) { c.late_dq = false, c.stages = 2; })>();
+  check_options<with(wide, [](BackwardConfig& c) { c.early_reads = true; })>();
 }
 
 // The same of wide heads.

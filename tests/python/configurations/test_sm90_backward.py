@@ -53,6 +53,7 @@ def test_widths() -> None:
     [
         ({"deterministic": False}, "it must be true"),
         ({"late_dq": False}, "late_dq"),
+        ({"early_reads": True}, "early_reads with head_dim 128"),
         ({"stages": 1}, "stages above 1"),
         ({"stages": 3}, "shared memory"),
         ({"block_m": 64}, "block_m x block_n"),
@@ -85,6 +86,8 @@ def variants() -> list[fc.BackwardConfig]:
     return [
         *narrow,
         default(128).replace(stages=2, dout_stages=3),
+        default(128).replace(early_reads=True),
+        default(128).replace(early_reads=True, deterministic=True),
         default(256),
         default(256).replace(dout_stages=1),
         default(192),
