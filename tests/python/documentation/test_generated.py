@@ -95,6 +95,12 @@ def test_speed_up_is_their_time_over_ours(tmp_path: Path, monkeypatch: pytest.Mo
     lines.lines.cache_clear()
 
 
+def test_the_lowest_and_the_highest_are_of_what_a_row_shows() -> None:
+    """And not of a head dimension that has no column."""
+    found = {(1, 2, 2, 64, d, True): ratio for d, ratio in ((192, 0.5), (256, 1.25))}
+    assert performance.summary(performance.of_columns(found)) == ["-", "-", "1.25", "1.25", "1.25"]
+
+
 def test_a_group_that_is_none_is_an_error() -> None:
     """A block with a spelling mistake, which would become an empty table."""
     with pytest.raises(ValueError, match="no group of rows 'forwards'"):
