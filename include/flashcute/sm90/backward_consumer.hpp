@@ -28,7 +28,7 @@ class GradientConsumer {
   using Scores = decltype(L::template accumulator<typename L::BlockM>());
   using Sums = decltype(L::template accumulator<typename L::HeadDim>());
   using Seeing = SeeingQueries<L, Mask>;
-  using Dq = decltype(L::template accumulator<typename L::DqColumns>());
+  using Dq = decltype(L::template accumulator<typename L::DqWidth>());
 
  public:
   FLASHCUTE_DEVICE GradientConsumer(BackwardParams const& p, Storage& smem, Tile const& tile, int warpgroup)
@@ -179,7 +179,7 @@ class GradientConsumer {
 
   /// The warpgroup's keys of K or V.
   FLASHCUTE_DEVICE Element* own(Element* keys) const { return keys + warpgroup_ * (warpgroup_rows * L::page); }
-  /// dS as a left operand: its half of the queries, or all.
+  /// dS as an operand: its half of the queries, or all.
   FLASHCUTE_DEVICE InRing<Element> ds_ring(int place) const {
     return {smem_.ds[0] + (L::dq_by_rows ? warpgroup_ * (warpgroup_rows * L::page) : 0), place};
   }

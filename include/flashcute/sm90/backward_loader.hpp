@@ -141,6 +141,10 @@ class DqAdder {
       int const thread = i / 4 % warpgroup_size, word = i / (4 * warpgroup_size);
       int query = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
       int column = word * 8 + 2 * (thread % 4) + i % 2;
+      if constexpr (L::dq_transposed) {
+        int const row = query;
+        query = column, column = row;
+      }
       if (L::dq_by_rows) {
         query += warpgroup * warpgroup_rows;
       } else {
