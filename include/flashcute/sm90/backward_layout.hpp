@@ -37,6 +37,10 @@ struct BackwardLayout : WarpgroupFragment {
   static constexpr int dq_columns = dq_by_rows ? C.head_dim : C.head_dim / warpgroups;
   static_assert(!dq_transposed || dq_columns == warpgroup_rows);
   using DqWidth = cute::Int<dq_transposed ? C.block_m : dq_columns>;  // of its accumulator
+
+  // With 80 queries S, dP, dK and dV are 208 registers: 232 would not be enough for the rest.
+  static constexpr int serving_registers = dq_transposed ? 24 : sm90::serving_registers;
+  static constexpr int computing_registers = dq_transposed ? 240 : sm90::computing_registers;
   static constexpr int dq_floats = C.block_m * C.head_dim / warpgroups;
 
   // ---- operands of products, 16 of what is summed over in each step, as in ForwardLayout ----
