@@ -103,11 +103,10 @@ constexpr TileConfig tile_of(BackwardConfig const& c, BackwardPass pass) {
 }
 
 /// Whether a configuration's kernels compute gradients under a mask. Of Hopper's those that add dQ in any order do; an
-/// order, and passes of their own for wide heads, are there for the first two masks alone. The cells of a map come in
-/// 64 rows: blocks of others do not see them.
+/// order, passes of their own for wide heads, and blocks of 80 queries are there for the first two masks alone. (Blocks
+/// of 80 have no registers for a band, and the cells of a map come in 64 rows.)
 constexpr bool serves(BackwardConfig const& c, MaskKind mask) {
-  if (transposes_dq(c) && mask == MaskKind::mapped) return false;
-  bool const any = c.kernel == Kernel::sm80 || !(c.deterministic || splits_dq(c));
+  bool const any = c.kernel == Kernel::sm80 || !(c.deterministic || splits_dq(c) || transposes_dq(c));
   return any || mask == MaskKind::full || mask == MaskKind::causal;
 }
 
@@ -140,9 +139,8 @@ constexpr int64_t sm90_smem_bytes(BackwardConfig const& c) {
   int64_t const dq = m * d * int64_t{sizeof(float)}, statistics = m * int64_t{sizeof(float)};
   int64_t const bytes = n * (d + d_v) * size + c.stages * (m * d * size + statistics) +
                         c.dout_stages * (m * d_v * size + statistics) + 2 * m * n * size + dq;
-  // Blocks of 80 queries leave less than control_bytes: barriers and the like, and 1 KB for a tile that has its place
-  // and lengths there, in storage that is a multiple of 1 KB.
-  return transposes_dq(c) ? ceil_div<int64_t>(bytes + 512, 1024) * 1024 + 1024 : bytes + control_bytes;
+  // Blocks of 80 queries leave no room for as many: theirs are as large as the storage, a multiple of 1 KB.
+  return transposes_dq(c) ? ceil_div<int64_t>(bytes + 512, 1024) * 1024 : bytes + control_bytes;
 }
 
 /// Of Hopper's pass `queries`: Q and dO, blocks of K, one of V, LSE and delta of the queries.

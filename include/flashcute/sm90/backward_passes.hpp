@@ -79,12 +79,19 @@ struct FinishGradients {
     int const column0 = L::dq_by_rows ? 0 : warpgroup * L::dq_columns;
     auto const offset =
         row_offset(p.dq_stride, tile.entry.batch, tile.head, tile.entry.first_query + tile.row0 + row0) + column0;
-    auto* const to = static_cast<Element*>(p.dq) + offset;
+    store(dq, smem, static_cast<Element*>(p.dq) + offset, p.dq_stride.row, tile.rows - row0,
+          p.forward.head_dim - column0);
+  }
+
+ private:
+  /// The warpgroup's half.
+  template <class Dq>
+  FLASHCUTE_DEVICE static void store(Dq const& dq, [[maybe_unused]] SharedStorage& smem, Element* to,
+                                     int64_t const& row_stride, int const& rows, int const& columns) {
     if constexpr (L::dq_transposed) {
-      store_transposed_rows<C.block_m>(dq, smem.of_warp[thread_index() / 32], to, p.dq_stride.row, tile.rows,
-                                       p.forward.head_dim - column0);
+      store_transposed_rows<C.block_m>(dq, smem.of_warp[thread_index() / 32], to, row_stride, rows, columns);
     } else {
-      store_rows<L::dq_columns>(dq, to, p.dq_stride.row, tile.rows - row0, p.forward.head_dim - column0);
+      store_rows<L::dq_columns>(dq, to, row_stride, rows, columns);
     }
   }
 };

@@ -436,7 +436,6 @@ void check_windows() {
 TEST(Sm90BackwardKernel, Windows) {
   check_windows<narrow>();
   check_windows<wide>();
-  check_windows<transposed>();
 }
 
 // NaN in all rows that do not exist, or belong to no sequence.
@@ -478,7 +477,6 @@ void check_short_sequences() {
 TEST(Sm90BackwardKernel, ShortSequences) {
   check_short_sequences<narrow>();
   check_short_sequences<wide>();
-  check_short_sequences<transposed>();
 }
 
 // Guards against the same of packed sequences, whose neighbours share boxes of TMA: all that belongs to none is NaN.
@@ -510,7 +508,6 @@ void check_packed_sequences() {
 TEST(Sm90BackwardKernel, PackedSequences) {
   check_packed_sequences<narrow>();
   check_packed_sequences<wide>();
-  check_packed_sequences<transposed>();
 }
 
 // Guards against NaN of one packed sequence in the gradients of the next, whose rows lie in the same boxes.
