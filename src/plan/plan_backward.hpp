@@ -37,8 +37,9 @@ BackwardPlan plan_backward(std::optional<BackwardConfig> const& config, Call con
                            BackwardTensorViews const& tensors);
 
 inline constexpr char const* gradients_of_sm90 =
-    "Hopper's kernels compute gradients that are deterministic, or of head dimensions above 128, of full and causal "
-    "masks only";
+    "Hopper's kernels compute gradients that are deterministic, by blocks of 80 query rows, or of head dimensions "
+    "above "
+    "128, of full and causal masks only";
 inline constexpr char const* sm90_is_no_default =
     "it computes gradients under this mask, but is not the default there: it was not yet timed. A BackwardConfig with "
     "kernel='sm90' takes it";

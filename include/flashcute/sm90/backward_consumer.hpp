@@ -29,8 +29,8 @@ class GradientConsumer {
   using Sums = decltype(L::template accumulator<typename L::HeadDim>());
   using Seeing = SeeingQueries<L, Mask>;
   using Dq = decltype(L::template accumulator<typename L::DqWidth>());
-  /// Whether P of a partial block is hidden together with dS, with the same bits: with 80 queries there are no registers
-  /// to compute them twice.
+  /// Whether P of a partial block is hidden together with dS, by the same bits: with 80 queries there are no registers
+  /// to compute them in two places.
   static constexpr bool hides_at_once = L::dq_transposed;
 
  public:

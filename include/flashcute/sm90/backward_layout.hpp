@@ -69,8 +69,8 @@ struct BackwardLayout : WarpgroupFragment {
                           cute::Int<C.block_m / 16>, cute::Int<Places>>,
               cute::Stride<cute::Stride<cute::Stride<cute::_1, StrideOfPages<C.block_m>>, Page>, cute::_0,
                            cute::Int<16 * page>, cute::Int<q_elements>>>;
-  /// 64 queries of dS, or all, a page for the keys of each warpgroup: (MMA, 1, MMA_N, PLACE)
   using DsRows = cute::Int<dq_transposed ? C.block_m : warpgroup_rows>;
+  /// 64 queries of dS, or all, a page for the keys of each warpgroup: (MMA, 1, MMA_N, PLACE)
   using OperandDs = Operand<cute::Shape<cute::Shape<DsRows, cute::_16>, cute::_1,
                                         cute::Shape<cute::Int<page / 16>, cute::Int<warpgroups>>, cute::Int<ds_places>>,
                             cute::Stride<cute::Stride<Page, cute::_1>, cute::_0,
@@ -89,11 +89,12 @@ struct BackwardLayout : WarpgroupFragment {
   using MmaKeys = cute::MMA_Traits<
       decltype(cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<Keys, HeadDim, cute::_16>,
                                           cute::GMMA::Major::K, cute::GMMA::Major::MN>())>;
-  /// dQ = dS K, or dQ^T = K^T dS^T
-  using MmaQueries = cute::MMA_Traits<decltype(cute::GMMA::ss_op_selector<
-                                               Element, Element, float, cute::Shape<Keys, DqWidth, cute::_16>,
-                                               dq_transposed ? cute::GMMA::Major::MN : cute::GMMA::Major::K,
-                                               dq_transposed ? cute::GMMA::Major::K : cute::GMMA::Major::MN>())>;
+  /// dQ = dS K, or dQ^T = K^T dS^T. Keys, which are summed over, follow each other in dS, columns of d in K.
+  static constexpr auto major_of_ds = cute::GMMA::Major::K, major_of_keys = cute::GMMA::Major::MN;
+  using MmaQueries = cute::MMA_Traits<
+      decltype(cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<Keys, DqWidth, cute::_16>,
+                                          dq_transposed ? major_of_keys : major_of_ds,
+                                          dq_transposed ? major_of_ds : major_of_keys>())>;
 
   // ---- shared memory ----
   struct SharedStorage {
