@@ -9,6 +9,17 @@
 // while the other multiplies.
 #pragma once
 
+#ifndef VLSE
+#define VLSE 0
+#define VDELTA 0
+#define VPUBLISH 0
+#define VWAITS false
+#define VDV 0
+#define VQ false
+#define VOPEN false
+#define VDQ 0
+#endif
+
 #include "flashcute/sm90/backward_gemm.hpp"
 #include "flashcute/sm90/key_rows.hpp"
 #include "flashcute/sm90/transposed_scores.hpp"
@@ -42,10 +53,15 @@ class GradientConsumer {
     barrier_wait(smem_.k_full, 0);
     if (PassingQueries<Id>::has_foreign_keys(p_, tile_)) barrier_wait(smem_.k_inspected, 0);
     bool last;
+    if (v_q) barrier_wait(smem_.q_full[0], 0);
     do {  // (of a loop that may end before its first iteration nvcc serialises all WGMMA)
       last = add_block();
     } while (!last);
-    if constexpr (C.late_dq) add_last_dq();
+    if constexpr (C.late_dq) {
+      add_last_dq();
+    } else if constexpr (v_publish) {
+      publish_dq();
+    }
     store();
   }
 
@@ -53,34 +69,89 @@ class GradientConsumer {
   /// The next block; returns whether it was the last.
   FLASHCUTE_DEVICE bool add_block() {
     Scores s, dp;
-    barrier_wait(smem_.q_full[q_.place], q_.parity);
-    P::template begin_scores<C.stages>(s, own(smem_.k), {smem_.q[0], q_.place});
-    barrier_wait(smem_.v_full, 0);  // of the first block; later it passes at once
-    barrier_wait(smem_.dout_full[dout_.place], dout_.parity);
-    P::template begin_scores<C.dout_stages>(dp, own(smem_.v), {smem_.dout[0], dout_.place});
+    if (!v_q) barrier_wait(smem_.q_full[q_.place], q_.parity);
+    // What is read from shared memory behind products waits in one queue with them: all that is known is read before.
     AnnouncedQueries const& block = smem_.blocks[q_.place];
-    bool const partial = uniform(block.partial), last = uniform(block.last);
+    bool partial, last;
+    auto const announced = shared_load<uint32_t>(reinterpret_cast<uint32_t const*>(&block.partial));
+    float lse[v_lse ? C.block_m / 4 : 1], delta[v_delta ? C.block_m / 4 : 1];
+    if constexpr (v_lse == 1) load_rows(lse, smem_.lse[q_.place]);
+    P::template begin_scores<C.stages>(s, own(smem_.k), {smem_.q[0], q_.place});
+    if constexpr (v_lse == 2) load_rows(lse, smem_.lse[q_.place]);
+    barrier_wait(smem_.dout_full[dout_.place], dout_.parity);
+    if constexpr (v_delta == 1) load_rows(delta, smem_.delta[dout_.place]);
+    P::template begin_scores<C.dout_stages>(dp, own(smem_.v), {smem_.dout[0], dout_.place});
+    if constexpr (v_publish == 1) publish_dq();
+    if constexpr (v_waits) barrier_wait(smem_.ds_empty[ds_.place], ds_.parity ^ 1);
+    {
+      int const bits = uniform(static_cast<int>(announced));
+      partial = bits & 0xff, last = bits & 0xff00;
+    }
     Seeing seeing;
     if (Seeing::in_memory && partial) seeing.load(block, first_key(), tile_.sequence(p_.forward, block.head));
     finish_products<1>(s);
-    to_probabilities<L>(s, smem_.lse[q_.place], p_.forward.scale_log2);
+    Dq dq;
+    if constexpr (v_dq == 2) {
+      barrier_wait(smem_.ds_full[ds_before_.place], ds_before_.parity);
+      P::begin_dq(dq, ds_ring(ds_before_.place), key_columns());
+    }
+    if constexpr (v_delta == 2) load_rows(delta, smem_.delta[dout_.place]);
+    if constexpr (v_lse != 0) {
+      to_probabilities_by(s, lse);
+    } else {
+      to_probabilities<L>(s, smem_.lse[q_.place], p_.forward.scale_log2);
+    }
     if (partial) hide(s, block, seeing);
-    finish_products<0>(dp);
-    to_score_gradients<L>(dp, s, smem_.delta[dout_.place]);
+    if constexpr (v_delta == 3) load_rows(delta, smem_.delta[dout_.place]);
+    auto probabilities = [&] {
+      if constexpr (v_dv == 2) {
+        auto x = convert<Element>(s);
+        hold_at_one<Element>(x);
+        return x;
+      } else {
+        return 0;
+      }
+    }();
+    if constexpr (v_dv == 2) {
+      P::template begin_sums<C.dout_stages>(dv_, probabilities, {smem_.dout[0], dout_.place});
+      finish_products<v_dq == 2 ? 2 : 1>(dp);
+    } else {
+      finish_products<v_dq == 2 ? 1 : 0>(dp);
+    }
+    if constexpr (v_delta != 0) {
+      to_score_gradients_by(dp, s, delta);
+    } else {
+      to_score_gradients<L>(dp, s, smem_.delta[dout_.place]);
+    }
     if (partial) hide(dp, block, seeing);
     // P is rounded after dS, which takes it in fp32: rounded before, both would be in registers at once.
     auto ds = convert<Element>(dp);
-    auto probabilities = convert<Element>(s);
-    hold_at_one<Element>(probabilities);
-    barrier_wait(smem_.ds_empty[ds_.place], ds_.parity ^ 1);
-    store_ds(ds);
-    publish_to_products();
-    P::template begin_sums<C.dout_stages>(dv_, probabilities, {smem_.dout[0], dout_.place});
-    meet();  // the warpgroup's dS is in shared memory
-    arrive(smem_.ds_full[ds_.place]);
+    if constexpr (!v_waits) barrier_wait(smem_.ds_empty[ds_.place], ds_.parity ^ 1);
+    if constexpr (v_dv == 2) {
+      store_ds(ds);
+      publish_to_products();
+    } else {
+      auto rounded = convert<Element>(s);
+      hold_at_one<Element>(rounded);
+      store_ds(ds);
+      if constexpr (v_dv == 0) publish_to_products();
+      if constexpr (v_dq == 1) {
+        meet();
+        arrive(smem_.ds_full[ds_.place]);
+        barrier_wait(smem_.ds_full[ds_before_.place], ds_before_.parity);
+        P::begin_dq(dq, ds_ring(ds_before_.place), key_columns());
+      }
+      P::template begin_sums<C.dout_stages>(dv_, rounded, {smem_.dout[0], dout_.place});
+      if constexpr (v_dv == 1) publish_to_products();
+    }
+    if constexpr (v_dq != 1) {
+      meet();  // the warpgroup's dS is in shared memory
+      arrive(smem_.ds_full[ds_.place]);
+    }
+    if constexpr (v_publish == 2) announce_dq();
 
-    Dq dq;
-    if constexpr (C.late_dq) {
+    if constexpr (v_dq != 0) {
+    } else if constexpr (C.late_dq) {
       barrier_wait(smem_.ds_full[ds_before_.place], ds_before_.parity);
       P::begin_dq(dq, ds_ring(ds_before_.place), key_columns());
     } else {
@@ -88,11 +159,26 @@ class GradientConsumer {
       P::begin_dq(dq, ds_ring(ds_.place), key_columns());
     }
     P::template begin_sums<C.stages>(dk_, ds, {smem_.q[0], q_.place});
-    finish_products<2>(dv_);
-    arrive(smem_.dout_empty[dout_.place]);
-    finish_products<1>(dq);
+    if constexpr (v_waits) barrier_wait(smem_.dq_empty[warpgroup_], dq_parity_ ^ 1);
+    if constexpr (v_dq != 0) {
+      finish_products<2>(dq);
+    } else {
+      finish_products<2>(dv_);
+      arrive(smem_.dout_empty[dout_.place]);
+      finish_products<1>(dq);
+    }
     // Before the first block there is none: what was multiplied is nothing.
-    pass_on(dq, !C.late_dq || any_);
+    store_dq(dq);
+    publishes_ = !C.late_dq || any_;
+    if constexpr (!v_publish) publish_dq();
+    if constexpr (v_q) {
+      auto const next = q_.after();
+      if (!last) barrier_wait(smem_.q_full[next.place], next.parity);
+    }
+    if constexpr (v_dq != 0) {
+      finish_products<1>(dv_);
+      arrive(smem_.dout_empty[dout_.place]);
+    }
     finish_products<0>(dk_);
     arrive(smem_.q_empty[q_.place]);
     any_ = true;
@@ -107,8 +193,43 @@ class GradientConsumer {
     Dq dq;
     barrier_wait(smem_.ds_full[ds_before_.place], ds_before_.parity);
     P::begin_dq(dq, ds_ring(ds_before_.place), key_columns());
+    if constexpr (v_publish) publish_dq();
+    if constexpr (v_waits) barrier_wait(smem_.dq_empty[warpgroup_], dq_parity_ ^ 1);
     finish_products<0>(dq);
-    pass_on(dq, true);
+    store_dq(dq);
+    publishes_ = true;
+    publish_dq();
+  }
+
+  static constexpr int v_lse = VLSE, v_delta = VDELTA;
+  static constexpr int v_publish = VPUBLISH, v_dv = VDV;
+  static constexpr bool v_waits = VWAITS, v_q = VQ, v_open = VOPEN;
+  static constexpr int v_dq = VDQ;
+
+  FLASHCUTE_DEVICE static void load_rows(float* to, float const* of_queries) {
+    float const* const from = of_queries + L::first_column();
+    CUTE_UNROLL
+    for (int j = 0; j < C.block_m / 8; ++j) {
+      float2 const x = shared_load<float2>(from + L::column_distance(2 * j));
+      to[2 * j] = x.x, to[2 * j + 1] = x.y;
+    }
+  }
+  FLASHCUTE_DEVICE void to_probabilities_by(Scores& scores, float const* lse) const {
+    auto s = by_row_and_column(scores);
+    CUTE_UNROLL
+    for (int j = 0; j < cute::size<1>(s); ++j) {
+      CUTE_UNROLL
+      for (int i = 0; i < L::rows_per_thread; ++i) s(i, j) = exp2_approx(s(i, j) * p_.forward.scale_log2 - lse[j]);
+    }
+  }
+  FLASHCUTE_DEVICE static void to_score_gradients_by(Scores& gradients, Scores const& probabilities, float const* delta) {
+    auto ds = by_row_and_column(gradients);
+    auto const p = by_row_and_column(probabilities);
+    CUTE_UNROLL
+    for (int j = 0; j < cute::size<1>(ds); ++j) {
+      CUTE_UNROLL
+      for (int i = 0; i < L::rows_per_thread; ++i) ds(i, j) = p(i, j) * (ds(i, j) - delta[j]);
+    }
   }
 
   FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries const& block, Seeing const& seeing) const {
@@ -131,19 +252,25 @@ class GradientConsumer {
     }
   }
 
-  /// Passes the warpgroup's half of a block's dQ on to the warp that adds it, and the place of its dS.
-  FLASHCUTE_DEVICE void pass_on(Dq const& dq, bool exists) {
-    barrier_wait(smem_.dq_empty[warpgroup_], dq_parity_ ^ 1);
+  FLASHCUTE_DEVICE void store_dq(Dq const& dq) {
+    if constexpr (!v_waits) barrier_wait(smem_.dq_empty[warpgroup_], dq_parity_ ^ 1);
     float* const to = smem_.dq[warpgroup_] + 4 * thread_of_warpgroup();
     CUTE_UNROLL
     for (int i = 0; i < cute::size(dq); i += 4) {
       shared_store(to + i * warpgroup_size, float4{dq(i), dq(i + 1), dq(i + 2), dq(i + 3)});
     }
+  }
+
+  FLASHCUTE_DEVICE void publish_dq() {
     publish_to_copies();
     meet();  // the warpgroup's dQ is in shared memory
-    if (thread_of_warpgroup() == 0 && exists) barrier_arrive(smem_.dq_full[warpgroup_]);
-    dq_parity_ ^= exists;
+    announce_dq();
   }
+  FLASHCUTE_DEVICE void announce_dq() {
+    if (thread_of_warpgroup() == 0 && publishes_) barrier_arrive(smem_.dq_full[warpgroup_]);
+    dq_parity_ ^= publishes_;
+  }
+  bool publishes_ = false;
 
   // ---- results ---------------------------------------------------------------------------------------
 

@@ -202,7 +202,6 @@ class DkConsumer : KeysConsumer<Id> {
   }
 
   FLASHCUTE_DEVICE void run() {
-    barrier_wait(smem_.v_full, 0);
     bool last;
     do {
       last = add_block();

@@ -36,6 +36,11 @@ class GradientLoader {
   template <int Columns>
   FLASHCUTE_DEVICE void load_keys(TensorMap const& map, typename L::Element* to, Barrier& full) {
     barrier_arrive_expecting(full, L::keys * Columns * sizeof(typename L::Element));
+    copy_keys<Columns>(map, to, full);
+  }
+
+  template <int Columns>
+  FLASHCUTE_DEVICE void copy_keys(TensorMap const& map, typename L::Element* to, Barrier& full) {
     for (int column = 0; column < Columns; column += L::page) {
       copy_box(map, column, tile_.entry.first_key + tile_.row0, tile_.kv_head, tile_.entry.batch, to + L::keys * column,
                full, L2Hint::evict_first);
@@ -48,10 +53,14 @@ class GradientLoader {
     smem_.blocks[q_.place] = {at.block * L::queries, at.head, Blocks::partial(p_.backward, at, tile_), at.left == 1};
     load_queries<C.head_dim>(p_.q, at, smem_.q[q_.place], Workspace::lse(p_.backward, number), smem_.lse[q_.place],
                              Blocks::inspected(at) ? smem_.q_landed[q_landed_.place] : smem_.q_full[q_.place]);
-    // K and the first Q are enough to begin.
-    if (first_) load_keys<C.head_dim_v>(p_.v, smem_.v, smem_.v_full);
-    first_ = false;
     barrier_wait(smem_.dout_empty[dout_.place], dout_.parity ^ 1);
+    // K and the first Q are enough to begin. V arrives with the first dO.
+    if (first_) {
+      Barrier& full = Blocks::inspected(at) ? smem_.dout_landed[dout_landed_.place] : smem_.dout_full[dout_.place];
+      barrier_expect(full, L::keys * C.head_dim_v * sizeof(typename L::Element));
+      copy_keys<C.head_dim_v>(p_.v, smem_.v, full);
+    }
+    first_ = false;
     load_queries<C.head_dim_v>(
         p_.dout, at, smem_.dout[dout_.place], Workspace::delta(p_.backward, number), smem_.delta[dout_.place],
         Blocks::inspected(at) ? smem_.dout_landed[dout_landed_.place] : smem_.dout_full[dout_.place]);

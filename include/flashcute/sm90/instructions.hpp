@@ -150,6 +150,12 @@ FLASHCUTE_DEVICE void barrier_arrive_expecting(Barrier& barrier, int bytes) {
                : "memory");
 }
 
+/// The phase ends only when as many bytes more have arrived. Another call arrives.
+FLASHCUTE_DEVICE void barrier_expect(Barrier& barrier, int bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+               : "memory");
+}
+
 /// Waits for the end of the phase of this parity. Repeats try_wait without a suspend-time hint: with one it is slower.
 FLASHCUTE_DEVICE void barrier_wait(Barrier& barrier, uint32_t parity) {
   asm volatile(
