@@ -240,7 +240,7 @@ void bind_classes(nb::module_& m) {
       "block_m: int = 64, block_n: int = 64, num_warps: int = 4, kernel: str = 'sm80', column_warps: int = 1, "
       "blocks_per_sm: int = 2, math: str = 'tensor_core', stages: int = 2, dout_stages: int = 2, copy_bytes: int = 16, "
       "async_copy: bool = True, swizzled: bool = True, k_tiles_per_load: int = 0, mma_double_buffer: bool = True, "
-      "late_dq: bool = True, deterministic: bool = False) -> None";
+      "late_dq: bool = True, bulk_dq: bool = True, deterministic: bool = False) -> None";
   auto backward = bind_config<BackwardConfig>(
       m, backward_signature,
       "The static configuration of the backward: immutable, hashable. See default_backward_config.\n\n"
@@ -273,6 +273,8 @@ void bind_classes(nb::module_& m) {
       "mma_double_buffer (sm80): fetch the next fragments while the tensor cores work on these.\n"
       "late_dq (sm90): multiply a block's part of dq an iteration later, so that the warpgroups never wait for each "
       "other's dS.\n"
+      "bulk_dq (sm90): dq goes through shared memory and is added by bulk reductions; False: it is added from "
+      "registers.\n"
       "deterministic: the same bits in every run: sm80 takes two passes without atomics, each of which recomputes the "
       "scores, sm90 adds the parts of dq in a fixed order; False: one pass that sums dq by atomics, in any order.");
   backward.def_prop_ro(

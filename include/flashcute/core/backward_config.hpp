@@ -27,6 +27,7 @@ struct BackwardConfig {
   int32_t k_tiles_per_load = 0;
   bool mma_double_buffer = true;
   bool late_dq = true;         // sm90: a block's part of dQ is multiplied in the iteration after it
+  bool bulk_dq = true;         // sm90: dQ goes through shared memory to bulk reductions, not from registers
   bool deterministic = false;  // the same bits in every run: sm80 by two passes without atomics, sm90 by additions in
                                // a fixed order; on the CPU always so
 
@@ -55,6 +56,7 @@ struct BackwardConfig {
     visit(Option{"k_tiles_per_load", sm80, "k"}, &C::k_tiles_per_load);
     visit(Option{"mma_double_buffer", sm80, "single"}, &C::mma_double_buffer);
     visit(Option{"late_dq", sm90, "promptdq"}, &C::late_dq);
+    visit(Option{"bulk_dq", sm90, "directdq"}, &C::bulk_dq);
     visit(Option{"deterministic", all, "deterministic"}, &C::deterministic);
   }
 };
@@ -129,7 +131,7 @@ constexpr bool stores_ds(BackwardConfig const& c, BackwardPass pass) {
 /// a block in fp32.
 constexpr int64_t sm90_smem_bytes(BackwardConfig const& c) {
   int64_t const m = c.block_m, n = c.block_n, d = c.head_dim, d_v = c.head_dim_v, size = size_of(c.dtype);
-  int64_t const dq = m * d * int64_t{sizeof(float)}, statistics = m * int64_t{sizeof(float)};
+  int64_t const dq = c.bulk_dq ? m * d * int64_t{sizeof(float)} : 0, statistics = m * int64_t{sizeof(float)};
   return n * (d + d_v) * size + c.stages * (m * d * size + statistics) + c.dout_stages * (m * d_v * size + statistics) +
          2 * m * n * size + dq + control_bytes;
 }

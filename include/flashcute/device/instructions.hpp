@@ -127,6 +127,14 @@ FLASHCUTE_DEVICE void reduce_add(float* to, float const* x) {
   }
 }
 
+/// The same of four floats, if `condition` holds.
+FLASHCUTE_DEVICE void reduce_add_if(bool condition, float* to, float const* x) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to),
+      "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(static_cast<int>(condition))
+      : "memory");
+}
+
 /// Starts copying one word (4, 8 or 16 bytes) from global to shared memory; writes zeros if it does not exist.
 template <class Word>
 FLASHCUTE_DEVICE void copy_async(void const* from, void* to, bool exists) {

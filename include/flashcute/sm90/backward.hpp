@@ -54,7 +54,7 @@ struct KeyGradients {
       if (warp == 0) {
         if (elected_lane()) GradientLoader<Id>::run(p, smem, tile);
       } else if (warp <= L::warpgroups) {
-        DqAdder<Id>::run(p.backward, smem, tile, warp - 1);
+        if constexpr (C.bulk_dq) DqAdder<Id>::run(p.backward, smem, tile, warp - 1);
       } else if (Mask::rows_differ) {
         GradientInspector<Id>::run(p.backward, smem, tile);
       }

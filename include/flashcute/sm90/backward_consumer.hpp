@@ -92,7 +92,13 @@ class GradientConsumer {
     arrive(smem_.dout_empty[dout_.place]);
     finish_products<1>(dq);
     // Before the first block there is none: what was multiplied is nothing.
-    pass_on(dq, !C.late_dq || any_);
+    if constexpr (C.bulk_dq) {
+      pass_on(dq, !C.late_dq || any_);
+    } else {
+      add(dq, C.late_dq ? dq_before_ : block.dq, !C.late_dq || any_);
+      if (!C.late_dq || any_) arrive(smem_.ds_empty[C.late_dq ? ds_before_.place : ds_.place]);
+      dq_before_ = block.dq;
+    }
     finish_products<0>(dk_);
     arrive(smem_.q_empty[q_.place]);
     any_ = true;
@@ -108,7 +114,11 @@ class GradientConsumer {
     barrier_wait(smem_.ds_full[ds_before_.place], ds_before_.parity);
     P::begin_dq(dq, ds_ring(ds_before_.place), key_columns());
     finish_products<0>(dq);
-    pass_on(dq, true);
+    if constexpr (C.bulk_dq) {
+      pass_on(dq, true);
+    } else {
+      add(dq, dq_before_, true);
+    }
   }
 
   FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries const& block, Seeing const& seeing) const {
@@ -143,6 +153,15 @@ class GradientConsumer {
     meet();  // the warpgroup's dQ is in shared memory
     if (thread_of_warpgroup() == 0 && exists) barrier_arrive(smem_.dq_full[warpgroup_]);
     dq_parity_ ^= exists;
+  }
+
+  /// Adds the warpgroup's half of a block's dQ to its sums.
+  FLASHCUTE_DEVICE void add(Dq const& dq, float* sums, bool exists) const {
+    float* const to = sums + warpgroup_ * L::dq_floats + 4 * thread_of_warpgroup();
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(dq); i += 4) {
+      reduce_add_if(exists, to + i * warpgroup_size, &dq(i));
+    }
   }
 
   // ---- results ---------------------------------------------------------------------------------------
@@ -202,6 +221,7 @@ class GradientConsumer {
   RingPosition<L::ds_places> ds_, ds_before_{L::ds_places - 1, 1};  // of this block and of the one before
   uint32_t dq_parity_ = 0;
   bool any_ = false;  // blocks before this one
+  float* dq_before_ = nullptr;
   Sums dk_, dv_;
 };
 

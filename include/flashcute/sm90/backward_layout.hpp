@@ -92,7 +92,7 @@ struct BackwardLayout : WarpgroupFragment {
     alignas(1024) Element q[C.stages][q_elements];
     alignas(1024) Element dout[C.dout_stages][q_elements];
     alignas(1024) Element ds[ds_places][ds_elements];
-    alignas(128) float dq[warpgroups][dq_floats];  // in the order in which threads hold it
+    alignas(128) float dq[warpgroups][C.bulk_dq ? dq_floats : 4];  // in the order in which threads hold it
     alignas(16) float lse[C.stages][C.block_m];    // to base 2
     alignas(16) float delta[C.dout_stages][C.block_m];
     AnnouncedQueries blocks[C.stages];

@@ -45,7 +45,7 @@ class GradientLoader {
   FLASHCUTE_DEVICE void load(Passing const& at) {
     int64_t const number = Workspace::number(p_.backward.forward, tile_.entry, at.head, at.block);
     barrier_wait(smem_.q_empty[q_.place], q_.parity ^ 1);
-    smem_.blocks[q_.place] = {at.block * L::queries, at.head, Blocks::partial(p_.backward, at, tile_), at.left == 1};
+    smem_.blocks[q_.place] = {Workspace::sums(p_.backward, number), at.block * L::queries, at.head, Blocks::partial(p_.backward, at, tile_), at.left == 1};
     load_queries<C.head_dim>(p_.q, at, smem_.q[q_.place], Workspace::lse(p_.backward, number), smem_.lse[q_.place],
                              Blocks::inspected(at) ? smem_.q_landed[q_landed_.place] : smem_.q_full[q_.place]);
     // K and the first Q are enough to begin.

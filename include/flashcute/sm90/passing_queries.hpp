@@ -15,6 +15,7 @@ inline constexpr int serving_registers = 40, computing_registers = 232;
 
 /// What the loading warp announces of the block in a place of Q's ring.
 struct AnnouncedQueries {
+  float* dq;     // their sums
   int row0;      // its first query
   int head;      // of the batch entry
   bool partial;  // elements have to be tested
