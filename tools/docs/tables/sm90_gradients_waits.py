@@ -69,10 +69,7 @@ def rates() -> str:
     rows = [
         [
             step,
-            *(
-                f"{of[c]:.0f}" if of is base else change(of[c], base[c])
-                for c in cells.values()
-            ),
+            *(f"{of[c]:.0f}" if of is base else change(of[c], base[c]) for c in cells.values()),
         ]
         for step, of in steps.items()
     ]
