@@ -8,8 +8,8 @@
 // later, when the other's dS has long been there: so the two never wait for each other, and one computes exponentials
 // while the other multiplies.
 //
-// `early_reads`: instructions that read shared memory and products pass through one queue of a scheduler, in order. What
-// is read once products were begun waits until the tensor cores have taken these, so it is read before.
+// `early_reads`: instructions that read shared memory and products pass through one queue of a scheduler, in order.
+// What is read once products were begun waits until the tensor cores have taken these, so it is read before.
 #pragma once
 
 #include "flashcute/sm90/backward_gemm.hpp"
