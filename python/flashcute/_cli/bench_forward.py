@@ -435,7 +435,7 @@ def run_case(
             except REFUSALS as problem:
                 # A peer that cannot do the case says so in many ways; the others go on.
                 text = str(problem).strip().partition("\n")[0]
-                line.update(status="failed", reason=f"{type(problem).__name__}: {text}"[:300])
+                line.update(status="failed", reason=f"{type(problem).__name__}: {text}"[:500])
     import numpy as np
 
     flops = {
