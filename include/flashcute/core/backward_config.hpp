@@ -27,6 +27,7 @@ struct BackwardConfig {
   int32_t k_tiles_per_load = 0;
   bool mma_double_buffer = true;
   bool late_dq = true;         // sm90: a block's part of dQ is multiplied in the iteration after it
+  int32_t order = 0;           // sm90, an experiment: bits of orders of the loop
   bool early_reads = false;    // sm90: LSE and delta are read into registers before the products they wait behind
   bool deterministic = false;  // the same bits in every run: sm80 by two passes without atomics, sm90 by additions in
                                // a fixed order; on the CPU always so
@@ -56,6 +57,7 @@ struct BackwardConfig {
     visit(Option{"k_tiles_per_load", sm80, "k"}, &C::k_tiles_per_load);
     visit(Option{"mma_double_buffer", sm80, "single"}, &C::mma_double_buffer);
     visit(Option{"late_dq", sm90, "promptdq"}, &C::late_dq);
+    visit(Option{"order", sm90, "order"}, &C::order);
     visit(Option{"early_reads", sm90, "earlyreads"}, &C::early_reads);
     visit(Option{"deterministic", all, "deterministic"}, &C::deterministic);
   }

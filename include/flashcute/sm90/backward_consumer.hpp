@@ -56,6 +56,10 @@ class GradientConsumer {
   }
 
  private:
+  // Bits of the option `order`.
+  static constexpr bool dv_before_fence = C.order & 1;  // dV is begun before dS is published
+  static constexpr bool dk_last = C.order & 2;          // dK is begun when dQ has been passed on
+
   /// The next block; returns whether it was the last.
   FLASHCUTE_DEVICE bool add_block() {
     Scores s, dp;
@@ -84,8 +88,9 @@ class GradientConsumer {
     hold_at_one<Element>(probabilities);
     barrier_wait(smem_.ds_empty[ds_.place], ds_.parity ^ 1);
     store_ds(ds);
-    publish_to_products();
+    if constexpr (!dv_before_fence) publish_to_products();
     P::template begin_sums<C.dout_stages>(dv_, probabilities, {smem_.dout[0], dout_.place});
+    if constexpr (dv_before_fence) publish_to_products();
     meet();  // the warpgroup's dS is in shared memory
     arrive(smem_.ds_full[ds_.place]);
 
@@ -97,12 +102,14 @@ class GradientConsumer {
       barrier_wait(smem_.ds_full[ds_.place], ds_.parity);
       P::begin_dq(dq, ds_ring(ds_.place), key_columns());
     }
-    P::template begin_sums<C.stages>(dk_, ds, {smem_.q[0], q_.place});
-    finish_products<2>(dv_);
+    if constexpr (!dk_last) P::template begin_sums<C.stages>(dk_, ds, {smem_.q[0], q_.place});
+    finish_products<dk_last ? 1 : 2>(dv_);
     arrive(smem_.dout_empty[dout_.place]);
-    finish_products<1>(dq);
+    finish_products<dk_last ? 0 : 1>(dq);
     // Before the first block there is none: what was multiplied is nothing.
-    pass_on(dq, !C.late_dq || any_);
+    store_dq(dq);
+    publish_dq(!C.late_dq || any_);
+    if constexpr (dk_last) P::template begin_sums<C.stages>(dk_, ds, {smem_.q[0], q_.place});
     finish_products<0>(dk_);
     arrive(smem_.q_empty[q_.place]);
     any_ = true;
@@ -118,7 +125,8 @@ class GradientConsumer {
     barrier_wait(smem_.ds_full[ds_before_.place], ds_before_.parity);
     P::begin_dq(dq, ds_ring(ds_before_.place), key_columns());
     finish_products<0>(dq);
-    pass_on(dq, true);
+    store_dq(dq);
+    publish_dq(true);
   }
 
   FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries const& block, Seeing const& seeing) const {
@@ -141,14 +149,18 @@ class GradientConsumer {
     }
   }
 
-  /// Passes the warpgroup's half of a block's dQ on to the warp that adds it, and the place of its dS.
-  FLASHCUTE_DEVICE void pass_on(Dq const& dq, bool exists) {
+  /// Writes the warpgroup's half of a block's dQ to shared memory.
+  FLASHCUTE_DEVICE void store_dq(Dq const& dq) const {
     barrier_wait(smem_.dq_empty[warpgroup_], dq_parity_ ^ 1);
     float* const to = smem_.dq[warpgroup_] + 4 * thread_of_warpgroup();
     CUTE_UNROLL
     for (int i = 0; i < cute::size(dq); i += 4) {
       shared_store(to + i * warpgroup_size, float4{dq(i), dq(i + 1), dq(i + 2), dq(i + 3)});
     }
+  }
+
+  /// Passes it on to the warp that adds it, and the place of its dS.
+  FLASHCUTE_DEVICE void publish_dq(bool exists) {
     publish_to_copies();
     meet();  // the warpgroup's dQ is in shared memory
     if (thread_of_warpgroup() == 0 && exists) barrier_arrive(smem_.dq_full[warpgroup_]);
