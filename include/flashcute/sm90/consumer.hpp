@@ -173,7 +173,10 @@ class Consumer {
           turns_.wait();
         }
         P::begin_scores(s_, tiles_.query(), tiles_.arrived_key());
-        if (goes_on != 0) turns_.pass();
+        if (goes_on != 0) {
+          turns_.pass();
+          look_up();
+        }
         P::template finish<1>(o_);
         tiles_.release_value();
         skip_values(left_over);
@@ -188,7 +191,7 @@ class Consumer {
   /// this block to `next`.
   template <bool Partial>
   FLASHCUTE_DEVICE void attend(int n, Probabilities& probabilities, Probabilities& next) {
-    begin_products(probabilities);
+    begin_products<Partial>(probabilities);
     scores_ready<Partial>(n, s_);
     auto const correction = next_softmax(next);
     // The next V arrived long ago. Waiting for it here keeps the compiler from moving exponentials behind the wait for
@@ -287,15 +290,18 @@ class Consumer {
     turns_.wait();
     P::begin_scores(s, tiles_.query(), tiles_.arrived_key());
     turns_.pass();
+    look_up();
   }
 
   /// Begins S(n) = Q K(n)^T and O += P V of the block before, and waits for S.
+  template <bool MayBePartial>
   FLASHCUTE_DEVICE void begin_products(Probabilities& probabilities) {
     await_key();
     turns_.wait();
     P::begin_scores(s_, tiles_.query(), tiles_.arrived_key());
     begin_output(probabilities);
     turns_.pass();
+    if constexpr (MayBePartial) look_up();
     tiles_.look_for_value_after();
     tiles_.look_for_key_after();
     P::template finish<1>(s_);
@@ -328,9 +334,27 @@ class Consumer {
     if (range_.is_last(n)) tiles_.release_query();
   }
 
+  /// What the thread's rows see of the block that was waited for last, where memory says so: it is asked while the
+  /// product is computed. Behind a row's word lies a chain of loads.
+  FLASHCUTE_DEVICE void look_up() {
+    if constexpr (!Range::contiguous) {
+      if (!range_.is_partial(0)) return;
+      Tile const& rows = tiles_.work(0).rows;
+      int const key = range_.number(0) * C.block_n + L::first_column(), row0 = rows.row0;
+      auto const sequence = rows.sequence(p_);
+      CUTE_UNROLL
+      for (int i = 0; i < L::rows_per_thread; ++i) {
+        looked_up_.of_row[i] = Mask::template seen<C.block_n>(row0 + L::row(i), key, sequence);
+      }
+    }
+  }
+
   /// Masks the scores of a partial block.
   FLASHCUTE_DEVICE void apply(int n, Scores& s) {
     if (!range_.is_partial(n)) return;
+    if constexpr (!Range::contiguous) {
+      return hide_scores<L>(s, [&](int i) -> auto const& { return looked_up_.of_row[i]; });
+    }
     Tile const& rows = tiles_.work(0).rows;
     int const key = range_.number(n) * C.block_n + L::first_column(), row0 = rows.row0;
     flashcute::apply_mask<L, Mask>(s, [&](int i) { return row0 + L::row(i); }, key, rows.sequence(p_));
@@ -451,8 +475,14 @@ class Consumer {
     reconverge();
   }
 
+  struct Nothing {};
+  struct SeenKeys {
+    SeenBits<C.block_n> of_row[L::rows_per_thread];
+  };
+
   ForwardParams const& p_;
   int const warpgroup_;
+  [[no_unique_address]] std_::conditional_t<Range::contiguous, Nothing, SeenKeys> looked_up_;
   Tiles<C, Mask> tiles_;
   Turns<L::first_turn_barrier, L::warpgroups, C.pingpong> const turns_;
   Range range_;        // blocks that the warpgroup's rows see
