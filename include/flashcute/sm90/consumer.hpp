@@ -31,11 +31,15 @@ class AwaitedBlocks {
   /// Of a tile that has any, or none.
   FLASHCUTE_DEVICE AwaitedBlocks(bool any) : any_(any) {}
 
-  FLASHCUTE_DEVICE void set(AnnouncedBlock const& block) {
-    number_ = uniform(block.number);
-    full_after_ = uniform(block.full_after);
-    partial_ = uniform(block.partial);
-    last_ = uniform(block.last);
+  /// Reads the announcement. Nothing may be asked before `settle`, which waits for the answer from shared memory: so
+  /// products can be begun in between.
+  FLASHCUTE_DEVICE void read(AnnouncedBlock const& block) {
+    number_ = block.number, full_after_ = block.full_after;
+    partial_ = block.partial, last_ = block.last;
+  }
+  FLASHCUTE_DEVICE void settle() {
+    number_ = uniform(number_), full_after_ = uniform(full_after_);
+    partial_ = uniform(partial_), last_ = uniform(last_);
   }
 
   FLASHCUTE_DEVICE int first() const { return any_ ? 0 : -1; }
@@ -175,7 +179,7 @@ class Consumer {
         P::begin_scores(s_, tiles_.query(), tiles_.arrived_key());
         if (goes_on != 0) {
           turns_.pass();
-          look_up();
+          know_block<true>();
         }
         P::template finish<1>(o_);
         tiles_.release_value();
@@ -239,6 +243,7 @@ class Consumer {
     P::begin_scores(after, tiles_.query(), tiles_.arrived_key());
     begin_output(probabilities);
     turns_.pass();
+    know_block<false>();
     // Without hold_until the compiler computes exponentials before it begins the products.
     sums_.softmax.hold_until([&](auto& maxima) { tiles_.await_value_after(maxima); });
     tiles_.look_for_key_after();
@@ -281,7 +286,7 @@ class Consumer {
   /// Waits for the next K.
   FLASHCUTE_DEVICE void await_key() {
     tiles_.await_key();
-    if constexpr (!Range::contiguous) range_.set(tiles_.key_block());
+    if constexpr (!Range::contiguous) range_.read(tiles_.key_block());
   }
 
   /// Begins S = Q K^T with the next K.
@@ -290,7 +295,7 @@ class Consumer {
     turns_.wait();
     P::begin_scores(s, tiles_.query(), tiles_.arrived_key());
     turns_.pass();
-    look_up();
+    know_block<true>();
   }
 
   /// Begins S(n) = Q K(n)^T and O += P V of the block before, and waits for S.
@@ -301,7 +306,7 @@ class Consumer {
     P::begin_scores(s_, tiles_.query(), tiles_.arrived_key());
     begin_output(probabilities);
     turns_.pass();
-    if constexpr (MayBePartial) look_up();
+    know_block<MayBePartial>();
     tiles_.look_for_value_after();
     tiles_.look_for_key_after();
     P::template finish<1>(s_);
@@ -334,11 +339,13 @@ class Consumer {
     if (range_.is_last(n)) tiles_.release_query();
   }
 
-  /// What the thread's rows see of the block that was waited for last, where memory says so: it is asked while the
-  /// product is computed. Behind a row's word lies a chain of loads.
-  FLASHCUTE_DEVICE void look_up() {
+  /// Where memory says which block it is that was waited for last, and what the thread's rows see of it: the first is
+  /// known now, the second is asked while the product is computed, because behind a row's word lies a chain of loads.
+  template <bool MayBePartial>
+  FLASHCUTE_DEVICE void know_block() {
     if constexpr (!Range::contiguous) {
-      if (!range_.is_partial(0)) return;
+      range_.settle();
+      if (!MayBePartial || !range_.is_partial(0)) return;
       Tile const& rows = tiles_.work(0).rows;
       int const key = range_.number(0) * C.block_n + L::first_column(), row0 = rows.row0;
       auto const sequence = rows.sequence(p_);
@@ -403,6 +410,7 @@ class Consumer {
     await_key();
     turns_.wait();
     turns_.pass();
+    know_block<false>();
     count_block(n);
     tiles_.pass_key();
   }
