@@ -8,16 +8,15 @@
 namespace flashcute {
 
 /// Sets the scores of keys that a query does not see to -inf, or `hidden`: by selection, not by adding -inf, because a
-/// hidden score may be NaN. `query(i)` is the query of the thread's i-th row, `key` the key of its first column. L is
-/// the kernel's layout, which knows the distances between a thread's columns.
-template <class L, class Mask, class Scores, class Query>
-FLASHCUTE_DEVICE void apply_mask(Scores& scores, Query const& query, int key, typename Mask::Sequence const& sequence,
-                                 float hidden = -infinity) {
+/// hidden score may be NaN. `seen_by(i)` says what the thread's i-th row sees. L is the kernel's layout, which knows the
+/// distances between a thread's columns.
+template <class L, class Scores, class SeenBy>
+FLASHCUTE_DEVICE void hide_scores(Scores& scores, SeenBy const& seen_by, float hidden = -infinity) {
   auto s = by_row_and_column(scores);  // (row, column)
   constexpr int columns = decltype(cute::size<1>(s))::value;
   CUTE_UNROLL
   for (int i = 0; i < cute::size<0>(s); ++i) {
-    auto const seen = Mask::template seen<L::BlockN::value>(query(i), key, sequence);
+    auto const seen = seen_by(i);
     if constexpr (L::masks_by_bits) {
       CUTE_UNROLL
       for (int first = 0; first < columns; first += 32) {
@@ -34,6 +33,14 @@ FLASHCUTE_DEVICE void apply_mask(Scores& scores, Query const& query, int key, ty
       }
     }
   }
+}
+
+/// The same under a mask. `query(i)` is the query of the thread's i-th row, `key` the key of its first column.
+template <class L, class Mask, class Scores, class Query>
+FLASHCUTE_DEVICE void apply_mask(Scores& scores, Query const& query, int key, typename Mask::Sequence const& sequence,
+                                 float hidden = -infinity) {
+  hide_scores<L>(
+      scores, [&](int i) { return Mask::template seen<L::BlockN::value>(query(i), key, sequence); }, hidden);
 }
 
 /// The sink of a query head, of fp32 or Element; -inf if there is none.

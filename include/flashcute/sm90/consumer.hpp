@@ -31,11 +31,15 @@ class AwaitedBlocks {
   /// Of a tile that has any, or none.
   FLASHCUTE_DEVICE AwaitedBlocks(bool any) : any_(any) {}
 
-  FLASHCUTE_DEVICE void set(AnnouncedBlock const& block) {
-    number_ = uniform(block.number);
-    full_after_ = uniform(block.full_after);
-    partial_ = uniform(block.partial);
-    last_ = uniform(block.last);
+  /// Reads the announcement. Nothing may be asked before `settle`, which waits for the answer from shared memory: so
+  /// products can be begun in between.
+  FLASHCUTE_DEVICE void read(AnnouncedBlock const& block) {
+    number_ = block.number, full_after_ = block.full_after;
+    partial_ = block.partial, last_ = block.last;
+  }
+  FLASHCUTE_DEVICE void settle() {
+    number_ = uniform(number_), full_after_ = uniform(full_after_);
+    partial_ = uniform(partial_), last_ = uniform(last_);
   }
 
   FLASHCUTE_DEVICE int first() const { return any_ ? 0 : -1; }
@@ -173,7 +177,10 @@ class Consumer {
           turns_.wait();
         }
         P::begin_scores(s_, tiles_.query(), tiles_.arrived_key());
-        if (goes_on != 0) turns_.pass();
+        if (goes_on != 0) {
+          turns_.pass();
+          know_block<true>();
+        }
         P::template finish<1>(o_);
         tiles_.release_value();
         skip_values(left_over);
@@ -188,7 +195,7 @@ class Consumer {
   /// this block to `next`.
   template <bool Partial>
   FLASHCUTE_DEVICE void attend(int n, Probabilities& probabilities, Probabilities& next) {
-    begin_products(probabilities);
+    begin_products<Partial>(probabilities);
     scores_ready<Partial>(n, s_);
     auto const correction = next_softmax(next);
     // The next V arrived long ago. Waiting for it here keeps the compiler from moving exponentials behind the wait for
@@ -236,6 +243,7 @@ class Consumer {
     P::begin_scores(after, tiles_.query(), tiles_.arrived_key());
     begin_output(probabilities);
     turns_.pass();
+    know_block<false>();
     // Without hold_until the compiler computes exponentials before it begins the products.
     sums_.softmax.hold_until([&](auto& maxima) { tiles_.await_value_after(maxima); });
     tiles_.look_for_key_after();
@@ -278,7 +286,7 @@ class Consumer {
   /// Waits for the next K.
   FLASHCUTE_DEVICE void await_key() {
     tiles_.await_key();
-    if constexpr (!Range::contiguous) range_.set(tiles_.key_block());
+    if constexpr (!Range::contiguous) range_.read(tiles_.key_block());
   }
 
   /// Begins S = Q K^T with the next K.
@@ -287,15 +295,18 @@ class Consumer {
     turns_.wait();
     P::begin_scores(s, tiles_.query(), tiles_.arrived_key());
     turns_.pass();
+    know_block<true>();
   }
 
   /// Begins S(n) = Q K(n)^T and O += P V of the block before, and waits for S.
+  template <bool MayBePartial>
   FLASHCUTE_DEVICE void begin_products(Probabilities& probabilities) {
     await_key();
     turns_.wait();
     P::begin_scores(s_, tiles_.query(), tiles_.arrived_key());
     begin_output(probabilities);
     turns_.pass();
+    know_block<MayBePartial>();
     tiles_.look_for_value_after();
     tiles_.look_for_key_after();
     P::template finish<1>(s_);
@@ -328,9 +339,29 @@ class Consumer {
     if (range_.is_last(n)) tiles_.release_query();
   }
 
+  /// Where memory says which block it is that was waited for last, and what the thread's rows see of it: the first is
+  /// known now, the second is asked while the product is computed, because behind a row's word lies a chain of loads.
+  template <bool MayBePartial>
+  FLASHCUTE_DEVICE void know_block() {
+    if constexpr (!Range::contiguous) {
+      range_.settle();
+      if (!MayBePartial || !range_.is_partial(0)) return;
+      Tile const& rows = tiles_.work(0).rows;
+      int const key = range_.number(0) * C.block_n + L::first_column(), row0 = rows.row0;
+      auto const sequence = rows.sequence(p_);
+      CUTE_UNROLL
+      for (int i = 0; i < L::rows_per_thread; ++i) {
+        looked_up_.of_row[i] = Mask::template seen<C.block_n>(row0 + L::row(i), key, sequence);
+      }
+    }
+  }
+
   /// Masks the scores of a partial block.
   FLASHCUTE_DEVICE void apply(int n, Scores& s) {
     if (!range_.is_partial(n)) return;
+    if constexpr (!Range::contiguous) {
+      return hide_scores<L>(s, [&](int i) -> auto const& { return looked_up_.of_row[i]; });
+    }
     Tile const& rows = tiles_.work(0).rows;
     int const key = range_.number(n) * C.block_n + L::first_column(), row0 = rows.row0;
     flashcute::apply_mask<L, Mask>(s, [&](int i) { return row0 + L::row(i); }, key, rows.sequence(p_));
@@ -379,6 +410,7 @@ class Consumer {
     await_key();
     turns_.wait();
     turns_.pass();
+    know_block<false>();
     count_block(n);
     tiles_.pass_key();
   }
@@ -451,8 +483,14 @@ class Consumer {
     reconverge();
   }
 
+  struct Nothing {};
+  struct SeenKeys {
+    SeenBits<C.block_n> of_row[L::rows_per_thread];
+  };
+
   ForwardParams const& p_;
   int const warpgroup_;
+  [[no_unique_address]] std_::conditional_t<Range::contiguous, Nothing, SeenKeys> looked_up_;
   Tiles<C, Mask> tiles_;
   Turns<L::first_turn_barrier, L::warpgroups, C.pingpong> const turns_;
   Range range_;        // blocks that the warpgroup's rows see
