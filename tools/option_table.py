@@ -122,6 +122,7 @@ def gradients_changes(_: BackwardConfig) -> list[dict[str, Any]]:
         *({"stages": n} for n in (1, 2)),
         *({"dout_stages": n} for n in (1, 3)),
         {"stages": 2, "dout_stages": 3},
+        {"block_m": 80, "stages": 2},
     ]
 
 

@@ -80,7 +80,10 @@ bool needs_extended_wgmma(ForwardKernelId const& kernel) {
   ForwardConfig const& c = kernel.config;
   return c.kernel == Kernel::sm90 && (is_extended_wgmma_width(c.block_n) || is_extended_wgmma_width(c.head_dim_v));
 }
-bool needs_extended_wgmma(BackwardKernelId const&) { return false; }
+bool needs_extended_wgmma(BackwardKernelId const& kernel) {
+  BackwardConfig const& c = kernel.config;
+  return c.kernel == Kernel::sm90 && !splits_dq(c) && is_extended_wgmma_width(c.block_m);
+}
 
 template <class KernelId>
 std::string source_of(std::span<KernelId const> kernels) {

@@ -37,8 +37,8 @@ BackwardPlan plan_backward(std::optional<BackwardConfig> const& config, Call con
                            BackwardTensorViews const& tensors);
 
 inline constexpr char const* gradients_of_sm90 =
-    "Hopper's kernels compute gradients that are deterministic, or of head dimensions above 128, of full and causal "
-    "masks only";
+    "Hopper's kernels compute gradients that are deterministic, by blocks of 80 query rows, or of head dimensions "
+    "above 128, of full and causal masks only";
 
 /// Why Hopper's kernels of a configuration do not compute the gradients of a call with these tensors; empty if they do.
 std::string sm90_backward_problem(Call const& call, std::span<Operand const> copied, BackwardConfig const& config);

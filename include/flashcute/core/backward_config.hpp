@@ -85,6 +85,12 @@ constexpr bool splits_dq(BackwardConfig const& c) {
   return c.kernel == Kernel::sm80 ? c.deterministic : c.head_dim > 128;
 }
 
+/// Whether Hopper's pass `gradients` computes dQ^T = K^T dS^T: the rows of a product come in 64, and a block of queries
+/// does not. (80 queries: docs/kernels/sm90_backward.md.)
+constexpr bool transposes_dq(BackwardConfig const& c) {
+  return c.kernel == Kernel::sm90 && !splits_dq(c) && c.block_m % warpgroup_rows != 0;
+}
+
 constexpr BackwardPasses passes_of(BackwardConfig const& c) {
   using enum BackwardPass;
   if (splits_dq(c)) return {2, {queries, keys}};
@@ -101,9 +107,10 @@ constexpr TileConfig tile_of(BackwardConfig const& c, BackwardPass pass) {
 }
 
 /// Whether a configuration's kernels compute gradients under a mask. Of Hopper's those that add dQ in any order do; an
-/// order, and passes of their own for wide heads, are there for the first two masks alone.
+/// order, passes of their own for wide heads, and blocks of 80 queries are there for the first two masks alone. (Blocks
+/// of 80 have no registers for a band, and the cells of a map come in 64 rows.)
 constexpr bool serves(BackwardConfig const& c, MaskKind mask) {
-  bool const any = c.kernel == Kernel::sm80 || !(c.deterministic || splits_dq(c));
+  bool const any = c.kernel == Kernel::sm80 || !(c.deterministic || splits_dq(c) || transposes_dq(c));
   return any || mask == MaskKind::full || mask == MaskKind::causal;
 }
 
@@ -134,8 +141,10 @@ constexpr bool stores_ds(BackwardConfig const& c, BackwardPass pass) {
 constexpr int64_t sm90_smem_bytes(BackwardConfig const& c) {
   int64_t const m = c.block_m, n = c.block_n, d = c.head_dim, d_v = c.head_dim_v, size = size_of(c.dtype);
   int64_t const dq = m * d * int64_t{sizeof(float)}, statistics = m * int64_t{sizeof(float)};
-  return n * (d + d_v) * size + c.stages * (m * d * size + statistics) + c.dout_stages * (m * d_v * size + statistics) +
-         2 * m * n * size + dq + control_bytes;
+  int64_t const bytes = n * (d + d_v) * size + c.stages * (m * d * size + statistics) +
+                        c.dout_stages * (m * d_v * size + statistics) + 2 * m * n * size + dq;
+  // Blocks of 80 queries leave no room for as many: theirs are as large as the storage, a multiple of 1 KB.
+  return transposes_dq(c) ? ceil_div<int64_t>(bytes + 512, 1024) * 1024 : bytes + control_bytes;
 }
 
 /// Of Hopper's pass `queries`: Q and dO, blocks of K, one of V, LSE and delta of the queries.
@@ -154,7 +163,7 @@ constexpr int64_t sm90_keys_smem_bytes(BackwardConfig const& c) {
 
 /// Dynamic shared memory of a kernel, in bytes: the tile's rows of K and V, or of Q and dO; `stages` blocks of the
 /// other two; LSE and delta of the queries among these rows; tiles of P and dS where more than one warp reads them.
-/// `finish` has only a tile of dQ.
+/// `finish` has only a tile of dQ, of Hopper's kernels if it is transposed.
 constexpr int64_t smem_bytes(BackwardKernelId const& k) {
   BackwardConfig const& c = k.config;
   int64_t const size = size_of(c.dtype);
@@ -162,6 +171,7 @@ constexpr int64_t smem_bytes(BackwardKernelId const& k) {
   if (c.kernel == Kernel::sm90) {
     if (k.pass == BackwardPass::queries) return sm90_queries_smem_bytes(c);
     if (k.pass == BackwardPass::keys) return sm90_keys_smem_bytes(c);
+    if (k.pass == BackwardPass::finish && transposes_dq(c)) return c.block_m * c.head_dim * size;
     return k.pass == BackwardPass::gradients ? sm90_smem_bytes(c) : 0;
   }
   if (k.pass == BackwardPass::prepare) return 0;
@@ -232,8 +242,8 @@ constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads,
   RULE(sm90_arch, "kernel = sm90 needs a GPU of compute capability 9.0: it is Hopper's")                             \
   RULE(sm90_dtype, "kernel = sm90 needs dtype float16 or bfloat16")                                                  \
   RULE(sm90_tile,                                                                                                    \
-       "kernel = sm90 needs 8 warps, and block_m x block_n of 128 x 128 with head_dim 64, 64 x 128 with "            \
-       "128, 128 x 64 with 192 and 256")                                                                             \
+       "kernel = sm90 needs 8 warps, and block_m x block_n of 128 x 128 with head_dim 64, 64 x 128 or 80 x 128 "     \
+       "with 128, 128 x 64 with 192 and 256")                                                                        \
   RULE(sm90_head_dim, "kernel = sm90 needs head_dim_v = head_dim, or 128 with head_dim 192")                         \
   RULE(sm90_stages,                                                                                                  \
        "kernel = sm90 needs stages and dout_stages between 1 and 4, stages above 1 with head_dim above "             \
@@ -305,8 +315,8 @@ constexpr BackwardConfigError check_sm90(BackwardConfig const& c, Arch arch) {
   if (c.dtype != DType::float16 && c.dtype != DType::bfloat16) return sm90_dtype;
   if (c.math != Math::tensor_core) return math;
   bool const wide = splits_dq(c), known = wide ? c.head_dim == 192 || c.head_dim == 256 : c.head_dim % 64 == 0;
-  int32_t const rows = c.head_dim == 128 ? 64 : 128;
-  if (!known || c.block_m != rows || c.block_n != (wide ? 64 : 128) || c.num_warps != 8) return sm90_tile;
+  bool const rows = c.head_dim == 128 ? c.block_m == 64 || c.block_m == 80 : c.block_m == 128;
+  if (!known || !rows || c.block_n != (wide ? 64 : 128) || c.num_warps != 8) return sm90_tile;
   if (c.head_dim_v != c.head_dim && (c.head_dim != 192 || c.head_dim_v != 128)) return sm90_head_dim;
   if (c.stages < (wide ? 2 : 1) || c.stages > 4 || c.dout_stages < 1 || c.dout_stages > 4) return sm90_stages;
   if (wide && !c.deterministic) return sm90_deterministic;

@@ -49,7 +49,7 @@ struct KeyGradients {
   FLASHCUTE_DEVICE static void take_roles(Sm90BackwardParams const& p, Storage& smem, Tile const& tile) {
     int const warpgroup = warpgroup_index();
     if (warpgroup == 0) {
-      release_registers<serving_registers>();
+      release_registers<L::serving_registers>();
       int const warp = warp_of_warpgroup();
       if (warp == 0) {
         if (elected_lane()) GradientLoader<Id>::run(p, smem, tile);
@@ -59,7 +59,7 @@ struct KeyGradients {
         GradientInspector<Id>::run(p.backward, smem, tile);
       }
     } else {
-      claim_registers<computing_registers>();
+      claim_registers<L::computing_registers>();
       GradientConsumer<Id>{p.backward, smem, tile, warpgroup - 1}.run();
     }
   }

@@ -34,7 +34,10 @@ class GradientConsumer {
   /// Beside the bits of a map there are no registers for them.
   static constexpr bool reads_statistics_early = C.early_reads && !Seeing::in_memory;
   using Statistics = std_::conditional_t<reads_statistics_early, StatisticsInRegisters<L>, StatisticsInMemory<L>>;
-  using Dq = decltype(L::template accumulator<typename L::DqColumns>());
+  using Dq = decltype(L::template accumulator<typename L::DqWidth>());
+  /// Whether P of a partial block is hidden together with dS, by the same bits: with 80 queries there are no registers
+  /// to compute them in two places.
+  static constexpr bool hides_at_once = L::dq_transposed;
 
  public:
   FLASHCUTE_DEVICE GradientConsumer(BackwardParams const& p, Storage& smem, Tile const& tile, int warpgroup)
@@ -77,10 +80,11 @@ class GradientConsumer {
     if (Seeing::in_memory && partial) seeing.load(block, first_key(), tile_.sequence(p_.forward, block.head));
     finish_products<1>(s);
     to_probabilities<L>(s, lse, p_.forward.scale_log2);
-    if (partial) hide(s, block, seeing);
+    if (!hides_at_once && partial) hide(s, block, seeing);
     Statistics const delta(smem_.delta[dout_.place]);
     finish_products<0>(dp);
     to_score_gradients<L>(dp, s, delta);
+    if (hides_at_once && partial) hide(s, block, seeing);
     if (partial) hide(dp, block, seeing);
     // P is rounded after dS, which takes it in fp32: rounded before, both would be in registers at once.
     auto ds = convert<Element>(dp);
@@ -191,7 +195,11 @@ class GradientConsumer {
 
   FLASHCUTE_DEVICE void add_dropped(void* gradient, Strides const& stride, void const* queries, Strides const& from,
                                     int columns) const {
-    sm90::add_dropped<L, Mask>(p_.forward, tile_, warpgroup_, gradient, stride, queries, from, columns);
+    if constexpr (L::dq_transposed) {  // the warpgroup's number, kept until here, would be spilled
+      sm90::add_dropped<L, Mask>(p_.forward, tile_, warpgroup_index() - 1, gradient, stride, queries, from, columns);
+    } else {
+      sm90::add_dropped<L, Mask>(p_.forward, tile_, warpgroup_, gradient, stride, queries, from, columns);
+    }
   }
 
   /// The warpgroup's first key.
@@ -201,7 +209,7 @@ class GradientConsumer {
 
   /// The warpgroup's keys of K or V.
   FLASHCUTE_DEVICE Element* own(Element* keys) const { return keys + warpgroup_ * (warpgroup_rows * L::page); }
-  /// dS as a left operand: its half of the queries, or all.
+  /// dS as an operand: its half of the queries, or all.
   FLASHCUTE_DEVICE InRing<Element> ds_ring(int place) const {
     return {smem_.ds[0] + (L::dq_by_rows ? warpgroup_ * (warpgroup_rows * L::page) : 0), place};
   }

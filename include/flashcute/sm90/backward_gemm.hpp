@@ -34,13 +34,19 @@ struct BackwardProducts {
                  other.place));
   }
 
-  /// Begins dQ = dS K, the warpgroup's half. `ds`: its first query; `k`: its first column.
+  /// Begins dQ = dS K, or dQ^T = K^T dS^T, the warpgroup's half. `ds`: its first query; `k`: its first column.
   template <class Sums>
   FLASHCUTE_DEVICE static void begin_dq(Sums& sums, InRing<Element> ds, Element* k) {
     using Mma = typename L::MmaQueries;
-    begin_product<Mma>(sums, cute::GMMA::ScaleOut::Zero,
-                       in_place(described<typename Mma::FrgTypeA, typename L::OperandDs>(ds.ring), ds.place),
-                       described<typename Mma::FrgTypeB, typename L::OperandKeyColumns>(k));
+    if constexpr (L::dq_transposed) {
+      begin_product<Mma>(sums, cute::GMMA::ScaleOut::Zero,
+                         described<typename Mma::FrgTypeA, typename L::OperandKeyColumns>(k),
+                         in_place(described<typename Mma::FrgTypeB, typename L::OperandDs>(ds.ring), ds.place));
+    } else {
+      begin_product<Mma>(sums, cute::GMMA::ScaleOut::Zero,
+                         in_place(described<typename Mma::FrgTypeA, typename L::OperandDs>(ds.ring), ds.place),
+                         described<typename Mma::FrgTypeB, typename L::OperandKeyColumns>(k));
+    }
   }
 };
 

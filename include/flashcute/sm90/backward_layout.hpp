@@ -2,7 +2,8 @@
 //
 // The scores of a tile are transposed: rows are keys, of which each warpgroup owns 64, and columns are queries. So P^T
 // and dS^T, which the warpgroup has in registers, are left operands of the products for dV and dK. Only dS goes through
-// shared memory, for dQ = dS K: that is summed over the keys of both warpgroups, and each computes a half of it.
+// shared memory, for dQ = dS K: that is summed over the keys of both warpgroups, and each computes a half of it. If a
+// block's queries are no multiple of 64, that is dQ^T = K^T dS^T, of the same memory.
 #pragma once
 
 #include "flashcute/sm90/passing_queries.hpp"
@@ -28,11 +29,18 @@ struct BackwardLayout : WarpgroupFragment {
   static constexpr int ds_elements = C.block_m * C.block_n;
   static constexpr int ds_places = 2;
 
-  // A warpgroup's half of dQ: half of the columns of 64 queries, or all columns of half of 128.
+  // A warpgroup's half of dQ: half of the columns of 64 queries, or all columns of half of 128. The rows of a product
+  // come in 64. If queries do not, dQ is transposed: its rows are 64 columns of d, and its columns all queries.
   static constexpr bool dq_by_rows = C.block_m == 2 * warpgroup_rows;
-  static_assert(dq_by_rows || C.block_m == warpgroup_rows);
+  static constexpr bool dq_transposed = transposes_dq(C);
+  static_assert(dq_by_rows || dq_transposed || C.block_m == warpgroup_rows);
   static constexpr int dq_columns = dq_by_rows ? C.head_dim : C.head_dim / warpgroups;
-  using DqColumns = cute::Int<dq_columns>;
+  static_assert(!dq_transposed || dq_columns == warpgroup_rows);
+  using DqWidth = cute::Int<dq_transposed ? C.block_m : dq_columns>;  // of its accumulator
+
+  // With 80 queries S, dP, dK and dV are 208 registers: 232 would not be enough for the rest.
+  static constexpr int serving_registers = dq_transposed ? 24 : sm90::serving_registers;
+  static constexpr int computing_registers = dq_transposed ? 240 : sm90::computing_registers;
   static constexpr int dq_floats = C.block_m * C.head_dim / warpgroups;
 
   // ---- operands of products, 16 of what is summed over in each step, as in ForwardLayout ----
@@ -61,8 +69,9 @@ struct BackwardLayout : WarpgroupFragment {
                           cute::Int<C.block_m / 16>, cute::Int<Places>>,
               cute::Stride<cute::Stride<cute::Stride<cute::_1, StrideOfPages<C.block_m>>, Page>, cute::_0,
                            cute::Int<16 * page>, cute::Int<q_elements>>>;
-  /// 64 queries of dS, a page for the keys of each warpgroup: (MMA, 1, MMA_N, PLACE)
-  using OperandDs = Operand<cute::Shape<cute::Shape<Keys, cute::_16>, cute::_1,
+  using DsRows = cute::Int<dq_transposed ? C.block_m : warpgroup_rows>;
+  /// 64 queries of dS, or all, a page for the keys of each warpgroup: (MMA, 1, MMA_N, PLACE)
+  using OperandDs = Operand<cute::Shape<cute::Shape<DsRows, cute::_16>, cute::_1,
                                         cute::Shape<cute::Int<page / 16>, cute::Int<warpgroups>>, cute::Int<ds_places>>,
                             cute::Stride<cute::Stride<Page, cute::_1>, cute::_0,
                                          cute::Stride<cute::_16, StrideOfPages<C.block_m>>, cute::Int<ds_elements>>>;
@@ -80,10 +89,12 @@ struct BackwardLayout : WarpgroupFragment {
   using MmaKeys = cute::MMA_Traits<
       decltype(cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<Keys, HeadDim, cute::_16>,
                                           cute::GMMA::Major::K, cute::GMMA::Major::MN>())>;
-  /// dQ = dS K
+  /// dQ = dS K, or dQ^T = K^T dS^T. Keys, which are summed over, follow each other in dS, columns of d in K.
+  static constexpr auto major_of_ds = cute::GMMA::Major::K, major_of_keys = cute::GMMA::Major::MN;
   using MmaQueries = cute::MMA_Traits<
-      decltype(cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<Keys, DqColumns, cute::_16>,
-                                          cute::GMMA::Major::K, cute::GMMA::Major::MN>())>;
+      decltype(cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<Keys, DqWidth, cute::_16>,
+                                          dq_transposed ? major_of_keys : major_of_ds,
+                                          dq_transposed ? major_of_ds : major_of_keys>())>;
 
   // ---- shared memory ----
   struct SharedStorage {

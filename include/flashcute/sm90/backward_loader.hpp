@@ -141,6 +141,10 @@ class DqAdder {
       int const thread = i / 4 % warpgroup_size, word = i / (4 * warpgroup_size);
       int query = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
       int column = word * 8 + 2 * (thread % 4) + i % 2;
+      if constexpr (L::dq_transposed) {
+        int const row = query;
+        query = column, column = row;
+      }
       if (L::dq_by_rows) {
         query += warpgroup * warpgroup_rows;
       } else {
@@ -177,6 +181,7 @@ class GradientInspector {
   using Element = typename L::Element;
   using Storage = typename L::SharedStorage;
   static constexpr bool has_sink = takes_sink(Id.features.mask);
+  static constexpr bool computes_anew = transposes_dq(C);
 
  public:
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, Storage& smem, Tile const& tile) {
@@ -277,12 +282,18 @@ class GradientInspector {
     return !warp_any(!check.all_finite());
   }
 
+  /// With 24 registers a thread, what the compiler computes of it ahead of loops would be spilled: it is opaque.
+  FLASHCUTE_DEVICE static int lane() {
+    int const lane = thread_index() % 32;
+    return computes_anew ? static_cast<int>(moved(static_cast<uint32_t>(lane))) : lane;
+  }
+
   /// Calls f(place) for each 16 bytes that are this lane's part.
   template <class F>
   FLASHCUTE_DEVICE static void for_each_part(Element* elements, int count, F const& f) {
     constexpr int vector = 16 / sizeof(Element);
 #pragma unroll 4
-    for (int i = vector * (thread_index() % 32); i < count; i += vector * 32) f(elements + i);
+    for (int i = vector * lane(); i < count; i += vector * 32) f(elements + i);
   }
 
   BackwardParams const& p_;

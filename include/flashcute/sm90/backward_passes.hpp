@@ -51,16 +51,22 @@ struct FinishGradients {
   using Sequence = typename Mask<Id.features.mask>::Sequence;
   using Tile = QueryTile<Sequence>;
   using L = BackwardLayout<C>;
+  using Element = typename L::Element;
   using Workspace = GradientWorkspace<C, Sequence>;
 
-  struct SharedStorage {};
+  struct Nothing {};
+  /// Where each warp transposes its 16 columns.
+  struct Columns {
+    alignas(16) Element of_warp[C.num_warps][16 * C.block_m];
+  };
+  using SharedStorage = std_::conditional_t<L::dq_transposed, Columns, Nothing>;
 
-  FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& /*smem*/) {
+  FLASHCUTE_DEVICE static void run(BackwardParams const& p, [[maybe_unused]] SharedStorage& smem) {
     auto const tile = Tile::at(p.forward, block_index(), C.block_m);
     int64_t const number = Workspace::number(p.forward, tile.entry, tile.head, tile.row0 / C.block_m);
     int const warpgroup = warpgroup_index();
     float const* const from = Workspace::sums(p, number) + warpgroup * L::dq_floats + 4 * thread_of_warpgroup();
-    auto dq = L::template accumulator<typename L::DqColumns>();
+    auto dq = L::template accumulator<typename L::DqWidth>();
     auto const scale = static_cast<float>(p.forward.scale);
     bool const has_sums = DqOrder<Id>::has_sums(p, number, warpgroup);
     CUTE_UNROLL
@@ -73,8 +79,20 @@ struct FinishGradients {
     int const column0 = L::dq_by_rows ? 0 : warpgroup * L::dq_columns;
     auto const offset =
         row_offset(p.dq_stride, tile.entry.batch, tile.head, tile.entry.first_query + tile.row0 + row0) + column0;
-    store_rows<L::dq_columns>(dq, static_cast<typename L::Element*>(p.dq) + offset, p.dq_stride.row, tile.rows - row0,
-                              p.forward.head_dim - column0);
+    store(dq, smem, static_cast<Element*>(p.dq) + offset, p.dq_stride.row, tile.rows - row0,
+          p.forward.head_dim - column0);
+  }
+
+ private:
+  /// The warpgroup's half.
+  template <class Dq>
+  FLASHCUTE_DEVICE static void store(Dq const& dq, [[maybe_unused]] SharedStorage& smem, Element* to,
+                                     int64_t const& row_stride, int const& rows, int const& columns) {
+    if constexpr (L::dq_transposed) {
+      store_transposed_rows<C.block_m>(dq, smem.of_warp[thread_index() / 32], to, row_stride, rows, columns);
+    } else {
+      store_rows<L::dq_columns>(dq, to, row_stride, rows, columns);
+    }
   }
 };
 

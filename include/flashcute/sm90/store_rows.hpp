@@ -51,6 +51,30 @@ FLASHCUTE_DEVICE void store_rows(Accumulator const& accumulator, Element* to, in
   }
 }
 
+/// Rounds a transposed accumulator, of 64 columns of `Rows` rows, and writes 16 bytes per lane. Each warp has 16
+/// columns, and `space` of its own for them in shared memory. `to`: the warpgroup's first column; only the first `rows`
+/// rows and `columns` columns exist.
+template <int Rows, class Element, class Accumulator>
+FLASHCUTE_DEVICE void store_transposed_rows(Accumulator const& accumulator, Element* space, Element* to,
+                                            int64_t const& row_stride, int rows, int columns) {
+  auto const rounded = convert<Element>(accumulator);
+  auto const words = words_of(rounded);
+  int const lane = thread_index() % 32, column = warp_of_warpgroup() * 16 + lane % 2 * 8;
+  // Pieces of 8 columns: the first of all rows, then the second, so that a matrix is 128 bytes in a row.
+  Element* const piece = space + (lane / 8 % 2 * Rows + lane % 8 + (lane & 16) / 2) * 8;
+  CUTE_UNROLL
+  for (int i = 0; i < Rows / 16; ++i) {
+    stmatrix_transposed(piece + i * 16 * 8, words(4 * i), words(4 * i + 1), words(4 * i + 2), words(4 * i + 3));
+  }
+  reconverge();
+  CUTE_UNROLL
+  for (int i = 0; i < Rows / 16; ++i) {
+    int const row = i * 16 + lane / 2;
+    auto const word = shared_load<uint4>(space + (lane % 2 * Rows + row) * 8);
+    global_store_if(row < rows && column < columns, to + row * row_stride + column, word);
+  }
+}
+
 /// Writes zeros to the rows of a tile, which begin `offset` elements after `tensor`. All threads of the block call it.
 template <int Threads, class Element, class Tile>
 FLASHCUTE_DEVICE void clear_rows(Tile const& tile, void* tensor, int64_t offset, Strides const& stride, int columns) {

@@ -555,6 +555,28 @@ TEST(BackwardConfig, EachRuleOfTheGpuFires) {
   EXPECT_EQ(broken([](auto& c) { c.head_dim = c.head_dim_v = 128; }, 86), smem);
 }
 
+// Guards against blocks of 80 queries that are refused, or taken where no kernel computes them: their storage fills
+// shared memory to the last kilobyte but one.
+TEST(BackwardConfig, BlocksOf80Queries) {
+  using enum BackwardConfigError;
+  BackwardConfig const good{.block_m = 80, .block_n = 128, .num_warps = 8, .kernel = Kernel::sm90};
+  EXPECT_EQ(check(good, 90), none);
+  EXPECT_EQ(most_smem_bytes(good), max_smem_bytes(90) - 1024);
+  EXPECT_EQ(smem_bytes(kernel_of(good, BackwardPass::finish, {})), 80 * 128 * 2);
+  EXPECT_FALSE(serves(good, MaskKind::band));
+  EXPECT_TRUE(serves(good, MaskKind::causal));
+  auto const broken = [&](auto change) {
+    BackwardConfig c = good;
+    change(c);
+    return check(c, 90);
+  };
+  EXPECT_EQ(broken([](auto& c) { c.stages = 3; }), smem);
+  EXPECT_EQ(broken([](auto& c) { c.block_m = 96; }), sm90_tile);
+  EXPECT_EQ(broken([](auto& c) { c.head_dim = c.head_dim_v = 64; }), sm90_tile);
+  BackwardKernelId const kernel = kernel_of(good, BackwardPass::gradients, {});
+  EXPECT_EQ(generated_source(std::span(&kernel, 1)).find("#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED"), 0u);
+}
+
 // Guards against an exception without the values that broke the rule.
 TEST(BackwardConfig, TheExceptionCarriesTheRulesSentenceAndTheValues) {
   try {

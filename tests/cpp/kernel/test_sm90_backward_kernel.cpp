@@ -1,5 +1,6 @@
 // Hopper's gradients, run on the host by emulated thread blocks, under random schedules: all passes of a call, against
 // gradients in fp64.
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // products of 80 columns
 #include "flashcute/sm90/backward_passes.hpp"
 
 #include <algorithm>
@@ -209,6 +210,15 @@ constexpr BackwardConfig wide = {.dtype = f16,
                                  .kernel = Kernel::sm90,
                                  .stages = 3};
 
+/// 80 queries are no multiple of 64: dQ is transposed.
+constexpr BackwardConfig transposed = {.dtype = bf16,
+                                       .head_dim = 128,
+                                       .head_dim_v = 128,
+                                       .block_m = 80,
+                                       .block_n = 128,
+                                       .num_warps = 8,
+                                       .kernel = Kernel::sm90};
+
 constexpr BackwardConfig widest = {.dtype = bf16,
                                    .head_dim = 256,
                                    .head_dim_v = 256,
@@ -254,10 +264,12 @@ void check_shapes() {
 TEST(Sm90BackwardKernel, Shapes) {
   check_shapes<narrow>();
   check_shapes<wide>();
+  check_shapes<transposed>();
   check_shapes<widest>();
   check_shapes<unequal>();
   check_shapes<deterministic<narrow>>();
   check_shapes<deterministic<wide>>();
+  check_shapes<deterministic<transposed>>();
 }
 
 template <BackwardConfig B>
@@ -281,6 +293,10 @@ TEST(Sm90BackwardKernel, Options) {
   check_options<with(wide, [](BackwardConfig& c) { c.late_dq = false; })>();
   check_options<with(narrow, [](BackwardConfig& c) { c.late_dq = false, c.stages = 2; })>();
   check_options<with(wide, [](BackwardConfig& c) { c.early_reads = true; })>();
+  check_options<with(transposed, [](BackwardConfig& c) { c.late_dq = false; })>();
+  check_options<with(transposed, [](BackwardConfig& c) { c.stages = 3, c.dout_stages = 1; })>();
+  check_options<with(wide, [](BackwardConfig& c) { c.order = 1; })>();
+  check_options<with(wide, [](BackwardConfig& c) { c.order = 3, c.early_reads = true; })>();
 }
 
 // The same of wide heads.
@@ -332,9 +348,11 @@ TEST(Sm90BackwardKernel, NobodyWaitsForATileThatIsStartedLater) {
     for (int sk : {1, 127, 128, 129, 500, 1111}) {
       check_turns<deterministic<narrow>, MaskKind::full>(sq, sk, 0);
       check_turns<deterministic<wide>, MaskKind::full>(sq, sk, 0);
+      check_turns<deterministic<transposed>, MaskKind::full>(sq, sk, 0);
       for (int offset : {sk - sq, 0, -sq - 200, -70, -1, 1, 130, sk}) {
         check_turns<deterministic<narrow>, MaskKind::causal>(sq, sk, offset);
         check_turns<deterministic<wide>, MaskKind::causal>(sq, sk, offset);
+        check_turns<deterministic<transposed>, MaskKind::causal>(sq, sk, offset);
       }
     }
   }
@@ -385,6 +403,7 @@ void check_poison() {
 TEST(Sm90BackwardKernel, PoisonReachesWhatSeesIt) {
   check_poison<narrow>();
   check_poison<wide>();
+  check_poison<transposed>();
   check_poison<deterministic<narrow>>();
 }
 

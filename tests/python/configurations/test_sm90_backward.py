@@ -25,6 +25,11 @@ def default(d: int, dtype: str = "bfloat16", **other: Any) -> fc.BackwardConfig:
     return fc.default_backward_config(d, dtype, "sm_90", deterministic=False, **other)
 
 
+def eighty() -> fc.BackwardConfig:
+    """80 queries a block: their dQ is transposed."""
+    return default(128).replace(block_m=80, stages=2)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("d", [8, 72, 128, 136, 256])
 def test_default(dtype: str, d: int) -> None:
@@ -66,7 +71,7 @@ def test_rules_of_wide_heads(change: dict[str, Any], problem: str) -> None:
         default(256).replace(**change).check("sm_90")
 
 
-@pytest.mark.parametrize("cfg", [default(64).replace(deterministic=True), default(256)])
+@pytest.mark.parametrize("cfg", [default(64).replace(deterministic=True), eighty(), default(256)])
 def test_prebuild_of_a_mask_that_they_do_not_serve(cfg: fc.BackwardConfig) -> None:
     """A list in which nothing serves the mask would build nothing, and say nothing."""
     with pytest.raises(fc.ConfigError, match=r"^cfgs: BackwardConfig.* full and causal masks only"):
@@ -88,6 +93,9 @@ def variants() -> list[fc.BackwardConfig]:
         default(128).replace(stages=2, dout_stages=3),
         default(128).replace(early_reads=True),
         default(128).replace(early_reads=True, deterministic=True),
+        eighty(),
+        eighty().replace(late_dq=False),
+        eighty().replace(deterministic=True),
         default(256),
         default(256).replace(dout_stages=1),
         default(192),
