@@ -27,30 +27,26 @@ FORWARD = fc.default_config(128, "bfloat16", "sm_90")
 CHANGES = {
     "default": {},
     "early_reads": {"early_reads": True},
-    **{f"order {n}": {"order": n} for n in (1, 2, 3)},
-    **{f"order {n}, early_reads": {"order": n, "early_reads": True} for n in (1, 2, 3)},
+    **{f"order {n}": {"order": n} for n in (1, 2, 4, 5, 6, 7)},
+    **{f"order {n}, early_reads": {"order": n, "early_reads": True} for n in (4, 5, 6, 7)},
     "80 queries": {"block_m": 80, "stages": 2},
-    "80 queries, early_reads": {"block_m": 80, "stages": 2, "early_reads": True},
-    "80 queries, order 1, early_reads": {
-        "block_m": 80,
-        "stages": 2,
-        "order": 1,
-        "early_reads": True,
+    **{
+        f"80 queries, order {n}, early_reads": {
+            "block_m": 80,
+            "stages": 2,
+            "order": n,
+            "early_reads": True,
+        }
+        for n in (4, 5, 7)
     },
-    "80 queries, order 3, early_reads": {
+    "80 queries, prompt, order 5, early_reads": {
         "block_m": 80,
         "stages": 2,
-        "order": 3,
-        "early_reads": True,
-    },
-    "80 queries, prompt, early_reads": {
-        "block_m": 80,
-        "stages": 2,
-        "order": 1,
+        "order": 5,
         "early_reads": True,
         "late_dq": False,
     },  # fmt: skip
-    "prompt, order 1, early_reads": {"order": 1, "early_reads": True, "late_dq": False},
+    "prompt, order 5, early_reads": {"order": 5, "early_reads": True, "late_dq": False},
 }
 CONFIGS = {name: BASE.replace(**change) for name, change in CHANGES.items()}
 CASES = [(causal, length) for length in (1024, 4096, 16384) for causal in (False, True)]
