@@ -120,7 +120,7 @@ def graph_of(call: Call, cfg: fc.BackwardConfig) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         for _ in range(CALLS):
             call.run(cfg, memory)
-    graph.held = call, memory
+    graph.held = call, memory  # what the graph reads and writes
     return graph
 
 
