@@ -27,8 +27,8 @@ FORWARD = fc.default_config(128, "bfloat16", "sm_90")
 CHANGES = {
     "default": {},
     "early_reads": {"early_reads": True},
-    **{f"order {n}": {"order": n} for n in (1, 2, 4, 5, 6, 7)},
-    **{f"order {n}, early_reads": {"order": n, "early_reads": True} for n in (4, 5, 6, 7)},
+    **{f"order {n}": {"order": n} for n in (1, 2, 4, 6, 8)},
+    **{f"order {n}, early_reads": {"order": n, "early_reads": True} for n in (4, 5, 6, 7, 12, 13)},
     "80 queries": {"block_m": 80, "stages": 2},
     **{
         f"80 queries, order {n}, early_reads": {
@@ -37,16 +37,16 @@ CHANGES = {
             "order": n,
             "early_reads": True,
         }
-        for n in (4, 5, 7)
+        for n in (4, 13, 15)
     },
-    "80 queries, prompt, order 5, early_reads": {
+    "80 queries, prompt, order 13, early_reads": {
         "block_m": 80,
         "stages": 2,
-        "order": 5,
+        "order": 13,
         "early_reads": True,
         "late_dq": False,
     },  # fmt: skip
-    "prompt, order 5, early_reads": {"order": 5, "early_reads": True, "late_dq": False},
+    "prompt, order 13, early_reads": {"order": 13, "early_reads": True, "late_dq": False},
 }
 CONFIGS = {name: BASE.replace(**change) for name, change in CHANGES.items()}
 CASES = [(causal, length) for length in (1024, 4096, 16384) for causal in (False, True)]

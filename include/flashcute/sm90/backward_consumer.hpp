@@ -61,6 +61,7 @@ class GradientConsumer {
  private:
   // Bits of the option `order`.
   static constexpr bool dv_before_fence = C.order & 1;  // dV is begun before dS is published
+  static constexpr bool awaits_v_once = C.order & 8;
   static constexpr bool dk_last = C.order & 2;          // dK is begun when dQ has been passed on
 
   /// The next block; returns whether it was the last.
@@ -71,7 +72,11 @@ class GradientConsumer {
     bool const partial_early = C.early_reads && block.partial, last_early = C.early_reads && block.last;
     Statistics const lse(smem_.lse[q_.place]);
     P::template begin_scores<C.stages>(s, own(smem_.k), {smem_.q[0], q_.place});
-    barrier_wait(smem_.v_full, 0);  // of the first block; later it passes at once
+    if constexpr (awaits_v_once) {
+      barrier_wait_unless(any_, smem_.v_full, 0);
+    } else {
+      barrier_wait(smem_.v_full, 0);  // of the first block; later it passes at once
+    }
     barrier_wait(smem_.dout_full[dout_.place], dout_.parity);
     P::template begin_scores<C.dout_stages>(dp, own(smem_.v), {smem_.dout[0], dout_.place});
     bool const partial = uniform(C.early_reads ? partial_early : block.partial);
