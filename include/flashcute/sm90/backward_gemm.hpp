@@ -10,13 +10,15 @@ template <BackwardConfig C>
 struct BackwardProducts {
   using L = BackwardLayout<C>;
   using Element = typename L::Element;
+  /// At head dimension 64 ptxas keeps more descriptors, and the kernels of bands and maps would spill.
+  static constexpr bool long_steps = C.head_dim > 64;
 
   /// Begins scores = own other^T: S^T = K Q^T, or dP^T = V dO^T. `own`: the warpgroup's keys of K or V; `other`: a
   /// place of a ring of `Places` blocks.
   template <int Places, class Scores>
   FLASHCUTE_DEVICE static void begin_scores(Scores& scores, Element* own, InRing<Element> other) {
     using Mma = typename L::MmaScores;
-    begin_product<Mma>(
+    begin_product<Mma, long_steps>(
         scores, cute::GMMA::ScaleOut::Zero, described<typename Mma::FrgTypeA, typename L::OperandKeys>(own),
         in_place(described<typename Mma::FrgTypeB, typename L::template OperandQueries<Places>>(other.ring),
                  other.place));
@@ -28,7 +30,7 @@ struct BackwardProducts {
   FLASHCUTE_DEVICE static void begin_sums(Sums& sums, Weights& weights, InRing<Element> other) {
     using Mma = typename L::MmaKeys;
     keep_in_place(weights);
-    begin_product<Mma>(
+    begin_product<Mma, long_steps>(
         sums, cute::GMMA::ScaleOut::One, as_operand_a<Element>(weights),
         in_place(described<typename Mma::FrgTypeB, typename L::template OperandQueryColumns<Places>>(other.ring),
                  other.place));
@@ -38,9 +40,10 @@ struct BackwardProducts {
   template <class Sums>
   FLASHCUTE_DEVICE static void begin_dq(Sums& sums, InRing<Element> ds, Element* k) {
     using Mma = typename L::MmaQueries;
-    begin_product<Mma>(sums, cute::GMMA::ScaleOut::Zero,
-                       in_place(described<typename Mma::FrgTypeA, typename L::OperandDs>(ds.ring), ds.place),
-                       described<typename Mma::FrgTypeB, typename L::OperandKeyColumns>(k));
+    begin_product<Mma, long_steps>(
+        sums, cute::GMMA::ScaleOut::Zero,
+        in_place(described<typename Mma::FrgTypeA, typename L::OperandDs>(ds.ring), ds.place),
+        described<typename Mma::FrgTypeB, typename L::OperandKeyColumns>(k));
   }
 };
 
