@@ -6,13 +6,12 @@ calls taking turns in one process, as CUDA graphs. The table comes last; the exi
 
 usage: python benchmarks/python/sm90_gradient_masks.py --prebuild     # compiles all kernels; needs no GPU
        python benchmarks/python/sm90_gradient_masks.py [--no-maps] [--no-check | --no-times]
-           [--commit COMMIT --out LINES.jsonl]
+           [--commit COMMIT] [--out LINES.jsonl]
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import sys
@@ -24,6 +23,8 @@ from typing import Any
 import flashcute as fc
 import numpy as np
 import torch
+from flashcute._cli.kits import TorchCudaKit
+from flashcute._cli.provenance import provenance
 
 WIDTHS = (64, 128)
 DEVICE = "cuda"
@@ -396,33 +397,18 @@ def print_table(times: list[dict[str, Any]]) -> None:
         )
 
 
-def origin(commit: str) -> dict[str, Any]:
-    major, minor = torch.cuda.get_device_capability()
-    return {
-        "schema": 2,
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-        "device": f"{torch.cuda.get_device_name()}, sm_{major}{minor}",
-        "cuda": torch.version.cuda,
-        "library": f"torch {torch.__version__}",
-        "dtype": "bfloat16",
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     parser.add_argument("--prebuild", action="store_true")
     parser.add_argument("--no-maps", action="store_true")
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--no-times", action="store_true")
-    parser.add_argument("--commit", help="of the library, for the lines")
+    parser.add_argument("--commit", help="default: that of the checkout")
     parser.add_argument("--out", type=Path, help="file to which JSON lines are added")
     arguments = parser.parse_args()
     maps = not arguments.no_maps
     if arguments.prebuild:
         return prebuild(maps)
-    if arguments.out and not arguments.commit:
-        parser.error("--out needs --commit")
 
     start = time.time()
     torch.manual_seed(int(start))
@@ -445,10 +431,10 @@ def main() -> None:
     print_table(times)
     lines += [{"kind": "gradient_masks", "rounds": ROUNDS, "calls": CALLS, **x} for x in times]
     if arguments.out:
-        head = origin(arguments.commit)
+        origin = {**provenance(TorchCudaKit(0), arguments.commit), "dtype": "bfloat16"}
         with arguments.out.open("a") as out:
             for line in lines:
-                out.write(json.dumps({"kind": line["kind"], **head, **line}) + "\n")
+                out.write(json.dumps({"kind": line["kind"], **origin, **line}) + "\n")
     sys.exit(wrong > 0)
 
 

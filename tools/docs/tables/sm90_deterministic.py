@@ -6,13 +6,10 @@ import statistics
 
 from lines import link, rounded, speed_ups, table
 
-from tables.sm90_backward import span
+from tables.sm90_backward import HEAD_DIMS, LENGTHS, MASKS, span
 
 FILE = "gpu_sm90_backward_deterministic"
 OURS, DEFAULT, CUDNN = "flashcute_deterministic", "flashcute", "sdpa_cudnn"
-HEAD_DIMS = (64, 128)
-MASKS = {"full": False, "causal": True}
-LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
 # What was predicted: the lowest and the highest. At 1k it was "more", which says nothing that can be checked.
 PREDICTED = {"full": (0.95, 0.99), "causal": (0.93, 0.95)}

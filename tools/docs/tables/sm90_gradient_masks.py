@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from lines import link, one, rounded, table, where
 
+from tables.sm90_backward import HEAD_DIMS
+
 FILE = "gpu_sm90_gradient_masks"
-HEAD_DIMS = (64, 128)
 CAUSAL, FULL = "causal 4 x 4096", "full 4 x 4096"
 WINDOW = "causal window of 4096, 32k"
 PACKED = "24 log-normal lengths of 16k, packed"

@@ -7,8 +7,9 @@ import statistics
 
 from lines import Line, one, table, where
 
+from tables.sm90_backward import HEAD_DIMS, MASKS
+
 WAITS = "gpu_sm90_backward_waits"
-MASKS = {"full": False, "causal": True}
 NAMES = {"flashcute": "ours", "fa4": "FlashAttention-4"}
 
 # What Nsight Compute calls the reasons for which a warp does not issue.
@@ -36,6 +37,31 @@ def waits() -> str:
             numbers = [x["instructions_a_block"], x["clocks_a_block"], *told]
             rows.append([f"{name}, {mask}", *(f"{share * n:,.0f}" for n in numbers)])
     return table(["kernel", "instructions", "clocks", *REASONS], rows, numbers=2 + len(REASONS))
+
+
+def samples() -> str:
+    """What single instructions of our loop wait for, under the causal mask."""
+    delta, looks, (fence,) = (
+        sorted(one(WAITS, kind="gradient_sampled_waits", what=what)["clocks"])
+        for what in ("loads of delta", "looks at mbarriers", "fence of dQ")
+    )
+    return (
+        f"In the samples of ours, causal, the first loads of delta took {delta[0]} to {delta[-1]} clocks each, one\n"
+        f"after another; a WGMMA of 64 columns takes 32. A look at an mbarrier took {looks[0]} to {looks[-1]}, and\n"
+        f"the fence behind the stores of dQ {fence}."
+    )
+
+
+def machine_code() -> str:
+    """What 64-bit sums of descriptors change, at head dimension 128."""
+    told = []
+    for kind in ("gradient_machine_code", "forward_machine_code"):
+        was, now = (one(WAITS, kind=kind, step=step) for step in ("as it was", "64-bit sums"))
+        told += [now["umov"], was["umov"], now["instructions"], was["instructions"]]
+    return (
+        "At head dimension 128, causal, our loop has from its first product to its last {} `UMOV` for {}, and {} "
+        "instructions\nfor {}; the forward's kernel without a mask {} `UMOV` for {}, and {} instructions for {}."
+    ).format(*told)
 
 
 def change(rate: float, base: float) -> str:
@@ -107,7 +133,7 @@ def cold() -> str:
 
 def reductions() -> str:
     """TFLOP/s with dQ added by bulk reductions, and from registers."""
-    cells = [(d, mask, s) for d in (64, 128) for mask in MASKS for s in (1024, 4096, 16384)]
+    cells = [(d, mask, s) for d in HEAD_DIMS for mask in MASKS for s in (1024, 4096, 16384)]
     rows = []
     for head_dim, mask, length in cells:
         of = {"head_dim": head_dim, "causal": MASKS[mask], "seqlen": length}

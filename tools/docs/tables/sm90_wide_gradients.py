@@ -6,12 +6,10 @@ import statistics
 
 from lines import Line, link, one, rounded, speed_ups, table, where
 
-from tables.sm90_backward import span
+from tables.sm90_backward import LENGTHS, MASKS, span
 
 FILE, STUDY = "gpu_sm90_backward_wide", "gpu_sm90_backward_study"
 HEAD_DIMS = (192, 256)
-MASKS = {"full": False, "causal": True}
-LENGTHS = (1024, 2048, 4096, 8192, 16384)
 IMPLS = ("flashcute", "sdpa_cudnn")
 
 # TFLOP/s at head dimension 256, from the first run and the changes after it.
