@@ -25,7 +25,10 @@ class GradientConsumer {
   using Sequence = typename Mask::Sequence;
   using Tile = KeyTile<Sequence>;
   using L = BackwardLayout<C>;
-  using P = BackwardProducts<C>;
+  /// With blocks of 128 queries ptxas keeps more descriptors, and the kernels of bands and maps would spill.
+  static constexpr bool long_steps =
+      C.block_m == warpgroup_rows || Id.features.mask == MaskKind::full || Id.features.mask == MaskKind::causal;
+  using P = BackwardProducts<C, long_steps>;
   using Element = typename L::Element;
   using Storage = typename L::SharedStorage;
   using Scores = decltype(L::template accumulator<typename L::BlockM>());
@@ -64,7 +67,6 @@ class GradientConsumer {
     bool const partial_early = C.early_reads && block.partial, last_early = C.early_reads && block.last;
     Statistics const lse(smem_.lse[q_.place]);
     P::template begin_scores<C.stages>(s, own(smem_.k), {smem_.q[0], q_.place});
-    barrier_wait(smem_.v_full, 0);  // of the first block; later it passes at once
     barrier_wait(smem_.dout_full[dout_.place], dout_.parity);
     P::template begin_scores<C.dout_stages>(dp, own(smem_.v), {smem_.dout[0], dout_.place});
     bool const partial = uniform(C.early_reads ? partial_early : block.partial);
@@ -73,8 +75,8 @@ class GradientConsumer {
     if (Seeing::in_memory && partial) seeing.load(block, first_key(), tile_.sequence(p_.forward, block.head));
     finish_products<1>(s);
     to_probabilities<L>(s, lse, p_.forward.scale_log2);
-    if (partial) hide(s, block, seeing);
     Statistics const delta(smem_.delta[dout_.place]);
+    if (partial) hide(s, block, seeing);
     finish_products<0>(dp);
     to_score_gradients<L>(dp, s, delta);
     if (partial) hide(dp, block, seeing);

@@ -6,7 +6,8 @@
 
 namespace flashcute::sm90 {
 
-template <BackwardConfig C>
+/// `LongSteps`: by step_of.
+template <BackwardConfig C, bool LongSteps>
 struct BackwardProducts {
   using L = BackwardLayout<C>;
   using Element = typename L::Element;
@@ -16,7 +17,7 @@ struct BackwardProducts {
   template <int Places, class Scores>
   FLASHCUTE_DEVICE static void begin_scores(Scores& scores, Element* own, InRing<Element> other) {
     using Mma = typename L::MmaScores;
-    begin_product<Mma>(
+    begin_product<Mma, LongSteps>(
         scores, cute::GMMA::ScaleOut::Zero, described<typename Mma::FrgTypeA, typename L::OperandKeys>(own),
         in_place(described<typename Mma::FrgTypeB, typename L::template OperandQueries<Places>>(other.ring),
                  other.place));
@@ -28,7 +29,7 @@ struct BackwardProducts {
   FLASHCUTE_DEVICE static void begin_sums(Sums& sums, Weights& weights, InRing<Element> other) {
     using Mma = typename L::MmaKeys;
     keep_in_place(weights);
-    begin_product<Mma>(
+    begin_product<Mma, LongSteps>(
         sums, cute::GMMA::ScaleOut::One, as_operand_a<Element>(weights),
         in_place(described<typename Mma::FrgTypeB, typename L::template OperandQueryColumns<Places>>(other.ring),
                  other.place));
@@ -38,9 +39,10 @@ struct BackwardProducts {
   template <class Sums>
   FLASHCUTE_DEVICE static void begin_dq(Sums& sums, InRing<Element> ds, Element* k) {
     using Mma = typename L::MmaQueries;
-    begin_product<Mma>(sums, cute::GMMA::ScaleOut::Zero,
-                       in_place(described<typename Mma::FrgTypeA, typename L::OperandDs>(ds.ring), ds.place),
-                       described<typename Mma::FrgTypeB, typename L::OperandKeyColumns>(k));
+    begin_product<Mma, LongSteps>(
+        sums, cute::GMMA::ScaleOut::Zero,
+        in_place(described<typename Mma::FrgTypeA, typename L::OperandDs>(ds.ring), ds.place),
+        described<typename Mma::FrgTypeB, typename L::OperandKeyColumns>(k));
   }
 };
 

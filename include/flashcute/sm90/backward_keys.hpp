@@ -34,7 +34,7 @@ struct KeysLayout : SplitLayout<C> {
     alignas(16) float lse[C.stages][queries];        // to base 2
     alignas(16) float delta[C.dout_stages][queries];
     AnnouncedQueries blocks[C.stages];
-    Barrier k_full, v_full;
+    Barrier k_full;
     Barrier q_full[C.stages], q_empty[C.stages];
     Barrier dout_full[C.dout_stages], dout_empty[C.dout_stages];
     Barrier p_full[p_places], p_empty[p_places];
@@ -46,7 +46,6 @@ struct KeysLayout : SplitLayout<C> {
   /// Initialises the mbarriers. One thread calls it, before all others synchronise with it.
   FLASHCUTE_DEVICE static void init(SharedStorage& smem) {
     barrier_init(smem.k_full, 1);
-    barrier_init(smem.v_full, 1);
     for (int i = 0; i < C.stages; ++i) {
       barrier_init(smem.q_full[i], 1);
       barrier_init(smem.q_landed[i], 1);
@@ -202,7 +201,6 @@ class DkConsumer : KeysConsumer<Id> {
   }
 
   FLASHCUTE_DEVICE void run() {
-    barrier_wait(smem_.v_full, 0);
     bool last;
     do {
       last = add_block();

@@ -96,7 +96,7 @@ struct BackwardLayout : WarpgroupFragment {
     alignas(16) float lse[C.stages][C.block_m];    // to base 2
     alignas(16) float delta[C.dout_stages][C.block_m];
     AnnouncedQueries blocks[C.stages];
-    Barrier k_full, v_full;
+    Barrier k_full;
     Barrier q_full[C.stages], q_empty[C.stages];
     Barrier dout_full[C.dout_stages], dout_empty[C.dout_stages];
     Barrier ds_full[ds_places], ds_empty[ds_places];
@@ -112,7 +112,6 @@ struct BackwardLayout : WarpgroupFragment {
   /// Initialises the mbarriers. One thread calls it, before all others synchronise with it.
   FLASHCUTE_DEVICE static void init(SharedStorage& smem) {
     barrier_init(smem.k_full, 1);
-    barrier_init(smem.v_full, 1);
     barrier_init(smem.k_inspected, 1);
     for (int i = 0; i < C.stages; ++i) {
       barrier_init(smem.q_full[i], 1);

@@ -4,6 +4,7 @@
 
 #include "flashcute/device/nonfinite.hpp"
 #include "flashcute/sm90/dq_order.hpp"
+#include "flashcute/sm90/row_statistics.hpp"
 
 namespace flashcute::sm90 {
 
@@ -20,6 +21,7 @@ class GradientLoader {
  public:
   FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem, Tile const& tile) {
     GradientLoader loader{p, smem, tile};
+    barrier_arrive_expecting(smem.k_full, bytes_of_keys<C.head_dim>);
     loader.template load_keys<C.head_dim>(p.k, smem.k, smem.k_full);
     for (Passing at = Blocks::of(p.backward, tile); at.left > 0; at = at.after()) loader.load(at);
   }
@@ -34,8 +36,13 @@ class GradientLoader {
   }
 
   template <int Columns>
+  static constexpr uint32_t bytes_of_keys = L::keys * Columns * sizeof(typename L::Element);
+  static constexpr uint32_t bytes_of_numbers = L::queries * sizeof(float);
+  template <int Columns>
+  static constexpr uint32_t bytes_of_queries = L::queries * Columns * sizeof(typename L::Element) + bytes_of_numbers;
+
+  template <int Columns>
   FLASHCUTE_DEVICE void load_keys(TensorMap const& map, typename L::Element* to, Barrier& full) {
-    barrier_arrive_expecting(full, L::keys * Columns * sizeof(typename L::Element));
     for (int column = 0; column < Columns; column += L::page) {
       copy_box(map, column, tile_.entry.first_key + tile_.row0, tile_.kv_head, tile_.entry.batch, to + L::keys * column,
                full, L2Hint::evict_first);
@@ -46,15 +53,18 @@ class GradientLoader {
     int64_t const number = Workspace::number(p_.backward.forward, tile_.entry, at.head, at.block);
     barrier_wait(smem_.q_empty[q_.place], q_.parity ^ 1);
     smem_.blocks[q_.place] = {at.block * L::queries, at.head, Blocks::partial(p_.backward, at, tile_), at.left == 1};
+    Barrier& q_full = Blocks::inspected(at) ? smem_.q_landed[q_landed_.place] : smem_.q_full[q_.place];
+    barrier_arrive_expecting(q_full, bytes_of_queries<C.head_dim>);
     load_queries<C.head_dim>(p_.q, at, smem_.q[q_.place], Workspace::lse(p_.backward, number), smem_.lse[q_.place],
-                             Blocks::inspected(at) ? smem_.q_landed[q_landed_.place] : smem_.q_full[q_.place]);
-    // K and the first Q are enough to begin.
-    if (first_) load_keys<C.head_dim_v>(p_.v, smem_.v, smem_.v_full);
-    first_ = false;
+                             q_full);
     barrier_wait(smem_.dout_empty[dout_.place], dout_.parity ^ 1);
-    load_queries<C.head_dim_v>(
-        p_.dout, at, smem_.dout[dout_.place], Workspace::delta(p_.backward, number), smem_.delta[dout_.place],
-        Blocks::inspected(at) ? smem_.dout_landed[dout_landed_.place] : smem_.dout_full[dout_.place]);
+    Barrier& dout_full = Blocks::inspected(at) ? smem_.dout_landed[dout_landed_.place] : smem_.dout_full[dout_.place];
+    // V comes with the first dO: K and the first Q are enough to begin, and no later block waits for it.
+    barrier_arrive_expecting(dout_full, bytes_of_queries<C.head_dim_v> + (first_ ? bytes_of_keys<C.head_dim_v> : 0));
+    if (first_) load_keys<C.head_dim_v>(p_.v, smem_.v, dout_full);
+    first_ = false;
+    load_queries<C.head_dim_v>(p_.dout, at, smem_.dout[dout_.place], Workspace::delta(p_.backward, number),
+                               smem_.delta[dout_.place], dout_full);
     q_.advance();
     dout_.advance();
     if (Blocks::inspected(at)) {
@@ -67,8 +77,6 @@ class GradientLoader {
   template <int Columns>
   FLASHCUTE_DEVICE void load_queries(TensorMap const& map, Passing const& at, typename L::Element* to,
                                      float const* numbers, float* numbers_to, Barrier& full) {
-    constexpr int bytes_of_numbers = L::queries * sizeof(float);
-    barrier_arrive_expecting(full, L::queries * Columns * sizeof(typename L::Element) + bytes_of_numbers);
     for (int column = 0; column < Columns; column += L::page) {
       copy_box(map, column, tile_.entry.first_query + at.block * L::queries, at.head, tile_.entry.batch,
                to + L::queries * column, full, L2Hint::evict_last);
@@ -167,7 +175,8 @@ class DqAdder {
 /// Run by one warp, where queries see different keys: it looks for NaN and infinity in K, and in blocks of Q and dO of
 /// which not every row sees all keys. There it replaces them by 0: a row that does not see a key would multiply it by
 /// 0, and 0 * NaN is NaN. (What the row sees still becomes NaN: its LSE is not finite, of which `prepare` makes NaN, or
-/// its delta is not.) Rows past the end of a sequence, which may be those of another, become 0 too.
+/// its delta is not.) So of a block whose LSE, or delta, are finite the elements need no look. Rows past the end of a
+/// sequence, which may be those of another, become 0 too.
 template <BackwardKernelId Id, class L = BackwardLayout<Id.config>>
 class GradientInspector {
   static constexpr BackwardConfig C = Id.config;
@@ -207,27 +216,30 @@ class GradientInspector {
   }
 
   FLASHCUTE_DEVICE void inspect_block(Passing const& at) {
+    // Beside a sink the LSE of a row is finite although all its scores are -infinity.
+    bool const lse_tells = !has_sink || p_.forward.sink.logits == nullptr;
     inspect<L::q_elements>(smem_.q[q_.place], at, smem_.q_landed[q_landed_.place], q_landed_.parity,
-                           smem_.q_full[q_.place], smem_.lse[q_.place]);
+                           smem_.q_full[q_.place], smem_.lse[q_.place], missing_lse, lse_tells);
     inspect<L::dout_elements>(smem_.dout[dout_.place], at, smem_.dout_landed[dout_landed_.place], dout_landed_.parity,
-                              smem_.dout_full[dout_.place]);
+                              smem_.dout_full[dout_.place], smem_.delta[dout_.place], 0.f, true);
     pass_over();
     q_landed_.advance();
     dout_landed_.advance();
   }
 
-  /// `lse`: of the rows of Q.
+  /// `statistics`: of the rows of Q the LSE, of dO delta; `missing`: those of a row that does not exist. `they_tell`:
+  /// where an element of a row is not finite, they are not.
   template <int Elements>
   FLASHCUTE_DEVICE void inspect(Element* block, Passing const& at, Barrier& landed, uint32_t parity, Barrier& full,
-                                float* lse = nullptr) {
+                                float* statistics, float missing, bool they_tell) {
     barrier_wait(landed, parity);
     if constexpr (!Blocks::Sequence::fills_tensors) {
       clear_from<Elements, L::queries>(tile_.sequence(p_.forward).rows() - at.block * L::queries, block);
     }
-    if (!finite(block, Elements)) {
+    if ((!they_tell || any_unusual(statistics, missing)) && !finite(block, Elements)) {
       smem_.dropped = true;
       if constexpr (has_sink) {
-        if (lse != nullptr) drop_probabilities(block, lse);
+        if (!they_tell) drop_probabilities(block, statistics);
       }
       for_each_part(block, Elements, [](Element* words) { zero_nonfinite(words); });
       publish_to_products();
@@ -269,6 +281,16 @@ class GradientInspector {
       if (row >= first) shared_store(words, uint4{});
     });
     publish_to_products();
+  }
+
+  FLASHCUTE_DEVICE static bool any_unusual(float const* statistics, float missing) {
+    bool found = false;
+    CUTE_UNROLL
+    for (int i = 0; i < L::queries; i += 32) {
+      float const x = shared_load<float>(statistics + i + thread_index() % 32);
+      found |= !is_finite(x) && x != missing;
+    }
+    return warp_any(found);
   }
 
   FLASHCUTE_DEVICE static bool finite(Element* elements, int count) {

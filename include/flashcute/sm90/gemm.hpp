@@ -2,6 +2,7 @@
 #pragma once
 
 #include "flashcute/sm90/layout.hpp"
+#include "flashcute/sm90/product.hpp"
 
 namespace flashcute::sm90 {
 
@@ -25,7 +26,7 @@ struct Products {
     begin_products();
     CUTE_UNROLL
     for (int i = 0; i < size<2>(tSrQ); ++i) {
-      multiply(mma, tSrS, tSrQ(_, 0, i), tSrK(_, 0, i, k.place));
+      multiply(mma, tSrS, step_of(tSrQ, i), step_of(in_place(tSrK, k.place), i));
       mma.accumulate_ = GMMA::ScaleOut::One;
     }
     commit_products();
@@ -46,7 +47,7 @@ struct Products {
     begin_products();
     CUTE_UNROLL
     for (int i = 0; i < size<2>(tOrP); ++i) {
-      multiply(mma, tOrO, tOrP(_, 0, i), tOrV(_, 0, i, v.place));
+      multiply(mma, tOrO, tOrP(_, 0, i), step_of(in_place(tOrV, v.place), i));
       mma.accumulate_ = GMMA::ScaleOut::One;
     }
     commit_products();

@@ -402,6 +402,16 @@ TEST(Sm90BackwardKernel, ScoresThatAreAllMinusInfinity) {
   }
 }
 
+// Guards against infinity in one element of dO, whose row's delta is infinite and not NaN.
+TEST(Sm90BackwardKernel, InfinityInOneElementOfDout) {
+  for (int row : {0, 70, 199}) {
+    Sm90BackwardProblem<wide, MaskKind::causal> problem({.sq = 200, .sk = 200, .d = 128, .d_v = 128});
+    problem.dout.set(0, row, 0, 5, inf);
+    SCOPED_TRACE(row);
+    check_gradients(problem);
+  }
+}
+
 // Guards against windows that end at one or the other side of a tile's and a block's edges, queries without a key and
 // keys without a query, in blocks that are partial on both sides.
 template <BackwardConfig B>
