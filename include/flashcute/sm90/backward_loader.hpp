@@ -190,19 +190,17 @@ class GradientInspector {
  public:
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, Storage& smem, Tile const& tile) {
     GradientInspector inspector{p, smem, tile};
-    bool any = false;  // inspected blocks
-    if (Blocks::has_foreign_keys(p, tile)) {
-      inspector.inspect_keys();
-      any = true;
-    }
+    // Before the blocks that need it, if they come last. If they come first K can wait.
+    bool keys = Blocks::in_step || Blocks::has_foreign_keys(p, tile);
+    if (keys) inspector.inspect_keys();
     for (Passing at = Blocks::of(p, tile); at.left > 0; at = at.after()) {
       if (!Blocks::inspected(at)) {
         inspector.pass_over();
         continue;
       }
       inspector.inspect_block(at);
-      if (!any) inspector.inspect_keys();
-      any = true;
+      if (!keys) inspector.inspect_keys();
+      keys = true;
     }
   }
 

@@ -41,7 +41,8 @@ class AnyOrder {
   FLASHCUTE_DEVICE AnyOrder(BackwardParams const&, KeyTile<Sequence> const&, int) {}
 
   /// The next block will be this one.
-  FLASHCUTE_DEVICE void look_at(typename Mask::Passing const&) {}
+  template <class Passing>
+  FLASHCUTE_DEVICE void look_at(Passing const&) {}
   /// Waits until the tile may add to the block.
   FLASHCUTE_DEVICE void await_turn() const {}
   /// Starts adding; of one element, adds.

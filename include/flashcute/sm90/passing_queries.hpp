@@ -21,6 +21,27 @@ struct AnnouncedQueries {
   bool last;     // of the tile
 };
 
+/// Blocks of queries from the last to the first, each for all heads before the block before it. Tiles of one K/V head
+/// that start together then stand at the same block of the same head, also under a causal mask, which lets them end at
+/// different blocks: what they read and add to is in the level 2 cache.
+struct QueriesInStep : PassingBlocks {
+  int32_t first_head, end_of_heads;
+
+  template <class Range>
+  FLASHCUTE_HD static QueriesInStep of(Range const& r, int32_t complete, int32_t first_head, int32_t heads) {
+    QueriesInStep at{PassingBlocks::of(r, complete, first_head, heads), first_head, first_head + heads};
+    at.block = r.end - 1;
+    return at;
+  }
+
+  FLASHCUTE_HD QueriesInStep after() const {
+    QueriesInStep next = *this;
+    --next.left;
+    if (++next.head == end_of_heads) next.head = first_head, --next.block;
+    return next;
+  }
+};
+
 /// The blocks of `Queries` queries that pass a tile of keys.
 template <BackwardKernelId Id, int Queries = Id.config.block_m>
 struct PassingQueries {
@@ -28,7 +49,9 @@ struct PassingQueries {
   using Mask = flashcute::Mask<Id.features.mask>;
   using Sequence = typename Mask::Sequence;
   using Tile = KeyTile<Sequence>;
-  using Passing = typename Mask::Passing;
+  /// An order of additions, and passes of their own for wide heads, are for blocks from the first to the last.
+  static constexpr bool in_step = Mask::Range::contiguous && !C.deterministic;
+  using Passing = std_::conditional_t<in_step, QueriesInStep, typename Mask::Passing>;
   using Workspace = GradientWorkspace<C, Sequence, Queries>;
 
   FLASHCUTE_DEVICE static Passing of(BackwardParams const& p, Tile const& tile) {
