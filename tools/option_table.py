@@ -114,10 +114,10 @@ def gradients_base(head_dim: int, _: str) -> BackwardConfig:
     return flashcute.default_backward_config(head_dim, "bfloat16", "sm_90", deterministic=False)
 
 
-def gradients_changes(_: BackwardConfig) -> list[dict[str, Any]]:
+def gradients_changes(base: BackwardConfig) -> list[dict[str, Any]]:
     return [
         {"late_dq": False},
-        {"early_reads": True},
+        {"early_reads": not base.early_reads},
         {"deterministic": True},
         *({"stages": n} for n in (1, 2)),
         *({"dout_stages": n} for n in (1, 3)),

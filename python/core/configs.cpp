@@ -273,7 +273,8 @@ void bind_classes(nb::module_& m) {
       "mma_double_buffer (sm80): fetch the next fragments while the tensor cores work on these.\n"
       "late_dq (sm90): multiply a block's part of dq an iteration later, so that the warpgroups never wait for each "
       "other's dS.\n"
-      "early_reads (sm90): read LSE and delta into registers before the products behind which they would wait.\n"
+      "early_reads (sm90, head_dim 128): read LSE and delta into registers before the products behind which they would "
+      "wait.\n"
       "deterministic: the same bits in every run: sm80 takes two passes without atomics, each of which recomputes the "
       "scores, sm90 adds the parts of dq in a fixed order; False: one pass that sums dq by atomics, in any order.");
   backward.def_prop_ro(

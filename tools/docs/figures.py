@@ -49,7 +49,7 @@ class Figure(NamedTuple):
 
 
 HOPPER = Source("gpu_forward_hopper")
-BACKWARD_HOPPER = Source("gpu_sm90_backward", impls=("flashcute", "sdpa_cudnn", "sdpa_flash"))
+BACKWARD_HOPPER = Source("gpu_sm90_backward_fa4", impls=("flashcute", "sdpa_cudnn", "fa4"))
 NAIVE = Source("gpu_naive", impls=("naive",))
 
 FIGURES = (

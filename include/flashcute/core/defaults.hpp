@@ -162,12 +162,7 @@ struct BackwardTile {
 inline constexpr BackwardTile backward_tiles[] = {
     {{.head_dim = 64, .block_m = 128, .block_n = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 3},
      "times on an H200: docs/kernels/sm90_backward.md"},
-    {{.head_dim = 128,
-      .block_n = 128,
-      .num_warps = 8,
-      .kernel = Kernel::sm90,
-      .stages = 3,
-      .early_reads = true},
+    {{.head_dim = 128, .block_n = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 3, .early_reads = true},
      "times on an H200: docs/kernels/sm90_backward.md"},
     {{.head_dim = 64,
       .block_m = 128,

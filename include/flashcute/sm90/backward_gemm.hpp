@@ -39,10 +39,9 @@ struct BackwardProducts {
   template <class Sums>
   FLASHCUTE_DEVICE static void begin_dq(Sums& sums, InRing<Element> ds, Element* k) {
     using Mma = typename L::MmaQueries;
-    begin_product<Mma, LongSteps>(
-        sums, cute::GMMA::ScaleOut::Zero,
-        in_place(described<typename Mma::FrgTypeA, typename L::OperandDs>(ds.ring), ds.place),
-        described<typename Mma::FrgTypeB, typename L::OperandKeyColumns>(k));
+    begin_product<Mma, LongSteps>(sums, cute::GMMA::ScaleOut::Zero,
+                                  in_place(described<typename Mma::FrgTypeA, typename L::OperandDs>(ds.ring), ds.place),
+                                  described<typename Mma::FrgTypeB, typename L::OperandKeyColumns>(k));
   }
 };
 

@@ -86,8 +86,8 @@ def variants() -> list[fc.BackwardConfig]:
     return [
         *narrow,
         default(128).replace(stages=2, dout_stages=3),
-        default(128).replace(early_reads=True),
-        default(128).replace(early_reads=True, deterministic=True),
+        default(128).replace(early_reads=False),
+        default(128).replace(early_reads=False, deterministic=True),
         default(256),
         default(256).replace(dout_stages=1),
         default(192),

@@ -50,15 +50,21 @@ ROWS = {
         Row("forward, float32", "torch, math", "sdpa_math", "gpu_forward_float32"),
     ],
     "gradients_hopper": [
-        Row("gradients, Hopper's kernels", "cuDNN", "sdpa_cudnn", "gpu_sm90_backward"),
-        Row("gradients, Hopper's kernels", "FlashAttention-2", "sdpa_flash", "gpu_sm90_backward"),
+        Row("gradients, Hopper's kernels", "FlashAttention-4", "fa4", "gpu_sm90_backward_fa4"),
+        Row("gradients, Hopper's kernels", "cuDNN", "sdpa_cudnn", "gpu_sm90_backward_fa4"),
+        Row("gradients, Hopper's, earlier", "FlashAttention-2", "sdpa_flash", "gpu_sm90_backward"),
         Row(
-            "gradients, Hopper's kernels",
+            "gradients, Hopper's, earlier",
             "our mma.sync kernels",
             "flashcute[kernel=sm80]",
             "gpu_sm90_backward",
         ),
-        Row("gradients, Hopper's kernels", "FlashAttention-4", "fa4", "gpu_sm90_backward_fa4"),
+        Row(
+            "gradients, eight query heads for each key head, Hopper's kernels",
+            "cuDNN",
+            "sdpa_cudnn",
+            "gpu_sm90_backward_gqa",
+        ),
     ],
     "gradients_hopper_wide": [
         Row("gradients, wide heads, Hopper's kernels", "cuDNN", "sdpa_cudnn", "gpu_sm90_backward_wide"),

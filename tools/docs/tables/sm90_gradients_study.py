@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-from lines import Line, link, one, rounded, speed_ups, table, where
+from lines import Cell, Line, one, rounded, speed_ups, table, where
 
 FA4, STUDY = "gpu_sm90_backward_fa4", "gpu_sm90_backward_study"
 HEAD_DIMS = (64, 128)
@@ -39,18 +39,21 @@ def rates() -> str:
 
 
 def summary() -> str:
-    found = speed_ups(FA4, "fa4")
-    cudnn = speed_ups(FA4, "sdpa_cudnn")
     version = one(FA4, impl="fa4", head_dim=64, causal=True, seqlen_q=1024)["impl_version"]
-    means = [
-        rounded(statistics.geometric_mean(x for cell, x in found.items() if cell[4] == head_dim))
-        for head_dim in HEAD_DIMS
-    ]
+    cudnn, fa4 = (told_means(speed_ups(FA4, peer)) for peer in ("sdpa_cudnn", "fa4"))
     return (
-        f"Geometric means: {rounded(statistics.geometric_mean(cudnn.values()))} over cuDNN, and against\n"
-        f"FlashAttention-4 ({version}) {means[0]} at head dimension 64 and {means[1]} at 128: there it is faster\n"
-        f"in every case ({link('lines', FA4)}, one H200, one process)."
+        f"Geometric means, with the lowest and the highest case: over cuDNN {cudnn};\n"
+        f"over FlashAttention-4 ({version}) {fa4}."
     )
+
+
+def told_means(found: dict[Cell, float]) -> str:
+    told = []
+    for head_dim in HEAD_DIMS:
+        of = [x for cell, x in found.items() if cell[4] == head_dim]
+        mean, low, high = (rounded(x) for x in (statistics.geometric_mean(of), min(of), max(of)))
+        told.append(f"{mean} ({low} to {high}) at head dimension {head_dim}")
+    return " and ".join(told)
 
 
 COUNTED: dict[str, Callable[[Line], str]] = {

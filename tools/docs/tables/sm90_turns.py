@@ -1,0 +1,120 @@
+"""Tables of variants of Hopper's kernels that took turns: options in one process, headers in processes that live at
+once."""
+
+from __future__ import annotations
+
+import statistics
+
+from lines import one, rounded, speed_ups, table, where
+
+FILE, FA4, FA4_BEFORE = "gpu_sm90_turns", "gpu_sm90_backward_fa4", "gpu_sm90_backward_fa4_before"
+LENGTHS = (1024, 4096, 16384)
+CELLS = {
+    f"{mask} {length // 1024}k": (causal, length)
+    for mask, causal in (("full", False), ("causal", True))
+    for length in LENGTHS
+}
+ORDERS = {
+    1: "dV begun before dS is published",
+    2: "dK begun after dQ is passed on",
+    4: "64-bit steps",
+    8: "V waited for once",
+}
+
+
+def told_order(config: str) -> str:
+    """The bits of the experiment's option `order` in words."""
+    told = []
+    for part in config.split(", "):
+        if part.startswith("order "):
+            bits = int(part.removeprefix("order "))
+            told += [text for bit, text in ORDERS.items() if bits & bit]
+        elif part == "prompt":
+            told.append("`late_dq=False`")
+        else:
+            told.append(part.replace("early_reads", "early reads"))
+    return ", ".join(told)
+
+
+def options(head_dim: str) -> str:
+    """The time of the default, which had none of them, over the time with each."""
+    found: dict[str, dict[tuple[bool, int], float]] = {}
+    for x in where(FILE, kind="gradient_orders", head_dim=int(head_dim)):
+        found.setdefault(x["config"], {})[x["causal"], x["seqlen"]] = x["over_default"]
+    rows = [
+        [told_order(config), *(f"{of[cell]:.2f}" for cell in CELLS.values())]
+        for config, of in found.items()
+        if config != "default"
+    ]
+    return table(["d " + head_dim, *CELLS], rows, numbers=len(CELLS))
+
+
+def turns(run: str, head_dim: str, base: str = "", group: str = "1") -> str:
+    """The time of the variant `base`, by default the first, over the time of each; `group`: query heads that share a
+    key head."""
+    found: dict[str, dict[tuple[bool, int], float]] = {}
+    of = {"head_dim": int(head_dim), "heads_per_kv_head": int(group), "what": "gradients"}
+    for x in where(FILE, kind="hopper_turns", run=run, **of):
+        found.setdefault(x["variant"], {})[x["causal"], x["seqlen"]] = x["ms"]
+    compared = found[base or next(iter(found))]
+    cells = {name: cell for name, cell in CELLS.items() if cell in compared}
+    rows = [
+        [variant, *(f"{compared[cell] / ms[cell]:.2f}" for cell in cells.values())]
+        for variant, ms in found.items()
+        if ms is not compared
+    ]
+    return table([f"d {head_dim}", *cells], rows, numbers=len(cells))
+
+
+def forward_steps() -> str:
+    """What 64-bit steps bring to the forward."""
+    before, after = (
+        {
+            (x["head_dim"], x["causal"], x["seqlen"]): x["ms"]
+            for x in where(
+                FILE, kind="hopper_turns", run="steps", what="forward", variant=variant, map=None
+            )
+        }
+        for variant in ("as it was", "64-bit steps")
+    )
+    told = []
+    for head_dim in sorted({cell[0] for cell in before}):
+        ratios = [before[cell] / after[cell] for cell in before if cell[0] == head_dim]
+        told.append([head_dim, *(f"{x:.3f}" for x in (min(ratios), max(ratios)))])
+    return table(["head dim", "lowest", "highest"], told, numbers=2)
+
+
+def before_and_now() -> str:
+    """FlashAttention-4's time over ours in two runs, each of one process."""
+    runs = [speed_ups(file, "fa4") for file in (FA4_BEFORE, FA4)]
+    rows = []
+    for head_dim in (64, 128):
+        for mask, causal in (("full", False), ("causal", True)):
+            for name, found in zip(("before", "now"), runs, strict=True):
+                of = {cell[3]: x for cell, x in found.items() if cell[4:] == (head_dim, causal)}
+                rows.append([f"{head_dim} {mask}, {name}", *(rounded(of[n]) for n in sorted(of))])
+    lengths = sorted({cell[3] for cell in runs[0]})
+    header = ["head dim, mask", *(f"{n // 1024}k" for n in lengths)]
+    return table(header, rows, numbers=len(lengths))
+
+
+def grouped() -> str:
+    """TFLOP/s of eight query heads for each key head."""
+    file = "gpu_sm90_backward_gqa"
+    ratios = speed_ups(file, "sdpa_cudnn")
+    rows = []
+    for head_dim in (64, 128):
+        for mask, causal in (("full", False), ("causal", True)):
+            of = {cell[3]: x for cell, x in ratios.items() if cell[4:] == (head_dim, causal)}
+            told = []
+            for length, ratio in sorted(of.items()):
+                cell = {"head_dim": head_dim, "causal": causal, "seqlen_q": length}
+                rate = one(file, impl="flashcute", **cell)["tflops"]
+                told.append(f"{rate:.0f} ({rounded(ratio)})")
+            rows.append([f"{head_dim} {mask}", *told])
+    header = [f"{n // 1024}k" for n in sorted({cell[3] for cell in ratios})]
+    mean = rounded(statistics.geometric_mean(ratios.values()))
+    return (
+        table(["head dim, mask", *header], rows, numbers=len(header))
+        + f"\n\nGeometric mean over cuDNN: {mean}."
+    )
