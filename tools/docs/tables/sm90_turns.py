@@ -98,6 +98,20 @@ def before_and_now() -> str:
     return table(header, rows, numbers=len(lengths))
 
 
+def passes() -> str:
+    """Microseconds of each launch of a call, by torch's profiler, ours and FlashAttention-4's."""
+    names = {"flashcute": "ours", "fa4": "FlashAttention-4"}
+    rows = []
+    for x in where(FILE, kind="gradient_pass_times", impl="flashcute"):
+        mask = "causal" if x["causal"] else "full"
+        for impl, name in names.items():
+            of = {key: x[key] for key in ("head_dim", "seqlen", "causal")}
+            found = one(FILE, kind="gradient_pass_times", impl=impl, **of)
+            told = [f"{found[f'us_{launch}']:.0f}" for launch in ("prepare", "gradients", "finish")]
+            rows.append([f"{x['head_dim']} {mask}, {x['seqlen'] // 1024}k, {name}", *told])
+    return table(["us", "before", "main pass", "after"], rows, numbers=3)
+
+
 def grouped() -> str:
     """TFLOP/s of eight query heads for each key head."""
     file = "gpu_sm90_backward_gqa"

@@ -1,0 +1,246 @@
+"""Times builds of flashcute by turns: each in a process of its own, all alive at once, a call each in a random order.
+
+A build is a folder from which `import flashcute` takes it, as `pip install --target` makes one. Told is the time of the
+first build over the time of each other, as the median over the rounds, with its quartiles; below 1 the other is slower.
+Results are compared too: gradients whose sums have no order may differ in their last bits.
+
+usage: python benchmarks/python/compare_builds.py before=FOLDER after=FOLDER [--what forward,gradients]
+           [--head-dims 64,128] [--seqlens 1024,4096] [--causal 0,1] [--kv-ratio N] [--deterministic] [--tokens N]
+           [--hidden N] [--rounds N] [--cache-dir FOLDER] [--out LINES.jsonl]
+
+On a GPU calls are CUDA graphs; without one they run on the CPU. Kernels that have no image are compiled first, into the
+folder of each build below --cache-dir.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+CASE = ("what", "head_dim", "causal", "seqlen")
+GRAPHED = 3  # calls of a graph
+
+
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    def numbers(text: str) -> list[int]:
+        return [int(x) for x in text.split(",")]
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("builds", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument(
+        "--what", type=lambda text: text.split(","), default=["forward", "gradients"]
+    )
+    parser.add_argument("--head-dims", type=numbers, default=[64, 128])
+    parser.add_argument("--seqlens", type=numbers, default=[1024, 4096, 16384])
+    parser.add_argument("--causal", type=numbers, default=[0, 1])
+    parser.add_argument("--kv-ratio", type=int, default=1)
+    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cache-dir", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if unknown := set(options.what) - {"forward", "gradients"}:
+        parser.error(f"--what {','.join(unknown)}: forward and gradients are known")
+    if wrong := [x for x in options.builds if "=" not in x]:
+        parser.error(f"{wrong[0]}: a build is NAME=FOLDER")
+    return options
+
+
+def cases_of(options: argparse.Namespace) -> list[tuple[str, int, bool, int]]:
+    return [
+        (what, head_dim, bool(causal), seqlen)
+        for what in options.what
+        for head_dim in options.head_dims
+        for causal in options.causal
+        for seqlen in options.seqlens
+    ]
+
+
+# ---- a worker: one build -----------------------------------------------------------------------------
+
+
+def timer_of(call: Callable[[], object], on_gpu: bool) -> Callable[[], float]:
+    """A function that runs the call and returns its milliseconds."""
+    import torch
+
+    if not on_gpu:
+
+        def by_clock() -> float:
+            start = time.perf_counter()
+            call()
+            return 1000 * (time.perf_counter() - start)
+
+        return by_clock
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPHED):
+            call()
+
+    def by_events() -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()  # what came before, another build's call, has left other data in the caches
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / GRAPHED
+
+    return by_events
+
+
+def work(options: argparse.Namespace) -> None:
+    """Prints a norm of each case's results, then milliseconds of each case whose number it reads."""
+    import flashcute
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    timers, held = [], []
+    for what, head_dim, causal, seqlen in cases_of(options):
+        draws = torch.Generator(device).manual_seed(7)
+        heads, batch = max(1, options.hidden // head_dim), max(1, options.tokens // seqlen)
+        q, dout, k, v = (
+            torch.randn(batch, seqlen, count, head_dim, device=device, dtype=dtype, generator=draws)
+            for count in (heads, heads, *2 * (heads // options.kv_ratio,))
+        )
+        variant = flashcute.Variant(causal=causal)
+        forward = flashcute.explain(q, k, v, causal).config
+        out, lse = flashcute.forward(forward, q, k, v, variant=variant, return_lse=True)
+        if what == "forward":
+            results = (torch.empty_like(q),)
+
+            def call(q=q, k=k, v=v, forward=forward, variant=variant, results=results) -> None:  # type: ignore[no-untyped-def]
+                flashcute.forward(forward, q, k, v, variant=variant, out=results[0])
+        else:
+            results = tuple(torch.empty_like(x) for x in (q, k, v))  # type: ignore[assignment]
+            told = flashcute.explain(
+                q, k, v, causal, gradients=True, deterministic=options.deterministic
+            )
+            config = told.gradients.config
+            size = flashcute.backward_workspace_size(config, q, v, variant=variant)
+            workspace = torch.empty(size, device=device)
+
+            def call(  # type: ignore[no-untyped-def,misc]
+                config=config, dout=dout, q=q, k=k, v=v, out=out, lse=lse, variant=variant, results=results,
+                workspace=workspace,
+            ) -> None:  # fmt: skip
+                dq, dk, dv = results
+                flashcute.backward(config, dout, q, k, v, out, lse, variant=variant, dq=dq, dk=dk, dv=dv,
+                                   workspace=workspace)  # fmt: skip
+
+        call()
+        call()
+        timers.append(timer_of(call, on_gpu))
+        held.append((call, out, lse))  # what a graph reads and writes
+        print(json.dumps([round(float(x.float().norm()), 2) for x in results]), flush=True)
+    for line in sys.stdin:
+        print(timers[int(line)](), flush=True)
+
+
+# ---- the caller of all -------------------------------------------------------------------------------
+
+
+class Build:
+    def __init__(self, name: str, folder: str, caches: Path, arguments: Sequence[str]) -> None:
+        self.name = name
+        path = os.pathsep.join(x for x in (folder, os.environ.get("PYTHONPATH")) if x)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "FLASHCUTE_CACHE_DIR": str(caches / name),
+                "FLASHCUTE_JIT": "fastest",  # a kernel that is compiled later would be another one at first
+            },
+        )
+
+    def ask(self, case: int | None = None) -> Any:
+        assert self.process.stdin
+        assert self.process.stdout
+        if case is not None:
+            self.process.stdin.write(f"{case}\n")
+            self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name}: ended with exit code {self.process.wait()}")
+        return json.loads(line)
+
+
+def main() -> None:
+    options = parsed()
+    if options.worker:
+        return work(options)
+    cases = cases_of(options)
+    with tempfile.TemporaryDirectory() as temporary:
+        caches = options.cache_dir or Path(temporary)
+        builds = [Build(*x.split("=", 1), caches, sys.argv[1:]) for x in options.builds]
+        try:
+            norms = {build.name: [build.ask() for _ in cases] for build in builds}
+            times: dict[str, list[list[float]]] = {
+                build.name: [[] for _ in cases] for build in builds
+            }
+            for _ in range(options.rounds):
+                for case in random.sample(range(len(cases)), len(cases)):
+                    for build in random.sample(builds, len(builds)):
+                        times[build.name][case].append(build.ask(case))
+        finally:
+            for build in builds:
+                build.process.kill()
+                build.process.wait()
+    tell(options, [build.name for build in builds], cases, norms, times)
+
+
+def tell(
+    options: argparse.Namespace,
+    names: list[str],
+    cases: list[tuple[str, int, bool, int]],
+    norms: dict[str, list[Any]],
+    times: dict[str, list[list[float]]],
+) -> None:
+    first, *others = names
+    for number, case in enumerate(cases):
+        what, head_dim, causal, seqlen = case
+        base = times[first][number]
+        text = f"{what:9} d {head_dim:3} {'causal' if causal else 'full':6} {seqlen:6}  "
+        text += f"{first} {statistics.median(base):.4f} ms"
+        line: dict[str, Any] = {
+            "kind": "compared_builds",
+            **dict(zip(CASE, case, strict=True)),
+            "kv_ratio": options.kv_ratio,
+            "deterministic": options.deterministic,
+            "rounds": options.rounds,
+            "ms": {name: statistics.median(times[name][number]) for name in names},
+        }
+        for name in others:
+            ratios = [x / y for x, y in zip(base, times[name][number], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
+            same = "" if norms[name][number] == norms[first][number] else ", other results"
+            text += f"   {name} {middle:.3f} ({low:.3f} to {high:.3f}{same})"
+            line.setdefault("over_first", {})[name] = middle
+        print(text)
+        if options.out:
+            with options.out.open("a") as out:
+                out.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
