@@ -25,7 +25,7 @@ struct LaunchAttribute {
   char padding[4];
   unsigned value[16];
 };
-inline constexpr int attribute_cluster_dimension = 4;
+inline constexpr int attribute_cluster_dimension = 4, attribute_programmatic_stream_serialization = 6;
 struct LaunchConfig {
   unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
   Stream stream;

@@ -53,13 +53,21 @@ struct Launch {
   KernelId kernel;
   int64_t blocks;               // thread blocks of the grid
   Function function = nullptr;  // set by KernelCache::get
+  bool chained = false;         // it may begin while the launch before it ends
 
   /// `params` is the kernel's only parameter.
   template <class Params>
   void run(Params const& params, int device, void* stream) const {
     ContextGuard const guard(device_facts(device).primary_context);
     void* arguments[] = {const_cast<Params*>(&params)};
-    LaunchAttribute cluster{attribute_cluster_dimension, {}, {static_cast<unsigned>(blocks_per_cluster(kernel)), 1, 1}};
+    LaunchAttribute attributes[2];
+    unsigned count = 0;
+    if (auto const blocks = static_cast<unsigned>(blocks_per_cluster(kernel)); blocks > 1) {
+      attributes[count++] = {attribute_cluster_dimension, {}, {blocks, 1, 1}};
+    }
+    // Older drivers do not capture such a launch in a graph.
+    if (chained && driver().version >= 12030)
+      attributes[count++] = {attribute_programmatic_stream_serialization, {}, {1}};
     LaunchConfig const config{
         .grid_x = static_cast<unsigned>(blocks),
         .grid_y = 1,
@@ -69,8 +77,8 @@ struct Launch {
         .block_z = 1,
         .shared_bytes = static_cast<unsigned>(smem_bytes(kernel)),
         .stream = stream,
-        .attributes = &cluster,
-        .attribute_count = blocks_per_cluster(kernel) > 1 ? 1u : 0u,
+        .attributes = attributes,
+        .attribute_count = count,
     };
     Result const result = driver().cuLaunchKernelEx(&config, function, arguments, nullptr);
     if (result != success) {
@@ -229,7 +237,11 @@ void launch(BackwardConfig const& config, Features const& features, BackwardPara
     int64_t const blocks = kernel.pass == BackwardPass::sink ? params.forward.heads
                            : keys_stay(kernel.pass)          ? key_tiles
                                                              : query_tiles;
-    if (blocks > 0) launches.push_back({kernel, blocks});
+    // The first launch waits for all earlier work of the stream; the others wait, in the kernel, for the one before.
+    bool const waits = kernel.pass == BackwardPass::gradients || kernel.pass == BackwardPass::finish;
+    bool const chained = config.kernel == flashcute::Kernel::sm90 && waits &&
+                         config.launches == Launches::chained && !launches.empty();
+    if (blocks > 0) launches.push_back({.kernel = kernel, .blocks = blocks, .chained = chained});
   }
   kernels<BackwardKernelId>().get(launches, device);
   Sm90BackwardParams with_maps{.q = {}, .k = {}, .v = {}, .dout = {}, .backward = params};

@@ -28,6 +28,7 @@ struct BackwardConfig {
   bool mma_double_buffer = true;
   bool late_dq = true;         // sm90: a block's part of dQ is multiplied in the iteration after it
   bool early_reads = false;    // sm90: LSE and delta are read into registers before the products they wait behind
+  Launches launches = Launches::chained;  // sm90, up to head dimension 128: a pass begins while the one before ends
   bool deterministic = false;  // the same bits in every run: sm80 by two passes without atomics, sm90 by additions in
                                // a fixed order; on the CPU always so
 
@@ -57,6 +58,7 @@ struct BackwardConfig {
     visit(Option{"mma_double_buffer", sm80, "single"}, &C::mma_double_buffer);
     visit(Option{"late_dq", sm90, "promptdq"}, &C::late_dq);
     visit(Option{"early_reads", sm90, "earlyreads"}, &C::early_reads);
+    visit(Option{"launches", sm90, ""}, &C::launches);
     visit(Option{"deterministic", all, "deterministic"}, &C::deterministic);
   }
 };

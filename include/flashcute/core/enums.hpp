@@ -110,6 +110,13 @@ FLASHCUTE_ENUM(Kernel, FLASHCUTE_KERNELS)
   ROW(cuda_core, "cudacore")
 FLASHCUTE_ENUM(Math, FLASHCUTE_MATHS)
 
+// How the launches of a call follow each other: each may begin while the one before it ends (programmatic dependent
+// launch), or after it.
+#define FLASHCUTE_LAUNCHES(ROW) \
+  ROW(chained, "")              \
+  ROW(separate, "separate")
+FLASHCUTE_ENUM(Launches, FLASHCUTE_LAUNCHES)
+
 // Which keys a query sees: policy/mask.hpp has a Mask for each.
 #define FLASHCUTE_MASK_KINDS(ROW) \
   ROW(full, "full")               \

@@ -31,10 +31,14 @@ struct KeyGradients {
   static constexpr int threads = num_threads(Id);
 
   FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem_symbol) {
+    PassesInTurn<C>::begin_next();
     Storage& smem = hidden(smem_symbol);
     if (thread_index() == 0) L::init(smem);
     auto const tile = Tile::at(p.backward.forward, DqOrder<Id>::tile_number(p.backward, smem), C.block_n);
-    if (Blocks::none(p.backward, tile)) return store_nothing<threads, typename L::Element>(p.backward, tile);
+    if (Blocks::none(p.backward, tile)) {
+      PassesInTurn<C>::await_before();
+      return store_nothing<threads, typename L::Element>(p.backward, tile);
+    }
     if constexpr (Mask::Sequence::fills_tensors) {
       block_sync();  // the mbarriers are initialised
       take_roles(p, smem, tile);

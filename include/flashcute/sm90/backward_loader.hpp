@@ -55,16 +55,20 @@ class GradientLoader {
     smem_.blocks[q_.place] = {at.block * L::queries, at.head, Blocks::partial(p_.backward, at, tile_), at.left == 1};
     Barrier& q_full = Blocks::inspected(at) ? smem_.q_landed[q_landed_.place] : smem_.q_full[q_.place];
     barrier_arrive_expecting(q_full, bytes_of_queries<C.head_dim>);
-    load_queries<C.head_dim>(p_.q, at, smem_.q[q_.place], Workspace::lse(p_.backward, number), smem_.lse[q_.place],
-                             q_full);
+    load_queries<C.head_dim>(p_.q, at, smem_.q[q_.place], q_full);
+    if (!first_) load_numbers(Workspace::lse(p_.backward, number), smem_.lse[q_.place], q_full);
     barrier_wait(smem_.dout_empty[dout_.place], dout_.parity ^ 1);
     Barrier& dout_full = Blocks::inspected(at) ? smem_.dout_landed[dout_landed_.place] : smem_.dout_full[dout_.place];
     // V comes with the first dO: K and the first Q are enough to begin, and no later block waits for it.
     barrier_arrive_expecting(dout_full, bytes_of_queries<C.head_dim_v> + (first_ ? bytes_of_keys<C.head_dim_v> : 0));
     if (first_) load_keys<C.head_dim_v>(p_.v, smem_.v, dout_full);
+    load_queries<C.head_dim_v>(p_.dout, at, smem_.dout[dout_.place], dout_full);
+    if (first_) {
+      PassesInTurn<C>::await_before();  // which wrote LSE and delta
+      load_numbers(Workspace::lse(p_.backward, number), smem_.lse[q_.place], q_full);
+    }
     first_ = false;
-    load_queries<C.head_dim_v>(p_.dout, at, smem_.dout[dout_.place], Workspace::delta(p_.backward, number),
-                               smem_.delta[dout_.place], dout_full);
+    load_numbers(Workspace::delta(p_.backward, number), smem_.delta[dout_.place], dout_full);
     q_.advance();
     dout_.advance();
     if (Blocks::inspected(at)) {
@@ -73,15 +77,18 @@ class GradientLoader {
     }
   }
 
-  /// A block of Q or dO, and a number for each of its rows.
+  /// A block of Q or dO.
   template <int Columns>
-  FLASHCUTE_DEVICE void load_queries(TensorMap const& map, Passing const& at, typename L::Element* to,
-                                     float const* numbers, float* numbers_to, Barrier& full) {
+  FLASHCUTE_DEVICE void load_queries(TensorMap const& map, Passing const& at, typename L::Element* to, Barrier& full) {
     for (int column = 0; column < Columns; column += L::page) {
       copy_box(map, column, tile_.entry.first_query + at.block * L::queries, at.head, tile_.entry.batch,
                to + L::queries * column, full, L2Hint::evict_last);
     }
-    copy_bulk(numbers, numbers_to, bytes_of_numbers, full);
+  }
+
+  /// A number for each of its rows.
+  FLASHCUTE_DEVICE void load_numbers(float const* numbers, float* to, Barrier& full) {
+    copy_bulk(numbers, to, bytes_of_numbers, full);
   }
 
   Sm90BackwardParams const& p_;
@@ -107,6 +114,7 @@ class DqAdder {
 
  public:
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, Storage& smem, Tile const& tile, int warpgroup) {
+    PassesInTurn<C>::await_before();  // which prepared the sums
     uint32_t parity = 0;
     int place = 0;  // of dS
     DqOrder<Id> order(p, tile, warpgroup);

@@ -24,6 +24,7 @@ struct PrepareGradients {
   struct SharedStorage {};
 
   FLASHCUTE_DEVICE static void run(BackwardParams const& p, SharedStorage& /*smem*/) {
+    PassesInTurn<C>::begin_next();
     auto const tile = Tile::at(p.forward, block_index(), C.block_m);
     int64_t const number = Workspace::number(p.forward, tile.entry, tile.head, tile.row0 / C.block_m);
     int const existing = tile.existing(p.forward);
@@ -62,6 +63,7 @@ struct FinishGradients {
     float const* const from = Workspace::sums(p, number) + warpgroup * L::dq_floats + 4 * thread_of_warpgroup();
     auto dq = L::template accumulator<typename L::DqColumns>();
     auto const scale = static_cast<float>(p.forward.scale);
+    PassesInTurn<C>::await_before();
     bool const has_sums = DqOrder<Id>::has_sums(p, number, warpgroup);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(dq); i += 4) {

@@ -4,6 +4,7 @@
 #include "flashcute/core/backward_config.hpp"
 #include "flashcute/core/backward_params.hpp"
 #include "flashcute/policy/query_tile.hpp"
+#include "flashcute/sm90/passes_in_turn.hpp"
 
 namespace flashcute::sm90 {
 

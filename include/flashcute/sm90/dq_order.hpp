@@ -90,7 +90,10 @@ class LastKeysFirst {
     // Without queries `prepare` is not launched, and nothing waits.
     if (p.forward.seqlen_q == 0) return block_index();
     // Another warp than the one that initialises the mbarriers meanwhile.
-    if (thread_index() == 32) shared_store(&smem.tiles_before, count_up(Workspace::started(p), 1));
+    if (thread_index() == 32) {
+      PassesInTurn<C>::await_before();
+      shared_store(&smem.tiles_before, count_up(Workspace::started(p), 1));
+    }
     block_sync();
     return tile_number(shared_load<uint32_t>(&smem.tiles_before), block_count());
   }

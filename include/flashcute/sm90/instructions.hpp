@@ -344,6 +344,15 @@ FLASHCUTE_DEVICE void await_bulk() {
 /// Proxy fence: bulk copies and additions that this thread starts later come after what it has acquired.
 FLASHCUTE_DEVICE void keep_bulk_behind() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
+// ---- launches that overlap (programmatic dependent launch) -------------------------------------------
+
+/// The next launch may begin once all thread blocks of this one have come here, if it was launched so.
+FLASHCUTE_DEVICE void allow_next_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+/// Waits until the launch before this one is done, and what it wrote is visible. If it did not begin before that, this
+/// does nothing.
+FLASHCUTE_DEVICE void await_launch_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // ---- counts by which thread blocks wait for each other --------------------------------------------
 
 /// Counts up by one: who acquires it sees what this thread has done, and seen, before.

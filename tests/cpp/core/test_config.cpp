@@ -168,6 +168,7 @@ TEST(Config, EveryEnumeratorHasItsName) {
   };
   expect_distinct(DType{});
   expect_distinct(Math{});
+  expect_distinct(Launches{});
   expect_distinct(MaskKind{});
   expect_distinct(BackwardPass{});
 }
@@ -453,7 +454,7 @@ TEST(BackwardConfig, EveryByteOfTheConfigurationIsAnOption) {
   size_t bytes = 0;
   BackwardConfig const config;
   for_each_option(config, [&](Option const&, auto const& option) { bytes += sizeof option; });
-  // Padding: 3 bytes after dtype, kernel and math, 2 after swizzled.
+  // Padding: 3 bytes after dtype, kernel and math, 2 after swizzled, 1 in the end.
   EXPECT_EQ(sizeof(BackwardConfig) - bytes, 11u);
 }
 
@@ -481,7 +482,7 @@ TEST(BackwardConfig, NamesAreUniqueAndAreIdentifiers) {
     if constexpr (std::is_same_v<T, bool>) others = {!value};
     if constexpr (std::is_same_v<T, int32_t>) others = {value + 1, value + 16};
     if constexpr (std::is_same_v<T, DType>) others = {DType::float16, DType::float32};
-    if constexpr (std::is_same_v<T, Math> || std::is_same_v<T, Kernel>)
+    if constexpr (std::is_same_v<T, Math> || std::is_same_v<T, Kernel> || std::is_same_v<T, Launches>)
       others = all_values<T>(), std::erase(others, value);
     if (std::string_view(option.name) == "deterministic") return;
     for (T const other : others) {

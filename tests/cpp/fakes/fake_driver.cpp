@@ -86,10 +86,12 @@ struct LaunchConfig {  // CUlaunchConfig
 int cuLaunchKernelEx(LaunchConfig const* c, void* function, void** parameters, void**) {
   std::lock_guard const lock(state.mutex);
   auto const& kernel = *static_cast<std::string const*>(function);
-  FakeLaunch launch{kernel, c->grid_x, c->grid_y,       c->grid_z, c->block_x, c->shared_bytes,
-                    1,      c->stream, current_context, {},        {},         {}};
-  if (c->attribute_count == 1 && c->attributes[0] == 4) {  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    launch.cluster_x = c->attributes[2];                   // after 8 bytes
+  FakeLaunch launch{kernel,          c->grid_x, c->grid_y, c->grid_z, c->block_x, c->shared_bytes, 1, c->stream,
+                    current_context, {},        false,     {},        {}};
+  for (unsigned i = 0; i < c->attribute_count; ++i) {
+    unsigned const* const attribute = c->attributes + 18 * i;   // 72 bytes: its number, and after 8 the value
+    if (attribute[0] == 4) launch.cluster_x = attribute[2];     // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    if (attribute[0] == 6) launch.chained = attribute[2] == 1;  // ..._PROGRAMMATIC_STREAM_SERIALIZATION
   }
   if (kernel == "flashcute_make_block_map") {
     launch.map = *static_cast<flashcute::BlockMapRules const*>(parameters[0]);

@@ -19,6 +19,7 @@ struct FakeLaunch {
   void* stream;
   void* context;
   flashcute::ForwardParams params;
+  bool chained = false;                               // to the launch before it
   std::optional<flashcute::BackwardParams> backward;  // of its kernels
   std::optional<flashcute::BlockMapRules> map;        // of the kernel that makes maps
 };

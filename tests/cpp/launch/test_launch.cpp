@@ -709,14 +709,17 @@ TEST_F(LaunchBackward, HoppersGradients) {
     EXPECT_EQ(map.box, (std::vector<unsigned>{64, keys ? 128u : 64u, 1, 1}));
   }
   std::vector<unsigned> grids, threads;
+  std::vector<bool> chained;
   for (FakeLaunch const& launch : driver_->launches) {
     grids.push_back(launch.grid_x);
     threads.push_back(launch.block_x);
+    chained.push_back(launch.chained);
     EXPECT_EQ(launch.backward->delta, call.workspace.data);
     EXPECT_EQ(launch.backward->dq_sums, static_cast<float*>(call.workspace.data) + 2 * 12 * 1024);
   }
   EXPECT_EQ(grids, (std::vector<unsigned>{12 * 16, 6 * 6, 12 * 16}));
   EXPECT_EQ(threads, (std::vector<unsigned>{256, 384, 256}));
+  EXPECT_EQ(chained, (std::vector<bool>{false, true, true})) << "the first waits for what the stream does before";
   EXPECT_EQ(driver_->pushes, driver_->pops);
   EXPECT_GE(backward_workspace_size({}, call.q, call.v), workspace_of(config, 12, 1000).total());
 }

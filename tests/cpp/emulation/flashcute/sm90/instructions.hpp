@@ -302,6 +302,10 @@ template <int Pending>
 FLASHCUTE_DEVICE void await_bulk() {}
 FLASHCUTE_DEVICE void keep_bulk_behind() {}
 
+// Of launches that run one after the other.
+FLASHCUTE_DEVICE void allow_next_launch() {}
+FLASHCUTE_DEVICE void await_launch_before() {}
+
 FLASHCUTE_DEVICE void release_count(uint32_t* number) { ++*number; }
 FLASHCUTE_DEVICE uint32_t acquire_count(uint32_t const* number) { return *number; }
 /// Of a block that runs alone, after those that started before it: who waits would wait for one that starts later.
