@@ -29,30 +29,38 @@ struct KeyGradients {
   using Storage = std_::conditional_t<Mask::Sequence::fills_tensors, typename L::SharedStorage, StorageWithTile>;
   static_assert(sizeof(Storage) <= sm90_smem_bytes(C));
   static constexpr int threads = num_threads(Id);
+  /// Where blocks are found in memory the iterator over them would be spilled.
+  static constexpr bool begins_early = Mask::Range::contiguous;
 
   FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem_symbol) {
     Storage& smem = hidden(smem_symbol);
     if (thread_index() == 0) L::init(smem);
     auto const tile = Tile::at(p.backward.forward, DqOrder<Id>::tile_number(p.backward, smem), C.block_n);
     if (Blocks::none(p.backward, tile)) return store_nothing<threads, typename L::Element>(p.backward, tile);
+    GradientLoader<Id> loader{p, smem, tile};
+    if (begins_early && thread_index() == 0) loader.begin();  // before all others come here
     if constexpr (Mask::Sequence::fills_tensors) {
       block_sync();  // the mbarriers are initialised
-      take_roles(p, smem, tile);
+      take_roles(p, smem, tile, loader);
     } else {
       if (thread_index() == 0) smem.tile = tile;
       block_sync();  // the mbarriers are initialised, and the tile is stored
-      take_roles(p, smem, smem.tile);
+      take_roles(p, smem, smem.tile, loader);
     }
   }
 
  private:
-  FLASHCUTE_DEVICE static void take_roles(Sm90BackwardParams const& p, Storage& smem, Tile const& tile) {
+  FLASHCUTE_DEVICE static void take_roles(Sm90BackwardParams const& p, Storage& smem, Tile const& tile,
+                                          GradientLoader<Id>& loader) {
     int const warpgroup = warpgroup_index();
     if (warpgroup == 0) {
       release_registers<serving_registers>();
       int const warp = warp_of_warpgroup();
       if (warp == 0) {
-        if (elected_lane()) GradientLoader<Id>::run(p, smem, tile);
+        if (thread_index() == 0) {
+          if constexpr (!begins_early) loader.begin();
+          loader.go_on();
+        }
       } else if (warp <= L::warpgroups) {
         DqAdder<Id>::run(p.backward, smem, tile, warp - 1);
       } else if (Mask::rows_differ) {

@@ -21,19 +21,31 @@ class GradientLoader {
  public:
   FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem, Tile const& tile) {
     GradientLoader loader{p, smem, tile};
-    barrier_arrive_expecting(smem.k_full, bytes_of_keys<C.head_dim>);
-    loader.template load_keys<C.head_dim>(p.k, smem.k, smem.k_full);
-    for (Passing at = Blocks::of(p.backward, tile); at.left > 0; at = at.after()) loader.load(at);
+    loader.begin();
+    loader.go_on();
+  }
+
+  FLASHCUTE_DEVICE GradientLoader(Sm90BackwardParams const& p, Storage& smem, Tile const& tile)
+      : p_(p), smem_(smem), tile_(tile) {}
+
+  /// K, V and the first blocks of Q and dO, of a tile that has any: by the thread that has initialised the mbarriers,
+  /// before others know of these.
+  FLASHCUTE_DEVICE void begin() {
+    prefetch(p_.k);
+    prefetch(p_.q);
+    prefetch(p_.v);
+    prefetch(p_.dout);
+    barrier_arrive_expecting(smem_.k_full, bytes_of_keys<C.head_dim>);
+    load_keys<C.head_dim>(p_.k, smem_.k, smem_.k_full);
+    load(Blocks::of(p_.backward, tile_));
+  }
+
+  /// All that is left.
+  FLASHCUTE_DEVICE void go_on() {
+    for (Passing at = Blocks::of(p_.backward, tile_).after(); at.left > 0; at = at.after()) load(at);
   }
 
  private:
-  FLASHCUTE_DEVICE GradientLoader(Sm90BackwardParams const& p, Storage& smem, Tile const& tile)
-      : p_(p), smem_(smem), tile_(tile) {
-    prefetch(p.k);
-    prefetch(p.q);
-    prefetch(p.v);
-    prefetch(p.dout);
-  }
 
   template <int Columns>
   static constexpr uint32_t bytes_of_keys = L::keys * Columns * sizeof(typename L::Element);
