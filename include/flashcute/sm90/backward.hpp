@@ -32,7 +32,12 @@ struct KeyGradients {
 
   FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem_symbol) {
     Storage& smem = hidden(smem_symbol);
-    if (thread_index() == 0) L::init(smem);
+    if (thread_index() == 0) {
+      uint32_t clock;
+      asm volatile("mov.u32 %0, %%clock;" : "=r"(clock)::"memory");
+      smem.entered = clock;
+      L::init(smem);
+    }
     auto const tile = Tile::at(p.backward.forward, DqOrder<Id>::tile_number(p.backward, smem), C.block_n);
     if (Blocks::none(p.backward, tile)) return store_nothing<threads, typename L::Element>(p.backward, tile);
     if constexpr (Mask::Sequence::fills_tensors) {

@@ -48,15 +48,45 @@ class GradientConsumer {
 
   /// Of a tile that some query sees.
   FLASHCUTE_DEVICE void run() {
+    stamp(1);
     barrier_wait(smem_.k_full, 0);
+    stamp(2);
+    barrier_wait(smem_.q_full[0], 0);
+    stamp(3);
+    barrier_wait(smem_.dout_full[0], 0);
+    stamp(4);
     if (PassingQueries<Id>::has_foreign_keys(p_, tile_)) barrier_wait(smem_.k_inspected, 0);
     bool last;
     do {  // (of a loop that may end before its first iteration nvcc serialises all WGMMA)
       last = add_block();
+      if (blocks_++ == 0) stamp(5);
     } while (!last);
+    stamp(6);
     if constexpr (C.late_dq) add_last_dq();
+    stamp(7);
     store();
+    stamp(8);
+    put(9, blocks_);
   }
+
+  /// Clocks of the multiprocessor, after the workspace: 16 words for each warpgroup of each thread block. 0: entry.
+  FLASHCUTE_DEVICE void put(int place, uint32_t x) const {
+    using W = GradientWorkspace<C, Sequence>;
+    ForwardParams const& f = p_.forward;
+    auto* const all = reinterpret_cast<uint32_t*>(W::sums(p_, static_cast<int64_t>(f.batch) * f.heads * W::blocks(f)));
+    if (thread_of_warpgroup() == 0) global_store(all + (2 * block_index() + warpgroup_) * 16 + place, x);
+  }
+  FLASHCUTE_DEVICE void stamp(int place) const {
+    uint32_t clock;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(clock)::"memory");
+    put(place, clock);
+    if (place != 1) return;
+    uint32_t multiprocessor;
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(multiprocessor));
+    put(10, multiprocessor);
+    put(0, smem_.entered);
+  }
+  int blocks_ = 0;
 
  private:
   /// The next block; returns whether it was the last.

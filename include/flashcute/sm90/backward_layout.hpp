@@ -103,6 +103,7 @@ struct BackwardLayout : WarpgroupFragment {
     Barrier dq_full[warpgroups], dq_empty[warpgroups];
     Barrier q_landed[C.stages], dout_landed[C.dout_stages];  // arrived, its inspection may begin
     Barrier k_inspected;
+    uint32_t entered;
     bool keys_finite;       // all of K
     bool dropped;           // whether non-finite values were replaced by 0 in a partial block of Q or dO
     uint32_t tiles_before;  // deterministic: tiles that were started before this thread block's
