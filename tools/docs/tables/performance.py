@@ -71,7 +71,7 @@ ROWS = {
     ],
     "gradients_hopper_deterministic": [
         Row(
-            "gradients, deterministic, Hopper's kernels",
+            "gradients, deterministic, Hopper's, earlier",
             peer,
             impl,
             "gpu_sm90_backward_deterministic",
