@@ -2,7 +2,7 @@
 
 A build is a folder from which `import flashcute` takes it, as `pip install --target` makes one. Told is the time of the
 first build over the time of each other, as the median over the rounds, with its quartiles; below 1 the other is slower.
-Results are compared too: gradients whose sums have no order may differ in their last bits.
+Norms of the results are compared too.
 
 usage: python benchmarks/python/compare_builds.py before=FOLDER after=FOLDER [--what forward,gradients]
            [--head-dims 64,128] [--seqlens 1024,4096] [--causal 0,1] [--kv-ratio N] [--deterministic] [--tokens N]
@@ -15,20 +15,21 @@ folder of each build below --cache-dir.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 CASE = ("what", "head_dim", "causal", "seqlen")
-GRAPHED = 3  # calls of a graph
+REPEATS = 3  # calls that are timed together
 
 
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -58,6 +59,9 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--what {','.join(unknown)}: forward and gradients are known")
     if wrong := [x for x in options.builds if "=" not in x]:
         parser.error(f"{wrong[0]}: a build is NAME=FOLDER")
+    names = [x.split("=", 1)[0] for x in options.builds]
+    if len(set(names)) < len(names):
+        parser.error("two builds have the same name")
     return options
 
 
@@ -74,83 +78,47 @@ def cases_of(options: argparse.Namespace) -> list[tuple[str, int, bool, int]]:
 # ---- a worker: one build -----------------------------------------------------------------------------
 
 
-def timer_of(call: Callable[[], object], on_gpu: bool) -> Callable[[], float]:
-    """A function that runs the call and returns its milliseconds."""
-    import torch
-
-    if not on_gpu:
-
-        def by_clock() -> float:
-            start = time.perf_counter()
-            call()
-            return 1000 * (time.perf_counter() - start)
-
-        return by_clock
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(GRAPHED):
-            call()
-
-    def by_events() -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph.replay()  # what came before, another build's call, has left other data in the caches
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / GRAPHED
-
-    return by_events
-
-
 def work(options: argparse.Namespace) -> None:
-    """Prints a norm of each case's results, then milliseconds of each case whose number it reads."""
+    """Prints where it runs, then norms of each case's results, then milliseconds of each case whose number it reads."""
     import flashcute
     import torch
+    from flashcute._cli.kits import TorchCpuKit, TorchCudaKit
+    from flashcute._cli.provenance import provenance
 
     on_gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    timers, held = [], []
+    kit, dtype = (TorchCudaKit(7), "bfloat16") if on_gpu else (TorchCpuKit(7), "float32")
+    print(json.dumps(provenance(kit, "of a build")), flush=True)
+    calls = []
     for what, head_dim, causal, seqlen in cases_of(options):
-        draws = torch.Generator(device).manual_seed(7)
         heads, batch = max(1, options.hidden // head_dim), max(1, options.tokens // seqlen)
         q, dout, k, v = (
-            torch.randn(batch, seqlen, count, head_dim, device=device, dtype=dtype, generator=draws)
+            kit.normal((batch, seqlen, count, head_dim), dtype)
             for count in (heads, heads, *2 * (heads // options.kv_ratio,))
         )
         variant = flashcute.Variant(causal=causal)
-        forward = flashcute.explain(q, k, v, causal).config
-        out, lse = flashcute.forward(forward, q, k, v, variant=variant, return_lse=True)
+        told = flashcute.explain(
+            q, k, v, causal, gradients=True, deterministic=options.deterministic
+        )
+        forward = functools.partial(flashcute.forward, told.config, q, k, v, variant=variant)
+        out, lse = forward(return_lse=True)
         if what == "forward":
-            results = (torch.empty_like(q),)
-
-            def call(q=q, k=k, v=v, forward=forward, variant=variant, results=results) -> None:  # type: ignore[no-untyped-def]
-                flashcute.forward(forward, q, k, v, variant=variant, out=results[0])
+            results = [kit.empty_like(q)]
+            call = functools.partial(forward, out=results[0])
         else:
-            results = tuple(torch.empty_like(x) for x in (q, k, v))  # type: ignore[assignment]
-            told = flashcute.explain(
-                q, k, v, causal, gradients=True, deterministic=options.deterministic
-            )
+            results = [kit.empty_like(x) for x in (q, k, v)]
             config = told.gradients.config
             size = flashcute.backward_workspace_size(config, q, v, variant=variant)
-            workspace = torch.empty(size, device=device)
-
-            def call(  # type: ignore[no-untyped-def,misc]
-                config=config, dout=dout, q=q, k=k, v=v, out=out, lse=lse, variant=variant, results=results,
-                workspace=workspace,
-            ) -> None:  # fmt: skip
-                dq, dk, dv = results
-                flashcute.backward(config, dout, q, k, v, out, lse, variant=variant, dq=dq, dk=dk, dv=dv,
-                                   workspace=workspace)  # fmt: skip
-
-        call()
-        call()
-        timers.append(timer_of(call, on_gpu))
-        held.append((call, out, lse))  # what a graph reads and writes
-        print(json.dumps([round(float(x.float().norm()), 2) for x in results]), flush=True)
+            call = functools.partial(
+                flashcute.backward, config, dout, q, k, v, out, lse, variant=variant,
+                **dict(zip(("dq", "dk", "dv"), results, strict=True)), workspace=kit.empty((size,), "float32"),
+            )  # fmt: skip
+        calls.append(kit.repeatable(call)[0])
+        kit.synchronize()
+        print(json.dumps([float(kit.double(x).norm()) for x in results]), flush=True)
     for line in sys.stdin:
-        print(timers[int(line)](), flush=True)
+        call = calls[int(line)]
+        call()  # what came before, another build's call, has left other data in the caches
+        print(kit.samples_ms(call, 1, REPEATS)[0], flush=True)
 
 
 # ---- the caller of all -------------------------------------------------------------------------------
@@ -194,6 +162,7 @@ def main() -> None:
         caches = options.cache_dir or Path(temporary)
         builds = [Build(*x.split("=", 1), caches, sys.argv[1:]) for x in options.builds]
         try:
+            origins = [build.ask() for build in builds]
             norms = {build.name: [build.ask() for _ in cases] for build in builds}
             times: dict[str, list[list[float]]] = {
                 build.name: [[] for _ in cases] for build in builds
@@ -206,17 +175,24 @@ def main() -> None:
             for build in builds:
                 build.process.kill()
                 build.process.wait()
-    tell(options, [build.name for build in builds], cases, norms, times)
+    tell(options, origins[0], cases, norms, times)
+
+
+def alike(norms: Sequence[float], others: Sequence[float]) -> bool:
+    """As far as rounding goes, in sums of any order."""
+    return all(math.isclose(x, y, rel_tol=1e-3) for x, y in zip(norms, others, strict=True))
 
 
 def tell(
     options: argparse.Namespace,
-    names: list[str],
+    origin: dict[str, Any],
     cases: list[tuple[str, int, bool, int]],
-    norms: dict[str, list[Any]],
+    norms: dict[str, list[list[float]]],
     times: dict[str, list[list[float]]],
 ) -> None:
-    first, *others = names
+    """`origin`: of the first build's process. `norms` and `times` of each build, by its name, case by case."""
+    first, *others = times
+    origin = {name: x for name, x in origin.items() if name not in ("commit", "flashcute")}
     for number, case in enumerate(cases):
         what, head_dim, causal, seqlen = case
         base = times[first][number]
@@ -224,17 +200,18 @@ def tell(
         text += f"{first} {statistics.median(base):.4f} ms"
         line: dict[str, Any] = {
             "kind": "compared_builds",
+            **origin,
             **dict(zip(CASE, case, strict=True)),
             "kv_ratio": options.kv_ratio,
             "deterministic": options.deterministic,
             "rounds": options.rounds,
-            "ms": {name: statistics.median(times[name][number]) for name in names},
+            "ms": {name: statistics.median(of[number]) for name, of in times.items()},
         }
         for name in others:
             ratios = [x / y for x, y in zip(base, times[name][number], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
-            same = "" if norms[name][number] == norms[first][number] else ", other results"
-            text += f"   {name} {middle:.3f} ({low:.3f} to {high:.3f}{same})"
+            other = "" if alike(norms[first][number], norms[name][number]) else ", OTHER RESULTS"
+            text += f"   {name} {middle:.3f} ({low:.3f} to {high:.3f}{other})"
             line.setdefault("over_first", {})[name] = middle
         print(text)
         if options.out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -40,7 +41,25 @@ def test_two_builds_take_turns(tmp_path: Path) -> None:
     for line in lines:
         assert set(line["ms"]) == {"before", "after"}
         assert line["over_first"]["after"] > 0
-    assert "other results" not in done.stdout
+        assert line["device"]
+    assert "OTHER RESULTS" not in done.stdout
+
+
+def test_other_results_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A build that is fast because it is wrong. Rounding in sums of any order is none of that."""
+    spec = importlib.util.spec_from_file_location("compare_builds", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    options = script.parsed(["a=x", "b=y", "--rounds=1"])
+    for norm, told in ((1.0001, False), (1.1, True), (float("nan"), True)):
+        script.tell(
+            options, {}, [("forward", 64, True, 32)], {"a": [[1.0]], "b": [[norm]]}, {"a": [[2.0]], "b": [[1.0]]}
+        )  # fmt: skip
+        out = capsys.readouterr().out
+        assert ("OTHER RESULTS" in out) == told
+        assert "b 2.000" in out
 
 
 def test_a_build_that_cannot_be_imported_is_named(tmp_path: Path) -> None:

@@ -8,10 +8,9 @@ from collections.abc import Callable
 
 from lines import Cell, Line, one, rounded, speed_ups, table, where
 
+from tables.sm90_backward import HEAD_DIMS, LENGTHS, MASKS, mean, span
+
 FA4, STUDY = "gpu_sm90_backward_fa4", "gpu_sm90_backward_study"
-HEAD_DIMS = (64, 128)
-MASKS = {"full": False, "causal": True}
-LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
 
 def rates() -> str:
@@ -42,7 +41,7 @@ def summary() -> str:
     version = one(FA4, impl="fa4", head_dim=64, causal=True, seqlen_q=1024)["impl_version"]
     cudnn, fa4 = (told_means(speed_ups(FA4, peer)) for peer in ("sdpa_cudnn", "fa4"))
     return (
-        f"Geometric means, with the lowest and the highest case: over cuDNN {cudnn};\n"
+        f"Geometric means, with the lowest and the highest case: over cuDNN\n{cudnn};\n"
         f"over FlashAttention-4 ({version}) {fa4}."
     )
 
@@ -50,9 +49,8 @@ def summary() -> str:
 def told_means(found: dict[Cell, float]) -> str:
     told = []
     for head_dim in HEAD_DIMS:
-        of = [x for cell, x in found.items() if cell[4] == head_dim]
-        mean, low, high = (rounded(x) for x in (statistics.geometric_mean(of), min(of), max(of)))
-        told.append(f"{mean} ({low} to {high}) at head dimension {head_dim}")
+        of = {cell: x for cell, x in found.items() if cell[4] == head_dim}
+        told.append(f"{mean(of)} ({span(of.values())}) at head dimension {head_dim}")
     return " and ".join(told)
 
 
