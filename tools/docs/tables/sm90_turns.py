@@ -100,16 +100,19 @@ def before_and_now() -> str:
 
 def machine_code() -> str:
     """How long the loop's body is, from its first product to its last, with the tests in it and without."""
-    (full, without), (causal, without_causal) = (
-        (
+
+    def instructions(causal: bool, body: str) -> int:
+        return int(
             one(FILE, kind="gradient_machine_code", causal=causal, body=body)["instructions"]
-            for body in ("with tests", "without tests")
         )
-        for causal in MASKS.values()
+
+    (full, plain), (causal, plain_causal) = (
+        [instructions(of, f"{which} tests") for which in ("with", "without")]
+        for of in MASKS.values()
     )
     return (
-        f"From its first product to its last the body without tests has {without} instructions for {full}, under the\n"
-        f"causal mask {without_causal} for {causal}, and no jump but those of barriers."
+        f"From its first product to its last the body without tests has {plain} instructions for {full}, under the\n"
+        f"causal mask {plain_causal} for {causal}, and no jump but those of barriers."
     )
 
 
