@@ -118,6 +118,7 @@ def gradients_changes(base: BackwardConfig) -> list[dict[str, Any]]:
     return [
         {"late_dq": False},
         {"early_reads": not base.early_reads},
+        {"persistent": False},
         {"deterministic": True},
         *({"stages": n} for n in (1, 2)),
         *({"dout_stages": n} for n in (1, 3)),

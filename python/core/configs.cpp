@@ -240,7 +240,7 @@ void bind_classes(nb::module_& m) {
       "block_m: int = 64, block_n: int = 64, num_warps: int = 4, kernel: str = 'sm80', column_warps: int = 1, "
       "blocks_per_sm: int = 2, math: str = 'tensor_core', stages: int = 2, dout_stages: int = 2, copy_bytes: int = 16, "
       "async_copy: bool = True, swizzled: bool = True, k_tiles_per_load: int = 0, mma_double_buffer: bool = True, "
-      "late_dq: bool = True, early_reads: bool = False, deterministic: bool = False) -> None";
+      "late_dq: bool = True, early_reads: bool = False, persistent: bool = True, deterministic: bool = False) -> None";
   auto backward = bind_config<BackwardConfig>(
       m, backward_signature,
       "The static configuration of the backward: immutable, hashable. See default_backward_config.\n\n"
@@ -275,6 +275,8 @@ void bind_classes(nb::module_& m) {
       "other's dS.\n"
       "early_reads (sm90, head_dim 128): read LSE and delta into registers before the products behind which they would "
       "wait.\n"
+      "persistent (sm90, head dimensions up to 128): a thread block computes tiles of keys one after the other, and "
+      "loads what the next one begins with while it ends with the one before; False: one tile each.\n"
       "deterministic: the same bits in every run: sm80 takes two passes without atomics, each of which recomputes the "
       "scores, sm90 adds the parts of dq in a fixed order; False: one pass that sums dq by atomics, in any order.");
   backward.def_prop_ro(

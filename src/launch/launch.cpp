@@ -226,9 +226,13 @@ void launch(BackwardConfig const& config, Features const& features, BackwardPara
   int64_t const key_tiles = count_key_tiles(params.forward, config.block_n);
   std::vector<Launch<BackwardKernelId>> launches;
   for (BackwardKernelId const& kernel : kernels_of(config, features, params.dsink != nullptr)) {
-    int64_t const blocks = kernel.pass == BackwardPass::sink ? params.forward.heads
-                           : keys_stay(kernel.pass)          ? key_tiles
-                                                             : query_tiles;
+    int64_t blocks = kernel.pass == BackwardPass::sink ? params.forward.heads
+                     : keys_stay(kernel.pass)          ? key_tiles
+                                                       : query_tiles;
+    // Without queries no pass before it clears the counter of tiles.
+    if (is_persistent(kernel) && params.forward.seqlen_q > 0) {
+      blocks = min_of<int64_t>(blocks, device_facts(device).multiprocessors);
+    }
     if (blocks > 0) launches.push_back({kernel, blocks});
   }
   kernels<BackwardKernelId>().get(launches, device);

@@ -30,7 +30,9 @@ struct HeadsInTurn {
   static constexpr int64_t cache_bytes = 32 << 20;
 
   FLASHCUTE_HD static HeadsInTurn at(Index index, Index heads, Index tiles_of_head, int64_t bytes_of_head) {
-    auto const heads_at_once = static_cast<Index>(min_of<int64_t>(heads, 1 + cache_bytes / (bytes_of_head + 1)));
+    // (On a GPU a division of 64-bit integers is a call of some hundred instructions.)
+    auto const fitting = static_cast<float>(cache_bytes) / static_cast<float>(bytes_of_head + 1);
+    auto const heads_at_once = min_of(heads, static_cast<Index>(1 + fitting));
     Index const first = index / (heads_at_once * tiles_of_head) * heads_at_once;
     Index const width = min_of(heads_at_once, heads - first);
     return {first, width, index - first * tiles_of_head};

@@ -1,7 +1,7 @@
-// The gradients on Hopper: one launch between two small ones. A thread block owns 128 keys of one head. One of its
-// warps loads blocks of Q and dO by TMA, two warpgroups compute with WGMMA, and two warps add dQ of each block to sums
-// in fp32, by bulk reductions. Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, section B.1; the order of
-// products is ours (docs/kernels/sm90_backward.md).
+// The gradients on Hopper: one launch between two small ones. A thread block computes tiles of 128 keys of one head,
+// one after the other. One of its warps loads blocks of Q and dO by TMA, two warpgroups compute with WGMMA, and two
+// warps add dQ of each block to sums in fp32, by bulk reductions. Source: Shah et al., "FlashAttention-3", arXiv
+// 2407.08608, section B.1; the order of products is ours (docs/kernels/sm90_backward.md).
 #pragma once
 
 #include "flashcute/sm90/backward_consumer.hpp"
@@ -18,49 +18,28 @@ struct KeyGradients {
   static_assert(has_only<&Features::mask>(Id.features), FLASHCUTE_UNKNOWN_FEATURE);
 
   using Mask = flashcute::Mask<Id.features.mask>;
-  using Tile = KeyTile<typename Mask::Sequence>;
   using L = BackwardLayout<C>;
-  using Blocks = PassingQueries<Id>;
-
-  /// A tile that has the place and the lengths of its sequence lies here: in registers throughout it would be spilled.
-  struct StorageWithTile : L::SharedStorage {
-    Tile tile;
-  };
-  using Storage = std_::conditional_t<Mask::Sequence::fills_tensors, typename L::SharedStorage, StorageWithTile>;
+  using Storage = StorageWithTiles<L, typename Mask::Sequence>;
   static_assert(sizeof(Storage) <= sm90_smem_bytes(C));
-  static constexpr int threads = num_threads(Id);
 
   FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem_symbol) {
     Storage& smem = hidden(smem_symbol);
-    if (thread_index() == 0) L::init(smem);
-    auto const tile = Tile::at(p.backward.forward, DqOrder<Id>::tile_number(p.backward, smem), C.block_n);
-    if (Blocks::none(p.backward, tile)) return store_nothing<threads, typename L::Element>(p.backward, tile);
-    if constexpr (Mask::Sequence::fills_tensors) {
-      block_sync();  // the mbarriers are initialised
-      take_roles(p, smem, tile);
-    } else {
-      if (thread_index() == 0) smem.tile = tile;
-      block_sync();  // the mbarriers are initialised, and the tile is stored
-      take_roles(p, smem, smem.tile);
-    }
-  }
-
- private:
-  FLASHCUTE_DEVICE static void take_roles(Sm90BackwardParams const& p, Storage& smem, Tile const& tile) {
+    if (thread_index() == 0) smem.init(Mask::rows_differ);
+    block_sync();  // the mbarriers are initialised
     int const warpgroup = warpgroup_index();
     if (warpgroup == 0) {
       release_registers<serving_registers>();
       int const warp = warp_of_warpgroup();
       if (warp == 0) {
-        if (elected_lane()) GradientLoader<Id>::run(p, smem, tile);
+        if (elected_lane()) GradientLoader<Id>::run(p, smem);
       } else if (warp <= L::warpgroups) {
-        DqAdder<Id>::run(p.backward, smem, tile, warp - 1);
+        DqAdder<Id>::run(p.backward, smem, warp - 1);
       } else if (Mask::rows_differ) {
-        GradientInspector<Id>::run(p.backward, smem, tile);
+        GradientInspector<Id>::run(p.backward, smem);
       }
     } else {
       claim_registers<computing_registers>();
-      GradientConsumer<Id>{p.backward, smem, tile, warpgroup - 1}.run();
+      GradientConsumer<Id>{p.backward, smem, warpgroup - 1}.run();
     }
   }
 };

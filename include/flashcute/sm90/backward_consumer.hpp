@@ -14,6 +14,7 @@
 
 #include "flashcute/sm90/backward_gemm.hpp"
 #include "flashcute/sm90/key_rows.hpp"
+#include "flashcute/sm90/key_tiles.hpp"
 #include "flashcute/sm90/transposed_scores.hpp"
 
 namespace flashcute::sm90 {
@@ -30,7 +31,7 @@ class GradientConsumer {
       C.block_m == warpgroup_rows || Id.features.mask == MaskKind::full || Id.features.mask == MaskKind::causal;
   using P = BackwardProducts<C, long_steps>;
   using Element = typename L::Element;
-  using Storage = typename L::SharedStorage;
+  using Storage = StorageWithTiles<L, Sequence>;
   using Scores = decltype(L::template accumulator<typename L::BlockM>());
   using Sums = decltype(L::template accumulator<typename L::HeadDim>());
   using Seeing = SeeingQueries<L, Mask>;
@@ -40,25 +41,43 @@ class GradientConsumer {
   using Dq = decltype(L::template accumulator<typename L::DqColumns>());
 
  public:
-  FLASHCUTE_DEVICE GradientConsumer(BackwardParams const& p, Storage& smem, Tile const& tile, int warpgroup)
-      : p_(p), smem_(smem), tile_(tile), warpgroup_(warpgroup) {
-    cute::clear(dk_);
-    cute::clear(dv_);
+  FLASHCUTE_DEVICE GradientConsumer(BackwardParams const& p, Storage& smem, int warpgroup)
+      : p_(p), smem_(smem), warpgroup_(warpgroup), tiles_(smem) {}
+
+  FLASHCUTE_DEVICE void run() {
+    tiles_.for_each([&] {
+      barrier_wait(smem_.k_full, tiles_.parity());
+      if (uniform(tiles_.announced().seen)) {
+        compute();
+      } else {
+        store_nothing<32 * C.num_warps, Element>(p_, tile(), thread_index() - warpgroup_size);
+        meet();  // before one thread arrives for the warpgroup
+        arrive(smem_.v_empty);
+        arrive(smem_.k_empty);
+      }
+    });
   }
 
+ private:
   /// Of a tile that some query sees.
-  FLASHCUTE_DEVICE void run() {
-    barrier_wait(smem_.k_full, 0);
-    if (PassingQueries<Id>::has_foreign_keys(p_, tile_)) barrier_wait(smem_.k_inspected, 0);
+  FLASHCUTE_DEVICE void compute() {
+    cute::clear(dk_);
+    cute::clear(dv_);
+    any_ = false;
+    first_key_ = uniform(tile().row0) + warpgroup_ * warpgroup_rows;
+    if (PassingQueries<Id>::has_foreign_keys(p_, tile())) barrier_wait(smem_.k_inspected, tiles_.parity());
     bool last;
     do {  // (of a loop that may end before its first iteration nvcc serialises all WGMMA)
       last = add_block();
     } while (!last);
-    if constexpr (C.late_dq) add_last_dq();
+    if constexpr (C.late_dq) {
+      add_last_dq();
+    } else {
+      arrive(smem_.k_empty);
+    }
     store();
   }
 
- private:
   /// The next block; returns whether it was the last.
   FLASHCUTE_DEVICE bool add_block() {
     Scores s, dp;
@@ -72,7 +91,7 @@ class GradientConsumer {
     bool const partial = uniform(C.early_reads ? partial_early : block.partial);
     bool const last = uniform(C.early_reads ? last_early : block.last);
     Seeing seeing;
-    if (Seeing::in_memory && partial) seeing.load(block, first_key(), tile_.sequence(p_.forward, block.head));
+    if (Seeing::in_memory && partial) seeing.load(block, first_key_, tile().sequence(p_.forward, block.head));
     finish_products<1>(s);
     to_probabilities<L>(s, lse, p_.forward.scale_log2);
     Statistics const delta(smem_.delta[dout_.place]);
@@ -93,8 +112,7 @@ class GradientConsumer {
 
     Dq dq;
     if constexpr (C.late_dq) {
-      barrier_wait(smem_.ds_full[ds_before_.place], ds_before_.parity);
-      P::begin_dq(dq, ds_ring(ds_before_.place), key_columns());
+      begin_dq_before(dq);
     } else {
       barrier_wait(smem_.ds_full[ds_.place], ds_.parity);
       P::begin_dq(dq, ds_ring(ds_.place), key_columns());
@@ -102,6 +120,7 @@ class GradientConsumer {
     P::template begin_sums<C.stages>(dk_, ds, {smem_.q[0], q_.place});
     finish_products<2>(dv_);
     arrive(smem_.dout_empty[dout_.place]);
+    if (last) arrive(smem_.v_empty);
     finish_products<1>(dq);
     // Before the first block there is none: what was multiplied is nothing.
     pass_on(dq, !C.late_dq || any_);
@@ -111,20 +130,26 @@ class GradientConsumer {
     q_.advance();
     dout_.advance();
     ds_.advance();
-    ds_before_.advance();
     return last;
   }
 
   FLASHCUTE_DEVICE void add_last_dq() {
     Dq dq;
-    barrier_wait(smem_.ds_full[ds_before_.place], ds_before_.parity);
-    P::begin_dq(dq, ds_ring(ds_before_.place), key_columns());
+    begin_dq_before(dq);
     finish_products<0>(dq);
+    arrive(smem_.k_empty);
     pass_on(dq, true);
   }
 
+  /// dQ of the block before this one.
+  FLASHCUTE_DEVICE void begin_dq_before(Dq& dq) const {
+    auto const before = ds_.before();
+    barrier_wait(smem_.ds_full[before.place], before.parity);
+    P::begin_dq(dq, ds_ring(before.place), key_columns());
+  }
+
   FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries const& block, Seeing const& seeing) const {
-    hide_unseen<L, Mask>(scores, block, first_key(), tile_.sequence(p_.forward, block.head), seeing);
+    hide_unseen<L, Mask>(scores, block, first_key_, tile().sequence(p_.forward, block.head), seeing);
   }
 
   // ---- dS and dQ through shared memory ---------------------------------------------------------------
@@ -145,7 +170,7 @@ class GradientConsumer {
 
   /// Passes the warpgroup's half of a block's dQ on to the warp that adds it, and the place of its dS.
   FLASHCUTE_DEVICE void pass_on(Dq const& dq, bool exists) {
-    barrier_wait(smem_.dq_empty[warpgroup_], dq_parity_ ^ 1);
+    barrier_wait(smem_.dq_empty[warpgroup_], dq_parity() ^ 1);
     float* const to = smem_.dq[warpgroup_] + 4 * thread_of_warpgroup();
     CUTE_UNROLL
     for (int i = 0; i < cute::size(dq); i += 4) {
@@ -154,7 +179,12 @@ class GradientConsumer {
     publish_to_copies();
     meet();  // the warpgroup's dQ is in shared memory
     if (thread_of_warpgroup() == 0 && exists) barrier_arrive(smem_.dq_full[warpgroup_]);
-    dq_parity_ ^= exists;
+  }
+
+  /// One dQ is passed on for each block, and that of the block before has not been.
+  FLASHCUTE_DEVICE uint32_t dq_parity() const {
+    static_assert(L::ds_places == 2);
+    return ds_.place ^ (C.late_dq && any_ ? 1 : 0);
   }
 
   // ---- results ---------------------------------------------------------------------------------------
@@ -164,28 +194,27 @@ class GradientConsumer {
     CUTE_UNROLL
     for (int i = 0; i < cute::size(dk_); ++i) dk_(i) *= scale;
     if constexpr (!Sequence::fills_tensors) {
-      clear_absent<L>(dk_, p_.forward, tile_, warpgroup_);
-      clear_absent<L>(dv_, p_.forward, tile_, warpgroup_);
+      clear_absent<L>(dk_, p_.forward, tile(), warpgroup_);
+      clear_absent<L>(dv_, p_.forward, tile(), warpgroup_);
     }
     store(dk_, p_.dk, p_.dk_stride, p_.forward.head_dim);
     store(dv_, p_.dv, p_.dv_stride, p_.forward.head_dim_v);
-    if (Mask::rows_differ && smem_.dropped) {
+    if (Mask::rows_differ && tiles_.announced().dropped) {
       add_dropped(p_.dk, p_.dk_stride, p_.forward.q, p_.forward.q_stride, p_.forward.head_dim);
       add_dropped(p_.dv, p_.dv_stride, p_.dout, p_.dout_stride, p_.forward.head_dim_v);
     }
   }
 
   FLASHCUTE_DEVICE void store(Sums const& sums, void* to, Strides const& stride, int columns) const {
-    store_key_rows<C.head_dim, Element>(sums, tile_, warpgroup_, to, stride, columns);
+    store_key_rows<C.head_dim, Element>(sums, tile(), warpgroup_, to, stride, columns);
   }
 
   FLASHCUTE_DEVICE void add_dropped(void* gradient, Strides const& stride, void const* queries, Strides const& from,
                                     int columns) const {
-    sm90::add_dropped<L, Mask>(p_.forward, tile_, warpgroup_, gradient, stride, queries, from, columns);
+    sm90::add_dropped<L, Mask>(p_.forward, tile(), warpgroup_, gradient, stride, queries, from, columns);
   }
 
-  /// The warpgroup's first key.
-  FLASHCUTE_DEVICE int first_key() const { return tile_.row0 + warpgroup_ * warpgroup_rows; }
+  FLASHCUTE_DEVICE Tile const& tile() const { return tiles_.tile(); }
 
   // ---- shared memory ---------------------------------------------------------------------------------
 
@@ -207,13 +236,13 @@ class GradientConsumer {
 
   BackwardParams const& p_;
   Storage& smem_;
-  Tile const& tile_;
   int const warpgroup_;
+  TilesInTurn<Id, L> tiles_;
   RingPosition<C.stages> q_;
   RingPosition<C.dout_stages> dout_;
-  RingPosition<L::ds_places> ds_, ds_before_{L::ds_places - 1, 1};  // of this block and of the one before
-  uint32_t dq_parity_ = 0;
-  bool any_ = false;  // blocks before this one
+  RingPosition<L::ds_places> ds_;
+  bool any_ = false;   // blocks of the tile before this one
+  int first_key_ = 0;  // of the warpgroup
   Sums dk_, dv_;
 };
 

@@ -1,4 +1,4 @@
-// The pass `keys` of Hopper's gradients of wide heads. A thread block owns 64 keys, and blocks of 64 queries pass by.
+// The pass `keys` of Hopper's gradients of wide heads. A tile has 64 keys, and blocks of 64 queries pass by.
 // The accumulators of dK and dV are too large for one warpgroup, so two share the products of a block:
 //
 //     the first     S^T = K Q^T      P = exp(S - LSE)        dV += P^T dO
@@ -34,18 +34,19 @@ struct KeysLayout : SplitLayout<C> {
     alignas(16) float lse[C.stages][queries];        // to base 2
     alignas(16) float delta[C.dout_stages][queries];
     AnnouncedQueries blocks[C.stages];
-    Barrier k_full;
+    Barrier k_full, k_empty, v_empty;
     Barrier q_full[C.stages], q_empty[C.stages];
     Barrier dout_full[C.dout_stages], dout_empty[C.dout_stages];
     Barrier p_full[p_places], p_empty[p_places];
     Barrier q_landed[C.stages], dout_landed[C.dout_stages];  // arrived, its inspection may begin
-    bool dropped;  // whether non-finite values were replaced by 0 in a partial block of Q or dO
   };
   static_assert(sizeof(SharedStorage) <= sm90_keys_smem_bytes(C));
 
-  /// Initialises the mbarriers. One thread calls it, before all others synchronise with it.
-  FLASHCUTE_DEVICE static void init(SharedStorage& smem) {
+  /// `inspected`: whether a warp inspects what is loaded.
+  FLASHCUTE_DEVICE static void init(SharedStorage& smem, bool inspected) {
     barrier_init(smem.k_full, 1);
+    barrier_init(smem.k_empty, warps + (inspected ? 1 : 0));
+    barrier_init(smem.v_empty, warps);
     for (int i = 0; i < C.stages; ++i) {
       barrier_init(smem.q_full[i], 1);
       barrier_init(smem.q_landed[i], 1);
@@ -60,8 +61,6 @@ struct KeysLayout : SplitLayout<C> {
       barrier_init(smem.p_full[i], warps);
       barrier_init(smem.p_empty[i], warps);
     }
-    smem.dropped = false;
-    publish_barriers();
   }
 };
 
@@ -71,18 +70,16 @@ class KeysConsumer {
  protected:
   static constexpr BackwardConfig C = Id.config;
   using Mask = flashcute::Mask<Id.features.mask>;
-  using Tile = KeyTile<typename Mask::Sequence>;
   using L = KeysLayout<C>;
   using P = SplitProducts<C>;
   using Element = typename L::Element;
-  using Storage = typename L::SharedStorage;
+  using Storage = StorageWithTiles<L, typename Mask::Sequence>;
   using Scores = typename L::Scores;
 
-  FLASHCUTE_DEVICE KeysConsumer(BackwardParams const& p, Storage& smem, Tile const& tile)
-      : p_(p), smem_(smem), tile_(tile) {}
+  FLASHCUTE_DEVICE KeysConsumer(BackwardParams const& p, Storage& smem) : p_(p), smem_(smem), tiles_(smem) {}
 
   FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries const& block) const {
-    hide_unseen<L, Mask>(scores, block, tile_.row0, tile_.sequence(p_.forward, block.head));
+    hide_unseen<L, Mask>(scores, block, tiles_.tile().row0, tiles_.tile().sequence(p_.forward, block.head));
   }
 
   /// The warp's arrival: all its lanes have done what they did before.
@@ -99,15 +96,23 @@ class KeysConsumer {
   template <int Columns, class Sums>
   FLASHCUTE_DEVICE void store(Sums const& sums, void* gradient, Strides const& stride, int columns, void const* queries,
                               Strides const& from) const {
-    store_key_rows<Columns, Element>(sums, tile_, 0, gradient, stride, columns);
-    if (Mask::rows_differ && smem_.dropped) {
-      add_dropped<L, Mask>(p_.forward, tile_, 0, gradient, stride, queries, from, columns);
+    store_key_rows<Columns, Element>(sums, tiles_.tile(), 0, gradient, stride, columns);
+    if (Mask::rows_differ && tiles_.announced().dropped) {
+      add_dropped<L, Mask>(p_.forward, tiles_.tile(), 0, gradient, stride, queries, from, columns);
     }
+  }
+
+  /// Of keys that no query sees.
+  template <int Columns>
+  FLASHCUTE_DEVICE void store_nothing(void* gradient, Strides const& stride, int columns) const {
+    auto const& tile = tiles_.tile();
+    auto const offset = row_offset(stride, tile.entry.batch, tile.kv_head, tile.entry.first_key + tile.row0);
+    clear_rows<warpgroup_size, Element>(tile, gradient, offset, stride, columns, thread_of_warpgroup());
   }
 
   BackwardParams const& p_;
   Storage& smem_;
-  Tile const& tile_;
+  TilesInTurn<Id, L> tiles_;
   RingPosition<C.stages> q_;
   RingPosition<C.dout_stages> dout_;
   RingPosition<L::p_places> passed_;  // of P
@@ -117,29 +122,42 @@ class KeysConsumer {
 template <BackwardKernelId Id>
 class DvConsumer : KeysConsumer<Id> {
   using Base = KeysConsumer<Id>;
-  using Base::C, Base::p_, Base::smem_, Base::q_, Base::dout_, Base::passed_;
+  using Base::C, Base::p_, Base::smem_, Base::tiles_, Base::q_, Base::dout_, Base::passed_;
   using typename Base::L, typename Base::P, typename Base::Element, typename Base::Scores;
 
  public:
-  FLASHCUTE_DEVICE DvConsumer(BackwardParams const& p, typename Base::Storage& smem, typename Base::Tile const& tile)
-      : Base(p, smem, tile) {
-    cute::clear(weights_);
-    cute::clear(dv_);
+  FLASHCUTE_DEVICE DvConsumer(BackwardParams const& p, typename Base::Storage& smem) : Base(p, smem) {}
+
+  FLASHCUTE_DEVICE void run() {
+    tiles_.for_each([&] {
+      barrier_wait(smem_.k_full, tiles_.parity());
+      if (uniform(tiles_.announced().seen)) {
+        compute();
+      } else {
+        Base::template store_nothing<C.head_dim_v>(p_.dv, p_.dv_stride, p_.forward.head_dim_v);
+        Base::arrive(smem_.k_empty);
+      }
+    });
   }
 
+ private:
   /// Of a tile that some query sees.
-  FLASHCUTE_DEVICE void run() {
-    barrier_wait(smem_.k_full, 0);
+  FLASHCUTE_DEVICE void compute() {
+    cute::clear(weights_);
+    cute::clear(dv_);
+    blocks_ = 0;
     bool last;
     do {  // (of a loop that may end before its first iteration nvcc serialises all WGMMA)
       last = add_block();
     } while (!last);
+    Base::arrive(smem_.k_empty);
     begin_sums();
     finish_products<0>(dv_);
+    Base::arrive(smem_.dout_empty[dout_.place]);
+    dout_.advance();
     Base::template store<C.head_dim_v>(dv_, p_.dv, p_.dv_stride, p_.forward.head_dim_v, p_.dout, p_.dout_stride);
   }
 
- private:
   /// The next block; returns whether it was the last.
   FLASHCUTE_DEVICE bool add_block() {
     Scores s;
@@ -180,7 +198,7 @@ class DvConsumer : KeysConsumer<Id> {
   }
 
   // `dout_` is that of the block before.
-  int blocks_ = 0;  // before this one
+  int blocks_ = 0;  // of the tile before this one
   typename L::Weights weights_;
   typename L::template Sums<C.head_dim_v> dv_;
 };
@@ -190,28 +208,39 @@ class DvConsumer : KeysConsumer<Id> {
 template <BackwardKernelId Id>
 class DkConsumer : KeysConsumer<Id> {
   using Base = KeysConsumer<Id>;
-  using Base::C, Base::p_, Base::smem_, Base::q_, Base::dout_, Base::passed_;
+  using Base::C, Base::p_, Base::smem_, Base::tiles_, Base::q_, Base::dout_, Base::passed_;
   using typename Base::L, typename Base::P, typename Base::Element, typename Base::Scores;
 
  public:
-  FLASHCUTE_DEVICE DkConsumer(BackwardParams const& p, typename Base::Storage& smem, typename Base::Tile const& tile)
-      : Base(p, smem, tile) {
-    cute::clear(weights_);
-    cute::clear(dk_);
-  }
+  FLASHCUTE_DEVICE DkConsumer(BackwardParams const& p, typename Base::Storage& smem) : Base(p, smem) {}
 
   FLASHCUTE_DEVICE void run() {
+    tiles_.for_each([&] {
+      barrier_wait(smem_.k_full, tiles_.parity());
+      if (uniform(tiles_.announced().seen)) {
+        compute();
+      } else {
+        Base::template store_nothing<C.head_dim>(p_.dk, p_.dk_stride, p_.forward.head_dim);
+        Base::arrive(smem_.v_empty);
+      }
+    });
+  }
+
+ private:
+  FLASHCUTE_DEVICE void compute() {
+    cute::clear(weights_);
+    cute::clear(dk_);
     bool last;
     do {
       last = add_block();
     } while (!last);
+    Base::arrive(smem_.v_empty);
     auto const scale = static_cast<float>(p_.forward.scale);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(dk_); ++i) dk_(i) *= scale;
     Base::template store<C.head_dim>(dk_, p_.dk, p_.dk_stride, p_.forward.head_dim, p_.forward.q, p_.forward.q_stride);
   }
 
- private:
   FLASHCUTE_DEVICE bool add_block() {
     Scores dp, p;
     barrier_wait(smem_.dout_full[dout_.place], dout_.parity);
@@ -252,24 +281,13 @@ template <BackwardKernelId Id>
 struct KeysPass {
   static constexpr BackwardConfig C = Id.config;
   using Mask = flashcute::Mask<Id.features.mask>;
-  using Tile = KeyTile<typename Mask::Sequence>;
   using L = KeysLayout<C>;
-  using Storage = typename L::SharedStorage;
-  static constexpr int threads = num_threads(Id);
-
-  /// The tile of a thread block.
-  template <class AnyTile>
-  FLASHCUTE_HD static AnyTile tile_of(ForwardParams const& p, uint32_t block) {
-    return AnyTile::at(p, block, C.block_n, sizeof(typename L::Element));
-  }
+  using Storage = StorageWithTiles<L, typename Mask::Sequence>;
+  static_assert(sizeof(Storage) <= sm90_keys_smem_bytes(C));
 
   FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem_symbol) {
     Storage& smem = hidden(smem_symbol);
-    if (thread_index() == 0) L::init(smem);
-    auto const tile = tile_of<Tile>(p.backward.forward, block_index());
-    if (PassingQueries<Id, L::queries>::none(p.backward, tile)) {
-      return store_nothing<threads, typename L::Element>(p.backward, tile);
-    }
+    if (thread_index() == 0) smem.init(Mask::rows_differ);
     block_sync();  // the mbarriers are initialised
 
     int const warpgroup = warpgroup_index();
@@ -277,16 +295,16 @@ struct KeysPass {
       release_registers<serving_registers>();
       int const warp = warp_of_warpgroup();
       if (warp == 0) {
-        if (elected_lane()) GradientLoader<Id, L>::run(p, smem, tile);
+        if (elected_lane()) GradientLoader<Id, L>::run(p, smem);
       } else if (Mask::rows_differ && warp == 1) {
-        GradientInspector<Id, L>::run(p.backward, smem, tile);
+        GradientInspector<Id, L>::run(p.backward, smem);
       }
     } else {
       claim_registers<computing_registers>();
       if (warpgroup == 1) {
-        DvConsumer<Id>{p.backward, smem, tile}.run();
+        DvConsumer<Id>{p.backward, smem}.run();
       } else {
-        DkConsumer<Id>{p.backward, smem, tile}.run();
+        DkConsumer<Id>{p.backward, smem}.run();
       }
     }
   }

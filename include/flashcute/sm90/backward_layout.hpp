@@ -96,22 +96,21 @@ struct BackwardLayout : WarpgroupFragment {
     alignas(16) float lse[C.stages][C.block_m];    // to base 2
     alignas(16) float delta[C.dout_stages][C.block_m];
     AnnouncedQueries blocks[C.stages];
-    Barrier k_full;
+    Barrier k_full, k_empty, v_empty;
     Barrier q_full[C.stages], q_empty[C.stages];
     Barrier dout_full[C.dout_stages], dout_empty[C.dout_stages];
     Barrier ds_full[ds_places], ds_empty[ds_places];
     Barrier dq_full[warpgroups], dq_empty[warpgroups];
     Barrier q_landed[C.stages], dout_landed[C.dout_stages];  // arrived, its inspection may begin
     Barrier k_inspected;
-    bool keys_finite;       // all of K
-    bool dropped;           // whether non-finite values were replaced by 0 in a partial block of Q or dO
-    uint32_t tiles_before;  // deterministic: tiles that were started before this thread block's
   };
   static_assert(sizeof(SharedStorage) <= sm90_smem_bytes(C));
 
-  /// Initialises the mbarriers. One thread calls it, before all others synchronise with it.
-  FLASHCUTE_DEVICE static void init(SharedStorage& smem) {
+  /// `inspected`: whether a warp inspects what is loaded.
+  FLASHCUTE_DEVICE static void init(SharedStorage& smem, bool inspected) {
     barrier_init(smem.k_full, 1);
+    barrier_init(smem.k_empty, 2 * warpgroups + (inspected ? 1 : 0));  // with the warps that add
+    barrier_init(smem.v_empty, warpgroups);
     barrier_init(smem.k_inspected, 1);
     for (int i = 0; i < C.stages; ++i) {
       barrier_init(smem.q_full[i], 1);
@@ -131,9 +130,6 @@ struct BackwardLayout : WarpgroupFragment {
       barrier_init(smem.dq_full[w], 1);
       barrier_init(smem.dq_empty[w], 1);
     }
-    smem.keys_finite = true;
-    smem.dropped = false;
-    publish_barriers();
   }
 };
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "flashcute/device/nonfinite.hpp"
-#include "flashcute/sm90/dq_order.hpp"
+#include "flashcute/sm90/key_tiles.hpp"
 #include "flashcute/sm90/row_statistics.hpp"
 
 namespace flashcute::sm90 {
@@ -15,70 +15,104 @@ class GradientLoader {
   using Blocks = PassingQueries<Id, L::queries>;
   using Passing = typename Blocks::Passing;
   using Tile = typename Blocks::Tile;
-  using Storage = typename L::SharedStorage;
+  using Storage = StorageWithTiles<L, typename Blocks::Sequence>;
   using Workspace = typename Blocks::Workspace;
 
  public:
-  FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem, Tile const& tile) {
-    GradientLoader loader{p, smem, tile};
-    barrier_arrive_expecting(smem.k_full, bytes_of_keys<C.head_dim>);
-    loader.template load_keys<C.head_dim>(p.k, smem.k, smem.k_full);
-    for (Passing at = Blocks::of(p.backward, tile); at.left > 0; at = at.after()) loader.load(at);
+  FLASHCUTE_DEVICE static void run(Sm90BackwardParams const& p, Storage& smem) {
+    GradientLoader loader{p, smem};
+    KeyTiles<Id> tiles(p.backward);
+    for (Tile tile; tiles.next(tile);) {
+      Passing const first = Blocks::of(p.backward, tile);
+      bool const seen = first.left > 0;
+      loader.tiles_.announce({.tile = tile, .exists = true, .seen = seen, .keys_finite = true, .dropped = false});
+      loader.load(first);
+      if constexpr (!KeyTiles<Id>::persistent) return;
+    }
+    loader.tiles_.announce({.tile = {}, .exists = false, .seen = false, .keys_finite = true, .dropped = false});
   }
 
  private:
-  FLASHCUTE_DEVICE GradientLoader(Sm90BackwardParams const& p, Storage& smem, Tile const& tile)
-      : p_(p), smem_(smem), tile_(tile) {
-    prefetch(p.k);
+  FLASHCUTE_DEVICE GradientLoader(Sm90BackwardParams const& p, Storage& smem) : p_(p), smem_(smem), tiles_(smem) {
     prefetch(p.q);
     prefetch(p.v);
     prefetch(p.dout);
+    prefetch(p.k);
+  }
+
+  /// What the tile that was announced last needs. It begins while warps still have the tile before, whose V is free
+  /// before its K: that is needed for dQ of the last block.
+  FLASHCUTE_DEVICE void load(Passing at) {
+    if (at.left == 0) return pass_over();
+    for (bool first = true;; first = false) {
+      load_queries(at);
+      // V comes with the first dO: K and the first Q are enough to begin, and no later block waits for it.
+      if (first) barrier_wait(smem_.v_empty, tiles_.parity() ^ 1);
+      load_dout(at, first);
+      if (first) {
+        barrier_wait(smem_.k_empty, tiles_.parity() ^ 1);
+        barrier_arrive_expecting(smem_.k_full, bytes_of_keys<C.head_dim>);
+        load_keys<C.head_dim>(p_.k, smem_.k, smem_.k_full);
+      }
+      if (at.left == 1) return;
+      at = at.after();
+    }
+  }
+
+  /// A tile that no query sees.
+  FLASHCUTE_DEVICE void pass_over() {
+    barrier_wait(smem_.v_empty, tiles_.parity() ^ 1);
+    barrier_wait(smem_.k_empty, tiles_.parity() ^ 1);
+    barrier_arrive(smem_.k_full);
   }
 
   template <int Columns>
   static constexpr uint32_t bytes_of_keys = L::keys * Columns * sizeof(typename L::Element);
   static constexpr uint32_t bytes_of_numbers = L::queries * sizeof(float);
   template <int Columns>
-  static constexpr uint32_t bytes_of_queries = L::queries * Columns * sizeof(typename L::Element) + bytes_of_numbers;
+  static constexpr uint32_t bytes_of_block = L::queries * Columns * sizeof(typename L::Element) + bytes_of_numbers;
 
   template <int Columns>
   FLASHCUTE_DEVICE void load_keys(TensorMap const& map, typename L::Element* to, Barrier& full) {
     for (int column = 0; column < Columns; column += L::page) {
-      copy_box(map, column, tile_.entry.first_key + tile_.row0, tile_.kv_head, tile_.entry.batch, to + L::keys * column,
-               full, L2Hint::evict_first);
+      copy_box(map, column, tile().entry.first_key + tile().row0, tile().kv_head, tile().entry.batch,
+               to + L::keys * column, full, L2Hint::evict_first);
     }
   }
 
-  FLASHCUTE_DEVICE void load(Passing const& at) {
-    int64_t const number = Workspace::number(p_.backward.forward, tile_.entry, at.head, at.block);
+  FLASHCUTE_DEVICE void load_queries(Passing const& at) {
     barrier_wait(smem_.q_empty[q_.place], q_.parity ^ 1);
-    smem_.blocks[q_.place] = {at.block * L::queries, at.head, Blocks::partial(p_.backward, at, tile_), at.left == 1};
-    Barrier& q_full = Blocks::inspected(at) ? smem_.q_landed[q_landed_.place] : smem_.q_full[q_.place];
-    barrier_arrive_expecting(q_full, bytes_of_queries<C.head_dim>);
-    load_queries<C.head_dim>(p_.q, at, smem_.q[q_.place], Workspace::lse(p_.backward, number), smem_.lse[q_.place],
-                             q_full);
-    barrier_wait(smem_.dout_empty[dout_.place], dout_.parity ^ 1);
-    Barrier& dout_full = Blocks::inspected(at) ? smem_.dout_landed[dout_landed_.place] : smem_.dout_full[dout_.place];
-    // V comes with the first dO: K and the first Q are enough to begin, and no later block waits for it.
-    barrier_arrive_expecting(dout_full, bytes_of_queries<C.head_dim_v> + (first_ ? bytes_of_keys<C.head_dim_v> : 0));
-    if (first_) load_keys<C.head_dim_v>(p_.v, smem_.v, dout_full);
-    first_ = false;
-    load_queries<C.head_dim_v>(p_.dout, at, smem_.dout[dout_.place], Workspace::delta(p_.backward, number),
-                               smem_.delta[dout_.place], dout_full);
+    smem_.blocks[q_.place] = {at.block * L::queries, at.head, Blocks::partial(p_.backward, at, tile()), at.left == 1};
+    Barrier& full = Blocks::inspected(at) ? smem_.q_landed[q_landed_.place] : smem_.q_full[q_.place];
+    barrier_arrive_expecting(full, bytes_of_block<C.head_dim>);
+    load_block<C.head_dim>(p_.q, at, smem_.q[q_.place], Workspace::lse(p_.backward, number(at)), smem_.lse[q_.place],
+                           full);
     q_.advance();
+    if (Blocks::inspected(at)) q_landed_.advance();
+  }
+
+  FLASHCUTE_DEVICE void load_dout(Passing const& at, bool with_v) {
+    barrier_wait(smem_.dout_empty[dout_.place], dout_.parity ^ 1);
+    Barrier& full = Blocks::inspected(at) ? smem_.dout_landed[dout_landed_.place] : smem_.dout_full[dout_.place];
+    barrier_arrive_expecting(full, bytes_of_block<C.head_dim_v> + (with_v ? bytes_of_keys<C.head_dim_v> : 0));
+    if (with_v) load_keys<C.head_dim_v>(p_.v, smem_.v, full);
+    load_block<C.head_dim_v>(p_.dout, at, smem_.dout[dout_.place], Workspace::delta(p_.backward, number(at)),
+                             smem_.delta[dout_.place], full);
     dout_.advance();
-    if (Blocks::inspected(at)) {
-      q_landed_.advance();
-      dout_landed_.advance();
-    }
+    if (Blocks::inspected(at)) dout_landed_.advance();
+  }
+
+  FLASHCUTE_DEVICE Tile const& tile() const { return tiles_.tile(); }
+  FLASHCUTE_DEVICE int64_t number(Passing const& at) const {
+    return Workspace::number(p_.backward.forward, tile().entry, at.head, at.block);
   }
 
   /// A block of Q or dO, and a number for each of its rows.
   template <int Columns>
-  FLASHCUTE_DEVICE void load_queries(TensorMap const& map, Passing const& at, typename L::Element* to,
-                                     float const* numbers, float* numbers_to, Barrier& full) {
+  FLASHCUTE_DEVICE void load_block(TensorMap const& map, Passing const& at, typename L::Element* to,
+                                   float const* numbers, float* numbers_to, Barrier& full) {
     for (int column = 0; column < Columns; column += L::page) {
-      copy_box(map, column, tile_.entry.first_query + at.block * L::queries, at.head, tile_.entry.batch,
+      copy_box(map, column, tile().entry.first_query + at.block * L::queries, at.head, tile().entry.batch,
                to + L::queries * column, full, L2Hint::evict_last);
     }
     copy_bulk(numbers, numbers_to, bytes_of_numbers, full);
@@ -86,8 +120,7 @@ class GradientLoader {
 
   Sm90BackwardParams const& p_;
   Storage& smem_;
-  Tile const& tile_;
-  bool first_ = true;
+  TilesInTurn<Id, L> tiles_;
   RingPosition<C.stages> q_, q_landed_;
   RingPosition<C.dout_stages> dout_, dout_landed_;
 };
@@ -102,63 +135,87 @@ class DqAdder {
   using Tile = typename Blocks::Tile;
   using L = BackwardLayout<C>;
   using Element = typename L::Element;
-  using Storage = typename L::SharedStorage;
+  using Storage = StorageWithTiles<L, typename Blocks::Sequence>;
   using Workspace = typename Blocks::Workspace;
 
  public:
-  FLASHCUTE_DEVICE static void run(BackwardParams const& p, Storage& smem, Tile const& tile, int warpgroup) {
-    uint32_t parity = 0;
-    int place = 0;  // of dS
-    DqOrder<Id> order(p, tile, warpgroup);
-    for (Passing at = Blocks::of(p, tile); at.left > 0; at = at.after(), parity ^= 1) {
+  FLASHCUTE_DEVICE static void run(BackwardParams const& p, Storage& smem, int warpgroup) {
+    DqAdder adder{p, smem, warpgroup};
+    adder.tiles_.for_each([&] { adder.add_tile(); });
+  }
+
+ private:
+  FLASHCUTE_DEVICE DqAdder(BackwardParams const& p, Storage& smem, int warpgroup)
+      : p_(p), smem_(smem), warpgroup_(warpgroup), tiles_(smem) {}
+
+  FLASHCUTE_DEVICE void add_tile() {
+    Tile const& tile = tiles_.tile();
+    Passing at = Blocks::of(p_, tile);
+    if (at.left == 0) {
+      barrier_wait(smem_.k_full, tiles_.parity());
+      return release_keys();
+    }
+    // The copy engine takes requests in order: K of the next tile is requested before the last dQ of this one is added,
+    // unless it is not finite and read here.
+    barrier_wait(smem_.k_full, tiles_.parity());
+    bool finite = true;
+    if constexpr (Mask::rows_differ) {
+      barrier_wait(smem_.k_inspected, tiles_.parity());
+      finite = uniform(tiles_.announced().keys_finite);
+    }
+    if (finite) release_keys();
+    DqOrder<Id> order(p_, tile, warpgroup_);
+    for (; at.left > 0; at = at.after()) {
       order.look_at(at);
-      barrier_wait(smem.dq_full[warpgroup], parity);
+      barrier_wait(smem_.dq_full[warpgroup_], dq_parity_);
       float* const sums =
-          Workspace::sums(p, Workspace::number(p.forward, tile.entry, at.head, at.block)) + warpgroup * L::dq_floats;
-      bool whole = true;
-      if (Blocks::inspected(at)) {
-        barrier_wait(smem.k_inspected, 0);
-        whole = smem.keys_finite;
-      }
-      if (!whole) add_visible(p, smem, tile, at, place, warpgroup, sums, order);
+          Workspace::sums(p_, Workspace::number(p_.forward, tile.entry, at.head, at.block)) + warpgroup_ * L::dq_floats;
+      bool const whole = finite || !Blocks::inspected(at);
+      if (!whole) add_visible(tile, at, sums, order);
+      if (!finite && at.left == 1) release_keys();
       reconverge();
       if (elected_lane()) {
-        barrier_arrive(smem.ds_empty[place]);
+        barrier_arrive(smem_.ds_empty[ds_.place]);
         if (whole) {
           order.await_turn();
-          order.add(sums, smem.dq[warpgroup], L::dq_floats * sizeof(float));
+          order.add(sums, smem_.dq[warpgroup_], L::dq_floats * sizeof(float));
           await_bulk_reads();
         }
-        barrier_arrive(smem.dq_empty[warpgroup]);
+        barrier_arrive(smem_.dq_empty[warpgroup_]);
         order.pass_on(whole);
       }
-      if (++place == L::ds_places) place = 0;
+      dq_parity_ ^= 1;
+      ds_.advance();
     }
     order.finish();
   }
 
- private:
+  /// After what the warp's lanes may have read of K.
+  FLASHCUTE_DEVICE void release_keys() {
+    reconverge();
+    if (elected_lane()) barrier_arrive(smem_.k_empty);
+  }
+
   /// dS K element by element, without what a query does not see: slow, but rare. A lane takes the elements that its
   /// number stands for in each warp of the warpgroup.
-  FLASHCUTE_DEVICE static void add_visible(BackwardParams const& p, Storage& smem, Tile const& tile, Passing const& at,
-                                           int place, int warpgroup, float* sums, DqOrder<Id> const& order) {
+  FLASHCUTE_DEVICE void add_visible(Tile const& tile, Passing const& at, float* sums, DqOrder<Id> const& order) const {
     order.await_turn();
-    auto const sequence = tile.sequence(p.forward, at.head);
+    auto const sequence = tile.sequence(p_.forward, at.head);
 #pragma unroll 1
     for (int i = thread_index() % 32; i < L::dq_floats; i += 32) {
       int const thread = i / 4 % warpgroup_size, word = i / (4 * warpgroup_size);
       int query = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
       int column = word * 8 + 2 * (thread % 4) + i % 2;
       if (L::dq_by_rows) {
-        query += warpgroup * warpgroup_rows;
+        query += warpgroup_ * warpgroup_rows;
       } else {
-        column += warpgroup * L::dq_columns;
+        column += warpgroup_ * L::dq_columns;
       }
       float sum = 0;
 #pragma unroll 1
       for (int key = 0; key < C.block_n; ++key) {
         if (!Mask::visible(at.block * C.block_m + query, tile.row0 + key, sequence)) continue;
-        sum += element(smem.ds[place], C.block_m, query, key) * element(smem.k, C.block_n, key, column);
+        sum += element(smem_.ds[ds_.place], C.block_m, query, key) * element(smem_.k, C.block_n, key, column);
       }
       order.add(sums + i, sum);
     }
@@ -170,6 +227,13 @@ class DqAdder {
     return static_cast<float>(
         shared_load<Element>(tile + (column / L::page * rows + row) * L::page + piece * 8 + column % 8));
   }
+
+  BackwardParams const& p_;
+  Storage& smem_;
+  int const warpgroup_;
+  TilesInTurn<Id, L> tiles_;
+  uint32_t dq_parity_ = 0;
+  RingPosition<L::ds_places> ds_;
 };
 
 /// Run by one warp, where queries see different keys: it looks for NaN and infinity in K, and in blocks of Q and dO of
@@ -184,29 +248,34 @@ class GradientInspector {
   using Passing = typename Blocks::Passing;
   using Tile = typename Blocks::Tile;
   using Element = typename L::Element;
-  using Storage = typename L::SharedStorage;
+  using Storage = StorageWithTiles<L, typename Blocks::Sequence>;
   static constexpr bool has_sink = takes_sink(Id.features.mask);
 
  public:
-  FLASHCUTE_DEVICE static void run(BackwardParams const& p, Storage& smem, Tile const& tile) {
-    GradientInspector inspector{p, smem, tile};
-    // Before the blocks that need it, if they come last. If they come first K can wait.
-    bool keys = Blocks::in_step || Blocks::has_foreign_keys(p, tile);
-    if (keys) inspector.inspect_keys();
-    for (Passing at = Blocks::of(p, tile); at.left > 0; at = at.after()) {
-      if (!Blocks::inspected(at)) {
-        inspector.pass_over();
-        continue;
-      }
-      inspector.inspect_block(at);
-      if (!keys) inspector.inspect_keys();
-      keys = true;
-    }
+  FLASHCUTE_DEVICE static void run(BackwardParams const& p, Storage& smem) {
+    GradientInspector inspector{p, smem};
+    inspector.tiles_.for_each([&] { inspector.inspect_tile(); });
   }
 
  private:
-  FLASHCUTE_DEVICE GradientInspector(BackwardParams const& p, Storage& smem, Tile const& tile)
-      : p_(p), smem_(smem), tile_(tile) {}
+  FLASHCUTE_DEVICE GradientInspector(BackwardParams const& p, Storage& smem) : p_(p), smem_(smem), tiles_(smem) {}
+
+  FLASHCUTE_DEVICE void inspect_tile() {
+    Passing at = Blocks::of(p_, tile());
+    barrier_wait(smem_.k_full, tiles_.parity());
+    if constexpr (L::inspects_keys) {
+      if (at.left > 0) inspect_keys();
+      arrive(smem_.k_inspected);
+    }
+    arrive(smem_.k_empty);
+    for (; at.left > 0; at = at.after()) {
+      if (Blocks::inspected(at)) {
+        inspect_block(at);
+      } else {
+        pass_over();
+      }
+    }
+  }
 
   FLASHCUTE_DEVICE void pass_over() {
     q_.advance();
@@ -232,18 +301,17 @@ class GradientInspector {
                                 float* statistics, float missing, bool they_tell) {
     barrier_wait(landed, parity);
     if constexpr (!Blocks::Sequence::fills_tensors) {
-      clear_from<Elements, L::queries>(tile_.sequence(p_.forward).rows() - at.block * L::queries, block);
+      clear_from<Elements, L::queries>(tile().sequence(p_.forward).rows() - at.block * L::queries, block);
     }
     if ((!they_tell || any_unusual(statistics, missing)) && !finite(block, Elements)) {
-      smem_.dropped = true;
+      tiles_.announced().dropped = true;
       if constexpr (has_sink) {
         if (!they_tell) drop_probabilities(block, statistics);
       }
       for_each_part(block, Elements, [](Element* words) { zero_nonfinite(words); });
       publish_to_products();
     }
-    reconverge();  // one lane arrives for the warp: all its lanes have read and written the block
-    if (thread_index() % 32 == 0) barrier_arrive(full);
+    arrive(full);
   }
 
   /// Beside a sink the LSE of a row is finite although all its scores are -infinity. Its P is 0, also where Q becomes 0
@@ -257,18 +325,20 @@ class GradientInspector {
     });
   }
 
-  /// If a product sums over keys.
   FLASHCUTE_DEVICE void inspect_keys() {
-    if constexpr (L::inspects_keys) {
-      barrier_wait(smem_.k_full, 0);
-      if (Blocks::has_foreign_keys(p_, tile_)) {
-        clear_from<L::k_elements, L::keys>(tile_.existing(p_.forward), smem_.k);
-      }
-      if (!finite(smem_.k, L::k_elements)) smem_.keys_finite = false;
-      reconverge();
-      if (thread_index() % 32 == 0) barrier_arrive(smem_.k_inspected);
+    if (Blocks::has_foreign_keys(p_, tile())) {
+      clear_from<L::k_elements, L::keys>(tile().existing(p_.forward), smem_.k);
     }
+    if (!finite(smem_.k, L::k_elements)) tiles_.announced().keys_finite = false;
   }
+
+  /// One lane arrives for the warp: all its lanes have read and written what they had to.
+  FLASHCUTE_DEVICE static void arrive(Barrier& barrier) {
+    reconverge();
+    if (thread_index() % 32 == 0) barrier_arrive(barrier);
+  }
+
+  FLASHCUTE_DEVICE Tile const& tile() const { return tiles_.tile(); }
 
   /// Clears the rows from `first` on of a tile of `Rows` rows in pages.
   template <int Elements, int Rows>
@@ -307,7 +377,7 @@ class GradientInspector {
 
   BackwardParams const& p_;
   Storage& smem_;
-  Tile const& tile_;
+  TilesInTurn<Id, L> tiles_;
   RingPosition<C.stages> q_, q_landed_;
   RingPosition<C.dout_stages> dout_, dout_landed_;
 };

@@ -36,21 +36,20 @@ struct GradientWorkspace {
     return static_cast<float*>(p.dq_sums) + number * sums_of_block;
   }
 
-  /// If additions to the sums have an order: how many tiles of keys have added to a warpgroup's half of block `number`.
-  FLASHCUTE_HD static uint32_t* added(BackwardParams const& p, int64_t number, int warpgroup) {
-    return counters(p) + number * warpgroups + warpgroup;
+  /// How many tiles of keys have been started.
+  FLASHCUTE_HD static uint32_t* started(BackwardParams const& p) {
+    return reinterpret_cast<uint32_t*>(sums(p, all_blocks(p)));
   }
-  /// The same: how many tiles of keys have been started.
-  FLASHCUTE_HD static uint32_t* started(BackwardParams const& p) { return counters(p) + all_blocks(p) * warpgroups; }
+  /// If additions to the sums have an order: how many tiles have added to a warpgroup's half of block `number`.
+  FLASHCUTE_HD static uint32_t* added(BackwardParams const& p, int64_t number, int warpgroup) {
+    return started(p) + 1 + number * warpgroups + warpgroup;
+  }
 
  private:
   static constexpr int blocks_of_tile = C.block_m / Queries, warpgroups = C.num_warps / 4;
 
   FLASHCUTE_HD static int64_t all_blocks(BackwardParams const& p) {
     return static_cast<int64_t>(p.forward.batch) * p.forward.heads * blocks(p.forward);
-  }
-  FLASHCUTE_HD static uint32_t* counters(BackwardParams const& p) {
-    return reinterpret_cast<uint32_t*>(sums(p, all_blocks(p)));
   }
 };
 

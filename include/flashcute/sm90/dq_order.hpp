@@ -8,6 +8,12 @@
 
 namespace flashcute::sm90 {
 
+/// Before tiles of keys are counted as they start.
+template <class Workspace>
+FLASHCUTE_DEVICE void clear_started(BackwardParams const& p) {
+  if (block_index() == 0 && thread_index() == 0) global_store(Workspace::started(p), 0u);
+}
+
 /// As they come, to sums that `prepare` has cleared.
 template <BackwardKernelId Id>
 class AnyOrder {
@@ -16,7 +22,6 @@ class AnyOrder {
   using Mask = flashcute::Mask<Id.features.mask>;
   using Sequence = typename Mask::Sequence;
   using Workspace = GradientWorkspace<C, Sequence>;
-  using Storage = typename BackwardLayout<C>::SharedStorage;
 
  public:
   // ---- of the passes before and after ----
@@ -28,14 +33,12 @@ class AnyOrder {
     for (int i = 0; i < Workspace::sums_of_block; i += 4 * threads) {
       global_store(sums + i + 4 * thread_index(), float4{});
     }
+    clear_started<Workspace>(p);
   }
   /// Whether a warpgroup's half of the sums of a block is in memory.
   FLASHCUTE_DEVICE static bool has_sums(BackwardParams const&, int64_t, int) { return true; }
 
   // ---- of the pass `gradients` ----
-
-  /// The number of this thread block's tile of keys.
-  FLASHCUTE_DEVICE static uint32_t tile_number(BackwardParams const&, Storage&) { return block_index(); }
 
   /// For the warp that adds a warpgroup's half.
   FLASHCUTE_DEVICE AnyOrder(BackwardParams const&, KeyTile<Sequence> const&, int) {}
@@ -71,14 +74,13 @@ class LastKeysFirst {
   using Keys = KeyTile<typename Mask::Sequence>;
   using L = BackwardLayout<C>;
   using Workspace = GradientWorkspace<C, typename Mask::Sequence>;
-  using Storage = typename L::SharedStorage;
 
  public:
   // ---- of the passes before and after ----
 
   FLASHCUTE_DEVICE static void prepare(BackwardParams const& p, int64_t number) {
     if (thread_index() < L::warpgroups) global_store(Workspace::added(p, number, thread_index()), 0u);
-    if (number == 0 && thread_index() == 0) global_store(Workspace::started(p), 0u);
+    clear_started<Workspace>(p);
   }
   FLASHCUTE_DEVICE static bool has_sums(BackwardParams const& p, int64_t number, int warpgroup) {
     return global_load<uint32_t>(Workspace::added(p, number, warpgroup)) > 0;
@@ -86,15 +88,7 @@ class LastKeysFirst {
 
   // ---- of the pass `gradients` ----
 
-  FLASHCUTE_DEVICE static uint32_t tile_number(BackwardParams const& p, Storage& smem) {
-    // Without queries `prepare` is not launched, and nothing waits.
-    if (p.forward.seqlen_q == 0) return block_index();
-    // Another warp than the one that initialises the mbarriers meanwhile.
-    if (thread_index() == 32) shared_store(&smem.tiles_before, count_up(Workspace::started(p), 1));
-    block_sync();
-    return tile_number(shared_load<uint32_t>(&smem.tiles_before), block_count());
-  }
-  /// The same, of `tiles` tiles of which `started` have been taken.
+  /// The next of `tiles` tiles, of which `started` have been started.
   FLASHCUTE_HD static uint32_t tile_number(uint32_t started, uint32_t tiles) { return tiles - 1 - started; }
 
   /// How many tiles add to a block before this one, which is one of them: those from the first key on do.

@@ -31,13 +31,14 @@ FLASHCUTE_DEVICE void clear_absent(Sums& sums, ForwardParams const& f, Tile cons
   }
 }
 
-/// dK and dV of keys that no query sees.
+/// dK and dV of keys that no query sees: by `Threads` threads, of which this is number `thread`.
 template <int Threads, class Element, class Tile>
-FLASHCUTE_DEVICE void store_nothing(BackwardParams const& p, Tile const& tile) {
+FLASHCUTE_DEVICE void store_nothing(BackwardParams const& p, Tile const& tile, int thread) {
   int const batch = tile.entry.batch, head = tile.kv_head, key = tile.entry.first_key + tile.row0;
-  clear_rows<Threads, Element>(tile, p.dk, row_offset(p.dk_stride, batch, head, key), p.dk_stride, p.forward.head_dim);
-  clear_rows<Threads, Element>(tile, p.dv, row_offset(p.dv_stride, batch, head, key), p.dv_stride,
-                               p.forward.head_dim_v);
+  clear_rows<Threads, Element>(tile, p.dk, row_offset(p.dk_stride, batch, head, key), p.dk_stride, p.forward.head_dim,
+                               thread);
+  clear_rows<Threads, Element>(tile, p.dv, row_offset(p.dv_stride, batch, head, key), p.dv_stride, p.forward.head_dim_v,
+                               thread);
 }
 
 /// Adds to the elements of `gradient` that this thread has stored the non-finite values of Q or dO that were replaced

@@ -23,6 +23,10 @@ struct RingPosition {
     position.advance();
     return position;
   }
+  /// Before the first one: of a stage that is full at once, as if there had been a round before.
+  FLASHCUTE_DEVICE RingPosition before() const {
+    return place == 0 ? RingPosition{Stages - 1, parity ^ 1} : RingPosition{place - 1, parity};
+  }
 };
 
 /// A block in a ring of stages. The matrix descriptor of the first stage is made once; that of `place` is an offset

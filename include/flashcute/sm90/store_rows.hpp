@@ -51,12 +51,14 @@ FLASHCUTE_DEVICE void store_rows(Accumulator const& accumulator, Element* to, in
   }
 }
 
-/// Writes zeros to the rows of a tile, which begin `offset` elements after `tensor`. All threads of the block call it.
+/// Writes zeros to the rows of a tile, which begin `offset` elements after `tensor`. `Threads` call it, `thread` is the
+/// number of this one.
 template <int Threads, class Element, class Tile>
-FLASHCUTE_DEVICE void clear_rows(Tile const& tile, void* tensor, int64_t offset, Strides const& stride, int columns) {
+FLASHCUTE_DEVICE void clear_rows(Tile const& tile, void* tensor, int64_t offset, Strides const& stride, int columns,
+                                 int thread = thread_index()) {
   auto* const first = static_cast<Element*>(tensor) + offset;
   int const vectors = columns / 8;  // 16 bytes each
-  for (int i = thread_index(); i < tile.rows * vectors; i += Threads) {
+  for (int i = thread; i < tile.rows * vectors; i += Threads) {
     global_store(first + i / vectors * stride.row + i % vectors * 8, uint4{});
   }
 }

@@ -642,14 +642,14 @@ TEST(BackwardConfig, TheWorkspace) {
   EXPECT_EQ(workspace_of({.head_dim = 64, .deterministic = true}, 3, 65).total(), 196);
   // LSE and delta in whole tiles.
   EXPECT_EQ(workspace_of(default_backward_config(DType::bfloat16, 256, 90), 3, 129).total(), 2 * 3 * 256);
-  // Hopper's, deterministic: a counter for each warpgroup's half of each block, and one more.
+  // Hopper's: a counter of tiles; deterministic: one more for each warpgroup's half of each block.
   BackwardConfig hopper = default_backward_config(DType::bfloat16, 64, 90);
   BackwardWorkspace const adding = workspace_of(hopper, 3, 129);
   EXPECT_EQ(adding.delta, 2 * 3 * 2 * 128);
   EXPECT_EQ(adding.dq_sums, 3 * 2 * 128 * 64);
-  EXPECT_EQ(adding.counters, 0);
+  EXPECT_EQ(adding.counters, 1);
   hopper.deterministic = true;
-  EXPECT_EQ(workspace_of(hopper, 3, 129).total(), adding.total() + 3 * 2 * 2 + 1);
+  EXPECT_EQ(workspace_of(hopper, 3, 129).total(), adding.total() + 3 * 2 * 2);
   EXPECT_EQ(workspace_of(hopper, 3, 0).total(), 0);
 }
 

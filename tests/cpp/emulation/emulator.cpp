@@ -779,6 +779,10 @@ void GlobalMemory::write(void* to, void const* from, size_t bytes) {
       u[i] = Use::stored_result;
       continue;
     }
+    if (u[i] == Use::unset_sum) {
+      u[i] = Use::sum;
+      continue;
+    }
     if (u[i] == Use::written) violate("second store to the same element of an output, at " + hex(to));
     if (u[i] != Use::output) violate("store to global memory that is no element of an output, at " + hex(to));
     u[i] = Use::written;

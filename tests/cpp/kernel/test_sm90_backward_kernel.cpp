@@ -23,6 +23,8 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
   using Call::problem;
   using Call::s_;
 
+  uint32_t most_blocks = ~uint32_t{0};  // of persistent kernels
+
   /// The output and LSE of the inputs as they are, then all passes.
   void run(uint64_t seed) {
     Call::compute_forward();
@@ -63,9 +65,10 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
   void run_pass(Sm90BackwardParams const& all, uint64_t seed) {
     constexpr BackwardKernelId id = kernel_of(B, Pass, {Kind});
     BackwardParams const& p = all.backward;
-    auto const blocks = static_cast<uint32_t>(Pass == BackwardPass::sink ? s_.heads
-                                              : keys_stay(Pass)          ? count_key_tiles(p.forward, B.block_n)
-                                                                         : count_query_tiles(p.forward, B.block_m));
+    auto const tiles = static_cast<uint32_t>(Pass == BackwardPass::sink ? s_.heads
+                                             : keys_stay(Pass)          ? count_key_tiles(p.forward, B.block_n)
+                                                                        : count_query_tiles(p.forward, B.block_m));
+    uint32_t const blocks = is_persistent(id) ? std::min(tiles, most_blocks) : tiles;
     std::vector<uint32_t> order(blocks);  // of a GPU any
     std::iota(order.begin(), order.end(), 0u);
     if (B.deterministic) std::shuffle(order.begin(), order.end(), std::mt19937_64(seed));
@@ -83,12 +86,20 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
           auto const same = Kernel::template tile_of<typename Kernel::Tile>(p.forward, block);
           bool const empty = Kernel::Mask::kv_range(same, p.forward, B.block_n).empty();
           if (!empty) allow_statistics(memory, tile);
-        } else if constexpr (Pass == BackwardPass::keys) {
-          allow_key_tile(memory, Kernel::template tile_of<typename Call::Keys>(p.forward, block));
         } else {
-          auto const tile = Call::Keys::at(p.forward, B.deterministic ? blocks - 1 - i : block, B.block_n);
-          allow_key_tile(memory, tile);
-          if (B.deterministic) allow_first_sums(memory, tile);
+          // The first thread block computes all tiles that are counted: no other takes them meanwhile.
+          bool const in_order = B.deterministic && !splits_dq(B), all_counted = in_order && is_persistent(id);
+          std::vector<typename Call::Keys> own;
+          for (uint32_t tile = 0; tile < tiles; ++tile) {
+            bool const counted = all_counted || tile >= blocks;
+            if (counted ? i != 0 : tile != (in_order ? i : block)) continue;
+            using Tiles = sm90::KeyTiles<id>;
+            own.push_back(Tiles::template at<typename Call::Keys>(p.forward, in_order ? tiles - 1 - tile : tile));
+          }
+          for (auto const& tile : own) allow_key_tile(memory, tile);
+          if (in_order) {
+            for (auto const& tile : own) allow_first_sums(memory, tile, own.size() > 1 ? Use::unset_sum : Use::output);
+          }
         }
         hopper.shared_bytes = sizeof(Storage);
         hopper.run(memory, [&](void* shared) { Kernel::run(all, *static_cast<Storage*>(shared)); });
@@ -100,7 +111,7 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
         } else {
           auto const tile = Call::Queries::at(p.forward, block, B.block_m);
           Call::allow_queries(memory, Pass, tile);
-          if (B.deterministic) allow_counters(memory, tile, Pass == BackwardPass::prepare ? Use::output : Use::input);
+          allow_counters(memory, tile, block == 0, Pass == BackwardPass::prepare ? Use::output : Use::input);
           if (Pass == BackwardPass::prepare) {
             allow_statistics(memory, tile);
             int const first = tile.entry.first_query + tile.row0;
@@ -110,7 +121,7 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
         hopper.shared_bytes = sizeof(Storage);
         hopper.run(memory, [&](void* shared) { Kernel::run(p, *static_cast<Storage*>(shared)); });
       }
-      ASSERT_EQ(memory.count(Use::output) + memory.count(Use::result), 0u)
+      ASSERT_EQ(memory.count(Use::output) + memory.count(Use::result) + memory.count(Use::unset_sum), 0u)
           << "bytes of the results that were never stored";
     }
   }
@@ -121,18 +132,20 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
     allow_statistics(memory, tile);
   }
 
-  /// The counters of a block and, in the first block, that of all tiles. `prepare` clears them, and no sums.
-  void allow_counters(GlobalMemory& memory, typename Call::Queries const& tile, Use use) {
+  /// Of the first thread block the counter of tiles. Of deterministic kernels those of a block of queries too:
+  /// `prepare` clears them, and no sums.
+  void allow_counters(GlobalMemory& memory, typename Call::Queries const& tile, bool first, Use use) {
     int const block = tile.row0 / B.block_m, head = tile.entry.batch * s_.heads + tile.head;
     int const blocks = s_.row_blocks(B.block_m), number = head * blocks + block, warpgroups = B.num_warps / 4;
-    if (use == Use::output) Call::allow_sums(memory, tile.entry.batch, tile.head, block, block + 1, Use::none);
     size_t const counters = Call::dq_sums.size() - Call::counters;
-    Call::allow(memory, Call::dq_sums, counters + static_cast<size_t>(number * warpgroups), warpgroups, use);
-    if (number == 0) Call::allow(memory, Call::dq_sums, Call::dq_sums.size() - 1, 1, use);
+    if (first) Call::allow(memory, Call::dq_sums, counters, 1, use);
+    if (!B.deterministic) return;
+    if (use == Use::output) Call::allow_sums(memory, tile.entry.batch, tile.head, block, block + 1, Use::none);
+    Call::allow(memory, Call::dq_sums, counters + 1 + static_cast<size_t>(number * warpgroups), warpgroups, use);
   }
 
   /// Of blocks that see no later keys than the tile's: it stores their sums, once, and adds to nothing.
-  void allow_first_sums(GlobalMemory& memory, typename Call::Keys const& tile) {
+  void allow_first_sums(GlobalMemory& memory, typename Call::Keys const& tile, Use use) {
     int const group = s_.heads / s_.kv_heads, b = tile.entry.batch;
     for (int h = tile.kv_head * group; h < (tile.kv_head + 1) * group; ++h) {
       for (int block = 0; block < s_.row_blocks(B.block_m); ++block) {
@@ -143,7 +156,7 @@ class Sm90BackwardProblem : public BackwardCall<B, Kind> {
           }
         }
         if (last >= tile.row0 && last < tile.row0 + B.block_n) {
-          Call::allow_sums(memory, b, h, block, block + 1, Use::output);
+          Call::allow_sums(memory, b, h, block, block + 1, use);
         }
       }
     }
@@ -291,6 +304,68 @@ TEST(Sm90BackwardKernel, OptionsOfWideHeads) {
   check_options<with(unequal, [](BackwardConfig& c) { c.stages = 2, c.dout_stages = 4; })>();
 }
 
+// NaN in all rows that do not exist, or belong to no sequence.
+template <BackwardConfig B>
+void poison_absent(Sm90BackwardProblem<B, MaskKind::band>& problem) {
+  problem.problem.poison_absent();
+  for (int b = 0; b < problem.s_.batch; ++b) {
+    for (int i = 0; i < problem.s_.sq; ++i) {
+      if (!problem.s_.row_exists(b, i)) problem.dout.set_rows(b, i, nan);
+    }
+  }
+}
+
+// Guards against what a tile leaves for the next one of its thread block: places that are not empty, a mbarrier in
+// another phase, values that were replaced in the tile before, dQ of its last block; with rings of one place, which the
+// next tile's first block takes over at once, and among tiles that no query sees.
+template <BackwardConfig B>
+void check_many_tiles() {
+  SCOPED_TRACE(name(B).text);
+  for (uint32_t blocks : {1, 2}) {
+    Shape const many{.sq = 2 * B.block_m - 9, .sk = 400, .d = B.head_dim, .d_v = B.head_dim_v, .heads = 2};
+    Sm90BackwardProblem<B, MaskKind::full> full(many);
+    full.most_blocks = blocks;
+    check_gradients(full, 2);
+    for (int offset : {150, -70}) {
+      Shape s = many;
+      s.causal_offset = offset;
+      Sm90BackwardProblem<B, MaskKind::causal> causal(s);
+      causal.most_blocks = blocks;
+      causal.problem.q.set_row(0, 90, 1, nan);
+      causal.problem.k.set_row(0, 140, 0, inf);
+      check_gradients(causal, 2);
+    }
+    if constexpr (serves(B, MaskKind::band)) {
+      Shape packed{.sq = 470, .sk = 440, .d = 32, .causal_offset = 10, .window_offset = -90, .from_end = true};
+      packed.cu_seqlens_q = {3, 233, 233, 234, 266, 394, 460};
+      packed.cu_seqlens_k = {2, 60, 75, 75, 208, 422, 435};
+      Sm90BackwardProblem<B, MaskKind::band> band(packed);
+      poison_absent(band);
+      band.most_blocks = blocks;
+      check_gradients(band, 2);
+      Shape mapped{.sq = 240, .sk = 300, .d = 40, .batch = 2, .heads = 2, .kv_heads = 1};
+      mapped.causal_offset = 300, mapped.window_offset = -240;
+      mapped.map = MapProblem::random(2, 2, mapped.sq, mapped.sk, 11);
+      Sm90BackwardProblem<B, MaskKind::mapped> map(mapped);
+      map.most_blocks = blocks;
+      check_gradients(map, 2);
+    }
+  }
+}
+
+TEST(Sm90BackwardKernel, ManyTilesOfAThreadBlock) {
+  check_many_tiles<narrow>();
+  check_many_tiles<wide>();
+  check_many_tiles<with(wide, [](BackwardConfig& c) { c.stages = 1, c.dout_stages = 1; })>();
+  check_many_tiles<with(narrow, [](BackwardConfig& c) { c.late_dq = false; })>();
+  check_many_tiles<deterministic<wide>>();
+}
+
+TEST(Sm90BackwardKernel, OneTileOfAThreadBlock) {
+  check_options<with(wide, [](BackwardConfig& c) { c.persistent = false; })>();
+  check_options<with(deterministic<narrow>, [](BackwardConfig& c) { c.persistent = false; })>();
+}
+
 // Guards against gradients of keys that no query sees, and of queries that see no key, which the loop leaves out.
 TEST(Sm90BackwardKernel, NothingToSee) {
   for (int offset : {-300, -130, -40}) {
@@ -432,17 +507,6 @@ void check_windows() {
 TEST(Sm90BackwardKernel, Windows) {
   check_windows<narrow>();
   check_windows<wide>();
-}
-
-// NaN in all rows that do not exist, or belong to no sequence.
-template <BackwardConfig B>
-void poison_absent(Sm90BackwardProblem<B, MaskKind::band>& problem) {
-  problem.problem.poison_absent();
-  for (int b = 0; b < problem.s_.batch; ++b) {
-    for (int i = 0; i < problem.s_.sq; ++i) {
-      if (!problem.s_.row_exists(b, i)) problem.dout.set_rows(b, i, nan);
-    }
-  }
 }
 
 // Guards against NaN of rows past the end of a sequence, which products would multiply by 0, and against gradients of

@@ -53,6 +53,7 @@ def test_widths() -> None:
     [
         ({"deterministic": False}, "it must be true"),
         ({"late_dq": False}, "late_dq"),
+        ({"persistent": False}, "persistent"),
         ({"early_reads": True}, "early_reads with head_dim 128"),
         ({"stages": 1}, "stages above 1"),
         ({"stages": 3}, "shared memory"),
@@ -77,10 +78,12 @@ def variants() -> list[fc.BackwardConfig]:
     """Every option at another value than the default's."""
     changes: list[dict[str, Any]] = [
         {"late_dq": False},
+        {"persistent": False},
         {"stages": 1, "dout_stages": 1},
         {"stages": 2, "late_dq": False},
         {"deterministic": True},
         {"deterministic": True, "late_dq": False},
+        {"deterministic": True, "persistent": False},
     ]
     narrow = [default(d).replace(**change) for d in NARROW for change in changes]
     return [

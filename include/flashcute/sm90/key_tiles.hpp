@@ -1,0 +1,137 @@
+// The tiles of keys that a thread block of Hopper's gradients computes, one after the other. The loading warp finds
+// them and announces each to the warps that compute, add and inspect, in shared memory. So it can load what the next
+// tile begins with while the others end with the one before.
+#pragma once
+
+#include "flashcute/sm90/dq_order.hpp"
+
+namespace flashcute::sm90 {
+
+/// Which tiles the thread block gets: run by the loading lane.
+template <BackwardKernelId Id>
+class KeyTiles {
+  static constexpr BackwardConfig C = Id.config;
+  using Sequence = typename Mask<Id.features.mask>::Sequence;
+  using Tile = KeyTile<Sequence>;
+  using Workspace = GradientWorkspace<C, Sequence>;
+  /// Of passes that add to sums of dQ in an order: tiles are taken in the order in which they were started.
+  static constexpr bool in_order = C.deterministic && !splits_dq(C);
+  static constexpr int bytes_per_element = splits_dq(C) ? size_of(C.dtype) : int{sizeof(float)};
+
+ public:
+  static constexpr bool persistent = is_persistent(Id);
+
+  FLASHCUTE_DEVICE explicit KeyTiles(BackwardParams const& p)
+      : p_(p), count_(static_cast<uint32_t>(count_key_tiles(p.forward, C.block_n))) {}
+
+  /// Sets `tile` to the next one; false if there is none.
+  FLASHCUTE_DEVICE bool next(Tile& tile) {
+    while (next_number()) {
+      tile = at<Tile>(p_.forward, in_order ? LastKeysFirst<Id>::tile_number(number_, count_) : number_);
+      if (Sequence::fills_tensors || tile.rows > 0) return true;  // else a slot that no sequence needs
+    }
+    return false;
+  }
+
+  /// (A template for the tests, which have tiles of another sequence type.)
+  template <class AnyTile>
+  FLASHCUTE_HD static AnyTile at(ForwardParams const& p, uint32_t number) {
+    return AnyTile::at(p, number, C.block_n, bytes_per_element);
+  }
+
+ private:
+  FLASHCUTE_DEVICE bool next_number() {
+    // Without queries nothing clears the counter, and there is a thread block for each tile.
+    bool const counts = p_.forward.seqlen_q > 0;
+    if (!first_ && !(persistent && counts)) return false;
+    if (in_order && counts) {
+      number_ = count_up(Workspace::started(p_), 1);
+    } else {
+      number_ = first_ ? block_index() : block_count() + count_up(Workspace::started(p_), 1);
+    }
+    first_ = false;
+    return number_ < count_;
+  }
+
+  BackwardParams const& p_;
+  uint32_t const count_;
+  uint32_t number_ = 0;
+  bool first_ = true;
+};
+
+/// What the loading warp says of a tile, and the inspecting warp of what it looked at.
+template <class Tile>
+struct AnnouncedTile {
+  Tile tile;
+  bool exists;       // else there are no more
+  bool seen;         // by some query: else nothing is loaded
+  bool keys_finite;  // all of K
+  bool dropped;      // whether non-finite values were replaced by 0 in a partial block of Q or dO
+};
+
+/// A tile is announced once all of the one before has been requested, K of that once every warp was done with the tile
+/// before it. So three places are enough: nobody reads that of the tile three before.
+template <class L, class Sequence>
+struct StorageWithTiles : L::SharedStorage {
+  static constexpr int places = 3;
+  AnnouncedTile<KeyTile<Sequence>> tiles[places];
+  Barrier tile_full[places];
+
+  /// Initialises the mbarriers. One thread calls it, before all others synchronise with it.
+  FLASHCUTE_DEVICE void init(bool inspected) {
+    for (int i = 0; i < places; ++i) barrier_init(tile_full[i], 1);
+    L::init(*this, inspected);
+    publish_barriers();
+  }
+};
+
+/// A warp's way through the tiles that are announced to it. Each tile has one phase of the mbarriers of K and V, also
+/// one that nothing is loaded for: every warp waits for k_full before it arrives at k_empty.
+template <BackwardKernelId Id, class L>
+class TilesInTurn {
+  using Sequence = typename Mask<Id.features.mask>::Sequence;
+  using Storage = StorageWithTiles<L, Sequence>;
+  using Tile = KeyTile<Sequence>;
+  static constexpr bool persistent = is_persistent(Id);
+
+ public:
+  FLASHCUTE_DEVICE explicit TilesInTurn(Storage& smem) : smem_(smem) {}
+
+  /// Calls compute() at each tile. All lanes of a warp call it.
+  template <class Compute>
+  FLASHCUTE_DEVICE void for_each(Compute const& compute) {
+    while (next()) {
+      compute();
+      if constexpr (!persistent) return;
+      // Without __syncwarp the compiler assumes that lanes which stored other rows stay diverged in all that follows,
+      // and keeps addresses in registers of each lane instead of uniform registers.
+      reconverge();
+    }
+  }
+
+  /// By the loading lane: announces the next tile.
+  FLASHCUTE_DEVICE void announce(AnnouncedTile<Tile> const& tile) {
+    ++number_;
+    announced() = tile;
+    barrier_arrive(smem_.tile_full[place()]);
+  }
+
+  FLASHCUTE_DEVICE AnnouncedTile<Tile>& announced() const { return smem_.tiles[place()]; }
+  FLASHCUTE_DEVICE Tile const& tile() const { return announced().tile; }
+  /// Of mbarriers that change phase once for each tile.
+  FLASHCUTE_DEVICE uint32_t parity() const { return number_ % 2; }
+
+ private:
+  /// Waits for the next tile; false if there is none.
+  FLASHCUTE_DEVICE bool next() {
+    ++number_;
+    barrier_wait(smem_.tile_full[place()], number_ / Storage::places % 2);
+    return uniform(announced().exists);
+  }
+  FLASHCUTE_DEVICE uint32_t place() const { return number_ % Storage::places; }
+
+  Storage& smem_;
+  uint32_t number_ = ~uint32_t{0};  // before the first
+};
+
+}  // namespace flashcute::sm90
