@@ -26,7 +26,8 @@ class GradientLoader {
       Passing const first = Blocks::of(p.backward, tile);
       bool const seen = first.left > 0;
       loader.tiles_.announce({.tile = tile, .exists = true, .seen = seen, .keys_finite = true, .dropped = false});
-      loader.load(first);
+      HeldTile<typename Blocks::Sequence> held = loader.tiles_.tile();
+      loader.load(held, first);
       if constexpr (!KeyTiles<Id>::persistent) return;
     }
     loader.tiles_.announce({.tile = {}, .exists = false, .seen = false, .keys_finite = true, .dropped = false});
@@ -42,17 +43,21 @@ class GradientLoader {
 
   /// What the tile that was announced last needs. It begins while warps still have the tile before, whose V is free
   /// before its K: that is needed for dQ of the last block.
-  FLASHCUTE_DEVICE void load(Passing at) {
+  FLASHCUTE_DEVICE void load(Tile const& tile, Passing at) {
     if (at.left == 0) return pass_over();
+    if constexpr (KeyTiles<Id>::persistent) {
+      prefetch_keys<C.head_dim>(p_.k, tile);
+      prefetch_keys<C.head_dim_v>(p_.v, tile);
+    }
     for (bool first = true;; first = false) {
-      load_queries(at);
+      load_queries(tile, at);
       // V comes with the first dO: K and the first Q are enough to begin, and no later block waits for it.
       if (first) barrier_wait(smem_.v_empty, tiles_.parity() ^ 1);
-      load_dout(at, first);
+      load_dout(tile, at, first);
       if (first) {
         barrier_wait(smem_.k_empty, tiles_.parity() ^ 1);
         barrier_arrive_expecting(smem_.k_full, bytes_of_keys<C.head_dim>);
-        load_keys<C.head_dim>(p_.k, smem_.k, smem_.k_full);
+        load_keys<C.head_dim>(p_.k, tile, smem_.k, smem_.k_full);
       }
       if (at.left == 1) return;
       at = at.after();
@@ -73,46 +78,53 @@ class GradientLoader {
   static constexpr uint32_t bytes_of_block = L::queries * Columns * sizeof(typename L::Element) + bytes_of_numbers;
 
   template <int Columns>
-  FLASHCUTE_DEVICE void load_keys(TensorMap const& map, typename L::Element* to, Barrier& full) {
+  FLASHCUTE_DEVICE void load_keys(TensorMap const& map, Tile const& tile, typename L::Element* to, Barrier& full) {
     for (int column = 0; column < Columns; column += L::page) {
-      copy_box(map, column, tile().entry.first_key + tile().row0, tile().kv_head, tile().entry.batch,
-               to + L::keys * column, full, L2Hint::evict_first);
+      copy_box(map, column, tile.entry.first_key + tile.row0, tile.kv_head, tile.entry.batch, to + L::keys * column,
+               full, L2Hint::evict_first);
     }
   }
 
-  FLASHCUTE_DEVICE void load_queries(Passing const& at) {
+  /// Brings keys to the level 2 cache, before their place in shared memory is free.
+  template <int Columns>
+  FLASHCUTE_DEVICE void prefetch_keys(TensorMap const& map, Tile const& tile) const {
+    for (int column = 0; column < Columns; column += L::page) {
+      prefetch_box(map, column, tile.entry.first_key + tile.row0, tile.kv_head, tile.entry.batch);
+    }
+  }
+
+  FLASHCUTE_DEVICE void load_queries(Tile const& tile, Passing const& at) {
     barrier_wait(smem_.q_empty[q_.place], q_.parity ^ 1);
-    smem_.blocks[q_.place] = {at.block * L::queries, at.head, Blocks::partial(p_.backward, at, tile()), at.left == 1};
+    smem_.blocks[q_.place] = {at.block * L::queries, at.head, Blocks::partial(p_.backward, at, tile), at.left == 1};
     Barrier& full = Blocks::inspected(at) ? smem_.q_landed[q_landed_.place] : smem_.q_full[q_.place];
     barrier_arrive_expecting(full, bytes_of_block<C.head_dim>);
-    load_block<C.head_dim>(p_.q, at, smem_.q[q_.place], Workspace::lse(p_.backward, number(at)), smem_.lse[q_.place],
-                           full);
+    load_block<C.head_dim>(p_.q, tile, at, smem_.q[q_.place], Workspace::lse(p_.backward, number(tile, at)),
+                           smem_.lse[q_.place], full);
     q_.advance();
     if (Blocks::inspected(at)) q_landed_.advance();
   }
 
-  FLASHCUTE_DEVICE void load_dout(Passing const& at, bool with_v) {
+  FLASHCUTE_DEVICE void load_dout(Tile const& tile, Passing const& at, bool with_v) {
     barrier_wait(smem_.dout_empty[dout_.place], dout_.parity ^ 1);
     Barrier& full = Blocks::inspected(at) ? smem_.dout_landed[dout_landed_.place] : smem_.dout_full[dout_.place];
     barrier_arrive_expecting(full, bytes_of_block<C.head_dim_v> + (with_v ? bytes_of_keys<C.head_dim_v> : 0));
-    if (with_v) load_keys<C.head_dim_v>(p_.v, smem_.v, full);
-    load_block<C.head_dim_v>(p_.dout, at, smem_.dout[dout_.place], Workspace::delta(p_.backward, number(at)),
-                             smem_.delta[dout_.place], full);
+    if (with_v) load_keys<C.head_dim_v>(p_.v, tile, smem_.v, full);
+    load_block<C.head_dim_v>(p_.dout, tile, at, smem_.dout[dout_.place],
+                             Workspace::delta(p_.backward, number(tile, at)), smem_.delta[dout_.place], full);
     dout_.advance();
     if (Blocks::inspected(at)) dout_landed_.advance();
   }
 
-  FLASHCUTE_DEVICE Tile const& tile() const { return tiles_.tile(); }
-  FLASHCUTE_DEVICE int64_t number(Passing const& at) const {
-    return Workspace::number(p_.backward.forward, tile().entry, at.head, at.block);
+  FLASHCUTE_DEVICE int64_t number(Tile const& tile, Passing const& at) const {
+    return Workspace::number(p_.backward.forward, tile.entry, at.head, at.block);
   }
 
   /// A block of Q or dO, and a number for each of its rows.
   template <int Columns>
-  FLASHCUTE_DEVICE void load_block(TensorMap const& map, Passing const& at, typename L::Element* to,
+  FLASHCUTE_DEVICE void load_block(TensorMap const& map, Tile const& tile, Passing const& at, typename L::Element* to,
                                    float const* numbers, float* numbers_to, Barrier& full) {
     for (int column = 0; column < Columns; column += L::page) {
-      copy_box(map, column, tile().entry.first_query + at.block * L::queries, at.head, tile().entry.batch,
+      copy_box(map, column, tile.entry.first_query + at.block * L::queries, at.head, tile.entry.batch,
                to + L::queries * column, full, L2Hint::evict_last);
     }
     copy_bulk(numbers, numbers_to, bytes_of_numbers, full);
@@ -149,7 +161,7 @@ class DqAdder {
       : p_(p), smem_(smem), warpgroup_(warpgroup), tiles_(smem) {}
 
   FLASHCUTE_DEVICE void add_tile() {
-    Tile const& tile = tiles_.tile();
+    HeldTile<typename Blocks::Sequence> tile = tiles_.tile();
     Passing at = Blocks::of(p_, tile);
     if (at.left == 0) {
       barrier_wait(smem_.k_full, tiles_.parity());

@@ -59,6 +59,11 @@ class KeyTiles {
   bool first_ = true;
 };
 
+/// How a warp holds a tile that it needs for every block: in registers, since what it reads from shared memory waits
+/// behind the products of other warps. But one that has the place and the lengths of its sequence would be spilled.
+template <class Sequence>
+using HeldTile = std_::conditional_t<Sequence::fills_tensors, KeyTile<Sequence> const, KeyTile<Sequence> const&>;
+
 /// What the loading warp says of a tile, and the inspecting warp of what it looked at.
 template <class Tile>
 struct AnnouncedTile {
