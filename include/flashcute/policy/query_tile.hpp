@@ -30,9 +30,10 @@ struct HeadsInTurn {
   static constexpr int64_t cache_bytes = 32 << 20;
 
   FLASHCUTE_HD static HeadsInTurn at(Index index, Index heads, Index tiles_of_head, int64_t bytes_of_head) {
-    // (On a GPU a division of 64-bit integers is a call of some hundred instructions.)
-    auto const fitting = static_cast<float>(cache_bytes) / static_cast<float>(bytes_of_head + 1);
-    auto const heads_at_once = min_of(heads, static_cast<Index>(1 + fitting));
+    // On a GPU a division of 64-bit integers is a call of some hundred instructions, so floats are divided. Less than
+    // all of the cache: what fits exactly must not be rounded up.
+    auto const fitting = 0.999f * static_cast<float>(cache_bytes) / static_cast<float>(bytes_of_head + 1);
+    auto const heads_at_once = min_of(heads, 1 + static_cast<Index>(fitting));
     Index const first = index / (heads_at_once * tiles_of_head) * heads_at_once;
     Index const width = min_of(heads_at_once, heads - first);
     return {first, width, index - first * tiles_of_head};

@@ -61,15 +61,6 @@ struct PassingQueries {
     return Passing::of(range, tile.sequence(f).rows() / Queries, tile.kv_head * group, group);
   }
 
-  /// Whether there is none.
-  FLASHCUTE_DEVICE static bool none(BackwardParams const& p, Tile const& tile) {
-    if constexpr (Mask::Range::contiguous) {
-      return Mask::query_range(tile, p.forward, Queries).empty();
-    } else {
-      return of(p, tile).left == 0;
-    }
-  }
-
   /// Whether elements of the block have to be tested: also where keys are missing.
   FLASHCUTE_DEVICE static bool partial(BackwardParams const& p, Passing const& at, Tile const& tile) {
     return at.partial() || tile.existing(p.forward) < C.block_n;

@@ -453,6 +453,17 @@ TEST(QueryTile, TilesOfHeadsInTurnCoverEveryRowOnce) {
   }
 }
 
+// Guards against one head more at once than the cache holds, where heads fit it exactly: a rounded quotient would be
+// the next integer.
+TEST(QueryTile, HeadsThatFitTheCacheExactly) {
+  int64_t const cache = HeadsInTurn<uint32_t>::cache_bytes;
+  for (int32_t heads : {1, 2, 4, 8, 64}) {
+    EXPECT_EQ(HeadsInTurn<uint32_t>::at(0, 1000, 1, cache / heads).width, static_cast<uint32_t>(heads));
+    EXPECT_EQ(HeadsInTurn<int64_t>::at(0, 1000, 1, cache / heads).width, heads);
+  }
+  EXPECT_EQ(HeadsInTurn<uint32_t>::at(0, 1000, 1, 5 * cache).width, 1u);
+}
+
 // Guards against 32-bit overflow in any offset. Every term alone exceeds 2^31 elements.
 TEST(QueryTile, OffsetsAre64Bit) {
   ForwardParams p{};

@@ -38,6 +38,9 @@ ROWS = {
         )
         for peer, impl in (("FlashAttention-3", "fa3"), ("cuDNN", "sdpa_cudnn"))
     ],
+    "windows": [
+        Row("causal, with and without windows and sinks", "FlashAttention-4", "fa4", "gpu_windows_fa4"),
+    ],
     "packed": [
         Row("packed sequences, Hopper's kernel", "FlashAttention-3", "fa3", "gpu_packed"),
         Row("packed sequences, Hopper's kernel", "torch's `varlen_attn`", "varlen_attn", "gpu_packed"),
@@ -71,7 +74,7 @@ ROWS = {
     ],
     "gradients_hopper_deterministic": [
         Row(
-            "gradients, deterministic, Hopper's, earlier",
+            "gradients, deterministic, Hopper's",
             peer,
             impl,
             "gpu_sm90_backward_deterministic",

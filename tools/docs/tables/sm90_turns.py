@@ -7,7 +7,8 @@ from lines import one, rounded, speed_ups, table, where
 
 from tables.sm90_backward import HEAD_DIMS, MASKS, mean
 
-FILE, FA4, FA4_BEFORE = "gpu_sm90_turns", "gpu_sm90_backward_fa4", "gpu_sm90_backward_fa4_before"
+FILE = "gpu_sm90_turns"
+FA4, FA4_BEFORE = "gpu_sm90_backward_fa4_one_tile", "gpu_sm90_backward_fa4_before"
 LENGTHS = (1024, 4096, 16384)
 CELLS = {
     f"{mask} {length // 1024}k": (causal, length)
@@ -113,14 +114,6 @@ def machine_code() -> str:
     return (
         f"From its first product to its last the body without tests has {plain} instructions for {full}, under the\n"
         f"causal mask {plain_causal} for {causal}, and no jump but those of barriers."
-    )
-
-
-def entry_code() -> str:
-    before = one(FILE, kind="gradient_machine_code", causal=True, body="entry")["instructions"]
-    return (
-        f"Not tried yet: a thread block has {before} instructions before it meets, a 64-bit division and shorter\n"
-        "ones in a chain among them, and only then the loading warp begins."
     )
 
 
