@@ -276,7 +276,8 @@ void bind_classes(nb::module_& m) {
       "early_reads (sm90, head_dim 128): read LSE and delta into registers before the products behind which they would "
       "wait.\n"
       "persistent (sm90, head dimensions up to 128): a thread block computes tiles of keys one after the other, and "
-      "loads what the next one begins with while it ends with the one before; False: one tile each.\n"
+      "loads what the next one begins with while it ends with the one before; False, and under block masks: one tile "
+      "each.\n"
       "deterministic: the same bits in every run: sm80 takes two passes without atomics, each of which recomputes the "
       "scores, sm90 adds the parts of dq in a fixed order; False: one pass that sums dq by atomics, in any order.");
   backward.def_prop_ro(

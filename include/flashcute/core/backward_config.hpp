@@ -28,7 +28,7 @@ struct BackwardConfig {
   bool mma_double_buffer = true;
   bool late_dq = true;         // sm90: a block's part of dQ is multiplied in the iteration after it
   bool early_reads = false;    // sm90: LSE and delta are read into registers before the products they wait behind
-  bool persistent = true;      // sm90: a thread block computes tiles of keys one after the other
+  bool persistent = true;      // sm90: a thread block computes tiles of keys one after the other (under a map one)
   bool deterministic = false;  // the same bits in every run: sm80 by two passes without atomics, sm90 by additions in
                                // a fixed order; on the CPU always so
 
@@ -91,7 +91,7 @@ constexpr BackwardPasses passes_of(BackwardConfig const& c) {
   return {3, {prepare, gradients, finish}};
 }
 
-/// Whether each thread block of the pass owns a tile of keys and loops over blocks of queries; else the reverse.
+/// Whether a tile of the pass is one of keys, and blocks of queries pass by; else the reverse.
 constexpr bool keys_stay(BackwardPass pass) { return pass == BackwardPass::keys || pass == BackwardPass::gradients; }
 
 /// Whether a thread block of the pass computes tiles until there are no more. Where a map says which blocks a tile has,
@@ -191,8 +191,8 @@ constexpr int64_t most_smem_bytes(BackwardConfig const& c) {
 
 /// Floats of workspace: delta (of the sm90 kernels a base-2 LSE and delta for every row of all tiles); then, unless dQ
 /// has a pass of its own, the sums that become dQ, which start at a multiple of 16 bytes. Beside these sums sm90
-/// kernels have a counter (uint32_t) of the tiles of keys that were started, and if they are deterministic others of
-/// those that have added to each warpgroup's half of a block.
+/// kernels have a counter (uint32_t) from which thread blocks take tiles of keys, and if they are deterministic others
+/// of the tiles that have added to each warpgroup's half of a block.
 struct BackwardWorkspace {
   int64_t delta, dq_sums, counters = 0;
 
@@ -215,40 +215,40 @@ constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads,
 }
 
 // Every rule: an identifier and the sentence that C++ and Python show.
-#define FLASHCUTE_BACKWARD_CONFIG_RULES(RULE)                                                                          \
-  RULE(head_dim, "head_dim and head_dim_v must be between 1 and 256")                                                  \
-  RULE(block_m, "block_m must be a positive multiple of 16, at most 256")                                              \
-  RULE(block_n, "block_n must be a positive multiple of 16, at most 256")                                              \
-  RULE(other_kernel, "an option that only another kernel reads must have its default value")                           \
-  RULE(arch_too_old, "the sm80 kernels need a GPU of compute capability 8.0 or later")                                 \
-  RULE(gpu_dtype, "dtype must be float16, bfloat16 or float32 on a GPU")                                               \
-  RULE(gpu_head_dim, "head_dim and head_dim_v must be multiples of 16 between 16 and 256 on a GPU")                    \
-  RULE(num_warps, "num_warps must be 4 or 8")                                                                          \
-  RULE(column_warps, "column_warps must be 1, 2 or 4, and less than num_warps")                                        \
-  RULE(shares,                                                                                                         \
-       "the rows and columns of a score tile, and head_dim and head_dim_v, must be multiples of 16 times the warps "   \
-       "that share them")                                                                                              \
-  RULE(blocks_per_sm, "blocks_per_sm must be between 1 and 16, and their threads must fit a multiprocessor")           \
-  RULE(math, "math must be tensor_core, and tf32x3 for float32")                                                       \
-  RULE(stages, "stages must be 1 or 2")                                                                                \
-  RULE(copy_bytes, "copy_bytes must be 16, 8, 4 or 2, and at least the bytes of an element")                           \
-  RULE(async_copy, "async_copy needs copy_bytes of 4 or more: cp.async cannot copy less")                              \
-  RULE(copy_rows, "block_m and block_n must be multiples of the rows that all threads copy at once")                   \
-  RULE(k_tiles_per_load,                                                                                               \
-       "k_tiles_per_load must be 0, 1 or 2 (tf32x3: 0), and 2 needs widths that are multiples of 32")                  \
-  RULE(sm90_arch, "kernel = sm90 needs a GPU of compute capability 9.0: it is Hopper's")                               \
-  RULE(sm90_dtype, "kernel = sm90 needs dtype float16 or bfloat16")                                                    \
-  RULE(sm90_tile,                                                                                                      \
-       "kernel = sm90 needs 8 warps, and block_m x block_n of 128 x 128 with head_dim 64, 64 x 128 with "              \
-       "128, 128 x 64 with 192 and 256")                                                                               \
-  RULE(sm90_head_dim, "kernel = sm90 needs head_dim_v = head_dim, or 128 with head_dim 192")                           \
-  RULE(sm90_stages,                                                                                                    \
-       "kernel = sm90 needs stages and dout_stages between 1 and 4, stages above 1 with head_dim above "               \
-       "128")                                                                                                          \
-  RULE(sm90_deterministic, "kernel = sm90 is always deterministic with head_dim above 128: it must be true")           \
-  RULE(sm90_late_dq, "kernel = sm90 reads late_dq with head_dim up to 128 only: it must have its default value")       \
-  RULE(sm90_persistent, "kernel = sm90 reads persistent with head_dim up to 128 only: it must have its default value") \
-  RULE(sm90_early_reads, "kernel = sm90 reads early_reads with head_dim 128 only: it must be false with others")       \
+#define FLASHCUTE_BACKWARD_CONFIG_RULES(RULE)                                                                        \
+  RULE(head_dim, "head_dim and head_dim_v must be between 1 and 256")                                                \
+  RULE(block_m, "block_m must be a positive multiple of 16, at most 256")                                            \
+  RULE(block_n, "block_n must be a positive multiple of 16, at most 256")                                            \
+  RULE(other_kernel, "an option that only another kernel reads must have its default value")                         \
+  RULE(arch_too_old, "the sm80 kernels need a GPU of compute capability 8.0 or later")                               \
+  RULE(gpu_dtype, "dtype must be float16, bfloat16 or float32 on a GPU")                                             \
+  RULE(gpu_head_dim, "head_dim and head_dim_v must be multiples of 16 between 16 and 256 on a GPU")                  \
+  RULE(num_warps, "num_warps must be 4 or 8")                                                                        \
+  RULE(column_warps, "column_warps must be 1, 2 or 4, and less than num_warps")                                      \
+  RULE(shares,                                                                                                       \
+       "the rows and columns of a score tile, and head_dim and head_dim_v, must be multiples of 16 times the warps " \
+       "that share them")                                                                                            \
+  RULE(blocks_per_sm, "blocks_per_sm must be between 1 and 16, and their threads must fit a multiprocessor")         \
+  RULE(math, "math must be tensor_core, and tf32x3 for float32")                                                     \
+  RULE(stages, "stages must be 1 or 2")                                                                              \
+  RULE(copy_bytes, "copy_bytes must be 16, 8, 4 or 2, and at least the bytes of an element")                         \
+  RULE(async_copy, "async_copy needs copy_bytes of 4 or more: cp.async cannot copy less")                            \
+  RULE(copy_rows, "block_m and block_n must be multiples of the rows that all threads copy at once")                 \
+  RULE(k_tiles_per_load,                                                                                             \
+       "k_tiles_per_load must be 0, 1 or 2 (tf32x3: 0), and 2 needs widths that are multiples of 32")                \
+  RULE(sm90_arch, "kernel = sm90 needs a GPU of compute capability 9.0: it is Hopper's")                             \
+  RULE(sm90_dtype, "kernel = sm90 needs dtype float16 or bfloat16")                                                  \
+  RULE(sm90_tile,                                                                                                    \
+       "kernel = sm90 needs 8 warps, and block_m x block_n of 128 x 128 with head_dim 64, 64 x 128 with "            \
+       "128, 128 x 64 with 192 and 256")                                                                             \
+  RULE(sm90_head_dim, "kernel = sm90 needs head_dim_v = head_dim, or 128 with head_dim 192")                         \
+  RULE(sm90_stages,                                                                                                  \
+       "kernel = sm90 needs stages and dout_stages between 1 and 4, stages above 1 with head_dim above "             \
+       "128")                                                                                                        \
+  RULE(sm90_deterministic, "kernel = sm90 is always deterministic with head_dim above 128: it must be true")         \
+  RULE(sm90_late_dq, "kernel = sm90 reads late_dq with head_dim up to 128 only: it must have its default value")     \
+  RULE(sm90_persistent, "kernel = sm90 reads persistent with head_dim up to 128 only: it must be true")              \
+  RULE(sm90_early_reads, "kernel = sm90 reads early_reads with head_dim 128 only: it must be false with others")     \
   RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")
 
 enum class BackwardConfigError : uint8_t {

@@ -141,7 +141,8 @@ class GradientConsumer {
     pass_on(dq, true);
   }
 
-  /// dQ of the block before this one.
+  /// dQ of the block before this one. At a tile's first block that is of the tile before, K is another one, and the
+  /// other warpgroup may be writing the next dS there: the result is discarded.
   FLASHCUTE_DEVICE void begin_dq_before(Dq& dq) const {
     auto const before = ds_.before();
     barrier_wait(smem_.ds_full[before.place], before.parity);
@@ -181,7 +182,8 @@ class GradientConsumer {
     if (thread_of_warpgroup() == 0 && exists) barrier_arrive(smem_.dq_full[warpgroup_]);
   }
 
-  /// One dQ is passed on for each block, and that of the block before has not been.
+  /// One dQ is passed on for each block; with `late_dq` that of the present one has not been, unless it is a tile's
+  /// first. What is discarded there is written too, so it waits for the last dQ of the tile before.
   FLASHCUTE_DEVICE uint32_t dq_parity() const {
     static_assert(L::ds_places == 2);
     return ds_.place ^ (C.late_dq && any_ ? 1 : 0);
@@ -241,7 +243,7 @@ class GradientConsumer {
   RingPosition<C.stages> q_;
   RingPosition<C.dout_stages> dout_;
   RingPosition<L::ds_places> ds_;
-  bool any_ = false;   // blocks of the tile before this one
+  bool any_ = false;   // whether a block of this tile came before the present one
   int first_key_ = 0;  // of the warpgroup
   Sums dk_, dv_;
 };

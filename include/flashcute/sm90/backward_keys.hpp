@@ -198,7 +198,7 @@ class DvConsumer : KeysConsumer<Id> {
   }
 
   // `dout_` is that of the block before.
-  int blocks_ = 0;  // of the tile before this one
+  int blocks_ = 0;  // of this tile that came before the present one
   typename L::Weights weights_;
   typename L::template Sums<C.head_dim_v> dv_;
 };

@@ -26,8 +26,8 @@ class GradientLoader {
       Passing const first = Blocks::of(p.backward, tile);
       bool const seen = first.left > 0;
       loader.tiles_.announce({.tile = tile, .exists = true, .seen = seen, .keys_finite = true, .dropped = false});
-      HeldTile<typename Blocks::Sequence> held = loader.tiles_.tile();
-      loader.load(held, first);
+      HeldTile<typename Blocks::Sequence> announced = loader.tiles_.tile();  // or a copy of it
+      loader.load(announced, first);
       if constexpr (!KeyTiles<Id>::persistent) return;
     }
     loader.tiles_.announce({.tile = {}, .exists = false, .seen = false, .keys_finite = true, .dropped = false});
@@ -35,6 +35,7 @@ class GradientLoader {
 
  private:
   FLASHCUTE_DEVICE GradientLoader(Sm90BackwardParams const& p, Storage& smem) : p_(p), smem_(smem), tiles_(smem) {
+    if (p.backward.forward.seqlen_q == 0) return;  // without queries there are no maps
     prefetch(p.q);
     prefetch(p.v);
     prefetch(p.dout);
@@ -167,8 +168,8 @@ class DqAdder {
       barrier_wait(smem_.k_full, tiles_.parity());
       return release_keys();
     }
-    // The copy engine takes requests in order: K of the next tile is requested before the last dQ of this one is added,
-    // unless it is not finite and read here.
+    // The copy engine takes requests in order, and additions of dQ are long. So that K of the next tile is requested
+    // before the last of them, this one's is released now; if it is not finite, after it was read here.
     barrier_wait(smem_.k_full, tiles_.parity());
     bool finite = true;
     if constexpr (Mask::rows_differ) {

@@ -36,7 +36,7 @@ struct GradientWorkspace {
     return static_cast<float*>(p.dq_sums) + number * sums_of_block;
   }
 
-  /// How many tiles of keys have been started.
+  /// A counter from which thread blocks take tiles of keys.
   FLASHCUTE_HD static uint32_t* started(BackwardParams const& p) {
     return reinterpret_cast<uint32_t*>(sums(p, all_blocks(p)));
   }

@@ -8,7 +8,7 @@
 
 namespace flashcute::sm90 {
 
-/// Before tiles of keys are counted as they start.
+/// In the pass before: sets the counter to 0 from which thread blocks take tiles of keys.
 template <class Workspace>
 FLASHCUTE_DEVICE void clear_started(BackwardParams const& p) {
   if (block_index() == 0 && thread_index() == 0) global_store(Workspace::started(p), 0u);
@@ -61,8 +61,8 @@ class AnyOrder {
 ///
 /// A tile waits for the tiles of later keys. So that they have always been started, thread blocks do not take tiles by
 /// their own numbers, which start in any order: they count how many have come before them, and the tiles of each head
-/// are taken from its last keys on. Each computes its tiles in the order in which it took them. So of the tiles that are
-/// not done the one that was taken first waits for none, and it can go on, however many multiprocessors there are.
+/// are taken from its last keys on. Each computes its tiles in the order in which it took them. So of the tiles that
+/// are not done the one that was taken first waits for none, and it can go on, however many multiprocessors there are.
 ///
 /// Under a causal mask the tiles of a head that start together do not wait for each other: each begins at its diagonal,
 /// which the tile of the keys before it reaches later.

@@ -14,7 +14,8 @@ class KeyTiles {
   using Sequence = typename Mask<Id.features.mask>::Sequence;
   using Tile = KeyTile<Sequence>;
   using Workspace = GradientWorkspace<C, Sequence>;
-  /// Of passes that add to sums of dQ in an order: tiles are taken in the order in which they were started.
+  /// Of passes that add to sums of dQ in an order: the first tile's number comes from the counter too, not from the
+  /// thread block's.
   static constexpr bool in_order = C.deterministic && !splits_dq(C);
   static constexpr int bytes_per_element = splits_dq(C) ? size_of(C.dtype) : int{sizeof(float)};
 
@@ -74,8 +75,8 @@ struct AnnouncedTile {
   bool dropped;      // whether non-finite values were replaced by 0 in a partial block of Q or dO
 };
 
-/// A tile is announced once all of the one before has been requested, K of that once every warp was done with the tile
-/// before it. So three places are enough: nobody reads that of the tile three before.
+/// Tile n is announced after K of tile n - 1 has been requested, for which every warp has released K of n - 2: so every
+/// warp has come to n - 2, where some still are, and has left n - 3, whose place is taken. Two places would be too few.
 template <class L, class Sequence>
 struct StorageWithTiles : L::SharedStorage {
   static constexpr int places = 3;
@@ -91,7 +92,7 @@ struct StorageWithTiles : L::SharedStorage {
 };
 
 /// A warp's way through the tiles that are announced to it. Each tile has one phase of the mbarriers of K and V, also
-/// one that nothing is loaded for: every warp waits for k_full before it arrives at k_empty.
+/// one that nothing is loaded for: every warp that arrives at k_empty or v_empty has waited for k_full.
 template <BackwardKernelId Id, class L>
 class TilesInTurn {
   using Sequence = typename Mask<Id.features.mask>::Sequence;

@@ -23,7 +23,7 @@ struct RingPosition {
     position.advance();
     return position;
   }
-  /// Before the first one: of a stage that is full at once, as if there had been a round before.
+  /// Of the first one: the last of a round that counts as over.
   FLASHCUTE_DEVICE RingPosition before() const {
     return place == 0 ? RingPosition{Stages - 1, parity ^ 1} : RingPosition{place - 1, parity};
   }

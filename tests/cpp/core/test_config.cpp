@@ -453,8 +453,8 @@ TEST(BackwardConfig, EveryByteOfTheConfigurationIsAnOption) {
   size_t bytes = 0;
   BackwardConfig const config;
   for_each_option(config, [&](Option const&, auto const& option) { bytes += sizeof option; });
-  // Padding: 3 bytes after dtype, kernel and math, 2 after swizzled.
-  EXPECT_EQ(sizeof(BackwardConfig) - bytes, 11u);
+  // Padding: 3 bytes after dtype, kernel, math and deterministic, 2 after swizzled.
+  EXPECT_EQ(sizeof(BackwardConfig) - bytes, 14u);
 }
 
 // Guards against two kernels under one name.

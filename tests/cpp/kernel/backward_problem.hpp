@@ -46,7 +46,7 @@ class BackwardCall {
   Tensor dout, dq, dk, dv;
   std::vector<float> lse, delta;
   size_t counters;             // at the end of dq_sums
-  std::vector<float> dq_sums;  // of Hopper's kernels that are deterministic with counters
+  std::vector<float> dq_sums;  // of Hopper's kernels with counters
   std::vector<float> dlse, dsink;
   bool any_nonfinite =
       false;  // where NaN or infinity is wanted, either is right: which one depends on what is summed first

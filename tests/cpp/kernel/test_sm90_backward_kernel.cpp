@@ -316,8 +316,8 @@ void poison_absent(Sm90BackwardProblem<B, MaskKind::band>& problem) {
 }
 
 // Guards against what a tile leaves for the next one of its thread block: places that are not empty, a mbarrier in
-// another phase, values that were replaced in the tile before, dQ of its last block; with rings of one place, which the
-// next tile's first block takes over at once, and among tiles that no query sees.
+// another phase, dQ of its last block; with rings of one place, which the next tile's first block takes over at once,
+// among tiles that no query sees, and where K is not finite, which the adding warps then release late.
 template <BackwardConfig B>
 void check_many_tiles(uint32_t blocks) {
   SCOPED_TRACE(name(B).text);
@@ -346,7 +346,8 @@ TEST(Sm90BackwardKernel, ManyTilesOfAThreadBlock) {
   check_many_tiles<with(wide, [](BackwardConfig& c) { c.stages = 1, c.dout_stages = 1; })>(1);
   check_many_tiles<with(narrow, [](BackwardConfig& c) { c.late_dq = false; })>(2);
   check_many_tiles<deterministic<wide>>(1);
-  Sm90BackwardProblem<wide, MaskKind::full> full({.sq = 70, .sk = 700, .d = 128, .d_v = 128, .heads = 2});
+  Sm90BackwardProblem<wide, MaskKind::full> full(
+      {.sq = 70, .sk = 300, .d = 128, .d_v = 128, .batch = 2, .heads = 2, .kv_heads = 1});
   full.most_blocks = 1;
   check_gradients(full, 2);
 }
@@ -368,6 +369,9 @@ TEST(Sm90BackwardKernel, NothingToSee) {
         {.sq = 200, .sk = 270, .d = 64, .causal_offset = offset});
     check_gradients(same_bits);
   }
+  // Without queries there is no counter from which tiles could be taken.
+  Sm90BackwardProblem<narrow, MaskKind::full> no_queries({.sq = 0, .sk = 270, .d = 64});
+  check_gradients(no_queries);
 }
 
 // Guards against a deadlock, and bits that depend on who comes first: the tiles that add to a block of queries have the
@@ -426,6 +430,10 @@ TEST(Sm90BackwardKernel, SameBits) {
   check_same_bits<deterministic<narrow>, MaskKind::causal>({.sq = 500, .sk = 520, .d = 64, .d_v = 64, .heads = 2});
   check_same_bits<deterministic<wide>, MaskKind::full>({.sq = 70, .sk = 500, .d = 128, .d_v = 128});
   check_same_bits<deterministic<wide>, MaskKind::causal>({.sq = 330, .sk = 300, .d = 128, .d_v = 128});
+  // Of persistent thread blocks the first takes all tiles here. These take one each, in a random order.
+  constexpr BackwardConfig one_tile = with(deterministic<narrow>, [](BackwardConfig& c) { c.persistent = false; });
+  check_same_bits<one_tile, MaskKind::full>(many_keys);
+  check_same_bits<one_tile, MaskKind::causal>({.sq = 300, .sk = 420, .d = 64, .d_v = 64, .heads = 2});
 }
 
 // Guards against NaN and infinity of a row that reach rows which do not see it, by products with 0; and against any

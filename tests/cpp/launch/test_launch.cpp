@@ -721,6 +721,28 @@ TEST_F(LaunchBackward, HoppersGradients) {
   EXPECT_GE(backward_workspace_size({}, call.q, call.v), workspace_of(config, 12, 1000).total());
 }
 
+// Guards against tiles of keys that no thread block computes: persistent ones take them from a counter, which nothing
+// clears where there are no queries.
+TEST_F(LaunchBackward, HoppersGradientsTakeManyTiles) {
+  auto const grid = [&](BackwardCall call, BackwardConfig const& config) {
+    driver_->launches.clear();
+    call.run(config);
+    for (FakeLaunch const& launch : driver_->launches) {
+      if (launch.block_x == 384) return launch.grid_x;
+    }
+    return 0u;
+  };
+  BackwardConfig config = default_backward_config(DType::bfloat16, 64, 90);
+  ASSERT_TRUE(config.persistent);
+  unsigned const tiles = 2 * 4 * 40;
+  BackwardCall const call({2, 500, 4, 64}, {2, 40 * 128, 4, 64}, DType::bfloat16, 2);
+  EXPECT_EQ(grid(call, config), 132u);
+  BackwardCall const no_queries({2, 0, 4, 64}, {2, 40 * 128, 4, 64}, DType::bfloat16, 2);
+  EXPECT_EQ(grid(no_queries, config), tiles);
+  config.persistent = false;
+  EXPECT_EQ(grid(call, config), tiles);
+}
+
 // Guards against maps of wide heads that copy other boxes than tiles have, and against sums that nobody needs.
 TEST_F(LaunchBackward, HoppersGradientsOfWideHeads) {
   BackwardCall call({3, 1000, 4, 200}, {3, 700, 2, 200}, DType::bfloat16, 2);
