@@ -21,8 +21,8 @@ struct Violation : std::runtime_error {
 /// What each byte of global memory may be used for. A kernel may not touch what is not registered.
 class GlobalMemory {
  public:
-  /// result: an output that the kernel may read and store again once it has stored it. unset_sum: it is stored once, and
-  /// then added to.
+  /// result: an output that the kernel may read and store again once it has stored it. unset_sum: it is stored once,
+  /// and then added to.
   enum class Use : uint8_t { none, input, output, written, sum, unset_sum, result, stored_result };
 
   /// Registers memory, none of which may be used until `allow` says so.

@@ -57,7 +57,8 @@ def summary() -> str:
 
 
 def predictions() -> str:
-    """What was predicted of kernels with one tile for each thread block, what was found, and at which lengths it is out of the range, to two decimals."""
+    """Of kernels with one tile for each thread block: what was predicted, what was found, and at which lengths it is
+    out of the range, to two decimals."""
     rows = []
     for (head_dim, causal), found in ratios(DEFAULT, ONE_TILE).items():
         mask = "causal" if causal else "full"
