@@ -45,20 +45,18 @@ class GradientConsumer {
       : p_(p), smem_(smem), warpgroup_(warpgroup), tiles_(smem) {}
 
   FLASHCUTE_DEVICE void run() {
-    tiles_.for_each([&] {
-      barrier_wait(smem_.k_full, tiles_.parity());
-      if (uniform(tiles_.announced().seen)) {
-        compute();
-      } else {
-        store_nothing<32 * C.num_warps, Element>(p_, tile(), thread_index() - warpgroup_size);
-        meet();  // before one thread arrives for the warpgroup
-        arrive(smem_.v_empty);
-        arrive(smem_.k_empty);
-      }
-    });
+    tiles_.for_each([&] { compute(); }, [&] { pass_over(); });
   }
 
  private:
+  /// Of a tile that no query sees.
+  FLASHCUTE_DEVICE void pass_over() {
+    store_nothing<32 * C.num_warps, Element>(p_, tile(), thread_index() - warpgroup_size);
+    meet();  // before one thread arrives for the warpgroup
+    arrive(smem_.v_empty);
+    arrive(smem_.k_empty);
+  }
+
   /// Of a tile that some query sees.
   FLASHCUTE_DEVICE void compute() {
     cute::clear(dk_);

@@ -129,15 +129,11 @@ class DvConsumer : KeysConsumer<Id> {
   FLASHCUTE_DEVICE DvConsumer(BackwardParams const& p, typename Base::Storage& smem) : Base(p, smem) {}
 
   FLASHCUTE_DEVICE void run() {
-    tiles_.for_each([&] {
-      barrier_wait(smem_.k_full, tiles_.parity());
-      if (uniform(tiles_.announced().seen)) {
-        compute();
-      } else {
-        Base::template store_nothing<C.head_dim_v>(p_.dv, p_.dv_stride, p_.forward.head_dim_v);
-        Base::arrive(smem_.k_empty);
-      }
-    });
+    tiles_.for_each([&] { compute(); },
+                    [&] {
+                      Base::template store_nothing<C.head_dim_v>(p_.dv, p_.dv_stride, p_.forward.head_dim_v);
+                      Base::arrive(smem_.k_empty);
+                    });
   }
 
  private:
@@ -215,15 +211,11 @@ class DkConsumer : KeysConsumer<Id> {
   FLASHCUTE_DEVICE DkConsumer(BackwardParams const& p, typename Base::Storage& smem) : Base(p, smem) {}
 
   FLASHCUTE_DEVICE void run() {
-    tiles_.for_each([&] {
-      barrier_wait(smem_.k_full, tiles_.parity());
-      if (uniform(tiles_.announced().seen)) {
-        compute();
-      } else {
-        Base::template store_nothing<C.head_dim>(p_.dk, p_.dk_stride, p_.forward.head_dim);
-        Base::arrive(smem_.v_empty);
-      }
-    });
+    tiles_.for_each([&] { compute(); },
+                    [&] {
+                      Base::template store_nothing<C.head_dim>(p_.dk, p_.dk_stride, p_.forward.head_dim);
+                      Base::arrive(smem_.v_empty);
+                    });
   }
 
  private:

@@ -115,6 +115,19 @@ class TilesInTurn {
     }
   }
 
+  /// Calls compute() at each tile that some query sees, once its K is there, and pass_over() at others.
+  template <class Compute, class PassOver>
+  FLASHCUTE_DEVICE void for_each(Compute const& compute, PassOver const& pass_over) {
+    for_each([&] {
+      barrier_wait(smem_.k_full, parity());
+      if (uniform(announced().seen)) {
+        compute();
+      } else {
+        pass_over();
+      }
+    });
+  }
+
   /// By the loading lane: announces the next tile.
   FLASHCUTE_DEVICE void announce(AnnouncedTile<Tile> const& tile) {
     ++number_;
