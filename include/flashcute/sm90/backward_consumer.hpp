@@ -51,7 +51,10 @@ class GradientConsumer {
  private:
   /// Of a tile that no query sees.
   FLASHCUTE_DEVICE void pass_over() {
-    store_nothing<32 * C.num_warps, Element>(p_, tile(), thread_index() - warpgroup_size);
+    constexpr int threads = 32 * C.num_warps;
+    int const thread = thread_index() - warpgroup_size;
+    clear_key_rows<threads, Element>(tile(), p_.dk, p_.dk_stride, p_.forward.head_dim, thread);
+    clear_key_rows<threads, Element>(tile(), p_.dv, p_.dv_stride, p_.forward.head_dim_v, thread);
     meet();  // before one thread arrives for the warpgroup
     arrive(smem_.v_empty);
     arrive(smem_.k_empty);

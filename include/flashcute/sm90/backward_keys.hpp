@@ -103,11 +103,8 @@ class KeysConsumer {
   }
 
   /// Of keys that no query sees.
-  template <int Columns>
-  FLASHCUTE_DEVICE void store_nothing(void* gradient, Strides const& stride, int columns) const {
-    auto const& tile = tiles_.tile();
-    auto const offset = row_offset(stride, tile.entry.batch, tile.kv_head, tile.entry.first_key + tile.row0);
-    clear_rows<warpgroup_size, Element>(tile, gradient, offset, stride, columns, thread_of_warpgroup());
+  FLASHCUTE_DEVICE void clear(void* gradient, Strides const& stride, int columns) const {
+    clear_key_rows<warpgroup_size, Element>(tiles_.tile(), gradient, stride, columns, thread_of_warpgroup());
   }
 
   BackwardParams const& p_;
@@ -131,7 +128,7 @@ class DvConsumer : KeysConsumer<Id> {
   FLASHCUTE_DEVICE void run() {
     tiles_.for_each([&] { compute(); },
                     [&] {
-                      Base::template store_nothing<C.head_dim_v>(p_.dv, p_.dv_stride, p_.forward.head_dim_v);
+                      Base::clear(p_.dv, p_.dv_stride, p_.forward.head_dim_v);
                       Base::arrive(smem_.k_empty);
                     });
   }
@@ -213,7 +210,7 @@ class DkConsumer : KeysConsumer<Id> {
   FLASHCUTE_DEVICE void run() {
     tiles_.for_each([&] { compute(); },
                     [&] {
-                      Base::template store_nothing<C.head_dim>(p_.dk, p_.dk_stride, p_.forward.head_dim);
+                      Base::clear(p_.dk, p_.dk_stride, p_.forward.head_dim);
                       Base::arrive(smem_.v_empty);
                     });
   }

@@ -31,14 +31,11 @@ FLASHCUTE_DEVICE void clear_absent(Sums& sums, ForwardParams const& f, Tile cons
   }
 }
 
-/// dK and dV of keys that no query sees: by `Threads` threads, of which this is number `thread`.
+/// Gradients of keys that no query sees are 0: by `Threads` threads, of which this is number `thread`.
 template <int Threads, class Element, class Tile>
-FLASHCUTE_DEVICE void store_nothing(BackwardParams const& p, Tile const& tile, int thread) {
-  int const batch = tile.entry.batch, head = tile.kv_head, key = tile.entry.first_key + tile.row0;
-  clear_rows<Threads, Element>(tile, p.dk, row_offset(p.dk_stride, batch, head, key), p.dk_stride, p.forward.head_dim,
-                               thread);
-  clear_rows<Threads, Element>(tile, p.dv, row_offset(p.dv_stride, batch, head, key), p.dv_stride, p.forward.head_dim_v,
-                               thread);
+FLASHCUTE_DEVICE void clear_key_rows(Tile const& tile, void* gradient, Strides const& stride, int columns, int thread) {
+  auto const offset = row_offset(stride, tile.entry.batch, tile.kv_head, tile.entry.first_key + tile.row0);
+  clear_rows<Threads, Element>(tile, gradient, offset, stride, columns, thread);
 }
 
 /// Adds to the elements of `gradient` that this thread has stored the non-finite values of Q or dO that were replaced
