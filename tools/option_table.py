@@ -120,8 +120,9 @@ def gradients_changes(base: BackwardConfig) -> list[dict[str, Any]]:
         {"early_reads": not base.early_reads},
         {"persistent": False},
         {"deterministic": True},
+        {"k_stages": 1} if base.k_stages == 2 else {"stages": 2, "k_stages": 2},
         *({"stages": n} for n in (1, 2)),
-        *({"dout_stages": n} for n in (1, 3)),
+        *({"dout_stages": n} for n in (1, 3) if n == 1 or base.k_stages == 1),
         {"stages": 2, "dout_stages": 3},
     ]
 

@@ -99,7 +99,8 @@ def problem(tokens: int, head_dim: int, flex: bool) -> dict[str, Any]:
         result, lse = flashcute.forward(configs[""], q, k, v, variant=variant, return_lse=True)
         # Both sides by the same kernels: Hopper's of wide heads know no map.
         arch = "sm_100" if head_dim > 128 else None
-        config = flashcute.default_backward_config(head_dim, "bfloat16", arch)
+        causal = variant.block_mask is None
+        config = flashcute.default_backward_config(head_dim, "bfloat16", arch, causal=causal)
         return lambda: flashcute.backward(config, dout, q, k, v, result, lse, variant=variant)
 
     calls |= {

@@ -35,8 +35,9 @@ ROUNDS = 11
 wrong = 0
 
 
-def sm90(d: int) -> fc.BackwardConfig:
-    cfg = fc.default_backward_config(d, "bfloat16", "sm_90", deterministic=False)
+def sm90(d: int, variant: fc.Variant) -> fc.BackwardConfig:
+    causal = variant != fc.Variant() and variant.block_mask is None
+    cfg = fc.default_backward_config(d, "bfloat16", "sm_90", deterministic=False, causal=causal)
     assert cfg.kernel == "sm90"
     return cfg
 
@@ -57,8 +58,8 @@ def prebuild(maps: bool) -> None:
     if maps:
         documents = fc.BlockMask.from_documents(np.zeros(64, np.int32))
         variants.append(fc.Variant(block_mask=documents))
-    cfgs = [make(d) for d in WIDTHS for make in (sm90, sm80, forward_config)]
     for variant in variants:
+        cfgs = [cfg for d in WIDTHS for cfg in (sm90(d, variant), sm80(d), forward_config(d))]
         for kernel, origin in fc.prebuild(cfgs, "sm_90", variant=variant).items():
             print(kernel, origin)
 
@@ -178,7 +179,7 @@ def check_batch(
     if no_query is not None and no_key is not None:
         q[no_query], dout[no_query] = torch.nan, torch.nan
         k[no_key], v[no_key] = torch.nan, torch.nan
-    found = Call(d, (q, k, v, dout), variant).gradients(sm90(d))
+    found = Call(d, (q, k, v, dout), variant).gradients(sm90(d, variant))
     for absent, name, x in zip((no_query, no_key, no_key), ("dq", "dk", "dv"), found, strict=False):
         if absent is not None and not (x[absent] == 0).all():
             fail(what, d, name, "of rows that do not exist is not 0")
@@ -245,7 +246,7 @@ def check_packed() -> Iterator[float]:
                         x[: starts[0]], x[starts[-1] :] = torch.nan, torch.nan
                         for n in range(poison, len(lengths), 2):
                             x[starts[n] : starts[n + 1]] = torch.nan
-                found = Call(d, inputs, variant).gradients(sm90(d))
+                found = Call(d, inputs, variant).gradients(sm90(d, variant))
                 for name, x, starts in zip(("dq", "dk", "dv"), found, (of_q, of_k, of_k), strict=True):  # fmt: skip
                     if (x[: starts[0]] != 0).any() or (x[starts[-1] :] != 0).any():
                         fail("packed", d, name, "of rows of no sequence is not 0")
@@ -322,7 +323,7 @@ def graphs_of(
     inputs = tuple(normal(*shape) for _ in range(4))
     call = Call(d, inputs, variant)
     graphs = {}
-    for cfg in (sm90(d), sm80(d)):
+    for cfg in (sm90(d, variant), sm80(d)):
         memory = call.memory(cfg)
         graphs[f"{name} {cfg.kernel}"] = graph_of(
             lambda cfg=cfg, memory=memory: call.run(cfg, *memory)

@@ -216,10 +216,11 @@ int64_t block_mask_size(BlockMask const& mask, std::optional<int64_t> partial_ce
 /// `stream` and the call returns.
 void build_block_mask(BlockMask const& mask, BlockMaskRules const& rules, void* stream = nullptr);
 
-/// The default configuration of the backward for a head dimension (of v: head_dim_v) and full or causal masks, where
-/// addresses and strides are multiples of 16 bytes. Throws UnsupportedError if there is none.
+/// The default configuration of the backward for a head dimension (of v: head_dim_v), where addresses and strides are
+/// multiples of 16 bytes. `causal`: for a causal mask, a window or packed sequences; every configuration computes both,
+/// but the fastest one may differ. Throws UnsupportedError if there is none.
 BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v = {},
-                                       bool deterministic = false);
+                                       bool deterministic = false, bool causal = false);
 
 /// The default configuration for these tensors. `others` are the further tensors of the call that kernels copy, as far
 /// as they exist yet: out, dout, dq, dk and dv. Their addresses and strides limit `copy_bytes`.

@@ -238,9 +238,10 @@ void bind_classes(nb::module_& m) {
   static constexpr char backward_signature[] =
       "def __init__(self, *, dtype: object = 'bfloat16', head_dim: int = 128, head_dim_v: int = ..., "
       "block_m: int = 64, block_n: int = 64, num_warps: int = 4, kernel: str = 'sm80', column_warps: int = 1, "
-      "blocks_per_sm: int = 2, math: str = 'tensor_core', stages: int = 2, dout_stages: int = 2, copy_bytes: int = 16, "
-      "async_copy: bool = True, swizzled: bool = True, k_tiles_per_load: int = 0, mma_double_buffer: bool = True, "
-      "late_dq: bool = True, early_reads: bool = False, persistent: bool = True, deterministic: bool = False) -> None";
+      "blocks_per_sm: int = 2, math: str = 'tensor_core', stages: int = 2, dout_stages: int = 2, k_stages: int = 1, "
+      "copy_bytes: int = 16, async_copy: bool = True, swizzled: bool = True, k_tiles_per_load: int = 0, "
+      "mma_double_buffer: bool = True, late_dq: bool = True, early_reads: bool = False, persistent: bool = True, "
+      "deterministic: bool = False) -> None";
   auto backward = bind_config<BackwardConfig>(
       m, backward_signature,
       "The static configuration of the backward: immutable, hashable. See default_backward_config.\n\n"
@@ -262,6 +263,9 @@ void bind_classes(nb::module_& m) {
       "stages: blocks of the other side that shared memory holds, of sm90 those of Q; with 2 one arrives while the "
       "other is multiplied.\n"
       "dout_stages (sm90): the same of dO.\n"
+      "k_stages (sm90, head dimensions up to 128): 1 or 2 tiles of K: with 2 that of the next tile is loaded early, "
+      "and "
+      "with late_dq a tile's last part of dq is multiplied in the first block of the next tile.\n"
       "copy_bytes (sm80): 16, 8, 4 or 2: how many bytes a thread copies between global and shared memory at once; "
       "addresses "
       "and strides of all tensors must be multiples of it.\n"
@@ -310,10 +314,12 @@ void bind_configs(nb::module_& m) {
       "dtype"_a.none(), "head_dim"_a, "arch"_a.none(), "head_dim_v"_a.none());
   m.def(
       "default_backward_config",
-      [](nb::handle dtype, int64_t head_dim, nb::handle arch, std::optional<int64_t> head_dim_v, bool deterministic) {
-        return default_backward_config(to_dtype(dtype), head_dim, to_arch(arch), head_dim_v, deterministic);
+      [](nb::handle dtype, int64_t head_dim, nb::handle arch, std::optional<int64_t> head_dim_v, bool deterministic,
+         bool causal) {
+        return default_backward_config(to_dtype(dtype), head_dim, to_arch(arch), head_dim_v, deterministic, causal);
       },
-      "dtype"_a.none(), "head_dim"_a, "arch"_a.none(), "head_dim_v"_a.none(), "deterministic"_a = false);
+      "dtype"_a.none(), "head_dim"_a, "arch"_a.none(), "head_dim_v"_a.none(), "deterministic"_a = false,
+      "causal"_a = false);
   m.def("configs", &configs);
   m.def("backward_configs", &backward_configs);
   m.def("prebuild", &call_prebuild, "forward"_a, "backward"_a, "arch"_a.none(), "mask"_a.none());

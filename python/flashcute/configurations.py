@@ -36,6 +36,7 @@ def default_backward_config(
     *,
     head_dim_v: int | None = None,
     deterministic: bool | None = None,
+    causal: bool = False,
 ) -> BackwardConfig:
     """The configuration that gradients of `flash_attention` take for a head dimension on `arch` ("cpu", "sm_90",
     ...), if addresses and strides are multiples of 16 bytes. On "sm_90" those that are deterministic, or of head
@@ -45,6 +46,7 @@ def default_backward_config(
     head_dim_v: the head dimension of v, if it differs.
     deterministic: choose among the configurations that give the same bits in every run. None: if
         torch.use_deterministic_algorithms is on.
+    causal: for a causal mask, a window or packed sequences. Every configuration computes both; the fastest may differ.
 
     Raises UnsupportedError where no kernel computes gradients.
     """
@@ -54,6 +56,7 @@ def default_backward_config(
         arch_or_default(arch),
         optional_integer("head_dim_v", head_dim_v),
         same_bits(deterministic),
+        causal,
     )
 
 

@@ -50,6 +50,7 @@ BackwardConfig default_with_sm90(Call const& call) {
                                   .head_dim = call.params.head_dim,
                                   .head_dim_v = call.params.head_dim_v,
                                   .deterministic = call.options.deterministic,
+                                  .mask = call.mask(),
                                   .allow_sm90 = true},
                                  call.arch);
 }

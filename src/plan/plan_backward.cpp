@@ -123,7 +123,7 @@ void check_config(BackwardConfig const& config, Arch arch) {
 }
 
 BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v,
-                                       bool deterministic) {
+                                       bool deterministic, bool causal) {
   int64_t const d_v = head_dim_v.value_or(head_dim);
   require_head_dim("head_dim", head_dim);
   require_head_dim("head_dim_v", d_v);
@@ -132,6 +132,7 @@ BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch,
                             .head_dim = static_cast<int32_t>(head_dim),
                             .head_dim_v = static_cast<int32_t>(d_v),
                             .deterministic = deterministic,
+                            .mask = causal ? MaskKind::causal : MaskKind::full,
                             .allow_sm90 = true},
                            arch, "");
 }
@@ -150,6 +151,7 @@ BackwardConfig choose_backward_config(Call const& call, std::span<Operand const>
                     .head_dim_v = call.params.head_dim_v,
                     .alignment = call.on_gpu() ? common_alignment(copied, misaligned) : 16,
                     .deterministic = call.options.deterministic,
+                    .mask = call.mask(),
                     .allow_sm90 = call.arch == 90};
   if (t.allow_sm90) {
     t.allow_sm90 = sm90_backward_problem(call, copied, default_backward_config(t, call.arch)).empty();

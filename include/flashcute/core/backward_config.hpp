@@ -21,6 +21,7 @@ struct BackwardConfig {
   Math math = Math::tensor_core;
   int32_t stages = 2;       // blocks in shared memory, of sm90 those of Q; 2: one arrives while the other is multiplied
   int32_t dout_stages = 2;  // sm90: blocks of dO in shared memory
+  int32_t k_stages = 1;     // sm90: tiles of K in shared memory
   int32_t copy_bytes = 16;
   bool async_copy = true;
   bool swizzled = true;
@@ -51,6 +52,7 @@ struct BackwardConfig {
     visit(Option{"math", all}, &C::math);
     visit(Option{"stages", all, "st"}, &C::stages);
     visit(Option{"dout_stages", sm90, "dost"}, &C::dout_stages);
+    visit(Option{"k_stages", sm90, "kst"}, &C::k_stages);
     visit(Option{"copy_bytes", sm80, "copy"}, &C::copy_bytes);
     visit(Option{"async_copy", sm80, "sync"}, &C::async_copy);
     visit(Option{"swizzled", sm80, "unswizzled"}, &C::swizzled);
@@ -141,8 +143,10 @@ constexpr bool stores_ds(BackwardConfig const& c, BackwardPass pass) {
 constexpr int64_t sm90_smem_bytes(BackwardConfig const& c) {
   int64_t const m = c.block_m, n = c.block_n, d = c.head_dim, d_v = c.head_dim_v, size = size_of(c.dtype);
   int64_t const dq = m * d * int64_t{sizeof(float)}, statistics = m * int64_t{sizeof(float)};
-  return n * (d + d_v) * size + c.stages * (m * d * size + statistics) + c.dout_stages * (m * d_v * size + statistics) +
-         2 * m * n * size + dq + control_bytes;
+  constexpr int64_t control = 512;  // mbarriers, and what is announced of tiles and blocks
+  int64_t const bytes = n * (c.k_stages * d + d_v) * size + c.stages * (m * d * size + statistics) +
+                        c.dout_stages * (m * d_v * size + statistics) + 2 * m * n * size + dq + control;
+  return ceil_div<int64_t>(bytes, 1024) * 1024;  // as a type that is so aligned
 }
 
 /// Of Hopper's pass `queries`: Q and dO, blocks of K, one of V, LSE and delta of the queries.
@@ -248,6 +252,7 @@ constexpr BackwardWorkspace workspace_of(BackwardConfig const& c, int64_t heads,
   RULE(sm90_deterministic, "kernel = sm90 is always deterministic with head_dim above 128: it must be true")         \
   RULE(sm90_late_dq, "kernel = sm90 reads late_dq with head_dim up to 128 only: it must have its default value")     \
   RULE(sm90_persistent, "kernel = sm90 reads persistent with head_dim up to 128 only: it must be true")              \
+  RULE(sm90_k_stages, "kernel = sm90 needs k_stages of 1 or 2, with head_dim above 128 of 1")                        \
   RULE(sm90_early_reads, "kernel = sm90 reads early_reads with head_dim 128 only: it must be false with others")     \
   RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")
 
@@ -320,6 +325,7 @@ constexpr BackwardConfigError check_sm90(BackwardConfig const& c, Arch arch) {
   if (wide && !c.deterministic) return sm90_deterministic;
   if (wide && !c.late_dq) return sm90_late_dq;
   if (wide && !c.persistent) return sm90_persistent;
+  if (c.k_stages < 1 || c.k_stages > (wide ? 1 : 2)) return sm90_k_stages;
   if (c.early_reads && c.head_dim != 128) return sm90_early_reads;
   return most_smem_bytes(c) > max_smem_bytes(arch) ? smem : none;
 }

@@ -157,11 +157,27 @@ constexpr ForwardConfig small_grid_forward_config(DType dtype, int32_t d, Arch a
 struct BackwardTile {
   BackwardConfig config;
   char const* chosen_by;
+  bool cut_tiles = false;  // only for masks that hide whole blocks from tiles of keys
 };
 
 inline constexpr BackwardTile backward_tiles[] = {
-    {{.head_dim = 64, .block_m = 128, .block_n = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 3},
+    {{.head_dim = 64,
+      .block_m = 128,
+      .block_n = 128,
+      .num_warps = 8,
+      .kernel = Kernel::sm90,
+      .stages = 3,
+      .k_stages = 2},
      "times on an H200: docs/kernels/sm90_backward.md"},
+    {{.head_dim = 128,
+      .block_n = 128,
+      .num_warps = 8,
+      .kernel = Kernel::sm90,
+      .stages = 2,
+      .k_stages = 2,
+      .early_reads = true},
+     "times on an H200: docs/kernels/sm90_backward.md",
+     true},
     {{.head_dim = 128, .block_n = 128, .num_warps = 8, .kernel = Kernel::sm90, .stages = 3, .early_reads = true},
      "times on an H200: docs/kernels/sm90_backward.md"},
     {{.head_dim = 64,
@@ -252,6 +268,7 @@ struct BackwardTensors {
   int32_t head_dim, head_dim_v;
   int32_t alignment = 16;  // in bytes, of addresses, strides and rows: 16, 8, 4 or 2
   bool deterministic = false;
+  MaskKind mask = MaskKind::full;
   // Hopper's kernels may be chosen: TMA can follow the strides, and they serve the mask.
   bool allow_sm90 = false;
   bool any_width = true;  // so may their tiles for head dimensions that are no power of two
@@ -263,7 +280,9 @@ constexpr bool sm90_serves(BackwardTensors const& t, Arch arch) {
 }
 
 /// Whether an entry may serve the tensors.
-constexpr bool may_serve(BackwardConfig const& c, BackwardTensors const& t, Arch arch) {
+constexpr bool may_serve(BackwardTile const& tile, BackwardTensors const& t, Arch arch) {
+  BackwardConfig const& c = tile.config;
+  if (tile.cut_tiles && t.mask != MaskKind::causal && t.mask != MaskKind::band) return false;
   if (size_of(c.dtype) != size_of(t.dtype) || c.head_dim < t.head_dim || c.head_dim_v < t.head_dim_v) return false;
   if (c.kernel == Kernel::sm80) return c.deterministic == t.deterministic;
   // Narrow heads in a wide tile would take longer than in the sm80 kernels' own. Wide ones are always deterministic.
@@ -298,7 +317,7 @@ constexpr BackwardConfig default_backward_config(BackwardTensors const& t, Arch 
   if (arch == cpu_arch) return config;
   for (auto const& tile : backward_tiles) {  // the buckets are in order
     BackwardConfig const& c = tile.config;
-    if (!may_serve(c, t, arch)) continue;
+    if (!may_serve(tile, t, arch)) continue;
     config = with_stages_that_fit(c, arch);
     config.dtype = t.dtype;
     if (c.kernel == Kernel::sm90) break;

@@ -39,6 +39,8 @@ class GradientConsumer {
   static constexpr bool reads_statistics_early = C.early_reads && !Seeing::in_memory;
   using Statistics = std_::conditional_t<reads_statistics_early, StatisticsInRegisters<L>, StatisticsInMemory<L>>;
   using Dq = decltype(L::template accumulator<typename L::DqColumns>());
+  /// Whether the last dQ of a tile is multiplied in the first block of the next one, while K of both is there.
+  static constexpr bool dq_outlives_tile = C.late_dq && L::k_places > 1 && is_persistent(Id);
 
  public:
   FLASHCUTE_DEVICE GradientConsumer(BackwardParams const& p, Storage& smem, int warpgroup)
@@ -46,6 +48,7 @@ class GradientConsumer {
 
   FLASHCUTE_DEVICE void run() {
     tiles_.for_each([&] { compute(); }, [&] { pass_over(); });
+    if constexpr (dq_outlives_tile) add_late_dq();
   }
 
  private:
@@ -55,26 +58,30 @@ class GradientConsumer {
     int const thread = thread_index() - warpgroup_size;
     clear_key_rows<threads, Element>(tile(), p_.dk, p_.dk_stride, p_.forward.head_dim, thread);
     clear_key_rows<threads, Element>(tile(), p_.dv, p_.dv_stride, p_.forward.head_dim_v, thread);
+    if constexpr (dq_outlives_tile) add_late_dq();
     meet();  // before one thread arrives for the warpgroup
     arrive(smem_.v_empty);
-    arrive(smem_.k_empty);
+    arrive(smem_.k_empty[tiles_.k_place()]);
   }
 
   /// Of a tile that some query sees.
   FLASHCUTE_DEVICE void compute() {
     cute::clear(dk_);
     cute::clear(dv_);
-    any_ = false;
+    if constexpr (!dq_outlives_tile) late_ = false;
+    k_place_ = L::k_places > 1 ? uniform(tiles_.k_place()) : 0;
     first_key_ = uniform(tile().row0) + warpgroup_ * warpgroup_rows;
-    if (PassingQueries<Id>::has_foreign_keys(p_, tile())) barrier_wait(smem_.k_inspected, tiles_.parity());
+    if (PassingQueries<Id>::has_foreign_keys(p_, tile())) {
+      barrier_wait(smem_.k_inspected[k_place_], tiles_.k_parity());
+    }
     bool last;
     do {  // (of a loop that may end before its first iteration nvcc serialises all WGMMA)
       last = add_block();
     } while (!last);
-    if constexpr (C.late_dq) {
-      add_last_dq();
-    } else {
-      arrive(smem_.k_empty);
+    if constexpr (!C.late_dq) {
+      arrive(smem_.k_empty[k_place_]);
+    } else if constexpr (!dq_outlives_tile) {
+      add_late_dq();
     }
     store();
   }
@@ -82,11 +89,12 @@ class GradientConsumer {
   /// The next block; returns whether it was the last.
   FLASHCUTE_DEVICE bool add_block() {
     Scores s, dp;
+    int const late_k_place = dq_outlives_tile ? uniform(late_k_place_) : 0;
     barrier_wait(smem_.q_full[q_.place], q_.parity);
     AnnouncedQueries const& block = smem_.blocks[q_.place];
     bool const partial_early = C.early_reads && block.partial, last_early = C.early_reads && block.last;
     Statistics const lse(smem_.lse[q_.place]);
-    P::template begin_scores<C.stages>(s, own(smem_.k), {smem_.q[0], q_.place});
+    P::template begin_scores<C.stages>(s, own(smem_.k[k_place_]), {smem_.q[0], q_.place});
     barrier_wait(smem_.dout_full[dout_.place], dout_.parity);
     P::template begin_scores<C.dout_stages>(dp, own(smem_.v), {smem_.dout[0], dout_.place});
     bool const partial = uniform(C.early_reads ? partial_early : block.partial);
@@ -113,41 +121,47 @@ class GradientConsumer {
 
     Dq dq;
     if constexpr (C.late_dq) {
-      begin_dq_before(dq);
+      begin_dq_before(dq, late_k_place);
     } else {
       barrier_wait(smem_.ds_full[ds_.place], ds_.parity);
-      P::begin_dq(dq, ds_ring(ds_.place), key_columns());
+      P::begin_dq(dq, ds_ring(ds_.place), key_columns(k_place_));
     }
     P::template begin_sums<C.stages>(dk_, ds, {smem_.q[0], q_.place});
     finish_products<2>(dv_);
     arrive(smem_.dout_empty[dout_.place]);
     if (last) arrive(smem_.v_empty);
     finish_products<1>(dq);
+    if (dq_outlives_tile && late_ && late_k_place != k_place_) arrive(smem_.k_empty[late_k_place]);
     // Before the first block there is none: what was multiplied is nothing.
-    pass_on(dq, !C.late_dq || any_);
+    pass_on(dq, !C.late_dq || late_);
     finish_products<0>(dk_);
     arrive(smem_.q_empty[q_.place]);
-    any_ = true;
+    late_ = true;
+    late_k_place_ = k_place_;
     q_.advance();
     dout_.advance();
     ds_.advance();
     return last;
   }
 
-  FLASHCUTE_DEVICE void add_last_dq() {
+  /// What is late when no block follows.
+  FLASHCUTE_DEVICE void add_late_dq() {
+    if (!late_) return;
     Dq dq;
-    begin_dq_before(dq);
+    int const k_place = uniform(late_k_place_);
+    begin_dq_before(dq, k_place);
     finish_products<0>(dq);
-    arrive(smem_.k_empty);
+    arrive(smem_.k_empty[k_place]);
     pass_on(dq, true);
+    late_ = false;
   }
 
-  /// dQ of the block before this one. At a tile's first block that is of the tile before, K is another one, and the
-  /// other warpgroup may be writing the next dS there: the result is discarded.
-  FLASHCUTE_DEVICE void begin_dq_before(Dq& dq) const {
+  /// dQ of the block before this one. If none is late, dS and K are of others, which the other warpgroup or the copy
+  /// engine may be writing: the result is discarded.
+  FLASHCUTE_DEVICE void begin_dq_before(Dq& dq, int k_place) const {
     auto const before = ds_.before();
     barrier_wait(smem_.ds_full[before.place], before.parity);
-    P::begin_dq(dq, ds_ring(before.place), key_columns());
+    P::begin_dq(dq, ds_ring(before.place), key_columns(k_place));
   }
 
   FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries const& block, Seeing const& seeing) const {
@@ -183,11 +197,11 @@ class GradientConsumer {
     if (thread_of_warpgroup() == 0 && exists) barrier_arrive(smem_.dq_full[warpgroup_]);
   }
 
-  /// One dQ is passed on for each block; with `late_dq` that of the present one has not been, unless it is a tile's
-  /// first. What is discarded there is written too, so it waits for the last dQ of the tile before.
+  /// One dQ is passed on for each block; with `late_dq` that of the block before has not been. What is discarded where
+  /// none is late is written too, so it waits until the last one was added.
   FLASHCUTE_DEVICE uint32_t dq_parity() const {
     static_assert(L::ds_places == 2);
-    return ds_.place ^ (C.late_dq && any_ ? 1 : 0);
+    return ds_.place ^ (C.late_dq && late_ ? 1 : 0);
   }
 
   // ---- results ---------------------------------------------------------------------------------------
@@ -228,8 +242,8 @@ class GradientConsumer {
     return {smem_.ds[0] + (L::dq_by_rows ? warpgroup_ * (warpgroup_rows * L::page) : 0), place};
   }
   /// Its half of the columns of K, or all.
-  FLASHCUTE_DEVICE Element* key_columns() const {
-    return smem_.k + (L::dq_by_rows ? 0 : warpgroup_ * (C.block_n * L::dq_columns));
+  FLASHCUTE_DEVICE Element* key_columns(int place) const {
+    return smem_.k[place] + (L::dq_by_rows ? 0 : warpgroup_ * (C.block_n * L::dq_columns));
   }
 
   FLASHCUTE_DEVICE void meet() const { named_sync<warpgroup_size>(1 + warpgroup_); }
@@ -244,8 +258,9 @@ class GradientConsumer {
   RingPosition<C.stages> q_;
   RingPosition<C.dout_stages> dout_;
   RingPosition<L::ds_places> ds_;
-  bool any_ = false;   // whether a block of this tile came before the present one
-  int first_key_ = 0;  // of the warpgroup
+  bool late_ = false;                   // whether dQ of the block before the present one has still to be multiplied
+  int k_place_ = 0, late_k_place_ = 0;  // of this tile's K, and of that of the block before
+  int first_key_ = 0;                   // of the warpgroup
   Sums dk_, dv_;
 };
 

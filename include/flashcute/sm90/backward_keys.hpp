@@ -22,11 +22,11 @@ struct KeysLayout : SplitLayout<C> {
   static constexpr int q_elements = queries * C.head_dim, dout_elements = queries * C.head_dim_v;
   static constexpr int k_elements = keys * C.head_dim, v_elements = keys * C.head_dim_v;
   static constexpr bool inspects_keys = false;  // no product sums over keys
-  static constexpr int p_places = 2;
+  static constexpr int k_places = 1, p_places = 2;
   static constexpr int warps = 4;  // of a warpgroup
 
   struct SharedStorage {
-    alignas(1024) Element k[k_elements];
+    alignas(1024) Element k[k_places][k_elements];
     alignas(1024) Element v[v_elements];
     alignas(1024) Element q[C.stages][q_elements];
     alignas(1024) Element dout[C.dout_stages][dout_elements];
@@ -34,7 +34,7 @@ struct KeysLayout : SplitLayout<C> {
     alignas(16) float lse[C.stages][queries];        // to base 2
     alignas(16) float delta[C.dout_stages][queries];
     AnnouncedQueries blocks[C.stages];
-    Barrier k_full, k_empty, v_empty;
+    Barrier k_full[k_places], k_empty[k_places], v_empty;
     Barrier q_full[C.stages], q_empty[C.stages];
     Barrier dout_full[C.dout_stages], dout_empty[C.dout_stages];
     Barrier p_full[p_places], p_empty[p_places];
@@ -44,8 +44,8 @@ struct KeysLayout : SplitLayout<C> {
 
   /// `inspected`: whether a warp inspects what is loaded.
   FLASHCUTE_DEVICE static void init(SharedStorage& smem, bool inspected) {
-    barrier_init(smem.k_full, 1);
-    barrier_init(smem.k_empty, warps + (inspected ? 1 : 0));
+    barrier_init(smem.k_full[0], 1);
+    barrier_init(smem.k_empty[0], warps + (inspected ? 1 : 0));
     barrier_init(smem.v_empty, warps);
     for (int i = 0; i < C.stages; ++i) {
       barrier_init(smem.q_full[i], 1);
@@ -129,7 +129,7 @@ class DvConsumer : KeysConsumer<Id> {
     tiles_.for_each([&] { compute(); },
                     [&] {
                       Base::clear(p_.dv, p_.dv_stride, p_.forward.head_dim_v);
-                      Base::arrive(smem_.k_empty);
+                      Base::arrive(smem_.k_empty[0]);
                     });
   }
 
@@ -143,7 +143,7 @@ class DvConsumer : KeysConsumer<Id> {
     do {  // (of a loop that may end before its first iteration nvcc serialises all WGMMA)
       last = add_block();
     } while (!last);
-    Base::arrive(smem_.k_empty);
+    Base::arrive(smem_.k_empty[0]);
     begin_sums();
     finish_products<0>(dv_);
     Base::arrive(smem_.dout_empty[dout_.place]);
@@ -155,7 +155,7 @@ class DvConsumer : KeysConsumer<Id> {
   FLASHCUTE_DEVICE bool add_block() {
     Scores s;
     barrier_wait(smem_.q_full[q_.place], q_.parity);
-    P::template begin_scores<C.head_dim, C.stages>(s, smem_.k, {smem_.q[0], q_.place});
+    P::template begin_scores<C.head_dim, C.stages>(s, smem_.k[0], {smem_.q[0], q_.place});
     begin_sums();
     AnnouncedQueries const& block = smem_.blocks[q_.place];
     bool const partial = uniform(block.partial), last = uniform(block.last);

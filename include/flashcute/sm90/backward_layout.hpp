@@ -26,7 +26,7 @@ struct BackwardLayout : WarpgroupFragment {
   static constexpr int k_elements = keys * C.head_dim, v_elements = k_elements;
   static constexpr bool inspects_keys = true;
   static constexpr int ds_elements = C.block_m * C.block_n;
-  static constexpr int ds_places = 2;
+  static constexpr int k_places = C.k_stages, ds_places = 2;
 
   // A warpgroup's half of dQ: half of the columns of 64 queries, or all columns of half of 128.
   static constexpr bool dq_by_rows = C.block_m == 2 * warpgroup_rows;
@@ -34,6 +34,7 @@ struct BackwardLayout : WarpgroupFragment {
   static constexpr int dq_columns = dq_by_rows ? C.head_dim : C.head_dim / warpgroups;
   using DqColumns = cute::Int<dq_columns>;
   static constexpr int dq_floats = C.block_m * C.head_dim / warpgroups;
+  static constexpr int dq_parts = dq_by_rows ? 1 : 4;  // measured: with 4 d 64, causal, is 1 % slower
 
   // ---- operands of products, 16 of what is summed over in each step, as in ForwardLayout ----
   // Of each: one step, then the steps, then the places of the ring.
@@ -87,7 +88,7 @@ struct BackwardLayout : WarpgroupFragment {
 
   // ---- shared memory ----
   struct SharedStorage {
-    alignas(1024) Element k[k_elements];
+    alignas(1024) Element k[k_places][k_elements];
     alignas(1024) Element v[k_elements];
     alignas(1024) Element q[C.stages][q_elements];
     alignas(1024) Element dout[C.dout_stages][q_elements];
@@ -96,22 +97,24 @@ struct BackwardLayout : WarpgroupFragment {
     alignas(16) float lse[C.stages][C.block_m];    // to base 2
     alignas(16) float delta[C.dout_stages][C.block_m];
     AnnouncedQueries blocks[C.stages];
-    Barrier k_full, k_empty, v_empty;
+    Barrier k_full[k_places], k_empty[k_places], v_empty;
     Barrier q_full[C.stages], q_empty[C.stages];
     Barrier dout_full[C.dout_stages], dout_empty[C.dout_stages];
     Barrier ds_full[ds_places], ds_empty[ds_places];
     Barrier dq_full[warpgroups], dq_empty[warpgroups];
     Barrier q_landed[C.stages], dout_landed[C.dout_stages];  // arrived, its inspection may begin
-    Barrier k_inspected;
+    Barrier k_inspected[k_places];
   };
   static_assert(sizeof(SharedStorage) <= sm90_smem_bytes(C));
 
   /// `inspected`: whether a warp inspects what is loaded.
   FLASHCUTE_DEVICE static void init(SharedStorage& smem, bool inspected) {
-    barrier_init(smem.k_full, 1);
-    barrier_init(smem.k_empty, 2 * warpgroups + (inspected ? 1 : 0));  // with the warps that add
+    for (int i = 0; i < k_places; ++i) {
+      barrier_init(smem.k_full[i], 1);
+      barrier_init(smem.k_empty[i], 2 * warpgroups + (inspected ? 1 : 0));  // with the warps that add
+      barrier_init(smem.k_inspected[i], 1);
+    }
     barrier_init(smem.v_empty, warpgroups);
-    barrier_init(smem.k_inspected, 1);
     for (int i = 0; i < C.stages; ++i) {
       barrier_init(smem.q_full[i], 1);
       barrier_init(smem.q_landed[i], 1);

@@ -51,15 +51,12 @@ class GradientLoader {
       prefetch_keys<C.head_dim_v>(p_.v, tile);
     }
     for (bool first = true;; first = false) {
+      if (first && L::k_places > 1) load_k(tile);  // its place is free
       load_queries(tile, at);
       // V comes with the first dO: K and the first Q are enough to begin, and no later block waits for it.
       if (first) barrier_wait(smem_.v_empty, tiles_.parity() ^ 1);
       load_dout(tile, at, first);
-      if (first) {
-        barrier_wait(smem_.k_empty, tiles_.parity() ^ 1);
-        barrier_arrive_expecting(smem_.k_full, bytes_of_keys<C.head_dim>);
-        load_keys<C.head_dim>(p_.k, tile, smem_.k, smem_.k_full);
-      }
+      if (first && L::k_places == 1) load_k(tile);
       if (at.left == 1) return;
       at = at.after();
     }
@@ -68,8 +65,15 @@ class GradientLoader {
   /// A tile that no query sees.
   FLASHCUTE_DEVICE void pass_over() {
     barrier_wait(smem_.v_empty, tiles_.parity() ^ 1);
-    barrier_wait(smem_.k_empty, tiles_.parity() ^ 1);
-    barrier_arrive(smem_.k_full);
+    tiles_.await_place_of_k();
+    barrier_arrive(smem_.k_full[tiles_.k_place()]);
+  }
+
+  FLASHCUTE_DEVICE void load_k(Tile const& tile) {
+    tiles_.await_place_of_k();
+    auto const place = tiles_.k_place();
+    barrier_arrive_expecting(smem_.k_full[place], bytes_of_keys<C.head_dim>);
+    load_keys<C.head_dim>(p_.k, tile, smem_.k[place], smem_.k_full[place]);
   }
 
   template <int Columns>
@@ -164,16 +168,13 @@ class DqAdder {
   FLASHCUTE_DEVICE void add_tile() {
     HeldTile<typename Blocks::Sequence> tile = tiles_.tile();
     Passing at = Blocks::of(p_, tile);
-    if (at.left == 0) {
-      barrier_wait(smem_.k_full, tiles_.parity());
-      return release_keys();
-    }
+    barrier_wait(smem_.k_full[tiles_.k_place()], tiles_.k_parity());
+    if (at.left == 0) return release_keys();
     // The copy engine takes requests in order, and additions of dQ are long. So that K of the next tile is requested
     // before the last of them, this one's is released now; if it is not finite, after it was read here.
-    barrier_wait(smem_.k_full, tiles_.parity());
     bool finite = true;
     if constexpr (Mask::rows_differ) {
-      barrier_wait(smem_.k_inspected, tiles_.parity());
+      barrier_wait(smem_.k_inspected[tiles_.k_place()], tiles_.k_parity());
       finite = uniform(tiles_.announced().keys_finite);
     }
     if (finite) release_keys();
@@ -191,22 +192,32 @@ class DqAdder {
         barrier_arrive(smem_.ds_empty[ds_.place]);
         if (whole) {
           order.await_turn();
-          order.add(sums, smem_.dq[warpgroup_], L::dq_floats * sizeof(float));
+          add_whole(sums, order);
           await_bulk_reads();
         }
         barrier_arrive(smem_.dq_empty[warpgroup_]);
-        order.pass_on(whole);
+        order.pass_on();
       }
       dq_parity_ ^= 1;
       ds_.advance();
     }
-    order.finish();
+  }
+
+  /// In parts, of which at most two are requested: the copy engine takes requests in order, and a load of Q or dO would
+  /// wait until all of it was added.
+  FLASHCUTE_DEVICE void add_whole(float* sums, DqOrder<Id> const& order) const {
+    constexpr int floats = L::dq_floats / L::dq_parts;
+    CUTE_UNROLL
+    for (int i = 0; i < L::dq_parts; ++i) {
+      order.add(sums + i * floats, smem_.dq[warpgroup_] + i * floats, floats * sizeof(float));
+      await_bulk_reads<1>();
+    }
   }
 
   /// After what the warp's lanes may have read of K.
   FLASHCUTE_DEVICE void release_keys() {
     reconverge();
-    if (elected_lane()) barrier_arrive(smem_.k_empty);
+    if (elected_lane()) barrier_arrive(smem_.k_empty[tiles_.k_place()]);
   }
 
   /// dS K element by element, without what a query does not see: slow, but rare. A lane takes the elements that its
@@ -228,7 +239,8 @@ class DqAdder {
 #pragma unroll 1
       for (int key = 0; key < C.block_n; ++key) {
         if (!Mask::visible(at.block * C.block_m + query, tile.row0 + key, sequence)) continue;
-        sum += element(smem_.ds[ds_.place], C.block_m, query, key) * element(smem_.k, C.block_n, key, column);
+        sum += element(smem_.ds[ds_.place], C.block_m, query, key) *
+               element(smem_.k[tiles_.k_place()], C.block_n, key, column);
       }
       order.add(sums + i, sum);
     }
@@ -275,12 +287,13 @@ class GradientInspector {
 
   FLASHCUTE_DEVICE void inspect_tile() {
     Passing at = Blocks::of(p_, tile());
-    barrier_wait(smem_.k_full, tiles_.parity());
+    auto const place = tiles_.k_place();
+    barrier_wait(smem_.k_full[place], tiles_.k_parity());
     if constexpr (L::inspects_keys) {
-      if (at.left > 0) inspect_keys();
-      arrive(smem_.k_inspected);
+      if (at.left > 0) inspect_keys(smem_.k[place]);
+      arrive(smem_.k_inspected[place]);
     }
-    arrive(smem_.k_empty);
+    arrive(smem_.k_empty[place]);
     for (; at.left > 0; at = at.after()) {
       if (Blocks::inspected(at)) {
         inspect_block(at);
@@ -338,11 +351,11 @@ class GradientInspector {
     });
   }
 
-  FLASHCUTE_DEVICE void inspect_keys() {
+  FLASHCUTE_DEVICE void inspect_keys(Element* keys) {
     if (Blocks::has_foreign_keys(p_, tile())) {
-      clear_from<L::k_elements, L::keys>(tile().existing(p_.forward), smem_.k);
+      clear_from<L::k_elements, L::keys>(tile().existing(p_.forward), keys);
     }
-    if (!finite(smem_.k, L::k_elements)) tiles_.announced().keys_finite = false;
+    if (!finite(keys, L::k_elements)) tiles_.announced().keys_finite = false;
   }
 
   /// One lane arrives for the warp: all its lanes have read and written what they had to.

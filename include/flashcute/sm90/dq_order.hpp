@@ -51,10 +51,8 @@ class AnyOrder {
   /// Starts adding; of one element, adds.
   FLASHCUTE_DEVICE void add(float* sums, float const* from, int bytes) const { add_bulk(sums, from, bytes); }
   FLASHCUTE_DEVICE void add(float* sum, float x) const { reduce_add<1>(sum, &x); }
-  /// The block's additions have been started by this lane (`in_bulk`), or made by the warp's.
-  FLASHCUTE_DEVICE void pass_on(bool) {}
-  /// After the last block.
-  FLASHCUTE_DEVICE void finish() {}
+  /// The block's additions have been started by this lane, or made by the warp's.
+  FLASHCUTE_DEVICE void pass_on() const {}
 };
 
 /// From the last keys that the queries see to the first. The first to come stores, so nothing has to be cleared.
@@ -128,36 +126,18 @@ class LastKeysFirst {
     }
   }
 
-  /// Gives the turn of the block before to the next tile. That of this one follows a block later: meanwhile its
-  /// additions are done, and nobody waits for them here.
-  FLASHCUTE_DEVICE void pass_on(bool in_bulk) {
-    if (in_bulk) {
-      await_bulk<1>();
-    } else {
-      await_bulk<0>();
-    }
-    give_turn();
-    given_next_ = added_;
-  }
-
-  FLASHCUTE_DEVICE void finish() {
-    reconverge();
-    if (!elected_lane()) return;
-    await_bulk<0>();
-    give_turn();
+  /// Gives the turn to the next tile once the block's additions are done: mostly before the next block's dQ is there.
+  FLASHCUTE_DEVICE void pass_on() const {
+    await_bulk();
+    release_count(added_);
   }
 
  private:
-  FLASHCUTE_DEVICE void give_turn() const {
-    if (given_next_ != nullptr) release_count(given_next_);
-  }
-
   BackwardParams const& p_;
   Keys const& tile_;
   int const warpgroup_;
-  uint32_t before_ = 0;             // tiles that add to the block before this one
-  uint32_t* added_ = nullptr;       // those that have
-  uint32_t* given_next_ = nullptr;  // the same number of the block whose turn this tile still has
+  uint32_t before_ = 0;        // tiles that add to the block before this one
+  uint32_t* added_ = nullptr;  // those that have
   bool has_turn_ = false;
 };
 

@@ -332,14 +332,15 @@ FLASHCUTE_DEVICE void store_bulk(float* to, float const* from, int bytes) {
       : "memory");
 }
 
-/// Waits until all that this thread adds by add_bulk, or stores, has been read from shared memory.
-FLASHCUTE_DEVICE void await_bulk_reads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-
-/// Waits until all but the last `Pending` of these are done, so that release_count publishes them.
-template <int Pending>
-FLASHCUTE_DEVICE void await_bulk() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");
+/// Waits until all that this thread adds by add_bulk, or stores, but the last `Pending`, has been read from shared
+/// memory.
+template <int Pending = 0>
+FLASHCUTE_DEVICE void await_bulk_reads() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
 }
+
+/// Waits until all of these are done, so that release_count publishes them.
+FLASHCUTE_DEVICE void await_bulk() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 /// Proxy fence: bulk copies and additions that this thread starts later come after what it has acquired.
 FLASHCUTE_DEVICE void keep_bulk_behind() { asm volatile("fence.proxy.async.global;" ::: "memory"); }

@@ -75,8 +75,8 @@ struct AnnouncedTile {
   bool dropped;      // whether non-finite values were replaced by 0 in a partial block of Q or dO
 };
 
-/// Tile n is announced after K of tile n - 1 has been requested, for which every warp has released K of n - 2: so every
-/// warp has come to n - 2, where some still are, and has left n - 3, whose place is taken. Two places would be too few.
+/// Tile n is announced after every warp has released K of n - 2: so every warp has come to n - 2, where some still are,
+/// and has left n - 3, whose place is taken. Two places would be too few.
 template <class L, class Sequence>
 struct StorageWithTiles : L::SharedStorage {
   static constexpr int places = 3;
@@ -91,8 +91,9 @@ struct StorageWithTiles : L::SharedStorage {
   }
 };
 
-/// A warp's way through the tiles that are announced to it. Each tile has one phase of the mbarriers of K and V, also
-/// one that nothing is loaded for: every warp that arrives at k_empty or v_empty has waited for k_full.
+/// A warp's way through the tiles that are announced to it. Each tile has one phase of the mbarriers of V and of a
+/// place of K, also one that nothing is loaded for: every warp that arrives at k_empty or v_empty has waited for
+/// k_full.
 template <BackwardKernelId Id, class L>
 class TilesInTurn {
   using Sequence = typename Mask<Id.features.mask>::Sequence;
@@ -119,7 +120,7 @@ class TilesInTurn {
   template <class Compute, class PassOver>
   FLASHCUTE_DEVICE void for_each(Compute const& compute, PassOver const& pass_over) {
     for_each([&] {
-      barrier_wait(smem_.k_full, parity());
+      barrier_wait(smem_.k_full[k_place()], k_parity());
       if (uniform(announced().seen)) {
         compute();
       } else {
@@ -128,17 +129,25 @@ class TilesInTurn {
     });
   }
 
-  /// By the loading lane: announces the next tile.
+  /// By the loading lane: goes on to the next tile, and announces it. With one place for K every warp has released K of
+  /// the last but one, or this one's could not have been requested.
   FLASHCUTE_DEVICE void announce(AnnouncedTile<Tile> const& tile) {
     ++number_;
+    if constexpr (L::k_places > 1) await_place_of_k();
     announced() = tile;
     barrier_arrive(smem_.tile_full[place()]);
   }
+
+  /// Until every warp has released what is in the place of the tile's K.
+  FLASHCUTE_DEVICE void await_place_of_k() const { barrier_wait(smem_.k_empty[k_place()], k_parity() ^ 1); }
 
   FLASHCUTE_DEVICE AnnouncedTile<Tile>& announced() const { return smem_.tiles[place()]; }
   FLASHCUTE_DEVICE Tile const& tile() const { return announced().tile; }
   /// Of mbarriers that change phase once for each tile.
   FLASHCUTE_DEVICE uint32_t parity() const { return number_ % 2; }
+  /// Where the tile's K is, and the parity of that place's mbarriers.
+  FLASHCUTE_DEVICE uint32_t k_place() const { return number_ % L::k_places; }
+  FLASHCUTE_DEVICE uint32_t k_parity() const { return number_ / L::k_places % 2; }
 
  private:
   /// Waits for the next tile; false if there is none.

@@ -21,7 +21,7 @@ def self_test(kit: Kit, dtype: str) -> str:
     found = errors(Result(kit.to_numpy(kit.double(out)), kit.to_numpy(lse)), ref)
     wrong = {"attention": complaint(found, naive, ref, dtype)}
 
-    cfg = default_backward_config(case.head_dim, dtype, kit.arch)
+    cfg = default_backward_config(case.head_dim, dtype, kit.arch, causal=True)
     gradients = backward(cfg, dout, q, k, v, out, lse, causal=True)
     rough = reference.naive_gradients(dout, q, k, v, causal=True)
     dout64, q64, k64, v64 = (kit.double(x) for x in (dout, q, k, v))

@@ -212,7 +212,8 @@ constexpr BackwardConfig narrow = {.dtype = bf16,
                                    .block_n = 128,
                                    .num_warps = 8,
                                    .kernel = Kernel::sm90,
-                                   .stages = 3};
+                                   .stages = 3,
+                                   .k_stages = 2};
 constexpr BackwardConfig wide = {.dtype = f16,
                                  .head_dim = 128,
                                  .head_dim_v = 128,
@@ -247,6 +248,8 @@ constexpr BackwardConfig with(BackwardConfig c, Change const& change) {
   change(c);
   return c;
 }
+
+constexpr BackwardConfig two_keys = with(wide, [](BackwardConfig& c) { c.stages = 2, c.k_stages = 2; });
 
 template <BackwardConfig B>
 constexpr BackwardConfig deterministic = with(B, [](BackwardConfig& c) { c.deterministic = true; });
@@ -295,6 +298,8 @@ TEST(Sm90BackwardKernel, Options) {
   check_options<with(wide, [](BackwardConfig& c) { c.late_dq = false; })>();
   check_options<with(narrow, [](BackwardConfig& c) { c.late_dq = false, c.stages = 2; })>();
   check_options<with(wide, [](BackwardConfig& c) { c.early_reads = false; })>();
+  check_options<with(narrow, [](BackwardConfig& c) { c.k_stages = 1; })>();
+  check_options<two_keys>();
 }
 
 // The same of wide heads.
@@ -345,6 +350,9 @@ TEST(Sm90BackwardKernel, ManyTilesOfAThreadBlock) {
   check_many_tiles<wide>(2);
   check_many_tiles<with(wide, [](BackwardConfig& c) { c.stages = 1, c.dout_stages = 1; })>(1);
   check_many_tiles<with(narrow, [](BackwardConfig& c) { c.late_dq = false; })>(2);
+  check_many_tiles<with(narrow, [](BackwardConfig& c) { c.late_dq = false, c.k_stages = 1; })>(1);
+  check_many_tiles<with(two_keys, [](BackwardConfig& c) { c.stages = 1, c.dout_stages = 1; })>(1);
+  check_many_tiles<deterministic<narrow>>(1);
   check_many_tiles<deterministic<wide>>(1);
   Sm90BackwardProblem<wide, MaskKind::full> full(
       {.sq = 70, .sk = 300, .d = 128, .d_v = 128, .batch = 2, .heads = 2, .kv_heads = 1});

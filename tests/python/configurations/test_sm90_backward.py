@@ -37,8 +37,20 @@ def test_default(dtype: str, d: int) -> None:
         same_bits = fc.default_backward_config(
             head_dim, dtype, "sm_90", head_dim_v=head_dim_v, deterministic=True
         )
-        assert same_bits == cfg.replace(deterministic=True)
+        assert (same_bits.kernel, same_bits.deterministic) == ("sm90", True)
     assert fc.default_backward_config(d, dtype, "sm_100", deterministic=False).kernel == "sm80"
+
+
+def test_default_by_mask() -> None:
+    """Under a causal mask tiles are shorter, and what they begin with counts for more. What `flash_attention` takes has
+    to be what a user is told to take."""
+    for d in HEAD_DIMS:
+        cfg = default(d, causal=True)
+        assert (cfg != default(d)) == (d == 128)
+        assert fc.default_backward_config(d, arch="sm_80", causal=True) == (
+            fc.default_backward_config(d, arch="sm_80")
+        )
+    assert (cfg.kernel, default(128, causal=True).k_stages) == ("sm90", 2)
 
 
 def test_widths() -> None:
@@ -55,6 +67,7 @@ def test_widths() -> None:
         ({"late_dq": False}, "late_dq"),
         ({"persistent": False}, "persistent"),
         ({"early_reads": True}, "early_reads with head_dim 128"),
+        ({"k_stages": 2}, "k_stages of 1 or 2, with head_dim above 128 of 1"),
         ({"stages": 1}, "stages above 1"),
         ({"stages": 3}, "shared memory"),
         ({"block_m": 64}, "block_m x block_n"),
@@ -81,11 +94,15 @@ def variants() -> list[fc.BackwardConfig]:
         {"persistent": False},
         {"stages": 1, "dout_stages": 1},
         {"stages": 2, "late_dq": False},
+        {"stages": 2, "k_stages": 2},
+        {"stages": 2, "k_stages": 2, "late_dq": False},
+        {"k_stages": 1},
         {"deterministic": True},
+        {"deterministic": True, "stages": 2, "k_stages": 2},
         {"deterministic": True, "late_dq": False},
         {"deterministic": True, "persistent": False},
     ]
-    narrow = [default(d).replace(**change) for d in NARROW for change in changes]
+    narrow = dict.fromkeys(default(d).replace(**change) for d in NARROW for change in changes)
     return [
         *narrow,
         default(128).replace(stages=2, dout_stages=3),
@@ -222,7 +239,9 @@ def test_backward_window(d: int, left: int, right: int, offset: int) -> None:
     k, v = normal(2, keys, 2, d), normal(2, keys, 2, d)
     distance = torch.arange(keys, device="cuda") - torch.arange(rows, device="cuda")[:, None]
     seen = (distance >= offset - left) & (distance <= offset + right)
-    found = run(default(d), q, k, v, dout, False, window=(left, right), diagonal=offset)
+    found = run(
+        default(d, causal=True), q, k, v, dout, False, window=(left, right), diagonal=offset
+    )
     assert_close(found, gradients(q, k, v, dout, False, seen))
 
 
@@ -243,7 +262,7 @@ def test_backward_lengths_and_sink(d: int, causal: bool) -> None:
     for x, absent in ((q, no_query), (dout, no_query), (k, no_key), (v, no_key)):
         x[absent] = torch.nan
     masks = {"seqlens_q": queries, "seqlens_k": keys}
-    found = run(default(d), q, k, v, dout, causal, **masks)
+    found = run(default(d, causal=True), q, k, v, dout, causal, **masks)
     for x, absent in zip(found, (no_query, no_key, no_key), strict=True):
         assert (x[absent] == 0).all()
     clean_q, clean_k, clean_v, clean_dout = (x.nan_to_num() for x in (q, k, v, dout))
@@ -251,11 +270,11 @@ def test_backward_lengths_and_sink(d: int, causal: bool) -> None:
     assert_close(found, want)
     # A sink far below all scores changes nothing, and has no gradient. The same sum of a sink that counts, by mma.sync.
     sink = torch.full((4,), -1e4, device="cuda")
-    *with_sink, dsink = run(default(d), q, k, v, dout, causal, sink=sink, **masks)
+    *with_sink, dsink = run(default(d, causal=True), q, k, v, dout, causal, sink=sink, **masks)
     assert_close(with_sink, want)
     assert (dsink == 0).all()
     sink = torch.randn(4, device="cuda")
-    found = run(default(d), q, k, v, dout, causal, sink=sink, **masks)
+    found = run(default(d, causal=True), q, k, v, dout, causal, sink=sink, **masks)
     other = fc.default_backward_config(d, "bfloat16", "sm_100", deterministic=False)
     same = run(other, q, k, v, dout, causal, sink=sink, **masks)
     assert_close(found[:3], tuple(x.double() for x in same[:3]))
@@ -275,7 +294,7 @@ def test_backward_packed(d: int, causal: bool) -> None:
         x[:5], x[starts[-1] :] = torch.nan, torch.nan
         for n in range(1, len(lengths), 2):
             x[starts[n] : starts[n + 1]] = torch.nan
-    found = run(default(d), q, k, v, dout, causal, cu_seqlens_q=int32(starts))
+    found = run(default(d, causal=True), q, k, v, dout, causal, cu_seqlens_q=int32(starts))
     for n in range(2, len(lengths), 2):
         rows = slice(starts[n], starts[n + 1])
         alone = gradients(q[None, rows], k[None, rows], v[None, rows], dout[None, rows], causal)

@@ -297,8 +297,8 @@ FLASHCUTE_DEVICE void add_bulk(float* to, float const* from, int bytes) {
 FLASHCUTE_DEVICE void store_bulk(float* to, float const* from, int bytes) {
   for (int i = 0; i < bytes / static_cast<int>(sizeof(float)); ++i) global_store(to + i, from[i]);
 }
+template <int Pending = 0>
 FLASHCUTE_DEVICE void await_bulk_reads() {}
-template <int Pending>
 FLASHCUTE_DEVICE void await_bulk() {}
 FLASHCUTE_DEVICE void keep_bulk_behind() {}
 
