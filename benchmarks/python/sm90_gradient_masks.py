@@ -36,7 +36,7 @@ wrong = 0
 
 
 def sm90(d: int, variant: fc.Variant) -> fc.BackwardConfig:
-    causal = variant != fc.Variant() and variant.block_mask is None
+    causal = variant == fc.Variant(causal=True)
     cfg = fc.default_backward_config(d, "bfloat16", "sm_90", deterministic=False, causal=causal)
     assert cfg.kernel == "sm90"
     return cfg

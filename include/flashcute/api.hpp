@@ -217,8 +217,8 @@ int64_t block_mask_size(BlockMask const& mask, std::optional<int64_t> partial_ce
 void build_block_mask(BlockMask const& mask, BlockMaskRules const& rules, void* stream = nullptr);
 
 /// The default configuration of the backward for a head dimension (of v: head_dim_v), where addresses and strides are
-/// multiples of 16 bytes. `causal`: for a causal mask, a window or packed sequences; every configuration computes both,
-/// but the fastest one may differ. Throws UnsupportedError if there is none.
+/// multiples of 16 bytes. `causal`: for the causal mask; every configuration computes others too, but the fastest
+/// may be another one. Throws UnsupportedError if there is none.
 BackwardConfig default_backward_config(DType dtype, int64_t head_dim, Arch arch, std::optional<int64_t> head_dim_v = {},
                                        bool deterministic = false, bool causal = false);
 

@@ -46,7 +46,7 @@ def default_backward_config(
     head_dim_v: the head dimension of v, if it differs.
     deterministic: choose among the configurations that give the same bits in every run. None: if
         torch.use_deterministic_algorithms is on.
-    causal: for a causal mask, a window or packed sequences. Every configuration computes both; the fastest may differ.
+    causal: for the causal mask. Every configuration computes others too, but the fastest may be another one.
 
     Raises UnsupportedError where no kernel computes gradients.
     """

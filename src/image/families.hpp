@@ -28,9 +28,6 @@ struct FamilyFeatures {
 inline constexpr FamilyFeatures plain_bfloat16{full_and_causal, {}};
 inline constexpr FamilyFeatures plain{full_and_causal, full_and_causal};
 inline constexpr FamilyFeatures with_all_masks{every_mask, full_and_causal};
-/// Of configurations that are the default under these masks alone.
-inline constexpr FamilyFeatures causal_and_band{std::span(every_mask).subspan(1, 2),
-                                                std::span(full_and_causal).subspan(1)};
 
 template <class Config>
 struct Family {

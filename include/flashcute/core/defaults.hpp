@@ -157,7 +157,7 @@ constexpr ForwardConfig small_grid_forward_config(DType dtype, int32_t d, Arch a
 struct BackwardTile {
   BackwardConfig config;
   char const* chosen_by;
-  bool cut_tiles = false;  // only for masks that hide whole blocks from tiles of keys
+  bool causal_only = false;
 };
 
 inline constexpr BackwardTile backward_tiles[] = {
@@ -282,7 +282,7 @@ constexpr bool sm90_serves(BackwardTensors const& t, Arch arch) {
 /// Whether an entry may serve the tensors.
 constexpr bool may_serve(BackwardTile const& tile, BackwardTensors const& t, Arch arch) {
   BackwardConfig const& c = tile.config;
-  if (tile.cut_tiles && t.mask != MaskKind::causal && t.mask != MaskKind::band) return false;
+  if (tile.causal_only && t.mask != MaskKind::causal) return false;
   if (size_of(c.dtype) != size_of(t.dtype) || c.head_dim < t.head_dim || c.head_dim_v < t.head_dim_v) return false;
   if (c.kernel == Kernel::sm80) return c.deterministic == t.deterministic;
   // Narrow heads in a wide tile would take longer than in the sm80 kernels' own. Wide ones are always deterministic.

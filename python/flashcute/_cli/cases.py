@@ -114,6 +114,8 @@ def forward_config(case: Case, arch: str, options: argparse.Namespace) -> Forwar
 
 
 def backward_config(case: Case, arch: str, options: argparse.Namespace) -> BackwardConfig:
-    cfg = changed_backward_config(case.head_dim, case.dtype, arch, options.config)
+    cfg = changed_backward_config(
+        case.head_dim, case.dtype, arch, options.config, causal=case.only_causal
+    )
     cfg.check(arch)
     return cfg

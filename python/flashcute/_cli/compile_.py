@@ -79,30 +79,42 @@ def run(options: argparse.Namespace) -> int:
     if options.all and named:
         raise UsageError("--all takes no option of a configuration")
     arch = options.arch or default_arch()
-    chosen: list[Config]
-    if options.all:
-        chosen = configs_ahead_of_time(arch)
-        if not chosen:
-            raise UsageError("--all: this build has no ahead-of-time configurations; name one")
-    else:
-        base = one_config(options, arch, changes)
-        chosen = [base, *(base.replace(**more) for more in options.config)]
+
+    def chosen(causal: bool) -> list[Config]:
+        if options.all:
+            return configs_ahead_of_time(arch)
+        base = one_config(options, arch, changes, causal)
+        return [base, *(base.replace(**more) for more in options.config)]
+
+    if not chosen(causal=False):
+        raise UsageError("--all: this build has no ahead-of-time configurations; name one")
 
     if options.jobs:
         os.environ["FLASHCUTE_JIT_JOBS"] = str(options.jobs)
     start = time.perf_counter()
     if options.window and options.causal is not None:
         raise UsageError("--window takes neither --causal nor --no-causal: windows share kernels")
-    variant = Variant(window=(0, 0)) if options.window else None  # kernels fit windows of any size
-    for kernel, origin in prebuild(chosen, arch, causal=options.causal, variant=variant).items():
+    origins: dict[str, str] = {}
+    if options.window:  # kernels fit windows of any size
+        origins = prebuild(chosen(causal=False), arch, variant=Variant(window=(0, 0)))
+    elif options.causal is None and chosen(causal=False) == chosen(causal=True):
+        origins = prebuild(chosen(causal=False), arch)
+    else:
+        for causal in (False, True) if options.causal is None else (options.causal,):
+            origins |= prebuild(chosen(causal), arch, causal=causal)
+    for kernel, origin in origins.items():
         print(f"{kernel} for {arch}: {origin}")
     print(f"{time.perf_counter() - start:.1f} s")
     return 0
 
 
-def one_config(options: argparse.Namespace, arch: str, changes: dict[str, object]) -> Config:
-    changed = changed_backward_config if options.backward else changed_config
-    return changed(options.head_dim or 128, options.dtype or "bfloat16", arch, changes)
+def one_config(
+    options: argparse.Namespace, arch: str, changes: dict[str, object], causal: bool
+) -> Config:
+    head_dim, dtype = options.head_dim or 128, options.dtype or "bfloat16"
+    if options.backward:
+        return changed_backward_config(head_dim, dtype, arch, changes, causal=causal)
+    return changed_config(head_dim, dtype, arch, changes)
 
 
 def default_arch() -> str:

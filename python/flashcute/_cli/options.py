@@ -185,13 +185,19 @@ def changed_backward_config(
     arch: str | int,
     changes: dict[str, Any],
     head_dim_v: int | None = None,
+    causal: bool = False,
 ) -> BackwardConfig:
-    """The same of the backward; `deterministic` has a default configuration of its own."""
+    """The same of the backward; `deterministic` has a default configuration of its own, and so may the causal mask."""
     deterministic = bool(changes.get("deterministic", False))
 
     def default(arch: str | int) -> BackwardConfig:
         return default_backward_config(
-            head_dim, dtype, arch, head_dim_v=head_dim_v, deterministic=deterministic
+            head_dim,
+            dtype,
+            arch,
+            head_dim_v=head_dim_v,
+            deterministic=deterministic,
+            causal=causal,
         )
 
     base = default(arch)

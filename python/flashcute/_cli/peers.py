@@ -152,13 +152,14 @@ class FlashcuteGradients(Implementation):
         self.arch = kit.arch
         super().__init__(name or changed_name(self.changes), __version__, flash_attention)
 
-    def config(self, head_dim: int, value_dim: int, dtype: str) -> BackwardConfig:
+    def config(self, head_dim: int, value_dim: int, dtype: str, causal: bool) -> BackwardConfig:
         head_dim_v = None if value_dim == head_dim else value_dim
-        return changed_backward_config(head_dim, dtype, self.arch, self.changes, head_dim_v)
+        return changed_backward_config(head_dim, dtype, self.arch, self.changes, head_dim_v, causal)
 
     def config_name(self, kit: Kit, case: Case) -> str | None:
         if self.changes:
-            return str(self.config(case.head_dim, case.value_dim, case.dtype).name)
+            cfg = self.config(case.head_dim, case.value_dim, case.dtype, case.only_causal)
+            return str(cfg.name)
         q, k, v, sink = empty_arrays(kit, case)
         call = checked_options(case.causal, "end", None, "bshd", window=case.window, sink=sink)
         return str(_core.backward_config_for(q, k, v, call).name)
@@ -169,7 +170,8 @@ class FlashcuteGradients(Implementation):
         """A call of `backward`, for changes."""
         q, k, v = inputs
         out, lse = flash_attention(q, k, v, causal, window=window, sink=sink, return_lse=True)
-        cfg = self.config(q.shape[-1], v.shape[-1], dtype_name(q))
+        only_causal = causal and window is None and sink is None
+        cfg = self.config(q.shape[-1], v.shape[-1], dtype_name(q), only_causal)
         variant = Variant(causal=causal, window=window, sink=sink)
         return functools.partial(backward, cfg, dout, q, k, v, out, lse, variant=variant)
 

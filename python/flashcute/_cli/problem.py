@@ -40,6 +40,11 @@ class Case(NamedTuple):
         return self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     @property
+    def only_causal(self) -> bool:
+        """Whether the causal mask is all that the kernels have to know."""
+        return self.causal and self.window is None and not self.sink
+
+    @property
     def counted_pairs(self) -> float:
         """Of a query and a key, in all heads, by which FLOPs are counted: half of all under a causal mask, by
         convention; with a window those that are visible."""

@@ -213,7 +213,20 @@ def test_compile_of_one_mask(
 
     monkeypatch.setattr("flashcute._cli.compile_.prebuild", prebuild)
     assert main(["compile", "--arch", "sm_80", *argument]) == 0
-    assert [(call["causal"], call["variant"] is not None) for call in told] == [(causal, window)]
+    assert [(call.get("causal"), "variant" in call) for call in told] == [(causal, window)]
+
+
+def test_compile_of_a_default_by_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the causal mask Hopper's gradients have another default: that of no mask would be compiled in vain."""
+    told: list[tuple[int, bool]] = []
+
+    def prebuild(cfgs: list[fc.BackwardConfig], arch: str, *, causal: bool) -> dict[str, str]:
+        told.extend((cfg.k_stages, causal) for cfg in cfgs)
+        return {}
+
+    monkeypatch.setattr("flashcute._cli.compile_.prebuild", prebuild)
+    assert main(["compile", "--backward", "--arch", "sm_90"]) == 0
+    assert told == [(1, False), (2, True)]
 
 
 def test_explain_a_window(capsys: pytest.CaptureFixture[str]) -> None:

@@ -240,7 +240,7 @@ def test_backward_window(d: int, left: int, right: int, offset: int) -> None:
     distance = torch.arange(keys, device="cuda") - torch.arange(rows, device="cuda")[:, None]
     seen = (distance >= offset - left) & (distance <= offset + right)
     found = run(
-        default(d, causal=True), q, k, v, dout, False, window=(left, right), diagonal=offset
+        default(d), q, k, v, dout, False, window=(left, right), diagonal=offset
     )
     assert_close(found, gradients(q, k, v, dout, False, seen))
 
@@ -262,7 +262,7 @@ def test_backward_lengths_and_sink(d: int, causal: bool) -> None:
     for x, absent in ((q, no_query), (dout, no_query), (k, no_key), (v, no_key)):
         x[absent] = torch.nan
     masks = {"seqlens_q": queries, "seqlens_k": keys}
-    found = run(default(d, causal=True), q, k, v, dout, causal, **masks)
+    found = run(default(d), q, k, v, dout, causal, **masks)
     for x, absent in zip(found, (no_query, no_key, no_key), strict=True):
         assert (x[absent] == 0).all()
     clean_q, clean_k, clean_v, clean_dout = (x.nan_to_num() for x in (q, k, v, dout))
@@ -270,11 +270,11 @@ def test_backward_lengths_and_sink(d: int, causal: bool) -> None:
     assert_close(found, want)
     # A sink far below all scores changes nothing, and has no gradient. The same sum of a sink that counts, by mma.sync.
     sink = torch.full((4,), -1e4, device="cuda")
-    *with_sink, dsink = run(default(d, causal=True), q, k, v, dout, causal, sink=sink, **masks)
+    *with_sink, dsink = run(default(d), q, k, v, dout, causal, sink=sink, **masks)
     assert_close(with_sink, want)
     assert (dsink == 0).all()
     sink = torch.randn(4, device="cuda")
-    found = run(default(d, causal=True), q, k, v, dout, causal, sink=sink, **masks)
+    found = run(default(d), q, k, v, dout, causal, sink=sink, **masks)
     other = fc.default_backward_config(d, "bfloat16", "sm_100", deterministic=False)
     same = run(other, q, k, v, dout, causal, sink=sink, **masks)
     assert_close(found[:3], tuple(x.double() for x in same[:3]))
@@ -294,7 +294,7 @@ def test_backward_packed(d: int, causal: bool) -> None:
         x[:5], x[starts[-1] :] = torch.nan, torch.nan
         for n in range(1, len(lengths), 2):
             x[starts[n] : starts[n + 1]] = torch.nan
-    found = run(default(d, causal=True), q, k, v, dout, causal, cu_seqlens_q=int32(starts))
+    found = run(default(d), q, k, v, dout, causal, cu_seqlens_q=int32(starts))
     for n in range(2, len(lengths), 2):
         rows = slice(starts[n], starts[n + 1])
         alone = gradients(q[None, rows], k[None, rows], v[None, rows], dout[None, rows], causal)

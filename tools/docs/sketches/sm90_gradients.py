@@ -49,7 +49,9 @@ def draw() -> Figure:
     axes.add_patch(
         Rectangle((0.3, 7.8), 19.4, 8.4, facecolor=EMPTY, edgecolor="#BBBBBB", linewidth=0.8)
     )
-    told = (2 * keys + (config.stages + config.dout_stages) * queries + 2 * ds + dq) // 1024
+    told = (
+        (1 + config.k_stages) * keys + (config.stages + config.dout_stages) * queries + 2 * ds + dq
+    ) // 1024
     say(axes, 10, 8.4, f"shared memory: {told} KB of tiles, and barriers", size=SMALL, colour=QUIET)
     for row, (name, colour) in enumerate((("K", K), ("V", V))):
         box(axes, 0.8, 9.1 + row * 2.3, 3.9, 1.9, f"{name}: {keys // 1024} KB", colour, size=SMALL)
