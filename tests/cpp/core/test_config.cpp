@@ -583,15 +583,18 @@ TEST(BackwardConfig, DefaultsAreValidEverywhereAndCompiledAheadOfTime) {
             EXPECT_EQ(c.deterministic, deterministic);
             EXPECT_EQ(c.copy_bytes, alignment);
           }
-          BackwardConfig const aligned = default_backward_config(dtype, d, arch, d, deterministic);
           // On Hopper wide heads are always deterministic; float16 has images of powers of two alone, and none of
           // additions to dQ in a fixed order.
           bool const bfloat16 = dtype == DType::bfloat16;
           bool const hopper_ahead = d > 128 ? d > 192 || bfloat16 : bfloat16 || !deterministic;
           bool const ahead =
               arch == 90 ? hopper_ahead : !deterministic && (d <= 128 || max_smem_bytes(arch) > 99 * 1024);
-          EXPECT_EQ(std::find(built.begin(), built.end(), aligned) != built.end(), ahead)
-              << name(aligned).text << " on " << arch;
+          for (bool const causal : {false, true}) {
+            BackwardConfig const aligned = default_backward_config(dtype, d, arch, d, deterministic, causal);
+            EXPECT_EQ(check(aligned, arch), BackwardConfigError::none) << name(aligned).text << " on " << arch;
+            EXPECT_EQ(std::find(built.begin(), built.end(), aligned) != built.end(), ahead)
+                << name(aligned).text << " on " << arch;
+          }
         }
       }
     }

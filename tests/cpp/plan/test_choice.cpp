@@ -242,6 +242,23 @@ TEST_F(Choice, AWiderTileIsTakenWhereTheExactOneHasNoImage) {
   EXPECT_EQ(e.notes.size(), 1u) << "one note about Hopper's kernel, not one for each of its tiles";
 }
 
+// Guards against gradients of causal calls by the tile that is the fastest without a mask, and the reverse; and against
+// a default that is not the one which calls take.
+TEST_F(Choice, GradientsOfTheCausalMaskHaveADefaultOfTheirOwn) {
+  fake_images() = {};
+  TensorView const t = tensor({2, 64, 2, 128}, hopper);
+  CallOptions causal, window;
+  causal.causal = true;
+  window.causal = true;
+  window.window_left = 8;
+  BackwardConfig const whole = default_backward_config(DType::bfloat16, 128, 90);
+  BackwardConfig const cut = default_backward_config(DType::bfloat16, 128, 90, {}, false, true);
+  EXPECT_NE(whole, cut);
+  EXPECT_EQ(backward_config_for(t, t, t), whole);
+  EXPECT_EQ(backward_config_for(t, t, t, {}, causal), cut);
+  EXPECT_EQ(backward_config_for(t, t, t, {}, window), whole);
+}
+
 // Guards against gradients that fail, or wait, for the image of one more kernel, that of a sink's gradient.
 TEST_F(Choice, ASinkNeedsAnImageOfItsOwn) {
   fake_images() = {"80 90", "_sm90_"};
