@@ -129,8 +129,8 @@ class TilesInTurn {
     });
   }
 
-  /// By the loading lane: goes on to the next tile, and announces it. With one place for K every warp has released K of
-  /// the last but one, or this one's could not have been requested.
+  /// By the loading lane: goes on to the next tile, and announces it. With one place for K every warp has released that
+  /// of the last tile but one: else K of the last could not have been requested.
   FLASHCUTE_DEVICE void announce(AnnouncedTile<Tile> const& tile) {
     ++number_;
     if constexpr (L::k_places > 1) await_place_of_k();

@@ -239,9 +239,7 @@ def test_backward_window(d: int, left: int, right: int, offset: int) -> None:
     k, v = normal(2, keys, 2, d), normal(2, keys, 2, d)
     distance = torch.arange(keys, device="cuda") - torch.arange(rows, device="cuda")[:, None]
     seen = (distance >= offset - left) & (distance <= offset + right)
-    found = run(
-        default(d), q, k, v, dout, False, window=(left, right), diagonal=offset
-    )
+    found = run(default(d), q, k, v, dout, False, window=(left, right), diagonal=offset)
     assert_close(found, gradients(q, k, v, dout, False, seen))
 
 
