@@ -80,7 +80,7 @@ def relative_errors(
         inputs = [on_gpu(x) for x in inputs]
     q, k, v, dout = inputs
     out, lse = flashcute.flash_attention(q, k, v, causal, return_lse=True)
-    cfg = flashcute.default_backward_config(d, dtype, arch(device))
+    cfg = flashcute.default_backward_config(d, dtype, arch(device), causal=causal)
     found: Any = flashcute.backward(cfg, dout, q, k, v, out, lse, causal=causal)
     if device == "cuda":
         found = [x.double().cpu().numpy() for x in found]

@@ -264,7 +264,7 @@ def main() -> int:
         with open(options.out, "a") as out:
             out.write(json.dumps(whole, allow_nan=False) + "\n")
     show(found)
-    return 0 if max(distances.values()) < NOISE else 1
+    return 0 if all(x < NOISE for x in distances.values()) else 1  # NaN is not
 
 
 if __name__ == "__main__":

@@ -111,7 +111,8 @@ def prebuild(
     cfgs: a configuration of the forward or the backward, or a list of them; default all that the build compiles ahead
         of time and that `arch` can run.
     arch: "sm_90" and the like; default the architecture of GPU 0. If it is given, no GPU is needed.
-    causal: only the kernels of calls with this `causal`; default those of both.
+    causal: only the kernels of calls with this `causal`; default those of both. (Gradients of causal calls may have
+        another default: `default_backward_config(..., causal=True)`.)
     variant: only the kernels of calls with such a `Variant`, in place of `causal`. Those with a window that hides keys
         before the diagonal, lengths, packed sequences, a prefix or a sink share their kernels, whatever the numbers
         are; so do all with masks by element (attn_mask, documents, block_mask), whatever else they have.

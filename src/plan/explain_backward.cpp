@@ -32,7 +32,7 @@ std::string why_not_default(BackwardConfig const& other, Call const& call, std::
     if (call.options.deterministic && !other.deterministic) {
       return "it does not give the same bits in every run, as the call asks";
     }
-    return "not the default for these shapes";
+    return "not the default for these shapes and this mask";
   });
 }
 
@@ -68,9 +68,11 @@ void explain_wishes(BackwardConfig const& chosen, Call const& call, std::span<Op
                     std::string const& misaligned, BackwardExplanation& e) {
   if (call.arch == 90 && chosen.kernel == Kernel::sm80) e.rejected.emplace_back("sm90", why_not_sm90(call, copied));
   if (chosen.kernel == Kernel::sm90) {
-    BackwardConfig const narrower = default_with_sm90(call);
-    if (narrower != chosen) {
-      e.rejected.emplace_back("head_dim=" + std::to_string(narrower.head_dim), why_no_images(narrower, call));
+    BackwardConfig const best = default_with_sm90(call);
+    if (best != chosen) {
+      e.rejected.emplace_back(
+          best.head_dim != chosen.head_dim ? "head_dim=" + std::to_string(best.head_dim) : std::string(name(best).text),
+          why_no_images(best, call));
     }
   }
   if (chosen.copy_bytes < 16) e.rejected.emplace_back("copy_bytes=16", misaligned);

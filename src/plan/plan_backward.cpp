@@ -163,6 +163,8 @@ BackwardConfig choose_backward_config(Call const& call, std::span<Operand const>
     if (candidates.empty() || config != candidates.back()) candidates.push_back(config);
   };
   add();
+  t.mask = MaskKind::full;  // that default serves every mask
+  add();
   t.any_width = false;
   add();
   t.allow_sm90 = false;

@@ -6,8 +6,8 @@
 //
 // The products are asynchronous. `late_dq`: dQ of a block needs dS of both warpgroups. It is multiplied one iteration
 // later, when the other's dS has long been there: so the two never wait for each other, and one computes exponentials
-// while the other multiplies. With a second place for K that of a tile's last block is multiplied in the next tile's
-// first one.
+// while the other multiplies. With a second place for K, and more than one tile for a thread block, that of a tile's
+// last block is multiplied in the next tile's first one.
 //
 // `early_reads`: instructions that read shared memory and products pass through one queue of a scheduler, in order.
 // What is read once products were begun waits until the tensor cores have taken these, so it is read before.

@@ -42,8 +42,8 @@ class GradientLoader {
     prefetch(p.k);
   }
 
-  /// What the tile that was announced last needs. It begins while warps still have the tile before, whose V is free
-  /// before its K: that is needed for dQ of the last block.
+  /// What the tile that was announced last needs. It begins while warps still have the tile before. With one place for
+  /// K V of that is free first: K is needed for dQ of the last block.
   FLASHCUTE_DEVICE void load(Tile const& tile, Passing at) {
     if (at.left == 0) return pass_over();
     if constexpr (KeyTiles<Id>::persistent) {

@@ -61,6 +61,7 @@ class AnyOrder {
 /// their own numbers, which start in any order: they count how many have come before them, and the tiles of each head
 /// are taken from its last keys on. Each computes its tiles in the order in which it took them. So of the tiles that
 /// are not done the one that was taken first waits for none, and it can go on, however many multiprocessors there are.
+/// With two places for K its last dQ comes from the next tile's first block, which needs loads and this tile's turns.
 ///
 /// Under a causal mask the tiles of a head that start together do not wait for each other: each begins at its diagonal,
 /// which the tile of the keys before it reaches later.

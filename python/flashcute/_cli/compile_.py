@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from typing import Any
 
 from .. import BackwardConfig, ForwardConfig, Variant, _core, prebuild
 from ..configurations import configs_ahead_of_time
@@ -16,6 +17,7 @@ from .options import (
     add_config_arguments,
     changed_backward_config,
     changed_config,
+    changed_if_legal,
     config_changes,
     given_changes,
     positive_int,
@@ -84,7 +86,13 @@ def run(options: argparse.Namespace) -> int:
         if options.all:
             return configs_ahead_of_time(arch)
         base = one_config(options, arch, changes, causal)
-        return [base, *(base.replace(**more) for more in options.config)]
+        return [base, *(also(base, more) for more in options.config)]
+
+    def also(base: Config, more: dict[str, Any]) -> Config:
+        plain = one_config(options, arch, changes, causal=False)
+        if isinstance(base, BackwardConfig) and isinstance(plain, BackwardConfig):
+            return changed_if_legal(base, plain, more, arch)
+        return base.replace(**more)
 
     if not chosen(causal=False):
         raise UsageError("--all: this build has no ahead-of-time configurations; name one")

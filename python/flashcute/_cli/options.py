@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from .. import BackwardConfig, ForwardConfig, default_backward_config, default_config
+from .. import BackwardConfig, ConfigError, ForwardConfig, default_backward_config, default_config
 
 # What `commands` of argparse is; the class is generic in the type checker's eyes only.
 Commands = Any
@@ -187,10 +187,11 @@ def changed_backward_config(
     head_dim_v: int | None = None,
     causal: bool = False,
 ) -> BackwardConfig:
-    """The same of the backward; `deterministic` has a default configuration of its own, and so may the causal mask."""
+    """The same of the backward; `deterministic` has a default configuration of its own, and so may the causal mask.
+    Changes for which the causal one has no room are of the other."""
     deterministic = bool(changes.get("deterministic", False))
 
-    def default(arch: str | int) -> BackwardConfig:
+    def default(arch: str | int, causal: bool) -> BackwardConfig:
         return default_backward_config(
             head_dim,
             dtype,
@@ -200,7 +201,20 @@ def changed_backward_config(
             causal=causal,
         )
 
-    base = default(arch)
+    base, plain = default(arch, causal), default(arch, causal=False)
     if base.kernel == "sm90" and changes.get("kernel", "sm90") != "sm90":
-        base = default("sm_100")
-    return base.replace(**changes)
+        base = plain = default("sm_100", causal=False)
+    return changed_if_legal(base, plain, changes, arch)
+
+
+def changed_if_legal(
+    base: BackwardConfig, plain: BackwardConfig, changes: dict[str, Any], arch: str | int
+) -> BackwardConfig:
+    """`base` with changes; if that is no configuration of `arch`, `plain` with them."""
+    changed = base.replace(**changes)
+    if base != plain:
+        try:
+            changed.check(arch)
+        except ConfigError:
+            return plain.replace(**changes)
+    return changed

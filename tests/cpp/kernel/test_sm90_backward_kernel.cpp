@@ -251,6 +251,8 @@ constexpr BackwardConfig with(BackwardConfig c, Change const& change) {
 
 constexpr BackwardConfig two_keys = with(wide, [](BackwardConfig& c) { c.stages = 2, c.k_stages = 2; });
 
+constexpr BackwardConfig one_key = with(narrow, [](BackwardConfig& c) { c.k_stages = 1; });
+
 template <BackwardConfig B>
 constexpr BackwardConfig deterministic = with(B, [](BackwardConfig& c) { c.deterministic = true; });
 
@@ -271,9 +273,10 @@ void check_shapes() {
 TEST(Sm90BackwardKernel, Shapes) {
   check_shapes<narrow>();
   check_shapes<wide>();
+  check_shapes<two_keys>();
   check_shapes<widest>();
   check_shapes<unequal>();
-  check_shapes<deterministic<narrow>>();
+  check_shapes<deterministic<one_key>>();
   check_shapes<deterministic<wide>>();
 }
 
@@ -298,7 +301,8 @@ TEST(Sm90BackwardKernel, Options) {
   check_options<with(wide, [](BackwardConfig& c) { c.late_dq = false; })>();
   check_options<with(narrow, [](BackwardConfig& c) { c.late_dq = false, c.stages = 2; })>();
   check_options<with(wide, [](BackwardConfig& c) { c.early_reads = false; })>();
-  check_options<with(narrow, [](BackwardConfig& c) { c.k_stages = 1; })>();
+  check_options<one_key>();
+  check_options<deterministic<narrow>>();
   check_options<two_keys>();
 }
 
@@ -353,6 +357,8 @@ TEST(Sm90BackwardKernel, ManyTilesOfAThreadBlock) {
   check_many_tiles<with(narrow, [](BackwardConfig& c) { c.late_dq = false, c.k_stages = 1; })>(1);
   check_many_tiles<with(two_keys, [](BackwardConfig& c) { c.stages = 1, c.dout_stages = 1; })>(1);
   check_many_tiles<deterministic<narrow>>(1);
+  check_many_tiles<deterministic<one_key>>(1);
+  check_many_tiles<two_keys>(1);
   check_many_tiles<deterministic<wide>>(1);
   Sm90BackwardProblem<wide, MaskKind::full> full(
       {.sq = 70, .sk = 300, .d = 128, .d_v = 128, .batch = 2, .heads = 2, .kv_heads = 1});
@@ -362,7 +368,7 @@ TEST(Sm90BackwardKernel, ManyTilesOfAThreadBlock) {
 
 TEST(Sm90BackwardKernel, OneTileOfAThreadBlock) {
   check_options<with(wide, [](BackwardConfig& c) { c.persistent = false; })>();
-  check_options<with(deterministic<narrow>, [](BackwardConfig& c) { c.persistent = false; })>();
+  check_options<with(deterministic<one_key>, [](BackwardConfig& c) { c.persistent = false; })>();
 }
 
 // Guards against gradients of keys that no query sees, and of queries that see no key, which the loop leaves out.
@@ -373,7 +379,7 @@ TEST(Sm90BackwardKernel, NothingToSee) {
     Sm90BackwardProblem<widest, MaskKind::causal> wide_problem(
         {.sq = 200, .sk = 270, .d = 200, .d_v = 136, .heads = 2, .causal_offset = offset});
     check_gradients(wide_problem);
-    Sm90BackwardProblem<deterministic<narrow>, MaskKind::causal> same_bits(
+    Sm90BackwardProblem<deterministic<one_key>, MaskKind::causal> same_bits(
         {.sq = 200, .sk = 270, .d = 64, .causal_offset = offset});
     check_gradients(same_bits);
   }
@@ -408,10 +414,10 @@ void check_turns(int sq, int sk, int offset) {
 TEST(Sm90BackwardKernel, NobodyWaitsForATileThatIsStartedLater) {
   for (int sq : {1, 63, 64, 65, 128, 129, 300, 1000}) {
     for (int sk : {1, 127, 128, 129, 500, 1111}) {
-      check_turns<deterministic<narrow>, MaskKind::full>(sq, sk, 0);
+      check_turns<deterministic<one_key>, MaskKind::full>(sq, sk, 0);
       check_turns<deterministic<wide>, MaskKind::full>(sq, sk, 0);
       for (int offset : {sk - sq, 0, -sq - 200, -70, -1, 1, 130, sk}) {
-        check_turns<deterministic<narrow>, MaskKind::causal>(sq, sk, offset);
+        check_turns<deterministic<one_key>, MaskKind::causal>(sq, sk, offset);
         check_turns<deterministic<wide>, MaskKind::causal>(sq, sk, offset);
       }
     }
@@ -434,12 +440,12 @@ void check_same_bits(Shape const& s) {
 
 TEST(Sm90BackwardKernel, SameBits) {
   Shape const many_keys{.sq = 150, .sk = 700, .d = 64, .d_v = 64, .batch = 2, .heads = 2, .kv_heads = 1};
-  check_same_bits<deterministic<narrow>, MaskKind::full>(many_keys);
-  check_same_bits<deterministic<narrow>, MaskKind::causal>({.sq = 500, .sk = 520, .d = 64, .d_v = 64, .heads = 2});
+  check_same_bits<deterministic<one_key>, MaskKind::full>(many_keys);
+  check_same_bits<deterministic<one_key>, MaskKind::causal>({.sq = 500, .sk = 520, .d = 64, .d_v = 64, .heads = 2});
   check_same_bits<deterministic<wide>, MaskKind::full>({.sq = 70, .sk = 500, .d = 128, .d_v = 128});
   check_same_bits<deterministic<wide>, MaskKind::causal>({.sq = 330, .sk = 300, .d = 128, .d_v = 128});
   // Of persistent thread blocks the first takes all tiles here. These take one each, in a random order.
-  constexpr BackwardConfig one_tile = with(deterministic<narrow>, [](BackwardConfig& c) { c.persistent = false; });
+  constexpr BackwardConfig one_tile = with(deterministic<one_key>, [](BackwardConfig& c) { c.persistent = false; });
   check_same_bits<one_tile, MaskKind::full>(many_keys);
   check_same_bits<one_tile, MaskKind::causal>({.sq = 300, .sk = 420, .d = 64, .d_v = 64, .heads = 2});
 }
@@ -466,8 +472,9 @@ void check_poison() {
 
 TEST(Sm90BackwardKernel, PoisonReachesWhatSeesIt) {
   check_poison<narrow>();
+  check_poison<two_keys>();
   check_poison<wide>();
-  check_poison<deterministic<narrow>>();
+  check_poison<deterministic<one_key>>();
 }
 
 TEST(Sm90BackwardKernel, PoisonOfWideHeadsReachesWhatSeesIt) { check_poison<widest>(); }

@@ -257,6 +257,10 @@ TEST_F(Choice, GradientsOfTheCausalMaskHaveADefaultOfTheirOwn) {
   EXPECT_EQ(backward_config_for(t, t, t), whole);
   EXPECT_EQ(backward_config_for(t, t, t, {}, causal), cut);
   EXPECT_EQ(backward_config_for(t, t, t, {}, window), whole);
+  // Without its image the other one is the next best, not the mma.sync kernels.
+  fake_images().without = "bwd_sm90_d128_causal";
+  ScopedVariable const off("FLASHCUTE_JIT", "off");
+  EXPECT_EQ(backward_config_for(t, t, t, {}, causal), whole);
 }
 
 // Guards against gradients that fail, or wait, for the image of one more kernel, that of a sink's gradient.

@@ -229,6 +229,33 @@ def test_compile_of_a_default_by_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == [(1, False), (2, True)]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "want"),
+    [
+        (["--stages", "3"], [("k_stages", 1)]),  # for which the causal default has no room
+        (["--dout-stages", "3"], [("dout_stages", 3)]),
+        (["--config", "stages=2,dout_stages=3"], [("k_stages", 1), ("dout_stages", 3)]),
+        (["--causal", "--early-reads", "0"], [("k_stages", 2), ("early_reads", False)]),
+    ],
+)
+def test_compile_of_changes_to_a_default_by_mask(
+    arguments: list[str], want: list[tuple[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changes that are legal without a mask, and that the command refuses for the mask's own default."""
+    told: list[fc.BackwardConfig] = []
+
+    def prebuild(cfgs: list[fc.BackwardConfig], arch: str, **_: Any) -> dict[str, str]:
+        for cfg in cfgs:
+            cfg.check(arch)
+        told.extend(cfgs)
+        return {}
+
+    monkeypatch.setattr("flashcute._cli.compile_.prebuild", prebuild)
+    assert main(["compile", "--backward", "--arch", "sm_90", *arguments]) == 0
+    for name, value in want:
+        assert any(getattr(cfg, name) == value for cfg in told)
+
+
 def test_explain_a_window(capsys: pytest.CaptureFixture[str]) -> None:
     """An argument that the command drops, or cannot read."""
     sizes = ["explain", "--device", "cpu", "--dtype", "float32", "--seqlen-q", "8"]

@@ -25,6 +25,10 @@ def default(d: int, dtype: str = "bfloat16", **other: Any) -> fc.BackwardConfig:
     return fc.default_backward_config(d, dtype, "sm_90", deterministic=False, **other)
 
 
+def same_bits(d: int) -> fc.BackwardConfig:
+    return fc.default_backward_config(d, "bfloat16", "sm_90", deterministic=True)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("d", [8, 72, 128, 136, 256])
 def test_default(dtype: str, d: int) -> None:
@@ -34,10 +38,10 @@ def test_default(dtype: str, d: int) -> None:
         wide = d > 128
         cfg = default(head_dim, dtype, head_dim_v=head_dim_v)
         assert (cfg.kernel, cfg.deterministic) == ("sm90", wide)
-        same_bits = fc.default_backward_config(
+        ordered = fc.default_backward_config(
             head_dim, dtype, "sm_90", head_dim_v=head_dim_v, deterministic=True
         )
-        assert (same_bits.kernel, same_bits.deterministic) == ("sm90", True)
+        assert (ordered.kernel, ordered.deterministic) == ("sm90", True)
     assert fc.default_backward_config(d, dtype, "sm_100", deterministic=False).kernel == "sm80"
 
 
@@ -50,7 +54,7 @@ def test_default_by_mask() -> None:
         assert fc.default_backward_config(d, arch="sm_80", causal=True) == (
             fc.default_backward_config(d, arch="sm_80")
         )
-    assert (cfg.kernel, default(128, causal=True).k_stages) == ("sm90", 2)
+    assert (default(128, causal=True).kernel, default(128, causal=True).k_stages) == ("sm90", 2)
 
 
 def test_widths() -> None:
@@ -80,7 +84,7 @@ def test_rules_of_wide_heads(change: dict[str, Any], problem: str) -> None:
         default(256).replace(**change).check("sm_90")
 
 
-@pytest.mark.parametrize("cfg", [default(64).replace(deterministic=True), default(256)])
+@pytest.mark.parametrize("cfg", [same_bits(64), default(256)])
 def test_prebuild_of_a_mask_that_they_do_not_serve(cfg: fc.BackwardConfig) -> None:
     """A list in which nothing serves the mask would build nothing, and say nothing."""
     with pytest.raises(fc.ConfigError, match=r"^cfgs: BackwardConfig.* full and causal masks only"):
@@ -102,12 +106,16 @@ def variants() -> list[fc.BackwardConfig]:
         {"deterministic": True, "late_dq": False},
         {"deterministic": True, "persistent": False},
     ]
-    narrow = dict.fromkeys(default(d).replace(**change) for d in NARROW for change in changes)
+
+    def changed(d: int, change: dict[str, Any]) -> fc.BackwardConfig:
+        return (same_bits(d) if change.get("deterministic") else default(d)).replace(**change)
+
+    narrow = dict.fromkeys(changed(d, change) for d in NARROW for change in changes)
     return [
         *narrow,
         default(128).replace(stages=2, dout_stages=3),
         default(128).replace(early_reads=False),
-        default(128).replace(early_reads=False, deterministic=True),
+        same_bits(128).replace(early_reads=False),
         default(256),
         default(256).replace(dout_stages=1),
         default(192),
@@ -191,13 +199,29 @@ def test_backward_options(cfg: fc.BackwardConfig, causal: bool) -> None:
 
 @pytest.mark.gpu
 @on_hopper
+@pytest.mark.parametrize("cfg", [x for x in variants() if x.head_dim <= 128], ids=lambda c: c.name)
+def test_many_tiles_of_a_thread_block(cfg: fc.BackwardConfig) -> None:
+    """What a tile leaves for the next one of its thread block: more tiles than a GPU has multiprocessors, twice. Of
+    each head's four the last two are seen by no query, and the first two by two blocks or more, or by one."""
+    for rows, seen_keys in ((300, 250), (50, 200)):
+        q, dout = (normal(40, rows, 4, cfg.head_dim) for _ in range(2))
+        k, v = (normal(40, 500, 2, cfg.head_dim) for _ in range(2))
+        diagonal = seen_keys - rows
+        i, j = torch.arange(rows, device="cuda"), torch.arange(500, device="cuda")
+        found = run(cfg, q, k, v, dout, True, diagonal=diagonal)
+        seen = j <= i[:, None] + diagonal
+        assert_close(found, gradients(q, k, v, dout, False, seen))
+
+
+@pytest.mark.gpu
+@on_hopper
 @pytest.mark.parametrize("d", HEAD_DIMS)
 @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_backward_poison(d: int, where: str, poison: float) -> None:
     """A row of NaN or infinity changes no bit of what does not see it, and is seen by all that does: its products with
     hidden rows are 0 * NaN."""
-    cfg = default(d)
+    cfg = default(d, causal=True)
     rows, row = 700, 333
     q, k, v, dout = (
         torch.randn(1, rows, 2, d, device="cuda", dtype=torch.bfloat16) for _ in range(4)
@@ -326,7 +350,7 @@ def test_backward_block_mask(d: int) -> None:
 def test_same_bits_whatever_else_runs(d: int, causal: bool) -> None:
     """A tile that waits for one that is not started never ends where another kernel holds half of the multiprocessors;
     one that does not wait adds in another order; counters of another call, which the workspace still has, let it."""
-    cfg = default(d).replace(deterministic=True)
+    cfg = same_bits(d)
     q, dout = (torch.randn(2, 1000, 16, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.randn(2, 1100, 4, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out, lse = fc.flash_attention(q, k, v, causal, return_lse=True)
@@ -358,7 +382,7 @@ def test_same_bits_whatever_else_runs(d: int, causal: bool) -> None:
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_backward_in_a_graph(deterministic: bool) -> None:
     """Sums of dq that the launches of a replay do not clear would grow from replay to replay."""
-    cfg = default(128).replace(deterministic=deterministic)
+    cfg = same_bits(128) if deterministic else default(128, causal=True)
     q, k, v, dout = (
         torch.randn(1, 512, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4)
     )

@@ -49,14 +49,24 @@ def forward_defaults(dtype: str) -> str:
 
 
 def backward_defaults(dtype: str) -> str:
-    """The same of gradients, with and without the same bits in every run."""
+    """The same of gradients, with and without the same bits in every run, and under the causal mask."""
+    kinds = (
+        {"deterministic": False},
+        {"deterministic": False, "causal": True},
+        {"deterministic": True},
+    )
 
-    def both(head_dim: int, target: str) -> list[Config]:
+    def every(head_dim: int, target: str) -> list[Config]:
         default = functools.partial(flashcute.default_backward_config, head_dim, dtype, target)
-        return list(dict.fromkeys(default(deterministic=x) for x in (False, True)))  # or one
+        return list(dict.fromkeys(default(**kind) for kind in kinds))  # of equal ones the first
 
-    found = buckets(both)
-    told = [[*row(x), f"`{x.cfg.kernel}`", other_options(x.cfg)] for x in found]
+    def whose(x: Bucket) -> str:
+        default = functools.partial(flashcute.default_backward_config, x.first, dtype, x.targets[0])
+        plain, causal = default(**kinds[0]), default(**kinds[1])
+        return "`causal=True`: " if x.cfg == causal != plain else ""
+
+    found = buckets(every)
+    told = [[*row(x), f"`{x.cfg.kernel}`", whose(x) + other_options(x.cfg)] for x in found]
     return table([*HEADER, "kernel", "other options"], told)
 
 
