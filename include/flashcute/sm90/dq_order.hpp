@@ -51,22 +51,30 @@ class AnyOrder {
   /// Starts adding; of one element, adds.
   FLASHCUTE_DEVICE void add(float* sums, float const* from, int bytes) const { add_bulk(sums, from, bytes); }
   FLASHCUTE_DEVICE void add(float* sum, float x) const { reduce_add<1>(sum, &x); }
+  /// Whether other tiles wait for this one's additions.
+  FLASHCUTE_DEVICE static constexpr bool others_wait() { return false; }
   /// The block's additions have been started by this lane, or made by the warp's.
   FLASHCUTE_DEVICE void pass_on() const {}
 };
 
-/// From the last keys that the queries see to the first. The first to come stores, so nothing has to be cleared.
+/// From the last keys that the queries see to the first, or from the first to the last: the shapes say which. The first
+/// to come stores, so nothing has to be cleared.
 ///
-/// A tile waits for the tiles of later keys. So that they have always been started, thread blocks do not take tiles by
-/// their own numbers, which start in any order: they count how many have come before them, and the tiles of each head
-/// are taken from its last keys on. Each computes its tiles in the order in which it took them. So of the tiles that
-/// are not done the one that was taken first waits for none, and it can go on, however many multiprocessors there are.
-/// With two places for K its last dQ comes from the next tile's first block, which needs loads and this tile's turns.
+/// A tile waits for tiles of its head that add before it. So that they have always been started, thread blocks do not
+/// take tiles by their own numbers, which start in any order: they count how many have come before them, and the tiles
+/// of each head are taken in the order of additions. Each computes its tiles in the order in which it took them. So of
+/// the tiles that are not done the one that was taken first waits for none, and it can go on, however many
+/// multiprocessors there are. With two places for K its last dQ comes from the next tile's first block, which needs
+/// loads and this tile's turns.
 ///
-/// Under a causal mask the tiles of a head that start together do not wait for each other: each begins at its diagonal,
-/// which the tile of the keys before it reaches later.
+/// From the last keys on, tiles of a head that start together under a causal mask do not wait for each other: each
+/// begins at its diagonal, which the tile of the keys before it reaches later. But the longest tiles come last, and at
+/// the end of the launch some multiprocessors would still have half of one when others have nothing. So under that mask
+/// the heads that are taken last add from the first keys on, and have their shortest tiles at the end. They are many:
+/// a tile that begins at its diagonal waits until those of the keys before it have passed there, and with many heads in
+/// turn they mostly have when it is taken.
 template <BackwardKernelId Id>
-class LastKeysFirst {
+class FixedOrder {
   static constexpr BackwardConfig C = Id.config;
   using Mask = flashcute::Mask<Id.features.mask>;
   using Queries = QueryTile<typename Mask::Sequence>;
@@ -87,22 +95,49 @@ class LastKeysFirst {
 
   // ---- of the pass `gradients` ----
 
-  /// The next of `tiles` tiles, of which `started` have been started.
-  FLASHCUTE_HD static uint32_t tile_number(uint32_t started, uint32_t tiles) { return tiles - 1 - started; }
-
-  /// How many tiles add to a block before this one, which is one of them: those from the first key on do.
-  FLASHCUTE_HD static int32_t tiles_before(Keys const& tile, int32_t head, int32_t block, ForwardParams const& p) {
-    int32_t const row0 = block * C.block_m;
-    Queries const queries{tile.entry, head, tile.kv_head, row0, min_of(C.block_m, p.seqlen_q - row0)};
-    return Mask::kv_range(queries, p, C.block_n).end - 1 - tile.row0 / C.block_n;
+  /// The next of `count` tiles, of which `started` have been started.
+  FLASHCUTE_HD static Keys tile(ForwardParams const& p, uint32_t started, uint32_t count) {
+    uint32_t const from_first = heads_from_first(p), others = count - from_first * tiles_of_head(p);
+    if (started < others) return Keys::at(p, others - 1 - started, C.block_n, sizeof(float), from_first);
+    HeadsInTurn<uint32_t> const turn{0, from_first, started - others};
+    return Keys::of(p, turn.head(), turn.tile(), C.block_n);
   }
 
-  FLASHCUTE_DEVICE LastKeysFirst(BackwardParams const& p, Keys const& tile, int warpgroup)
-      : p_(p), tile_(tile), warpgroup_(warpgroup) {}
+  /// How many heads, of all batches, are taken last and add from the first keys on. `few_tiles` and `enough` are by a
+  /// model of the multiprocessors (docs/kernels/sm90_backward_notebook.md): with fewer tiles, those that wait for each
+  /// other cost more than those that are long; with more, what they read does not fit the level 2 cache.
+  FLASHCUTE_HD static uint32_t heads_from_first(ForwardParams const& p) {
+    constexpr uint32_t few_tiles = 600, enough = 400;
+    if (Id.features.mask != MaskKind::causal || p.kv_heads != p.heads) return 0;
+    auto const heads = static_cast<uint32_t>(p.batch) * static_cast<uint32_t>(p.kv_heads);
+    uint32_t const tiles = heads * tiles_of_head(p);
+    return tiles < few_tiles ? 0 : min_of(heads - heads / 4, ceil_div(enough, tiles_of_head(p)));
+  }
 
-  FLASHCUTE_DEVICE void look_at(typename Mask::Passing const& at) {
+  /// The tile's place among those of its head, from the first; or minus its place from the last, which differs between
+  /// blocks of queries, counted from their ends.
+  FLASHCUTE_HD static int32_t place(Keys const& tile, ForwardParams const& p) {
+    auto const head = static_cast<uint32_t>(tile.entry.batch * p.kv_heads + tile.kv_head);
+    int32_t const number = tile.row0 / C.block_n;
+    return head < heads_from_first(p) ? number : -1 - number;
+  }
+
+  /// How many tiles add to a block before this one, which is one of them.
+  FLASHCUTE_HD static int32_t tiles_before(Keys const& tile, int32_t from, int32_t head, int32_t block,
+                                           ForwardParams const& p) {
+    if (from >= 0) return from;
+    int32_t const row0 = block * C.block_m;
+    Queries const queries{tile.entry, head, tile.kv_head, row0, min_of(C.block_m, p.seqlen_q - row0)};
+    return Mask::kv_range(queries, p, C.block_n).end + from;
+  }
+
+  FLASHCUTE_DEVICE FixedOrder(BackwardParams const& p, Keys const& tile, int warpgroup)
+      : p_(p), tile_(tile), warpgroup_(warpgroup), place_(place(tile, p.forward)) {}
+
+  template <class Passing>
+  FLASHCUTE_DEVICE void look_at(Passing const& at) {
     ForwardParams const& f = p_.forward;
-    before_ = static_cast<uint32_t>(tiles_before(tile_, at.head, at.block, f));
+    before_ = static_cast<uint32_t>(tiles_before(tile_, place_, at.head, at.block, f));
     added_ = Workspace::added(p_, Workspace::number(f, tile_.entry, at.head, at.block), warpgroup_);
     has_turn_ = acquire_count(added_) == before_;  // mostly so: then the answer has come before the block's dQ
   }
@@ -127,6 +162,10 @@ class LastKeysFirst {
     }
   }
 
+  /// Whether other tiles wait for this one's additions: from the first keys on a tile stands where the one before it
+  /// has just been.
+  FLASHCUTE_DEVICE bool others_wait() const { return place_ >= 0; }
+
   /// Gives the turn to the next tile once the block's additions are done: mostly before the next block's dQ is there.
   FLASHCUTE_DEVICE void pass_on() const {
     await_bulk();
@@ -134,9 +173,14 @@ class LastKeysFirst {
   }
 
  private:
+  FLASHCUTE_HD static uint32_t tiles_of_head(ForwardParams const& p) {
+    return Keys::template of_head<uint32_t>(p, C.block_n);
+  }
+
   BackwardParams const& p_;
   Keys const& tile_;
   int const warpgroup_;
+  int32_t const place_;
   uint32_t before_ = 0;        // tiles that add to the block before this one
   uint32_t* added_ = nullptr;  // those that have
   bool has_turn_ = false;
@@ -149,8 +193,8 @@ struct DqOrder : AnyOrder<Id> {
 
 template <BackwardKernelId Id>
   requires(Id.config.deterministic)
-struct DqOrder<Id> : LastKeysFirst<Id> {
-  using LastKeysFirst<Id>::LastKeysFirst;
+struct DqOrder<Id> : FixedOrder<Id> {
+  using FixedOrder<Id>::FixedOrder;
 };
 
 }  // namespace flashcute::sm90

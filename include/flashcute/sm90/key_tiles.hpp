@@ -28,7 +28,11 @@ class KeyTiles {
   /// Sets `tile` to the next one; false if there is none.
   FLASHCUTE_DEVICE bool next(Tile& tile) {
     while (next_number()) {
-      tile = at<Tile>(p_.forward, in_order ? LastKeysFirst<Id>::tile_number(number_, count_) : number_);
+      if constexpr (in_order) {
+        tile = FixedOrder<Id>::tile(p_.forward, number_, count_);
+      } else {
+        tile = at<Tile>(p_.forward, number_);
+      }
       if (Sequence::fills_tensors || tile.rows > 0) return true;  // else a slot that no sequence needs
     }
     return false;

@@ -393,8 +393,7 @@ TEST(Sm90BackwardKernel, NothingToSee) {
 template <BackwardConfig B, MaskKind Kind>
 void check_turns(int sq, int sk, int offset) {
   constexpr BackwardKernelId id = kernel_of(B, BackwardPass::gradients, {Kind});
-  using Order = sm90::LastKeysFirst<id>;
-  using Tile = KeyTile<typename Mask<Kind>::Sequence>;
+  using Order = sm90::FixedOrder<id>;
   ForwardParams p{};
   p.batch = 2, p.heads = 4, p.kv_heads = 2, p.head_dim = p.head_dim_v = B.head_dim;
   p.seqlen_q = sq, p.seqlen_k = sk, p.causal_offset = offset;
@@ -402,11 +401,11 @@ void check_turns(int sq, int sk, int offset) {
   std::vector<int> turns(blocks * 8);
   auto const tiles = static_cast<uint32_t>(count_key_tiles(p, B.block_n));
   for (uint32_t started = 0; started < tiles; ++started) {
-    auto const tile = Tile::at(p, Order::tile_number(started, tiles), B.block_n);
+    auto const tile = Order::tile(p, started, tiles);
     for (auto at = sm90::PassingQueries<id>::of({.forward = p}, tile); at.left > 0; at = at.after()) {
       int& turn =
           turns[static_cast<std::size_t>(tile.entry.batch * 4 + at.head) * blocks + static_cast<std::size_t>(at.block)];
-      EXPECT_EQ(turn++, Order::tiles_before(tile, at.head, at.block, p)) << sq << " x " << sk << " at " << offset;
+      EXPECT_EQ(turn++, Order::tiles_before(tile, Order::place(tile, p), at.head, at.block, p)) << sq << " x " << sk << " at " << offset;
     }
   }
 }

@@ -204,8 +204,8 @@ def test_many_tiles_of_a_thread_block(cfg: fc.BackwardConfig) -> None:
     """What a tile leaves for the next one of its thread block: more tiles than a GPU has multiprocessors, twice. Of
     each head's four the last two are seen by no query, and the first two by two blocks or more, or by one."""
     for rows, seen_keys in ((300, 250), (50, 200)):
-        q, dout = (normal(40, rows, 4, cfg.head_dim) for _ in range(2))
-        k, v = (normal(40, 500, 2, cfg.head_dim) for _ in range(2))
+        q, dout = (normal(80, rows, 4, cfg.head_dim) for _ in range(2))
+        k, v = (normal(80, 500, 2, cfg.head_dim) for _ in range(2))
         diagonal = seen_keys - rows
         i, j = torch.arange(rows, device="cuda"), torch.arange(500, device="cuda")
         found = run(cfg, q, k, v, dout, True, diagonal=diagonal)
