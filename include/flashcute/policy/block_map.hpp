@@ -186,6 +186,18 @@ class MapPages {
   /// Which blocks of a page are visited, and which of these are partial.
   struct Page {
     uint32_t visited, partial;
+
+    /// The last of its blocks, which is no longer among them; its number is that in the page.
+    FLASHCUTE_HD MapBlock take_last() {
+      int32_t const bit = highest_bit(visited);
+      visited &= ~(1u << bit);
+      return {bit, (partial >> bit & 1) != 0};
+    }
+    /// How many of its blocks come after the last partial one.
+    FLASHCUTE_HD int32_t full_at_end() const {
+      uint32_t const left = partial & visited;
+      return count_bits(visited & ~low_bits(left == 0 ? 0 : highest_bit(left) + 1));
+    }
   };
   FLASHCUTE_HD Page read(int32_t page) const {
     Cells const cells = map_.exists() ? cells_of_page(page) : Cells{~0u, ~0u};
@@ -292,13 +304,6 @@ class MapWalk {
     return true;
   }
 
-  /// How many of the blocks after the one that was taken last, which is `block`, follow each other in this walk and are
-  /// full, as far as their page tells. (From the last to the first.)
-  FLASHCUTE_HD int32_t full_after(MapBlock const& block) const {
-    uint32_t const partial = rest_.partial & low_bits(block.number % MapPages::blocks_of_page);
-    return count_bits(rest_.visited & ~low_bits(partial == 0 ? 0 : highest_bit(partial) + 1));
-  }
-
  private:
   int32_t page_ = 0;
   MapPages::Page rest_ = {0, 0};  // blocks of the page that were not taken yet
@@ -332,10 +337,6 @@ class MapBlocks {
     MapBlock const block = ahead_;
     any_ = walk_.next(pages_, ahead_);
     return block;
-  }
-  /// How many of the blocks after `block`, which was taken last, are full before one is not, as far as is known.
-  FLASHCUTE_HD int32_t full_after(MapBlock const& /*block*/) const {
-    return any_ && !ahead_.partial ? 1 + walk_.full_after(ahead_) : 0;
   }
 
   /// The columns between the first and the last block.

@@ -288,8 +288,12 @@ struct Mask<MaskKind::mapped> {
 
   template <class S>
   FLASHCUTE_HD static MapBlocks kv_range(QueryTile<S> const& tile, ForwardParams const& p, int32_t block_n) {
+    return MapBlocks(pages(tile, p, block_n));
+  }
+  template <class S>
+  FLASHCUTE_HD static MapPages pages(QueryTile<S> const& tile, ForwardParams const& p, int32_t block_n) {
     BandRange const band = Band::kv_range(tile, p, block_n);
-    return MapBlocks(MapPages(band, tile.sequence(p).by_query(), tile.row0, tile.existing(p), block_n));
+    return {band, tile.sequence(p).by_query(), tile.row0, tile.existing(p), block_n};
   }
 
   /// Of the first query head of the tile's.

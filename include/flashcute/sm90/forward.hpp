@@ -7,6 +7,7 @@
 #include "flashcute/sm90/consumer.hpp"
 #include "flashcute/sm90/inspector.hpp"
 #include "flashcute/sm90/loader.hpp"
+#include "flashcute/sm90/map_scout.hpp"
 #include "flashcute/sm90/schedule.hpp"
 
 namespace flashcute::sm90 {
@@ -45,6 +46,9 @@ struct ForwardPass {
     if (warpgroup == 0) {
       release_registers<registers.loader>();
       if (warp_of_warpgroup() != 0) {
+        if constexpr (!Mask::Range::contiguous) {
+          if (warp_of_warpgroup() > L::inspecting_warps) return MapScout<Id>::run(p, smem);
+        }
         if (Mask::rows_differ) Inspector<C, Mask>::run(smem);
       } else if (elected_lane()) {
         load(p, smem);
@@ -59,8 +63,8 @@ struct ForwardPass {
  private:
   FLASHCUTE_DEVICE static void load(Sm90ForwardParams const& p, Storage& smem) {
     Loader<C, Mask> loader{p, smem};
-    TileSchedule<Id> schedule{p, smem};
     if constexpr (Mask::Range::contiguous) {
+      TileSchedule<Id> schedule{p, smem};
       for (Tile tile; schedule.next(tile);) {
         auto const range = Mask::kv_range(tile, p.forward, C.block_n);
         if (!range.empty()) {
@@ -70,44 +74,23 @@ struct ForwardPass {
         }
       }
     } else {
-      load_ahead(p, loader, schedule);
+      load_pages(loader, smem);
     }
     loader.finish();
   }
 
-  /// What a tile sees under a map has to be read from memory: it is found while the tile before is loaded, after two of
-  /// its blocks, when the warpgroups have work.
-  FLASHCUTE_DEVICE static void load_ahead(Sm90ForwardParams const& p, Loader<C, Mask>& loader,
-                                          TileSchedule<Id>& schedule) {
-    struct Next {
-      Tile tile;
-      MapBlocks blocks;
-      bool exists;
-    };
-    Next now, next;
-    bool known = false;  // whether `next` is the tile after `now`
-    bool over = true;    // whether all blocks of `now` have been loaded
-    int loaded = 0;      // how many have
-    while (true) {
-      if (!known && (over || loaded >= 2)) {
-        next.exists = schedule.next(next.tile);
-        if (next.exists) next.blocks = Mask::kv_range(next.tile, p.forward, C.block_n);
-        known = true;
+  /// What the scouting warp has found.
+  FLASHCUTE_DEVICE static void load_pages(Loader<C, Mask>& loader, Storage& smem) {
+    for (RingPosition<L::map_pages> ring;; ring.advance()) {
+      barrier_wait(smem.map.page_full[ring.place], ring.parity);
+      auto const& page = smem.map.pages[ring.place];
+      if (!page.exists) return;
+      if (page.blocks.visited == 0) {
+        loader.pass_over(page.tile);
+      } else {
+        loader.load_page(page);
       }
-      if (over) {
-        if (!next.exists) return;
-        now = next;
-        known = false;
-        if (now.blocks.empty()) {
-          loader.pass_over(now.tile);
-          continue;
-        }
-        loader.prefetch_queries(now.tile);
-        loaded = 0;
-      }
-      loader.load_next_block(now.tile, now.blocks, loaded == 0);
-      over = now.blocks.empty();
-      ++loaded;
+      barrier_arrive(smem.map.page_empty[ring.place]);
     }
   }
 

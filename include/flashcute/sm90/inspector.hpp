@@ -6,7 +6,7 @@
 
 namespace flashcute::sm90 {
 
-/// Run by the warps of the loading warpgroup that do not load. A row that does not see a key multiplies its value by 0,
+/// Run by warps of the loading warpgroup, from the second on. A row that does not see a key multiplies its value by 0,
 /// and 0 * NaN is NaN: values of a partial block of V that are not finite become 0 before the product, and a flag of
 /// the tile records it.
 template <ForwardConfig C, class Mask>
@@ -41,7 +41,7 @@ class Inspector {
     constexpr int vector = 16 / sizeof(Element);
     int const thread = thread_of_warpgroup() - 32;  // of those that inspect
 #pragma unroll 2
-    for (int i = vector * thread; i < C.block_n * C.head_dim_v; i += vector * 32 * inspecting_warps) f(v + i);
+    for (int i = vector * thread; i < C.block_n * C.head_dim_v; i += vector * 32 * L::inspecting_warps) f(v + i);
   }
 };
 

@@ -18,8 +18,6 @@ namespace flashcute::sm90 {
 inline constexpr Arch sm90_arch = 90;
 
 inline constexpr int warpgroup_size = 128;
-/// Warps of the loading warpgroup that do not load.
-inline constexpr int inspecting_warps = warpgroup_size / 32 - 1;
 
 /// Tells the compiler that x is the same in all lanes of a warp: it then lives in a uniform register, and branches that
 /// depend on it do not diverge.
@@ -52,6 +50,9 @@ FLASHCUTE_DEVICE EqualLanes equals_in_warp(uint32_t word) {
   unsigned const equal = __match_any_sync(0xffffffffu, word);
   return {__popc(equal & ((1u << thread_index() % 32) - 1)), __popc(equal)};
 }
+
+/// A bit for each lane of the warp: whether its x is true.
+FLASHCUTE_DEVICE uint32_t lanes_with(bool x) { return __ballot_sync(0xffffffffu, x); }
 
 /// The same address in shared memory, opaque to the compiler. Otherwise it recomputes the address of every barrier and
 /// tile from a special register at each use.

@@ -24,6 +24,17 @@ struct Inspection {
   int tile;   // the slot in `dropped` of its tile
 };
 
+/// What the scouting warp tells of a page of blocks that a tile sees under a map.
+template <class Tile>
+struct FoundPage {
+  Tile tile;
+  BandRange band;  // between the first and the last block
+  int32_t number;
+  MapPages::Page blocks;
+  bool first, last;  // of the tile's pages in which some block is visited
+  bool exists;       // false: there are no more tiles
+};
+
 /// Registers per thread of the loading warpgroup and of the consumer warpgroups: together at most the 65536 of a
 /// multiprocessor.
 struct WarpgroupRegisters {
@@ -91,12 +102,19 @@ struct ForwardLayout : WarpgroupFragment {
   /// stored the one before that, and another may be a tile ahead.
   static constexpr int tiles = 4;
 
-  /// What the loading warp tells of the block of K in each stage: nothing where blocks follow each other.
-  struct NoKeyBlocks {};
-  struct EachKeyBlock {
+  /// Where blocks do not follow each other: what the scouting warp tells the loading one, and that tells the warpgroups
+  /// of the block of K in each stage.
+  static constexpr int map_pages = 4;
+  struct NoMap {};
+  struct AnnouncedMap {
+    FoundPage<QueryTile<typename Mask::Sequence>> pages[map_pages];
+    Barrier page_full[map_pages], page_empty[map_pages];
     AnnouncedBlock of_stage[C.stages];
   };
-  using KeyBlocks = std_::conditional_t<Mask::Range::contiguous, NoKeyBlocks, EachKeyBlock>;
+  using Map = std_::conditional_t<Mask::Range::contiguous, NoMap, AnnouncedMap>;
+
+  /// Warps of the loading warpgroup that neither load nor scout.
+  static constexpr int inspecting_warps = Mask::Range::contiguous ? 3 : 2;
 
   template <int Alignment, class OwnTiles>
   struct Storage {
@@ -110,7 +128,7 @@ struct ForwardLayout : WarpgroupFragment {
     Barrier q_full[warpgroups], q_empty[warpgroups];
     Barrier k_full[C.stages], k_empty[C.stages];
     Barrier v_full[C.stages], v_empty[C.stages];
-    [[no_unique_address]] KeyBlocks key_blocks;
+    [[no_unique_address]] Map map;
     [[no_unique_address]] OwnTiles own_tiles;
   };
   /// What the others leave. (Without the alignment, to which the size would be rounded.)

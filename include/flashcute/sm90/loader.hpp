@@ -47,15 +47,24 @@ class Loader {
     left_ = {tile, n, n >= range.full_end || (Mask::two_edges && range.is_partial(n)), true};
   }
 
-  /// The next of the blocks that a tile sees under a map, as load_block.
-  FLASHCUTE_DEVICE void load_next_block(Tile const& tile, MapBlocks const& blocks, bool is_first) {
-    MapBlock const block = blocks.take();
-    load_key(tile, block.number, [&](int stage) {
-      smem_.key_blocks.of_stage[stage] = {block.number, blocks.full_after(block), block.partial, blocks.empty()};
-    });
-    load_value_left();
-    if (is_first) announce(tile, blocks);
-    left_ = {tile, block.number, block.partial, true};
+  /// The blocks of a page that a tile visits under a map, from the last to the first, each as load_block.
+  FLASHCUTE_DEVICE void load_page(FoundPage<Tile> const& page) {
+    Tile const tile = page.tile;
+    int const first_block = page.number * MapPages::blocks_of_page;
+    bool is_first = page.first;
+    bool const is_last = page.last;
+    if (is_first) prefetch_queries(tile);
+    for (MapPages::Page rest = page.blocks; rest.visited != 0;) {
+      MapBlock const block = rest.take_last();
+      int const number = first_block + block.number;
+      load_key(tile, number, [&](int stage) {
+        smem_.map.of_stage[stage] = {number, rest.full_at_end(), block.partial, is_last && rest.visited == 0};
+      });
+      load_value_left();
+      if (is_first) announce(tile, page.band);
+      is_first = false;
+      left_ = {tile, number, block.partial, true};
+    }
   }
 
   /// Announces a tile that sees no key, after all that was loaded before.
@@ -87,11 +96,12 @@ class Loader {
 
  private:
   /// Announces the tile to the warpgroups and loads its Q.
-  FLASHCUTE_DEVICE void announce(Tile const& tile, Range const& range) {
+  template <class Seen>
+  FLASHCUTE_DEVICE void announce(Tile const& tile, Seen const& seen) {
     smem_.dropped[tile_ % L::tiles] = false;
     for (int w = 0; w < L::warpgroups; ++w) {
       Work<Mask>& next = work(w);
-      next = part(tile, range, w);
+      next = part(tile, seen, w);
       await_place_for_query(w);
       auto* const q = smem_.q[w];
       Barrier& full = smem_.q_full[w];
@@ -115,11 +125,12 @@ class Loader {
     return tile.part_from_end(static_cast<int>(turn % (L::warpgroups * C.cluster)), warpgroup_rows);
   }
 
-  FLASHCUTE_DEVICE Work<Mask> part(Tile const& tile, Range const& range, int warpgroup) const {
+  template <class Seen>
+  FLASHCUTE_DEVICE Work<Mask> part(Tile const& tile, Seen const& seen, int warpgroup) const {
     if constexpr (!Range::contiguous) {  // all warpgroups take all blocks
-      return {rows_of(tile, warpgroup), range.pages().band(), range.pages().band(), true};
+      return {rows_of(tile, warpgroup), seen, seen, true};
     } else {
-      return part_of_range(tile, range, warpgroup);
+      return part_of_range(tile, seen, warpgroup);
     }
   }
 
@@ -167,7 +178,7 @@ class Loader {
         landed = &smem_.v_landed[inspection_.place];
         inspection_.advance();
       } else {
-        barrier_arrive(*landed, inspecting_warps - 1);  // instead of the inspecting warps; load_block arrives once more
+        barrier_arrive(*landed, L::inspecting_warps - 1);  // instead of the inspecting warps; load_block arrives once more
       }
     }
     load_block<C.head_dim_v>(p_.v, n, tile, smem_.v[v_.place], *landed);

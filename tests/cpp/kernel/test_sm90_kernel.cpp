@@ -234,6 +234,19 @@ TEST(Sm90Kernel, BlockMapsThatShowMuch) {
   check_sm90<mapped(ahead)>(s, 1);
 }
 
+// More blocks than the scouting warp reads at once, of which few are visited: also none in its first lanes' pages, or
+// in the last ones.
+TEST(Sm90Kernel, BlockMapsOfLongRows) {
+  constexpr int keys = 70'000, pages = 32 * 32 * 64;  // of 64 keys
+  for (int const from : {0, 3, 3000, pages - 64, pages, keys - 100}) {
+    Shape s{.sq = 5, .sk = keys, .d = 64, .causal_offset = keys, .window_offset = -5};
+    s.map = MapProblem::of(1, 1, s.sq, s.sk, [&](int, int, int i, int j) {
+      return (j >= from && j < from + 70) || (j == 20 && i == 0 && from != pages);
+    });
+    check_sm90<mapped(narrow)>(s, 1);
+  }
+}
+
 TEST(Sm90Kernel, BlockMapsOfBatchEntriesAndHeads) {
   Shape s{.sq = 200, .sk = 300, .d = 64, .batch = 2, .heads = 4, .kv_heads = 2};
   s.causal_offset = 300, s.window_offset = -200;

@@ -169,7 +169,6 @@ TEST(BlockMap, BlocksOfTiles) {
       EXPECT_EQ(PassingCells::of(range, 3).left == 0, range.empty());
       int const visits = range.visits();
       std::set<int> visited, full;
-      std::vector<std::pair<MapBlock, int>> taken;
       while (!range.empty()) {
         int const ahead = range.first();
         MapBlock const block = range.take();
@@ -177,17 +176,25 @@ TEST(BlockMap, BlocksOfTiles) {
         EXPECT_TRUE(visited.empty() || block.number < *visited.begin());
         visited.insert(block.number);
         if (!block.partial) full.insert(block.number);
-        taken.emplace_back(block, range.full_after(block));
       }
       EXPECT_EQ(visits, static_cast<int>(visited.size()));
-      for (size_t at = 0; at < taken.size(); ++at) {
-        int run = 0;
-        while (at + 1 + static_cast<size_t>(run) < taken.size() &&
-               !taken[at + 1 + static_cast<size_t>(run)].first.partial)
-          ++run;
-        EXPECT_LE(taken[at].second, run);
-        EXPECT_EQ(taken[at].second > 0, run > 0);
+      // The same page by page, as Hopper's forward takes them.
+      auto const pages = Mapped::pages(tile, p, block_n);
+      auto next = visited.rbegin();
+      for (int page = pages.end_page() - 1; page >= pages.first_page(); --page) {
+        int full_left = -1;
+        for (auto rest = pages.read(page); rest.visited != 0;) {
+          MapBlock const block = rest.take_last();
+          ASSERT_TRUE(next != visited.rend());
+          int const number = 32 * page + block.number;
+          EXPECT_EQ(number, *next++);
+          EXPECT_EQ(block.partial, !full.contains(number));
+          EXPECT_TRUE(full_left < 0 || block.partial == (full_left == 0)) << "announced as full, or not";
+          full_left = rest.full_at_end();
+        }
+        EXPECT_LE(full_left, 0) << "after the last block";
       }
+      EXPECT_TRUE(next == visited.rend());
       check(visited, full, PassingCells::of(Mapped::kv_range(tile, p, block_n), 3), tile.row0, tile.rows, block_n, keys,
             visible);
     }
