@@ -7,8 +7,8 @@
 #include "flashcute/sm90/consumer.hpp"
 #include "flashcute/sm90/inspector.hpp"
 #include "flashcute/sm90/loader.hpp"
-#include "flashcute/sm90/map_scout.hpp"
 #include "flashcute/sm90/schedule.hpp"
+#include "flashcute/sm90/scout.hpp"
 
 namespace flashcute::sm90 {
 
@@ -46,8 +46,8 @@ struct ForwardPass {
     if (warpgroup == 0) {
       release_registers<registers.loader>();
       if (warp_of_warpgroup() != 0) {
-        if constexpr (!Mask::Range::contiguous) {
-          if (warp_of_warpgroup() > L::inspecting_warps) return MapScout<Id>::run(p, smem);
+        if constexpr (L::scouts) {
+          if (warp_of_warpgroup() > L::inspecting_warps) return Scout<Id>::run(p, smem);
         }
         if (Mask::rows_differ) Inspector<C, Mask>::run(smem);
       } else if (elected_lane()) {
@@ -63,34 +63,40 @@ struct ForwardPass {
  private:
   FLASHCUTE_DEVICE static void load(Sm90ForwardParams const& p, Storage& smem) {
     Loader<C, Mask> loader{p, smem};
-    if constexpr (Mask::Range::contiguous) {
+    if constexpr (L::scouts) {
+      load_what_is_found(loader, smem);
+    } else {
       TileSchedule<Id> schedule{p, smem};
       for (Tile tile; schedule.next(tile);) {
         auto const range = Mask::kv_range(tile, p.forward, C.block_n);
-        if (!range.empty()) {
-          loader.load(tile, range);
-        } else if constexpr (Mask::two_edges) {
-          loader.pass_over(tile);
-        }
+        if (!range.empty()) loader.load(tile, range);
       }
-    } else {
-      load_pages(loader, smem);
     }
     loader.finish();
   }
 
-  /// What the scouting warp has found.
-  FLASHCUTE_DEVICE static void load_pages(Loader<C, Mask>& loader, Storage& smem) {
-    for (RingPosition<L::map_pages> ring;; ring.advance()) {
-      barrier_wait(smem.map.page_full[ring.place], ring.parity);
-      auto const& page = smem.map.pages[ring.place];
-      if (!page.exists) return;
-      if (page.blocks.visited == 0) {
-        loader.pass_over(page.tile);
+  FLASHCUTE_DEVICE static void load_what_is_found(Loader<C, Mask>& loader, Storage& smem) {
+    for (RingPosition<L::found_places> ring;; ring.advance()) {
+      barrier_wait(smem.scouted.full[ring.place], ring.parity);
+      Found<Mask> const& found = smem.scouted.found[ring.place];
+      if (!found.exists) return;
+      if constexpr (Mask::Range::contiguous) {
+        auto const tile = found.tile;
+        auto const range = found.seen;
+        barrier_arrive(smem.scouted.empty[ring.place]);
+        if (range.empty()) {
+          loader.pass_over(tile);
+        } else {
+          loader.load(tile, range);
+        }
       } else {
-        loader.load_page(page);
+        if (found.blocks.visited == 0) {
+          loader.pass_over(found.tile);
+        } else {
+          loader.load_page(found);
+        }
+        barrier_arrive(smem.scouted.empty[ring.place]);
       }
-      barrier_arrive(smem.map.page_empty[ring.place]);
     }
   }
 

@@ -24,15 +24,24 @@ struct Inspection {
   int tile;   // the slot in `dropped` of its tile
 };
 
-/// What the scouting warp tells of a page of blocks that a tile sees under a map.
-template <class Tile>
-struct FoundPage {
-  Tile tile;
-  BandRange band;  // between the first and the last block
-  int32_t number;
+/// What the scouting warp tells of a tile.
+template <class Mask>
+struct Found {
+  QueryTile<typename Mask::Sequence> tile;
+  typename Mask::Announced seen;  // the keys that some of its rows see
+  bool exists;                    // false: there are no more tiles
+};
+
+/// Under a map: of a page of a tile's blocks. `seen` is what lies between the first and the last block.
+template <class Mask>
+  requires(!Mask::Range::contiguous)
+struct Found<Mask> {
+  QueryTile<typename Mask::Sequence> tile;
+  typename Mask::Announced seen;
+  bool exists;
+  int32_t page;
   MapPages::Page blocks;
   bool first, last;  // of the tile's pages in which some block is visited
-  bool exists;       // false: there are no more tiles
 };
 
 /// Registers per thread of the loading warpgroup and of the consumer warpgroups: together at most the 65536 of a
@@ -102,19 +111,25 @@ struct ForwardLayout : WarpgroupFragment {
   /// stored the one before that, and another may be a tile ahead.
   static constexpr int tiles = 4;
 
-  /// Where blocks do not follow each other: what the scouting warp tells the loading one, and that tells the warpgroups
-  /// of the block of K in each stage.
-  static constexpr int map_pages = 4;
-  struct NoMap {};
-  struct AnnouncedMap {
-    FoundPage<QueryTile<typename Mask::Sequence>> pages[map_pages];
-    Barrier page_full[map_pages], page_empty[map_pages];
+  /// What the loading warp tells of the block of K in each stage: nothing where blocks follow each other.
+  struct NoKeyBlocks {};
+  struct EachKeyBlock {
     AnnouncedBlock of_stage[C.stages];
   };
-  using Map = std_::conditional_t<Mask::Range::contiguous, NoMap, AnnouncedMap>;
+  using KeyBlocks = std_::conditional_t<Mask::Range::contiguous, NoKeyBlocks, EachKeyBlock>;
+
+  /// Whether a warp looks ahead for what tiles see, since it has to be read from memory; and what it tells.
+  static constexpr bool scouts = !Mask::Sequence::fills_tensors;
+  static constexpr int found_places = 2;
+  struct NotScouted {};
+  struct Scouted {
+    Found<Mask> found[found_places];
+    Barrier full[found_places], empty[found_places];
+  };
+  using WhatIsFound = std_::conditional_t<scouts, Scouted, NotScouted>;
 
   /// Warps of the loading warpgroup that neither load nor scout.
-  static constexpr int inspecting_warps = Mask::Range::contiguous ? 3 : 2;
+  static constexpr int inspecting_warps = scouts ? 2 : 3;
 
   template <int Alignment, class OwnTiles>
   struct Storage {
@@ -128,7 +143,8 @@ struct ForwardLayout : WarpgroupFragment {
     Barrier q_full[warpgroups], q_empty[warpgroups];
     Barrier k_full[C.stages], k_empty[C.stages];
     Barrier v_full[C.stages], v_empty[C.stages];
-    [[no_unique_address]] Map map;
+    [[no_unique_address]] KeyBlocks key_blocks;
+    [[no_unique_address]] WhatIsFound scouted;
     [[no_unique_address]] OwnTiles own_tiles;
   };
   /// What the others leave. (Without the alignment, to which the size would be rounded.)

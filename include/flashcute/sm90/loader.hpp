@@ -48,9 +48,9 @@ class Loader {
   }
 
   /// The blocks of a page that a tile visits under a map, from the last to the first, each as load_block.
-  FLASHCUTE_DEVICE void load_page(FoundPage<Tile> const& page) {
+  FLASHCUTE_DEVICE void load_page(Found<Mask> const& page) {
     Tile const tile = page.tile;
-    int const first_block = page.number * MapPages::blocks_of_page;
+    int const first_block = page.page * MapPages::blocks_of_page;
     bool is_first = page.first;
     bool const is_last = page.last;
     if (is_first) prefetch_queries(tile);
@@ -58,10 +58,10 @@ class Loader {
       MapBlock const block = rest.take_last();
       int const number = first_block + block.number;
       load_key(tile, number, [&](int stage) {
-        smem_.map.of_stage[stage] = {number, rest.full_at_end(), block.partial, is_last && rest.visited == 0};
+        smem_.key_blocks.of_stage[stage] = {number, rest.full_at_end(), block.partial, is_last && rest.visited == 0};
       });
       load_value_left();
-      if (is_first) announce(tile, page.band);
+      if (is_first) announce(tile, page.seen);
       is_first = false;
       left_ = {tile, number, block.partial, true};
     }
@@ -178,7 +178,8 @@ class Loader {
         landed = &smem_.v_landed[inspection_.place];
         inspection_.advance();
       } else {
-        barrier_arrive(*landed, L::inspecting_warps - 1);  // instead of the inspecting warps; load_block arrives once more
+        barrier_arrive(*landed,
+                       L::inspecting_warps - 1);  // instead of the inspecting warps; load_block arrives once more
       }
     }
     load_block<C.head_dim_v>(p_.v, n, tile, smem_.v[v_.place], *landed);

@@ -30,10 +30,10 @@ class Tiles {
       barrier_init(smem.k_empty[i], L::warpgroups * C.cluster);
       barrier_init(smem.v_empty[i], L::warpgroups * C.cluster);
     }
-    if constexpr (!Mask::Range::contiguous) {
-      for (int i = 0; i < L::map_pages; ++i) {
-        barrier_init(smem.map.page_full[i], 1);
-        barrier_init(smem.map.page_empty[i], 1);
+    if constexpr (L::scouts) {
+      for (int i = 0; i < L::found_places; ++i) {
+        barrier_init(smem.scouted.full[i], 1);
+        barrier_init(smem.scouted.empty[i], 1);
       }
     }
     publish_barriers();
@@ -64,7 +64,7 @@ class Tiles {
     key_passed_ = 0;
   }
   /// What the loading warp said of it.
-  FLASHCUTE_DEVICE AnnouncedBlock const& key_block() const { return smem_.map.of_stage[k_.place]; }
+  FLASHCUTE_DEVICE AnnouncedBlock const& key_block() const { return smem_.key_blocks.of_stage[k_.place]; }
   FLASHCUTE_DEVICE InRing<Element> arrived_key() const { return {smem_.k[0], k_.place}; }
   /// Tests early whether the K after it has arrived, for the wait when that is the next.
   FLASHCUTE_DEVICE void look_for_key_after() {

@@ -405,7 +405,8 @@ void check_turns(int sq, int sk, int offset) {
     for (auto at = sm90::PassingQueries<id>::of({.forward = p}, tile); at.left > 0; at = at.after()) {
       int& turn =
           turns[static_cast<std::size_t>(tile.entry.batch * 4 + at.head) * blocks + static_cast<std::size_t>(at.block)];
-      EXPECT_EQ(turn++, Order::tiles_before(tile, Order::place(tile, p), at.head, at.block, p)) << sq << " x " << sk << " at " << offset;
+      EXPECT_EQ(turn++, Order::tiles_before(tile, Order::place(tile, p), at.head, at.block, p))
+          << sq << " x " << sk << " at " << offset;
     }
   }
 }

@@ -1,6 +1,6 @@
-// The scouting warp of Hopper's forward under a block map. It goes through the thread block's tiles ahead of the loading
-// lane, reads from memory what each sees, and tells it in shared memory: 32 blocks at a time, a page of bits. Its lanes
-// read a page each. The loading lane, which has few registers, takes block after block from these bits.
+// The scouting warp of Hopper's forward: where lengths of sequences or a block map say what a tile sees, it reads them
+// ahead of the loading lane, and tells in shared memory what it has found. The loading lane, which has few registers
+// and should wait for copies alone, takes it from there.
 #pragma once
 
 #include "flashcute/sm90/schedule.hpp"
@@ -8,7 +8,7 @@
 namespace flashcute::sm90 {
 
 template <ForwardKernelId Id>
-class MapScout {
+class Scout {
   static constexpr ForwardConfig C = Id.config;
   using Mask = flashcute::Mask<Id.features.mask>;
   using Tile = QueryTile<typename Mask::Sequence>;
@@ -18,17 +18,24 @@ class MapScout {
  public:
   /// All lanes of the warp call it.
   FLASHCUTE_DEVICE static void run(Sm90ForwardParams const& p, Storage& smem) {
-    MapScout scout{smem};
+    Scout scout{smem};
     TileSchedule<Id> schedule{p, smem};
-    for (Tile tile; schedule.next(tile);) scout.tell(tile, Mask::pages(tile, p.forward, C.block_n));
-    scout.tell_page(0, {.exists = false});
+    for (Tile tile; schedule.next(tile);) {
+      if constexpr (Mask::Range::contiguous) {
+        scout.tell(0, {.tile = tile, .seen = Mask::kv_range(tile, p.forward, C.block_n), .exists = true});
+      } else {
+        scout.tell_pages(tile, Mask::pages(tile, p.forward, C.block_n));
+      }
+    }
+    scout.tell(0, {.exists = false});
   }
 
  private:
-  FLASHCUTE_DEVICE explicit MapScout(Storage& smem) : smem_(smem) {}
+  FLASHCUTE_DEVICE explicit Scout(Storage& smem) : smem_(smem) {}
 
-  /// The pages of a tile in which some block is visited, from the last to the first; or one in which none is.
-  FLASHCUTE_DEVICE void tell(Tile const& tile, MapPages const& pages) {
+  /// Under a map: the pages of a tile in which some block is visited, from the last to the first; or one in which none
+  /// is. Each lane reads a page.
+  FLASHCUTE_DEVICE void tell_pages(Tile const& tile, MapPages const& pages) {
     bool first = true;
     for (int end = pages.end_page(); end > pages.first_page(); end -= 32) {
       int const number = end - 1 - lane();
@@ -39,11 +46,11 @@ class MapScout {
       while (lanes != 0) {
         int const next = lowest_bit(lanes);
         lanes &= lanes - 1;
-        tell_page(next, {tile, pages.band(), number, page, first, lanes == 0 && !more, true});
+        tell(next, {tile, pages.band(), true, number, page, first, lanes == 0 && !more});
         first = false;
       }
     }
-    if (first) tell_page(0, {.tile = tile, .exists = true});
+    if (first) tell(0, {.tile = tile, .exists = true});
   }
 
   FLASHCUTE_DEVICE static MapPages::Page read(MapPages const& pages, int number) {
@@ -58,13 +65,13 @@ class MapScout {
     return false;
   }
 
-  /// What this lane has found of it counts.
-  FLASHCUTE_DEVICE void tell_page(int of_lane, FoundPage<Tile> const& page) {
-    barrier_wait(smem_.map.page_empty[ring_.place], ring_.parity ^ 1);
-    reconverge();  // no lane is still waiting: once the page is told, the place may become full and empty again
+  /// What this lane has found counts.
+  FLASHCUTE_DEVICE void tell(int of_lane, Found<Mask> const& found) {
+    barrier_wait(smem_.scouted.empty[ring_.place], ring_.parity ^ 1);
+    reconverge();  // no lane is still waiting: once it is told, the place may become full and empty again
     if (lane() == of_lane) {
-      smem_.map.pages[ring_.place] = page;
-      barrier_arrive(smem_.map.page_full[ring_.place]);
+      smem_.scouted.found[ring_.place] = found;
+      barrier_arrive(smem_.scouted.full[ring_.place]);
     }
     ring_.advance();
   }
@@ -72,7 +79,7 @@ class MapScout {
   FLASHCUTE_DEVICE static int lane() { return thread_index() % 32; }
 
   Storage& smem_;
-  RingPosition<L::map_pages> ring_;
+  RingPosition<L::found_places> ring_;
 };
 
 }  // namespace flashcute::sm90
