@@ -5,8 +5,11 @@ first build over the time of each other, as the median over the rounds, with its
 Norms of the results are compared too.
 
 usage: python benchmarks/python/compare_builds.py before=FOLDER after=FOLDER [--what forward,gradients]
-           [--head-dims 64,128] [--seqlens 1024,4096] [--causal 0,1] [--kv-ratio N] [--deterministic] [--tokens N]
-           [--hidden N] [--rounds N] [--cache-dir FOLDER] [--out LINES.jsonl]
+           [--head-dims 64,128] [--seqlens 1024,4096] [--masks full,causal] [--kv-ratio N] [--deterministic]
+           [--tokens N] [--hidden N] [--rounds N] [--cache-dir FOLDER] [--out LINES.jsonl]
+
+Masks: full; causal; window-N, the causal mask and the last N keys; packed and packed-full, the sequences of causal and
+full packed into one; documents, of log-normal lengths in one row, and causal.
 
 On a GPU calls are CUDA graphs; without one they run on the CPU. Kernels that have no image are compiled first, into the
 folder of each build below --cache-dir.
@@ -20,6 +23,7 @@ import json
 import math
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -28,7 +32,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CASE = ("what", "head_dim", "causal", "seqlen")
+import numpy as np
+
+CASE = ("what", "head_dim", "mask", "seqlen")
+WITHOUT_CAUSAL = ("full", "packed-full")
 REPEATS = 3  # calls that are timed together
 
 
@@ -45,7 +52,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--head-dims", type=numbers, default=[64, 128])
     parser.add_argument("--seqlens", type=numbers, default=[1024, 4096, 16384])
-    parser.add_argument("--causal", type=numbers, default=[0, 1])
+    parser.add_argument("--masks", type=lambda text: text.split(","), default=["full", "causal"])
     parser.add_argument("--kv-ratio", type=int, default=1)
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--tokens", type=int, default=16384)
@@ -57,6 +64,9 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if unknown := set(options.what) - {"forward", "gradients"}:
         parser.error(f"--what {','.join(unknown)}: forward and gradients are known")
+    for mask in options.masks:
+        if not re.fullmatch(r"full|causal|window-[1-9]\d*|packed(-full)?|documents", mask):
+            parser.error(f"--masks {mask}: no such mask")
     if wrong := [x for x in options.builds if "=" not in x]:
         parser.error(f"{wrong[0]}: a build is NAME=FOLDER")
     names = [x.split("=", 1)[0] for x in options.builds]
@@ -65,17 +75,42 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def cases_of(options: argparse.Namespace) -> list[tuple[str, int, bool, int]]:
+def cases_of(options: argparse.Namespace) -> list[tuple[str, int, str, int]]:
     return [
-        (what, head_dim, bool(causal), seqlen)
+        (what, head_dim, mask, seqlen)
         for what in options.what
         for head_dim in options.head_dims
-        for causal in options.causal
+        for mask in options.masks
         for seqlen in options.seqlens
     ]
 
 
 # ---- a worker: one build -----------------------------------------------------------------------------
+
+
+def lengths_of_documents(tokens: int) -> list[int]:
+    """Log-normal, median 700."""
+    draw, lengths = random.Random(1), [0]
+    while (left := tokens - sum(lengths)) > 0:
+        lengths.append(min(left, max(1, round(draw.lognormvariate(6.55, 1.1)))))
+    return lengths[1:]
+
+
+def arguments_of(mask: str, batch: int, seqlen: int, kit: Any) -> dict[str, Any]:
+    """Of `explain` and `Variant`."""
+    import flashcute
+
+    told: dict[str, Any] = {"causal": mask not in WITHOUT_CAUSAL}
+    if mask.startswith("window-"):
+        told["window"] = (int(mask.removeprefix("window-")) - 1, 0)
+    elif mask.startswith("packed"):
+        starts = np.arange(0, (batch + 1) * seqlen, seqlen, np.int32)
+        told["cu_seqlens_q"] = told["cu_seqlens_k"] = kit.array(starts, "int32")
+    elif mask == "documents":
+        lengths = lengths_of_documents(seqlen)
+        numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        told["block_mask"] = flashcute.BlockMask.from_documents(kit.array(numbers[None], "int32"))
+    return told
 
 
 def work(options: argparse.Namespace) -> None:
@@ -89,15 +124,17 @@ def work(options: argparse.Namespace) -> None:
     kit, dtype = (TorchCudaKit(7), "bfloat16") if on_gpu else (TorchCpuKit(7), "float32")
     print(json.dumps(provenance(kit, "of a build")), flush=True)
     calls = []
-    for what, head_dim, causal, seqlen in cases_of(options):
+    for what, head_dim, mask, seqlen in cases_of(options):
         heads, batch = max(1, options.hidden // head_dim), max(1, options.tokens // seqlen)
+        rows = (batch * seqlen,) if mask.startswith("packed") else (batch, seqlen)
         q, dout, k, v = (
-            kit.normal((batch, seqlen, count, head_dim), dtype)
+            kit.normal((*rows, count, head_dim), dtype)
             for count in (heads, heads, *2 * (heads // options.kv_ratio,))
         )
-        variant = flashcute.Variant(causal=causal)
+        arguments = arguments_of(mask, batch, seqlen, kit)
+        variant = flashcute.Variant(**arguments)
         told = flashcute.explain(
-            q, k, v, causal, gradients=True, deterministic=options.deterministic
+            q, k, v, gradients=True, deterministic=options.deterministic, **arguments
         )
         forward = functools.partial(flashcute.forward, told.config, q, k, v, variant=variant)
         out, lse = forward(return_lse=True)
@@ -186,7 +223,7 @@ def alike(norms: Sequence[float], others: Sequence[float]) -> bool:
 def tell(
     options: argparse.Namespace,
     origin: dict[str, Any],
-    cases: list[tuple[str, int, bool, int]],
+    cases: list[tuple[str, int, str, int]],
     norms: dict[str, list[list[float]]],
     times: dict[str, list[list[float]]],
 ) -> None:
@@ -194,14 +231,15 @@ def tell(
     first, *others = times
     origin = {name: x for name, x in origin.items() if name not in ("commit", "flashcute")}
     for number, case in enumerate(cases):
-        what, head_dim, causal, seqlen = case
+        what, head_dim, mask, seqlen = case
         base = times[first][number]
-        text = f"{what:9} d {head_dim:3} {'causal' if causal else 'full':6} {seqlen:6}  "
+        text = f"{what:9} d {head_dim:3} {mask:11} {seqlen:6}  "
         text += f"{first} {statistics.median(base):.4f} ms"
         line: dict[str, Any] = {
             "kind": "compared_builds",
             **origin,
             **dict(zip(CASE, case, strict=True)),
+            "causal": mask not in WITHOUT_CAUSAL,
             "kv_ratio": options.kv_ratio,
             "deterministic": options.deterministic,
             "rounds": options.rounds,

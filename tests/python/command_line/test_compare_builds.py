@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not optional_torch.available, reason="needs torc
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, SCRIPT, *arguments, *SMALL],
+        [sys.executable, SCRIPT, *SMALL, *arguments],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -45,6 +45,17 @@ def test_two_builds_take_turns(tmp_path: Path) -> None:
     assert "OTHER RESULTS" not in done.stdout
 
 
+def test_every_mask(tmp_path: Path) -> None:
+    """A mask that is timed under the name of another one: packed sequences are those of the batch."""
+    masks = "full,causal,window-5,packed,packed-full,documents"
+    done = run(tmp_path, f"a={INSTALLED}", f"--masks={masks}", "--out=lines.jsonl", "--rounds=1")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert [x["mask"] for x in lines] == 2 * masks.split(",")
+    assert {x["mask"] for x in lines if not x["causal"]} == {"full", "packed-full"}
+    assert "no such mask" in run(tmp_path, f"a={INSTALLED}", "--masks=window-0").stderr
+
+
 def test_other_results_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     """A build that is fast because it is wrong. Rounding in sums of any order is none of that."""
     spec = importlib.util.spec_from_file_location("compare_builds", SCRIPT)
@@ -55,7 +66,7 @@ def test_other_results_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     options = script.parsed(["a=x", "b=y", "--rounds=1"])
     for norm, told in ((1.0001, False), (1.1, True), (float("nan"), True)):
         script.tell(
-            options, {}, [("forward", 64, True, 32)], {"a": [[1.0]], "b": [[norm]]}, {"a": [[2.0]], "b": [[1.0]]}
+            options, {}, [("forward", 64, "causal", 32)], {"a": [[1.0]], "b": [[norm]]}, {"a": [[2.0]], "b": [[1.0]]}
         )  # fmt: skip
         out = capsys.readouterr().out
         assert ("OTHER RESULTS" in out) == told
