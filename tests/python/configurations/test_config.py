@@ -396,7 +396,9 @@ def test_configs() -> None:
 def test_gpu_defaults_are_ahead_of_time(dtype: str, arch: str | int) -> None:
     """Every head dim that flash_attention takes runs without a compiler. (In float16 a wider tile of Hopper's kernel
     stands in for those of 96, 160 and 192: test_choice.cpp.)"""
-    widths = (64, 96, 128, 160, 192, 256) if arch == "sm_90" and dtype != "float32" else (64, 128, 256)
+    widths = (
+        (64, 96, 128, 160, 192, 256) if arch == "sm_90" and dtype != "float32" else (64, 128, 256)
+    )
     for d in range(8, 257, 8):
         cfg = fc.default_config(d, dtype, arch)
         stands_in = dtype == "float16" and cfg.head_dim in (96, 160, 192)

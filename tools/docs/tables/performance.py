@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import NamedTuple
 
-from lines import Cell, Line, lines, link, one, rounded, speed_ups, table, where
+from lines import Cell, Line, lines, link, rounded, speed_ups, table, where
 
 from tables.cases import IMPLEMENTATIONS
 
@@ -118,29 +118,6 @@ ROWS = {
         Row("forward, CPU, float32", "naive, in torch", "naive", "cpu_forward_float32"),
     ],
 }  # fmt: skip
-
-WIDTHS = "gpu_sm90_widths"
-
-
-def width_rows() -> str:
-    """Beside each of the others: geometric means by head dimension, and the lowest and highest single cell."""
-    by_peer: dict[str, dict[str, list[float]]] = {"fa3": {}, "sdpa_cudnn": {}}
-    for x in where(WIDTHS, impl="flashcute"):
-        fields = ("batch", "seqlen_q", "head_dim", "head_dim_v", "causal")
-        for peer, by_width in by_peer.items():
-            theirs = one(WIDTHS, impl=peer, **{name: x[name] for name in fields})
-            width = " / ".join(str(x[n]) for n in ("head_dim", "head_dim_v") if x[n] is not None)
-            by_width.setdefault(width, []).append(theirs["ms_p50"] / x["ms_p50"])
-    order = sorted(by_peer["fa3"], key=lambda width: (int(width.split()[0]), width))
-    rows = []
-    for peer, by_width in by_peer.items():
-        means = [statistics.geometric_mean(by_width[width]) for width in order]
-        every = [x for found in by_width.values() for x in found]
-        told = map(rounded, (*means, min(every), max(every)))
-        rows.append([link("forward, Hopper's kernel", WIDTHS), IMPLEMENTATIONS[peer], *told])
-    header = ["call, and its measurements", "beside", *order, "lowest", "highest"]
-    return table(header, rows, numbers=len(order) + 2)
-
 
 FLEX = {
     "documents": ("causal documents in one row, Hopper's kernel", False),

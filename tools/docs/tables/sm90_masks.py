@@ -1,0 +1,150 @@
+"""Tables of what masks and widths cost Hopper's forward: the warp that scouts, and heads of other widths beside
+FlashAttention-3."""
+
+from __future__ import annotations
+
+import statistics
+
+from lines import one, rounded, table, where
+
+SCOUT, WIDTHS = "gpu_sm90_scout", "gpu_sm90_widths_masks"
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+
+
+def before_over_after() -> str:
+    """Time without a scouting warp over that with one, by case and head dimension."""
+    cases = {
+        "a window of 1,024 keys, 4 x 4,096": "window 1023 4096",
+        "the same, 16,384": "window 1023 16384",
+        "a window of 4,096 keys, 32,768": "window 4095 32768",
+        "all but one key, 4 x 4,096": "band 4096",
+        "causal, packed: 4 x 4,096": "pack 4x4096 causal",
+        "causal, packed: 16 x 1,024": "pack 16x1024 causal",
+        "causal, packed: 64 x 256": "pack 64x256 causal",
+        "packed: 4 x 4,096": "pack 4x4096 full",
+        "packed: 16 x 1,024": "pack 16x1024 full",
+        "packed: 64 x 256": "pack 64x256 full",
+        "causal, packed: log-normal lengths": "pack lognormal",
+    }
+    rows = []
+    for name, case in cases.items():
+        told = []
+        for head_dim in (64, 128):
+            ms = one(SCOUT, run="case by case", case=case, head_dim=head_dim)["ms"]
+            told.append(rounded(ms["before"] / ms["after"]))
+        rows.append([name, *told])
+    return table(["case", "64", "128"], rows, numbers=2)
+
+
+def packed_equal() -> str:
+    """Head dimension 64: time of a batch over that of the same sequences packed, and of bands."""
+    rows = []
+    for length in (4096, 1024, 256):
+        told = []
+        for mask, packed in (("causal", "packed"), ("full", "packed-full")):
+            batch, pack = (
+                one(SCOUT, kind="compared_builds", mask=x, seqlen=length, head_dim=64)["ms"]
+                for x in (mask, packed)
+            )
+            told += [rounded(batch[x] / pack[x]) for x in ("before", "after")]
+        rows.append([f"{16384 // length} x {length:,}", *told])
+    return table(["sequences", "causal, before", "causal", "full, before", "full"], rows, numbers=4)
+
+
+def widths() -> str:
+    """TFLOP/s over FlashAttention-3's."""
+    rows = []
+    for name, of in (
+        ("96", {"head_dim": 96}),
+        ("192", {"head_dim": 192, "head_dim_v": None}),
+        ("192 / 128", {"head_dim": 192, "head_dim_v": 128}),
+    ):
+        for mask, causal in (("causal", True), ("full", False)):
+            ratios = []
+            for length in LENGTHS:
+                ours, theirs = (
+                    one(WIDTHS, impl=x, causal=causal, seqlen_q=length, **of)["ms_p50"]
+                    for x in ("flashcute", "fa3")
+                )
+                ratios.append(rounded(theirs / ours))
+            rows.append([f"{name} {mask}", *ratios])
+    for mask, causal in (("causal", True), ("full", False)):
+        rows.insert(
+            2 + (not causal), [f"160 {mask}", *map(rounded, of_160("160: 128 x 128", causal))]
+        )
+    return table(["head dim, mask", *(f"{n // 1024}k" for n in LENGTHS)], rows, numbers=5)
+
+
+def of_160(tile: str, causal: bool) -> list[float]:
+    found = where(WIDTHS, kind="width_turns", causal=causal)
+    rates = {x["seqlen_q"]: x["tflops"] for x in found}
+    return [rates[n][tile] / rates[n]["fa3"] for n in LENGTHS]
+
+
+def widths_of_160() -> str:
+    """All tiles that were timed, over FlashAttention-3."""
+    tiles = [x for x in where(WIDTHS, kind="width_turns")[0]["tflops"] if x != "fa3"]
+    rows = [
+        [f"{tile}, {mask}", *map(rounded, of_160(tile, causal))]
+        for tile in tiles
+        for mask, causal in (("causal", True), ("full", False))
+    ]
+    return table(["tile, mask", *(f"{n // 1024}k" for n in LENGTHS)], rows, numbers=5)
+
+
+def orders() -> str:
+    """Deterministic gradients: the time of one order for all heads over that of two."""
+    rows = []
+    for run, head_dims in (
+        ("all in parts", (128,)),
+        ("parts", (128,)),
+        ("at once", (64, 128)),
+        ("at once, 8,192 tokens", (64, 128)),
+    ):
+        for head_dim in head_dims:
+            found = where("gpu_sm90_orders", run=run, head_dim=head_dim, causal=True)
+            names = list(dict.fromkeys(name for x in found for name in x["over_first"]))
+            for name in names:
+                by_length = {x["seqlen"]: x["over_first"].get(name) for x in found}
+                rows.append(
+                    [f"d {head_dim}, {run}: {name}", *(rounded(by_length.get(n)) for n in LENGTHS)]
+                )
+    return table(["", *(f"{n // 1024}k" for n in LENGTHS)], rows, numbers=5)
+
+
+LLAMA = {
+    "fcute": "`fcute`",
+    "fcute_sm80": "the same, gradients by the mma.sync kernels",
+    "cudnn": "SDPA, cuDNN",
+    "flash2": "SDPA, FlashAttention-2",
+}
+
+
+def llama_step() -> str:
+    """A training step, and attention's share of its kernels."""
+    rows = []
+    for impl, name in LLAMA.items():
+        told = []
+        for head_dim in (64, 128):
+            x = one("gpu_llama_step", impl=impl, head_dim=head_dim)
+            share = x["ms_attention"] / x["ms_kernels"]
+            told += [f"{x['ms_p50']:.1f}", f"{x['ms_attention']:.1f}", f"{100 * share:.0f} %"]
+        rows.append([name, *told])
+    header = ["attention", "64: ms a step", "of it attention", "share of kernels"]
+    return table(
+        [*header, "128: ms a step", "of it attention", "share of kernels"], rows, numbers=6
+    )
+
+
+def llama_summary() -> str:
+    ratios = []
+    for head_dim in (64, 128):
+        ours, theirs = (
+            one("gpu_llama_step", impl=x, head_dim=head_dim) for x in ("fcute", "cudnn")
+        )
+        ratios += [theirs["ms_p50"] / ours["ms_p50"], theirs["ms_attention"] / ours["ms_attention"]]
+    steps, attention = ratios[::2], ratios[1::2]
+    return (
+        f"A step is {min(steps):.2f} to {max(steps):.2f} times as fast as with cuDNN, its attention "
+        f"{statistics.mean(attention):.2f} times."
+    )
