@@ -37,16 +37,17 @@ SPILLS_ALLOWED = {
     "d128_m128_n64_w4": 13,
     "d128_m128_n64_w4_band": 15,  # a row's first key beside its last
     "d128_m128_n64_w4_st2_band": 16,
-    "d256_m128_n64_w8_st2_noturns_band": 22,  # of the same
-    "d160_m128_n128_w8_st2": 2,  # of the same
+    # Of the warps that load and scout, which have 24 registers.
+    "d256_m128_n64_w8_st2_noturns_band": 22,
+    "d160_m128_n128_w8_st2": 2,
+    "d256_m128_n64_w8_st2_noturns_mapped": 45,
     "d128_m128_n64_w4_st2": 7,
-    # Under a map: which block comes next, beside everything else. Of Hopper's kernels in the lane that loads alone,
-    # which finds the next tile's blocks; of the backward more where P and dS are in registers too.
+    # Under a map: which block comes next, beside everything else. Of the backward more where P and dS are in registers
+    # too.
     "d64_m128_n64_w4_st2_qreg_mapped": 5,
     "d128_m128_n64_w4_mapped": 29,
     "d128_m128_n64_w4_st2_mapped": 27,
     "d256_m64_n64_w4_tau0_mapped": 2,
-    "d256_m128_n64_w8_st2_noturns_mapped": 45,  # of the warps that load and scout, which have 24 registers
     "bwd_d64_m64_n128_w4_gradients_mapped": 481,
     "bwd_d128_m64_n64_w4_c2_k1_gradients_mapped": 88,
     "bwd_d128_m64_n64_w4_c2_st1_k1_gradients_mapped": 53,

@@ -290,6 +290,7 @@ struct Mask<MaskKind::mapped> {
   FLASHCUTE_HD static MapBlocks kv_range(QueryTile<S> const& tile, ForwardParams const& p, int32_t block_n) {
     return MapBlocks(pages(tile, p, block_n));
   }
+  /// The same, 32 blocks at a time.
   template <class S>
   FLASHCUTE_HD static MapPages pages(QueryTile<S> const& tile, ForwardParams const& p, int32_t block_n) {
     BandRange const band = Band::kv_range(tile, p, block_n);

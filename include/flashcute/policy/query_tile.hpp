@@ -195,19 +195,20 @@ struct KeyTile {
 
   /// Tile `index` of `count_key_tiles(p, block_keys)`. Under a causal mask the first keys are seen by the most queries,
   /// and long tiles should start early. `bytes`: what they read and write for each element of Q and dO; by default
-  /// these and the sums of dQ. `first_head`: of the tiles that count.
+  /// these and the sums of dQ. Only tiles of heads from
+  /// `first_head` on are numbered.
   template <class Index>
   FLASHCUTE_HD static KeyTile at(ForwardParams const& p, Index index, int32_t block_keys, int32_t bytes = 4,
                                  Index first_head = 0) {
     auto const heads = static_cast<Index>(p.batch) * static_cast<Index>(p.kv_heads) - first_head;
     int64_t const bytes_of_head = static_cast<int64_t>(p.seqlen_q) * (p.head_dim + p.head_dim_v) * bytes;
-    auto const turn = HeadsInTurn<Index>::at(index, heads, of_head<Index>(p, block_keys), bytes_of_head);
+    auto const turn = HeadsInTurn<Index>::at(index, heads, tiles_of_head<Index>(p, block_keys), bytes_of_head);
     return of(p, first_head + turn.head(), turn.tile(), block_keys);
   }
 
   /// How many tiles each head has; packed, how many slots.
   template <class Index>
-  FLASHCUTE_HD static Index of_head(ForwardParams const& p, int32_t block_keys) {
+  FLASHCUTE_HD static Index tiles_of_head(ForwardParams const& p, int32_t block_keys) {
     return static_cast<Index>(Sequence::is_packed(p) ? key_blocks(p, block_keys) : ceil_div(p.seqlen_k, block_keys));
   }
 

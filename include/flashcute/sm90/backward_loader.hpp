@@ -204,7 +204,8 @@ class DqAdder {
   }
 
   /// In parts, of which at most two are requested: the copy engine takes requests in order, and a load of Q or dO would
-  /// wait until all of it was added. But parts are longer until they are done, for who waits for that.
+  /// wait until all of it was added. Where other tiles wait for the addition, in one piece: the last of several
+  /// parts would be done later.
   FLASHCUTE_DEVICE void add_whole(float* sums, DqOrder<Id> const& order) const {
     if (order.others_wait()) return order.add(sums, smem_.dq[warpgroup_], L::dq_floats * sizeof(float));
     constexpr int floats = L::dq_floats / L::dq_parts;

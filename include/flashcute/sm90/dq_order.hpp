@@ -57,6 +57,12 @@ class AnyOrder {
   FLASHCUTE_DEVICE void pass_on() const {}
 };
 
+/// With fewer tiles all heads add in the same order: by a model of the multiprocessors, those that wait for each other
+/// would cost more than those that are long (docs/kernels/sm90_backward_notebook.md). (Other for a kernel of the
+/// tests.)
+template <BackwardKernelId Id>
+inline constexpr uint32_t least_tiles_of_two_orders = 600;
+
 /// From the last keys that the queries see to the first, or from the first to the last: the shapes say which. The first
 /// to come stores, so nothing has to be cleared.
 ///
@@ -103,19 +109,20 @@ class FixedOrder {
     return Keys::of(p, turn.head(), turn.tile(), C.block_n);
   }
 
-  /// How many heads, of all batches, are taken last and add from the first keys on. `few_tiles` and `enough` are by a
-  /// model of the multiprocessors (docs/kernels/sm90_backward_notebook.md): with fewer tiles, those that wait for each
-  /// other cost more than those that are long; with more, what they read does not fit the level 2 cache.
+  /// How many heads, of all batches, are taken last and add from the first keys on: three quarters at most. `enough`
+  /// was measured: more heads' queries do not fit the level 2 cache.
   FLASHCUTE_HD static uint32_t heads_from_first(ForwardParams const& p) {
-    constexpr uint32_t few_tiles = 600, enough = 400;
+    constexpr uint32_t enough = 400;
     if (Id.features.mask != MaskKind::causal || p.kv_heads != p.heads) return 0;
     auto const heads = static_cast<uint32_t>(p.batch) * static_cast<uint32_t>(p.kv_heads);
     uint32_t const tiles = heads * tiles_of_head(p);
-    return tiles < few_tiles ? 0 : min_of(heads - heads / 4, ceil_div(enough, tiles_of_head(p)));
+    return tiles < least_tiles_of_two_orders<Id>
+               ? 0
+               : min_of(heads - ceil_div(heads, 4u), ceil_div(enough, tiles_of_head(p)));
   }
 
-  /// The tile's place among those of its head, from the first; or minus its place from the last, which differs between
-  /// blocks of queries, counted from their ends.
+  /// What says the tile's turns. From the first keys on that is its number among the tiles of its head, n. From the
+  /// last keys on it is -1 - n: with the number of tiles that a block of queries sees it makes the turn.
   FLASHCUTE_HD static int32_t place(Keys const& tile, ForwardParams const& p) {
     auto const head = static_cast<uint32_t>(tile.entry.batch * p.kv_heads + tile.kv_head);
     int32_t const number = tile.row0 / C.block_n;
@@ -123,12 +130,12 @@ class FixedOrder {
   }
 
   /// How many tiles add to a block before this one, which is one of them.
-  FLASHCUTE_HD static int32_t tiles_before(Keys const& tile, int32_t from, int32_t head, int32_t block,
+  FLASHCUTE_HD static int32_t tiles_before(Keys const& tile, int32_t place, int32_t head, int32_t block,
                                            ForwardParams const& p) {
-    if (from >= 0) return from;
+    if (place >= 0) return place;
     int32_t const row0 = block * C.block_m;
     Queries const queries{tile.entry, head, tile.kv_head, row0, min_of(C.block_m, p.seqlen_q - row0)};
-    return Mask::kv_range(queries, p, C.block_n).end + from;
+    return Mask::kv_range(queries, p, C.block_n).end + place;
   }
 
   FLASHCUTE_DEVICE FixedOrder(BackwardParams const& p, Keys const& tile, int warpgroup)
@@ -174,7 +181,7 @@ class FixedOrder {
 
  private:
   FLASHCUTE_HD static uint32_t tiles_of_head(ForwardParams const& p) {
-    return Keys::template of_head<uint32_t>(p, C.block_n);
+    return Keys::template tiles_of_head<uint32_t>(p, C.block_n);
   }
 
   BackwardParams const& p_;

@@ -1,6 +1,6 @@
-// FlashAttention forward on Hopper: a persistent kernel with specialised warps. One warp loads tiles by TMA; one to
-// three warpgroups compute, each 64 query rows, with WGMMA. A thread block computes tiles of query rows of one head,
-// one after the other.
+// FlashAttention forward on Hopper: a persistent kernel with specialised warps. One warp loads tiles by TMA, one may
+// scout for what they see; one to three warpgroups compute, each 64 query rows, with WGMMA. A thread block computes
+// tiles of query rows of one head, one after the other.
 // Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, algorithms 1 and 2.
 #pragma once
 

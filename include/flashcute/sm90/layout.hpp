@@ -118,7 +118,7 @@ struct ForwardLayout : WarpgroupFragment {
   };
   using KeyBlocks = std_::conditional_t<Mask::Range::contiguous, NoKeyBlocks, EachKeyBlock>;
 
-  /// Whether a warp looks ahead for what tiles see, since it has to be read from memory; and what it tells.
+  /// Whether a warp looks ahead for what tiles see, since that may have to be read from memory; and what it tells.
   static constexpr bool scouts = !Mask::Sequence::fills_tensors;
   static constexpr int found_places = 2;
   struct NotScouted {};

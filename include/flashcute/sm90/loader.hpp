@@ -178,8 +178,8 @@ class Loader {
         landed = &smem_.v_landed[inspection_.place];
         inspection_.advance();
       } else {
-        barrier_arrive(*landed,
-                       L::inspecting_warps - 1);  // instead of the inspecting warps; load_block arrives once more
+        // In place of the inspecting warps. (load_block arrives once more.)
+        barrier_arrive(*landed, L::inspecting_warps - 1);
       }
     }
     load_block<C.head_dim_v>(p_.v, n, tile, smem_.v[v_.place], *landed);

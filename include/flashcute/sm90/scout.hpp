@@ -1,6 +1,6 @@
-// The scouting warp of Hopper's forward: where lengths of sequences or a block map say what a tile sees, it reads them
-// ahead of the loading lane, and tells in shared memory what it has found. The loading lane, which has few registers
-// and should wait for copies alone, takes it from there.
+// The scouting warp of Hopper's forward: where lengths of sequences or a block map may say what a tile sees, it reads
+// them ahead of the loading lane, and tells in shared memory what it has found. The loading lane, which has few
+// registers and should wait for copies alone, takes it from there.
 #pragma once
 
 #include "flashcute/sm90/schedule.hpp"
@@ -65,7 +65,7 @@ class Scout {
     return false;
   }
 
-  /// What this lane has found counts.
+  /// Tells what lane `of_lane` has found. What the other lanes pass is ignored.
   FLASHCUTE_DEVICE void tell(int of_lane, Found<Mask> const& found) {
     barrier_wait(smem_.scouted.empty[ring_.place], ring_.parity ^ 1);
     reconverge();  // no lane is still waiting: once it is told, the place may become full and empty again

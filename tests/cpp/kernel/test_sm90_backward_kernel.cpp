@@ -256,6 +256,21 @@ constexpr BackwardConfig one_key = with(narrow, [](BackwardConfig& c) { c.k_stag
 template <BackwardConfig B>
 constexpr BackwardConfig deterministic = with(B, [](BackwardConfig& c) { c.deterministic = true; });
 
+// Their heads add in two orders, of however few tiles. (`late_dq` tells them from others.)
+constexpr BackwardConfig two_orders = with(deterministic<one_key>, [](BackwardConfig& c) { c.late_dq = false; });
+constexpr BackwardConfig wide_in_two_orders = with(deterministic<wide>, [](BackwardConfig& c) { c.late_dq = false; });
+template <BackwardConfig B>
+constexpr BackwardKernelId causal_gradients = kernel_of(B, BackwardPass::gradients, {MaskKind::causal});
+
+}  // namespace
+
+template <>
+inline constexpr uint32_t sm90::least_tiles_of_two_orders<causal_gradients<two_orders>> = 2;
+template <>
+inline constexpr uint32_t sm90::least_tiles_of_two_orders<causal_gradients<wide_in_two_orders>> = 2;
+
+namespace {
+
 template <BackwardConfig B>
 void check_shapes() {
   for (Shape const& s : {Shape{.sq = B.block_m + 5, .sk = B.block_n + 7, .d = B.head_dim, .d_v = B.head_dim_v},
@@ -391,14 +406,14 @@ TEST(Sm90BackwardKernel, NothingToSee) {
 // Guards against a deadlock, and bits that depend on who comes first: the tiles that add to a block of queries have the
 // turns 0, 1, 2, ..., each once, and whoever waits has been started after all that it waits for.
 template <BackwardConfig B, MaskKind Kind>
-void check_turns(int sq, int sk, int offset) {
+void check_turns(int sq, int sk, int offset, int batch = 2, int kv_heads = 2) {
   constexpr BackwardKernelId id = kernel_of(B, BackwardPass::gradients, {Kind});
   using Order = sm90::FixedOrder<id>;
   ForwardParams p{};
-  p.batch = 2, p.heads = 4, p.kv_heads = 2, p.head_dim = p.head_dim_v = B.head_dim;
+  p.batch = batch, p.heads = 4, p.kv_heads = kv_heads, p.head_dim = p.head_dim_v = B.head_dim;
   p.seqlen_q = sq, p.seqlen_k = sk, p.causal_offset = offset;
   auto const blocks = static_cast<std::size_t>(ceil_div(sq, B.block_m));
-  std::vector<int> turns(blocks * 8);
+  std::vector<int> turns(blocks * static_cast<std::size_t>(4 * batch));
   auto const tiles = static_cast<uint32_t>(count_key_tiles(p, B.block_n));
   for (uint32_t started = 0; started < tiles; ++started) {
     auto const tile = Order::tile(p, started, tiles);
@@ -424,6 +439,32 @@ TEST(Sm90BackwardKernel, NobodyWaitsForATileThatIsStartedLater) {
   }
   // More heads' tiles than a cache holds: the heads are taken in groups.
   check_turns<deterministic<wide>, MaskKind::causal>(30000, 30000, 0);
+  // Tiles enough that some heads, or many, add from the first keys on.
+  for (auto const& [sq, sk, batch] : {std::tuple{1000, 1111, 17}, {300, 500, 40}, {100, 127, 200}, {9000, 9100, 3}}) {
+    for (int offset : {0, sk - sq, -70, 130}) {
+      check_turns<deterministic<one_key>, MaskKind::causal>(sq, sk, offset, batch, 4);
+      check_turns<deterministic<wide>, MaskKind::causal>(sq, sk, offset, batch, 4);
+      check_turns<deterministic<wide>, MaskKind::full>(sq, sk, offset, batch, 4);
+    }
+  }
+}
+
+TEST(Sm90BackwardKernel, SomeHeadsAddFromTheFirstKeysOn) {
+  constexpr BackwardKernelId causal = causal_gradients<deterministic<wide>>;
+  constexpr BackwardKernelId full = kernel_of(deterministic<wide>, BackwardPass::gradients, {MaskKind::full});
+  auto const heads_of = [](auto id, int batch, int kv_heads, int sk) {
+    ForwardParams p{};
+    p.batch = batch, p.heads = 16, p.kv_heads = kv_heads, p.seqlen_k = sk;
+    return static_cast<int>(sm90::FixedOrder<decltype(id)::value>::heads_from_first(p));
+  };
+  std::integral_constant<BackwardKernelId, causal> const under_the_mask;
+  std::integral_constant<BackwardKernelId, full> const without;
+  EXPECT_EQ(heads_of(under_the_mask, 4, 16, 4096), 13);     // 400 tiles
+  EXPECT_EQ(heads_of(under_the_mask, 1, 16, 50 * 128), 8);  // 800 tiles
+  EXPECT_EQ(heads_of(under_the_mask, 75, 16, 8), 400);      // of 1,200
+  EXPECT_EQ(heads_of(under_the_mask, 1, 16, 37 * 128), 0);  // too few tiles
+  EXPECT_EQ(heads_of(under_the_mask, 4, 4, 4096), 0);       // heads share keys
+  EXPECT_EQ(heads_of(without, 4, 16, 4096), 0);
 }
 
 // Guards against additions to dQ in an order that depends on which thread blocks come first, and a workspace that is
@@ -448,6 +489,12 @@ TEST(Sm90BackwardKernel, SameBits) {
   constexpr BackwardConfig one_tile = with(deterministic<one_key>, [](BackwardConfig& c) { c.persistent = false; });
   check_same_bits<one_tile, MaskKind::full>(many_keys);
   check_same_bits<one_tile, MaskKind::causal>({.sq = 300, .sk = 420, .d = 64, .d_v = 64, .heads = 2});
+}
+
+// Some heads add from the first keys on, and others from the last.
+TEST(Sm90BackwardKernel, SameBitsInTwoOrders) {
+  check_same_bits<two_orders, MaskKind::causal>({.sq = 300, .sk = 420, .d = 64, .d_v = 64, .heads = 3});
+  check_same_bits<wide_in_two_orders, MaskKind::causal>({.sq = 200, .sk = 300, .d = 128, .d_v = 128, .heads = 2});
 }
 
 // Guards against NaN and infinity of a row that reach rows which do not see it, by products with 0; and against any

@@ -190,6 +190,7 @@ TEST(BlockMap, BlocksOfTiles) {
           EXPECT_EQ(number, *next++);
           EXPECT_EQ(block.partial, !full.contains(number));
           EXPECT_TRUE(full_left < 0 || block.partial == (full_left == 0)) << "announced as full, or not";
+          EXPECT_TRUE(full_left <= 0 || rest.full_at_end() == full_left - 1);
           full_left = rest.full_at_end();
         }
         EXPECT_LE(full_left, 0) << "after the last block";

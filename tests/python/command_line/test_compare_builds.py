@@ -46,7 +46,7 @@ def test_two_builds_take_turns(tmp_path: Path) -> None:
 
 
 def test_every_mask(tmp_path: Path) -> None:
-    """A mask that is timed under the name of another one: packed sequences are those of the batch."""
+    """A mask that a worker cannot make, forward or backward, or that its line does not name."""
     masks = "full,causal,window-5,packed,packed-full,documents"
     done = run(tmp_path, f"a={INSTALLED}", f"--masks={masks}", "--out=lines.jsonl", "--rounds=1")
     assert done.returncode == 0, done.stderr

@@ -202,10 +202,11 @@ def test_backward_options(cfg: fc.BackwardConfig, causal: bool) -> None:
 @pytest.mark.parametrize("cfg", [x for x in variants() if x.head_dim <= 128], ids=lambda c: c.name)
 def test_many_tiles_of_a_thread_block(cfg: fc.BackwardConfig) -> None:
     """What a tile leaves for the next one of its thread block: more tiles than a GPU has multiprocessors, twice. Of
-    each head's four the last two are seen by no query, and the first two by two blocks or more, or by one."""
-    for rows, seen_keys in ((300, 250), (50, 200)):
+    each head's four the last two are seen by no query, and the first two by two blocks or more, or by one. Where each
+    query head has keys of its own, deterministic ones add from the first keys on in some heads."""
+    for rows, seen_keys, kv_heads in ((300, 250, 2), (50, 200, 2), (300, 300, 4)):
         q, dout = (normal(80, rows, 4, cfg.head_dim) for _ in range(2))
-        k, v = (normal(80, 500, 2, cfg.head_dim) for _ in range(2))
+        k, v = (normal(80, 500, kv_heads, cfg.head_dim) for _ in range(2))
         diagonal = seen_keys - rows
         i, j = torch.arange(rows, device="cuda"), torch.arange(500, device="cuda")
         found = run(cfg, q, k, v, dout, True, diagonal=diagonal)
@@ -351,8 +352,9 @@ def test_same_bits_whatever_else_runs(d: int, causal: bool) -> None:
     """A tile that waits for one that is not started never ends where another kernel holds half of the multiprocessors;
     one that does not wait adds in another order; counters of another call, which the workspace still has, let it."""
     cfg = same_bits(d)
-    q, dout = (torch.randn(2, 1000, 16, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    k, v = (torch.randn(2, 1100, 4, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    batch, kv_heads = (5, 16) if causal else (2, 4)  # so many tiles that some heads add from the first keys on
+    q, dout = (torch.randn(batch, 1000, 16, d, device="cuda", dtype=torch.bfloat16) for _ in "qd")
+    k, v = (torch.randn(batch, 1100, kv_heads, d, device="cuda", dtype=torch.bfloat16) for _ in "kv")
     out, lse = fc.flash_attention(q, k, v, causal, return_lse=True)
     workspace = torch.empty(fc.backward_workspace_size(cfg, q, v), device="cuda")
     half = torch.cuda.get_device_properties(0).multi_processor_count // 2

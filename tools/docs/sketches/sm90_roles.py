@@ -37,7 +37,7 @@ def draw() -> Figure:
         3.4,
         7.6,
         2.6,
-        "warpgroup 0, warps 1 to 3:\ninspect V for NaN",
+        "warpgroup 0, warps 1 to 3:\ninspect V, scout tiles",
         "#FFFFFF",
         edge="#999999",
     )
