@@ -352,9 +352,13 @@ def test_same_bits_whatever_else_runs(d: int, causal: bool) -> None:
     """A tile that waits for one that is not started never ends where another kernel holds half of the multiprocessors;
     one that does not wait adds in another order; counters of another call, which the workspace still has, let it."""
     cfg = same_bits(d)
-    batch, kv_heads = (5, 16) if causal else (2, 4)  # so many tiles that some heads add from the first keys on
+    batch, kv_heads = (
+        (5, 16) if causal else (2, 4)
+    )  # so many tiles that some heads add from the first keys on
     q, dout = (torch.randn(batch, 1000, 16, d, device="cuda", dtype=torch.bfloat16) for _ in "qd")
-    k, v = (torch.randn(batch, 1100, kv_heads, d, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    k, v = (
+        torch.randn(batch, 1100, kv_heads, d, device="cuda", dtype=torch.bfloat16) for _ in "kv"
+    )
     out, lse = fc.flash_attention(q, k, v, causal, return_lse=True)
     workspace = torch.empty(fc.backward_workspace_size(cfg, q, v), device="cuda")
     half = torch.cuda.get_device_properties(0).multi_processor_count // 2
