@@ -88,14 +88,6 @@ def cases_of(options: argparse.Namespace) -> list[tuple[str, int, str, int]]:
 # ---- a worker: one build -----------------------------------------------------------------------------
 
 
-def lengths_of_documents(tokens: int) -> list[int]:
-    """Log-normal, median 700."""
-    draw, lengths = random.Random(1), [0]
-    while (left := tokens - sum(lengths)) > 0:
-        lengths.append(min(left, max(1, round(draw.lognormvariate(6.55, 1.1)))))
-    return lengths[1:]
-
-
 def arguments_of(mask: str, batch: int, seqlen: int, kit: Any) -> dict[str, Any]:
     """Of `explain` and `Variant`."""
     import flashcute
@@ -107,7 +99,9 @@ def arguments_of(mask: str, batch: int, seqlen: int, kit: Any) -> dict[str, Any]
         starts = np.arange(0, (batch + 1) * seqlen, seqlen, np.int32)
         told["cu_seqlens_q"] = told["cu_seqlens_k"] = kit.array(starts, "int32")
     elif mask == "documents":
-        lengths = lengths_of_documents(seqlen)
+        from block_masks import documents  # beside this script
+
+        lengths = documents(seqlen)
         numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         told["block_mask"] = flashcute.BlockMask.from_documents(kit.array(numbers[None], "int32"))
     return told

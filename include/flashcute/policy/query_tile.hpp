@@ -195,8 +195,7 @@ struct KeyTile {
 
   /// Tile `index` of `count_key_tiles(p, block_keys)`. Under a causal mask the first keys are seen by the most queries,
   /// and long tiles should start early. `bytes`: what they read and write for each element of Q and dO; by default
-  /// these and the sums of dQ. Only tiles of heads from
-  /// `first_head` on are numbered.
+  /// these and the sums of dQ. Only tiles of heads from `first_head` on are numbered.
   template <class Index>
   FLASHCUTE_HD static KeyTile at(ForwardParams const& p, Index index, int32_t block_keys, int32_t bytes = 4,
                                  Index first_head = 0) {
