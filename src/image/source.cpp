@@ -71,14 +71,15 @@ std::string definition(KernelId<Config> const& kernel) {
          ", .features = " + initializer(kernel.features) + "})\n";
 }
 
-/// Whether CuTe has WGMMA with that many columns only among its extended shapes.
+/// Whether CuTe has WGMMA with that many columns only among its extended shapes. (sm90/wgmma_160.hpp has P V's of 160.)
 constexpr bool is_extended_wgmma_width(int32_t columns) {
   return columns % 64 != 0 && columns != 8 && columns != 16 && columns != 32 && columns != 96;
 }
 
 bool needs_extended_wgmma(ForwardKernelId const& kernel) {
   ForwardConfig const& c = kernel.config;
-  return c.kernel == Kernel::sm90 && (is_extended_wgmma_width(c.block_n) || is_extended_wgmma_width(c.head_dim_v));
+  return c.kernel == Kernel::sm90 &&
+         (is_extended_wgmma_width(c.block_n) || (is_extended_wgmma_width(c.head_dim_v) && c.head_dim_v != 160));
 }
 bool needs_extended_wgmma(BackwardKernelId const&) { return false; }
 

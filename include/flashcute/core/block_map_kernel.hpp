@@ -15,6 +15,7 @@ struct BlockMapKernelId {
 inline constexpr int32_t groups_of_map = 4;
 inline constexpr int32_t threads_of_map = groups_of_map * cell_size;
 inline constexpr int32_t warps_of_map = threads_of_map / 32;
+inline constexpr int32_t blocks_of_map = 4;  // at least, on a multiprocessor at once: more reads are then in flight
 
 constexpr int32_t num_threads(BlockMapKernelId) { return threads_of_map; }
 

@@ -165,6 +165,13 @@ FLASHCUTE_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0
 /// Whether any lane of the warp passed true.
 FLASHCUTE_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 
+/// A bit for each lane of the warp: whether its x is true.
+FLASHCUTE_DEVICE uint32_t lanes_with(bool x) { return __ballot_sync(0xffffffffu, x); }
+
+/// The least and the greatest of the warp's numbers.
+FLASHCUTE_DEVICE int32_t warp_least(int32_t x) { return __reduce_min_sync(0xffffffffu, x); }
+FLASHCUTE_DEVICE int32_t warp_greatest(int32_t x) { return __reduce_max_sync(0xffffffffu, x); }
+
 /// The value of lane `lane` within this thread's group of `Width` lanes.
 template <int Width>
 FLASHCUTE_DEVICE float shuffle(float x, int lane) {

@@ -47,12 +47,10 @@ class MakeBlockMap {
     int32_t const first = word * cells_of_word, count = min_of(cells_of_word, count_cells(rows.columns()) - first);
 
     if (rows.has_documents()) {
-      if (thread <= count) {
-        auto const found = thread < count ? rows.of_columns(first + thread) : rows.of_rows(row_of_cells);
-        int32_t const place = thread < count ? thread : cells_of_word;
-        shared_store(&smem_.least[place], found.least);
-        shared_store(&smem_.greatest[place], found.greatest);
+      for (int32_t c = thread / 32; c < count; c += warps_of_map) {
+        find_range(rows.documents_of_columns(), first + c, rows.columns(), c);
       }
+      if (thread < 32) find_range(rows.documents_of_rows(), row_of_cells, rows.rows(), cells_of_word);
       block_sync();  // the numbers of all cells are in shared memory
     }
     uint32_t some = 0, broken = 0;
@@ -61,7 +59,13 @@ class MakeBlockMap {
       uint64_t seen = 0;
       int32_t const known = rows.has_documents() ? known_of_documents(rows, c) : unknown;
       if (known == unknown) {
-        seen = rows.columns_of_cell(row, first + c);
+        if (rows.has_booleans()) seen = seen_in_booleans(rows, row, first + c);
+        if (row >= rows.rows()) {
+          seen = 0;
+        } else {
+          uint64_t const others = rows.by_other_rules(row, first + c);
+          seen = rows.has_booleans() ? seen & others : others;
+        }
       } else if (known == all) {
         seen = row < rows.rows() ? existing : 0;
       }
@@ -101,6 +105,53 @@ class MakeBlockMap {
     }
   }
 
+  /// A warp finds the least and the greatest document of a cell.
+  FLASHCUTE_DEVICE void find_range(int32_t const* documents, int32_t cell, int32_t length, int32_t place) const {
+    int32_t const lane = thread_index() % 32, first = cell * cell_size;
+    int32_t const a = documents[min_of(first + lane, length - 1)], b = documents[min_of(first + lane + 32, length - 1)];
+    int32_t const least = warp_least(min_of(a, b)), greatest = warp_greatest(max_of(a, b));
+    if (lane != 0) return;
+    shared_store(&smem_.least[place], least);
+    shared_store(&smem_.greatest[place], greatest);
+  }
+
+  /// Which columns of a cell this thread's row sees by the booleans. A warp has 32 rows, and its lanes read neighbours
+  /// in memory: where those are rows, each lane reads its own; else they read columns, row after row.
+  template <class Rows>
+  FLASHCUTE_DEVICE static uint64_t seen_in_booleans(Rows const& rows, int32_t row, int32_t cell) {
+    constexpr int32_t at_once = 16;  // reads of a lane before the first of them is used
+    int32_t const lane = thread_index() % 32, first_row = row - lane, first = cell * cell_size;
+    int32_t const rows_left = rows.rows() - first_row, columns_left = rows.columns() - first;
+    auto const [from, down, across] = rows.booleans(first_row);
+    uint64_t seen = 0;
+    if (down == 1) {
+      int32_t const count = lane < rows_left ? columns_left : 0;
+      uint8_t const* own = from + lane + first * across;
+      CUTE_NO_UNROLL
+      for (int32_t c = 0; c < cell_size; c += at_once, own += at_once * across) {
+        uint32_t bits = 0;
+        CUTE_UNROLL
+        for (int32_t i = 0; i < at_once; ++i) {
+          bits |= uint32_t{c + i < count && own[i * across] != 0} << i;
+        }
+        seen |= uint64_t{bits} << c;
+      }
+    } else {
+      uint8_t const* own = from + (first + lane) * across;
+      CUTE_NO_UNROLL
+      for (int32_t r = 0; r < 32; r += at_once / 2, own += at_once / 2 * down) {
+        CUTE_UNROLL
+        for (int32_t i = 0; i < at_once / 2; ++i) {
+          bool const exists = r + i < rows_left;
+          uint32_t const low = lanes_with(exists && lane < columns_left && own[i * down] != 0);
+          uint32_t const high = lanes_with(exists && lane + 32 < columns_left && own[i * down + 32 * across] != 0);
+          if (r + i == lane) seen = low | uint64_t{high} << 32;
+        }
+      }
+    }
+    return seen;
+  }
+
   enum Known : int32_t { unknown, none, all };
 
   /// What the numbers of documents alone say of a cell.
@@ -123,7 +174,7 @@ class MakeBlockMap {
 
 /// Defines the kernel NAME.
 #define FLASHCUTE_BLOCK_MAP_ENTRY(NAME)                                                                    \
-  extern "C" __global__ void __launch_bounds__(flashcute::threads_of_map)                                  \
+  extern "C" __global__ void __launch_bounds__(flashcute::threads_of_map, flashcute::blocks_of_map)        \
       NAME(__grid_constant__ flashcute::BlockMapRules const rules) {                                       \
     extern __shared__ __align__(128) unsigned char smem[];                                                 \
     flashcute::MakeBlockMap::run(rules, *reinterpret_cast<flashcute::MakeBlockMap::SharedStorage*>(smem)); \

@@ -46,8 +46,12 @@ class MapRows {
   struct Documents {
     int32_t least, greatest;
   };
-  FLASHCUTE_HD Documents of_rows(int32_t row_of_cells) const { return range(by_key, row_of_cells, rows()); }
-  FLASHCUTE_HD Documents of_columns(int32_t cell) const { return range(!by_key, cell, columns()); }
+  FLASHCUTE_HD Documents of_rows(int32_t row_of_cells) const {
+    return range(documents_of(by_key), row_of_cells, rows());
+  }
+  FLASHCUTE_HD Documents of_columns(int32_t cell) const { return range(documents_of(!by_key), cell, columns()); }
+  FLASHCUTE_HD int32_t const* documents_of_rows() const { return documents_of(by_key); }
+  FLASHCUTE_HD int32_t const* documents_of_columns() const { return documents_of(!by_key); }
 
   /// Whether documents alone hide all of a cell; and whether there is no other rule, and they show all of it.
   FLASHCUTE_HD static bool hide_all(Documents const& rows, Documents const& columns) {
@@ -62,17 +66,49 @@ class MapRows {
   /// Which columns of a cell a row sees; none if there is no such row.
   FLASHCUTE_HD uint64_t columns_of_cell(int32_t row, int32_t cell) const {
     if (row >= rows()) return 0;
+    uint64_t const seen = by_other_rules(row, cell);
+    return has_booleans() ? seen & booleans(row).columns_of_cell(cell, columns()) : seen;
+  }
+
+  /// The same without the rule of booleans, for a row that there is.
+  FLASHCUTE_HD uint64_t by_other_rules(int32_t row, int32_t cell) const {
     uint64_t seen = existing(cell);
-    if (rules_.dense != nullptr) seen &= of_dense(row, cell);
     if (rules_.documents_q != nullptr) seen &= of_documents(row, cell);
     if (rules_.first.words != nullptr) seen &= of_maps(row, cell);
     return seen;
   }
 
+  /// Booleans from a row on: column c of r rows further is at from[r * down + c * across].
+  struct Booleans {
+    uint8_t const* from;
+    int64_t down, across;
+
+    FLASHCUTE_HD uint64_t columns_of_cell(int32_t cell, int32_t columns) const {
+      int32_t const first = cell * cell_size, count = min_of(cell_size, columns - first);
+      uint64_t seen = 0;
+      if (across == 1 && count == cell_size && reinterpret_cast<size_t>(from + first) % 8 == 0) {
+        auto const* const words = reinterpret_cast<uint64_t const*>(from + first);
+        for (int32_t i = 0; i < 8; ++i) seen |= bits_of_bytes(words[i]) << 8 * i;
+        return seen;
+      }
+      for (int32_t c = 0; c < count; ++c) seen |= uint64_t{from[(first + c) * across] != 0} << c;
+      return seen;
+    }
+  };
+  FLASHCUTE_HD bool has_booleans() const { return rules_.dense != nullptr; }
+  FLASHCUTE_HD Booleans booleans(int32_t row) const {
+    int64_t const* const stride = rules_.dense_stride;
+    int64_t const down = stride[by_key ? 3 : 2], across = stride[by_key ? 2 : 3];
+    return {rules_.dense + batch_ * stride[0] + head_ * stride[1] + row * down, down, across};
+  }
+
  private:
-  FLASHCUTE_HD Documents range(bool keys, int32_t cell, int32_t length) const {
-    int32_t const* const numbers = keys ? rules_.documents_k + batch_ * rules_.documents_stride_k
-                                        : rules_.documents_q + batch_ * rules_.documents_stride_q;
+  FLASHCUTE_HD int32_t const* documents_of(bool keys) const {
+    return keys ? rules_.documents_k + batch_ * rules_.documents_stride_k
+                : rules_.documents_q + batch_ * rules_.documents_stride_q;
+  }
+
+  FLASHCUTE_HD static Documents range(int32_t const* numbers, int32_t cell, int32_t length) {
     int32_t const end = min_of(length, (cell + 1) * cell_size);
     Documents found{numbers[cell * cell_size], numbers[cell * cell_size]};
     for (int32_t i = cell * cell_size + 1; i < end; ++i) {
@@ -80,21 +116,6 @@ class MapRows {
       found.greatest = max_of(found.greatest, numbers[i]);
     }
     return found;
-  }
-
-  FLASHCUTE_HD uint64_t of_dense(int32_t row, int32_t cell) const {
-    int64_t const* const stride = rules_.dense_stride;
-    int64_t const down = stride[by_key ? 3 : 2], across = stride[by_key ? 2 : 3];
-    uint8_t const* const from = rules_.dense + batch_ * stride[0] + head_ * stride[1] + row * down;
-    int32_t const first = cell * cell_size, count = min_of(cell_size, columns() - first);
-    uint64_t seen = 0;
-    if (across == 1 && count == cell_size && reinterpret_cast<size_t>(from + first) % 8 == 0) {
-      auto const* const words = reinterpret_cast<uint64_t const*>(from + first);
-      for (int32_t i = 0; i < 8; ++i) seen |= bits_of_bytes(words[i]) << 8 * i;
-      return seen;
-    }
-    for (int32_t c = 0; c < count; ++c) seen |= uint64_t{from[(first + c) * across] != 0} << c;
-    return seen;
   }
 
   /// Of eight bytes, which are not 0.
@@ -106,11 +127,9 @@ class MapRows {
   }
 
   FLASHCUTE_HD uint64_t of_documents(int32_t row, int32_t cell) const {
-    int32_t const* const queries = rules_.documents_q + batch_ * rules_.documents_stride_q;
-    int32_t const* const keys = rules_.documents_k + batch_ * rules_.documents_stride_k;
-    int32_t const own = (by_key ? keys : queries)[row];
+    int32_t const own = documents_of_rows()[row];
     if (own < 0) return 0;
-    int32_t const* const others = (by_key ? queries : keys) + cell * cell_size;
+    int32_t const* const others = documents_of_columns() + cell * cell_size;
     int32_t const count = min_of(cell_size, columns() - cell * cell_size);
     uint64_t seen = 0;
     for (int32_t c = 0; c < count; ++c) seen |= uint64_t{others[c] == own} << c;

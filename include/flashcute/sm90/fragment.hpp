@@ -31,12 +31,12 @@ struct WarpgroupFragment {
   }
 };
 
-/// The accumulator with the layout of the WGMMA atom.
+/// The accumulator as WGMMA takes it: so many registers. (In the atom's own layout of rows and columns CuTe computes
+/// the index of each register of each product, which takes the compiler longer than all the rest.)
 template <class Accumulator>
 FLASHCUTE_DEVICE auto as_warpgroup_accumulator(Accumulator& acc) {
   using namespace cute;
-  constexpr int blocks = decltype(size<2>(acc.layout()))::value;
-  return make_tensor(acc.data(), Layout<Shape<Shape<_2, _2, Int<blocks>>>>{});
+  return make_tensor(acc.data(), Layout<Int<decltype(size(acc))::value>>{});
 }
 
 /// Waits until at most `Pending` of the products that were begun are not done, those of `done` among them.

@@ -51,9 +51,6 @@ FLASHCUTE_DEVICE EqualLanes equals_in_warp(uint32_t word) {
   return {__popc(equal & ((1u << thread_index() % 32) - 1)), __popc(equal)};
 }
 
-/// A bit for each lane of the warp: whether its x is true.
-FLASHCUTE_DEVICE uint32_t lanes_with(bool x) { return __ballot_sync(0xffffffffu, x); }
-
 /// The same address in shared memory, opaque to the compiler. Otherwise it recomputes the address of every barrier and
 /// tile from a special register at each use.
 template <class Storage>

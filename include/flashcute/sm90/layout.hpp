@@ -6,6 +6,7 @@
 #include "flashcute/sm90/fragment.hpp"
 #include "flashcute/sm90/ring.hpp"
 #include "flashcute/sm90/tile_order.hpp"
+#include "flashcute/sm90/wgmma_160.hpp"
 
 namespace flashcute::sm90 {
 
@@ -156,9 +157,16 @@ struct ForwardLayout : WarpgroupFragment {
   // ---- tensor cores: each warpgroup multiplies its own 64 rows ----
   using MmaS = cute::MMA_Traits<
       decltype(cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<WarpgroupM, BlockN, cute::_16>>())>;
-  using MmaO = cute::MMA_Traits<
-      decltype(cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<WarpgroupM, HeadDimV, cute::_16>,
-                                          cute::GMMA::Major::K, cute::GMMA::Major::MN>())>;
+  static auto output_atom() {
+    using namespace cute;
+    if constexpr (HeadDimV::value == 160) {
+      return Wgmma64x160x16<Element>{};
+    } else {
+      return GMMA::rs_op_selector<Element, Element, float, Shape<WarpgroupM, HeadDimV, _16>, GMMA::Major::K,
+                                  GMMA::Major::MN>();
+    }
+  }
+  using MmaO = cute::MMA_Traits<decltype(output_atom())>;
 };
 
 }  // namespace flashcute::sm90

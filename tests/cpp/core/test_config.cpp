@@ -361,8 +361,9 @@ TEST(Config, HopperHasTilesForTheWidthsOfModels) {
                                  {80, 96},
                                  {96, 96},
                                  {112, 128},
-                                 {136, 192},
-                                 {160, 192},
+                                 {136, 160},
+                                 {160, 160},
+                                 {168, 192},
                                  {192, 192},
                                  {200, 256},
                                  {256, 256}}) {
@@ -370,7 +371,8 @@ TEST(Config, HopperHasTilesForTheWidthsOfModels) {
   }
   EXPECT_EQ(tile(192, 128), std::pair(192, 128));
   EXPECT_EQ(tile(160, 96), std::pair(192, 128));
-  EXPECT_EQ(tile(128, 160), std::pair(192, 192));
+  EXPECT_EQ(tile(128, 160), std::pair(160, 160));
+  EXPECT_EQ(tile(128, 168), std::pair(192, 192));
   EXPECT_EQ(tile(64, 96), std::pair(96, 96));
   EXPECT_EQ(tile(200, 128), std::pair(256, 256));
 }

@@ -65,6 +65,16 @@ TEST(MakeBlockMap, AsOnTheCpu) {
     int64_t const strides[] = {int64_t{2} * rows * keys, int64_t{rows} * keys, keys, 1};
     std::copy_n(strides, 4, rules.dense_stride);
     expect_as_on_the_cpu(dense, rules);
+    // The same bytes as another mask: neighbours in memory are queries; then, two apart, neither.
+    rules.dense_stride[2] = 1, rules.dense_stride[3] = rows;
+    expect_as_on_the_cpu(dense, rules);
+    std::vector<uint8_t> apart(2 * dense.shown.size(), 1);
+    for (size_t i = 0; i < dense.shown.size(); ++i) apart[2 * i] = dense.shown[i];
+    rules.dense = apart.data();
+    std::transform(strides, strides + 4, rules.dense_stride, [](int64_t stride) { return 2 * stride; });
+    expect_as_on_the_cpu(dense, rules);
+    rules.dense_stride[2] = 0;  // one row for all queries
+    expect_as_on_the_cpu(dense, rules);
 
     std::mt19937 random(9);
     std::vector<int> q(static_cast<size_t>(2 * rows)), k(static_cast<size_t>(2 * keys));

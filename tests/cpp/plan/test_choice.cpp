@@ -214,7 +214,7 @@ TEST_F(Choice, AWiderTileIsTakenWhereTheExactOneHasNoImage) {
     q.dtype = v.dtype = dtype;
     return std::pair(config_for(q, q, v, nullptr, options), explain(std::nullopt, q, q, v, options));
   };
-  for (auto const& [d, d_v] : {std::pair{96, 96}, {192, 192}, {192, 128}}) {
+  for (auto const& [d, d_v] : {std::pair{96, 96}, {160, 160}, {192, 192}, {192, 128}}) {
     auto const [config, e] = of(d, d_v);
     EXPECT_EQ(config, default_forward_config({DType::bfloat16, d, d_v}, 90));
     EXPECT_EQ(e.image, "ahead of time");

@@ -395,11 +395,13 @@ def test_configs() -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", 100, "sm_120"])
 def test_gpu_defaults_are_ahead_of_time(dtype: str, arch: str | int) -> None:
     """Every head dim that flash_attention takes runs without a compiler. (In float16 a wider tile of Hopper's kernel
-    stands in for those of 96 and 192: test_choice.cpp.)"""
-    widths = (64, 96, 128, 192, 256) if arch == "sm_90" and dtype != "float32" else (64, 128, 256)
+    stands in for those of 96, 160 and 192: test_choice.cpp.)"""
+    widths = (
+        (64, 96, 128, 160, 192, 256) if arch == "sm_90" and dtype != "float32" else (64, 128, 256)
+    )
     for d in range(8, 257, 8):
         cfg = fc.default_config(d, dtype, arch)
-        stands_in = dtype == "float16" and cfg.head_dim in (96, 192)
+        stands_in = dtype == "float16" and cfg.head_dim in (96, 160, 192)
         assert (cfg in fc.configs()) != stands_in
         assert cfg.head_dim == min(width for width in widths if width >= d)
         assert fc.default_config(8, dtype, arch, head_dim_v=d) == cfg

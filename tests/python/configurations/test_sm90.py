@@ -25,7 +25,7 @@ on_hopper = pytest.mark.skipif(not is_hopper(), reason="needs a GPU of compute c
 
 def defaults(dtype: str) -> list[fc.ForwardConfig]:
     """The default configuration of each bucket of head dims."""
-    buckets = [(d, d) for d in (64, 96, 128, 192, 256)] + [(192, 128)]
+    buckets = [(d, d) for d in (64, 96, 128, 160, 192, 256)] + [(192, 128)]
     return [fc.default_config(d, dtype, "sm_90", head_dim_v=d_v) for d, d_v in buckets]
 
 
@@ -119,7 +119,7 @@ def test_against_fp64(rng: np.random.Generator, compiled: fc.ForwardConfig) -> N
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("d", [64, 96, 128, 160, 192, 256])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_rising_maxima(rng: np.random.Generator, d: int, dtype: str, causal: bool) -> None:
     """Blocks are visited from the last to the first. Scores that rise by hundreds on the way make stale maxima
@@ -141,7 +141,7 @@ def test_rising_maxima(rng: np.random.Generator, d: int, dtype: str, causal: boo
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("d", [64, 96, 128, 160, 192, 256])
 def test_very_negative_scores(rng: np.random.Generator, d: int, causal: bool) -> None:
     """A row's first maximum is far below 0: exponentials relative to 0 would all be 0."""
     p = oracle.make_problem(

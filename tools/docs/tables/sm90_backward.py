@@ -250,13 +250,17 @@ def cold() -> str:
 
 # ---- widths of the forward -------------------------------------------------------------------------
 
+RETILED = 160
 WIDTH_CASES = {80: (80, None), 96: (96, None), 160: (160, None), 192: (192, None), "192 / 128": (192, 128)}  # fmt: skip
 
 
 def widths() -> str:
-    """The forward at head dimensions between the powers of two, beside the others."""
+    """The forward at head dimensions between the powers of two, beside the others; without those that have another
+    tile since."""
     rows = []
     for width, (head_dim, head_dim_v) in WIDTH_CASES.items():
+        if head_dim == RETILED:
+            continue
         for mask, causal in MASKS.items():
             for length in (1024, 4096, 16384):
                 of = {"head_dim": head_dim, "head_dim_v": head_dim_v, "causal": causal}
@@ -299,6 +303,8 @@ def widths_summary() -> str:
 def width_cells() -> list[dict[str, Line]]:
     cells: dict[tuple[object, ...], dict[str, Line]] = {}
     for x in where(WIDTHS, status="ok"):
+        if x["head_dim"] == RETILED:
+            continue
         cell = (x["head_dim"], x["head_dim_v"], x["causal"], x["seqlen_q"])
         cells.setdefault(cell, {})[x["impl"]] = x
     return list(cells.values())

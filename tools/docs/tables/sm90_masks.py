@@ -70,7 +70,7 @@ def widths() -> str:
             rows.append([f"{name} {mask}", *ratios])
     for mask, causal in (("causal", True), ("full", False)):
         rows.insert(
-            2 + (not causal), [f"160 {mask}", *map(rounded, of_160("192: 128 x 96", causal))]
+            2 + (not causal), [f"160 {mask}", *map(rounded, of_160("160: 128 x 128", causal))]
         )
     return table(["head dim, mask", *(f"{n // 1024}k" for n in LENGTHS)], rows, numbers=5)
 

@@ -278,6 +278,42 @@ FLASHCUTE_DEVICE bool warp_any(bool x) {
   return own.any;
 }
 
+FLASHCUTE_DEVICE uint32_t lanes_with(bool x) {
+  struct Lane {
+    bool value;
+    uint32_t lanes;
+  };
+  Lane own{x, 0};
+  emulation::warp_instruction("lanes_with", &own, [](void* const* lanes) {
+    uint32_t with = 0;
+    for (int i = 0; i < 32; ++i) with |= static_cast<uint32_t>(static_cast<Lane*>(lanes[i])->value) << i;
+    for (int i = 0; i < 32; ++i) static_cast<Lane*>(lanes[i])->lanes = with;
+  });
+  return own.lanes;
+}
+
+namespace emulation {
+
+/// A number of the warp's, for all lanes.
+template <class Choose>
+int32_t reduce(char const* name, int32_t x, Choose) {
+  warp_instruction(name, &x, [](void* const* lanes) {
+    int32_t chosen = *static_cast<int32_t*>(lanes[0]);
+    for (int i = 1; i < 32; ++i) chosen = Choose{}(chosen, *static_cast<int32_t*>(lanes[i]));
+    for (int i = 0; i < 32; ++i) *static_cast<int32_t*>(lanes[i]) = chosen;
+  });
+  return x;
+}
+
+}  // namespace emulation
+
+FLASHCUTE_DEVICE int32_t warp_least(int32_t x) {
+  return emulation::reduce("warp_least", x, [](int32_t a, int32_t b) { return min_of(a, b); });
+}
+FLASHCUTE_DEVICE int32_t warp_greatest(int32_t x) {
+  return emulation::reduce("warp_greatest", x, [](int32_t a, int32_t b) { return max_of(a, b); });
+}
+
 template <int Width>
 FLASHCUTE_DEVICE float shuffle(float x, int lane) {
   return emulation::exchange("shuffle", x, thread_index() % 32 / Width * Width + lane);

@@ -69,20 +69,6 @@ FLASHCUTE_DEVICE EqualLanes equals_in_warp(uint32_t word) {
   return own.equal;
 }
 
-FLASHCUTE_DEVICE uint32_t lanes_with(bool x) {
-  struct Lane {
-    bool value;
-    uint32_t lanes;
-  };
-  Lane own{x, 0};
-  emulation::warp_instruction("lanes_with", &own, [](void* const* lanes) {
-    uint32_t with = 0;
-    for (int i = 0; i < 32; ++i) with |= static_cast<uint32_t>(static_cast<Lane*>(lanes[i])->value) << i;
-    for (int i = 0; i < 32; ++i) static_cast<Lane*>(lanes[i])->lanes = with;
-  });
-  return own.lanes;
-}
-
 template <class Storage>
 FLASHCUTE_DEVICE Storage& hidden(Storage& smem) {
   return smem;
