@@ -252,9 +252,7 @@ void launch(BackwardConfig const& config, Features const& features, BackwardPara
 }
 
 void launch(BlockMapRules const& rules, int device, void* stream) {
-  BlockMapLayout const layout = BlockMapLayout::of(rules.sizes, rules.capacity);
-  auto const words = [&](CellPlanes const& planes) { return rules.sizes.maps * planes.rows * planes.words; };
-  Launch<BlockMapKernelId> ready{{}, words(layout.by_query) + words(layout.by_key)};
+  Launch<BlockMapKernelId> ready{{}, MapBlockOrder::of(rules.sizes).count};
   kernels<BlockMapKernelId>().get({&ready, 1}, device);
   {
     ContextGuard const guard(device_facts(device).primary_context);

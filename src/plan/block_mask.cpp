@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/make_block_map.hpp"
+#include "flashcute/core/block_map_kernel.hpp"
 #include "launch/launch.hpp"
 #include "plan/checks.hpp"
 
@@ -147,11 +148,8 @@ void build_block_mask(BlockMask const& mask, BlockMaskRules const& rules, void* 
   if (device.type == DeviceType::cpu) {
     cpu::make_block_map(r);
   } else {
-    BlockMapLayout const layout = BlockMapLayout::of(r.sizes, 0);
     require_capability(arch_of(device), "block_mask: ");
-    require_grid(
-        r.sizes.maps * (layout.by_query.rows * layout.by_query.words + layout.by_key.rows * layout.by_key.words),
-        "block_mask: batch * heads * cells / 32");
+    require_grid(MapBlockOrder::of(r.sizes).count, "block_mask: batch * heads * cells / 32");
     launch(r, device.index, stream);
   }
 }

@@ -161,6 +161,7 @@ FLASHCUTE_DEVICE bool block_any(bool x) { return __syncthreads_or(x); }
 
 /// The value of the lane whose number differs in the bits of `mask`.
 FLASHCUTE_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+FLASHCUTE_DEVICE uint32_t shuffle_xor_word(uint32_t word, int mask) { return __shfl_xor_sync(0xffffffffu, word, mask); }
 
 /// Whether any lane of the warp passed true.
 FLASHCUTE_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }

@@ -197,28 +197,44 @@ class OnlineSoftmax {
   }
 
   /// The same with a sink; -inf is none. Rows that do not exist, or see no key, are set to 0: what they hold may be
-  /// anything. Afterwards row_sum_ holds the LSE.
+  /// anything. Afterwards e^row_max_ * row_sum_ is the sum of exponentials.
   template <class Output, class Exists, class Empty>
     requires(Sink)
   FLASHCUTE_DEVICE void finish(Output&& output, float sink, Exists const& exists, Empty const& empty) {
     using namespace cute;
     auto o = by_row_and_column(output);  // (row, head dim)
+    bool shown[Rows], any_hidden = false;
+    float factor[Rows];
     CUTE_UNROLL
     for (int i = 0; i < Rows; ++i) {
-      float sum = Optimized ? quad_sum(row_sum_[i]) : row_sum_[i];
-      float base = exponential_.scaled(row_max_[i]), factor = 1.f;  // sum * e^base is the sum of exponentials
-      bool const shown = exists(i) && !empty(i, sum);
-      if (!shown) sum = 0.f, base = -infinity;
-      if (sink != -infinity) {
-        float const highest = base > sink ? base : sink;  // NaN if the sink is NaN
-        factor = expf(base - highest);
-        sum = sum * factor + (sink == highest ? 1.f : expf(sink - highest));
-        base = highest;
-      }
-      float const inverse = factor * reciprocal_approx(sum);
+      if constexpr (Optimized) row_sum_[i] = quad_sum(row_sum_[i]);
+      row_max_[i] = exponential_.scaled(row_max_[i]);
+      factor[i] = 1.f;
+      shown[i] = exists(i) && !empty(i, row_sum_[i]);
+      if (!shown[i]) row_sum_[i] = 0.f, row_max_[i] = -infinity;
+      any_hidden = any_hidden || !shown[i];
+    }
+    if (sink != -infinity) {
       CUTE_UNROLL
-      for (int j = 0; j < size<1>(o); ++j) o(i, j) = shown ? o(i, j) * inverse : 0.f;
-      row_sum_[i] = sum == 0.f || !exists(i) ? -infinity : base + logf(sum);
+      for (int i = 0; i < Rows; ++i) {
+        float const highest = row_max_[i] > sink ? row_max_[i] : sink;  // NaN if the sink is NaN
+        factor[i] = expf(row_max_[i] - highest);
+        row_sum_[i] = row_sum_[i] * factor[i] + (sink == highest ? 1.f : expf(sink - highest));
+        row_max_[i] = highest;
+      }
+    }
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      float const inverse = factor[i] * reciprocal_approx(row_sum_[i]);
+      CUTE_UNROLL
+      for (int j = 0; j < size<1>(o); ++j) o(i, j) *= inverse;
+    }
+    if (!warp_any(any_hidden)) return;
+    CUTE_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      CUTE_UNROLL
+      for (int j = 0; j < size<1>(o); ++j) o(i, j) = shown[i] ? o(i, j) : 0.f;
+      if (!exists(i)) row_sum_[i] = 0.f, row_max_[i] = -infinity;
     }
   }
 
@@ -233,7 +249,7 @@ class OnlineSoftmax {
 
   /// log(sum(exp(scale * score))) of row i, after `finish`; -inf for an empty row.
   FLASHCUTE_DEVICE float lse(int i) const {
-    if constexpr (Sink) return row_sum_[i];
+    if constexpr (Sink) return row_max_[i] + logf(row_sum_[i]);  // of a sum of 0 both are -inf
     return row_sum_[i] == 0.f ? -infinity : exponential_.scaled(row_max_[i]) + logf(row_sum_[i]);
   }
 

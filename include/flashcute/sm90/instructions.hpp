@@ -39,9 +39,6 @@ FLASHCUTE_DEVICE int opaque(int x) { return uniform(static_cast<int>(moved(stati
 /// Synchronises the lanes of the warp.
 FLASHCUTE_DEVICE void reconverge() { __syncwarp(); }
 
-/// The word of the lane whose number differs in the bits of `mask`.
-FLASHCUTE_DEVICE uint32_t shuffle_xor_word(uint32_t word, int mask) { return __shfl_xor_sync(0xffffffffu, word, mask); }
-
 /// Lanes of the warp with the same word: how many come before this one, and how many there are.
 struct EqualLanes {
   int before, all;

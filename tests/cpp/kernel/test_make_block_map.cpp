@@ -40,8 +40,7 @@ void expect_as_on_the_cpu(MapProblem like, BlockMapRules rules) {
   rules.words = reinterpret_cast<uint32_t*>(made.data());
   std::fill_n(rules.words, BlockMapLayout::header, 0u);
   BlockMapLayout const layout = BlockMapLayout::of(rules.sizes, rules.capacity);
-  int64_t const blocks =
-      rules.sizes.maps * (layout.by_query.rows * layout.by_query.words + layout.by_key.rows * layout.by_key.words);
+  int64_t const blocks = MapBlockOrder::of(rules.sizes).count;
   for (int64_t block = 0; block < blocks; ++block) {
     GlobalMemory memory;
     memory.add(made.data(), made.size() * 8);

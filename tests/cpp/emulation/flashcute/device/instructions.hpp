@@ -265,6 +265,11 @@ FLASHCUTE_DEVICE float shuffle_xor(float x, int mask) {
   return emulation::exchange("shuffle_xor", x, thread_index() % 32 ^ mask);
 }
 
+FLASHCUTE_DEVICE uint32_t shuffle_xor_word(uint32_t word, int mask) {
+  return std::bit_cast<uint32_t>(
+      emulation::exchange("shuffle_xor_word", std::bit_cast<float>(word), thread_index() % 32 ^ mask));
+}
+
 FLASHCUTE_DEVICE bool warp_any(bool x) {
   struct Lane {
     bool value, any;

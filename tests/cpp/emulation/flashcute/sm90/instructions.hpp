@@ -42,11 +42,6 @@ FLASHCUTE_DEVICE void reconverge() {
   emulation::warp_instruction("reconverge", nullptr, [](void* const*) {});
 }
 
-FLASHCUTE_DEVICE uint32_t shuffle_xor_word(uint32_t word, int mask) {
-  return std::bit_cast<uint32_t>(
-      emulation::exchange("shuffle_xor_word", std::bit_cast<float>(word), thread_index() % 32 ^ mask));
-}
-
 struct EqualLanes {
   int before, all;
 };

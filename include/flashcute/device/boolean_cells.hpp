@@ -1,0 +1,90 @@
+// How a thread block that makes a block map reads booleans: as bits, cell after cell. What lies side by side in memory
+// is read by neighbouring lanes, be it keys or queries.
+#pragma once
+
+#include "flashcute/core/bits.hpp"
+#include "flashcute/core/block_map.hpp"
+#include "flashcute/device/instructions.hpp"
+
+namespace flashcute {
+
+/// Transposes a square of 32 x 32 bits: bit c of lane r becomes bit r of lane c.
+FLASHCUTE_DEVICE uint32_t transposed(uint32_t word) {
+  uint32_t mask = 0x0000ffff;
+  CUTE_UNROLL
+  for (int32_t half = 16; half > 0; half /= 2, mask ^= mask << half) {
+    uint32_t const other = shuffle_xor_word(word, half);
+    bool const is_lower = (thread_index() & half) == 0;
+    word = is_lower ? (word & mask) | (other & mask) << half : (word & ~mask) | (other >> half & mask);
+  }
+  return word;
+}
+
+/// The booleans of a row of cells, from one cell on. Lines are rows, or columns if the booleans of a column are side by
+/// side in memory.
+class BooleanCells {
+ public:
+  /// Of `rows` rows and `columns` columns. Column c of row r is at from[r * down + c * across].
+  FLASHCUTE_DEVICE BooleanCells(uint8_t const* from, int64_t down, int64_t across, int32_t rows, int32_t columns)
+      : from_(from), down_(down), across_(across), rows_(rows), columns_(columns) {}
+
+  FLASHCUTE_DEVICE bool by_columns() const { return down_ == 1 && across_ != 1; }
+
+  /// A warp reads a cell: word i becomes line i, whose bit j is the line's j-th boolean; what does not exist is 0. Four
+  /// lanes read a line.
+  FLASHCUTE_DEVICE void read(int32_t cell, uint64_t* words) const {
+    bool const turned = by_columns();
+    int32_t const columns = columns_ - cell * cell_size;
+    int32_t const lines = turned ? columns : rows_, length = turned ? rows_ : columns;
+    int64_t const apart = turned ? across_ : down_, near = turned ? 1 : across_;
+    int32_t const lane = thread_index() % 32, part = lane % 4, left = length - part * part_size;
+    uint8_t const* const own = from_ + cell * cell_size * across_ + part * part_size * near;
+    CUTE_UNROLL
+    for (int32_t i = 0; i < cell_size; i += 8) {
+      int32_t const line = i + lane / 4;
+      uint32_t const bits = line < lines ? bits_of(own + line * apart, near, left) : 0;
+      shared_store(reinterpret_cast<uint16_t*>(words + line) + part, static_cast<uint16_t>(bits));
+    }
+  }
+
+  /// A warp transposes a cell, after all have read: word i becomes row i.
+  FLASHCUTE_DEVICE static void turn(uint64_t* words) {
+    uint64_t* const own = words + thread_index() % 32;
+    auto const first = shared_load<uint64_t>(own), second = shared_load<uint64_t>(own + 32);
+    auto const row = [&](int32_t shift) {
+      uint64_t const low = transposed(static_cast<uint32_t>(first >> shift));
+      return low | uint64_t{transposed(static_cast<uint32_t>(second >> shift))} << 32;
+    };
+    shared_store(own, row(0));
+    shared_store(own + 32, row(32));
+  }
+
+ private:
+  static constexpr int32_t part_size = cell_size / 4;
+
+  /// Which of 16 booleans are true, of which `left` exist.
+  FLASHCUTE_DEVICE static uint32_t bits_of(uint8_t const* from, int64_t near, int32_t left) {
+    uint32_t bits = 0;
+    if (near == 1 && left >= part_size && reinterpret_cast<size_t>(from) % part_size == 0) {
+      uint4 const bytes = *reinterpret_cast<uint4 const*>(from);
+      bits = bits_of_bytes(bytes.x) | bits_of_bytes(bytes.y) << 4 | bits_of_bytes(bytes.z) << 8 |
+             bits_of_bytes(bytes.w) << 12;
+    } else {
+      CUTE_NO_UNROLL
+      for (int32_t i = 0; i < min_of(left, part_size); ++i) bits |= uint32_t{from[i * near] != 0} << i;
+    }
+    return bits;
+  }
+
+  /// Of four bytes, which are not 0.
+  FLASHCUTE_DEVICE static uint32_t bits_of_bytes(uint32_t bytes) {
+    uint32_t const highest = ((bytes & 0x7f7f7f7f) + 0x7f7f7f7f | bytes) & 0x80808080;
+    return highest * 0x00204081 >> 28;  // bit 8 i + 7 of the left moves to bit 28 + i
+  }
+
+  uint8_t const* from_;
+  int64_t down_, across_;
+  int32_t rows_, columns_;
+};
+
+}  // namespace flashcute
