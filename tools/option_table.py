@@ -94,12 +94,14 @@ def sm90_base(head_dim: int, _: str) -> ForwardConfig:
 
 def sm90_changes(base: ForwardConfig) -> list[dict[str, Any]]:
     fresh = {"stale_max": False, "scores_ahead": False}
+    serial = {"overlap": False, "late_store": False, **fresh}
     return [
         {"pingpong": not base.pingpong},
         {"scores_ahead": False},
         {"scores_ahead": True, "block_n": 80},
+        {"late_store": not base.late_store},
         fresh,
-        {"overlap": False, **fresh},
+        serial,
         {"optimized_softmax": False, **fresh},
         {"rescale_threshold": 0, **fresh},
         {"rescale_threshold": 1},

@@ -194,7 +194,7 @@ void bind_classes(nb::module_& m) {
       "swizzled: bool = True, q_in_registers: bool = False, k_tiles_per_load: int = 0, "
       "mma_double_buffer: bool = True, optimized_softmax: bool = True, "
       "rescale_threshold: int = 8, pingpong: bool = True, overlap: bool = True, stale_max: bool = True, "
-      "scores_ahead: bool = False, cluster: int = 1) -> None";
+      "scores_ahead: bool = False, late_store: bool = False, cluster: int = 1) -> None";
   auto forward = bind_config<ForwardConfig>(
       m, forward_signature,
       "The static configuration of a forward kernel: immutable, hashable. See default_config.\n\n"
@@ -230,6 +230,7 @@ void bind_classes(nb::module_& m) {
       "overlap: the softmax of a block runs while P V of the block before is multiplied.\n"
       "stale_max: exponentials are taken relative to the maximum so far, and redone if they turn out too large.\n"
       "scores_ahead: the next block's scores are multiplied during a block's softmax, into registers of their own.\n"
+      "late_store: a tile's output is written while the second scores of the next tile are multiplied, not the first.\n"
       "cluster: 2: pairs of thread blocks compute a tile of 2 * block_m query rows; each loads half of K and V, for "
       "both.");
   forward.def_prop_ro(

@@ -36,6 +36,7 @@ struct ForwardConfig {
   bool overlap = true;            // sm90: the softmax of a block overlaps the product P V of the block before
   bool stale_max = true;          // sm90: exponentials use the maximum so far, and are checked afterwards
   bool scores_ahead = false;      // sm90: the softmax of a block overlaps the product S of the next one too
+  bool late_store = false;        // sm90: a tile's output is written during the second product S of the next tile
   int32_t cluster = 1;            // sm90: thread blocks that share K and V; 2: each loads half, for both
 
   constexpr bool operator==(ForwardConfig const&) const = default;
@@ -68,6 +69,7 @@ struct ForwardConfig {
     visit(Option{"overlap", sm90, "serial"}, &C::overlap);
     visit(Option{"stale_max", sm90, "freshmax"}, &C::stale_max);
     visit(Option{"scores_ahead", sm90, "ahead"}, &C::scores_ahead);
+    visit(Option{"late_store", sm90, "latestore"}, &C::late_store);
     visit(Option{"cluster", sm90, "cluster"}, &C::cluster);
   }
 };
@@ -143,6 +145,7 @@ constexpr int64_t smem_bytes(ForwardConfig const& c) {
   RULE(cluster, "cluster must be 1 or 2")                                                                              \
   RULE(stale_max, "stale_max needs overlap, optimized_softmax and a rescale_threshold above 0")                        \
   RULE(scores_ahead, "scores_ahead needs stale_max")                                                                   \
+  RULE(late_store, "late_store needs overlap")                                                                         \
   RULE(smem, "block_m, block_n, stages and head_dim need more shared memory than a thread block of this GPU can have")
 
 enum class ForwardConfigError : uint8_t {
@@ -215,6 +218,7 @@ constexpr ForwardConfigError check_sm90(ForwardConfig const& c, Arch arch) {
   if (c.cluster != 1 && c.cluster != 2) return cluster;
   if (c.stale_max && (!c.overlap || !c.optimized_softmax || c.rescale_threshold == 0)) return stale_max;
   if (c.scores_ahead && !c.stale_max) return scores_ahead;
+  if (c.late_store && !c.overlap) return late_store;
   return none;
 }
 

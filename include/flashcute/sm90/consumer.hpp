@@ -142,13 +142,24 @@ class Consumer {
       begin_scores(s_);
       P::template finish<0>(s_);
       Sums finished = sums_;
+      int stored = 1;  // whether the output of the tile before is written, as far as there was one
       while (true) {
         first_softmax(next);
         skip_values(skipped_);
-        tiles_.await_value();
-        fresh_ = true;
+        if constexpr (!C.late_store) await_first_value();
         replace(probabilities, next);
-        for (int n = range_.next(range_.first()); range_.left(n) > 0; n = range_.next(n)) {
+        int n = range_.next(range_.first());
+        if constexpr (C.late_store) {
+          if (range_.left(n) > 0) {
+            attend_second<Mask::rows_differ>(n, probabilities, next, [&] { store_unless(stored, finished); });
+            replace(probabilities, next);
+            n = range_.next(n);
+          } else {
+            store_unless(stored, finished);
+            await_first_value();
+          }
+        }
+        for (; range_.left(n) > 0; n = range_.next(n)) {
           if (C.stale_max && n < range_.full_end && range_.full_left(n) > pairs_from) {
             n = attend_pairs(n, probabilities, next);
             if (range_.left(n) <= 0) break;
@@ -177,11 +188,34 @@ class Consumer {
         P::template finish<1>(o_);
         tiles_.release_value();
         skip_values(left_over);
-        store(1, finished);
+        stored = C.late_store ? 1 - goes_on : 1;
+        if (!C.late_store || goes_on == 0) store(1, finished);
         P::template finish<0>(s_);
         if (goes_on == 0) break;
       }
     }
+  }
+
+  FLASHCUTE_DEVICE void await_first_value() {
+    tiles_.await_value();
+    fresh_ = true;
+  }
+
+  /// Writes the output of the tile before.
+  FLASHCUTE_DEVICE void store_unless(int stored, Sums& finished) {
+    if (stored == 0) store(1, finished);
+  }
+
+  /// As `attend` for the second block of a tile: `meanwhile` runs while its scores are multiplied, before the product
+  /// that overwrites the output of the tile before.
+  template <bool Partial, class Meanwhile>
+  FLASHCUTE_DEVICE void attend_second(int n, Probabilities& probabilities, Probabilities& next,
+                                      Meanwhile const& meanwhile) {
+    begin_scores(s_);
+    meanwhile();
+    await_first_value();
+    begin_output(probabilities);
+    finish_attend<Partial>(n, next);
   }
 
   /// The next block of a tile: O += P V with the probabilities of the block before, while the softmax writes those of
@@ -189,6 +223,15 @@ class Consumer {
   template <bool Partial>
   FLASHCUTE_DEVICE void attend(int n, Probabilities& probabilities, Probabilities& next) {
     begin_products(probabilities);
+    finish_attend<Partial>(n, next);
+  }
+
+  /// The rest, after both products have begun.
+  template <bool Partial>
+  FLASHCUTE_DEVICE void finish_attend(int n, Probabilities& next) {
+    tiles_.look_for_value_after();
+    tiles_.look_for_key_after();
+    P::template finish<1>(s_);
     scores_ready<Partial>(n, s_);
     auto const correction = next_softmax(next);
     // The next V arrived long ago. Waiting for it here keeps the compiler from moving exponentials behind the wait for
@@ -289,16 +332,13 @@ class Consumer {
     turns_.pass();
   }
 
-  /// Begins S(n) = Q K(n)^T and O += P V of the block before, and waits for S.
+  /// Begins S(n) = Q K(n)^T and O += P V of the block before.
   FLASHCUTE_DEVICE void begin_products(Probabilities& probabilities) {
     await_key();
     turns_.wait();
     P::begin_scores(s_, tiles_.query(), tiles_.arrived_key());
     begin_output(probabilities);
     turns_.pass();
-    tiles_.look_for_value_after();
-    tiles_.look_for_key_after();
-    P::template finish<1>(s_);
   }
 
   FLASHCUTE_DEVICE void begin_output(Probabilities& probabilities) {

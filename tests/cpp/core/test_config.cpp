@@ -294,6 +294,8 @@ TEST(Config, EachRuleFires) {
   EXPECT_EQ(broken_sm90([](auto& c) { c.rescale_threshold = 0; }), stale_max);
   EXPECT_EQ(broken_sm90([](auto& c) { c.scores_ahead = true, c.stale_max = false; }), scores_ahead);
   EXPECT_EQ(broken_sm90([](auto& c) { c.scores_ahead = true; }), none);
+  EXPECT_EQ(broken_sm90([](auto& c) { c.late_store = true, c.overlap = c.stale_max = false; }), late_store);
+  EXPECT_EQ(broken_sm90([](auto& c) { c.late_store = true; }), none);
   EXPECT_EQ(broken_sm90([](auto& c) { c.stages = 4; }), smem);
   EXPECT_EQ(broken([](auto& c) { c.dtype = DType::float64, c.head_dim = 37; }, cpu_arch), none);
 }

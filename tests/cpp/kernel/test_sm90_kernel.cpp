@@ -122,6 +122,12 @@ constexpr ForwardConfig widest = [] {
   c.pingpong = false;
   return c;
 }();
+// The output of a tile is written during the next one.
+constexpr ForwardConfig late = [] {
+  ForwardConfig c = narrow;
+  c.late_store = true;
+  return c;
+}();
 // One block after the other.
 constexpr ForwardConfig serial = [] {
   ForwardConfig c = narrow;
@@ -158,6 +164,8 @@ TEST(Sm90Kernel, Lengths) {
   for (auto const& [sq, sk] : {std::pair{1, 1}, {64, 64}, {65, 63}, {128, 200}, {130, 129}, {300, 300}, {70, 600}}) {
     check_sm90<causal(narrow)>({.sq = sq, .sk = sk, .d = 64});
     check_sm90<full(narrow)>({.sq = sq, .sk = sk, .d = 64});
+    check_sm90<causal(late)>({.sq = sq, .sk = sk, .d = 64});
+    check_sm90<full(late)>({.sq = sq, .sk = sk, .d = 64});
   }
   check_sm90<full(narrow)>({.sq = 10, .sk = 0, .d = 64});
   check_sm90<causal(narrow)>({.sq = 200, .sk = 0, .d = 64});
@@ -189,6 +197,7 @@ TEST(Sm90Kernel, Diagonals) {
   for (int offset : {-400, -150, -100, -64, -1, 0, 5, 100, 400}) {
     check_sm90<causal(narrow)>({.sq = 150, .sk = 200, .d = 64, .causal_offset = offset}, 1);
     check_sm90<causal(ahead)>({.sq = 200, .sk = 200, .d = 64, .causal_offset = offset}, 1);
+    check_sm90<causal(late)>({.sq = 200, .sk = 200, .d = 64, .causal_offset = offset}, 1);
   }
 }
 
@@ -204,6 +213,7 @@ TEST(Sm90Kernel, Windows) {
   for (int size : {0, 100, 330, 600}) {
     check_sm90<band(narrow)>({.sq = 260, .sk = 700, .d = 64, .causal_offset = 440, .window_offset = 440 - size}, 2);
     check_sm90<band(ahead)>({.sq = 260, .sk = 700, .d = 64, .causal_offset = 440, .window_offset = 440 - size}, 2);
+    check_sm90<band(late)>({.sq = 260, .sk = 700, .d = 64, .causal_offset = 440, .window_offset = 440 - size}, 2);
     check_sm90<band(serial)>({.sq = 130, .sk = 500, .d = 64, .causal_offset = 370, .window_offset = 370 - size}, 1);
     check_sm90<band(wide)>({.sq = 130, .sk = 500, .d = 128, .causal_offset = 370, .window_offset = 370 - size}, 1);
   }
@@ -219,6 +229,7 @@ TEST(Sm90Kernel, BlockMaps) {
       s.map = MapProblem::random(1, 1, sq, sk, seed);
       check_sm90<mapped(narrow)>(s, 1);
       check_sm90<mapped(ahead)>(s, 1);
+      check_sm90<mapped(late)>(s, 1);
       check_sm90<mapped(serial)>(s, 1);
     }
   }
@@ -337,6 +348,7 @@ void check_packed_sequences() {
 TEST(Sm90Kernel, PackedSequences) {
   check_packed_sequences<narrow>();
   check_packed_sequences<ahead>();
+  check_packed_sequences<late>();
   check_packed_sequences<serial>();
   check_packed_sequences<wide>();
 }
@@ -528,6 +540,7 @@ TEST(Sm90Kernel, PackedNeighboursDoNotLeak) {
 TEST(Sm90Kernel, ShortSequences) {
   check_short_sequences<narrow>();
   check_short_sequences<ahead>();
+  check_short_sequences<late>();
   check_short_sequences<serial>();
   check_short_sequences<wide>();
 }
@@ -538,6 +551,11 @@ TEST(Sm90Kernel, ShortSequences) {
 TEST(Sm90Kernel, WindowsWhereWarpgroupsTakeTurns) {
   constexpr ForwardConfig two =
       hopper({.dtype = bf16, .head_dim = 64, .block_m = 128, .block_n = 64, .num_warps = 8, .stages = 2});
+  constexpr ForwardConfig late_two = [] {
+    ForwardConfig c = late;
+    c.stages = 2;
+    return c;
+  }();
   constexpr ForwardConfig four =
       hopper({.dtype = bf16, .head_dim = 64, .block_m = 128, .block_n = 32, .num_warps = 8, .stages = 4});
   constexpr ForwardConfig three_warpgroups =
@@ -546,6 +564,7 @@ TEST(Sm90Kernel, WindowsWhereWarpgroupsTakeTurns) {
     Shape const s{.sq = 640, .sk = 640, .d = 64, .causal_offset = 0, .window_offset = -left};
     check_sm90<band(two)>(s, 3, 1);
     check_sm90<band(four)>(s, 3, 1);
+    check_sm90<band(late_two)>(s, 3, 1);
     check_sm90<band(three_warpgroups)>(s, 3, 1);
   }
   check_sm90<band(wide)>({.sq = 704, .sk = 704, .d = 128, .causal_offset = 0, .window_offset = -70}, 2, 1);
@@ -707,6 +726,7 @@ void expect_every_site_needed(std::set<std::filesystem::path> const& files = {},
 
 TEST(Sm90Barriers, NoneCanBeLeftOutWhereWarpgroupsTakeTurns) { expect_every_site_needed<causal(narrow)>(); }
 TEST(Sm90Barriers, NoneCanBeLeftOutWhereScoresAreAhead) { expect_every_site_needed<causal(ahead)>(); }
+TEST(Sm90Barriers, NoneCanBeLeftOutWhereOutputIsStoredLate) { expect_every_site_needed<causal(late)>(); }
 TEST(Sm90Barriers, NoneCanBeLeftOutOfTheSerialLoop) { expect_every_site_needed<causal(serial)>(); }
 TEST(Sm90Barriers, NoneCanBeLeftOutBesideAWindow) { expect_every_site_needed<band(serial)>(); }
 TEST(Sm90Barriers, NoneCanBeLeftOutBetweenScoutAndLoaderUnderABlockMap) {

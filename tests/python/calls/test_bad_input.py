@@ -571,7 +571,8 @@ RULES = {
         )),
         *((GPU.replace(**{option: value}), arch)
           for option, value in (
-            ("pingpong", False), ("overlap", False), ("stale_max", False), ("scores_ahead", True), ("cluster", 2),
+            ("pingpong", False), ("overlap", False), ("stale_max", False), ("scores_ahead", True), ("late_store", True),
+            ("cluster", 2),
         )
         for arch in ("sm_80", "sm_90")),
     ],
@@ -580,6 +581,7 @@ RULES = {
         for change in ({"overlap": False}, {"optimized_softmax": False}, {"rescale_threshold": 0})
     ],
     "scores_ahead": [(HOPPER.replace(scores_ahead=True, stale_max=False), "sm_90")],
+    "late_store": [(HOPPER.replace(late_store=True, stale_max=False, overlap=False), "sm_90")],
     "smem": [
         (HOPPER.replace(stages=4), "sm_90"),
         (GPU.replace(head_dim=128, block_m=256, block_n=256), "sm_80"),

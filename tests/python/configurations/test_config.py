@@ -42,6 +42,7 @@ OPTIONS = {
     "overlap": [True, False],
     "stale_max": [True, False],
     "scores_ahead": [True, False],
+    "late_store": [True, False],
     "cluster": [1, 2],
 }
 any_config = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in OPTIONS.items()}).map(

@@ -46,6 +46,7 @@ OPTIONS = [
         "overlap",
         "stale_max",
         "scores_ahead",
+        "late_store",
         "cluster",
     )
 ]

@@ -49,6 +49,7 @@ def variants() -> list[fc.ForwardConfig]:
             {"scores_ahead": False, "pingpong": True, "block_n": 96, "stages": 3},
             {"scores_ahead": False, "block_m": 128, "num_warps": 8, "block_n": 160},
             {"scores_ahead": False, "stale_max": False, "block_n": 128},
+            {"late_store": True},
         ],
         96: [
             {"block_m": 192, "num_warps": 12, "block_n": 64, "pingpong": False},
@@ -65,6 +66,8 @@ def variants() -> list[fc.ForwardConfig]:
             {"stale_max": False, "overlap": False},
             {"stale_max": False, "overlap": False, "pingpong": False, "block_n": 16},
             {"rescale_threshold": 1},
+            {"late_store": True},
+            {"late_store": True, "stale_max": False, "cluster": 2},
             {"scores_ahead": True, "block_n": 80, "stages": 4},
             {"head_dim_v": 64},
             {"cluster": 2},
@@ -78,6 +81,7 @@ def variants() -> list[fc.ForwardConfig]:
         ],
         256: [
             {"pingpong": True},
+            {"late_store": True},
             {"stale_max": False, "block_n": 80},
             {"head_dim": 160, "head_dim_v": 224},
             {"cluster": 2},
@@ -248,6 +252,28 @@ def test_scores_ahead_change_no_bit() -> None:
         ]
         for a, b in zip(*results, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@on_hopper
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_late_store_changes_no_bit(d: int) -> None:
+    """Nor when the output is written: over many tiles of a thread block, of no, one and many blocks of keys."""
+    cfg = fc.default_config(d, "bfloat16", "sm_90")
+    torch.manual_seed(0)
+    for rows, keys in ((1, 1), (1500, 1500), (700, 2000), (3000, 100)):
+        q, k, v = (
+            torch.randn(2, n, h, d, device="cuda", dtype=torch.bfloat16)
+            for n, h in ((rows, 8), (keys, 2), (keys, 2))
+        )
+        for causal in (False, True):
+            results = [
+                fc.forward(cfg.replace(late_store=late), q, k, v, causal=causal, return_lse=True)
+                for late in (False, True)
+            ]
+            for a, b in zip(*results, strict=True):
+                assert torch.equal(a, b)
 
 
 @pytest.mark.gpu
