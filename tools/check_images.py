@@ -59,7 +59,6 @@ SPILLS_ALLOWED = {
     # Beside an order of additions: where K and V lie, and a block's place in it.
     "bwd_d64_m128_n128_w8_st3_deterministic_gradients": 10,
     "bwd_d128_m64_n128_w8_st3_earlyreads_deterministic_gradients": 4,
-    "make_block_map": 9,  # for compute capability 12.0
     "d64_m128_n32_w4_tf32x3": 8,
     "d128_m64_n32_w4_tf32x3": 14,
     "bwd_d64_m64_n128_w4_gradients": 268,

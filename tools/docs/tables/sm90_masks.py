@@ -7,7 +7,7 @@ import statistics
 
 from lines import one, rounded, table, where
 
-SCOUT, WIDTHS = "gpu_sm90_scout", "gpu_sm90_widths_masks"
+SCOUT, WIDTHS, ENDS = "gpu_sm90_scout", "gpu_sm90_widths_masks", "gpu_sm90_tile_ends"
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
 
@@ -90,6 +90,72 @@ def widths_of_160() -> str:
         for mask, causal in (("causal", True), ("full", False))
     ]
     return table(["tile, mask", *(f"{n // 1024}k" for n in LENGTHS)], rows, numbers=5)
+
+
+STEPS = {
+    "next_tile": "the next tile is announced",
+    "begin_scores": "its first S has begun",
+    "output_done": "the last P V is done",
+    "store": "the output is written",
+    "scores_done": "the first S is done",
+    "softmax": "its softmax",
+    "value": "the first V has arrived",
+}
+
+
+def tile_start() -> str:
+    """Cycles of a warpgroup from the last product of a tile to the first P V of the next."""
+    cases = [(d, c) for d in (64, 128) for c in ("causal 4k", "band 4k", "window 4095 32k")]
+    found = [one(ENDS, kind="tile_stamps", head_dim=d, case=c) for d, c in cases]
+    rows = [[step, *(f"{x['cycles'][name]:,}" for x in found)] for name, step in STEPS.items()]
+    rows.append(["all", *(f"{x['cycles_to_first_value']:,}" for x in found)])
+    rows.append(["a block of keys", *(f"{x['cycles_per_block']:,}" for x in found)])
+    names = {"causal 4k": "causal", "band 4k": "band", "window 4095 32k": "window of 4,096"}
+    return table(["until", *(f"{d}, {names[c]}" for d, c in cases)], rows, numbers=len(cases))
+
+
+def plain_ends() -> str:
+    """The time with logarithms and selections at the end of every tile over that without."""
+    rows = []
+    for name, case in (
+        ("a window of 1,024 keys, 4 x 4,096", ("window-1024", 4096)),
+        ("causal, packed: 4 x 4,096", ("packed", 4096)),
+        ("causal, packed: 16 x 1,024", ("packed", 1024)),
+        ("packed: 4 x 4,096", ("packed-full", 4096)),
+        ("packed: 16 x 1,024", ("packed-full", 1024)),
+        ("a window of 4,096 keys, 32,768", ("window-4096", 32768)),
+    ):
+        told = []
+        for head_dim in (64, 128):
+            x = one(ENDS, kind="compared_builds", mask=case[0], seqlen=case[1], head_dim=head_dim)
+            told += [rounded(x["over_first"][run]) for run in ("after", "addresses_early")]
+        rows.append([name, *told])
+    header = ["case", "64", "64, addresses early", "128", "128, addresses early"]
+    return table(header, rows, numbers=4)
+
+
+def late_store() -> str:
+    """The time of the same kernel over that with `late_store`."""
+    rows = []
+    for head_dim in (64, 128, 256):
+        for mask in ("causal", "full"):
+            ratios = [
+                one(ENDS, kind="late_store_builds", mask=mask, seqlen=length, head_dim=head_dim)[
+                    "over_first"
+                ]["late"]
+                for length in (1024, 2048, 4096, 16384)
+            ]
+            rows.append([f"{head_dim} {mask}", *map(rounded, ratios)])
+    for head_dim in (96, 160, 192):
+        for mask, causal in (("causal", True), ("full", False)):
+            rates = [
+                one(ENDS, kind="late_store", causal=causal, seqlen=length, head_dim=head_dim)[
+                    "tflops"
+                ]
+                for length in (1024, 2048, 4096, 16384)
+            ]
+            rows.append([f"{head_dim} {mask}", *(rounded(x["late"] / x["early"]) for x in rates)])
+    return table(["head dim, mask", "1k", "2k", "4k", "16k"], rows, numbers=4)
 
 
 def orders() -> str:
