@@ -149,7 +149,7 @@ void build_block_mask(BlockMask const& mask, BlockMaskRules const& rules, void* 
     cpu::make_block_map(r);
   } else {
     require_capability(arch_of(device), "block_mask: ");
-    require_grid(MapBlockOrder::of(r.sizes).count, "block_mask: batch * heads * cells / 32");
+    require_grid(MapBlockOrder::of(r.sizes).count, "block_mask: batch * heads * squares of 32 x 32 cells");
     launch(r, device.index, stream);
   }
 }

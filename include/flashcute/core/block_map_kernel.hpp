@@ -29,11 +29,11 @@ constexpr int64_t smem_bytes(BlockMapKernelId) {
 struct MapBlockOrder {
   int32_t by_query, by_key;  // thread blocks of a square
   int32_t down, across;      // squares of a map
-  int64_t count;             // of thread blocks
+  int64_t count;             // of thread blocks, those included that have no row
 
   struct Place {
     int64_t map;
-    int32_t row, word;  // the row may be one after the last
+    int32_t row, word;  // the row may lie behind the last: then there is no such word
     bool by_key;
   };
 

@@ -249,8 +249,8 @@ class OnlineSoftmax {
 
   /// log(sum(exp(scale * score))) of row i, after `finish`; -inf for an empty row.
   FLASHCUTE_DEVICE float lse(int i) const {
-    if constexpr (Sink) return row_max_[i] + logf(row_sum_[i]);  // of a sum of 0 both are -inf
-    return row_sum_[i] == 0.f ? -infinity : exponential_.scaled(row_max_[i]) + logf(row_sum_[i]);
+    float const base = Sink ? row_max_[i] : exponential_.scaled(row_max_[i]);
+    return row_sum_[i] == 0.f ? -infinity : base + logf(row_sum_[i]);
   }
 
  private:

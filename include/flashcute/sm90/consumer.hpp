@@ -142,7 +142,7 @@ class Consumer {
       begin_scores(s_);
       P::template finish<0>(s_);
       Sums finished = sums_;
-      int stored = 1;  // whether the output of the tile before is written, as far as there was one
+      int due = 0;  // whether the output of the tile before is still to be written
       while (true) {
         first_softmax(next);
         skip_values(skipped_);
@@ -151,11 +151,11 @@ class Consumer {
         int n = range_.next(range_.first());
         if constexpr (C.late_store) {
           if (range_.left(n) > 0) {
-            attend_second<Mask::rows_differ>(n, probabilities, next, [&] { store_unless(stored, finished); });
+            attend_second<Mask::rows_differ>(n, probabilities, next, [&] { store_if(due, finished); });
             replace(probabilities, next);
             n = range_.next(n);
           } else {
-            store_unless(stored, finished);
+            store_if(due, finished);
             await_first_value();
           }
         }
@@ -188,7 +188,7 @@ class Consumer {
         P::template finish<1>(o_);
         tiles_.release_value();
         skip_values(left_over);
-        stored = C.late_store ? 1 - goes_on : 1;
+        due = C.late_store ? goes_on : 0;
         if (!C.late_store || goes_on == 0) store(1, finished);
         P::template finish<0>(s_);
         if (goes_on == 0) break;
@@ -201,9 +201,9 @@ class Consumer {
     fresh_ = true;
   }
 
-  /// Writes the output of the tile before.
-  FLASHCUTE_DEVICE void store_unless(int stored, Sums& finished) {
-    if (stored == 0) store(1, finished);
+  /// Writes the output of the tile before, if it is `due`.
+  FLASHCUTE_DEVICE void store_if(int due, Sums& finished) {
+    if (due != 0) store(1, finished);
   }
 
   /// As `attend` for the second block of a tile: `meanwhile` runs while its scores are multiplied, before the product

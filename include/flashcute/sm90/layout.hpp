@@ -109,7 +109,8 @@ struct ForwardLayout : WarpgroupFragment {
   static constexpr int first_own_barrier = first_turn_barrier + warpgroups;
 
   /// Slots for announced tiles: when a tile is announced, a warpgroup may be at the tile before it without having
-  /// stored the one before that, and another may be a tile ahead.
+  /// stored the one before that, and another may be a tile ahead. With late_store too: a slow warp may still store the
+  /// output of a tile while the next one's last S is done, and with it Q's buffer free.
   static constexpr int tiles = 4;
 
   /// What the loading warp tells of the block of K in each stage: nothing where blocks follow each other.

@@ -14,7 +14,9 @@ struct Wgmma64x160x16 {};
 
 /// The type's name in PTX. (An asm operand "C" inserts a char array.)
 template <class Element>
-struct PtxType {
+struct PtxType;
+template <>
+struct PtxType<cute::half_t> {
   static constexpr char name[] = "f16";
 };
 template <>

@@ -57,7 +57,7 @@ void expect_as_on_the_cpu(MapProblem like, BlockMapRules rules) {
 }
 
 TEST(MakeBlockMap, AsOnTheCpu) {
-  for (auto const& [rows, keys] : {std::pair{1, 1}, {64, 128}, {130, 200}, {70, 2200}}) {
+  for (auto const& [rows, keys] : {std::pair{1, 1}, {64, 128}, {130, 200}, {70, 2200}, {2200, 70}}) {
     MapProblem const dense = MapProblem::random(2, 2, rows, keys, 3);
     BlockMapRules rules{};
     rules.dense = dense.shown.data();
@@ -84,6 +84,14 @@ TEST(MakeBlockMap, AsOnTheCpu) {
     documents.documents_stride_q = rows, documents.documents_stride_k = keys;
     expect_as_on_the_cpu(dense, documents);
 
+    BlockMapRules both = documents;  // of hidden cells no boolean is read
+    both.dense = dense.shown.data();
+    std::copy_n(strides, 4, both.dense_stride);
+    expect_as_on_the_cpu(dense, both);
+    both.dense_stride[3] = -1, both.dense += keys - 1;  // keys from the last to the first
+    expect_as_on_the_cpu(dense, both);
+
+    documents.documents_stride_q = documents.documents_stride_k = 0;  // one row for both batch entries
     documents.first = dense.described();
     expect_as_on_the_cpu(dense, documents);
   }

@@ -294,13 +294,19 @@ TEST(Sm90Kernel, NanThatAMapHides) {
   check_sm90<mapped(narrow)>(problem);
 }
 
-TEST(Sm90Kernel, NanBesideAWindow) {
+template <ForwardConfig C>
+void check_nan_beside_a_window() {
   for (double poison : {nan, inf, -inf}) {
-    Problem problem(band(narrow), {.sq = 140, .sk = 300, .d = 64, .causal_offset = 120, .window_offset = 20});
+    Problem problem(band(C), {.sq = 140, .sk = 300, .d = 64, .causal_offset = 120, .window_offset = 20});
     for (int j : {0, 30, 100, 200, 270, 299}) problem.v.set(0, j, 0, 3, poison);
     for (int j : {5, 280}) problem.k.set_row(0, j, 0, nan);
-    check_sm90<band(narrow)>(problem);
+    check_sm90<band(C)>(problem, 2, 1);  // one thread block has all tiles
   }
+}
+
+TEST(Sm90Kernel, NanBesideAWindow) {
+  check_nan_beside_a_window<narrow>();
+  check_nan_beside_a_window<late>();
 }
 
 // Guards against rows and keys beyond the end of a sequence, of which there may be whole tiles, one after the other: a
@@ -556,6 +562,11 @@ TEST(Sm90Kernel, WindowsWhereWarpgroupsTakeTurns) {
     c.stages = 2;
     return c;
   }();
+  constexpr ForwardConfig late_ahead = [] {
+    ForwardConfig c = ahead;
+    c.late_store = true;
+    return c;
+  }();
   constexpr ForwardConfig four =
       hopper({.dtype = bf16, .head_dim = 64, .block_m = 128, .block_n = 32, .num_warps = 8, .stages = 4});
   constexpr ForwardConfig three_warpgroups =
@@ -565,6 +576,7 @@ TEST(Sm90Kernel, WindowsWhereWarpgroupsTakeTurns) {
     check_sm90<band(two)>(s, 3, 1);
     check_sm90<band(four)>(s, 3, 1);
     check_sm90<band(late_two)>(s, 3, 1);
+    check_sm90<band(late_ahead)>(s, 3, 1);
     check_sm90<band(three_warpgroups)>(s, 3, 1);
   }
   check_sm90<band(wide)>({.sq = 704, .sk = 704, .d = 128, .causal_offset = 0, .window_offset = -70}, 2, 1);
