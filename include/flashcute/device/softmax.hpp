@@ -249,8 +249,9 @@ class OnlineSoftmax {
 
   /// log(sum(exp(scale * score))) of row i, after `finish`; -inf for an empty row.
   FLASHCUTE_DEVICE float lse(int i) const {
-    float const base = Sink ? row_max_[i] : exponential_.scaled(row_max_[i]);
-    return row_sum_[i] == 0.f ? -infinity : base + logf(row_sum_[i]);
+    // Written twice: with the base as a variable nvcc 13.0 makes other code of the kernels without a sink.
+    if constexpr (Sink) return row_sum_[i] == 0.f ? -infinity : row_max_[i] + logf(row_sum_[i]);
+    return row_sum_[i] == 0.f ? -infinity : exponential_.scaled(row_max_[i]) + logf(row_sum_[i]);
   }
 
  private:
