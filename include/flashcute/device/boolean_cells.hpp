@@ -78,7 +78,7 @@ class BooleanCells {
 
   /// Of four bytes, which are not 0.
   FLASHCUTE_DEVICE static uint32_t bits_of_bytes(uint32_t bytes) {
-    uint32_t const highest = ((bytes & 0x7f7f7f7f) + 0x7f7f7f7f | bytes) & 0x80808080;
+    uint32_t const highest = (((bytes & 0x7f7f7f7f) + 0x7f7f7f7f) | bytes) & 0x80808080;
     return highest * 0x00204081 >> 28;  // bit 8 i + 7 of the left moves to bit 28 + i
   }
 

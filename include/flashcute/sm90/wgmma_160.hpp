@@ -2,8 +2,7 @@
 // takes 2 s to read that: docs/decisions/0012-compile-cost.md.
 #pragma once
 
-#include <cute/arch/mma_sm90.hpp>
-#include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include "flashcute/sm90/instructions.hpp"
 
 namespace flashcute::sm90 {
 

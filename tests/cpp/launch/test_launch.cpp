@@ -149,7 +149,7 @@ TEST_F(Launch, ABlockMaskIsMadeOnTheCallersStream) {
   ASSERT_EQ(driver_->launches.size(), 1u);
   FakeLaunch const& launch = driver_->launches[0];
   EXPECT_EQ(launch.kernel, "flashcute_make_block_map");
-  EXPECT_EQ(launch.grid_x, 6u * (16 * 3 + 79)) << "16 rows of 3 words by query, 79 of one by key, for each map";
+  EXPECT_EQ(launch.grid_x, 6u * 3 * (16 + 32)) << "3 squares of 16 rows by query and 32 by key, for each map";
   EXPECT_EQ(launch.stream, stream);
   EXPECT_EQ(launch.context, driver_->clears[0].context);
   ASSERT_TRUE(launch.map);
