@@ -163,7 +163,7 @@ ForwardParams checked_params(Operand const& q, Operand const& k, Operand const& 
   p.seqlen_k = static_cast<int32_t>(nk.row);
   p.head_dim = static_cast<int32_t>(nq.d);
   p.head_dim_v = static_cast<int32_t>(nv.d);
-  if (!options_are_plain(options))
+  if (options.causal || !options_are_plain(options))
     require_length("k", "with these options a seqlen that is, with q's,", nq.row + nk.row);
   set_diagonals(options, p);
   set_arrays(options, dtype, q.view->device, p);

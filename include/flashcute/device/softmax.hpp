@@ -305,8 +305,6 @@ class OnlineSoftmax {
     CUTE_UNROLL
     for (int i = 0; i < Rows; ++i) {
       base[i] = exponential_.base_of(Shift ? shift_of(row_max_[i]) : row_max_[i]);
-      sum[2 * i] = 0.f;
-      sum[2 * i + 1] = 0.f;
     }
     // In the order of the accumulator's registers: pairs of columns, and for each the rows.
     CUTE_UNROLL
@@ -317,7 +315,7 @@ class OnlineSoftmax {
         CUTE_UNROLL
         for (int c = 0; c < 2; ++c) {
           x[c] = exp2_approx(exponential_.exponent(s(i, 2 * j + c), base[i]));
-          sum[2 * i + c] += x[c];
+          sum[2 * i + c] = j == 0 ? x[c] : sum[2 * i + c] + x[c];
         }
         pairs(j * Rows + i) = round_pair<Element>(x[0], x[1]);
       }

@@ -158,14 +158,12 @@ struct Mask<MaskKind::causal> : PrefixMask<Mask<MaskKind::causal>> {
 
   template <class S>
   FLASHCUTE_HD static int32_t visible_keys(int32_t q, S const& s) {
-    int64_t const keys = static_cast<int64_t>(q) + s.diagonal() + 1;
-    return static_cast<int32_t>(max_of<int64_t>(0, min_of<int64_t>(keys, s.keys())));
+    return max_of(0, min_of(q + s.diagonal() + 1, s.keys()));
   }
 
   template <class S>
   FLASHCUTE_HD static int32_t first_query(int32_t k, S const& s) {
-    int64_t const row = static_cast<int64_t>(k) - s.diagonal();
-    return static_cast<int32_t>(max_of<int64_t>(0, min_of<int64_t>(row, s.rows())));
+    return max_of(0, min_of(k - s.diagonal(), s.rows()));
   }
 };
 

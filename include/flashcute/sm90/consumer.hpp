@@ -100,7 +100,7 @@ class Consumer {
   /// One block of keys after the other.
   FLASHCUTE_DEVICE void run_serially() {
     while (next_tile()) {
-      if (absent_) {
+      if (!attends_) {
         skip_tile();
         continue;
       }
@@ -132,7 +132,7 @@ class Consumer {
     Probabilities probabilities, next;
     bool any = next_tile();
     while (uniform(any)) {
-      if (uniform(absent_)) {
+      if (!uniform(attends_)) {
         skip_tile();
         any = next_tile();
         continue;
@@ -176,7 +176,7 @@ class Consumer {
         finished = sums_;
         P::begin_output(o_, probabilities, tiles_.arrived_value(), fresh_);
         any = next_tile();
-        int const goes_on = opaque(uniform(any) && !uniform(absent_));
+        int const goes_on = opaque(attends_);
         sums_ = Sums{p_};
         if (goes_on != 0) {
           skip_keys();
@@ -462,7 +462,7 @@ class Consumer {
       range_ = {work.exists && !work.loaded.empty()};
       skipped_ = 0;
     }
-    absent_ = uniform(work.rows.rows <= 0 || (Mask::two_edges && work.loaded.empty()));
+    attends_ = work.attends;
     return uniform(work.exists);
   }
 
@@ -498,7 +498,7 @@ class Consumer {
   Range range_;        // blocks that the warpgroup's rows see
   int skipped_;        // blocks of keys before these that only other rows of the tile see
   int left_over_ = 0;  // and blocks after them; only of a mask with two edges
-  bool absent_;        // the warpgroup has no rows in the tile, or they see no key
+  bool attends_;       // false: the warpgroup has no rows in the tile, or none of its rows sees a key; or there is none
   Sums sums_;
   Scores s_;    // (MMA, MMA_M, MMA_N)
   Output o_;    // (MMA, MMA_M, MMA_DV)

@@ -20,8 +20,8 @@ struct WarpgroupFragment {
   }
 
   /// The thread's i-th row, counted from the warpgroup's first.
-  FLASHCUTE_DEVICE static int row(int i) { return thread_of_warpgroup() / 32 * 16 + thread_index() % 32 / 4 + 8 * i; }
-  FLASHCUTE_DEVICE static int first_column() { return 2 * (thread_index() % 4); }
+  FLASHCUTE_DEVICE static int row(int i) { return static_cast<int>(thread() / 32 * 16 + thread() % 32 / 4) + 8 * i; }
+  FLASHCUTE_DEVICE static int first_column() { return static_cast<int>(2 * (thread() % 4)); }
   /// Columns from the thread's first to its j-th.
   FLASHCUTE_DEVICE static constexpr int column_distance(int j) { return j % 2 + j / 2 * 8; }
   /// How many of the thread's columns are less than `distance` from its first.
@@ -29,6 +29,11 @@ struct WarpgroupFragment {
     int const d = max_of(distance, 0);
     return d / 8 * 2 + min_of(d % 8, 2);
   }
+
+ private:
+  /// Of the warpgroup. (Unsigned: of a signed number nvcc 13.0 computes quotients by powers of two in four
+  /// instructions.)
+  FLASHCUTE_DEVICE static uint32_t thread() { return static_cast<uint32_t>(thread_index()) % warpgroup_size; }
 };
 
 /// The accumulator as WGMMA takes it: so many registers. (In the atom's own layout of rows and columns CuTe computes

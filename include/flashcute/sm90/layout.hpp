@@ -17,6 +17,7 @@ struct Work {
   typename Mask::Announced range;           // of keys that its rows see
   typename Mask::Announced loaded;          // of keys that any of the tile's rows sees
   bool exists;                              // false: there are no more tiles
+  bool attends;                             // the warpgroup has rows in it, and some row of the tile sees a key
 };
 
 /// A block of V for the inspecting warps.

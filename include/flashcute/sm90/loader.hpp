@@ -72,7 +72,7 @@ class Loader {
     load_value_left();
     left_.any = false;
     for (int w = 0; w < L::warpgroups; ++w) {
-      work(w) = {rows_of(tile, w), {}, {}, true};
+      work(w) = {.rows = rows_of(tile, w), .range = {}, .loaded = {}, .exists = true, .attends = false};
       await_place_for_query(w);
       barrier_arrive(smem_.q_full[w]);
     }
@@ -84,7 +84,7 @@ class Loader {
     load_value_left();
     for (int w = 0; w < L::warpgroups; ++w) {
       await_place_for_query(w);
-      work(w).exists = false;
+      work(w).exists = work(w).attends = false;
       barrier_arrive(smem_.q_full[w]);
     }
     if constexpr (inspected) {
@@ -125,17 +125,24 @@ class Loader {
     return tile.part_from_end(static_cast<int>(turn % (L::warpgroups * C.cluster)), warpgroup_rows);
   }
 
+  /// A warpgroup's rows, and all keys that the tile sees.
+  template <class Seen>
+  FLASHCUTE_DEVICE Work<Mask> all_of(Tile const& tile, Seen const& seen, int warpgroup) const {
+    Tile const rows = rows_of(tile, warpgroup);
+    return {.rows = rows, .range = seen, .loaded = seen, .exists = true, .attends = rows.rows > 0};
+  }
+
   template <class Seen>
   FLASHCUTE_DEVICE Work<Mask> part(Tile const& tile, Seen const& seen, int warpgroup) const {
     if constexpr (!Range::contiguous) {  // all warpgroups take all blocks
-      return {rows_of(tile, warpgroup), seen, seen, true};
+      return all_of(tile, seen, warpgroup);
     } else {
       return part_of_range(tile, seen, warpgroup);
     }
   }
 
   FLASHCUTE_DEVICE Work<Mask> part_of_range(Tile const& tile, Range const& range, int warpgroup) const {
-    Work<Mask> part{rows_of(tile, warpgroup), range, range, true};
+    Work<Mask> part = all_of(tile, range, warpgroup);
     if (inspected && part.rows.rows > 0) {
       part.range = Mask::kv_range(part.rows, p_.forward, C.block_n);
       if constexpr (Mask::two_edges) {

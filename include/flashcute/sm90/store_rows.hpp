@@ -34,7 +34,7 @@ FLASHCUTE_DEVICE void store_rows(Accumulator const& accumulator, Element* to, in
                                  int const& rows, int const& columns) {
   using namespace cute;
   auto const x = by_row_and_column(accumulator);  // (row, column)
-  int const lane = thread_index() % 4;
+  auto const lane = static_cast<int>(static_cast<uint32_t>(thread_index()) % 4);
   to += 8 * lane;
   CUTE_UNROLL
   for (int i = 0; i < WarpgroupFragment::rows_per_thread; ++i) {

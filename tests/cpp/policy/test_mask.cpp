@@ -226,7 +226,7 @@ TEST(Mask, QueryRangesAgreeWithElementVisibility) {
       for (int32_t block_m : {1, 2, 4}) {
         for (int32_t block_n : {1, 2, 4}) {
           check_all_key_tiles<MaskKind::full>(problem(sq, sk, 0), block_m, block_n);
-          for (int32_t offset : {sk - sq, 0, -3, 5, INT32_MAX, INT32_MIN}) {
+          for (int32_t offset : {sk - sq, 0, -3, 5, sk, -sq}) {
             check_all_key_tiles<MaskKind::causal>(problem(sq, sk, offset), block_m, block_n);
           }
           for (int32_t offset : {sk - sq, 0, -3, 5}) {

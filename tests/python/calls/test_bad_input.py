@@ -337,6 +337,17 @@ def test_length_over_the_limit() -> None:
         fc.flash_attention(x, long, long)
 
 
+@pytest.mark.parametrize("mask", [{"causal": True}, {"window": (5, 5)}], ids=["causal", "window"])
+def test_lengths_over_the_limit_together(mask: dict[str, Any]) -> None:
+    """2^31 queries and keys: the number of a query and that of a diagonal, whose sum does not fit 32 bits."""
+    long = torch.ones(1, 1, 1, 8).expand(1, 2**30, 1, 8)
+    with pytest.raises(
+        fc.ArgumentError,
+        match=r"^k: expected with these options a seqlen that is, with q's, at most \d+, got 2147483648",
+    ):
+        fc.flash_attention(long, long, long, out=long, **mask)
+
+
 def test_more_elements_than_memory_has_addresses() -> None:
     """By strides of 0: products of sizes must not wrap, which would pass a tensor off as empty or as small."""
     x = torch.ones(1, 1, 1, 8).half()

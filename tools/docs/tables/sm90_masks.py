@@ -8,6 +8,7 @@ import statistics
 from lines import one, rounded, table, where
 
 SCOUT, WIDTHS, ENDS = "gpu_sm90_scout", "gpu_sm90_widths_masks", "gpu_sm90_tile_ends"
+STARTS = "gpu_sm90_tile_starts"
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
 
@@ -156,6 +157,29 @@ def late_store() -> str:
             ]
             rows.append([f"{head_dim} {mask}", *(rounded(x["late"] / x["early"]) for x in rates)])
     return table(["head dim, mask", "1k", "2k", "4k", "16k"], rows, numbers=4)
+
+
+def start_steps() -> str:
+    """Time before the starts of tiles were shortened over that after each step, each with those before it."""
+    steps = ("flags", "flags, rows", "flags, rows, 32 bits")
+    rows = []
+    for head_dim in (64, 128, 256):
+        for mask in ("causal", "full"):
+            cell = {"head_dim": head_dim, "mask": mask}
+            found = [one(STARTS, run="steps", seqlen=n, **cell)["over_first"] for n in (1024, 4096)]
+            whole = [
+                one(STARTS, run="all", seqlen=n, **cell)["over_first"]["after"]
+                for n in (1024, 2048, 4096, 16384)
+            ]
+            told = [x[step] for x in found for step in steps]
+            rows.append([f"{head_dim} {mask}", *map(rounded, (*told, *whole))])
+    each = ("flags", "rows", "32 bits")
+    header = [
+        "head dim, mask",
+        *(f"{n}: {step}" for n in ("1k", "4k") for step in each),
+        *(f"all, {n}" for n in ("1k", "2k", "4k", "16k")),
+    ]
+    return table(header, rows, numbers=10)
 
 
 def orders() -> str:
