@@ -67,19 +67,13 @@ class BooleanCells {
     uint32_t bits = 0;
     if (near == 1 && left >= part_size && reinterpret_cast<size_t>(from) % part_size == 0) {
       uint4 const bytes = *reinterpret_cast<uint4 const*>(from);
-      bits = bits_of_bytes(bytes.x) | bits_of_bytes(bytes.y) << 4 | bits_of_bytes(bytes.z) << 8 |
-             bits_of_bytes(bytes.w) << 12;
+      bits = nonzero_bytes(bytes.x) | nonzero_bytes(bytes.y) << 4 | nonzero_bytes(bytes.z) << 8 |
+             nonzero_bytes(bytes.w) << 12;
     } else {
       CUTE_NO_UNROLL
       for (int32_t i = 0; i < min_of(left, part_size); ++i) bits |= uint32_t{from[i * near] != 0} << i;
     }
     return bits;
-  }
-
-  /// Of four bytes, which are not 0.
-  FLASHCUTE_DEVICE static uint32_t bits_of_bytes(uint32_t bytes) {
-    uint32_t const highest = (((bytes & 0x7f7f7f7f) + 0x7f7f7f7f) | bytes) & 0x80808080;
-    return highest * 0x00204081 >> 28;  // bit 8 i + 7 of the left moves to bit 28 + i
   }
 
   uint8_t const* from_;

@@ -88,7 +88,7 @@ class MapRows {
       uint64_t seen = 0;
       if (across == 1 && count == cell_size && reinterpret_cast<size_t>(from + first) % 8 == 0) {
         auto const* const words = reinterpret_cast<uint64_t const*>(from + first);
-        for (int32_t i = 0; i < 8; ++i) seen |= bits_of_bytes(words[i]) << 8 * i;
+        for (int32_t i = 0; i < 8; ++i) seen |= nonzero_bytes(words[i]) << 8 * i;
         return seen;
       }
       for (int32_t c = 0; c < count; ++c) seen |= uint64_t{from[(first + c) * across] != 0} << c;
@@ -116,14 +116,6 @@ class MapRows {
       found.greatest = max_of(found.greatest, numbers[i]);
     }
     return found;
-  }
-
-  /// Of eight bytes, which are not 0.
-  FLASHCUTE_HD static uint64_t bits_of_bytes(uint64_t bytes) {
-    bytes |= bytes >> 4;
-    bytes |= bytes >> 2;
-    bytes |= bytes >> 1;  // the lowest bit of each byte is now set if any was
-    return (bytes & 0x0101010101010101) * 0x0102040810204080 >> 56;  // bit 8 i of the left moves to bit 56 + i
   }
 
   FLASHCUTE_HD uint64_t of_documents(int32_t row, int32_t cell) const {

@@ -355,6 +355,27 @@ TEST(Mask, LowBitsOfAnyCount) {
   EXPECT_EQ(low_bits(INT32_MAX), 0xffffffffu);
 }
 
+template <class Word>
+void check_nonzero_bytes(std::mt19937& random) {
+  uint8_t const values[] = {0, 0, 0, 1, 0x7f, 0x80, 0xff, static_cast<uint8_t>(random())};
+  Word word = 0, expected = 0;
+  for (size_t i = 0; i < sizeof(Word); ++i) {
+    uint8_t const byte = values[random() % std::size(values)];
+    word |= Word{byte} << 8 * i;
+    expected |= Word{byte != 0} << i;
+  }
+  ASSERT_EQ(nonzero_bytes(word), expected) << std::hex << word;
+}
+
+// Guards against a boolean that is true by another bit than its lowest, and against carries from byte to byte.
+TEST(Mask, NonzeroBytesOfAnyWord) {
+  std::mt19937 random(2);
+  for (int i = 0; i < 5000; ++i) {
+    check_nonzero_bytes<uint32_t>(random);
+    check_nonzero_bytes<uint64_t>(random);
+  }
+}
+
 // Guards against keys whose gradient is computed twice or never.
 TEST(KeyTile, TilesCoverEveryKeyOnce) {
   for (int32_t sk : {1, 15, 16, 17, 33}) {
