@@ -67,8 +67,9 @@ struct ForwardParams {
   int32_t batch, heads, kv_heads;
   int32_t seqlen_q, seqlen_k;
   int32_t head_dim, head_dim_v;
-  // From -seqlen_q to seqlen_k, beyond which they show or hide nothing more: the sum with a query's number fits 32
-  // bits. (Under sequences that are shorter than the tensors, those are held within the sequence's own lengths.)
+  // From -seqlen_q to seqlen_k, beyond which they show or hide nothing more: so the sum with a query's number fits 32
+  // bits. Any numbers where sequences may be shorter than the tensors: BatchSequence holds the sums with the difference
+  // within the sequence's own lengths.
   int32_t causal_offset;  // causal: query i sees key j iff j <= i + causal_offset
   int32_t window_offset;  // band: iff also i + window_offset <= j
 

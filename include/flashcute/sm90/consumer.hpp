@@ -498,7 +498,7 @@ class Consumer {
   Range range_;        // blocks that the warpgroup's rows see
   int skipped_;        // blocks of keys before these that only other rows of the tile see
   int left_over_ = 0;  // and blocks after them; only of a mask with two edges
-  bool attends_;       // false: the warpgroup has no rows in the tile, or none of its rows sees a key; or there is none
+  bool attends_;       // false: the warpgroup has no rows in the tile, or no row of it sees a key, or there is no tile
   Sums sums_;
   Scores s_;    // (MMA, MMA_M, MMA_N)
   Output o_;    // (MMA, MMA_M, MMA_DV)

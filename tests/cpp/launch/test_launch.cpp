@@ -17,7 +17,6 @@
 #include "fakes/fake_gpu.hpp"
 #include "flashcute/api.hpp"
 #include "flashcute/core/defaults.hpp"
-#include "image/source.hpp"
 #include "support/printing.hpp"
 
 namespace flashcute {

@@ -14,6 +14,7 @@
 #include "fakes/fake_gpu.hpp"
 #include "flashcute/api.hpp"
 #include "flashcute/core/defaults.hpp"
+#include "image/jit.hpp"
 #include "image/source.hpp"
 #include "support/printing.hpp"
 

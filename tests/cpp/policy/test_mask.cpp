@@ -343,6 +343,25 @@ TEST(Mask, SeenAgreesWithElementVisibility) {
   }
 }
 
+// Guards against sums that do not fit 32 bits: of the longest tensors that the host lets pass, and rows that a tile has
+// beyond them.
+TEST(Mask, CausalSumsOfTheLongestTensors) {
+  using Causal = Mask<MaskKind::causal>;
+  constexpr int64_t most = INT32_MAX - 1024;
+  for (int64_t const sq : {int64_t{0}, int64_t{1}, most / 2, most - 1, most}) {
+    int64_t const sk = most - sq;
+    for (int64_t const offset : {-sq, int64_t{0}, sk - sq, sk}) {
+      auto const p = problem(static_cast<int32_t>(sq), static_cast<int32_t>(sk), static_cast<int32_t>(offset));
+      auto const sequence = sequence_of<MaskKind::causal>(p);
+      for (int64_t const beyond : {-1, 0, 63, 511}) {
+        int64_t const q = std::max<int64_t>(sq + beyond, 0), k = std::max<int64_t>(sk + beyond, 0);
+        EXPECT_EQ(Causal::visible_keys(static_cast<int32_t>(q), sequence), std::clamp<int64_t>(q + offset + 1, 0, sk));
+        EXPECT_EQ(Causal::first_query(static_cast<int32_t>(k), sequence), std::clamp<int64_t>(k - offset, 0, sq));
+      }
+    }
+  }
+}
+
 // Guards against shifts by 32 or more, or by less than 0, which are undefined.
 TEST(Mask, LowBitsOfAnyCount) {
   EXPECT_EQ(low_bits(INT32_MIN), 0u);
