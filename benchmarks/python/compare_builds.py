@@ -6,7 +6,7 @@ Norms of the results are compared too.
 
 usage: python benchmarks/python/compare_builds.py before=FOLDER after=FOLDER [--what forward,gradients]
            [--head-dims 64,128] [--seqlens 1024,4096] [--masks full,causal] [--kv-ratio N] [--deterministic]
-           [--tokens N] [--hidden N] [--rounds N] [--cache-dir FOLDER] [--out LINES.jsonl]
+           [--kernel sm80] [--tokens N] [--hidden N] [--rounds N] [--cache-dir FOLDER] [--out LINES.jsonl]
 
 Masks: full; causal; window-N, the causal mask and the last N keys; packed and packed-full, the sequences of causal and
 full packed into one; documents, of log-normal lengths in one row, and causal.
@@ -55,6 +55,9 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--masks", type=lambda text: text.split(","), default=["full", "causal"])
     parser.add_argument("--kv-ratio", type=int, default=1)
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument(
+        "--kernel", choices=("sm80", "sm90"), help="default: what a call would take"
+    )
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=15)
@@ -107,6 +110,21 @@ def arguments_of(mask: str, batch: int, seqlen: int, kit: Any) -> dict[str, Any]
     return told
 
 
+def configs_of(options: argparse.Namespace, told: Any, head_dim: int, kit: Any) -> tuple[Any, Any]:
+    """Of the forward and of the gradients."""
+    from flashcute._cli.options import changed_backward_config, changed_config
+
+    if options.kernel is None:
+        return told.config, told.gradients.config
+    changes, dtype, arch = {"kernel": options.kernel}, told.config.dtype, kit.arch
+    return (
+        changed_config(head_dim, dtype, arch, changes),
+        changed_backward_config(
+            head_dim, dtype, arch, {**changes, "deterministic": options.deterministic}
+        ),
+    )
+
+
 def work(options: argparse.Namespace) -> None:
     """Prints where it runs, then norms of each case's results, then milliseconds of each case whose number it reads."""
     import flashcute
@@ -130,17 +148,17 @@ def work(options: argparse.Namespace) -> None:
         told = flashcute.explain(
             q, k, v, gradients=True, deterministic=options.deterministic, **arguments
         )
-        forward = functools.partial(flashcute.forward, told.config, q, k, v, variant=variant)
+        config, of_gradients = configs_of(options, told, head_dim, kit)
+        forward = functools.partial(flashcute.forward, config, q, k, v, variant=variant)
         out, lse = forward(return_lse=True)
         if what == "forward":
             results = [kit.empty_like(q)]
             call = functools.partial(forward, out=results[0])
         else:
             results = [kit.empty_like(x) for x in (q, k, v)]
-            config = told.gradients.config
-            size = flashcute.backward_workspace_size(config, q, v, variant=variant)
+            size = flashcute.backward_workspace_size(of_gradients, q, v, variant=variant)
             call = functools.partial(
-                flashcute.backward, config, dout, q, k, v, out, lse, variant=variant,
+                flashcute.backward, of_gradients, dout, q, k, v, out, lse, variant=variant,
                 **dict(zip(("dq", "dk", "dv"), results, strict=True)), workspace=kit.empty((size,), "float32"),
             )  # fmt: skip
         calls.append(kit.repeatable(call)[0])
@@ -235,6 +253,7 @@ def tell(
             **dict(zip(CASE, case, strict=True)),
             "causal": mask not in WITHOUT_CAUSAL,
             "kv_ratio": options.kv_ratio,
+            **({"kernel": options.kernel} if options.kernel else {}),
             "deterministic": options.deterministic,
             "rounds": options.rounds,
             "ms": {name: statistics.median(of[number]) for name, of in times.items()},

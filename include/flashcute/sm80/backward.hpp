@@ -43,6 +43,9 @@ struct TileGradients {
   static constexpr bool stores_p = flashcute::stores_p(Id.config, pass);
   static constexpr bool stores_ds = flashcute::stores_ds(Id.config, pass);
   static constexpr int column_warps = Id.config.column_warps;
+  /// Whether dS is computed from P in float32, not from the 16 bits that the product takes. Not where those stay in
+  /// registers until that product: P would be there twice.
+  static constexpr bool keeps_float32 = !keys_stay || stores_p;
   /// Whether the next block's copies are started between the products, not before them: computing their addresses then
   /// spills no registers, unless P and dS are in registers too.
   static constexpr bool loads_late = column_warps > 1;
@@ -218,14 +221,22 @@ struct TileGradients {
     auto s = L::template accumulator<typename L::BlockM, typename L::BlockN, column_warps>();  // (MMA, MMA_M, MMA_N)
     multiply_rows<SmemX, SmemBlockX>(s, smem_.x, smem_.block_x[stage], arrived_finite);
     to_probabilities<Partial::value>(s, block_row0, at.head, stage);
+    if constexpr (keeps_float32) hold_at_one<float>(s);
     auto probabilities = convert<typename L::Operand>(s);
-    hold_at_one(probabilities);
+    if constexpr (!keeps_float32) hold_at_one<Element>(probabilities);
     if constexpr (stores_p) stage_fragment<C, SmemScores, column_warps>(probabilities, p_tile());
 
     auto ds = L::template accumulator<typename L::BlockM, typename L::BlockN, column_warps>();  // (MMA, MMA_M, MMA_N)
     multiply_rows<SmemY, SmemBlockY>(ds, smem_.y, smem_.block_y[stage], arrived_finite);
     if constexpr (C.stages > 1 && loads_late) load_next(at);
-    to_score_gradients<Partial::value>(ds, probabilities, block_row0, at.head, stage);
+    auto const weights = [&]() -> auto const& {
+      if constexpr (keeps_float32) {
+        return s;
+      } else {
+        return probabilities;
+      }
+    };
+    to_score_gradients<Partial::value>(ds, weights(), block_row0, at.head, stage);
     auto const score_gradients = convert<typename L::Operand>(ds);
     if constexpr (stores_ds) stage_fragment<C, SmemScores, column_warps>(score_gradients, ds_tile());
 
@@ -300,11 +311,11 @@ struct TileGradients {
   }
 
   /// Limits P to 1: where scores are large, their rounding errors can make it exceed 1.
-  template <class Probabilities>
+  template <class Of, class Probabilities>
   FLASHCUTE_DEVICE static void hold_at_one(Probabilities& probabilities) {
     auto words = words_of(probabilities);
     CUTE_UNROLL
-    for (int i = 0; i < cute::size(words); ++i) words(i) = at_most_one<Element>(words(i));
+    for (int i = 0; i < cute::size(words); ++i) words(i) = at_most_one<Of>(words(i));
   }
 
   /// Turns dP into dS, in place. Hidden elements become 0 by selection: they may be NaN.

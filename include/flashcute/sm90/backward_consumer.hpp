@@ -32,6 +32,7 @@ class GradientConsumer {
       C.block_m == warpgroup_rows || Id.features.mask == MaskKind::full || Id.features.mask == MaskKind::causal;
   using P = BackwardProducts<C, long_steps>;
   using Element = typename L::Element;
+  using Flag = typename L::Flag;
   using Storage = StorageWithTiles<L, Sequence>;
   using Scores = decltype(L::template accumulator<typename L::BlockM>());
   using Sums = decltype(L::template accumulator<typename L::HeadDim>());
@@ -91,20 +92,22 @@ class GradientConsumer {
   FLASHCUTE_DEVICE bool add_block() {
     Scores s, dp;
     int const late_k_place = dq_outlives_tile ? uniform(late_k_place_) : 0;
+    auto const of_s = P::template operands_of_scores<C.stages>(own(smem_.k[k_place_]), {smem_.q[0], q_.place});
     barrier_wait(smem_.q_full[q_.place], q_.parity);
-    AnnouncedQueries const& block = smem_.blocks[q_.place];
-    bool const partial_early = C.early_reads && block.partial, last_early = C.early_reads && block.last;
+    auto const& block = smem_.blocks[q_.place];
+    auto const partial_early = C.early_reads ? block.partial : Flag{}, last_early = C.early_reads ? block.last : Flag{};
     Statistics const lse(smem_.lse[q_.place]);
-    P::template begin_scores<C.stages>(s, own(smem_.k[k_place_]), {smem_.q[0], q_.place});
+    P::begin_scores(s, of_s);
+    auto const of_dp = P::template operands_of_scores<C.dout_stages>(own(smem_.v), {smem_.dout[0], dout_.place});
     barrier_wait(smem_.dout_full[dout_.place], dout_.parity);
-    P::template begin_scores<C.dout_stages>(dp, own(smem_.v), {smem_.dout[0], dout_.place});
+    P::begin_scores(dp, of_dp);
     bool const partial = uniform(C.early_reads ? partial_early : block.partial);
     bool const last = uniform(C.early_reads ? last_early : block.last);
     Seeing seeing;
-    if (Seeing::in_memory && partial) seeing.load(block, first_key_, tile().sequence(p_.forward, block.head));
+    if (Seeing::in_memory && partial) seeing.load(block.row0, first_key_, tile().sequence(p_.forward, block.head));
     finish_products<1>(s);
-    to_probabilities<L>(s, lse, p_.forward.scale_log2);
     Statistics const delta(smem_.delta[dout_.place]);
+    to_probabilities<L>(s, lse, p_.forward.scale_log2);
     if (partial) hide(s, block, seeing);
     finish_products<0>(dp);
     to_score_gradients<L>(dp, s, delta);
@@ -117,16 +120,14 @@ class GradientConsumer {
     store_ds(ds);
     publish_to_products();
     P::template begin_sums<C.dout_stages>(dv_, probabilities, {smem_.dout[0], dout_.place});
+    // With late_dq that of the block before this one. If none is late, dS and K are of others, which the other
+    // warpgroup or the copy engine may be writing: the result is discarded.
+    auto const of_dq = C.late_dq ? operands_of_dq(ds_.before(), late_k_place) : operands_of_dq(ds_, k_place_);
     meet();  // the warpgroup's dS is in shared memory
     arrive(smem_.ds_full[ds_.place]);
 
     Dq dq;
-    if constexpr (C.late_dq) {
-      begin_dq_before(dq, late_k_place);
-    } else {
-      barrier_wait(smem_.ds_full[ds_.place], ds_.parity);
-      P::begin_dq(dq, ds_ring(ds_.place), key_columns(k_place_));
-    }
+    begin_dq(dq, C.late_dq ? ds_.before() : ds_, of_dq);
     P::template begin_sums<C.stages>(dk_, ds, {smem_.q[0], q_.place});
     finish_products<2>(dv_);
     arrive(smem_.dout_empty[dout_.place]);
@@ -150,23 +151,26 @@ class GradientConsumer {
     if (!late_) return;
     Dq dq;
     int const k_place = uniform(late_k_place_);
-    begin_dq_before(dq, k_place);
+    begin_dq(dq, ds_.before(), operands_of_dq(ds_.before(), k_place));
     finish_products<0>(dq);
     arrive(smem_.k_empty[k_place]);
     pass_on(dq, true);
     late_ = false;
   }
 
-  /// dQ of the block before this one. If none is late, dS and K are of others, which the other warpgroup or the copy
-  /// engine may be writing: the result is discarded.
-  FLASHCUTE_DEVICE void begin_dq_before(Dq& dq, int k_place) const {
-    auto const before = ds_.before();
-    barrier_wait(smem_.ds_full[before.place], before.parity);
-    P::begin_dq(dq, ds_ring(before.place), key_columns(k_place));
+  FLASHCUTE_DEVICE auto operands_of_dq(RingPosition<L::ds_places> const& ds, int k_place) const {
+    return P::operands_of_dq(ds_ring(ds.place), key_columns(k_place));
   }
 
-  FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries const& block, Seeing const& seeing) const {
-    hide_unseen<L, Mask>(scores, block, first_key_, tile().sequence(p_.forward, block.head), seeing);
+  /// Waits for the dS of both warpgroups.
+  template <class Operands>
+  FLASHCUTE_DEVICE void begin_dq(Dq& dq, RingPosition<L::ds_places> const& ds, Operands const& of) const {
+    barrier_wait(smem_.ds_full[ds.place], ds.parity);
+    P::begin_dq(dq, of);
+  }
+
+  FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries<Flag> const& block, Seeing const& seeing) const {
+    hide_unseen<L, Mask>(scores, block.row0, first_key_, tile().sequence(p_.forward, block.head), seeing);
   }
 
   // ---- dS and dQ through shared memory ---------------------------------------------------------------

@@ -12,15 +12,33 @@ struct BackwardProducts {
   using L = BackwardLayout<C>;
   using Element = typename L::Element;
 
-  /// Begins scores = own other^T: S^T = K Q^T, or dP^T = V dO^T. `own`: the warpgroup's keys of K or V; `other`: a
-  /// place of a ring of `Places` blocks.
-  template <int Places, class Scores>
-  FLASHCUTE_DEVICE static void begin_scores(Scores& scores, Element* own, InRing<Element> other) {
+  /// Two operands in shared memory. Waiting for them comes after this.
+  template <class A, class B>
+  struct Operands {
+    A a;
+    B b;
+
+    FLASHCUTE_DEVICE Operands(A const& of_a, B const& of_b) : a(of_a), b(of_b) {
+      if constexpr (!C.deterministic) {  // whose loop gains nothing
+        described_here(a);
+        described_here(b);
+      }
+    }
+  };
+
+  /// Of own other^T: `own`: the warpgroup's keys of K or V; `other`: a place of a ring of `Places` blocks.
+  template <int Places>
+  FLASHCUTE_DEVICE static auto operands_of_scores(Element* own, InRing<Element> other) {
     using Mma = typename L::MmaScores;
-    begin_product<Mma, LongSteps>(
-        scores, cute::GMMA::ScaleOut::Zero, described<typename Mma::FrgTypeA, typename L::OperandKeys>(own),
-        in_place(described<typename Mma::FrgTypeB, typename L::template OperandQueries<Places>>(other.ring),
-                 other.place));
+    return Operands(described<typename Mma::FrgTypeA, typename L::OperandKeys>(own),
+                    in_place(described<typename Mma::FrgTypeB, typename L::template OperandQueries<Places>>(other.ring),
+                             other.place));
+  }
+
+  /// Begins S^T = K Q^T, or dP^T = V dO^T.
+  template <class Scores, class A, class B>
+  FLASHCUTE_DEVICE static void begin_scores(Scores& scores, Operands<A, B> const& of) {
+    begin_product<typename L::MmaScores, LongSteps>(scores, cute::GMMA::ScaleOut::Zero, of.a, of.b);
   }
 
   /// Begins sums += weights other: dV += P^T dO, or dK += dS^T Q. The weights are in registers, which must not change
@@ -35,13 +53,17 @@ struct BackwardProducts {
                  other.place));
   }
 
-  /// Begins dQ = dS K, the warpgroup's half. `ds`: its first query; `k`: its first column.
-  template <class Sums>
-  FLASHCUTE_DEVICE static void begin_dq(Sums& sums, InRing<Element> ds, Element* k) {
+  /// Of the warpgroup's half of dS K. `ds`: its first query; `k`: its first column.
+  FLASHCUTE_DEVICE static auto operands_of_dq(InRing<Element> ds, Element* k) {
     using Mma = typename L::MmaQueries;
-    begin_product<Mma, LongSteps>(sums, cute::GMMA::ScaleOut::Zero,
-                                  in_place(described<typename Mma::FrgTypeA, typename L::OperandDs>(ds.ring), ds.place),
-                                  described<typename Mma::FrgTypeB, typename L::OperandKeyColumns>(k));
+    return Operands(in_place(described<typename Mma::FrgTypeA, typename L::OperandDs>(ds.ring), ds.place),
+                    described<typename Mma::FrgTypeB, typename L::OperandKeyColumns>(k));
+  }
+
+  /// Begins dQ = dS K.
+  template <class Sums, class A, class B>
+  FLASHCUTE_DEVICE static void begin_dq(Sums& sums, Operands<A, B> const& of) {
+    begin_product<typename L::MmaQueries, LongSteps>(sums, cute::GMMA::ScaleOut::Zero, of.a, of.b);
   }
 };
 

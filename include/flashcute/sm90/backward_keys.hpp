@@ -33,7 +33,7 @@ struct KeysLayout : SplitLayout<C> {
     alignas(128) float p[p_places][queries * keys];  // in the order in which threads hold it
     alignas(16) float lse[C.stages][queries];        // to base 2
     alignas(16) float delta[C.dout_stages][queries];
-    AnnouncedQueries blocks[C.stages];
+    AnnouncedQueries<bool> blocks[C.stages];
     Barrier k_full[k_places], k_empty[k_places], v_empty;
     Barrier q_full[C.stages], q_empty[C.stages];
     Barrier dout_full[C.dout_stages], dout_empty[C.dout_stages];
@@ -78,8 +78,8 @@ class KeysConsumer {
 
   FLASHCUTE_DEVICE KeysConsumer(BackwardParams const& p, Storage& smem) : p_(p), smem_(smem), tiles_(smem) {}
 
-  FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries const& block) const {
-    hide_unseen<L, Mask>(scores, block, tiles_.tile().row0, tiles_.tile().sequence(p_.forward, block.head));
+  FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries<bool> const& block) const {
+    hide_unseen<L, Mask>(scores, block.row0, tiles_.tile().row0, tiles_.tile().sequence(p_.forward, block.head));
   }
 
   /// The warp's arrival: all its lanes have done what they did before.
@@ -157,7 +157,7 @@ class DvConsumer : KeysConsumer<Id> {
     barrier_wait(smem_.q_full[q_.place], q_.parity);
     P::template begin_scores<C.head_dim, C.stages>(s, smem_.k[0], {smem_.q[0], q_.place});
     begin_sums();
-    AnnouncedQueries const& block = smem_.blocks[q_.place];
+    auto const& block = smem_.blocks[q_.place];
     bool const partial = uniform(block.partial), last = uniform(block.last);
     finish_products<1>(s);
     to_probabilities<L>(s, StatisticsInMemory<L>(smem_.lse[q_.place]), p_.forward.scale_log2);
@@ -235,7 +235,7 @@ class DkConsumer : KeysConsumer<Id> {
     barrier_wait(smem_.dout_full[dout_.place], dout_.parity);
     P::template begin_scores<C.head_dim_v, C.dout_stages>(dp, smem_.v, {smem_.dout[0], dout_.place});
     barrier_wait(smem_.q_full[q_.place], q_.parity);
-    AnnouncedQueries const& block = smem_.blocks[q_.place];
+    auto const& block = smem_.blocks[q_.place];
     bool const partial = uniform(block.partial), last = uniform(block.last);
     barrier_wait(smem_.p_full[passed_.place], passed_.parity);
     take(p);

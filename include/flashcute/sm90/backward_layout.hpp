@@ -17,6 +17,10 @@ struct BackwardLayout : WarpgroupFragment {
   using HeadDim = cute::Int<C.head_dim>;
   using Keys = cute::Int<warpgroup_rows>;  // of a warpgroup
 
+  /// How a block is flagged. Words stay where they are read to; of bytes ptxas makes uniform registers at once, and the
+  /// block's first product waits for that. (Deterministic tiles were 1 % slower with words.)
+  using Flag = std_::conditional_t<C.deterministic, bool, int32_t>;
+
   static constexpr int warpgroups = C.num_warps / 4;
   static_assert(warpgroups * warpgroup_rows == C.block_n);
   static constexpr int page = 64;  // columns: 128 bytes
@@ -27,6 +31,10 @@ struct BackwardLayout : WarpgroupFragment {
   static constexpr bool inspects_keys = true;
   static constexpr int ds_elements = C.block_m * C.block_n;
   static constexpr int k_places = C.k_stages, ds_places = 2;
+
+  /// Of a signed number: nvcc 13.0 keeps it in a register. The fragment's, of an unsigned one, it computes anew for
+  /// each block, before the reads for which the block's first product waits.
+  FLASHCUTE_DEVICE static int first_column() { return 2 * (thread_index() % 4); }
 
   // A warpgroup's half of dQ: half of the columns of 64 queries, or all columns of half of 128.
   static constexpr bool dq_by_rows = C.block_m == 2 * warpgroup_rows;
@@ -96,7 +104,7 @@ struct BackwardLayout : WarpgroupFragment {
     alignas(128) float dq[warpgroups][dq_floats];  // in the order in which threads hold it
     alignas(16) float lse[C.stages][C.block_m];    // to base 2
     alignas(16) float delta[C.dout_stages][C.block_m];
-    AnnouncedQueries blocks[C.stages];
+    AnnouncedQueries<Flag> blocks[C.stages];
     Barrier k_full[k_places], k_empty[k_places], v_empty;
     Barrier q_full[C.stages], q_empty[C.stages];
     Barrier dout_full[C.dout_stages], dout_empty[C.dout_stages];

@@ -253,6 +253,13 @@ FLASHCUTE_DEVICE auto described(Element* tile) {
   return cute::make_tensor<Descriptor>(cute::make_tensor(cute::make_smem_ptr(tile), Operand{}));
 }
 
+/// Has the descriptor computed here. nvcc 13.0 may otherwise compute it behind the wait for what it describes, where
+/// the product waits for it too.
+template <class Operand>
+FLASHCUTE_DEVICE void described_here(Operand const& operand) {
+  asm volatile("" ::"r"(operand.data().desc_.reg32_[0]));
+}
+
 /// Makes the descriptor opaque to the compiler, so that what depends on it is recomputed.
 template <class Operand>
 FLASHCUTE_DEVICE void described_anew(Operand& operand) {

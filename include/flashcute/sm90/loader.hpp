@@ -6,7 +6,8 @@
 
 namespace flashcute::sm90 {
 
-/// Run by one lane of the loading warp.
+/// Run by one lane of the loading warp. Its loops over warpgroups are not unrolled: beside wide heads it has 24
+/// registers, and nvcc 13.0 would spill what it computes for one warpgroup while it waits for another.
 template <ForwardConfig C, class Mask>
 class Loader {
   using Range = typename Mask::Range;
@@ -44,7 +45,7 @@ class Loader {
     load_value_left();
     if (n == range.first()) announce(tile, range);
     // Spelled out: with `is_partial` alone nvcc 13.0 makes other code of masks with one edge.
-    left_ = {tile, n, n >= range.full_end || (Mask::two_edges && range.is_partial(n)), true};
+    left_ = {tile, n, n >= range.full_end || (Mask::two_edges && range.is_partial(n))};
   }
 
   /// The blocks of a page that a tile visits under a map, from the last to the first, each as load_block.
@@ -63,14 +64,15 @@ class Loader {
       load_value_left();
       if (is_first) announce(tile, page.seen);
       is_first = false;
-      left_ = {tile, number, block.partial, true};
+      left_ = {tile, number, block.partial};
     }
   }
 
   /// Announces a tile that sees no key, after all that was loaded before.
   FLASHCUTE_DEVICE void pass_over(Tile const& tile) {
     load_value_left();
-    left_.any = false;
+    left_.n = -1;
+#pragma unroll 1
     for (int w = 0; w < L::warpgroups; ++w) {
       work(w) = {.rows = rows_of(tile, w), .range = {}, .loaded = {}, .exists = true, .attends = false};
       await_place_for_query(w);
@@ -82,6 +84,7 @@ class Loader {
   /// Loads the last V and announces that there are no more tiles.
   FLASHCUTE_DEVICE void finish() {
     load_value_left();
+#pragma unroll 1
     for (int w = 0; w < L::warpgroups; ++w) {
       await_place_for_query(w);
       work(w).exists = work(w).attends = false;
@@ -99,16 +102,18 @@ class Loader {
   template <class Seen>
   FLASHCUTE_DEVICE void announce(Tile const& tile, Seen const& seen) {
     smem_.dropped[tile_ % L::tiles] = false;
+#pragma unroll 1
+    for (int w = 0; w < L::warpgroups; ++w) work(w) = part(tile, seen, w);
+#pragma unroll 1
     for (int w = 0; w < L::warpgroups; ++w) {
-      Work<Mask>& next = work(w);
-      next = part(tile, seen, w);
-      await_place_for_query(w);
+      int const row = tile.entry.first_query + rows_of(tile, w).row0;
       auto* const q = smem_.q[w];
       Barrier& full = smem_.q_full[w];
+      await_place_for_query(w);
       expect_tile<warpgroup_rows, C.head_dim>(full);
       for_each_page<C.head_dim>([&](int column) {
-        copy_box(p_.q, column, tile.entry.first_query + next.rows.row0, tile.head, tile.entry.batch,
-                 q + warpgroup_rows * column, full, L2Hint::evict_first);
+        copy_box(p_.q, column, row, tile.head, tile.entry.batch, q + warpgroup_rows * column, full,
+                 L2Hint::evict_first);
       });
     }
     ++tile_;
@@ -164,7 +169,7 @@ class Loader {
   }
 
   FLASHCUTE_DEVICE void load_value_left() {
-    if (left_.any) load_value(left_.tile, left_.n, left_.partial);
+    if (left_.n >= 0) load_value(left_.tile, left_.n, left_.partial);
   }
 
   /// `tell(stage)`: what the warpgroups have to know before K arrives.
@@ -232,8 +237,8 @@ class Loader {
   struct {
     Tile tile;
     int n;
-    bool partial, any;
-  } left_ = {{}, 0, false, false};  // the V to load next
+    bool partial;
+  } left_ = {{}, -1, false};  // the V to load next
 };
 
 }  // namespace flashcute::sm90

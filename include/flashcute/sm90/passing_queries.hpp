@@ -14,11 +14,12 @@ namespace flashcute::sm90 {
 inline constexpr int serving_registers = 40, computing_registers = 232;
 
 /// What the loading warp announces of the block in a place of Q's ring.
+template <class Flag>
 struct AnnouncedQueries {
   int row0;      // its first query
   int head;      // of the batch entry
-  bool partial;  // elements have to be tested
-  bool last;     // of the tile
+  Flag partial;  // elements have to be tested
+  Flag last;     // of the tile
 };
 
 /// Blocks of queries from the last to the first, each for all heads before the block before it. Tiles of one K/V head

@@ -74,9 +74,9 @@ struct SeeingQueries {
 
   uint32_t of_key[L::rows_per_thread];
 
-  /// `key`: the warpgroup's first.
-  FLASHCUTE_DEVICE void load(AnnouncedQueries const& block, int key, Sequence const& sequence) {
-    int const query = block.row0 + L::first_column();
+  /// `query`: the block's first; `key`: the warpgroup's.
+  FLASHCUTE_DEVICE void load(int query, int key, Sequence const& sequence) {
+    query += L::first_column();
     CUTE_UNROLL
     for (int i = 0; i < L::rows_per_thread; ++i) of_key[i] = bits(key + L::row(i), query, sequence);
   }
@@ -86,14 +86,14 @@ struct SeeingQueries {
   }
 };
 
-/// Sets what a query does not see to 0: by selection, because it may be NaN. `key`: the warpgroup's first. `loaded`:
-/// what memory says, if it does.
+/// Sets what a query does not see to 0: by selection, because it may be NaN. `query` and `key` as of
+/// SeeingQueries::load. `loaded`: what memory says, if it does.
 template <class L, class Mask, class Scores>
-FLASHCUTE_DEVICE void hide_unseen(Scores& scores, AnnouncedQueries const& block, int key,
-                                  typename Mask::Sequence const& sequence, SeeingQueries<L, Mask> const& loaded = {}) {
+FLASHCUTE_DEVICE void hide_unseen(Scores& scores, int query, int key, typename Mask::Sequence const& sequence,
+                                  SeeingQueries<L, Mask> const& loaded = {}) {
   using Seeing = SeeingQueries<L, Mask>;
   auto s = by_row_and_column(scores);  // (key, query)
-  int const query = block.row0 + L::first_column();
+  query += L::first_column();
   CUTE_UNROLL
   for (int i = 0; i < L::rows_per_thread; ++i) {
     uint32_t const bits = Seeing::in_memory ? loaded.of_key[i] : Seeing::bits(key + L::row(i), query, sequence);

@@ -174,6 +174,8 @@ FLASHCUTE_DEVICE auto described(Element* tile) {
 }
 template <class Operand>
 FLASHCUTE_DEVICE void described_anew(Operand&) {}
+template <class Operand>
+FLASHCUTE_DEVICE void described_here(Operand const&) {}
 
 FLASHCUTE_DEVICE void begin_products() {}
 
