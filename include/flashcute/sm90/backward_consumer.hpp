@@ -30,7 +30,9 @@ class GradientConsumer {
   /// With blocks of 128 queries ptxas keeps more descriptors, and the kernels of bands and maps would spill.
   static constexpr bool long_steps =
       C.block_m == warpgroup_rows || Id.features.mask == MaskKind::full || Id.features.mask == MaskKind::causal;
-  using P = BackwardProducts<C, long_steps>;
+  /// Deterministic tiles gain nothing, and beside the bits of a map descriptors are spilled.
+  static constexpr bool early_descriptors = !C.deterministic && !SeeingQueries<L, Mask>::in_memory;
+  using P = BackwardProducts<C, long_steps, early_descriptors>;
   using Element = typename L::Element;
   using Flag = typename L::Flag;
   using Storage = StorageWithTiles<L, Sequence>;
@@ -96,7 +98,7 @@ class GradientConsumer {
     barrier_wait(smem_.q_full[q_.place], q_.parity);
     auto const& block = smem_.blocks[q_.place];
     auto const partial_early = C.early_reads ? block.partial : Flag{}, last_early = C.early_reads ? block.last : Flag{};
-    Statistics const lse(smem_.lse[q_.place]);
+    Statistics const lse(smem_.lse[q_.place] + first_query());
     P::begin_scores(s, of_s);
     auto const of_dp = P::template operands_of_scores<C.dout_stages>(own(smem_.v), {smem_.dout[0], dout_.place});
     barrier_wait(smem_.dout_full[dout_.place], dout_.parity);
@@ -104,9 +106,10 @@ class GradientConsumer {
     bool const partial = uniform(C.early_reads ? partial_early : block.partial);
     bool const last = uniform(C.early_reads ? last_early : block.last);
     Seeing seeing;
-    if (Seeing::in_memory && partial) seeing.load(block.row0, first_key_, tile().sequence(p_.forward, block.head));
+    if (Seeing::in_memory && partial)
+      seeing.load(block.row0 + first_query(), first_key_, tile().sequence(p_.forward, block.head));
     finish_products<1>(s);
-    Statistics const delta(smem_.delta[dout_.place]);
+    Statistics const delta(smem_.delta[dout_.place] + first_query());
     to_probabilities<L>(s, lse, p_.forward.scale_log2);
     if (partial) hide(s, block, seeing);
     finish_products<0>(dp);
@@ -170,8 +173,14 @@ class GradientConsumer {
   }
 
   FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries<Flag> const& block, Seeing const& seeing) const {
-    hide_unseen<L, Mask>(scores, block.row0, first_key_, tile().sequence(p_.forward, block.head), seeing);
+    hide_unseen<L, Mask>(scores, block.row0 + first_query(), first_key_, tile().sequence(p_.forward, block.head),
+                         seeing);
   }
+
+  /// The thread's first query of a block. Of a signed number: nvcc 13.0 keeps it in a register. That of an unsigned one
+  /// it computes anew for each block, before the reads for which the block's first product waits. But beside the bits
+  /// of a map that register would be spilled.
+  FLASHCUTE_DEVICE static int first_query() { return Seeing::in_memory ? L::first_column() : 2 * (thread_index() % 4); }
 
   // ---- dS and dQ through shared memory ---------------------------------------------------------------
 

@@ -6,20 +6,21 @@
 
 namespace flashcute::sm90 {
 
-/// `LongSteps`: by step_of.
-template <BackwardConfig C, bool LongSteps>
+/// `LongSteps`: by step_of. `Early`: descriptors of two operands in shared memory are computed before the wait for
+/// them.
+template <BackwardConfig C, bool LongSteps, bool Early>
 struct BackwardProducts {
   using L = BackwardLayout<C>;
   using Element = typename L::Element;
 
-  /// Two operands in shared memory. Waiting for them comes after this.
+  /// Two operands in shared memory, described before they are waited for.
   template <class A, class B>
   struct Operands {
     A a;
     B b;
 
     FLASHCUTE_DEVICE Operands(A const& of_a, B const& of_b) : a(of_a), b(of_b) {
-      if constexpr (!C.deterministic) {  // whose loop gains nothing
+      if constexpr (Early) {
         described_here(a);
         described_here(b);
       }

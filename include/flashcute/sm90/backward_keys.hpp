@@ -79,7 +79,8 @@ class KeysConsumer {
   FLASHCUTE_DEVICE KeysConsumer(BackwardParams const& p, Storage& smem) : p_(p), smem_(smem), tiles_(smem) {}
 
   FLASHCUTE_DEVICE void hide(Scores& scores, AnnouncedQueries<bool> const& block) const {
-    hide_unseen<L, Mask>(scores, block.row0, tiles_.tile().row0, tiles_.tile().sequence(p_.forward, block.head));
+    hide_unseen<L, Mask>(scores, block.row0 + L::first_column(), tiles_.tile().row0,
+                         tiles_.tile().sequence(p_.forward, block.head));
   }
 
   /// The warp's arrival: all its lanes have done what they did before.
@@ -160,7 +161,7 @@ class DvConsumer : KeysConsumer<Id> {
     auto const& block = smem_.blocks[q_.place];
     bool const partial = uniform(block.partial), last = uniform(block.last);
     finish_products<1>(s);
-    to_probabilities<L>(s, StatisticsInMemory<L>(smem_.lse[q_.place]), p_.forward.scale_log2);
+    to_probabilities<L>(s, StatisticsInMemory<L>(smem_.lse[q_.place] + L::first_column()), p_.forward.scale_log2);
     if (partial) Base::hide(s, block);
     barrier_wait(smem_.p_empty[passed_.place], passed_.parity ^ 1);
     pass_on(s);
@@ -241,7 +242,7 @@ class DkConsumer : KeysConsumer<Id> {
     take(p);
     Base::arrive(smem_.p_empty[passed_.place]);
     finish_products<0>(dp);
-    to_score_gradients<L>(dp, p, StatisticsInMemory<L>(smem_.delta[dout_.place]));
+    to_score_gradients<L>(dp, p, StatisticsInMemory<L>(smem_.delta[dout_.place] + L::first_column()));
     Base::arrive(smem_.dout_empty[dout_.place]);
     if (partial) Base::hide(dp, block);
     weights_ = convert<Element>(dp);

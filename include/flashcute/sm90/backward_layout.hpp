@@ -32,10 +32,6 @@ struct BackwardLayout : WarpgroupFragment {
   static constexpr int ds_elements = C.block_m * C.block_n;
   static constexpr int k_places = C.k_stages, ds_places = 2;
 
-  /// Of a signed number: nvcc 13.0 keeps it in a register. The fragment's, of an unsigned one, it computes anew for
-  /// each block, before the reads for which the block's first product waits.
-  FLASHCUTE_DEVICE static int first_column() { return 2 * (thread_index() % 4); }
-
   // A warpgroup's half of dQ: half of the columns of 64 queries, or all columns of half of 128.
   static constexpr bool dq_by_rows = C.block_m == 2 * warpgroup_rows;
   static_assert(dq_by_rows || C.block_m == warpgroup_rows);

@@ -12,8 +12,8 @@ namespace flashcute::sm90 {
 template <class L>
 class StatisticsInMemory {
  public:
-  /// `of_block`: of its first query.
-  FLASHCUTE_DEVICE explicit StatisticsInMemory(float const* of_block) : own_(of_block + L::first_column()) {}
+  /// `own`: of the thread's first query.
+  FLASHCUTE_DEVICE explicit StatisticsInMemory(float const* own) : own_(own) {}
   FLASHCUTE_DEVICE float operator[](int j) const { return shared_load<float>(own_ + L::column_distance(j)); }
 
  private:
@@ -26,8 +26,7 @@ class StatisticsInRegisters {
   static constexpr int columns = L::queries / 4;
 
  public:
-  FLASHCUTE_DEVICE explicit StatisticsInRegisters(float const* of_block) {
-    float const* const own = of_block + L::first_column();
+  FLASHCUTE_DEVICE explicit StatisticsInRegisters(float const* own) {
     CUTE_UNROLL
     for (int j = 0; j < columns; j += 2) {
       auto const pair = shared_load<float2>(own + L::column_distance(j));
@@ -74,9 +73,8 @@ struct SeeingQueries {
 
   uint32_t of_key[L::rows_per_thread];
 
-  /// `query`: the block's first; `key`: the warpgroup's.
+  /// `query`: the thread's first; `key`: the warpgroup's first.
   FLASHCUTE_DEVICE void load(int query, int key, Sequence const& sequence) {
-    query += L::first_column();
     CUTE_UNROLL
     for (int i = 0; i < L::rows_per_thread; ++i) of_key[i] = bits(key + L::row(i), query, sequence);
   }
@@ -93,7 +91,6 @@ FLASHCUTE_DEVICE void hide_unseen(Scores& scores, int query, int key, typename M
                                   SeeingQueries<L, Mask> const& loaded = {}) {
   using Seeing = SeeingQueries<L, Mask>;
   auto s = by_row_and_column(scores);  // (key, query)
-  query += L::first_column();
   CUTE_UNROLL
   for (int i = 0; i < L::rows_per_thread; ++i) {
     uint32_t const bits = Seeing::in_memory ? loaded.of_key[i] : Seeing::bits(key + L::row(i), query, sequence);
