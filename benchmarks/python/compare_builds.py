@@ -110,7 +110,9 @@ def arguments_of(mask: str, batch: int, seqlen: int, kit: Any) -> dict[str, Any]
     return told
 
 
-def configs_of(options: argparse.Namespace, told: Any, head_dim: int, kit: Any) -> tuple[Any, Any]:
+def configs_of(
+    options: argparse.Namespace, told: Any, head_dim: int, causal: bool, kit: Any
+) -> tuple[Any, Any]:
     """Of the forward and of the gradients."""
     from flashcute._cli.options import changed_backward_config, changed_config
 
@@ -120,7 +122,11 @@ def configs_of(options: argparse.Namespace, told: Any, head_dim: int, kit: Any) 
     return (
         changed_config(head_dim, dtype, arch, changes),
         changed_backward_config(
-            head_dim, dtype, arch, {**changes, "deterministic": options.deterministic}
+            head_dim,
+            dtype,
+            arch,
+            {**changes, "deterministic": options.deterministic},
+            causal=causal,
         ),
     )
 
@@ -148,7 +154,7 @@ def work(options: argparse.Namespace) -> None:
         told = flashcute.explain(
             q, k, v, gradients=True, deterministic=options.deterministic, **arguments
         )
-        config, of_gradients = configs_of(options, told, head_dim, kit)
+        config, of_gradients = configs_of(options, told, head_dim, mask not in WITHOUT_CAUSAL, kit)
         forward = functools.partial(flashcute.forward, config, q, k, v, variant=variant)
         out, lse = forward(return_lse=True)
         if what == "forward":

@@ -72,4 +72,12 @@ FLASHCUTE_DEVICE auto convert(Tensor const& from) {
   return to;
 }
 
+/// Limits a fragment of P to 1: where scores are large, their rounding errors can make it exceed 1. NaN stays NaN.
+template <class Element, class Probabilities>
+FLASHCUTE_DEVICE void hold_at_one(Probabilities& probabilities) {
+  auto words = words_of(probabilities);
+  CUTE_UNROLL
+  for (int i = 0; i < cute::size(words); ++i) words(i) = at_most_one<Element>(words(i));
+}
+
 }  // namespace flashcute

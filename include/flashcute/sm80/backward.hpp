@@ -229,14 +229,11 @@ struct TileGradients {
     auto ds = L::template accumulator<typename L::BlockM, typename L::BlockN, column_warps>();  // (MMA, MMA_M, MMA_N)
     multiply_rows<SmemY, SmemBlockY>(ds, smem_.y, smem_.block_y[stage], arrived_finite);
     if constexpr (C.stages > 1 && loads_late) load_next(at);
-    auto const weights = [&]() -> auto const& {
-      if constexpr (keeps_float32) {
-        return s;
-      } else {
-        return probabilities;
-      }
-    };
-    to_score_gradients<Partial::value>(ds, weights(), block_row0, at.head, stage);
+    if constexpr (keeps_float32) {
+      to_score_gradients<Partial::value>(ds, s, block_row0, at.head, stage);
+    } else {
+      to_score_gradients<Partial::value>(ds, probabilities, block_row0, at.head, stage);
+    }
     auto const score_gradients = convert<typename L::Operand>(ds);
     if constexpr (stores_ds) stage_fragment<C, SmemScores, column_warps>(score_gradients, ds_tile());
 
@@ -308,14 +305,6 @@ struct TileGradients {
         }
       }
     });
-  }
-
-  /// Limits P to 1: where scores are large, their rounding errors can make it exceed 1.
-  template <class Of, class Probabilities>
-  FLASHCUTE_DEVICE static void hold_at_one(Probabilities& probabilities) {
-    auto words = words_of(probabilities);
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(words); ++i) words(i) = at_most_one<Of>(words(i));
   }
 
   /// Turns dP into dS, in place. Hidden elements become 0 by selection: they may be NaN.

@@ -18,7 +18,7 @@ struct BackwardLayout : WarpgroupFragment {
   using Keys = cute::Int<warpgroup_rows>;  // of a warpgroup
 
   /// How a block is flagged. Words stay where they are read to; of bytes ptxas makes uniform registers at once, and the
-  /// block's first product waits for that. (Deterministic tiles were 1 % slower with words.)
+  /// block's first product waits for that. (Deterministic tiles were 1 to 2 % slower with words.)
   using Flag = std_::conditional_t<C.deterministic, bool, int32_t>;
 
   static constexpr int warpgroups = C.num_warps / 4;

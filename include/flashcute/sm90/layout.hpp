@@ -109,9 +109,9 @@ struct ForwardLayout : WarpgroupFragment {
   static constexpr int first_turn_barrier = 1;
   static constexpr int first_own_barrier = first_turn_barrier + warpgroups;
 
-  /// Slots for announced tiles: when a tile is announced, a warpgroup may be at the tile before it without having
-  /// stored the one before that, and another may be a tile ahead. With late_store too: a slow warp may still store the
-  /// output of a tile while the next one's last S is done, and with it Q's buffer free.
+  /// Slots for announced tiles. When that of a tile is written, before the wait for Q's buffer, a warpgroup may be two
+  /// tiles behind it without having stored the one before that: with late_store a slow warp may still store the output
+  /// of a tile while the next one's last S is done.
   static constexpr int tiles = 4;
 
   /// What the loading warp tells of the block of K in each stage: nothing where blocks follow each other.

@@ -6,8 +6,8 @@
 
 namespace flashcute::sm90 {
 
-/// Run by one lane of the loading warp. Its loops over warpgroups are not unrolled: beside wide heads it has 24
-/// registers, and nvcc 13.0 would spill what it computes for one warpgroup while it waits for another.
+/// Run by one lane of the loading warp. Loops over warpgroups that wait are not unrolled: beside wide heads the lane
+/// has 24 registers, and nvcc 13.0 would spill what it computes for one warpgroup while it waits for another.
 template <ForwardConfig C, class Mask>
 class Loader {
   using Range = typename Mask::Range;
@@ -102,6 +102,7 @@ class Loader {
   template <class Seen>
   FLASHCUTE_DEVICE void announce(Tile const& tile, Seen const& seen) {
     smem_.dropped[tile_ % L::tiles] = false;
+    // The parts of all first: the announcement to a warpgroup waits for those before it.
 #pragma unroll 1
     for (int w = 0; w < L::warpgroups; ++w) work(w) = part(tile, seen, w);
 #pragma unroll 1

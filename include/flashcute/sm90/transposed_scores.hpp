@@ -101,12 +101,4 @@ FLASHCUTE_DEVICE void hide_unseen(Scores& scores, int query, int key, typename M
   }
 }
 
-/// Limits rounded P to 1: where scores are large, their rounding errors can make it exceed 1.
-template <class Element, class Probabilities>
-FLASHCUTE_DEVICE void hold_at_one(Probabilities& probabilities) {
-  auto words = words_of(probabilities);
-  CUTE_UNROLL
-  for (int i = 0; i < cute::size(words); ++i) words(i) = at_most_one<Element>(words(i));
-}
-
 }  // namespace flashcute::sm90
