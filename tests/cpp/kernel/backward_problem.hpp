@@ -51,6 +51,18 @@ class BackwardCall {
   bool any_nonfinite =
       false;  // where NaN or infinity is wanted, either is right: which one depends on what is summed first
 
+  /// Of a gradient's elements together.
+  class Error {
+   public:
+    void add(double got, double want) { of_errors_ += (got - want) * (got - want), of_wanted_ += want * want; }
+    /// In L2.
+    double relative() const { return std::sqrt(of_errors_ / of_wanted_); }
+
+   private:
+    double of_errors_ = 0, of_wanted_ = 0;
+  };
+  Error dq_error, dk_error;  // that expect_right finds
+
   /// Compares with the definition, element by element.
   void expect_right() {
     for (int h = 0; h < static_cast<int>(dsink.size()); ++h) {
@@ -91,11 +103,17 @@ class BackwardCall {
               }
               for (int c = 0; c < s_.d_v; ++c) want_dv.add(j * s_.d_v + c, dout.at(b, i, h, c), weight, weight);
             }
-            for (int c = 0; c < s_.d; ++c) want_dq.expect(c, dq.at(b, i, h, c), unit, "dq", any_nonfinite);
+            for (int c = 0; c < s_.d; ++c) {
+              want_dq.expect(c, dq.at(b, i, h, c), unit, "dq", any_nonfinite);
+              dq_error.add(dq.at(b, i, h, c), want_dq.value[static_cast<size_t>(c)]);
+            }
           }
         }
         for (int j = 0; j < s_.sk; ++j) {
-          for (int c = 0; c < s_.d; ++c) want_dk.expect(j * s_.d + c, dk.at(b, j, kv, c), unit, "dk", any_nonfinite);
+          for (int c = 0; c < s_.d; ++c) {
+            want_dk.expect(j * s_.d + c, dk.at(b, j, kv, c), unit, "dk", any_nonfinite);
+            dk_error.add(dk.at(b, j, kv, c), want_dk.value[static_cast<size_t>(j * s_.d + c)]);
+          }
           for (int c = 0; c < s_.d_v; ++c)
             want_dv.expect(j * s_.d_v + c, dv.at(b, j, kv, c), unit, "dv", any_nonfinite);
         }
