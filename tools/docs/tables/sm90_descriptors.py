@@ -24,6 +24,30 @@ def loading_lane() -> str:
     return table(header, rows, numbers=2)
 
 
+def packs_over_batch() -> str:
+    """Head dimension 128: the time of a batch over that of the same sequences packed."""
+    rows = []
+    for name, file, build in (
+        ("16 for 16", LANE, "before"),
+        ("32 for 8", "gpu_sm90_tile_ends", "after"),
+    ):
+        told = []
+        for masks in (("causal", "packed"), ("full", "packed-full")):
+            for length in (1024, 4096):
+                batch, pack = (
+                    one_of(file, head_dim=128, mask=x, seqlen=length)["ms"][build] for x in masks
+                )
+                told.append(rounded(batch / pack))
+        rows.append([name, *told])
+    header = [f"{mask}, {n}" for mask in ("causal", "full") for n in ("16 x 1,024", "4 x 4,096")]
+    return table(["heads", *header], rows, numbers=4)
+
+
+def one_of(file: str, **cell: object) -> Line:
+    run = {"run": "loading lane"} if file == LANE else {}
+    return one(file, kind="compared_builds", **run, **cell)
+
+
 def beside_flash3() -> str:
     """The time of FlashAttention-3 over ours."""
     rows = []
