@@ -85,14 +85,6 @@ def tile_of(kernel: str) -> str:
     return match[2] if match[1] == "fwd" else f"bwd_{match[2]}"
 
 
-def spills_allowed(kernel: str) -> int:
-    """By the tile and its mask, else by the tile."""
-    tile = tile_of(kernel)
-    masked = f"{tile}_causal" if kernel.endswith("_causal") else tile
-    names = (masked, tile, tile.removesuffix("_band"))
-    return next((SPILLS_ALLOWED[name] for name in names if name in SPILLS_ALLOWED), 0)
-
-
 def resources(image: Path) -> dict[tuple[str, str], Resources]:
     """(kernel, arch) -> registers, stack and static shared memory in bytes."""
     command = [find_tool("cuobjdump"), "--dump-resource-usage", str(image)]
@@ -165,7 +157,8 @@ def check_family(unit: Path, archs: list[str]) -> tuple[list[str], dict[str, dic
                 if not loops:
                     problems.append(f"{where}: no loop with {product} was found")
                 checked = [(f"a main loop of {loop.length}", loop.counts) for loop in loops]
-            allowed = spills_allowed(kernel)
+            tile = tile_of(kernel)
+            allowed = SPILLS_ALLOWED.get(tile, SPILLS_ALLOWED.get(tile.removesuffix("_band"), 0))
             for what, found in checked:
                 spills = found["LDL"] + found["STL"]
                 if spills > allowed:

@@ -30,9 +30,7 @@ class GradientConsumer {
   /// With blocks of 128 queries ptxas keeps more descriptors, and the kernels of bands and maps would spill.
   static constexpr bool long_steps =
       C.block_m == warpgroup_rows || Id.features.mask == MaskKind::full || Id.features.mask == MaskKind::causal;
-  /// Deterministic tiles gain nothing, and beside the bits of a map descriptors are spilled.
-  static constexpr bool early_descriptors = !C.deterministic && !SeeingQueries<L, Mask>::in_memory;
-  using P = BackwardProducts<C, long_steps, early_descriptors>;
+  using P = BackwardProducts<C, long_steps>;
   using Element = typename L::Element;
   using Flag = typename L::Flag;
   using Storage = StorageWithTiles<L, Sequence>;

@@ -6,9 +6,8 @@
 
 namespace flashcute::sm90 {
 
-/// `LongSteps`: by step_of. `Early`: descriptors of two operands in shared memory are computed before the wait for
-/// them.
-template <BackwardConfig C, bool LongSteps, bool Early>
+/// `LongSteps`: by step_of.
+template <BackwardConfig C, bool LongSteps>
 struct BackwardProducts {
   using L = BackwardLayout<C>;
   using Element = typename L::Element;
@@ -20,7 +19,7 @@ struct BackwardProducts {
     B b;
 
     FLASHCUTE_DEVICE Operands(A const& of_a, B const& of_b) : a(of_a), b(of_b) {
-      if constexpr (Early) {
+      if constexpr (!C.deterministic) {  // such tiles gain nothing
         described_here(a);
         described_here(b);
       }

@@ -16,10 +16,9 @@ def loading_lane() -> str:
         *((d, m, 1024) for d in (64, 128, 256) for m in ("packed", "packed-full")),
         *((d, m, 16384) for d in (64, 128) for m in ("window-1024", "documents")),
     ):
-        cell = {"head_dim": head_dim, "mask": mask, "seqlen": length}
-        over = one(LANE, run="loading lane", **cell)["over_first"]
-        told = (over["not unrolled"], over["not unrolled, parts first"])
-        rows.append([f"{head_dim} {mask}, {length:,}", *map(rounded, told)])
+        x = one(LANE, run="loading lane", head_dim=head_dim, mask=mask, seqlen=length)
+        ratios = (x["over_first"][build] for build in ("not unrolled", "not unrolled, parts first"))
+        rows.append([named(x), *map(rounded, ratios)])
     header = ["head dim, mask, length", "not unrolled", "not unrolled, parts first"]
     return table(header, rows, numbers=2)
 
@@ -27,25 +26,19 @@ def loading_lane() -> str:
 def packs_over_batch() -> str:
     """Head dimension 128: the time of a batch over that of the same sequences packed."""
     rows = []
-    for name, file, build in (
-        ("16 for 16", LANE, "before"),
-        ("32 for 8", "gpu_sm90_tile_ends", "after"),
+    for name, file, run, build in (
+        ("16 for 16", LANE, "loading lane", "before"),
+        ("32 for 8", "gpu_sm90_tile_ends", None, "after"),
     ):
+        of = {"kind": "compared_builds", "run": run, "head_dim": 128}
         told = []
         for masks in (("causal", "packed"), ("full", "packed-full")):
             for length in (1024, 4096):
-                batch, pack = (
-                    one_of(file, head_dim=128, mask=x, seqlen=length)["ms"][build] for x in masks
-                )
+                batch, pack = (one(file, mask=x, seqlen=length, **of)["ms"][build] for x in masks)
                 told.append(rounded(batch / pack))
         rows.append([name, *told])
     header = [f"{mask}, {n}" for mask in ("causal", "full") for n in ("16 x 1,024", "4 x 4,096")]
     return table(["heads", *header], rows, numbers=4)
-
-
-def one_of(file: str, **cell: object) -> Line:
-    run = {"run": "loading lane"} if file == LANE else {}
-    return one(file, kind="compared_builds", **run, **cell)
 
 
 def beside_flash3() -> str:
@@ -80,7 +73,7 @@ def builds(run: str, file: str = DESCRIPTORS) -> str:
 
 
 def orders() -> str:
-    """Of builds that differ in the order of their code alone: how many, the slowest and the fastest over the first."""
+    """Of builds that compute the same: how many, the slowest and the fastest over the first."""
     found: dict[str, list[float]] = {}
     for x in where(DESCRIPTORS, kind="order_of_instructions"):
         for cell in x["cases"]:
