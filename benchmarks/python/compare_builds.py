@@ -9,7 +9,8 @@ usage: python benchmarks/python/compare_builds.py before=FOLDER after=FOLDER [--
            [--kernel sm80] [--tokens N] [--hidden N] [--rounds N] [--cache-dir FOLDER] [--out LINES.jsonl]
 
 Masks: full; causal; window-N, the causal mask and the last N keys; packed and packed-full, the sequences of causal and
-full packed into one; documents, of log-normal lengths in one row, and causal.
+full packed into one; documents, of log-normal lengths in one row, and causal; packed-uneven, the documents of one row as
+packed sequences.
 
 On a GPU calls are CUDA graphs; without one they run on the CPU. Kernels that have no image are compiled first, into the
 folder of each build below --cache-dir.
@@ -68,7 +69,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if unknown := set(options.what) - {"forward", "gradients"}:
         parser.error(f"--what {','.join(unknown)}: forward and gradients are known")
     for mask in options.masks:
-        if not re.fullmatch(r"full|causal|window-[1-9]\d*|packed(-full)?|documents", mask):
+        if not re.fullmatch(r"full|causal|window-[1-9]\d*|packed(-full|-uneven)?|documents", mask):
             parser.error(f"--masks {mask}: no such mask")
     if wrong := [x for x in options.builds if "=" not in x]:
         parser.error(f"{wrong[0]}: a build is NAME=FOLDER")
@@ -94,16 +95,17 @@ def cases_of(options: argparse.Namespace) -> list[tuple[str, int, str, int]]:
 def arguments_of(mask: str, batch: int, seqlen: int, kit: Any) -> dict[str, Any]:
     """Of `explain` and `Variant`."""
     import flashcute
+    from block_masks import documents  # beside this script
 
     told: dict[str, Any] = {"causal": mask not in WITHOUT_CAUSAL}
     if mask.startswith("window-"):
         told["window"] = (int(mask.removeprefix("window-")) - 1, 0)
     elif mask.startswith("packed"):
         starts = np.arange(0, (batch + 1) * seqlen, seqlen, np.int32)
+        if mask == "packed-uneven":
+            starts = np.concatenate(([0], np.cumsum(documents(batch * seqlen)))).astype(np.int32)
         told["cu_seqlens_q"] = told["cu_seqlens_k"] = kit.array(starts, "int32")
     elif mask == "documents":
-        from block_masks import documents  # beside this script
-
         lengths = documents(seqlen)
         numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         told["block_mask"] = flashcute.BlockMask.from_documents(kit.array(numbers[None], "int32"))

@@ -45,7 +45,7 @@ class TileSchedule {
     if constexpr (!Sequence::fills_tensors) {
       place.near = sequence_;
       if (Order::decides(p_.forward, smem_.own_tiles)) {
-        return Order::find(p_.forward, index_++, block(), blocks_, smem_.own_tiles, place);
+        return Order::find(p_.forward, index_, block(), blocks_, smem_.own_tiles, place);
       }
     }
     for (TileRound round; rounds_.next(round);) {
@@ -67,7 +67,7 @@ class TileSchedule {
   Storage const& smem_;
   int blocks_;
   TileRounds rounds_;
-  int index_ = 0;     // of the next round
+  int index_ = 0;     // of the next round, or of the block's next tile
   int sequence_ = 0;  // of the last tile
 };
 
