@@ -19,9 +19,9 @@ inline constexpr int32_t blocks_of_map = 4;  // at least, on a multiprocessor at
 
 constexpr int32_t num_threads(BlockMapKernelId) { return threads_of_map; }
 
-/// Dynamic shared memory: the elements of a word of cells, and some numbers of each.
+/// Dynamic shared memory: the elements of a word of cells, the documents of their columns, and some numbers of each.
 constexpr int64_t smem_bytes(BlockMapKernelId) {
-  return int64_t{cells_of_word} * cell_size * 8 + 2 * cells_of_word * 4 + (2 * warps_of_map + 2) * 4;
+  return int64_t{cells_of_word} * cell_size * (8 + 4) + 2 * cells_of_word * 4 + (2 * warps_of_map + 2) * 4;
 }
 
 /// Which word of cells a thread block makes: that of a row of cells, by query or by key. Those of a square of 32 x 32

@@ -38,12 +38,23 @@ class BooleanCells {
     int32_t const lines = turned ? columns : rows_, length = turned ? rows_ : columns;
     int64_t const apart = turned ? across_ : down_, near = turned ? 1 : across_;
     int32_t const lane = thread_index() % 32, part = lane % 4, left = length - part * part_size;
-    uint8_t const* const own = from_ + cell * cell_size * across_ + part * part_size * near;
-    CUTE_UNROLL
-    for (int32_t i = 0; i < cell_size; i += 8) {
-      int32_t const line = i + lane / 4;
-      uint32_t const bits = line < lines ? bits_of(own + line * apart, near, left) : 0;
+    uint8_t const* const first = from_ + cell * cell_size * across_;
+    uint8_t const* const own = first + part * part_size * near;
+    auto const store = [&](int32_t line, uint32_t bits) {
       shared_store(reinterpret_cast<uint16_t*>(words + line) + part, static_cast<uint16_t>(bits));
+    };
+    bool const aligned = near == 1 && (reinterpret_cast<size_t>(first) | static_cast<size_t>(apart)) % part_size == 0;
+    if (aligned && lines >= cell_size && length >= cell_size) {
+      uint4 bytes[cell_size / 8];  // all are requested before the first is used
+      CUTE_UNROLL
+      for (int32_t i = 0; i < cell_size / 8; ++i) bytes[i] = booleans_at(own + (i * 8 + lane / 4) * apart);
+      CUTE_UNROLL
+      for (int32_t i = 0; i < cell_size / 8; ++i) store(i * 8 + lane / 4, bits_of(bytes[i]));
+      return;
+    }
+    CUTE_NO_UNROLL
+    for (int32_t line = lane / 4; line < cell_size; line += 8) {
+      store(line, line < lines ? bits_of(own + line * apart, near, left) : 0);
     }
   }
 
@@ -62,17 +73,22 @@ class BooleanCells {
  private:
   static constexpr int32_t part_size = cell_size / 4;
 
-  /// Which of 16 booleans are true, of which `left` exist.
+  FLASHCUTE_DEVICE static uint4 booleans_at(uint8_t const* from) { return *reinterpret_cast<uint4 const*>(from); }
+
+  /// Which of 16 booleans are true.
+  FLASHCUTE_DEVICE static uint32_t bits_of(uint4 const& bytes) {
+    return nonzero_bytes(bytes.x) | nonzero_bytes(bytes.y) << 4 | nonzero_bytes(bytes.z) << 8 |
+           nonzero_bytes(bytes.w) << 12;
+  }
+
+  /// The same of booleans in memory, of which `left` exist.
   FLASHCUTE_DEVICE static uint32_t bits_of(uint8_t const* from, int64_t near, int32_t left) {
-    uint32_t bits = 0;
     if (near == 1 && left >= part_size && reinterpret_cast<size_t>(from) % part_size == 0) {
-      uint4 const bytes = *reinterpret_cast<uint4 const*>(from);
-      bits = nonzero_bytes(bytes.x) | nonzero_bytes(bytes.y) << 4 | nonzero_bytes(bytes.z) << 8 |
-             nonzero_bytes(bytes.w) << 12;
-    } else {
-      CUTE_NO_UNROLL
-      for (int32_t i = 0; i < min_of(left, part_size); ++i) bits |= uint32_t{from[i * near] != 0} << i;
+      return bits_of(booleans_at(from));
     }
+    uint32_t bits = 0;
+    CUTE_NO_UNROLL
+    for (int32_t i = 0; i < min_of(left, part_size); ++i) bits |= uint32_t{from[i * near] != 0} << i;
     return bits;
   }
 

@@ -13,7 +13,8 @@ class MakeBlockMap {
  public:
   struct SharedStorage {
     uint64_t seen[cells_of_word][cell_size];                // of each cell, which columns each row sees
-    int32_t least[cells_of_word], greatest[cells_of_word];  // documents of the cells' columns
+    int32_t documents[cells_of_word][cell_size];            // of the cells' columns
+    int32_t least[cells_of_word], greatest[cells_of_word];  // of these, of each cell
     // Of the cells that a warp looked at: of which one of its rows sees a column, and of which one does not see all.
     uint32_t some[warps_of_map], broken[warps_of_map];
     uint32_t number;
@@ -54,17 +55,24 @@ class MakeBlockMap {
     }
     if (rows.has_booleans()) read_booleans(rows, first_row, first, known.unknown);
 
+    bool const exists = row < rows.rows();
+    int32_t const document = rows.has_documents() && exists ? rows.documents_of_rows()[row] : 0;
     uint32_t some = 0, broken = 0;
     for (int32_t c = group; c < count; c += groups_of_map) {
       if (!(known.unknown >> c & 1)) continue;
       uint64_t seen = 0;
-      if (row < rows.rows()) {
-        seen = rows.by_other_rules(row, first + c);
+      if (exists) {
+        seen = rows.existing(first + c) & rows.of_maps(row, first + c);
+        if (rows.has_documents()) {
+          seen &= Rows::of_document(document, [&](int32_t i) {
+            return shared_load<typename Rows::FourDocuments>(&smem_.documents[c][4 * i]);
+          });
+        }
         if (rows.has_booleans()) seen &= shared_load<uint64_t>(&smem_.seen[c][row_of_cell]);
       }
       shared_store(&smem_.seen[c][row_of_cell], seen);
       if (warp_any(seen != 0)) some |= 1u << c;
-      if (warp_any(row < rows.rows() && seen != rows.existing(first + c))) broken |= 1u << c;
+      if (warp_any(exists && seen != rows.existing(first + c))) broken |= 1u << c;
     }
     if (thread % 32 == 0) {
       shared_store(&smem_.some[thread / 32], some);
@@ -115,11 +123,19 @@ class MakeBlockMap {
                                             int32_t count) const {
     using Documents = typename Rows::Documents;
     int32_t const warp = thread_index() / 32, lane = thread_index() % 32;
-    auto const of_rows = range_of_warp<Documents>(rows.documents_of_rows(), row_of_cells, rows.rows());
+    auto const of_rows = range_of_warp<Documents>(of_lane(rows.documents_of_rows(), row_of_cells, rows.rows()));
+    constexpr int32_t cells_of_warp = cells_of_word / warps_of_map;
+    OfLane own[cells_of_warp];  // all are requested before the first is used
     CUTE_UNROLL
-    for (int32_t i = 0; i < cells_of_word / warps_of_map; ++i) {
+    for (int32_t i = 0; i < cells_of_warp; ++i) {
+      own[i] = of_lane(rows.documents_of_columns(), first + i * warps_of_map + warp, rows.columns());
+    }
+    CUTE_UNROLL
+    for (int32_t i = 0; i < cells_of_warp; ++i) {
       int32_t const c = i * warps_of_map + warp;
-      auto const found = range_of_warp<Documents>(rows.documents_of_columns(), first + c, rows.columns());
+      shared_store(&smem_.documents[c][lane], own[i].first);
+      shared_store(&smem_.documents[c][lane + 32], own[i].second);
+      auto const found = range_of_warp<Documents>(own[i]);
       if (lane != 0) continue;
       shared_store(&smem_.least[c], found.least);
       shared_store(&smem_.greatest[c], found.greatest);
@@ -131,12 +147,19 @@ class MakeBlockMap {
     return {~all & lanes_with(!hidden), all};
   }
 
-  /// The least and the greatest document of a cell. (Of one that does not exist, anything.)
+  /// The documents of a line of a cell, the lane's, and of the 32nd after it. (Of one that does not exist, another's.)
+  struct OfLane {
+    int32_t first, second;
+  };
+  FLASHCUTE_DEVICE static OfLane of_lane(int32_t const* documents, int32_t cell, int32_t length) {
+    int32_t const line = cell * cell_size + thread_index() % 32;
+    return {documents[min_of(line, length - 1)], documents[min_of(line + 32, length - 1)]};
+  }
+
+  /// The least and the greatest document of a cell.
   template <class Documents>
-  FLASHCUTE_DEVICE static Documents range_of_warp(int32_t const* documents, int32_t cell, int32_t length) {
-    int32_t const lane = thread_index() % 32, first = cell * cell_size;
-    int32_t const a = documents[min_of(first + lane, length - 1)], b = documents[min_of(first + lane + 32, length - 1)];
-    return {warp_least(min_of(a, b)), warp_greatest(max_of(a, b))};
+  FLASHCUTE_DEVICE static Documents range_of_warp(OfLane const& own) {
+    return {warp_least(min_of(own.first, own.second)), warp_greatest(max_of(own.first, own.second))};
   }
 
   /// The booleans of the cells, by row, to shared memory.

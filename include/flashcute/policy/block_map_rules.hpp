@@ -66,16 +66,38 @@ class MapRows {
   /// Which columns of a cell a row sees; none if there is no such row.
   FLASHCUTE_HD uint64_t columns_of_cell(int32_t row, int32_t cell) const {
     if (row >= rows()) return 0;
-    uint64_t const seen = by_other_rules(row, cell);
+    uint64_t seen = existing(cell) & of_maps(row, cell);
+    if (has_documents()) seen &= of_documents(row, cell);
     return has_booleans() ? seen & booleans(row).columns_of_cell(cell, columns()) : seen;
   }
 
-  /// The same without the rule of booleans, for a row that there is.
-  FLASHCUTE_HD uint64_t by_other_rules(int32_t row, int32_t cell) const {
-    uint64_t seen = existing(cell);
-    if (rules_.documents_q != nullptr) seen &= of_documents(row, cell);
-    if (rules_.first.words != nullptr) seen &= of_maps(row, cell);
-    return seen;
+  /// Documents of columns that one instruction reads.
+  struct alignas(16) FourDocuments {
+    int32_t numbers[4];
+  };
+  /// Which columns of a cell a row of document `own` sees; four_at(i) has the documents of columns 4 i to 4 i + 3.
+  template <class FourAt>
+  FLASHCUTE_HD static uint64_t of_document(int32_t own, FourAt const& four_at) {
+    uint32_t half[2] = {0, 0};
+    for (int32_t i = 0; i < cell_size / 4; ++i) {
+      FourDocuments const four = four_at(i);
+      for (int32_t j = 0; j < 4; ++j) half[i / 8] |= uint32_t{four.numbers[j] == own} << (i % 8 * 4 + j);
+    }
+    return own < 0 ? 0 : half[0] | uint64_t{half[1]} << 32;
+  }
+
+  /// Which columns of a cell the rules' maps show to a row: without maps, all.
+  FLASHCUTE_HD uint64_t of_maps(int32_t row, int32_t cell) const {
+    if (rules_.first.words == nullptr) return ~uint64_t{0};
+    uint64_t const a = of_map(rules_.first, row, cell);
+    if (rules_.second.words == nullptr) return a;
+    uint64_t const b = of_map(rules_.second, row, cell);
+    switch (rules_.operation) {
+      case MapOperation::both: return a & b;
+      case MapOperation::either: return a | b;
+      case MapOperation::first_only: return a & ~b;
+    }
+    return 0;
   }
 
   /// Booleans from a row on: column c of r rows further is at from[r * down + c * across].
@@ -126,18 +148,6 @@ class MapRows {
     uint64_t seen = 0;
     for (int32_t c = 0; c < count; ++c) seen |= uint64_t{others[c] == own} << c;
     return seen;
-  }
-
-  FLASHCUTE_HD uint64_t of_maps(int32_t row, int32_t cell) const {
-    uint64_t const a = of_map(rules_.first, row, cell);
-    if (rules_.second.words == nullptr) return a;
-    uint64_t const b = of_map(rules_.second, row, cell);
-    switch (rules_.operation) {
-      case MapOperation::both: return a & b;
-      case MapOperation::either: return a | b;
-      case MapOperation::first_only: return a & ~b;
-    }
-    return 0;
   }
 
   FLASHCUTE_HD uint64_t of_map(BlockMapParams const& map, int32_t row, int32_t cell) const {

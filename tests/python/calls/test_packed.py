@@ -333,6 +333,25 @@ def test_sequences_change_between_replays() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_pack_whose_keys_do_not_fit_the_cache(rng: np.random.Generator, causal: bool) -> None:
+    """Hopper's thread blocks take other tiles then, pairs of one sequence: a tile that is lost, or taken twice."""
+    lengths = [int(x) for x in rng.integers(0, 1500, 14)] + [0, 1, 128, 129, 5000]
+    rng.shuffle(lengths)
+    q, k, v = (torch.randn(sum(lengths), 16, 128, device="cuda").bfloat16() for _ in "qkv")
+    starts = int32(starts_of(lengths), "cuda")
+    out, lse = fc.flash_attention(q, k, v, causal, cu_seqlens_q=starts, return_lse=True)
+    parts = (rows_of(x, lengths) for x in (q, k, v, out, lse.T))
+    for own_q, own_k, own_v, own_out, own_lse in zip(*parts, strict=True):
+        alone = int32([0, len(own_q)], "cuda")
+        found, of_rows = fc.flash_attention(
+            own_q, own_k, own_v, causal, cu_seqlens_q=alone, return_lse=True
+        )
+        assert same_bits(found, own_out), len(own_q)
+        assert same_bits(of_rows.T, own_lse), len(own_q)
+
+
+@pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_ten_thousand_packs(rng: np.random.Generator, head_dim: int) -> None:
