@@ -1,24 +1,34 @@
-"""Simulates orders in which Hopper's thread blocks may take the tiles of packed sequences under the causal mask.
+"""Simulates the orders in which Hopper's thread blocks may take the tiles of packed sequences.
 
-Told is the work of the thread block that has the most over the mean of all: what a launch loses to the order alone. A
-tile costs as many units as it visits blocks of keys, and its start. (docs/decisions/0021-packed-sequences.md)
+Told are, of each order, the work of the thread block that has the most over the mean of all, and how often a key is
+read from memory if only tiles of the same round share what they read. (docs/decisions/0021-packed-sequences.md)
 
-- sorted: the tiles of all heads by cost, as include/flashcute/sm90/tile_order.hpp hands them out;
-- sections of N: so for each N heads, one section after the other: what runs together reads the K and V of few heads;
-- pairs: sequences by length, and of each sequence and head pairs of tiles, the longest with the shortest, so that all
-  pairs of a sequence cost the same and read the same K and V. The tiles in the middle of odd sequences, and those of
-  the last rounds, one by one, sorted.
+- cost: the tiles of all heads by cost, those of the same cost head after head;
+- pairs: units by cost: of a sequence and head the last tile with the first, and so on, and single tiles where both
+  cost the same; the last rounds as single tiles. So include/flashcute/sm90/tile_order.hpp deals where keys come from
+  memory. (It takes incomplete tiles for cheaper, which is left out here.)
 
-usage: python benchmarks/python/packed_orders.py [--heads 16,32] [--blocks 132] [--start 2.5] [--last-rounds 2]
+usage: python benchmarks/python/packed_orders.py [--head-dim 128] [--heads 16] [--mask causal] [--blocks 132]
+           [--last-rounds 1]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-ROWS = 128  # of a tile, and keys of a block
+TILES = {64: (192, 64), 128: (128, 128), 256: (128, 64)}  # rows, and keys of a block
+
+
+def level(cost: int) -> int:
+    """As CostLevel::of in include/flashcute/sm90/counting_sort.hpp."""
+    octave = 0
+    while cost >> octave >= 64:
+        octave += 1
+    return min(32 * octave + (cost >> octave), 255)
 
 
 def goes_back(number: int) -> bool:
@@ -26,54 +36,91 @@ def goes_back(number: int) -> bool:
     return number.bit_count() % 2 == 1
 
 
-class Launch:
-    def __init__(self, blocks: int) -> None:
-        self.work = [0.0] * blocks
-        self.rounds = 0
+@dataclass(frozen=True)
+class Tile:
+    sequence: int
+    visits: int  # blocks of keys
+    keys: int  # that it reads
 
-    def deal(self, costs: Sequence[float]) -> None:
-        """Hands out tiles, or units of several, a round after the other."""
+
+@dataclass(frozen=True)
+class Kernel:
+    rows: int
+    keys: int  # of a block
+    ends: int  # what a tile costs beside its blocks, in blocks
+
+    @classmethod
+    def of(cls, head_dim: int) -> Kernel:
+        rows, keys = TILES[head_dim]
+        return cls(rows, keys, max(1, (1 << 24) // (4 * rows * keys * head_dim)))
+
+    def tiles(self, sequence: int, length: int, causal: bool) -> list[Tile]:
+        """Of one head, the last rows first."""
+        seen = range(length, 0, -self.rows) if causal else itertools.repeat(length)
+        count = -(-length // self.rows)
+        return [Tile(sequence, -(-n // self.keys), n) for n in itertools.islice(seen, count)]
+
+    def cost(self, unit: Sequence[Tile]) -> int:
+        return sum(tile.visits + self.ends for tile in unit)
+
+
+Unit = tuple[Tile, ...]
+
+
+def dealt(units: Sequence[Unit], heads: int, kernel: Kernel) -> list[tuple[Unit, int]]:
+    """Units and heads by level, the highest first; of the same level head after head."""
+    in_order = sorted(units, key=lambda unit: -level(kernel.cost(unit)))
+    levels = itertools.groupby(in_order, lambda unit: level(kernel.cost(unit)))
+    return [
+        (unit, head)
+        for alike in (list(units) for _, units in levels)
+        for head in range(heads)
+        for unit in alike
+    ]
+
+
+class Launch:
+    def __init__(self, blocks: int, kernel: Kernel) -> None:
+        self.work, self.kernel = [0] * blocks, kernel
+        self.rounds = self.keys_read = 0
+
+    def deal(self, units: Sequence[tuple[Unit, int]]) -> None:
+        """A round after the other."""
         blocks = len(self.work)
-        for first in range(0, len(costs), blocks):
-            for turn, cost in enumerate(costs[first : first + blocks]):
-                self.work[blocks - 1 - turn if goes_back(self.rounds) else turn] += cost
+        for first in range(0, len(units), blocks):
+            read: dict[tuple[int, int], int] = {}
+            for turn, (unit, head) in enumerate(units[first : first + blocks]):
+                self.work[blocks - 1 - turn if goes_back(self.rounds) else turn] += (
+                    self.kernel.cost(unit)
+                )
+                of = (unit[0].sequence, head)
+                read[of] = max(read.get(of, 0), *(tile.keys for tile in unit))
+            self.keys_read += sum(read.values())
             self.rounds += 1
 
-    def loss(self) -> float:
-        return max(self.work) * len(self.work) / sum(self.work)
+    def told(self, keys: int) -> str:
+        loss = max(self.work) * len(self.work) / sum(self.work)
+        return f"{loss:8.3f}{self.keys_read / keys:7.1f}"
 
 
-def tiles(length: int, start: float) -> list[float]:
-    """The costs of a sequence's tiles, the longest first."""
-    return [start + n for n in range(-(-length // ROWS), 0, -1)]
+def by_cost(tiles: Sequence[Sequence[Tile]], options: argparse.Namespace, launch: Launch) -> None:
+    units = [(tile,) for of in tiles for tile in of]
+    launch.deal(dealt(units, options.heads, launch.kernel))
 
 
-def by_cost(lengths: Sequence[int], heads: int, section: int, options: argparse.Namespace) -> float:
-    launch = Launch(options.blocks)
-    slots = sorted((x for n in lengths for x in tiles(n, options.start)), reverse=True)
-    launch.deal(
-        [x for first in range(0, heads, section) for x in slots
-         for _ in range(min(section, heads - first))]
-    )  # fmt: skip
-    return launch.loss()
-
-
-def by_pairs(lengths: Sequence[int], heads: int, options: argparse.Namespace) -> float:
-    pairs: list[tuple[float, float]] = []
-    rest: list[float] = []
-    for length in sorted(lengths, reverse=True):
-        costs = tiles(length, options.start)
-        half = len(costs) // 2
-        pairs += heads * list(
-            zip(costs[:half], reversed(costs[-half:] if half else []), strict=True)
-        )
-        rest += heads * costs[half : len(costs) - half]
-    rounds = max(0, len(pairs) // options.blocks - options.last_rounds)
-    dealt = rounds * options.blocks
-    launch = Launch(options.blocks)
-    launch.deal([sum(pair) for pair in pairs[:dealt]])
-    launch.deal(sorted([*rest, *(x for pair in pairs[dealt:] for x in pair)], reverse=True))
-    return launch.loss()
+def by_pairs(tiles: Sequence[Sequence[Tile]], options: argparse.Namespace, launch: Launch) -> None:
+    units: list[Unit] = []
+    for of in tiles:
+        for first, last in zip(of, reversed(of), strict=True):
+            if level(first.visits) == level(last.visits):
+                units.append((first,))
+            elif first.visits > last.visits:
+                units.append((first, last))
+    order = dealt(units, options.heads, launch.kernel)
+    count = max(0, len(order) // options.blocks - options.last_rounds) * options.blocks
+    launch.deal(order[:count])
+    rest = [((tile,), head) for unit, head in order[count:] for tile in unit]
+    launch.deal(sorted(rest, key=lambda one: -level(launch.kernel.cost(one[0]))))
 
 
 def packs() -> Iterator[tuple[str, list[int]]]:
@@ -91,21 +138,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument(
-        "--heads", type=lambda text: [int(x) for x in text.split(",")], default=[16, 32]
-    )
+    parser.add_argument("--head-dim", type=int, choices=TILES, default=128)
+    parser.add_argument("--heads", type=int, default=16, help="each with keys of its own")
+    parser.add_argument("--mask", choices=("causal", "full"), default="causal")
     parser.add_argument("--blocks", type=int, default=132, help="thread blocks")
-    parser.add_argument("--start", type=float, default=2.5, help="of a tile, in blocks of keys")
-    parser.add_argument("--last-rounds", type=int, default=2, help="of pairs, taken apart")
+    parser.add_argument("--last-rounds", type=int, default=1, help="of pairs, taken apart")
     options = parser.parse_args()
-    print(f"{'heads':6}{'pack':20}{'sorted':>8}{'sections of 4':>15}{'of 1':>8}{'pairs':>8}")
-    for heads in options.heads:
-        for name, lengths in packs():
-            told = (
-                *(by_cost(lengths, heads, n, options) for n in (heads, 4, 1)),
-                by_pairs(lengths, heads, options),
-            )
-            print(f"{heads:<6}{name:20}{told[0]:8.3f}{told[1]:15.3f}{told[2]:8.3f}{told[3]:8.3f}")
+    kernel = Kernel.of(options.head_dim)
+    print(f"{'pack':20}{'cost':>8}{'reads':>7}{'pairs':>8}{'reads':>7}")
+    for name, lengths in packs():
+        tiles = [kernel.tiles(i, n, options.mask == "causal") for i, n in enumerate(lengths)]
+        text = f"{name:20}"
+        for order in (by_cost, by_pairs):
+            launch = Launch(options.blocks, kernel)
+            order(tiles, options, launch)
+            text += launch.told(sum(lengths) * options.heads)
+        print(text)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ struct BlockMapRules {
   BlockMapParams first, second;
   MapOperation operation;
 
-  FLASHCUTE_HD int32_t batch_of(int64_t map) const { return static_cast<int32_t>(map / heads); }
-  FLASHCUTE_HD int32_t head_of(int64_t map) const { return static_cast<int32_t>(map % heads); }
+  // There are fewer than 2^31 maps. A division of 64-bit integers is a call of some hundred instructions on a GPU.
+  FLASHCUTE_HD int32_t batch_of(int64_t map) const { return static_cast<int32_t>(map) / heads; }
+  FLASHCUTE_HD int32_t head_of(int64_t map) const { return static_cast<int32_t>(map) % heads; }
 };
 
 /// The rules as one map sees them in one direction: by query, its rows are queries; by key, they are keys.

@@ -68,6 +68,7 @@ class TileOrder {
   /// As many query rows keep the tensor cores busy for as long as memory needs for a key: at 600 TFLOP/s and 4 TB/s,
   /// with an operation for each byte and row.
   static constexpr int32_t enough_rows = 150;
+  static constexpr bool may_pair = Mask::Range::contiguous && rows < enough_rows;  // packed sequences have no maps
 
   /// Rounds of pairs, beside the last incomplete one, that are dealt as single tiles.
   static constexpr int32_t last_rounds = 1;
@@ -156,9 +157,10 @@ class TileOrder {
   /// key that each tile reads from memory is used by too few rows: those of the tiles of the query heads that share it.
   /// Otherwise single tiles balance better.
   FLASHCUTE_HD static bool takes_pairs(ForwardParams const& p) {
+    if (!may_pair || !Mask::Sequence::is_packed(p)) return false;
     int64_t const bytes_of_key = int64_t{p.kv_heads} * (p.head_dim + p.head_dim_v) * size_of(C.dtype);
-    return Mask::Sequence::is_packed(p) && p.seqlen_k * bytes_of_key > HeadsInTurn<int32_t>::cache_bytes &&
-           rows * (p.heads / p.kv_heads) < enough_rows;
+    return p.seqlen_k * bytes_of_key > HeadsInTurn<int32_t>::cache_bytes &&
+           int64_t{rows} * p.heads < int64_t{enough_rows} * p.kv_heads;
   }
 
   FLASHCUTE_HD static TilePlace place_of(ForwardParams const& p, int32_t slot, int32_t head) {
@@ -265,9 +267,10 @@ class TileOrder {
 
   template <class Own>
   FLASHCUTE_DEVICE static void deal(ForwardParams const& p, int32_t block, int32_t blocks, Memory& memory, Own& own) {
-    int32_t const units = memory.counts.all * p.heads, tiles_of_unit = memory.pairs ? 2 : 1;
-    int32_t const rounds = memory.pairs ? max_of(0, small_quotient(units, blocks) - last_rounds)
-                                        : small_quotient(units + blocks - 1, blocks);
+    bool const pairs = may_pair && memory.pairs;
+    int32_t const units = memory.counts.all * p.heads, tiles_of_unit = pairs ? 2 : 1;
+    int32_t const rounds =
+        pairs ? max_of(0, small_quotient(units, blocks) - last_rounds) : small_quotient(units + blocks - 1, blocks);
     int32_t const dealt = min_of(rounds * blocks, units), last_tiles = 2 * (units - dealt);
     int32_t const last_of_block = small_quotient(last_tiles + blocks - 1, blocks);
     int32_t const count = rounds * tiles_of_unit + last_of_block;
@@ -285,9 +288,9 @@ class TileOrder {
       }
       auto const unit = unit_at(p, i, memory);
       tiles[0] = unit.tile(p, false);
-      if (memory.pairs) tiles[1] = unit.tile(p, true);
+      if (pairs) tiles[1] = unit.tile(p, true);
     }
-    if (last_tiles > 0) sort_last_tiles(p, dealt, last_tiles, memory);
+    if (pairs && last_tiles > 0) sort_last_tiles(p, dealt, last_tiles, memory);
 #pragma unroll 1
     for (int32_t i = thread_index(); i < last_of_block; i += threads) {
       int32_t const place = i * blocks + sorted_turn(rounds + i, block, blocks);
