@@ -47,7 +47,7 @@ def test_two_builds_take_turns(tmp_path: Path) -> None:
 
 def test_every_mask(tmp_path: Path) -> None:
     """A mask that a worker cannot make, forward or backward, or that its line does not name."""
-    masks = "full,causal,window-5,packed,packed-full,documents"
+    masks = "full,causal,window-5,packed,packed-full,packed-uneven,documents"
     done = run(tmp_path, f"a={INSTALLED}", f"--masks={masks}", "--out=lines.jsonl", "--rounds=1")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]

@@ -23,24 +23,6 @@ def loading_lane() -> str:
     return table(header, rows, numbers=2)
 
 
-def packs_over_batch() -> str:
-    """Head dimension 128: the time of a batch over that of the same sequences packed."""
-    rows = []
-    for name, file, run, build in (
-        ("16 for 16", LANE, "loading lane", "before"),
-        ("32 for 8", "gpu_sm90_tile_ends", None, "after"),
-    ):
-        of = {"kind": "compared_builds", "run": run, "head_dim": 128}
-        told = []
-        for masks in (("causal", "packed"), ("full", "packed-full")):
-            for length in (1024, 4096):
-                batch, pack = (one(file, mask=x, seqlen=length, **of)["ms"][build] for x in masks)
-                told.append(rounded(batch / pack))
-        rows.append([name, *told])
-    header = [f"{mask}, {n}" for mask in ("causal", "full") for n in ("16 x 1,024", "4 x 4,096")]
-    return table(["heads", *header], rows, numbers=4)
-
-
 def beside_flash3() -> str:
     """The time of FlashAttention-3 over ours."""
     rows = []

@@ -37,21 +37,6 @@ def before_over_after() -> str:
     return table(["case", "64", "128"], rows, numbers=2)
 
 
-def packed_equal() -> str:
-    """Head dimension 64: time of a batch over that of the same sequences packed, and of bands."""
-    rows = []
-    for length in (4096, 1024, 256):
-        told = []
-        for mask, packed in (("causal", "packed"), ("full", "packed-full")):
-            batch, pack = (
-                one(SCOUT, kind="compared_builds", mask=x, seqlen=length, head_dim=64)["ms"]
-                for x in (mask, packed)
-            )
-            told += [rounded(batch[x] / pack[x]) for x in ("before", "after")]
-        rows.append([f"{16384 // length} x {length:,}", *told])
-    return table(["sequences", "causal, before", "causal", "full, before", "full"], rows, numbers=4)
-
-
 def widths() -> str:
     """TFLOP/s over FlashAttention-3's."""
     rows = []
