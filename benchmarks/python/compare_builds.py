@@ -9,8 +9,8 @@ usage: python benchmarks/python/compare_builds.py before=FOLDER after=FOLDER [--
            [--kernel sm80] [--tokens N] [--hidden N] [--rounds N] [--cache-dir FOLDER] [--out LINES.jsonl]
 
 Masks: full; causal; window-N, the causal mask and the last N keys; packed and packed-full, the sequences of causal and
-full packed into one; documents, of log-normal lengths in one row, and causal; packed-uneven, these documents as packed
-sequences.
+full packed into one; documents, of log-normal lengths in one row, and causal; packed-uneven, such documents as packed
+sequences, as many rows in all.
 
 On a GPU calls are CUDA graphs; without one they run on the CPU. Kernels that have no image are compiled first, into the
 folder of each build below --cache-dir.

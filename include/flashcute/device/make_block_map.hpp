@@ -63,11 +63,7 @@ class MakeBlockMap {
       uint64_t seen = 0;
       if (exists) {
         seen = rows.existing(first + c) & rows.of_maps(row, first + c);
-        if (rows.has_documents()) {
-          seen &= Rows::of_document(document, [&](int32_t i) {
-            return shared_load<typename Rows::FourDocuments>(&smem_.documents[c][4 * i]);
-          });
-        }
+        if (rows.has_documents()) seen &= columns_of_document(document, c);
         if (rows.has_booleans()) seen &= shared_load<uint64_t>(&smem_.seen[c][row_of_cell]);
       }
       shared_store(&smem_.seen[c][row_of_cell], seen);
@@ -145,6 +141,21 @@ class MakeBlockMap {
     bool const hidden = lane >= count || Rows::hide_all(of_rows, of_columns);
     uint32_t const all = lanes_with(!hidden && rows.show_all(of_rows, of_columns));
     return {~all & lanes_with(!hidden), all};
+  }
+
+  /// Which columns of cell `c` a row of the document sees.
+  FLASHCUTE_DEVICE uint64_t columns_of_document(int32_t document, int32_t c) const {
+    struct alignas(16) Four {
+      int32_t documents[4];
+    };
+    uint32_t half[2] = {0, 0};
+    CUTE_UNROLL
+    for (int32_t i = 0; i < cell_size / 4; ++i) {
+      auto const four = shared_load<Four>(&smem_.documents[c][4 * i]);
+      CUTE_UNROLL
+      for (int32_t j = 0; j < 4; ++j) half[i / 8] |= uint32_t{four.documents[j] == document} << (i % 8 * 4 + j);
+    }
+    return document < 0 ? 0 : half[0] | uint64_t{half[1]} << 32;
   }
 
   /// The documents of a line of a cell, the lane's, and of the 32nd after it. (Of one that does not exist, another's.)

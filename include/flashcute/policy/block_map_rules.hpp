@@ -72,21 +72,6 @@ class MapRows {
     return has_booleans() ? seen & booleans(row).columns_of_cell(cell, columns()) : seen;
   }
 
-  /// Documents of columns that one instruction reads.
-  struct alignas(16) FourDocuments {
-    int32_t numbers[4];
-  };
-  /// Which columns of a cell a row of document `own` sees; four_at(i) has the documents of columns 4 i to 4 i + 3.
-  template <class FourAt>
-  FLASHCUTE_HD static uint64_t of_document(int32_t own, FourAt const& four_at) {
-    uint32_t half[2] = {0, 0};
-    for (int32_t i = 0; i < cell_size / 4; ++i) {
-      FourDocuments const four = four_at(i);
-      for (int32_t j = 0; j < 4; ++j) half[i / 8] |= uint32_t{four.numbers[j] == own} << (i % 8 * 4 + j);
-    }
-    return own < 0 ? 0 : half[0] | uint64_t{half[1]} << 32;
-  }
-
   /// Which columns of a cell the rules' maps show to a row: without maps, all.
   FLASHCUTE_HD uint64_t of_maps(int32_t row, int32_t cell) const {
     if (rules_.first.words == nullptr) return ~uint64_t{0};

@@ -93,14 +93,22 @@ class TileOrder {
     bool pairs;  // whether there are any
   };
   static constexpr int32_t memory_bytes = static_cast<int32_t>(smem_bytes(C)) - control_bytes;
-  static constexpr int32_t bytes_of_slot = sizeof(typename Sort::Place) + 2 * sizeof(Unit) + 2 * sizeof(int32_t);
+  static constexpr int32_t bytes_of_slot = sizeof(typename Sort::Place) + 2 * sizeof(Unit);
   static constexpr int32_t most_slots = (memory_bytes - static_cast<int32_t>(sizeof(Fixed))) / bytes_of_slot;
+
+  /// The starts of packed sequences, of which there are fewer than slots.
+  struct Starts {
+    int32_t queries[most_slots], keys[most_slots];
+  };
 
   /// What sorting needs, in the memory of tiles that are not loaded yet.
   struct Memory : Fixed {
-    Unit units[most_slots], sorted[most_slots];
-    typename Sort::Place places[most_slots];                   // of `units`
-    int32_t query_starts[most_slots], key_starts[most_slots];  // of packed sequences, which have more slots
+    Unit units[most_slots];
+    typename Sort::Place places[most_slots];  // of `units`
+    union {
+      Starts starts;  // until all costs are known
+      Unit sorted[most_slots];
+    };
   };
   static_assert(most_slots > 0 && sizeof(Memory) <= memory_bytes);
 
@@ -185,11 +193,11 @@ class TileOrder {
 #pragma unroll 1
       for (int32_t i = thread_index(); i <= p.sequences.count; i += threads) {
         int32_t const query = p.sequences.cu_seqlens_q[i], key = p.sequences.cu_seqlens_k[i];
-        memory.query_starts[i] = query;
-        memory.key_starts[i] = key;
+        memory.starts.queries[i] = query;
+        memory.starts.keys[i] = key;
       }
-      with.sequences.cu_seqlens_q = memory.query_starts;
-      with.sequences.cu_seqlens_k = memory.key_starts;
+      with.sequences.cu_seqlens_q = memory.starts.queries;
+      with.sequences.cu_seqlens_k = memory.starts.keys;
     }
     return with;
   }

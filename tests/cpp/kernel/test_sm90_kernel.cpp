@@ -452,6 +452,17 @@ struct PackedTiles {
     EXPECT_EQ(seen.size(), count);
   }
 
+  /// (Incomplete tiles count as shorter.)
+  void expect_the_longest_first() const {
+    for (auto const& own : of_block) {
+      std::vector<int64_t> costs;
+      for (Tile const& t : own) {
+        if (t.rows == tile_rows(C)) costs.push_back(cost(t));
+      }
+      EXPECT_TRUE(std::is_sorted(costs.rbegin(), costs.rend()));
+    }
+  }
+
   /// What the busiest has to do, in shares of the average.
   double busiest() const {
     int64_t most = 0, sum = 0;
@@ -502,6 +513,7 @@ TEST(Sm90TileOrder, EachTileIsDealtOnce) {
   auto const check = [](auto const& tiles) {
     ASSERT_TRUE(tiles.sorted);
     tiles.expect_each_once();
+    if (tiles.p.head_dim == 1) tiles.expect_the_longest_first();  // no pairs
   };
   for (int i = 0; i < 20; ++i) {
     std::vector<int32_t> lengths;
@@ -516,13 +528,14 @@ TEST(Sm90TileOrder, EachTileIsDealtOnce) {
     check(PackedTiles<ahead>(lengths, 2, few, causal, large));
     check(PackedTiles<in_clusters>(lengths, 4, few, causal, large));
     check(PackedTiles<ahead>(lengths, 2, 20 + few, causal, large));
+    check(PackedTiles<narrow>(lengths, 6, 4 + few, causal, large, 2));  // pairs, and heads that share keys
   }
   check(PackedTiles<narrow>(std::vector<int32_t>(1000, 1), 1, 10));
   check(PackedTiles<narrow>(std::vector<int32_t>(20, 100), 3, 1));
 }
 
 // Where keys do not come from the cache: guards against tiles of all sequences at the same time, each of which reads
-// its own keys from memory. (In the order of cost alone keys are read 3.7 to 9 times.)
+// its own keys from memory. (By cost alone, all heads of a slot together, keys are read 3.7 to 9 times.)
 TEST(Sm90TileOrder, TilesOfASequenceRunTogether) {
   constexpr ForwardConfig config = default_forward_config(DType::bfloat16, 128, 90);
   EXPECT_LT(PackedTiles<config>(std::vector(16, 1024), 16, 132).reads(), 2);
@@ -539,6 +552,7 @@ TEST(Sm90TileOrder, HeadsThatShareKeysRunTogether) {
   for (bool const causal : {false, true}) {
     PackedTiles<config> tiles(std::vector(8, 1024), 16, 32, causal, true, 4);
     ASSERT_TRUE(tiles.sorted);
+    tiles.expect_each_once();
     for (size_t round = 0; round < tiles.of_block[0].size(); ++round) {
       std::map<std::tuple<int32_t, int32_t, int32_t>, int> heads;
       for (auto const& own : tiles.of_block) {
@@ -569,7 +583,14 @@ TEST(Sm90TileOrder, NotWhereItChangesNothingOrTilesDoNotFit) {
   EXPECT_FALSE(PackedTiles<narrow>(lengths, 1, 100).sorted);  // one round
   EXPECT_TRUE(PackedTiles<narrow>(lengths, 1, 10).sorted);
   EXPECT_FALSE(PackedTiles<narrow>(lengths, 100, 1).sorted);  // more rounds than shared memory has places for
-  EXPECT_FALSE(PackedTiles<single>(std::vector<int32_t>(5000, 1), 1, 200).sorted);  // more slots
+  EXPECT_FALSE(PackedTiles<single>(std::vector<int32_t>(5000, 1), 1, 100).sorted);  // more slots
+  // With pairs each unit has two places: here are fewer tiles than places, but more than half as many units.
+  auto const most = static_cast<size_t>(decltype(PackedTiles<narrow>::Storage::own_tiles)::most);
+  std::vector<int32_t> many(3 * most / 2, 1);
+  EXPECT_TRUE(PackedTiles<narrow>(many, 1, 2).sorted);
+  many.push_back(1000);
+  EXPECT_FALSE(PackedTiles<narrow>(many, 1, 2).sorted);
+  EXPECT_TRUE(PackedTiles<narrow>(many, 1, 2, true, false).sorted);
 }
 
 TEST(Sm90TileOrder, LevelsRiseWithCosts) {
