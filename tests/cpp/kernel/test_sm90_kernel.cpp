@@ -433,7 +433,7 @@ struct PackedTiles {
   /// In halves of a block of keys.
   int64_t cost(Tile const& tile) const {
     auto const range = Mask::kv_range(tile, p, C.block_n);
-    return 2 * (range.end - range.begin) + 5;
+    return 2 * (range.end - range.begin) + 1;
   }
 
   void expect_each_once() const {
@@ -566,14 +566,16 @@ TEST(Sm90TileOrder, HeadsThatShareKeysRunTogether) {
 TEST(Sm90TileOrder, NobodyHasMuchMoreToDo) {
   constexpr ForwardConfig config = default_forward_config(DType::bfloat16, 128, 90);
   for (bool const large : {false, true}) {
-    EXPECT_LT(PackedTiles<config>(std::vector(8, 2048), 32, 132, true, large).busiest(), 1.02);
-    EXPECT_LT(PackedTiles<config>(std::vector(4, 4096), 32, 132, true, large).busiest(), 1.02);
+    double const equal_lengths =
+        large ? 1.02 : 1.01;  // pairs are for keys that come from memory, at the cost of balance
+    EXPECT_LT(PackedTiles<config>(std::vector(8, 2048), 32, 132, true, large).busiest(), equal_lengths);
+    EXPECT_LT(PackedTiles<config>(std::vector(4, 4096), 32, 132, true, large).busiest(), equal_lengths);
     std::mt19937 random(7);
     for (int i = 0; i < 4; ++i) {
       bool const causal = i % 2 == 0;
       auto const few = log_normal_lengths(random, 16384, 1000), many = log_normal_lengths(random, 65536, 2000);
-      EXPECT_LT(PackedTiles<config>(few, 32, 132, causal, large).busiest(), 1.06);
-      EXPECT_LT(PackedTiles<config>(many, 32, 132, causal, large).busiest(), 1.03);
+      EXPECT_LT(PackedTiles<config>(few, 32, 132, causal, large).busiest(), 1.05);
+      EXPECT_LT(PackedTiles<config>(many, 32, 132, causal, large).busiest(), 1.02);
     }
   }
 }
