@@ -22,9 +22,13 @@ struct AnnouncedQueries {
   Flag last;     // of the tile
 };
 
-/// Blocks of queries from the last to the first, each for all heads before the block before it. Tiles of one K/V head
-/// that start together then stand at the same block of the same head, also under a causal mask, which lets them end at
-/// different blocks: what they read and add to is in the level 2 cache.
+/// Blocks of queries, each for all heads of a group before the next block. Tiles of one K/V head that run at the same
+/// time stand at the same block of the same head, so what they read and add to is in the level 2 cache.
+///
+/// From the last block to the first: under a causal mask the ranges of all tiles have the same last block. Under a
+/// window (TwoEdges) they have n blocks each, further on from tile to tile. There a tile goes round its range, from the
+/// block whose number is n - 1 modulo n: where ranges overlap, tiles come to the same block at the same time.
+template <bool TwoEdges>
 struct QueriesInStep : PassingBlocks {
   int32_t first_head, end_of_heads;
 
@@ -32,13 +36,20 @@ struct QueriesInStep : PassingBlocks {
   FLASHCUTE_HD static QueriesInStep of(Range const& r, int32_t complete, int32_t first_head, int32_t heads) {
     QueriesInStep at{PassingBlocks::of(r, complete, first_head, heads), first_head, first_head + heads};
     at.block = r.end - 1;
+    if constexpr (TwoEdges) {
+      bool const ends_early = r.end < complete;  // else the range is as under a causal mask
+      if (ends_early && !r.empty()) at.block -= r.begin % (r.end - r.begin);
+    }
     return at;
   }
 
   FLASHCUTE_HD QueriesInStep after() const {
     QueriesInStep next = *this;
     --next.left;
-    if (++next.head == end_of_heads) next.head = first_head, --next.block;
+    if (++next.head == end_of_heads) {
+      next.head = first_head;
+      next.block = TwoEdges && block == begin ? end - 1 : block - 1;
+    }
     return next;
   }
 };
@@ -52,7 +63,7 @@ struct PassingQueries {
   using Tile = KeyTile<Sequence>;
   /// An order of additions, and passes of their own for wide heads, are for blocks from the first to the last.
   static constexpr bool in_step = Mask::Range::contiguous && !C.deterministic;
-  using Passing = std_::conditional_t<in_step, QueriesInStep, typename Mask::Passing>;
+  using Passing = std_::conditional_t<in_step, QueriesInStep<Mask::two_edges>, typename Mask::Passing>;
   using Workspace = GradientWorkspace<C, Sequence, Queries>;
 
   FLASHCUTE_DEVICE static Passing of(BackwardParams const& p, Tile const& tile) {
