@@ -215,18 +215,18 @@ def over_flex(file: str, made: bool) -> dict[Cell, float]:
 
 def windows() -> str:
     """Rates of visible pairs beside those of the causal kernel."""
-    file = "gpu_windows"
-    cases: dict[tuple[int, int, int], dict[str, float]] = {}
-    for x in where(file, kind="window"):
+    cases: dict[tuple[int, int, int, str], dict[str, float]] = {}
+    for x in where("gpu_sm90_windows", kind="window", commit="e10124f"):
         width = x["window"][0] + 1  # before the query, and its own key
         column = "gradients" if x["pass"] == "backward" else kernel_of(x)
-        cases.setdefault((x["head_dim"], x["seqlen_q"], width), {})[column] = x["efficiency"]
+        heads = f"{x['heads']} for {x['kv_heads']}"
+        cases.setdefault((x["head_dim"], x["seqlen_q"], width, heads), {})[column] = x["efficiency"]
     columns = ("sm90", "sm80", "gradients")
     rows = [
-        [head_dim, f"{seqlen // 1024}k", f"{width:,}", *(rounded(row.get(c)) for c in columns)]
-        for (head_dim, seqlen, width), row in cases.items()
+        [head_dim, f"{seqlen // 1024}k", f"{width:,}", heads, *(rounded(row[c]) for c in columns)]
+        for (head_dim, seqlen, width, heads), row in cases.items()
     ]
-    header = ["head dimension", "length", "window", "forward, Hopper's kernel"]
+    header = ["head dimension", "length", "window", "heads", "forward, Hopper's kernel"]
     return table([*header, "forward, mma.sync kernel", "gradients"], rows, numbers=3)
 
 
