@@ -68,12 +68,15 @@ def heads_in_turn(head_dim: str, *cells: str) -> str:
 
 
 def maps() -> str:
-    """Documents: the time head by head over that in step."""
-    rows = []
-    for head_dim in (64, 128):
-        for group in GROUPS:
-            found = where(OTHERS, run="maps", head_dim=head_dim, kv_ratio=group)
-            rows.append(
-                [f"{head_dim}, {group}", *(rounded(*x["over_first"].values()) for x in found)]
-            )
-    return table(["head dim, group", "1k", "4k", "16k"], rows, numbers=3)
+    """Documents: the time head by head over that in step, two ways."""
+    rows: dict[str, list[str]] = {}
+    header = []
+    for group in GROUPS:
+        for head_dim in (64, 128):
+            for length in (1024, 4096, 16384):
+                header.append(f"{head_dim}, {group}, {length // 1024}k")
+                found = one(OTHERS, run="maps", head_dim=head_dim, kv_ratio=group, seqlen=length)
+                for name, ratio in found["over_first"].items():
+                    rows.setdefault(name, []).append(rounded(ratio))
+    turned = [[title, *x] for title, *x in zip(header, *rows.values(), strict=True)]
+    return table(["head dim, group, rows", *rows], turned, numbers=len(rows))
