@@ -46,7 +46,8 @@ def over_before() -> str:
                 found = one(
                     WINDOWS, run="before and after", head_dim=head_dim, kv_ratio=group, mask=mask, seqlen=length
                 )  # fmt: skip
-                told.append(rounded(*found["over_first"].values()))
+                (ratio,) = found["over_first"].values()
+                told.append(rounded(ratio))
             rows.append(told)
     return table(["head dim, group", *cells], rows, numbers=len(cells))
 
@@ -60,9 +61,7 @@ def heads_in_turn(head_dim: str, *cells: str) -> str:
             OTHERS, run="heads in turn", head_dim=int(head_dim), kv_ratio=group, mask="causal", seqlen=length
         ):  # fmt: skip
             for name, ratio in x["over_first"].items():
-                row = rows.setdefault(name, ["-"] * len(cells))
-                if x["rounds"] > 5:
-                    row[number] = rounded(ratio)
+                rows.setdefault(name, ["-"] * len(cells))[number] = rounded(ratio)
     header = [f"{cell.split(':')[0]}, {int(cell.split(':')[1]) // 1024}k" for cell in cells]
     return table([f"d {head_dim}", *header], [[n, *x] for n, x in rows.items()], numbers=len(cells))
 
