@@ -146,7 +146,7 @@ class FixedOrder {
     ForwardParams const& f = p_.forward;
     before_ = static_cast<uint32_t>(tiles_before(tile_, place_, at.head, at.block, f));
     added_ = Workspace::added(p_, Workspace::number(f, tile_.entry, at.head, at.block), warpgroup_);
-    has_turn_ = acquire_count(added_) == before_;  // mostly so: then the answer has come before the block's dQ
+    has_turn_ = peek_at_count(added_) == before_;  // mostly so: then the answer has come before the block's dQ
   }
 
   FLASHCUTE_DEVICE void await_turn() const {

@@ -300,6 +300,7 @@ FLASHCUTE_DEVICE void keep_bulk_behind() {}
 
 FLASHCUTE_DEVICE void release_count(uint32_t* number) { ++*number; }
 FLASHCUTE_DEVICE uint32_t acquire_count(uint32_t const* number) { return *number; }
+FLASHCUTE_DEVICE uint32_t peek_at_count(uint32_t const* number) { return *number; }
 /// Of a block that runs alone, after those that started before it: who waits would wait for one that starts later.
 FLASHCUTE_DEVICE void await_count(uint32_t const* number, uint32_t count) {
   if (*number != count) throw emulation::Violation("a wait for a thread block that has not been started");
