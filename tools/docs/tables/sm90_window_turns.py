@@ -66,6 +66,23 @@ def heads_in_turn(head_dim: str, *cells: str) -> str:
     return table([f"d {head_dim}", *header], [[n, *x] for n, x in rows.items()], numbers=len(cells))
 
 
+def reversed_maps() -> str:
+    """Documents: the time head by head over that in step, where pages of the map are reversed when they are read."""
+    lengths = (1024, 2048, 4096, 16384)
+    rows = []
+    for head_dim in (64, 128):
+        for group in GROUPS:
+            found = (
+                where(OTHERS, run="reversed maps", head_dim=head_dim, kv_ratio=group, seqlen=n)[0]
+                for n in lengths
+            )
+            rows.append(
+                [f"{head_dim}, {group}", *(rounded(*x["over_first"].values()) for x in found)]
+            )
+    header = ["head dim, group", *(f"{n // 1024}k" for n in lengths)]
+    return table(header, rows, numbers=len(lengths))
+
+
 def maps() -> str:
     """Documents: the time head by head over that in step, two ways."""
     rows: dict[str, list[str]] = {}
