@@ -344,7 +344,7 @@ FLASHCUTE_DEVICE void await_bulk_reads() {
 /// Waits until all of these are done, so that release_count publishes them.
 FLASHCUTE_DEVICE void await_bulk() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-/// Proxy fence: bulk copies and additions that this thread starts later come after what it has acquired.
+/// Proxy fence: bulk copies and additions that this thread starts later come after the counts that it has been told.
 FLASHCUTE_DEVICE void keep_bulk_behind() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // ---- counts by which thread blocks wait for each other --------------------------------------------
@@ -357,14 +357,15 @@ FLASHCUTE_DEVICE void release_count(uint32_t* number) {
       : "memory");
 }
 
+/// Tells the number, and acquires what those have released who counted it up.
 FLASHCUTE_DEVICE uint32_t acquire_count(uint32_t const* number) {
   uint32_t count;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(number) : "memory");
   return count;
 }
 
-/// The same without acquiring what was released: for what follows it only adds in the level 2 cache, and reads
-/// nothing. After an acquiring load ptxas invalidates the first-level cache, and waits for the answer at once.
+/// Tells the number alone: for a thread that then adds in the level 2 cache, and reads nothing of what others have
+/// done. (After an acquiring load ptxas invalidates the first-level cache, and waits for the answer at once.)
 FLASHCUTE_DEVICE uint32_t peek_at_count(uint32_t const* number) {
   uint32_t count;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(number) : "memory");
