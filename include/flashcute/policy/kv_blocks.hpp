@@ -150,7 +150,7 @@ struct QueryBandRange {
 
 /// An iterator over the blocks that a tile of the GPU's backward visits, from the first to the last: [begin, end) of
 /// one head, then of the next head. Blocks [full_begin, full_end) need no test; in the others rows see different keys,
-/// or do not exist. (Those that inherit it may have other orders.)
+/// or do not exist. (Iterators that derive from it may have another order.)
 struct PassingBlocks {
   int32_t begin, end, full_begin, full_end;
   int32_t head, block, left;  // the current block, and how many are left, this one included

@@ -344,7 +344,8 @@ FLASHCUTE_DEVICE void await_bulk_reads() {
 /// Waits until all of these are done, so that release_count publishes them.
 FLASHCUTE_DEVICE void await_bulk() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-/// Proxy fence: bulk copies and additions that this thread starts later come after the counts that it has been told.
+/// Proxy fence: bulk copies and additions that this thread starts later come after the counts that it has acquired, or
+/// looked at.
 FLASHCUTE_DEVICE void keep_bulk_behind() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // ---- counts by which thread blocks wait for each other --------------------------------------------
@@ -364,8 +365,10 @@ FLASHCUTE_DEVICE uint32_t acquire_count(uint32_t const* number) {
   return count;
 }
 
-/// Tells the number alone: for a thread that then adds in the level 2 cache, and reads nothing of what others have
-/// done. (After an acquiring load ptxas invalidates the first-level cache, and waits for the answer at once.)
+/// Tells the number alone: for a thread that then only adds or stores in the level 2 cache. PTX's memory model wants an
+/// acquiring load here as well, after which ptxas invalidates the first-level cache and waits for the answer at once.
+/// We rely on the hardware: what was released is in the level 2 cache before the count is, and an addition behind a
+/// branch on the count is started after the answer.
 FLASHCUTE_DEVICE uint32_t peek_at_count(uint32_t const* number) {
   uint32_t count;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(number) : "memory");

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lines import one, table, where
 
-from tables.sm90_looks import by_turns
+from tables.compared_builds import by_turns
 
 FILE = "gpu_sm90_early_finish"
 

@@ -17,18 +17,17 @@ SHARED = {
 
 
 def by_place() -> str:
-    """Reports of racecheck by what is shared and by the masks of the kernels."""
+    """Reports by what is shared and by the masks of the kernels."""
     found: list[Line] = where(FILE, kind="racecheck")
     masks = list(dict.fromkeys(mask for x in found for mask in x["reports"]))
-    rows = []
-    for what, told in SHARED.items():
-        counts: Counter[str] = Counter()
-        for x in where(FILE, kind="racecheck", what=what):
-            counts.update(x["reports"])
-        rows.append([told, *(counts[mask] for mask in masks)])
+    counts: dict[str, Counter[str]] = {what: Counter() for what in SHARED}
+    for x in found:
+        counts[x["what"]].update(x["reports"])
+    rows = [[told, *(counts[what][mask] for mask in masks)] for what, told in SHARED.items()]
     return table(["what", *masks], rows, numbers=len(masks))
 
 
 def total() -> str:
-    reports = sum(n for x in where(FILE, kind="racecheck") for n in x["reports"].values())
-    return f"It reports {reports} pairs of these kernels:"
+    found = where(FILE, kind="racecheck")
+    reports = sum(n for x in found for n in x["reports"].values())
+    return f"In 18 calls, at commit {found[0]['commit']}, it reported {reports} hazards:"

@@ -68,19 +68,21 @@ def heads_in_turn(head_dim: str, *cells: str) -> str:
 
 def reversed_maps() -> str:
     """Documents: the time head by head over that in step, where pages of the map are reversed when they are read."""
-    lengths = (1024, 2048, 4096, 16384)
+    cells = {
+        f"{length // 1024}k of {tokens // 1024}k": (length, tokens)
+        for tokens, lengths in ((16384, (1024, 2048, 4096, 16384)), (32768, (2048, 8192, 32768)))
+        for length in lengths
+    }
     rows = []
     for head_dim in (64, 128):
         for group in GROUPS:
-            found = (
-                where(OTHERS, run="reversed maps", head_dim=head_dim, kv_ratio=group, seqlen=n)[0]
-                for n in lengths
-            )
-            rows.append(
-                [f"{head_dim}, {group}", *(rounded(*x["over_first"].values()) for x in found)]
-            )
-    header = ["head dim, group", *(f"{n // 1024}k" for n in lengths)]
-    return table(header, rows, numbers=len(lengths))
+            told = [f"{head_dim}, {group}"]
+            for length, tokens in cells.values():
+                of = {"head_dim": head_dim, "kv_ratio": group, "seqlen": length, "tokens": tokens}
+                (ratio,) = one(OTHERS, run="reversed maps", **of)["over_first"].values()
+                told.append(rounded(ratio))
+            rows.append(told)
+    return table(["head dim, group", *cells], rows, numbers=len(cells))
 
 
 def maps() -> str:
